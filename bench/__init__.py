@@ -1,0 +1,1 @@
+"""Measurements on the artifacts themselves and against peers; what was tried and did not help is in LOG.md."""

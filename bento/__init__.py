@@ -1,0 +1,1 @@
+"""The generation service: a BentoML service whose routes call the engine in `model.generation`."""

@@ -1,0 +1,1 @@
+"""The six assets, one module each."""

@@ -1,0 +1,1 @@
+"""What assets are given: composed settings, tracking, the Bento builder."""

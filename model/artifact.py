@@ -1,0 +1,60 @@
+"""What makes a directory an artifact: the digest of every file, checked before anything is read from it.
+
+`manifest.json`, written last, lists the files; `verify` is what the pipeline and the service call before they trust a
+directory. The manifest's other fields (configuration, upstream versions, tracking run) belong to the orchestrator.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TypedDict
+
+from model.errors import PipelineError
+
+MANIFEST = "manifest.json"
+
+
+class FileDigest(TypedDict):
+    """One file of an artifact."""
+
+    sha256: str
+    size: int
+
+
+def file_digests(directory: Path) -> dict[str, FileDigest]:
+    """Digest of every file below `directory` but the manifest, keyed by posix path relative to it, sorted."""
+    paths = sorted(p for p in directory.rglob("*") if p.is_file() and p != directory / MANIFEST)
+    digests: dict[str, FileDigest] = {}
+    for path in paths:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        digests[path.relative_to(directory).as_posix()] = {"sha256": sha256, "size": path.stat().st_size}
+    return digests
+
+
+def content_hash(digests: dict[str, FileDigest]) -> str:
+    """Hash of an artifact's content, 64 hex digits: over each relative path and its file's sha256, in path order."""
+    total = hashlib.sha256()
+    for name in sorted(digests):
+        total.update(name.encode() + b"\0" + digests[name]["sha256"].encode() + b"\n")
+    return total.hexdigest()
+
+
+def verify(directory: Path) -> None:
+    """Check every file that the manifest lists.
+
+    Raises PipelineError naming the path where the manifest or a file is missing or a file was altered.
+    """
+    manifest = directory / MANIFEST
+    if not manifest.is_file():
+        raise PipelineError(f"no {MANIFEST} in {directory}: expected a complete artifact; materialize it again")
+    expected: dict[str, FileDigest] = json.loads(manifest.read_text())["files"]
+    found = file_digests(directory)
+    for name, digest in expected.items():
+        if name not in found:
+            raise PipelineError(f"{directory / name} is missing, its manifest lists it; materialize the asset again")
+        if found[name] != digest:
+            raise PipelineError(
+                f"{directory / name} was altered: sha256 {found[name]['sha256'][:12]}, its manifest says "
+                f"{digest['sha256'][:12]}; materialize the asset again"
+            )

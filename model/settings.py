@@ -211,7 +211,7 @@ class QuantizationSettings:
 class BenchmarkSettings:
     """What the report measures (`configs/benchmark/`)."""
 
-    generated_tokens: list[int] = field(default_factory=lambda: [64, 256, 1023])
+    generated_tokens: list[int] = field(default_factory=lambda: [64, 256, 1024])
     prefill_tokens: list[int] = field(default_factory=lambda: [64, 256, 1000])
     batch_sizes: list[int] = field(default_factory=lambda: [1, 4, 8])
     batch_tokens: int = 64

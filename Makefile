@@ -1,0 +1,69 @@
+# The front door. Every target sets up what it needs; `make help` lists them.
+PYTHON     ?= python3
+EXPERIMENT ?= stdlib
+OVERRIDES  ?=
+HOST       ?= 127.0.0.1
+PORT       ?= 3000
+UI_PORT    ?= 3001
+MLFLOW_PORT ?= 5000
+
+BIN       := .venv/bin
+INSTALLED := .venv/.installed
+export DAGSTER_HOME := $(CURDIR)/var/dagster
+export BENTOML_DO_NOT_TRACK := True
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export MLFLOW_UI_URL ?= http://127.0.0.1:$(MLFLOW_PORT)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup pipeline sweep ui serve test lint bench clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) $(DAGSTER_HOME)/dagster.yaml  ## Make the virtual environment and install the pinned packages
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else f"error: {sys.executable} is Python {sys.version.split()[0]}: 3.11 to 3.13 is needed; name one with PYTHON=/path/to/python3.12")'
+	$(PYTHON) -m venv .venv
+	@# torch first and pinned, so that nothing else chooses another build of it
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(DAGSTER_HOME)/dagster.yaml: dagster.yaml
+	@mkdir -p $(@D) && cp $< $@
+
+pipeline: setup  ## Materialize all six assets of EXPERIMENT (default stdlib), with Hydra OVERRIDES if given
+ifeq ($(strip $(OVERRIDES)),)
+	$(BIN)/dagster job execute -m llm_assets.definitions -j llm_pipeline --tags '{"dagster/partition": "$(EXPERIMENT)"}'
+else
+	$(BIN)/python -m llm_assets.sweep experiment=$(EXPERIMENT) $(OVERRIDES)
+endif
+	@$(BIN)/python -m llm_assets.latest $(EXPERIMENT)
+
+sweep: setup  ## One run for each point of a Hydra sweep: make sweep EXPERIMENT=smoke OVERRIDES='training.seed=0,1'
+	$(BIN)/python -m llm_assets.sweep --multirun experiment=$(EXPERIMENT) $(OVERRIDES)
+
+ui: setup  ## Start Dagster (UI_PORT=3001, webserver and daemon) and the MLflow UI (MLFLOW_PORT=5000)
+	@$(BIN)/python -m llm_assets.resources.mlflow
+	@$(BIN)/mlflow server --backend-store-uri sqlite:///$(CURDIR)/var/mlflow.db --default-artifact-root $(CURDIR)/var/mlartifacts \
+		--host 127.0.0.1 --port $(MLFLOW_PORT) & mlflow=$$!; trap 'kill $$mlflow 2>/dev/null' EXIT INT TERM; \
+	$(BIN)/dagster dev --workspace workspace.yaml --host 127.0.0.1 --port $(UI_PORT)
+
+serve: setup  ## Serve the packaged Bento of EXPERIMENT on HOST (127.0.0.1) and PORT (3000)
+	@tag=$$($(BIN)/python -m llm_assets.latest $(EXPERIMENT) --bento) && exec $(BIN)/bentoml serve "$$tag" --host $(HOST) --port $(PORT)
+
+test: setup  ## Run the tests
+	$(BIN)/pytest
+
+lint: setup  ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup  ## Measure tokenizing and decoding against peers (minutes; needs `make pipeline` first)
+	$(BIN)/python -m bench.tokenizing
+	$(BIN)/python -m bench.decode --experiment $(EXPERIMENT)
+
+clean:  ## Remove the virtual environment and everything that runs wrote
+	rm -rf .venv var

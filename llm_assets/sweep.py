@@ -1,0 +1,56 @@
+"""Runs the pipeline with Hydra overrides: once, or once for each point of a Hydra multirun sweep.
+
+    python -m llm_assets.sweep experiment=stdlib training.max_steps=200
+    python -m llm_assets.sweep --multirun experiment=smoke training.seed=0,1 training.optim=muon,adamw
+
+Each point is one Dagster run of `llm_pipeline`: the experiment is its partition, the other overrides go to the `hydra`
+resource. A sweep over experiments alone is a Dagster backfill as well: select the partitions in the UI.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+
+from llm_assets.experiment import CONFIG_DIR
+
+
+def execute_pipeline(experiment: str, overrides: list[str], job: str = "llm_pipeline") -> int:
+    """Run `job` for one experiment through `dagster job execute` and return its exit status."""
+    run_config = {"resources": {"hydra": {"config": {"overrides": overrides}}}}
+    with tempfile.TemporaryDirectory() as directory:
+        config_file = Path(directory) / "run_config.yaml"
+        config_file.write_text(json.dumps(run_config))  # JSON is YAML
+        command = [sys.executable, "-m", "dagster", "job", "execute", "-m", "llm_assets.definitions", "-j", job]
+        command += ["-c", str(config_file), "--tags", json.dumps({"dagster/partition": experiment})]
+        return subprocess.run(command, check=False).returncode
+
+
+def run_point(_: Any) -> None:
+    """Run the point of the sweep that Hydra is at; stops the sweep at the first failure."""
+    configuration = HydraConfig.get()
+    experiment = configuration.runtime.choices["experiment"]
+    overrides = [item for item in configuration.overrides.task if not item.startswith("experiment=")]
+    # In a process of its own: Hydra is busy with the sweep in this one.
+    check = [sys.executable, "-m", "llm_assets.experiment", experiment, *overrides]
+    status = subprocess.run(check, stdout=subprocess.DEVNULL, check=False).returncode
+    status = status or execute_pipeline(experiment, overrides)
+    if status:
+        sys.exit(status)
+
+
+def main() -> None:
+    """Let Hydra read the command line and call `run_point` for each point."""
+    # Hydra would make a folder and a log for each point; the record of a run is Dagster's and MLflow's.
+    sys.argv += ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra.sweep.dir=var/sweep", "hydra.sweep.subdir=."]
+    sys.argv += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
+    hydra.main(config_path=str(CONFIG_DIR), config_name="config")(run_point)()
+
+
+if __name__ == "__main__":
+    main()

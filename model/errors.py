@@ -1,5 +1,11 @@
 """The one error that a stage raises for bad input: one line that a person can act on."""
 
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class PipelineError(Exception):
     """Wrong input, found where it enters: not worth a retry.
@@ -7,3 +13,21 @@ class PipelineError(Exception):
     The message is one line: what was found where, what was expected, what to do. The orchestrator shows it as a
     permanent failure, the service as a start-up failure; neither shows a traceback.
     """
+
+
+@contextmanager
+def full_disk_as_error(directory: Path) -> Iterator[None]:
+    """Turn "no space left on device" (or a spent quota) while writing below `directory` into a PipelineError."""
+    try:
+        yield
+    except Exception as error:
+        # Rust extensions (tokenizers, safetensors) raise their own types, with the system's message in the text.
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and "No space left on device" not in str(error):
+            raise
+        existing = next(path for path in [directory, *directory.absolute().parents] if path.exists())
+        free = shutil.disk_usage(existing).free
+        raise PipelineError(
+            f"no disk space left while writing to {directory} ({free:,} bytes free): free some or choose another "
+            "folder, then run again"
+        ) from error

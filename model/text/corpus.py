@@ -1,0 +1,280 @@
+"""The corpus: documents read, cleaned, deduplicated, split and written as Parquet shards.
+
+Invalid UTF-8 and empty documents are counted and left out, exact duplicates kept once. A document's split depends on
+its content alone (`split_by: hash`) or on its place in the corpus (`position`: the last part is held out, to the
+character). The same input gives the same bytes on disk. Memory holds a few row groups and a 16-byte digest per
+document, not the text; reading sources is `model.text.sources`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from model.errors import PipelineError, full_disk_as_error
+from model.progress import Log, Progress, silent
+from model.settings import CorpusSettings
+from model.text.sources import Sources, whole_characters
+
+SPLITS = ("train", "validation")
+SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "text", "source", "split")])
+ROW_GROUP_BYTES = 8 << 20
+ROW_GROUP_DOCUMENTS = 8192
+NAMES_REPORTED = 5
+SAMPLE_CHARACTERS = 500
+
+
+@dataclass
+class CorpusSummary:
+    """What a corpus holds and what was left out; `summary.json` beside the shards.
+
+    sources: files or data sets that were read. Bytes are UTF-8 bytes of text. The `*_sources` lists name the first few.
+    """
+
+    source: str
+    licence: str
+    split_by: str
+    sources: int = 0
+    train_documents: int = 0
+    validation_documents: int = 0
+    train_bytes: int = 0
+    validation_bytes: int = 0
+    mean_document_bytes: float = 0.0
+    longest_document_bytes: int = 0
+    invalid_utf8: int = 0
+    invalid_utf8_sources: list[str] = field(default_factory=list)
+    empty: int = 0
+    empty_sources: list[str] = field(default_factory=list)
+    duplicates: int = 0
+    sample: str = ""
+
+    @property
+    def documents(self) -> int:
+        """Documents in both splits."""
+        return self.train_documents + self.validation_documents
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes of text in both splits."""
+        return self.train_bytes + self.validation_bytes
+
+
+def build_corpus(settings: CorpusSettings, output_dir: Path, *, log: Log = silent) -> CorpusSummary:
+    """Write `{split}-00000.parquet`... (columns id, text, source, split) and `summary.json` to `output_dir`.
+
+    A document's id is the 128-bit BLAKE2b of its text, in hex.
+    Raises PipelineError for a source that is missing or broken, a corpus or a split that is empty, and a full disk.
+    """
+    sources = Sources(settings)
+    with full_disk_as_error(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for stale in output_dir.glob("*-?????.parquet"):
+            stale.unlink()
+        train_end = None
+        if settings.split_by == "position":
+            # A first pass for the size: holding the text instead would need the memory of the whole corpus.
+            size = sum(len(data) for _, data in _clean(settings, sources, _summary(settings), log, "measuring"))
+            train_end = int(size * (1 - settings.validation_fraction))
+        summary = _summary(settings)
+        documents = _clean(settings, sources, summary, log, "writing")
+        with (
+            _ShardWriter(output_dir, "train", settings.shard_bytes) as train,
+            _ShardWriter(output_dir, "validation", settings.shard_bytes) as validation,
+        ):
+            for source, data, to_validation in _split(documents, settings.validation_fraction, train_end):
+                (validation if to_validation else train).add(source, data)
+                if not to_validation and not summary.sample:
+                    summary.sample = data.decode()[:SAMPLE_CHARACTERS]
+        summary.train_documents, summary.train_bytes = train.documents, train.bytes
+        summary.validation_documents, summary.validation_bytes = validation.documents, validation.bytes
+        summary.longest_document_bytes = max(train.longest, validation.longest)
+        summary.mean_document_bytes = summary.bytes / max(summary.documents, 1)
+        _check_not_empty(settings, summary)
+        text = json.dumps(asdict(summary), indent=2, ensure_ascii=False)
+        (output_dir / "summary.json").write_text(text + "\n", encoding="utf-8")
+    for count, what, names in (
+        (summary.invalid_utf8, "that are not UTF-8", summary.invalid_utf8_sources),
+        (summary.empty, "that are empty", summary.empty_sources),
+        (summary.duplicates, "that repeat another", []),
+    ):
+        if count:
+            log(f"corpus: left out {count:,} documents {what}" + (f", first in {', '.join(names)}" if names else ""))
+    log(f"corpus: {summary.documents:,} documents, {summary.bytes:,} bytes from {summary.sources:,} sources")
+    return summary
+
+
+def read_summary(corpus_dir: Path) -> CorpusSummary:
+    """The summary of a corpus on disk. Raises PipelineError where there is none."""
+    path = corpus_dir / "summary.json"
+    if not path.is_file():
+        raise PipelineError(f"no summary.json in {corpus_dir}: expected a corpus; materialize it again")
+    return CorpusSummary(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def read_documents(corpus_dir: Path, split: str) -> Iterator[str]:
+    """The texts of one split ("train" or "validation"), in the order they were written.
+
+    Raises PipelineError, at the first document, where the split has no shard.
+    """
+    shards = sorted(corpus_dir.glob(f"{split}-*.parquet"))
+    if not shards:
+        raise PipelineError(f"no {split} shard in {corpus_dir}: expected a corpus; materialize it again")
+    for shard in shards:
+        with pq.ParquetFile(shard) as table:
+            for group in range(table.num_row_groups):  # the writer bounded their size
+                yield from table.read_row_group(group, columns=["text"]).column(0).to_pylist()
+
+
+def _summary(settings: CorpusSettings) -> CorpusSummary:
+    licence = settings.licence
+    if settings.source == "stdlib" and licence == "unknown":
+        licence = "PSF-2.0"
+    return CorpusSummary(settings.source, licence, settings.split_by)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _clean(
+    settings: CorpusSettings, sources: Sources, summary: CorpusSummary, log: Log, label: str
+) -> Iterator[tuple[str, bytes]]:
+    """The documents worth keeping, at most max_bytes of them; what is left out is counted in `summary`."""
+    seen: set[bytes] = set()
+    kept = read_bytes = 0
+    total_mb = sources.stored_bytes / 1e6 if sources.stored_bytes and not settings.max_bytes else None
+    progress = Progress(log, f"corpus, {label}", total_mb, "MB")
+    for source, data in sources:
+        progress.advance(((sources.read_bytes - read_bytes) if sources.stored_bytes else len(data)) / 1e6)
+        read_bytes = sources.read_bytes
+        summary.sources = sources.opened
+        if len(data) > settings.shard_bytes:
+            raise PipelineError(
+                f"{source} has a document of {len(data):,} bytes, more than corpus.shard_bytes "
+                f"({settings.shard_bytes:,}): split it, or raise corpus.shard_bytes"
+            )
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            summary.invalid_utf8 += 1
+            _name(summary.invalid_utf8_sources, source)
+            continue
+        if not text or text.isspace():
+            summary.empty += 1
+            _name(summary.empty_sources, source)
+            continue
+        digest = _digest(data)
+        if digest in seen:
+            summary.duplicates += 1
+            continue
+        seen.add(digest)
+        if settings.max_bytes and kept + len(data) >= settings.max_bytes:
+            # The last document is cut, so that a corpus in one document can be limited too.
+            if data := data[: whole_characters(data, settings.max_bytes - kept)]:
+                yield source, data
+            return
+        kept += len(data)
+        yield source, data
+
+
+def _name(names: list[str], source: str) -> None:
+    if len(names) < NAMES_REPORTED and source not in names:
+        names.append(source)
+
+
+def _split(
+    documents: Iterator[tuple[str, bytes]], fraction: float, train_end: int | None
+) -> Iterator[tuple[str, bytes, bool]]:
+    """Each document with whether it is held out; the one that straddles `train_end` (bytes) becomes two."""
+    position = 0
+    for source, data in documents:
+        if train_end is None:
+            yield source, data, int.from_bytes(_digest(data)) < fraction * 2**128
+            continue
+        cut = whole_characters(data, min(max(train_end - position, 0), len(data)))
+        if cut:
+            yield source, data[:cut], False
+        if cut < len(data):
+            yield source, data[cut:], True
+        position += len(data)
+
+
+def _check_not_empty(settings: CorpusSettings, summary: CorpusSummary) -> None:
+    if summary.documents == 0:
+        raise PipelineError(
+            f"the corpus is empty after cleaning: {summary.sources:,} sources, {summary.invalid_utf8:,} documents not "
+            f"UTF-8, {summary.empty:,} empty; expected text, check corpus.source '{settings.source}' and its paths"
+        )
+    for split in SPLITS:
+        if getattr(summary, f"{split}_documents") == 0:
+            raise PipelineError(
+                f"the {split} split is empty: {summary.documents:,} documents of {summary.bytes:,} bytes, split by "
+                f"{settings.split_by} with corpus.validation_fraction {settings.validation_fraction}; add text, or set "
+                "corpus.split_by to 'position'"
+            )
+
+
+class _ShardWriter:
+    """Writes one split's documents to numbered Parquet files, in row groups of bounded size."""
+
+    def __init__(self, directory: Path, split: str, shard_bytes: int) -> None:
+        self._directory, self._split, self._shard_bytes = directory, split, shard_bytes
+        self._writer: pq.ParquetWriter | None = None
+        self._rows: list[tuple[str, bytes, str]] = []
+        self._row_bytes = self._in_shard = self._shards = 0
+        self.documents = self.bytes = self.longest = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._close_shard()
+        elif self._writer:
+            self._writer.close()
+
+    def add(self, source: str, data: bytes) -> None:
+        """Append one document of UTF-8 text."""
+        if self._in_shard and self._in_shard + len(data) > self._shard_bytes:
+            self._close_shard()
+        self._rows.append((_digest(data).hex(), data, source))
+        self._row_bytes += len(data)
+        self._in_shard += len(data)
+        self.documents += 1
+        self.bytes += len(data)
+        self.longest = max(self.longest, len(data))
+        if self._row_bytes >= ROW_GROUP_BYTES or len(self._rows) >= ROW_GROUP_DOCUMENTS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(
+                self._directory / f"{self._split}-{self._shards:05}.parquet",
+                SCHEMA,
+                compression="zstd",
+                use_dictionary=["source", "split"],
+                write_statistics=False,
+            )
+        ids, texts, sources = zip(*self._rows, strict=True)
+        columns = [ids, pa.array(texts, pa.binary()).cast(pa.string()), sources, [self._split] * len(ids)]
+        arrays = [pa.array(column, pa.string()) for column in columns]
+        self._writer.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA))
+        self._rows, self._row_bytes = [], 0
+
+    def _close_shard(self) -> None:
+        self._flush()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+            self._shards += 1
+        self._in_shard = 0

@@ -1,0 +1,229 @@
+"""Tokenizers: byte-level BPE or one token per character, trained here and shipped as `PreTrainedTokenizerFast`.
+
+Both encode every byte string and decode it exactly. The pre-tokenizer of the BPE is GPT-2's, so that other runtimes
+("gpt-2" in GGUF) split text the same way. `<|endoftext|>` (id 0, bos and eos) and `<|pad|>` (id 1) come first and stand
+for no bytes; written out in a document they are ordinary text. `FastEncoder` gives the same ids several times faster
+and is what the corpus is encoded with.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import tiktoken
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from model.errors import PipelineError
+from model.settings import TokenizerSettings
+
+END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
+SPECIALS = (END_OF_TEXT, PAD)
+# GPT-2's split of a text into words, as ByteLevel(use_regex=True) has it built in.
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+PIECE_CHARACTERS = 65_536
+
+Ids = npt.NDArray[np.uint32]
+
+
+def train_tokenizer(settings: TokenizerSettings, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Train on `texts`: merges up to vocab_size for "bpe", the characters that occur for "char" (vocab_size unused).
+
+    Raises PipelineError where the texts do not hold enough pairs that occur twice to reach vocab_size.
+    """
+    tokenizer = _train_bpe(settings.vocab_size, texts) if settings.kind == "bpe" else _characters(texts)
+    tokenizer.add_special_tokens(list(SPECIALS))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+        model_max_length=settings.sequence_length,
+    )
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """Read a tokenizer that `save_pretrained` wrote. Raises PipelineError where there is none."""
+    if not (directory / "tokenizer.json").is_file():
+        raise PipelineError(f"no tokenizer.json in {directory}: expected a saved tokenizer; materialize it again")
+    return PreTrainedTokenizerFast.from_pretrained(directory)
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
+    """The bytes of text that each id stands for, in id order; empty for the special tokens."""
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    special = set(tokenizer.all_special_ids)
+    spell = _spell_character if _is_character_level(tokenizer) else _spell_byte_level
+    return [b"" if number in special else spell(token) for number, token in enumerate(tokens)]
+
+
+def even_sample(texts: Iterable[str], total_bytes: int, wanted_bytes: int) -> Iterator[str]:
+    """Pieces of `texts` spread evenly over their total_bytes, at most wanted_bytes together (0: everything)."""
+    if wanted_bytes == 0 or wanted_bytes >= total_bytes:
+        yield from texts
+        return
+    seen = taken = 0
+    for text in texts:
+        for start in range(0, len(text), PIECE_CHARACTERS):
+            piece = text[start : start + PIECE_CHARACTERS]
+            size = len(piece.encode())
+            if taken * total_bytes <= seen * wanted_bytes:
+                if taken + size > wanted_bytes:
+                    piece = piece.encode()[: wanted_bytes - taken].decode(errors="ignore")
+                yield piece
+                taken += size
+                if taken >= wanted_bytes:
+                    return
+            seen += size
+
+
+class FastEncoder:
+    """Encodes text with a trained tokenizer's own ids, faster than the tokenizer does; safe to call from threads.
+
+    Special tokens written out in the text are encoded as ordinary text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._token_bytes = token_bytes(tokenizer)
+        self._specials = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        # A copy, as encode_special_tokens is a switch on the object.
+        self._reference = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._reference.encode_special_tokens = True
+        # Of two tokens for one byte ("A" and "<0x41>" at character level) the byte token comes first.
+        single = {data: number for number, data in reversed(list(enumerate(self._token_bytes))) if len(data) == 1}
+        self._byte_ids = np.array([single[bytes([byte])] for byte in range(256)], np.uint32)
+        self.encode: Callable[[str], Ids]
+        """Ids of one text, shape (tokens,); the text must be encodable as UTF-8."""
+        if _is_character_level(tokenizer):
+            self._character_ids = _character_table(self._reference)
+            self.encode = self._encode_characters
+        elif _merges_reach_every_token(self._reference, self._specials):
+            self._tiktoken = self._build_tiktoken()
+            self.encode = self._encode_tiktoken
+        else:
+            self.encode = self._encode_reference
+
+    def encode_bytes(self, data: bytes) -> Ids:
+        """Ids of any byte string, shape (tokens,); bytes that are not UTF-8 become one token each."""
+        parts = re.split("([\udc80-\udcff]+)", data.decode("utf-8", "surrogateescape"))
+        ids = [
+            self._byte_ids[np.frombuffer(part.encode("utf-8", "surrogateescape"), np.uint8)]
+            if n % 2
+            else self.encode(part)
+            for n, part in enumerate(parts)
+        ]
+        return np.concatenate(ids)
+
+    def decode_bytes(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> bytes:
+        """The exact bytes that ids stand for."""
+        return b"".join(self._token_bytes[number] for number in ids)
+
+    def _build_tiktoken(self) -> tiktoken.Encoding:
+        # A token's id is its rank: merges were numbered in the order in which they were found.
+        specials = set(self._specials.values())
+        ranks = {data: number for number, data in enumerate(self._token_bytes) if number not in specials}
+        return tiktoken.Encoding("trained", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=self._specials)
+
+    def _encode_tiktoken(self, text: str) -> Ids:
+        try:
+            return self._tiktoken.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # its regex engine gives up on a run of several 100,000 spaces
+            return self._encode_reference(text)
+
+    def _encode_reference(self, text: str) -> Ids:
+        return np.array(self._reference.encode(text, add_special_tokens=False).ids, np.uint32)
+
+    def _encode_characters(self, text: str) -> Ids:
+        ids = self._character_ids[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
+        unknown = ids < 0
+        if not unknown.any():
+            return ids.astype(np.uint32)
+        characters = [character for character, is_unknown in zip(text, unknown, strict=True) if is_unknown]
+        lengths = np.ones(len(ids), np.int64)
+        lengths[unknown] = [len(character.encode()) for character in characters]
+        is_byte = np.repeat(unknown, lengths)
+        encoded = np.empty(len(is_byte), np.uint32)
+        encoded[is_byte] = self._byte_ids[np.frombuffer("".join(characters).encode(), np.uint8)]
+        encoded[~is_byte] = ids[~unknown]
+        return encoded
+
+
+def _train_bpe(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    reached = tokenizer.get_vocab_size()
+    if reached < vocab_size:
+        raise PipelineError(
+            f"tokenizer.vocab_size is {vocab_size:,}, but the training text only gives {reached:,} tokens (pairs that "
+            f"occur twice ran out): set it to {reached} or less, or add text"
+        )
+    return tokenizer
+
+
+def _characters(texts: Iterable[str]) -> Tokenizer:
+    characters: set[str] = set()
+    for text in texts:
+        characters.update(text)
+    tokens = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(characters)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def _is_character_level(tokenizer: PreTrainedTokenizerFast) -> bool:
+    return bool(tokenizer.backend_tokenizer.model.byte_fallback)
+
+
+def _character_table(tokenizer: Tokenizer) -> npt.NDArray[np.int32]:
+    """Id of every code point, -1 where the vocabulary lacks it; shape (0x110000,)."""
+    table = np.full(0x110000, -1, np.int32)
+    for token, number in tokenizer.get_vocab().items():
+        if len(token) == 1:
+            table[ord(token)] = number
+    return table
+
+
+def _merges_reach_every_token(tokenizer: Tokenizer, specials: dict[str, int]) -> bool:
+    """Whether merging each token's own bytes gives that token: then lookup by rank equals lookup by merge rule.
+
+    Proof: tiktoken merges a neighbouring pair whenever the joined bytes are a token; the tokenizer only where a rule
+    names the pair. Tokens are never split, so when two neighbours l, r cover a token t's bytes, the merges inside that
+    span are those of t alone, which pass through two parts only once, just before t. Hence (l, r) is that rule.
+    """
+    bare = Tokenizer(tokenizer.model)
+    tokens = [(token, number) for token, number in tokenizer.get_vocab().items() if token not in specials]
+    encodings = bare.encode_batch([token for token, _ in tokens])
+    return all(encoding.ids == [number] for encoding, (_, number) in zip(encodings, tokens, strict=True))
+
+
+def _unicode_of_bytes() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte: itself where printable, else the next free character from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTES = _unicode_of_bytes()
+
+
+def _spell_byte_level(token: str) -> bytes:
+    return bytes(_BYTES[character] for character in token)
+
+
+def _spell_character(token: str) -> bytes:
+    byte = BYTE_TOKEN.fullmatch(token)
+    return bytes([int(byte[1], 16)]) if byte else token.encode()

@@ -1,0 +1,293 @@
+"""Tokenized text on disk: one long row of ids per split, memory-mapped, and the windows that a model trains on.
+
+Each document is followed by the end-of-text token. The bytes that every token stands for are kept beside the ids, so a
+loss in nats per token becomes exact bits per byte of text: over a split, the byte counts sum to the corpus's bytes,
+which is checked while writing. Memory holds a few batches of documents and 8 bytes per document.
+"""
+
+import io
+import json
+import os
+import time
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from model.errors import PipelineError, full_disk_as_error
+from model.progress import Log, Progress, silent
+from model.settings import TokenizerSettings
+from model.text.corpus import CorpusSummary, read_documents, read_summary
+from model.text.tokenizer import SPECIALS, FastEncoder, even_sample, token_bytes, train_tokenizer
+
+BATCH_CHARACTERS = 1 << 20
+BATCH_DOCUMENTS = 4096
+MOST_COMMON = 20
+# Differ from run to run, so they are in the returned summary and not on disk: same input, same bytes.
+TIMINGS = ("tokenizer_training_seconds", "tokens_per_second")
+
+
+@dataclass
+class TokenizedDatasetSummary:
+    """What a tokenized data set holds; `summary.json` beside it, without the two timings.
+
+    Tokens include one end-of-text token per document. bytes_per_token: compression over both splits.
+    windows: whole windows of sequence_length tokens. most_common: id, token, count and share in the train split.
+    """
+
+    kind: str
+    vocab_size: int
+    sequence_length: int
+    dtype: str
+    train_tokens: int
+    validation_tokens: int
+    train_documents: int
+    validation_documents: int
+    train_bytes: int
+    validation_bytes: int
+    train_windows: int
+    validation_windows: int
+    bytes_per_token: float
+    most_common: list[dict[str, Any]] = field(default_factory=list)
+    tokenizer_training_seconds: float = 0.0
+    tokens_per_second: float = 0.0
+
+
+@dataclass
+class SplitTokens:
+    """What `encode_split` wrote. counts: how often each id occurs, shape (V,)."""
+
+    tokens: int
+    documents: int
+    counts: npt.NDArray[np.int64]
+
+
+def build_tokenized_dataset(
+    settings: TokenizerSettings, corpus_dir: Path, output_dir: Path, *, log: Log = silent
+) -> TokenizedDatasetSummary:
+    """Train the tokenizer on the train split of `corpus_dir` and write both splits as token ids to `output_dir`.
+
+    Writes `tokenizer/`, `{split}.bin` (uint16 up to 65,536 tokens, else uint32), `{split}.documents.npy` (int64 start
+    of each document, and the end), `token_bytes.npy` (uint8, all tokens' bytes in a row), `byte_counts.npy` (int64,
+    shape (V,)) and `summary.json`.
+    Raises PipelineError for a missing or damaged corpus, a vocabulary larger than the text allows, a split shorter than
+    one window and a full disk.
+    """
+    corpus = read_summary(corpus_dir)
+    started = time.perf_counter()
+    texts = read_documents(corpus_dir, "train")
+    # A character vocabulary needs every character of the train split; merges are as good from a sample.
+    wanted = settings.training_bytes if settings.kind == "bpe" else 0
+    log(f"tokenizer: training ({settings.kind}) on {min(wanted or corpus.train_bytes, corpus.train_bytes):,} bytes")
+    tokenizer = train_tokenizer(settings, even_sample(texts, corpus.train_bytes, wanted))
+    training_seconds = time.perf_counter() - started
+
+    spelled = token_bytes(tokenizer)
+    byte_counts = np.array([len(data) for data in spelled], np.int64)
+    dtype = np.dtype(np.uint16 if len(spelled) <= 65_536 else np.uint32)
+    encoder = FastEncoder(tokenizer)
+    splits: dict[str, SplitTokens] = {}
+    with full_disk_as_error(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(output_dir / "tokenizer")
+        _save(output_dir / "token_bytes.npy", np.frombuffer(b"".join(spelled), np.uint8))
+        _save(output_dir / "byte_counts.npy", byte_counts)
+        started = time.perf_counter()
+        for split in ("validation", "train"):  # the short one first: it is the one that may be too short
+            texts = read_documents(corpus_dir, split)
+            total = getattr(corpus, f"{split}_documents")
+            splits[split] = encode_split(
+                encoder, texts, output_dir / split, tokenizer.eos_token_id, len(spelled), dtype, total, log
+            )
+            _check_split(split, splits[split], byte_counts, settings, corpus, corpus_dir)
+        encoding_seconds = time.perf_counter() - started
+        train, validation = splits["train"], splits["validation"]
+        summary = TokenizedDatasetSummary(
+            kind=settings.kind,
+            vocab_size=len(spelled),
+            sequence_length=settings.sequence_length,
+            dtype=dtype.name,
+            train_tokens=train.tokens,
+            validation_tokens=validation.tokens,
+            train_documents=train.documents,
+            validation_documents=validation.documents,
+            train_bytes=corpus.train_bytes,
+            validation_bytes=corpus.validation_bytes,
+            train_windows=count_windows(train.tokens, settings.sequence_length),
+            validation_windows=count_windows(validation.tokens, settings.sequence_length),
+            bytes_per_token=corpus.bytes / (train.tokens + validation.tokens),
+            most_common=_most_common(train.counts, spelled),
+            tokenizer_training_seconds=training_seconds,
+            tokens_per_second=(train.tokens + validation.tokens) / encoding_seconds,
+        )
+        on_disk = {name: value for name, value in asdict(summary).items() if name not in TIMINGS}
+        text = json.dumps(on_disk, indent=2, ensure_ascii=False)
+        (output_dir / "summary.json").write_text(text + "\n", encoding="utf-8")
+    log(
+        f"tokens: {train.tokens:,} train, {validation.tokens:,} validation, "
+        f"{summary.bytes_per_token:.2f} bytes each, {summary.tokens_per_second:,.0f} tokens/s"
+    )
+    return summary
+
+
+def encode_split(
+    encoder: FastEncoder,
+    texts: Iterable[str],
+    stem: Path,
+    end_of_text: int,
+    vocab_size: int,
+    dtype: npt.DTypeLike,
+    total_documents: int | None = None,
+    log: Log = silent,
+) -> SplitTokens:
+    """Encode documents on all cores and write `{stem}.bin` and `{stem}.documents.npy`, in the order of `texts`."""
+    progress = Progress(log, f"encoding {stem.name}", total_documents, "documents")
+    offsets = array("q", [0])
+    counts = np.zeros(vocab_size, np.int64)
+
+    def encode(batch: list[str]) -> tuple[npt.NDArray[Any], list[int]]:
+        parts, lengths = [], []
+        for text in batch:
+            ids = encoder.encode(text)
+            parts += [ids, end]
+            lengths.append(len(ids) + 1)
+        return np.concatenate(parts).astype(dtype), lengths
+
+    def write(future: Future[tuple[npt.NDArray[Any], list[int]]], file: BinaryIO) -> None:
+        ids, lengths = future.result()
+        file.write(ids.data)
+        np.add(counts, np.bincount(ids, minlength=vocab_size), out=counts)
+        for length in lengths:
+            offsets.append(offsets[-1] + length)
+        progress.advance(len(lengths))
+
+    end = np.array([end_of_text], np.uint32)
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pending: deque[Future[tuple[npt.NDArray[Any], list[int]]]] = deque()
+    with stem.with_name(f"{stem.name}.bin").open("wb") as file, ThreadPoolExecutor(workers) as pool:
+        for batch in _batches(texts):
+            pending.append(pool.submit(encode, batch))
+            if len(pending) > 2 * workers:  # bounds the memory
+                write(pending.popleft(), file)
+        while pending:
+            write(pending.popleft(), file)
+    _save(stem.with_name(f"{stem.name}.documents.npy"), np.frombuffer(offsets, np.int64))
+    return SplitTokens(offsets[-1], len(offsets) - 1, counts)
+
+
+def count_windows(tokens: int, sequence_length: int) -> int:
+    """Whole windows of `sequence_length` in `tokens`, each starting on the last token of the one before."""
+    return max((tokens - 1) // (sequence_length - 1), 0)
+
+
+class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """One split as windows of T tokens with stride T - 1.
+
+    Item i is {"input_ids": int64 (T,), "labels": the same}; the model shifts labels itself. Neighbours share one token,
+    so every token of the windows but the first is predicted exactly once; up to T - 2 tokens at the end are left out.
+    tokens: memory-mapped ids, shape (N,). byte_counts: bytes each id stands for, 0 for specials, shape (V,).
+    document_offsets: start of each document in `tokens`, and the end.
+    """
+
+    def __init__(self, dataset_dir: Path, split: str, sequence_length: int) -> None:
+        """Raises PipelineError where the split is missing or shorter than one window."""
+        path = dataset_dir / f"{split}.bin"
+        if not path.is_file():
+            raise PipelineError(f"no {path.name} in {dataset_dir}: expected a tokenized data set; materialize it again")
+        self._arguments = (dataset_dir, split, sequence_length)
+        self.sequence_length = sequence_length
+        self.byte_counts = np.load(dataset_dir / "byte_counts.npy")
+        self.document_offsets = np.load(dataset_dir / f"{split}.documents.npy")
+        spelled = np.load(dataset_dir / "token_bytes.npy").tobytes()
+        ends = np.cumsum(self.byte_counts)
+        self._token_bytes = [spelled[end - size : end] for end, size in zip(ends, self.byte_counts, strict=True)]
+        dtype = np.uint16 if len(self.byte_counts) <= 65_536 else np.uint32
+        self.tokens = np.memmap(path, dtype, "r")
+        if len(self.tokens) < sequence_length:
+            raise PipelineError(_too_short(split, len(self.tokens), sequence_length))
+
+    def __len__(self) -> int:
+        return count_windows(len(self.tokens), self.sequence_length)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        start = index % len(self) * (self.sequence_length - 1)
+        ids_T = torch.from_numpy(self.tokens[start : start + self.sequence_length].astype(np.int64))
+        return {"input_ids": ids_T, "labels": ids_T.clone()}
+
+    def __reduce__(self) -> tuple[type["TokenDataset"], tuple[Path, str, int]]:
+        # A worker process opens the files again; pickling the map would send it the whole split.
+        return TokenDataset, self._arguments
+
+    def text_bytes(self, start: int, stop: int) -> bytes:
+        """The exact bytes of text that tokens `start` to `stop` stand for."""
+        return b"".join(self._token_bytes[number] for number in self.tokens[start:stop])
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _check_split(
+    split: str,
+    found: SplitTokens,
+    byte_counts: npt.NDArray[np.int64],
+    settings: TokenizerSettings,
+    corpus: CorpusSummary,
+    corpus_dir: Path,
+) -> None:
+    spelled, expected = int(found.counts @ byte_counts), getattr(corpus, f"{split}_bytes")
+    if spelled != expected:
+        raise PipelineError(
+            f"the {split} split's tokens stand for {spelled:,} bytes, {corpus_dir / 'summary.json'} says {expected:,}: "
+            "expected the same; materialize the corpus again"
+        )
+    if found.tokens < settings.sequence_length:
+        raise PipelineError(_too_short(split, found.tokens, settings.sequence_length))
+
+
+def _too_short(split: str, found: int, needed: int) -> str:
+    more = "raise corpus.validation_fraction" if split == "validation" else "lower corpus.validation_fraction"
+    return (
+        f"the {split} split has {found:,} tokens, one window needs {needed:,} (tokenizer.sequence_length): add text, "
+        f"{more} or lower tokenizer.sequence_length"
+    )
+
+
+def _most_common(counts: npt.NDArray[np.int64], spelled: list[bytes]) -> list[dict[str, Any]]:
+    order = np.argsort(-counts, kind="stable")[:MOST_COMMON]
+    total = int(counts.sum())
+    return [
+        {
+            "id": int(number),
+            "token": spelled[number].decode("utf-8", "backslashreplace") or SPECIALS[number],
+            "count": int(counts[number]),
+            "share": float(counts[number] / total),
+        }
+        for number in order
+        if counts[number]
+    ]
+
+
+def _save(path: Path, values: npt.NDArray[Any]) -> None:
+    # Through memory: np.save straight to a file reports a full disk without its errno.
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    path.write_bytes(buffer.getbuffer())

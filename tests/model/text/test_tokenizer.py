@@ -1,0 +1,186 @@
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from model.errors import PipelineError
+from model.settings import CorpusSettings, TokenizerSettings
+from model.text.sources import Sources
+from model.text.tokenizer import FastEncoder, even_sample, load_tokenizer, token_bytes, train_tokenizer
+
+KINDS = ("bpe", "char")
+TRICKY = [
+    "",
+    "<|endoftext|>",
+    "x<|pad|>y <|endoftext|><|endoftext|>\n",
+    "<0x41><0x0A>",
+    " " * 3000 + "x" + "\n" * 500 + "\t \t ",
+    "don't we'LL they've I'm 's 've 'x",
+    "日本語の文章、中文 한국어 ไทย العربية עברית",
+    "👩‍👩‍👧‍👦🏳️‍🌈🇩🇪 e\u0301 \u00e9 \u200b\u00a0\u2028\u0085\x00\x7f\ufeff\U0010ffff",
+    "a" * 5000,
+    "0123456789 ½ ² Ⅷ ١٢٣",
+]
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    found = [data.decode() for source, data in Sources(CorpusSettings()) if source.startswith("json/")]
+    return [*found, "naïve café 東京 東京 😀😀"]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(texts: list[str]) -> dict[str, PreTrainedTokenizerFast]:
+    return {kind: train_tokenizer(TokenizerSettings(kind=kind, vocab_size=700), texts) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def encoders(tokenizers: dict[str, PreTrainedTokenizerFast]) -> dict[str, FastEncoder]:
+    return {kind: FastEncoder(tokenizer) for kind, tokenizer in tokenizers.items()}
+
+
+def reference_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def check_equal_and_exact(tokenizer: PreTrainedTokenizerFast, encoder: FastEncoder, text: str) -> None:
+    ids = encoder.encode(text)
+    assert ids.tolist() == reference_ids(tokenizer, text)
+    assert encoder.decode_bytes(ids) == text.encode()
+    assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fast_encoder_gives_the_tokenizers_ids_on_its_own_text(kind, texts, tokenizers, encoders) -> None:
+    for text in texts:
+        check_equal_and_exact(tokenizers[kind], encoders[kind], text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", TRICKY, ids=range(len(TRICKY)))
+def test_the_fast_encoder_gives_the_tokenizers_ids_on_tricky_text(kind, text, tokenizers, encoders) -> None:
+    check_equal_and_exact(tokenizers[kind], encoders[kind], text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    text=st.lists(
+        st.one_of(
+            st.text(max_size=20),
+            st.text(alphabet="aeinrst_ \n\t'.()", max_size=40),
+            st.sampled_from([*TRICKY, "def ", "self", "    ", "🙂", "漢字", "\r\n", "'ll"]),
+        ),
+        max_size=6,
+    ).map("".join)
+)
+def test_the_fast_encoder_gives_the_tokenizers_ids_on_any_text(kind, text, tokenizers, encoders) -> None:
+    check_equal_and_exact(tokenizers[kind], encoders[kind], text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.one_of(st.binary(max_size=200), st.text(max_size=30).map(lambda text: text.encode() + b"\xf0\x9f" * 2)))
+def test_every_byte_string_round_trips(kind, data, encoders) -> None:
+    assert encoders[kind].decode_bytes(encoders[kind].encode_bytes(data)) == data
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_that_are_text_encode_as_text(kind, encoders, texts) -> None:
+    assert encoders[kind].encode_bytes(texts[0].encode()).tolist() == encoders[kind].encode(texts[0]).tolist()
+
+
+def test_a_run_of_spaces_that_the_regex_engine_gives_up_on_is_encoded(tokenizers, encoders) -> None:
+    text = "a" + " " * 1_000_000 + "b"
+    with pytest.raises(ValueError, match="stack"):
+        encoders["bpe"]._tiktoken.encode_to_numpy(text)
+    assert encoders["bpe"].encode(text).tolist() == reference_ids(tokenizers["bpe"], text)
+
+
+def test_merges_that_skip_a_token_fall_back_to_the_tokenizer(tokenizers) -> None:
+    config = json.loads(tokenizers["bpe"].backend_tokenizer.to_str())
+    config["model"]["merges"].pop()
+    backend = type(tokenizers["bpe"].backend_tokenizer).from_str(json.dumps(config))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|pad|>")
+    last = token_bytes(tokenizer)[-1].decode()
+    ids = FastEncoder(tokenizer).encode(f"{last}\n{last}")
+    assert ids.tolist() == reference_ids(tokenizer, f"{last}\n{last}")
+    assert len(tokenizer) - 1 not in ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_tokenizer_comes_back_the_same(kind, tokenizers, texts, tmp_path: Path) -> None:
+    tokenizers[kind].save_pretrained(tmp_path)
+    for loaded in (load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
+        assert loaded(texts[0], verbose=False)["input_ids"] == tokenizers[kind](texts[0], verbose=False)["input_ids"]
+        assert (loaded.bos_token, loaded.eos_token, loaded.pad_token) == ("<|endoftext|>", "<|endoftext|>", "<|pad|>")
+        assert (loaded.eos_token_id, loaded.pad_token_id, loaded.model_max_length) == (0, 1, 1024)
+        assert loaded.decode(loaded("a , b . n't")["input_ids"]) == "a , b . n't"
+        assert token_bytes(loaded) == token_bytes(tokenizers[kind])
+
+
+def test_the_pre_tokenizer_is_gpt2s(tokenizers) -> None:
+    config = json.loads(tokenizers["bpe"].backend_tokenizer.to_str())
+    assert config["pre_tokenizer"] == {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    assert config["normalizer"] is None and config["post_processor"]["special_tokens"] == {}
+
+
+def test_training_is_deterministic(tokenizers, texts) -> None:
+    again = train_tokenizer(TokenizerSettings(vocab_size=700), texts)
+    assert again.backend_tokenizer.to_str() == tokenizers["bpe"].backend_tokenizer.to_str()
+
+
+def test_every_byte_has_a_token_and_specials_stand_for_none(tokenizers) -> None:
+    for kind, tokenizer in tokenizers.items():
+        spelled = token_bytes(tokenizer)
+        assert len(spelled) == len(tokenizer) and spelled[:2] == [b"", b""]
+        assert all(spelled[2:]), kind
+        assert {bytes([byte]) for byte in range(256)} <= set(spelled)
+    assert len(tokenizers["bpe"]) == 700
+
+
+def test_every_character_of_the_text_is_one_token(tokenizers, encoders, texts) -> None:
+    characters = sorted(set("".join(texts)))
+    assert len(tokenizers["char"]) == 2 + 256 + len(characters)
+    assert len(encoders["char"].encode("".join(characters))) == len(characters)
+    assert len(encoders["char"].encode("語")) == 3
+
+
+def test_a_vocabulary_larger_than_the_text_allows_says_what_it_reached() -> None:
+    text = "the cat and the other cat"
+    with pytest.raises(PipelineError, match=r"vocab_size is 4,096, but .* only gives 2\d\d tokens") as raised:
+        train_tokenizer(TokenizerSettings(vocab_size=4096), [text])
+    reached = int(str(raised.value).split("set it to ")[1].split(" ")[0])
+    assert len(train_tokenizer(TokenizerSettings(vocab_size=reached), [text])) == reached
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"no tokenizer\.json in "):
+        load_tokenizer(tmp_path)
+
+
+def test_a_sample_is_spread_evenly_and_stays_within_its_bytes() -> None:
+    source = random.Random(0)
+    documents = [chr(0x4E00 + number) * source.randint(1, 400) for number in range(500)]
+    total = sum(len(text.encode()) for text in documents)
+    sample = list(even_sample(documents, total, total // 10))
+    assert 0.9 * total / 10 < sum(len(text.encode()) for text in sample) <= total // 10
+    places = np.array([ord(text[0]) - 0x4E00 for text in sample])
+    assert np.histogram(places, bins=5, range=(0, 500))[0].min() >= 5
+    assert list(even_sample(documents, total, 0)) == documents == list(even_sample(documents, total, total))
+
+
+def test_one_long_document_is_sampled_throughout() -> None:
+    text = "".join(chr(0x100 + number) * 65_536 for number in range(20))
+    sample = "".join(even_sample([text], len(text.encode()), len(text.encode()) // 4))
+    assert [ord(character) - 0x100 for character in sorted(set(sample))] == [0, 4, 8, 12, 16]

@@ -1,0 +1,411 @@
+"""REX: a decoder-only language model, native to transformers.
+
+Grouped-query attention, rotary embeddings, SwiGLU, no biases, and RMSNorm before and after each branch:
+`x + post_norm(branch(pre_norm(x)))`. With `post_norm=False` it is the Llama arithmetic, else that of GLM-4-0414;
+`model/export.py` converts to both layouts. Class and module names are the ones that transformers looks for.
+This file and `configuration_rex.py` travel with every checkpoint, so they import nothing of this project but each other.
+
+Shapes: B batch, T new tokens, S all tokens (cached and new), D hidden size, F intermediate size, H query heads,
+G key/value heads, K head dimension, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_rex import RexConfig
+
+
+class RexRMSNorm(nn.Module):
+    """Root mean square normalization (https://arxiv.org/abs/1910.07467); statistics in float32, as in Llama and GLM-4.
+
+    initial_gain: what `weight` starts from.
+    """
+
+    def __init__(self, size: int, eps: float, initial_gain: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((size,), initial_gain))
+        self.eps = eps
+        self.initial_gain = initial_gain
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Normalize the last dimension; shape and dtype stay."""
+        normed_BTD = functional.rms_norm(x_BTD.float(), (x_BTD.shape[-1],), None, self.eps)
+        return self.weight * normed_BTD.to(x_BTD.dtype)
+
+    def extra_repr(self) -> str:
+        """Shape and epsilon, as `print(model)` shows them."""
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class RexRotaryEmbedding(nn.Module):
+    """Cosines and sines of rotary position embeddings (https://arxiv.org/abs/2104.09864).
+
+    The buffers are not saved. transformers restores them after building on the meta device, by the names used here:
+    `rope_type`, `inv_freq`, `original_inv_freq`, `compute_default_rope_parameters`.
+    """
+
+    inv_freq: Tensor
+    original_inv_freq: Tensor
+
+    def __init__(self, config: RexConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type: str = config.rope_parameters["rope_type"]  # type: ignore[index,assignment]
+        compute = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+        inv_freq, self.attention_scaling = compute(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: RexConfig, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
+        """Inverse frequencies, shape (K / 2,), and the factor on cosines and sines."""
+        head_dim, theta = config.head_dim, config.rope_parameters["rope_theta"]  # type: ignore[index]
+        return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim), 1.0  # type: ignore
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # `model.to(torch.bfloat16)` would round the frequencies to 8 bits: at position 1,000 an angle is off by radians.
+        # Shown as integers they follow the device and keep their bits.
+        for name in ("inv_freq", "original_inv_freq"):
+            setattr(self, name, fn(getattr(self, name).view(torch.int32)).view(torch.float32))
+        return self
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x_BTD: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines in x's dtype, each (B, T, K / 2), for position_ids (B, T)."""
+        # Angles in float32: in bfloat16, positions above 256 would coincide.
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x_BTD.device, dtype=torch.float)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x_BTD.dtype), sin.to(x_BTD.dtype)
+
+
+def rotate(x_BHTK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + K/2]) by its position's angle; cos and sin are (B, 1, T, K / 2)."""
+    a, b = x_BHTK.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def eager_attention_forward(
+    module: "RexAttention",
+    query_BHTK: Tensor,
+    key_BGSK: Tensor,
+    value_BGSK: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out, the implementation "eager": output (B, T, H, K) and weights (B, H, T, S).
+
+    attention_mask: added to the scores, broadcast to (B, H, T, S).
+    """
+    key_BHSK = key_BGSK.repeat_interleave(module.num_key_value_groups, dim=1)
+    value_BHSK = value_BGSK.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores_BHTS = query_BHTK @ key_BHSK.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores_BHTS = scores_BHTS + attention_mask
+    # float64 stays float64: as float32 the mask's lowest float64 number would be -inf and rows of padding NaN.
+    accumulate = torch.promote_types(scores_BHTS.dtype, torch.float32)
+    weights_BHTS = functional.softmax(scores_BHTS, dim=-1, dtype=accumulate).to(query_BHTK.dtype)
+    weights_BHTS = functional.dropout(weights_BHTS, p=dropout, training=module.training)
+    return (weights_BHTS @ value_BHSK).transpose(1, 2).contiguous(), weights_BHTS
+
+
+class RexAttention(nn.Module):
+    """Causal grouped-query attention over the tokens given and those in the cache."""
+
+    def __init__(self, config: RexConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim: int = config.head_dim  # type: ignore[assignment]  # RexConfig fills it in
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        query_size, kv_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.o_proj.ends_branch = True  # type: ignore[assignment]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output (B, T, D) and, from implementations that give them, attention weights.
+
+        position_embeddings: cosines and sines, each (B, T, K / 2). kwargs go to the attention implementation as they are.
+        """
+        batch_and_tokens = hidden_states.shape[:-1]
+        heads = (*batch_and_tokens, -1, self.head_dim)
+        query_BHTK = self.q_proj(hidden_states).view(heads).transpose(1, 2)
+        key_BGTK = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        cos, sin = (part.unsqueeze(1) for part in position_embeddings)
+        query_BHTK, key = rotate(query_BHTK, cos, sin), rotate(key_BGTK, cos, sin)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        mixed, weights = attend(
+            self,
+            query_BHTK,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(mixed.reshape(*batch_and_tokens, -1)), weights
+
+
+class RexMLP(nn.Module):
+    """SwiGLU (https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, config: RexConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj.ends_branch = True  # type: ignore[assignment]
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Shape (B, T, D) in and out."""
+        return self.down_proj(functional.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class RexDecoderLayer(GradientCheckpointingLayer):
+    """Attention, then SwiGLU, each a residual branch between its norms."""
+
+    def __init__(self, config: RexConfig, layer_idx: int) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = RexAttention(config, layer_idx)
+        self.mlp = RexMLP(config)
+        # GLM-4's names. The weight-decay filter of transformers' Trainer knows norms by "layernorm" in the name.
+        self.input_layernorm = RexRMSNorm(size, eps)
+        self.post_attention_layernorm = RexRMSNorm(size, eps)
+        self.post_self_attn_layernorm: nn.Module = nn.Identity()
+        self.post_mlp_layernorm: nn.Module = nn.Identity()
+        if config.post_norm:
+            # The gain is a branch's size, whatever the projection before it: started at the embedding's own size, so that
+            # the first branches do not drown which token it is. Started at 1, the loss falls much more slowly.
+            self.post_self_attn_layernorm = RexRMSNorm(size, eps, initial_gain=config.initializer_range)
+            self.post_mlp_layernorm = RexRMSNorm(size, eps, initial_gain=config.initializer_range)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Shape (B, T, D) in and out; `position_embeddings` is always given."""
+        branch, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + self.post_self_attn_layernorm(branch)
+        branch = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.post_mlp_layernorm(branch)
+
+
+class RexPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+    """What transformers needs to know to load, initialize, shard and compile REX."""
+
+    config: RexConfig
+    config_class = RexConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RexDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": RexDecoderLayer, "attentions": RexAttention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal with std `initializer_range`; norms as they say.
+
+        Without post-norms, the projections that end the 2 L branches start smaller by 1 / sqrt(2 L), so that depth does
+        not raise their sum (GPT-2). With post-norms, that scale would be normalized away.
+        """
+        super()._init_weights(module)
+        if isinstance(module, RexRMSNorm):
+            init.constant_(module.weight, module.initial_gain)
+        elif isinstance(module, nn.Linear) and hasattr(module, "ends_branch") and not self.config.post_norm:
+            branches = 2 * self.config.num_hidden_layers
+            init.normal_(module.weight, std=self.config.initializer_range / branches**0.5)
+
+
+class RexModel(RexPreTrainedModel):
+    """Token ids to hidden states: embedding, decoder layers, final norm."""
+
+    def __init__(self, config: RexConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([RexDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = RexRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RexRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states (B, T, D) of `input_ids` (B, T) or `inputs_embeds` (B, T, D); exactly one of them is given.
+
+        attention_mask: (B, S), 0 for padding, or a mask (B, 1, T, S) for the attention implementation in use.
+        position_ids: (B, T); counted on from the cache when left out. Without mask and cache, positions that start over
+        within a row mark packed sequences, which do not see each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        # Asked before a new cache and default positions come in: with either, transformers builds a mask tensor under
+        # torch.compile, and a mask tensor rules out the flash kernels.
+        is_plain_causal = (
+            attention_mask is None
+            and position_ids is None
+            and past_key_values is None
+            and self.config._attn_implementation == "sdpa"
+            and getattr(self.config, "is_causal", True)
+        )
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+        mask = None
+        if not is_plain_causal:
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class RexForCausalLM(RexPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """REX with a language-model head, tied to the embedding unless the configuration says otherwise."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+
+    def __init__(self, config: RexConfig) -> None:
+        super().__init__(config)
+        self.model = RexModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, V), or of the last `logits_to_keep` tokens (an int) or those at its indices (a tensor).
+
+        labels: (B, T), the input ids, shifted here; -100 is left out. The loss is nats per predicted token, or their sum
+        over `num_items_in_batch` where the Trainer passes that. The other arguments: `RexModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["RexForCausalLM", "RexModel", "RexPreTrainedModel"]
+
+# As remote code this file is one of several that may be loaded, and must not take the name from the package's own.
+if not __name__.startswith("transformers_modules."):
+    AutoConfig.register("rex", RexConfig, exist_ok=True)
+    AutoModel.register(RexConfig, RexModel, exist_ok=True)
+    AutoModelForCausalLM.register(RexConfig, RexForCausalLM, exist_ok=True)
+    # Saving copies the two files beside the weights.
+    RexConfig.register_for_auto_class()
+    RexModel.register_for_auto_class("AutoModel")
+    RexForCausalLM.register_for_auto_class("AutoModelForCausalLM")

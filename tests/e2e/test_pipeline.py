@@ -1,0 +1,128 @@
+"""The `smoke` pipeline through the real CLI: what it leaves behind, and what a mistake leaves untouched."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from model.artifact import verify
+from tests.e2e.workplace import REPO, Workplace
+
+pytestmark = pytest.mark.e2e
+ASSETS = ["corpus", "tokenized_dataset", "trained_checkpoint", "quantized_model", "benchmark_report", "packaged_bento"]
+
+
+def mlflow_client(workplace: Workplace):
+    import mlflow
+
+    return mlflow.MlflowClient(f"sqlite:///{workplace.var / 'mlflow.db'}")
+
+
+def mlflow_runs(workplace: Workplace) -> list:
+    client = mlflow_client(workplace)
+    return client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+
+
+@pytest.mark.parametrize("asset", ASSETS)
+def test_every_asset_is_a_complete_artifact_that_names_its_sources(smoke, asset):
+    verify(smoke.latest(asset))
+    manifest = smoke.manifest(asset)
+    for upstream, version in manifest["upstream"].items():
+        assert smoke.manifest(upstream)["content_hash"] == version
+    assert bool(manifest["upstream"]) == (asset != "corpus")
+
+
+def test_the_report_holds_numbers_tables_and_both_plots(smoke):
+    report = smoke.latest("benchmark_report")
+    assert json.loads((report / "report.json").read_text())["schema_version"]
+    markdown = (report / "report.md").read_text()
+    assert "kv_cache.png" in markdown and "model_benchmark_comparison.png" in markdown
+    for name in ("kv_cache.png", "model_benchmark_comparison.png"):
+        assert (report / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_checkpoint_loads_in_a_process_that_has_only_transformers(smoke, tmp_path):
+    program = """
+import sys, torch
+sys.path[:] = [p for p in sys.path if p not in ("", sys.argv[2])]
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+assert not type(model).__module__.startswith("model."), type(model).__module__
+ids = tokenizer("def ", return_tensors="pt").input_ids
+out = model.generate(ids, max_new_tokens=8, do_sample=False)
+print(out.shape[1] > ids.shape[1], model.lm_head.weight is model.model.embed_tokens.weight)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(smoke.latest("trained_checkpoint")), str(REPO)],
+        cwd=tmp_path,
+        env={**smoke.env, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "True True", done.stderr[-3000:]
+
+
+def test_mlflow_has_one_finished_run_an_asset_with_params_metrics_and_models(smoke):
+    runs = mlflow_runs(smoke)
+    by_asset = {run.data.tags["dagster.asset"]: run for run in runs if "dagster.asset" in run.data.tags}
+    assert set(by_asset) == set(ASSETS)
+    training = by_asset["trained_checkpoint"]
+    assert training.data.params["training.max_steps"] == "60"
+    history = mlflow_client(smoke).get_metric_history(training.info.run_id, "loss")
+    assert len(history) > 3 and history[-1].value < history[0].value
+    client = mlflow_client(smoke)
+    assert len(client.search_model_versions("name='rex-smoke'")) == 2
+    assert client.get_model_version_by_alias("rex-smoke", "champion")
+
+
+def test_a_part_of_the_pipeline_is_materialized_by_name_and_gives_the_same_bits(smoke):
+    before = smoke.manifest("trained_checkpoint")["files"]["model.safetensors"]
+    result = smoke.run(
+        "dagster", "asset", "materialize", "-m", "llm_assets.definitions",
+        "--select", "trained_checkpoint,quantized_model", "--partition", "smoke",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert smoke.manifest("trained_checkpoint")["files"]["model.safetensors"] == before
+
+
+@pytest.mark.parametrize(
+    ("asset", "overrides", "says"),
+    [
+        ("corpus", ["corpus=files", "corpus.paths=[/nowhere/*.txt]"], "/nowhere/*.txt"),
+        ("tokenized_dataset", ["tokenizer.vocab_size=60000"], "vocab_size"),
+        ("trained_checkpoint", ["tokenizer.vocab_size=600"], "vocab_size"),
+        ("trained_checkpoint", ["training.muon_learning_rate=1e30", "training.max_grad_norm=0"], "step"),
+        ("corpus", ["training.max_step=1"], "max_step"),
+    ],
+    ids=["no file", "vocabulary too large", "upstream of another config", "loss becomes NaN", "unknown option"],
+)
+def test_a_mistake_fails_in_one_line_and_leaves_the_last_good_artifact(smoke, asset, overrides, says):
+    before = {name: smoke.latest(name) for name in ASSETS}
+    config = {"resources": {"hydra": {"config": {"overrides": overrides}}}}
+    result = smoke.run(
+        "dagster", "asset", "materialize", "-m", "llm_assets.definitions", "--select", asset,
+        "--partition", "smoke", "--config-json", json.dumps(config),
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert says in result.stdout, result.stdout[-3000:]
+    for name, path in before.items():
+        assert smoke.latest(name) == path
+        verify(path)
+
+
+def test_a_failed_run_is_failed_in_mlflow(smoke):
+    runs = mlflow_runs(smoke)
+    statuses = {run.info.status for run in runs}
+    assert statuses == {"FINISHED", "FAILED"}, [(run.info.run_name, run.info.status) for run in runs]
+
+
+def test_an_unknown_experiment_names_the_known_ones(smoke):
+    result = smoke.run(
+        "dagster", "job", "execute", "-m", "llm_assets.definitions", "-j", "llm_pipeline",
+        "--tags", '{"dagster/partition": "smokes"}',
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "smokes" in result.stdout and "shakespeare_char" in result.stdout

@@ -1,0 +1,111 @@
+"""Runs launched and cancelled from the Dagster webserver, as the UI does it: over GraphQL, through the daemon's queue."""
+
+import subprocess
+import time
+
+import httpx
+import pytest
+
+from tests.e2e.test_pipeline import mlflow_runs
+from tests.e2e.workplace import BIN, REPO, free_port, new_workplace, stop, wait_for
+
+pytestmark = pytest.mark.e2e
+
+LAUNCH = """
+mutation Launch($params: ExecutionParams!) {
+  launchRun(executionParams: $params) {
+    __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message }
+  }
+}"""
+STATUS = "query Status($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }"
+TERMINATE = "mutation Terminate($id: String!) { terminateRun(runId: $id) { __typename } }"
+
+
+@pytest.fixture(scope="module")
+def dagster(tmp_path_factory):
+    """`dagster dev`: webserver, daemon and code location, with a state of its own."""
+    workplace = new_workplace(tmp_path_factory.mktemp("webserver"))
+    port, log = free_port(), workplace.root / "dagster.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [str(BIN / "dagster"), "dev", "--host", "127.0.0.1", "--port", str(port)],
+            cwd=REPO,
+            env=workplace.env,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        wait_for(f"http://127.0.0.1:{port}/server_info", process, log)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            yield workplace, client
+    finally:
+        stop(process)
+
+
+def ask(client: httpx.Client, query: str, **variables):
+    answer = client.post("/graphql", json={"query": query, "variables": variables}).json()
+    assert "errors" not in answer, answer
+    return answer["data"]
+
+
+def launch(client: httpx.Client, overrides: list[str]) -> str:
+    """Start `corpus` to `trained_checkpoint` of `smoke`; returns the run's id."""
+    params = {
+        "selector": {
+            "repositoryLocationName": "llm_assets",
+            "repositoryName": "__repository__",
+            "pipelineName": "__ASSET_JOB",
+            "assetSelection": [{"path": [name]} for name in ("corpus", "tokenized_dataset", "trained_checkpoint")],
+        },
+        "runConfigData": {"resources": {"hydra": {"config": {"overrides": overrides}}}},
+        "executionMetadata": {"tags": [{"key": "dagster/partition", "value": "smoke"}]},
+    }
+    started = ask(client, LAUNCH, params=params)["launchRun"]
+    assert started["__typename"] == "LaunchRunSuccess", started
+    return started["run"]["runId"]
+
+
+def wait_until(condition, seconds: float = 180):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.5)
+    return pytest.fail(f"not reached within {seconds} s")
+
+
+def ended(client: httpx.Client, run_id: str) -> str:
+    def status():
+        found = ask(client, STATUS, id=run_id)["runOrError"]["status"]
+        return found if found in ("SUCCESS", "FAILURE", "CANCELED") else None
+
+    return wait_until(status)
+
+
+def training_status(workplace, run_id: str) -> str | None:
+    if not (workplace.var / "mlflow.db").exists():
+        return None
+    for run in mlflow_runs(workplace):
+        tags = run.data.tags
+        if tags.get("dagster_run_id") == run_id and tags.get("dagster.asset") == "trained_checkpoint":
+            return run.info.status
+    return None
+
+
+def test_a_run_from_the_ui_succeeds_and_is_finished_in_mlflow(dagster):
+    workplace, client = dagster
+    run_id = launch(client, [])
+    assert ended(client, run_id) == "SUCCESS"
+    assert training_status(workplace, run_id) == "FINISHED"
+
+
+def test_a_cancelled_run_is_killed_in_mlflow_and_the_next_one_succeeds(dagster):
+    workplace, client = dagster
+    before = workplace.latest("trained_checkpoint")
+    overrides = ["training.max_steps=5000", "training.seed=3"]
+    run_id = launch(client, overrides)
+    wait_until(lambda: training_status(workplace, run_id) == "RUNNING")
+    ask(client, TERMINATE, id=run_id)
+    assert ended(client, run_id) == "CANCELED"
+    assert training_status(workplace, run_id) == "KILLED"
+    assert workplace.latest("trained_checkpoint") == before

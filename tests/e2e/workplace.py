@@ -1,0 +1,95 @@
+"""Real processes for the end-to-end tests: the Dagster CLI, the BentoML server, each with state of its own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+
+@dataclass
+class Workplace:
+    """A user's state, apart from every other test's: artifacts, MLflow, Dagster and the BentoML store."""
+
+    root: Path
+
+    @property
+    def var(self) -> Path:
+        return self.root / "var"
+
+    @property
+    def env(self) -> dict[str, str]:
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("DAGSTER", "MLFLOW", "BENTOML", "REX_"))}
+        return {
+            **inherited,
+            "LLM_ASSETS_VAR": str(self.var),
+            "DAGSTER_HOME": str(self.root / "dagster"),
+            "BENTOML_HOME": str(self.root / "bentoml"),
+            "BENTOML_DO_NOT_TRACK": "True",
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def run(self, *command: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """Run one of the environment's commands in the repository, as a user would; stdout and stderr come together."""
+        return subprocess.run(
+            [str(BIN / command[0]), *command[1:]],
+            cwd=REPO,
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def latest(self, asset: str, experiment: str = "smoke") -> Path:
+        """The directory of the newest artifact."""
+        folder = self.var / "artifacts" / asset / experiment
+        return folder / (folder / "LATEST").read_text().strip()
+
+    def manifest(self, asset: str, experiment: str = "smoke") -> dict:
+        return json.loads((self.latest(asset, experiment) / "manifest.json").read_text())
+
+
+def new_workplace(root: Path) -> Workplace:
+    (root / "dagster").mkdir(parents=True)
+    (root / "dagster" / "dagster.yaml").write_bytes((REPO / "dagster.yaml").read_bytes())
+    return Workplace(root)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(url: str, process: subprocess.Popen, log: Path, seconds: float = 120) -> None:
+    """Wait until `url` answers 200; fail with the process's log if it ends or never answers."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            pytest.fail(f"ended with {process.returncode} before {url} answered:\n{log.read_text()[-3000:]}")
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.3)
+    pytest.fail(f"{url} did not answer within {seconds} s:\n{log.read_text()[-3000:]}")
+
+
+def stop(process: subprocess.Popen, sig: int = signal.SIGTERM, seconds: float = 60) -> int:
+    """Send a signal to a process that the test started and return its exit status."""
+    process.send_signal(sig)
+    return process.wait(seconds)

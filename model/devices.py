@@ -1,0 +1,50 @@
+"""Which device and which precision a stage runs on: `auto` resolved, and a clear error for a device that is not there.
+
+bfloat16 is chosen by itself only where it is fast: NVIDIA GPUs with native support, and processors with AMX or
+AVX512-BF16. Elsewhere the processor emulates it (on AVX2 a 256 x 256 product takes about 50 times as long as float32).
+"""
+
+from typing import Literal
+
+import torch
+
+from model.errors import PipelineError
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+def resolve_device(name: str, *, setting: str = "training.device") -> torch.device:
+    """The device for "auto" (the GPU where there is one), "cpu" or "cuda".
+
+    setting: the setting that an error names. Raises PipelineError where a GPU is asked for and PyTorch sees none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
+        raise PipelineError(
+            f"{setting} is {name!r}: PyTorch {torch.__version__} ({build}) sees no GPU; set it to 'cpu' or 'auto'"
+        )
+    return device
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def resolve_precision(precision: str, device: torch.device, *, setting: str = "training.precision") -> Precision:
+    """The precision for "auto" (bfloat16 where it is fast, else float32) or the one that was asked for.
+
+    Raises PipelineError for float16 without a GPU: it needs gradient scaling, which PyTorch has for GPUs only.
+    """
+    if precision == "auto":
+        return "bfloat16" if has_fast_bfloat16(device) else "float32"
+    if precision == "float16" and device.type == "cpu":
+        raise PipelineError(f"{setting} is 'float16' on the CPU: expected a GPU; set it to 'float32' or 'bfloat16'")
+    if precision not in ("float32", "bfloat16", "float16"):
+        raise PipelineError(f"{setting} is {precision!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'")
+    return precision  # type: ignore[return-value]

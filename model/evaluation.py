@@ -1,0 +1,137 @@
+"""How well a model predicts held-out text: loss, perplexity, bits per byte, and agreement of two models.
+
+Bits per byte do not depend on the tokenizer, so models with different vocabularies compare. Everything is computed
+from the windows of a TokenDataset, one window's logits at a time, in float64 sums.
+Legend: `B` windows in a batch, `T` tokens of a window, `V` vocabulary.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from model.errors import PipelineError
+from model.progress import Log, Progress, silent
+from model.text.tokens import TokenDataset
+
+
+@dataclass
+class Evaluation:
+    """What a model scored on held-out text."""
+
+    loss: float
+    """Mean negative log-likelihood, nats per predicted token."""
+    bits_per_byte: float
+    perplexity: float
+    tokens: int
+    """Tokens predicted."""
+    bytes: int
+    """Bytes of text that those tokens stand for."""
+
+
+@dataclass
+class Agreement:
+    """How closely a model follows a reference on the same text."""
+
+    top1_agreement: float
+    """Share of positions, 0 to 1, at which both find the same token most likely."""
+    kl_divergence: float
+    """Mean KL(reference || model), nats per token."""
+
+
+@torch.no_grad()  # not inference_mode: what the model caches under it could not be used in training again
+def evaluate(
+    model: PreTrainedModel,
+    dataset: TokenDataset,
+    *,
+    batch_size: int = 4,
+    max_windows: int | None = None,
+    log: Log = silent,
+) -> Evaluation:
+    """Loss and bits per byte of `model` on a split.
+
+    max_windows: evaluate so many windows, evenly spread and always the same; None for the whole split, in which every
+    token but the first is predicted exactly once (the last, shorter window included).
+    bits_per_byte = sum of the predicted tokens' nats / ln 2 / the bytes that those tokens stand for. An end-of-text
+    token stands for 0 bytes and its cost counts: it is the cost of telling where a document ends.
+    Raises PipelineError where there is nothing to predict.
+    """
+    progress = Progress(log, "evaluation", sum(_count(dataset, max_windows)), "windows")
+    byte_counts_V = torch.from_numpy(dataset.byte_counts)
+    nats, tokens, text_bytes = 0.0, 0, 0
+    for ids_BT, (logits_BTV,) in _forward([model], _batches(dataset, batch_size, max_windows)):
+        for ids_T, logits_TV in zip(ids_BT, logits_BTV, strict=True):  # one window's float32 logits at a time
+            loss_T = functional.cross_entropy(logits_TV[:-1].float(), ids_T[1:].to(logits_TV.device), reduction="none")
+            nats += loss_T.double().sum().item()
+            tokens += loss_T.numel()
+            text_bytes += int(byte_counts_V[ids_T[1:]].sum())
+        progress.advance(len(ids_BT))
+    if text_bytes == 0:
+        raise PipelineError("the evaluated windows hold no text: expected at least one byte; use a larger corpus")
+    loss = nats / tokens
+    return Evaluation(
+        loss=loss,
+        bits_per_byte=nats / math.log(2) / text_bytes,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        tokens=tokens,
+        bytes=text_bytes,
+    )
+
+
+@torch.no_grad()
+def compare(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    dataset: TokenDataset,
+    *,
+    max_windows: int | None,
+    batch_size: int = 4,
+) -> Agreement:
+    """How closely `model` follows `reference` on the windows that `evaluate` would take."""
+    same, divergence, tokens = 0, 0.0, 0
+    for _, (logits_BTV, expected_BTV) in _forward([model, reference], _batches(dataset, batch_size, max_windows)):
+        for logits_TV, expected_TV in zip(logits_BTV, expected_BTV, strict=True):
+            log_q_TV = functional.log_softmax(logits_TV[:-1].float(), dim=-1)
+            log_p_TV = functional.log_softmax(expected_TV[:-1].float().to(log_q_TV.device), dim=-1)
+            same += int((log_q_TV.argmax(-1) == log_p_TV.argmax(-1)).sum())
+            divergence += (log_p_TV.exp() * (log_p_TV - log_q_TV)).double().sum().item()
+            tokens += len(log_q_TV)
+    return Agreement(top1_agreement=same / tokens, kl_divergence=divergence / tokens)
+
+
+def _count(dataset: TokenDataset, max_windows: int | None) -> tuple[int, bool]:
+    """Whole windows to evaluate, and whether the shorter one at the split's end is one of them."""
+    whole = len(dataset)
+    if max_windows is not None and max_windows <= whole:
+        return max_windows, False
+    return whole, len(dataset.tokens) - whole * (dataset.sequence_length - 1) > 1
+
+
+def _batches(dataset: TokenDataset, batch_size: int, max_windows: int | None) -> Iterator[Tensor]:
+    """Token ids of the windows, shape (B, T), read from disk as they are needed."""
+    count, has_tail = _count(dataset, max_windows)
+    if count == 0 and not has_tail:
+        raise PipelineError("the split has no token to predict: expected at least 2 tokens; use a larger corpus")
+    for start in range(0, count, batch_size):
+        indices = [i * len(dataset) // count for i in range(start, min(start + batch_size, count))]
+        yield torch.stack([dataset[i]["input_ids"] for i in indices])
+    if has_tail:
+        tail = dataset.tokens[len(dataset) * (dataset.sequence_length - 1) :]
+        yield torch.from_numpy(tail.astype("int64")).unsqueeze(0)
+
+
+def _forward(models: list[PreTrainedModel], batches: Iterator[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """(ids (B, T), each model's logits (B, T, V)) per batch; leaves the models in the mode they were in."""
+    modes = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        for ids_BT in batches:
+            yield ids_BT, [m(input_ids=ids_BT.to(m.device), use_cache=False).logits for m in models]
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)

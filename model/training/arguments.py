@@ -1,0 +1,100 @@
+"""TrainingSettings as transformers.TrainingArguments: what is ours, what passes through, what is refused."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from model.devices import Precision
+from model.errors import PipelineError
+from model.settings import TrainingSettings
+
+# These hold the loop together (resume, evaluation, logging): a value from outside would break it silently.
+_FIXED = frozenset(
+    {
+        "output_dir",
+        "eval_strategy",
+        "eval_on_start",
+        "save_strategy",
+        "logging_strategy",
+        "load_best_model_at_end",
+        "save_only_model",
+        "metric_for_best_model",
+        "greater_is_better",
+        "logging_nan_inf_filter",
+        "disable_tqdm",
+        "report_to",
+        "use_cpu",
+        "bf16",
+        "fp16",
+        "num_train_epochs",
+        "ignore_data_skip",
+        "push_to_hub",
+        "resume_from_checkpoint",
+    }
+)
+
+
+def training_arguments(
+    settings: TrainingSettings, scratch_dir: Path, device: torch.device, precision: Precision
+) -> TrainingArguments:
+    """The TrainingArguments of a run; `settings.arguments` are taken over verbatim.
+
+    Raises PipelineError for an unknown name, a name that a setting or the loop already fixes, or a refused value.
+    """
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    ours = {field.name for field in dataclasses.fields(TrainingSettings)}
+    for name in settings.arguments:
+        if name in ours:
+            raise PipelineError(f"training.arguments names {name!r}: set training.{name} itself")
+        if name in _FIXED:
+            raise PipelineError(f"training.arguments names {name!r}: the training loop fixes it; remove it")
+        if name not in known:
+            raise PipelineError(
+                f"training.arguments names {name!r}: expected a name of transformers.TrainingArguments; correct it"
+            )
+    values: dict[str, Any] = {
+        "output_dir": str(scratch_dir),
+        "max_steps": settings.max_steps,
+        "per_device_train_batch_size": settings.per_device_train_batch_size,
+        "per_device_eval_batch_size": settings.per_device_eval_batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "learning_rate": settings.learning_rate,
+        "weight_decay": settings.weight_decay,
+        "adam_beta1": settings.adam_beta1,
+        "adam_beta2": settings.adam_beta2,
+        "max_grad_norm": settings.max_grad_norm,
+        "warmup_steps": settings.warmup_steps,
+        "bf16": precision == "bfloat16",
+        "fp16": precision == "float16",
+        "use_cpu": device.type == "cpu",
+        "torch_compile": settings.torch_compile,
+        "activation_checkpointing": settings.activation_checkpointing,
+        "eval_strategy": "steps",
+        "eval_steps": settings.eval_steps,
+        "save_strategy": "steps",
+        "save_steps": settings.save_steps,
+        "save_total_limit": settings.save_total_limit,
+        "logging_strategy": "steps",
+        "logging_steps": settings.logging_steps,
+        "logging_nan_inf_filter": False,  # it would hide a diverged loss behind an average
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "seed": settings.seed,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": device.type == "cuda",
+        **settings.arguments,
+    }
+    try:
+        arguments = TrainingArguments(**values)
+    except (TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise PipelineError(
+            f"training.arguments {settings.arguments} refused by TrainingArguments: {reason}"
+        ) from error
+    if device.type == "cuda" and arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # several GPUs in one process would mean DataParallel; they are used by one process each
+    return arguments

@@ -1,0 +1,163 @@
+"""What a training leaves behind: weights, tokenizer, custom code, model card, curves, samples and summary."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from model.errors import full_disk_as_error
+from model.modeling_rex import RexForCausalLM
+from model.settings import ExperimentSettings
+from model.training.curves import plot_loss
+
+if TYPE_CHECKING:
+    from model.training.trainer import TrainingSummary
+
+
+def sample_texts(
+    model: RexForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[str], tokens: int, *, seed: int = 0
+) -> dict[str, str]:
+    """Continuation of each prompt: at most `tokens` tokens, sampled at temperature 0.8 from the 40 most likely.
+
+    The global generator stays as it was, so sampling in the middle of a training does not change it.
+    """
+    texts: dict[str, str] = {}
+    was_training = model.training
+    model.eval()
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(seed)
+        for prompt in prompts if tokens else []:
+            ids_1T = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+            room = model.config.max_position_embeddings - ids_1T.shape[1]
+            if ids_1T.shape[1] == 0 or room < 1:
+                continue
+            output_1T = model.generate(  # type: ignore[misc]  # a mixin that transformers leaves untyped
+                input_ids=ids_1T,
+                attention_mask=torch.ones_like(ids_1T),
+                max_new_tokens=min(tokens, room),
+                do_sample=True,
+                temperature=0.8,
+                top_k=40,
+                use_cache=True,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            texts[prompt] = str(tokenizer.decode(output_1T[0, ids_1T.shape[1] :], skip_special_tokens=True))
+    model.train(was_training)
+    return texts
+
+
+def write_outputs(
+    settings: ExperimentSettings,
+    model: RexForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    history: list[dict[str, Any]],
+    summary: "TrainingSummary",
+    dataset_dir: Path,
+    output_dir: Path,
+) -> None:
+    """Write the checkpoint directory. Raises PipelineError where the disk takes no more."""
+    with full_disk_as_error(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model.save_pretrained(output_dir)
+        tokenizer.save_pretrained(output_dir)
+        _write_json(output_dir / "curves.json", history)
+        _write_json(output_dir / "samples.json", summary.samples)
+        _write_json(output_dir / "summary.json", dataclasses.asdict(summary))
+        (output_dir / "README.md").write_text(model_card(settings, model, summary, dataset_dir), encoding="utf-8")
+        plot_loss(history, output_dir / "loss.png", title=f"{settings.name}: loss")
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def model_card(
+    settings: ExperimentSettings, model: RexForCausalLM, summary: "TrainingSummary", dataset_dir: Path
+) -> str:
+    """The model's README: what it is, what it was trained on, what it scores, how to load it."""
+    config = model.config
+    dataset_file = dataset_dir / "summary.json"
+    dataset = json.loads(dataset_file.read_text(encoding="utf-8")) if dataset_file.is_file() else {}
+    numbers = {k: v for k, v in dataset.items() if isinstance(v, int | float | str) and not isinstance(v, bool)}
+    data_rows = "\n".join(f"| {key} | {_number(value)} |" for key, value in numbers.items())
+    fence = "`" * 4
+    samples = "\n\n".join(f"{fence}\n{prompt}{text}\n{fence}" for prompt, text in summary.samples.items())
+    norms = "before and after" if config.post_norm else "before"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [rex]
+---
+
+# {settings.name}
+
+{settings.description or "A REX language model."}
+
+| | |
+|---|---|
+| parameters | {summary.parameters:,} |
+| layers, hidden size, intermediate size | {config.num_hidden_layers}, {config.hidden_size}, {config.intermediate_size} |
+| query heads, key/value heads, head size | {config.num_attention_heads}, {config.num_key_value_heads}, {config.head_dim} |
+| vocabulary, context | {config.vocab_size:,} tokens, {config.max_position_embeddings:,} tokens |
+| architecture | decoder, grouped-query attention, rotary embeddings, SwiGLU, RMSNorm {norms} each branch |
+
+## Data
+
+Source: {settings.corpus.source}; licence: {settings.corpus.licence}.
+
+| | |
+|---|---|
+{data_rows}
+
+## Training
+
+| | |
+|---|---|
+| steps | {summary.steps:,} (best: {summary.best_step:,}) |
+| tokens | {summary.tokens:,} |
+| time | {summary.seconds:,.0f} s on {summary.device}, {summary.precision} |
+| tokens per second | {summary.tokens_per_second:,.0f} |
+| model FLOP/s | {summary.model_flops_per_second / 1e9:,.1f} G (6 N + 6 L T H K per token) |
+| optimizer | {settings.training.optim} |
+| seed | {settings.training.seed} |
+
+![loss](loss.png)
+
+## Score on the held-out validation split
+
+| | |
+|---|---|
+| bits per byte | {summary.bits_per_byte:.4f} |
+| loss (nats per token) | {summary.validation_loss:.4f} |
+
+## Load
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(".")
+inputs = tokenizer("The ", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=True)[0]))
+```
+
+## Samples
+
+{samples}
+"""
+
+
+def _number(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

@@ -1,0 +1,124 @@
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from model.build import build_config, build_model
+from model.modeling_rex import RexForCausalLM
+from model.settings import TrainingSettings
+from model.training.optimizer import MuonAdamW, build_optimizer, orthogonalize, parameter_groups, warmup_stable_decay
+from tests.model.training.tiny import experiment
+
+
+def make_model() -> RexForCausalLM:
+    config = build_config(experiment().model, 300, bos_token_id=0, eos_token_id=0, pad_token_id=1)
+    return build_model(config, seed=0).eval()  # no dropout: two models take the same steps
+
+
+def take_steps(model: RexForCausalLM, optimizer: torch.optim.Optimizer, count: int, first: int = 0) -> None:
+    for step in range(first, first + count):
+        ids_BT = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(step))
+        model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def assert_same_weights(one: RexForCausalLM, other: RexForCausalLM) -> None:
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def singular_values(matrix_RC: Tensor) -> Tensor:
+    return torch.linalg.svdvals(matrix_RC)
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 24), (2, 16, 48), (2, 48, 16)])
+def test_orthogonalized_matrices_have_singular_values_near_one(shape):
+    matrices_NRC = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 7
+    values = singular_values(orthogonalize(matrices_NRC, steps=10))
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
+def test_muon_is_the_one_of_torch_up_to_its_bfloat16():
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in [(24, 96), (24, 96), (80, 16)]]
+    theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    rates = {"lr": 0.02, "weight_decay": 0.1}
+    mine = MuonAdamW([{"params": ours, "kind": "muon", **rates}])
+    torchs = torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **rates)
+    start = [parameter.detach().clone() for parameter in ours]
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        mine.step()
+        torchs.step()
+    for one, other, before in zip(ours, theirs, start, strict=True):
+        assert (one - other).norm() / (other - before).norm() < 0.02
+
+
+def test_adamw_is_the_one_of_torch_to_the_last_bit():
+    settings = TrainingSettings(optim="adamw")
+    model, reference = make_model(), make_model()
+    ours = build_optimizer(model, settings)
+    groups = [{k: v for k, v in group.items() if k != "kind"} for group in parameter_groups(reference, settings)]
+    torchs = torch.optim.AdamW(groups, betas=(settings.adam_beta1, settings.adam_beta2), fused=True)
+    take_steps(model, ours, 3)
+    take_steps(reference, torchs, 3)
+    assert_same_weights(model, reference)
+
+
+@pytest.mark.parametrize("optim", ["muon", "adamw"])
+def test_a_saved_optimizer_goes_on_bit_exact(optim):
+    settings = TrainingSettings(optim=optim)
+    model = make_model()
+    optimizer = build_optimizer(model, settings)
+    take_steps(model, optimizer, 2)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    copied = copy.deepcopy(model)
+    take_steps(model, optimizer, 2, first=2)
+
+    restored = build_optimizer(copied, settings)
+    file.seek(0)
+    restored.load_state_dict(torch.load(file, weights_only=True))
+    take_steps(copied, restored, 2, first=2)
+    assert_same_weights(model, copied)
+
+
+def test_every_parameter_is_in_one_group_and_only_norms_do_not_decay():
+    model = make_model()
+    groups = parameter_groups(model, TrainingSettings())
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert (group["weight_decay"] == 0) == ("norm" in name), name
+            assert (group["kind"] == "muon") == ("_proj" in name), name
+
+
+def test_one_scheduler_drives_both_learning_rates_in_their_ratio():
+    settings = TrainingSettings(learning_rate=0.01, muon_learning_rate=0.03)
+    optimizer = build_optimizer(make_model(), settings)
+    scheduler = LambdaLR(optimizer, lambda step: warmup_stable_decay(step, warmup_steps=2, decay_steps=4, max_steps=10))
+    for _ in range(9):
+        optimizer.step()
+        scheduler.step()
+        rates = {group["kind"]: group["lr"] for group in optimizer.param_groups}
+        assert rates["muon"] == pytest.approx(3 * rates["adamw"])
+    assert rates["adamw"] == pytest.approx(0.01 / 4)
+
+
+def test_the_schedule_rises_stays_and_falls_to_zero():
+    factors = [warmup_stable_decay(step, warmup_steps=4, decay_steps=5, max_steps=12) for step in range(13)]
+    assert factors == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0])
+
+
+def test_a_schedule_without_warmup_or_decay_is_constant():
+    assert {warmup_stable_decay(step, warmup_steps=0, decay_steps=0, max_steps=5) for step in range(5)} == {1.0}

@@ -1,0 +1,134 @@
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model.errors import PipelineError
+from model.training import checkpoints
+from model.training.trainer import TrainingSummary, train
+from tests.model.training.tiny import experiment
+
+REPO = Path(__file__).resolve().parents[3]
+
+KILLED_BETWEEN_CHECKPOINTS = """
+def on_metrics(step, metrics):
+    if step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+KILLED_WHILE_WRITING_THE_SECOND_CHECKPOINT = """
+import torch
+save = torch.save
+def save_and_die(value, path, *args, **kwargs):
+    save(value, path, *args, **kwargs)
+    if "checkpoint-5" in str(path):  # the weights and the optimizer are written, the rest is not
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save_and_die
+on_metrics = None
+"""
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+from model.training.trainer import train
+from tests.model.training.tiny import experiment
+{sabotage}
+dataset, output, scratch = (Path(argument) for argument in sys.argv[1:])
+train(experiment(), dataset, output, scratch, on_metrics=on_metrics)
+"""
+
+
+def losses(output_dir: Path) -> list[dict[str, float]]:
+    """The curve without its times, the only thing in which two runs may differ."""
+    curve = json.loads((output_dir / "curves.json").read_text())
+    return [{k: v for k, v in entry.items() if k not in ("seconds", "tokens_per_second")} for entry in curve]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainingSummary]:
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    summary = train(experiment(), dataset_dir, directory / "output", directory / "scratch")
+    return directory / "output", summary
+
+
+def assert_same_result(output_dir: Path, expected_dir: Path) -> None:
+    assert (output_dir / "model.safetensors").read_bytes() == (expected_dir / "model.safetensors").read_bytes()
+    assert losses(output_dir) == losses(expected_dir)
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "resumed_from"),
+    [(KILLED_BETWEEN_CHECKPOINTS, 5), (KILLED_WHILE_WRITING_THE_SECOND_CHECKPOINT, 4)],
+    ids=["between checkpoints", "while writing a checkpoint"],
+)
+def test_a_killed_run_resumes_bit_exact(uninterrupted, dataset_dir, tmp_path, sabotage, resumed_from):
+    output, scratch = tmp_path / "output", tmp_path / "scratch"
+    program = CHILD.format(sabotage=sabotage)
+    arguments = [str(path) for path in (dataset_dir, output, scratch)]
+    command = [sys.executable, "-c", program, *arguments]
+    child = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    summary = train(experiment(), dataset_dir, output, scratch)
+    assert summary.resumed_from_step == resumed_from
+    assert not checkpoints.staging(scratch).exists()
+    assert_same_result(output, uninterrupted[0])
+
+
+def test_an_interrupt_passes_through_and_the_run_resumes_bit_exact(uninterrupted, dataset_dir, tmp_path):
+    def interrupt(step, metrics):
+        if step == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(experiment(), dataset_dir, tmp_path / "output", tmp_path / "scratch", on_metrics=interrupt)
+    summary = train(experiment(), dataset_dir, tmp_path / "output", tmp_path / "scratch")
+    assert summary.resumed_from_step == 8
+    assert_same_result(tmp_path / "output", uninterrupted[0])
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(uninterrupted, dataset_dir, tmp_path):
+    train(experiment(), dataset_dir, tmp_path / "again", tmp_path / "scratch")
+    assert_same_result(tmp_path / "again", uninterrupted[0])
+    train(experiment(seed=1), dataset_dir, tmp_path / "other", tmp_path / "scratch of another seed")
+    assert losses(tmp_path / "other") != losses(tmp_path / "again")
+
+
+def test_a_finished_run_is_not_trained_again(dataset_dir, tmp_path):
+    train(experiment(max_steps=4), dataset_dir, tmp_path / "first", tmp_path / "scratch")
+    logged: list[int] = []
+    summary = train(
+        experiment(max_steps=4),
+        dataset_dir,
+        tmp_path / "second",
+        tmp_path / "scratch",
+        on_metrics=lambda step, metrics: logged.append(step),
+    )
+    assert logged == []
+    assert summary.steps == 4
+    assert_same_result(tmp_path / "second", tmp_path / "first")
+
+
+def test_a_run_without_progress_stops_early_and_stays_stopped(dataset_dir, tmp_path):
+    frozen = {"learning_rate": 1e-30, "muon_learning_rate": 1e-30, "weight_decay": 0.0, "early_stopping_patience": 2}
+    first = train(experiment(**frozen), dataset_dir, tmp_path / "output", tmp_path / "scratch")
+    assert first.steps < 12
+    again = train(experiment(**frozen), dataset_dir, tmp_path / "output", tmp_path / "scratch")
+    assert again.steps == again.resumed_from_step == first.steps
+
+
+def test_scratch_of_another_training_is_refused_by_the_name_of_what_differs(dataset_dir, tmp_path):
+    train(experiment(max_steps=2), dataset_dir, tmp_path / "output", tmp_path / "scratch")
+    with pytest.raises(PipelineError, match=r"another training \(training.learning_rate, training.max_steps differ\)"):
+        train(experiment(learning_rate=0.5), dataset_dir, tmp_path / "output", tmp_path / "scratch")
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
+    for step in (2, 4, 6, 8):
+        checkpoints.checkpoint_dir(tmp_path, step).mkdir()
+        (checkpoints.checkpoint_dir(tmp_path, step) / checkpoints.STATE).touch()
+    checkpoints.prune(tmp_path, keep=2, best_step=2)
+    assert checkpoints.steps_saved(tmp_path) == [2, 6, 8]

@@ -1,0 +1,218 @@
+import json
+import lzma
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench.decode import decode, measure_kv_cache, prompt
+from bench.memory import Configuration, measure_peaks
+from bench.plots import running_median
+from bench.quality import held_out, token_counts, unigram_bits, xz_bits
+from bench.report import build_report, settings_of
+from bench.speed import common_length
+from model.build import build_config, build_model
+from model.errors import PipelineError
+from model.evaluation import evaluate
+from model.loading import load_model
+from model.quantization import quantize_checkpoint
+from model.settings import BenchmarkSettings, ExperimentSettings, QuantizationSettings
+from model.text.tokens import TokenDataset
+from tests.model.training.tiny import TOKENIZER, experiment, make_dataset
+
+BENCHMARK = BenchmarkSettings(
+    generated_tokens=[4, 12], prefill_tokens=[8], batch_sizes=[1, 2], batch_tokens=4, repeats=2, quality_windows=3
+)
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("artifacts")
+    dataset_dir = make_dataset(root)
+    config = build_config(experiment().model, 300, bos_token_id=0, eos_token_id=0, pad_token_id=1)
+    build_model(config, seed=0).save_pretrained(root / "checkpoint")
+    quantize_checkpoint(
+        QuantizationSettings(evaluation_windows=2),
+        root / "checkpoint",
+        dataset_dir,
+        root / "int8",
+        sequence_length=TOKENIZER.sequence_length,
+    )
+    return {"checkpoint": root / "checkpoint", "int8": root / "int8", "dataset": dataset_dir, "report": root / "report"}
+
+
+@pytest.fixture(scope="module")
+def settings() -> ExperimentSettings:
+    tiny = experiment(sample_prompts=["def ", "```"], sample_tokens=4)
+    tiny.benchmark = BENCHMARK
+    tiny.serving.device = "cpu"
+    return tiny
+
+
+@pytest.fixture(scope="module")
+def report(directories, settings) -> dict:
+    return build_report(
+        settings, directories["checkpoint"], directories["int8"], directories["dataset"], directories["report"]
+    )
+
+
+@pytest.fixture(scope="module")
+def dataset(directories) -> TokenDataset:
+    return TokenDataset(directories["dataset"], "validation", TOKENIZER.sequence_length)
+
+
+def test_the_four_files_are_written_and_the_json_is_what_is_returned(report, directories):
+    names = {path.name for path in directories["report"].iterdir()}
+    assert names == {"report.json", "report.md", "kv_cache.png", "model_benchmark_comparison.png"}
+    assert json.loads((directories["report"] / "report.json").read_text()) == report
+    for picture in directories["report"].glob("*.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_configuration_is_timed_in_every_round(report):
+    decoded = {(row["model"], row["cache"], row["tokens"]): row["repeats"] for row in report["decode"]}
+    assert decoded == {
+        ("full precision", True, 4): 2,
+        ("full precision", True, 12): 2,
+        ("full precision", False, 4): 2,
+        ("full precision", False, 12): 1,
+        ("int8", True, 4): 2,
+        ("int8", True, 12): 2,
+        ("int8", False, 4): 2,
+    }
+    assert {(row["model"], row["batch_size"]) for row in report["batch"]} == {
+        (model, size) for model in ("full precision", "int8") for size in (1, 2)
+    }
+    assert {(row["model"], row["tokens"]) for row in report["prefill"]} == {("full precision", 8), ("int8", 8)}
+    assert len(report["peers"]) == 3
+    for row in report["decode"] + report["batch"] + report["prefill"] + report["peers"]:
+        assert len(row["rounds_s"]) == row["repeats"]
+        assert all(seconds > 0 for seconds in row["rounds_s"])
+
+
+def test_speeds_follow_from_the_raw_rounds(report):
+    row = next(row for row in report["batch"] if row["batch_size"] == 2)
+    median = sum(row["rounds_s"]) / 2
+    assert row["tokens_per_second"] == pytest.approx(2 * 4 / median, rel=1e-3)
+    assert row["ms_per_token"] == pytest.approx(1000 * median / 4, rel=1e-3)
+    latency = next(row for row in report["latency"] if row["model"] == "full precision" and row["cache"])
+    long = next(r for r in report["decode"] if (r["model"], r["cache"], r["tokens"]) == ("full precision", True, 12))
+    assert [sum(run) / 1000 for run in latency["rounds_ms"]] == pytest.approx(long["rounds_s"], rel=1e-2)
+
+
+def test_the_summary_is_flat_and_finite(report):
+    assert all(isinstance(value, int | float) and math.isfinite(value) for value in report["summary"].values())
+    assert report["summary"]["kv_cache_tokens"] == 12
+    assert report["summary"]["decode_tokens"] == 4
+    assert report["summary"]["weights_bytes"] > report["summary"]["weights_bytes_quantized"]
+
+
+def test_quality_is_that_of_the_evaluation(report, directories, dataset):
+    expected = evaluate(load_model(directories["checkpoint"]), dataset, max_windows=3)
+    assert report["quality"]["models"]["full precision"]["bits_per_byte"] == pytest.approx(expected.bits_per_byte)
+    assert report["quality"]["tokens"] == expected.tokens
+    assert report["quality"]["yardsticks"]["uniform"] == pytest.approx(
+        expected.tokens * math.log2(300) / expected.bytes
+    )
+
+
+def test_the_page_names_every_number_that_people_look_for(report, directories):
+    page = (directories["report"] / "report.md").read_text()
+    for text in (
+        f"{report['summary']['bits_per_byte']:.3f}",
+        f"{report['summary']['kv_cache_speedup']:.1f} times as fast",
+        "kv_cache.png",
+        "model_benchmark_comparison.png",
+        "xz -9e",
+        report["hardware"]["torch"],
+        "python -m bench.report",
+    ):
+        assert text in page
+    assert str(directories["checkpoint"].parent) not in page + (directories["report"] / "report.json").read_text()
+
+
+def test_a_sample_with_backticks_cannot_close_its_fence(report, directories):
+    assert "````text\n```" in (directories["report"] / "report.md").read_text()
+
+
+def test_each_memory_peak_covers_the_imports_and_the_model(report):
+    assert {(row["model"], row["cache"]) for row in report["memory"]} == {
+        (model, cache) for model in ("full precision", "int8") for cache in (True, False)
+    }
+    for row in report["memory"]:
+        assert row["peak_bytes"] > row["baseline_bytes"] > 50_000_000
+
+
+def test_a_child_that_fails_says_why(tmp_path):
+    with pytest.raises(PipelineError, match=r"measuring peak memory failed: .*config.json is missing"):
+        measure_peaks([Configuration("x", str(tmp_path), True, 4, "cpu", 1)])
+
+
+def test_a_length_beyond_the_context_is_refused(directories, settings, tmp_path):
+    shorter = experiment()
+    shorter.model.max_position_embeddings = 1024
+    shorter.serving.device = "cpu"
+    shorter.benchmark = BenchmarkSettings(generated_tokens=[4, 65], prefill_tokens=[8])
+    with pytest.raises(PipelineError, match=r"benchmark.generated_tokens is 65: expected at most .* \(64\)"):
+        build_report(shorter, directories["checkpoint"], directories["int8"], directories["dataset"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_artifact_directories_are_enough_for_the_command(directories):
+    options = type("Options", (), {**vars(BENCHMARK), "name": "x", "device": "cpu"})
+    settings = settings_of(directories["checkpoint"], directories["dataset"], options)
+    assert settings.benchmark == BENCHMARK
+    assert settings.tokenizer.sequence_length == TOKENIZER.sequence_length
+
+
+def test_the_cache_changes_the_speed_and_not_the_tokens(directories):
+    model = load_model(directories["checkpoint"])
+    with_cache, seconds = decode(model, prompt(model, 3, batch=2), 10, use_cache=True)
+    without_cache, _ = decode(model, prompt(model, 3, batch=2), 10, use_cache=False)
+    generated = model.generate(
+        prompt(model, 3, batch=2), max_new_tokens=10, min_new_tokens=10, do_sample=False, eos_token_id=None
+    )
+    assert len(seconds) == 10
+    assert torch.equal(with_cache, without_cache)
+    assert torch.equal(with_cache, generated[:, 3:])
+
+
+def test_the_kv_cache_measurement_keeps_its_rounds(directories):
+    result = measure_kv_cache(directories["checkpoint"], 6, 2)
+    assert result["same_tokens"]
+    assert len(result["rounds"]["with_cache_s"]) == len(result["rounds"]["without_cache_s"]) == 2
+    with pytest.raises(PipelineError, match="--tokens is 65"):
+        measure_kv_cache(directories["checkpoint"], 65, 1)
+
+
+def test_the_yardsticks_see_exactly_the_text_that_the_models_predict(dataset):
+    model = build_model(build_config(experiment().model, 300, bos_token_id=0, eos_token_id=0, pad_token_id=1), 0)
+    for windows in (1, 3, len(dataset), len(dataset) + 1):
+        ids_T, text = held_out(dataset, windows)
+        scored = evaluate(model, dataset, max_windows=windows)
+        assert (len(ids_T), len(text)) == (scored.tokens, scored.bytes)
+
+
+def test_unigram_bits_are_those_computed_by_hand():
+    counts_V = token_counts(np.array([0, 0, 0, 2], dtype=np.uint16), 3)
+    assert counts_V.tolist() == [3, 0, 1]
+    expected = -math.log2(4 / 7) - math.log2(1 / 7) - math.log2(2 / 7)
+    assert unigram_bits(counts_V, np.array([0, 1, 2])) == pytest.approx(expected)
+
+
+def test_xz_bits_are_those_of_a_file_that_decompresses():
+    text = b"abc" * 1000
+    compressed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
+    assert lzma.decompress(compressed) == text
+    assert xz_bits(text) == 8 * len(compressed)
+
+
+def test_configurations_are_compared_at_the_longest_length_but_one():
+    assert common_length(BenchmarkSettings(generated_tokens=[1023, 64, 256])) == 256
+    assert common_length(BenchmarkSettings(generated_tokens=[64])) == 64
+
+
+def test_a_running_median_drops_a_spike_and_keeps_the_length():
+    assert running_median([1.0, 1.0, 9.0, 1.0, 1.0], 3) == [1.0] * 5

@@ -1,0 +1,73 @@
+"""Refusals: one JSON shape for every answer of status 400 and above, one line that names the field.
+
+Values are shown only where they are short numbers or words, never text that a user wrote to be continued.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+PRIVATE_FIELDS = {"prompt", "context"}
+LONGEST_VALUE = 40
+
+
+class ApiError(HTTPException):
+    """An answer of status 400 and above. param: the request's field that is wrong, where one is."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        type: str = "invalid_request_error",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, dict(headers or {}))
+        self.content = error_content(message, type=type, param=param, code=code)
+
+    def response(self) -> JSONResponse:
+        """The answer."""
+        return JSONResponse(self.content, self.status_code, self.headers)
+
+
+def error_content(message: str, *, type: str, param: str | None, code: str) -> dict[str, Any]:
+    """The body of a refusal."""
+    return {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+
+def server_error(status: int, message: str, *, code: str, headers: Mapping[str, str] | None = None) -> ApiError:
+    """A refusal that is not the client's fault."""
+    return ApiError(status, message, code=code, type="server_error", headers=headers)
+
+
+def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """A 400 for the first of pydantic's errors."""
+    first = errors[0]
+    path = [str(part) for part in first["loc"] if part != "body"]
+    kind, reason = first["type"], first["msg"][:1].lower() + first["msg"][1:]
+    if kind == "json_invalid":
+        reason = f"the body is not JSON ({first.get('ctx', {}).get('error', 'it cannot be parsed')})"
+        return ApiError(400, reason, code="invalid_json")
+    if not path:
+        return ApiError(
+            400, "the body is not a JSON object: send one with the header Content-Type: application/json", code=kind
+        )
+    param = path[0]
+    if kind == "extra_forbidden":
+        return ApiError(400, f"{param[:LONGEST_VALUE]!r} is not a field of this request", code=kind, param=param)
+    if kind == "missing":
+        return ApiError(400, f"{param} is missing", code=kind, param=param)
+    return ApiError(400, f"{param}{_shown(param, first.get('input'))}: {reason}", code=kind, param=param)
+
+
+def _shown(param: str, value: object) -> str:
+    """` is VALUE`, or nothing where the value is long or a user's text."""
+    if param in PRIVATE_FIELDS or not isinstance(value, str | int | float | bool | None):
+        return ""
+    text = json.dumps(value)
+    return f" is {text}" if len(text) <= LONGEST_VALUE else ""

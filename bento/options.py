@@ -1,0 +1,102 @@
+"""What the service is told: arguments fixed when a Bento is built, each overridden at start by a variable.
+
+`bentoml serve` ignores `--arg` for a built Bento, hence the variables.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import bentoml
+from bentoml.exceptions import BentoMLException, InvalidArgument, NotFound
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+PREFIX = "REX_"
+M = TypeVar("M", bound=BaseModel)
+
+
+class BentoArgs(BaseModel):
+    """Given by `--arg NAME=VALUE` to `bentoml build`, or to `bentoml serve` of the source."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field("", description="Tag in the BentoML model store, or the directory of a REX model.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes the GPU where there is one.")
+    kv_cache: bool = Field(True, description="false computes earlier tokens again for each new one, for comparison.")
+    quantized: bool | Literal["auto"] = Field(
+        "auto", description="true serves int8 weights, false full precision, auto what the model directory holds."
+    )
+    mixed_precision: bool = Field(
+        False, description="true holds weights that are not int8, and activations, in bfloat16."
+    )
+    max_queue: int = Field(64, ge=1, description="Requests that wait; more are answered 429.")
+    request_timeout_s: float = Field(300.0, gt=0, allow_inf_nan=False, description="From arrival to the last token.")
+    max_body_bytes: int = Field(1_048_576, ge=1, description="Of a request's body; more is answered 413.")
+    threads: int = Field(
+        0, ge=0, description="CPU threads of the model; 0 takes one for a small model, else every usable core."
+    )
+
+
+def with_overrides(arguments: BentoArgs, environment: Mapping[str, str] | None = None) -> BentoArgs:
+    """The arguments with REX_MODEL, REX_DEVICE, ... in their place where set.
+
+    Raises bentoml's InvalidArgument, one line that names the variable.
+    """
+    environment = os.environ if environment is None else environment
+    given = {
+        name: environment[PREFIX + name.upper()]
+        for name in BentoArgs.model_fields
+        if environment.get(PREFIX + name.upper())
+    }
+    try:
+        return BentoArgs.model_validate({**arguments.model_dump(), **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise InvalidArgument(f"{PREFIX}{name.upper()} is {given.get(name)!r}: {first['msg']}") from None
+
+
+def is_path(model: str) -> bool:
+    """Whether `model` names a directory, not a tag: tags have no slash."""
+    return "/" in model or os.sep in model or Path(model).is_dir()
+
+
+def find_model(model: str) -> Path:
+    """The directory of a tag or a path. Raises BentoMLException, one line that says what to do."""
+    if not model:
+        raise InvalidArgument(
+            "no model is given: set REX_MODEL, or pass --arg model=..., to a tag of the BentoML model store or a directory"
+        )
+    if is_path(model):
+        directory = Path(model).expanduser()
+        if not (directory / "config.json").is_file():
+            raise InvalidArgument(
+                f"model {model!r}: there is no {directory.absolute() / 'config.json'}; give the directory of a model, as an "
+                "absolute path"
+            )
+        return directory.absolute()
+    try:
+        return Path(bentoml.models.get(model).path)
+    except (NotFound, ValueError) as error:
+        raise InvalidArgument(
+            f"model {model!r} is not in the BentoML model store ({_store()}): `bentoml models list` shows what is; make it "
+            "with the pipeline or import it with `bentoml models import`"
+        ) from error
+    except BentoMLException as error:
+        raise InvalidArgument(f"model {model!r}: {' '.join(str(error).split())}") from error
+
+
+def describe_variables() -> str:
+    """One line of Markdown for each option: variable, default, meaning."""
+    lines = []
+    for name, field in BentoArgs.model_fields.items():
+        default: Any = field.default if field.default != "" else "none"
+        lines.append(f"- `{PREFIX}{name.upper()}` (default `{str(default).lower()}`): {field.description}")
+    return "\n".join(lines)
+
+
+def _store() -> str:
+    from bentoml._internal.configuration.containers import BentoMLContainer
+
+    return str(BentoMLContainer.model_store.get()._path)

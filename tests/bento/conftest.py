@@ -1,0 +1,65 @@
+"""A tiny model behind the routes, without a server."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from bento.api import create_app
+from model.generation.engine import Engine
+from model.modeling_rex import RexForCausalLM
+from tests.tiny import tiny_model, tiny_tokenizer
+
+MAX_BODY_BYTES = 4096
+TIMEOUT_S = 60.0
+
+
+@dataclass
+class Service:
+    """The app, its engine, and a gate that holds the model at its next step while it is closed."""
+
+    app: FastAPI
+    engine: Engine
+    model: RexForCausalLM
+    reached: threading.Event = field(default_factory=threading.Event)
+    opened: threading.Event = field(default_factory=threading.Event)
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.opened.set()
+        self.model.register_forward_pre_hook(self._wait)
+
+    def close_gate(self) -> None:
+        self.reached.clear()
+        self.opened.clear()
+
+    def _wait(self, *_: object) -> None:
+        self.steps += 1
+        self.reached.set()
+        assert self.opened.wait(30)
+
+
+def make_service(*, request_timeout_s: float = TIMEOUT_S, max_queue: int = 2) -> Service:
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer)
+    app = create_app(model_name="rex-tiny:1", request_timeout_s=request_timeout_s, max_body_bytes=MAX_BODY_BYTES)
+    engine = app.state.engine = Engine(model, tokenizer, max_queue=max_queue)
+    engine.end_of_text_ids = frozenset()  # random weights stop anywhere, and lengths are to be known
+    return Service(app, engine, model)
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    made = make_service()
+    yield made
+    made.engine.stop()
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[TestClient]:
+    with TestClient(service.app) as made:
+        yield made
+    service.opened.set()

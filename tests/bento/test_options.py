@@ -1,0 +1,127 @@
+"""Options: fixed at build, overridden by variables, wrong ones named; and what every option does to the engine."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from bentoml.exceptions import InvalidArgument
+
+from bento.options import BentoArgs, describe_variables, find_model, with_overrides
+from model import int8
+from model.settings import ServingSettings
+from tests.tiny import save_tiny_model
+
+
+def test_arguments_come_as_text_and_are_typed():
+    args = BentoArgs.model_validate({"model": "a:1", "kv_cache": "false", "quantized": "true", "max_queue": "3"})
+    assert (args.kv_cache, args.quantized, args.max_queue) == (False, True, 3)
+
+
+def test_each_option_is_overridden_by_its_variable():
+    variables = {
+        "REX_MODEL": "b:2",
+        "REX_DEVICE": "cpu",
+        "REX_KV_CACHE": "false",
+        "REX_QUANTIZED": "false",
+        "REX_MIXED_PRECISION": "true",
+        "REX_MAX_QUEUE": "5",
+        "REX_REQUEST_TIMEOUT_S": "1.5",
+        "REX_MAX_BODY_BYTES": "100",
+        "REX_THREADS": "2",
+    }
+    expected = BentoArgs(
+        model="b:2",
+        device="cpu",
+        kv_cache=False,
+        quantized=False,
+        mixed_precision=True,
+        max_queue=5,
+        request_timeout_s=1.5,
+        max_body_bytes=100,
+        threads=2,
+    )
+    assert with_overrides(BentoArgs(model="a:1"), variables) == expected
+    assert set(variables) == {f"REX_{name.upper()}" for name in BentoArgs.model_fields}
+
+
+def test_an_empty_variable_changes_nothing():
+    assert with_overrides(BentoArgs(model="a:1"), {"REX_MODEL": ""}) == BentoArgs(model="a:1")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("REX_KV_CACHE", "maybe"),
+        ("REX_QUANTIZED", "int4"),
+        ("REX_DEVICE", "tpu"),
+        ("REX_MAX_QUEUE", "0"),
+        ("REX_REQUEST_TIMEOUT_S", "nan"),
+    ],
+)
+def test_a_wrong_variable_is_named_in_one_line(variable, value):
+    with pytest.raises(InvalidArgument, match=f"^{variable} is '{value}': ") as refusal:
+        with_overrides(BentoArgs(), {variable: value})
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_pipelines_serving_settings_are_all_options():
+    assert set(ServingSettings.__dataclass_fields__) <= set(BentoArgs.model_fields)
+
+
+def test_the_description_names_every_variable():
+    text = describe_variables()
+    assert all(f"`REX_{name.upper()}`" in text for name in BentoArgs.model_fields)
+
+
+@pytest.mark.parametrize("model", ["", "/nowhere/model", "./nowhere", "never-made:1", "Not a tag!"])
+def test_a_model_that_is_not_there_is_one_line_that_says_what_to_do(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidArgument) as refusal:
+        find_model(model)
+    assert "\n" not in str(refusal.value)
+    assert not model or repr(model) in str(refusal.value)
+
+
+def test_a_directory_is_found_by_its_path(tmp_path):
+    (tmp_path / "config.json").touch()
+    assert find_model(str(tmp_path)) == tmp_path
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def start_engine(model_dir, monkeypatch):
+    monkeypatch.setenv("REX_MODEL", str(model_dir))
+    from bento.service import _start_engine
+
+    threads, engines = torch.get_num_threads(), []
+
+    def start(**options):
+        engines.append(_start_engine(BentoArgs(model=str(model_dir), device="cpu", **options), model_dir))
+        return engines[-1]
+
+    yield start
+    for engine in engines:
+        engine.stop()
+    torch.set_num_threads(threads)
+
+
+def test_switches_do_what_they_say(start_engine):
+    plain = start_engine()
+    assert plain.is_ready and plain._kv_cache
+    assert not int8.is_quantized(plain._model) and plain._model.dtype == torch.float32
+    assert not start_engine(kv_cache=False)._kv_cache
+    assert int8.is_quantized(start_engine(quantized=True)._model)
+    assert start_engine(mixed_precision=True)._model.dtype == torch.bfloat16
+    both = start_engine(quantized=True, mixed_precision=True)
+    assert both.is_ready and both._model.dtype == torch.bfloat16
+
+
+def test_threads_are_taken_over_by_the_engine(start_engine):
+    start_engine(threads=2)
+    assert torch.get_num_threads() == 2
+    start_engine()
+    assert torch.get_num_threads() == 1  # a small model

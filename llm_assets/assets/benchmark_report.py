@@ -1,0 +1,50 @@
+"""What the model can do, measured."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+
+from llm_assets import metadata as show
+from llm_assets.assets import COMMON
+from llm_assets.resources.hydra import HydraConfig
+from llm_assets.resources.mlflow import MlflowTracking
+from llm_assets.stage import stage
+
+
+@dg.asset(
+    **COMMON,
+    group_name="release",
+    kinds={"pytorch", "markdown"},
+    code_version="1",
+    pool="device",
+)
+def benchmark_report(
+    context: dg.AssetExecutionContext,
+    hydra: HydraConfig,
+    mlflow: MlflowTracking,
+    trained_checkpoint: Path,
+    quantized_model: Path,
+    tokenized_dataset: Path,
+) -> Iterator[dg.MaterializeResult]:
+    """Quality, latency, throughput and memory of both models, with and without KV cache: JSON, Markdown and plots."""
+    from bench.report import build_report
+
+    upstream = {
+        "trained_checkpoint": trained_checkpoint,
+        "quantized_model": quantized_model,
+        "tokenized_dataset": tokenized_dataset,
+    }
+    with stage(context, hydra, mlflow, upstream, exclusive=True) as work:
+        report = build_report(
+            work.settings, trained_checkpoint, quantized_model, tokenized_dataset, work.output, log=work.log
+        )
+        work.tracked.log_artifact(work.output)
+        yield work.result(
+            {
+                **show.numbers(report["summary"]),
+                "report": dg.MetadataValue.md((work.output / "report.md").read_text()[: show.TEXT_CHARACTERS]),
+                "kv_cache": show.picture(work.output / "kv_cache.png"),
+                "model_benchmark_comparison": show.picture(work.output / "model_benchmark_comparison.png"),
+            }
+        )

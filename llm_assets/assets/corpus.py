@@ -1,0 +1,54 @@
+"""The documents that everything is made from."""
+
+from collections.abc import Iterator
+
+import dagster as dg
+
+from llm_assets import checks
+from llm_assets import metadata as show
+from llm_assets.assets import COMMON
+from llm_assets.resources.hydra import HydraConfig
+from llm_assets.resources.mlflow import MlflowTracking
+from llm_assets.stage import stage
+
+
+@dg.asset(
+    **COMMON,
+    group_name="data",
+    kinds={"parquet", "python"},
+    code_version="1",
+    check_specs=checks.specs("corpus"),
+    retry_policy=dg.RetryPolicy(max_retries=1, delay=5),  # a source may be a URL
+)
+def corpus(
+    context: dg.AssetExecutionContext, hydra: HydraConfig, mlflow: MlflowTracking
+) -> Iterator[dg.MaterializeResult]:
+    """Documents as Parquet shards (id, text, source, split): cleaned, exact duplicates dropped, split by their content.
+
+    From local files, URLs, a Hugging Face data set or, by default, the Python standard library of the interpreter.
+    """
+    from model.text.corpus import build_corpus
+
+    with stage(context, hydra, mlflow) as work:
+        summary = build_corpus(work.settings.corpus, work.output, log=work.log)
+        yield work.result(
+            {
+                **show.numbers(summary),
+                "documents": summary.documents,
+                "bytes": summary.bytes,
+                "source": summary.source,
+                "licence": summary.licence,
+                "splits": show.table(
+                    [
+                        {"split": "train", "documents": summary.train_documents, "bytes": summary.train_bytes},
+                        {
+                            "split": "validation",
+                            "documents": summary.validation_documents,
+                            "bytes": summary.validation_bytes,
+                        },
+                    ]
+                ),
+                "sample": dg.MetadataValue.md(show.fenced(summary.sample)),
+            },
+            [checks.splits_are_disjoint(work.output)],
+        )

@@ -1,0 +1,85 @@
+"""The service with its model, ready to run."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+
+from llm_assets import checks
+from llm_assets.assets import COMMON
+from llm_assets.manifest import VERSION_DIGITS
+from llm_assets.resources.bentos import BentoBuilder
+from llm_assets.resources.hydra import HydraConfig
+from llm_assets.resources.mlflow import MlflowTracking
+from llm_assets.stage import stage
+
+
+@dg.asset(
+    **COMMON,
+    group_name="release",
+    kinds={"bentoml"},
+    code_version="1",
+    check_specs=checks.specs("packaged_bento"),
+)
+def packaged_bento(
+    context: dg.AssetExecutionContext,
+    hydra: HydraConfig,
+    mlflow: MlflowTracking,
+    bentos: BentoBuilder,
+    trained_checkpoint: Path,
+    quantized_model: Path,
+    benchmark_report: Path,
+) -> Iterator[dg.MaterializeResult]:
+    """The served model in BentoML's model store, and a Bento built from `bento/`, both versioned by their content.
+
+    The artifact is `bento.json`: the tags, their sizes and the command that serves the Bento.
+    """
+    upstream = {
+        "trained_checkpoint": trained_checkpoint,
+        "quantized_model": quantized_model,
+        "benchmark_report": benchmark_report,
+    }
+    with stage(context, hydra, mlflow, upstream) as work:
+        serving = work.settings.serving
+        served = "quantized_model" if serving.quantized else "trained_checkpoint"
+        name = f"rex-{work.experiment.replace('_', '-').lower()}"
+        labels = {"experiment": work.experiment, "asset": served, "config_hash": work.upstream[served].config_hash[:16]}
+        model = bentos.import_model(f"{name}:{work.upstream[served].version}", upstream[served], labels, log=work.log)
+        arguments = {
+            **dataclasses.asdict(serving),
+            "model": model["tag"],
+            # As the artifact has it: quantization.method none makes a quantized_model in full precision.
+            "quantized": "auto" if serving.quantized else False,
+        }
+        content = json.dumps(arguments, sort_keys=True) + bentos.source_digest()
+        tag = f"{name}:{hashlib.sha256(content.encode()).hexdigest()[:VERSION_DIGITS]}"
+        bento = bentos.find_bento(tag)
+        reused = bento is not None
+        if bento is None:
+            bento = bentos.build(tag, labels=labels, arguments=arguments, log=work.log)
+        command = f"bentoml serve {tag}"
+        record = {
+            "bento": tag,
+            "bento_bytes": bento["bytes"],
+            "model": model["tag"],
+            "model_bytes": model["bytes"],
+            "serve": command,
+            "arguments": arguments,
+        }
+        (work.output / "bento.json").write_text(json.dumps(record, indent=2) + "\n")
+        work.log(f"serve it: {command}")
+        yield work.result(
+            {
+                "bento": tag,
+                "model": model["tag"],
+                "serve": dg.MetadataValue.md(f"`{command}`"),
+                "bento_bytes": bento["bytes"],
+                "model_bytes": model["bytes"],
+                "bento_path": dg.MetadataValue.path(bento["path"]),
+                "reused": reused,
+            },
+            [checks.is_in_store(bento, model)],
+        )

@@ -1,0 +1,56 @@
+"""The weights that are served."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+
+from llm_assets import checks
+from llm_assets import metadata as show
+from llm_assets.assets import COMMON
+from llm_assets.resources.hydra import HydraConfig
+from llm_assets.resources.mlflow import MlflowTracking, registered_name
+from llm_assets.stage import stage
+
+
+@dg.asset(
+    **COMMON,
+    group_name="model",
+    kinds={"pytorch"},
+    code_version="1",
+    check_specs=checks.specs("quantized_model"),
+)
+def quantized_model(
+    context: dg.AssetExecutionContext,
+    hydra: HydraConfig,
+    mlflow: MlflowTracking,
+    trained_checkpoint: Path,
+    tokenized_dataset: Path,
+) -> Iterator[dg.MaterializeResult]:
+    """The checkpoint's weights in int8 (or as they are, method `none`), with the measured loss in quality."""
+    from model.quantization import quantize_checkpoint
+
+    upstream = {"trained_checkpoint": trained_checkpoint, "tokenized_dataset": tokenized_dataset}
+    with stage(context, hydra, mlflow, upstream) as work:
+        summary = quantize_checkpoint(
+            work.settings.quantization,
+            trained_checkpoint,
+            tokenized_dataset,
+            work.output,
+            sequence_length=work.settings.tokenizer.sequence_length,
+            log=work.log,
+        )
+        result = work.result(
+            {**show.numbers(summary), "method": summary.method, "scheme": summary.scheme},
+            [checks.keeps_quality(summary.bits_per_byte_after, summary.bits_per_byte_before)],
+        )
+        if not work.tracked.failed:
+            work.tracked.register(
+                registered_name(work.experiment),
+                work.output,
+                asset=work.asset,
+                bits_per_byte=summary.bits_per_byte_after,
+                yardstick=f"{work.upstream['tokenized_dataset'].content_hash} {summary.evaluated_tokens} tokens",
+                candidate=work.settings.serving.quantized,
+            )
+        yield result

@@ -1,0 +1,43 @@
+"""The corpus as token windows, and the tokenizer."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+
+from llm_assets import checks
+from llm_assets import metadata as show
+from llm_assets.assets import COMMON
+from llm_assets.resources.hydra import HydraConfig
+from llm_assets.resources.mlflow import MlflowTracking
+from llm_assets.stage import stage
+
+
+@dg.asset(
+    **COMMON,
+    group_name="data",
+    kinds={"huggingface", "numpy"},
+    code_version="1",
+    check_specs=checks.specs("tokenized_dataset"),
+)
+def tokenized_dataset(
+    context: dg.AssetExecutionContext, hydra: HydraConfig, mlflow: MlflowTracking, corpus: Path
+) -> Iterator[dg.MaterializeResult]:
+    """A tokenizer trained on the train split, and both splits as memory-mapped tokens with document boundaries.
+
+    Holds the bytes that each token stands for, so that bits per byte are exact.
+    """
+    from model.text.tokens import build_tokenized_dataset
+
+    with stage(context, hydra, mlflow, {"corpus": corpus}) as work:
+        settings = work.settings.tokenizer
+        summary = build_tokenized_dataset(settings, corpus, work.output, log=work.log)
+        yield work.result(
+            {
+                **show.numbers(summary),
+                "kind": summary.kind,
+                "dtype": summary.dtype,
+                "most_common_tokens": show.table(summary.most_common),
+            },
+            [checks.round_trip_is_exact(corpus, work.output, settings.sequence_length)],
+        )

@@ -1,0 +1,60 @@
+"""The model in full precision."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+
+from llm_assets import checks
+from llm_assets import metadata as show
+from llm_assets.assets import COMMON
+from llm_assets.resources.hydra import HydraConfig
+from llm_assets.resources.mlflow import MlflowTracking, registered_name
+from llm_assets.stage import stage
+
+
+@dg.asset(
+    **COMMON,
+    group_name="model",
+    kinds={"pytorch", "huggingface"},
+    code_version="1",
+    check_specs=checks.specs("trained_checkpoint"),
+    pool="device",
+    retry_policy=dg.RetryPolicy(max_retries=1, delay=10),  # continues at the last checkpoint
+)
+def trained_checkpoint(
+    context: dg.AssetExecutionContext, hydra: HydraConfig, mlflow: MlflowTracking, tokenized_dataset: Path
+) -> Iterator[dg.MaterializeResult]:
+    """`RexForCausalLM` in safetensors with its tokenizer, code, model card, curves and samples.
+
+    A run that was killed, retried or executed again continues at its last checkpoint.
+    """
+    from model.training.trainer import train
+
+    with stage(
+        context, hydra, mlflow, {"tokenized_dataset": tokenized_dataset}, resumable=True, exclusive=True
+    ) as work:
+        summary = train(work.settings, tokenized_dataset, work.output, work.scratch, log=work.log, on_metrics=work.live)
+        measured = checks.yardsticks(tokenized_dataset, work.settings.tokenizer.sequence_length)
+        result = work.result(
+            {
+                **show.numbers(summary),
+                "precision": summary.precision,
+                "device": summary.device,
+                "loss_curve": show.picture(work.output / "loss.png"),
+                "samples": show.samples(summary.samples),
+            },
+            [checks.beats_yardsticks(summary.validation_loss, summary.bits_per_byte, measured)],
+        )
+        for name in ("loss.png", "README.md", "curves.json"):
+            work.tracked.log_artifact(work.output / name)
+        if not work.tracked.failed:
+            work.tracked.register(
+                registered_name(work.experiment),
+                work.output,
+                asset=work.asset,
+                bits_per_byte=summary.bits_per_byte,
+                yardstick=work.upstream["tokenized_dataset"].upstream["corpus"],
+                candidate=not work.settings.serving.quantized,
+            )
+        yield result

@@ -1,0 +1,134 @@
+"""Asset checks: what an artifact must be before anything is made from it.
+
+They run in the step that makes the artifact, on its files, before it is published: a check as a step of its own would
+cost a process start, and could not keep a bad version from becoming the latest. A blocking check that fails stops the
+run and leaves the last good version the latest.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+ROUND_TRIP_DOCUMENTS = 64
+UNIGRAM_TOKENS = 20_000_000
+QUANTIZATION_ERROR, QUANTIZATION_WARNING = 0.05, 0.02
+
+_DESCRIPTIONS = {
+    ("corpus", "splits_are_disjoint"): "Both splits hold documents, and none is in both.",
+    ("tokenized_dataset", "round_trip_is_exact"): "Decoding gives back the bytes of the documents.",
+    ("trained_checkpoint", "beats_yardsticks"): "The loss is finite and bits per byte are below those of a model that "
+    "finds all tokens alike (else an error) and of one that knows how frequent each is (else a warning).",
+    ("quantized_model", "keeps_quality"): f"Bits per byte are at most {QUANTIZATION_ERROR:.0%} above full precision's "
+    f"(else an error), or {QUANTIZATION_WARNING:.0%} (else a warning).",
+    ("packaged_bento", "is_in_store"): "The Bento and its model are in BentoML's stores.",
+}
+
+
+def specs(asset: str) -> Sequence[dg.AssetCheckSpec]:
+    """The checks that `asset` reports, all blocking."""
+    return [
+        dg.AssetCheckSpec(name, asset=asset, description=description, blocking=True)
+        for (of, name), description in _DESCRIPTIONS.items()
+        if of == asset
+    ]
+
+
+def splits_are_disjoint(corpus_dir: Path) -> dg.AssetCheckResult:
+    """Compare the ids of the shards; an id is a hash of the document's text."""
+    import pyarrow.parquet as pq
+
+    def ids(split: str) -> set[str]:
+        shards = sorted(corpus_dir.glob(f"{split}-*.parquet"))
+        return {value for shard in shards for value in pq.read_table(shard, columns=["id"])["id"].to_pylist()}
+
+    train, validation = ids("train"), ids("validation")
+    shared = train & validation
+    return dg.AssetCheckResult(
+        check_name="splits_are_disjoint",
+        passed=bool(train) and bool(validation) and not shared,
+        metadata={
+            "train_documents": len(train),
+            "validation_documents": len(validation),
+            "documents_in_both": len(shared),
+        },
+    )
+
+
+def round_trip_is_exact(corpus_dir: Path, dataset_dir: Path, sequence_length: int) -> dg.AssetCheckResult:
+    """Decode the first documents of each split and compare their bytes."""
+    from model.text.corpus import read_documents
+    from model.text.tokens import TokenDataset
+
+    compared = different = 0
+    for split in ("train", "validation"):
+        dataset = TokenDataset(dataset_dir, split, sequence_length)
+        documents = islice(read_documents(corpus_dir, split), ROUND_TRIP_DOCUMENTS)
+        starts = dataset.document_offsets
+        for start, stop, text in zip(starts[:-1], starts[1:], documents, strict=False):
+            compared += 1
+            different += dataset.text_bytes(int(start), int(stop)) != text.encode()
+    return dg.AssetCheckResult(
+        check_name="round_trip_is_exact",
+        passed=compared > 0 and not different,
+        metadata={"documents_compared": compared, "documents_different": different},
+    )
+
+
+def yardsticks(dataset_dir: Path, sequence_length: int) -> dict[str, float]:
+    """Bits per byte of the validation split for a uniform and for a unigram model (train counts, add-one)."""
+    import numpy as np
+
+    from model.text.tokens import TokenDataset
+
+    train = TokenDataset(dataset_dir, "train", sequence_length)
+    validation = TokenDataset(dataset_dir, "validation", sequence_length)
+    vocabulary = len(validation.byte_counts)
+    counts = np.bincount(train.tokens[:UNIGRAM_TOKENS], minlength=vocabulary) + 1
+    held_out = np.bincount(validation.tokens, minlength=vocabulary)
+    size = float((held_out * validation.byte_counts).sum())
+    bits = -np.log2(counts / counts.sum())
+    return {
+        "uniform": float(held_out.sum()) * math.log2(vocabulary) / size,
+        "unigram": float((held_out * bits).sum()) / size,
+    }
+
+
+def beats_yardsticks(loss: float, bits_per_byte: float, measured: dict[str, float]) -> dg.AssetCheckResult:
+    """Compare a model's bits per byte with `yardsticks`."""
+    sound = math.isfinite(loss) and bits_per_byte < measured["uniform"]
+    metadata: dict[str, Any] = {f"{name}_bits_per_byte": value for name, value in measured.items()}
+    return dg.AssetCheckResult(
+        check_name="beats_yardsticks",
+        passed=sound and bits_per_byte < measured["unigram"],
+        severity=dg.AssetCheckSeverity.WARN if sound else dg.AssetCheckSeverity.ERROR,
+        metadata={**metadata, "loss": str(loss), "bits_per_byte": str(bits_per_byte)},
+    )
+
+
+def keeps_quality(bits_per_byte: float, full_bits_per_byte: float) -> dg.AssetCheckResult:
+    """Compare the quantized model's bits per byte with full precision's on the same windows."""
+    loss = bits_per_byte / full_bits_per_byte - 1
+    return dg.AssetCheckResult(
+        check_name="keeps_quality",
+        passed=loss <= QUANTIZATION_WARNING,
+        severity=dg.AssetCheckSeverity.WARN if loss <= QUANTIZATION_ERROR else dg.AssetCheckSeverity.ERROR,
+        metadata={
+            "relative_loss": str(loss),
+            "bits_per_byte": str(bits_per_byte),
+            "full_bits_per_byte": str(full_bits_per_byte),
+        },
+    )
+
+
+def is_in_store(bento: dict[str, Any] | None, model: dict[str, Any]) -> dg.AssetCheckResult:
+    """Look at the folders that BentoML named."""
+    paths = [Path(found["path"]) for found in (bento, model) if found]
+    return dg.AssetCheckResult(
+        check_name="is_in_store",
+        passed=len(paths) == 2 and all(path.is_dir() and any(path.iterdir()) for path in paths),
+        metadata={"bento": bento["tag"] if bento else "none", "model": model["tag"]},
+    )

@@ -1,0 +1,50 @@
+"""The code location: six assets, their jobs and resources.
+
+    dagster dev                                                               in the repository (workspace.yaml)
+    dagster job execute -m llm_assets.definitions -j llm_pipeline             the default experiment
+    dagster job execute -m llm_assets.definitions -j llm_pipeline --tags '{"dagster/partition": "smoke"}'
+
+Each Dagster step is a process that imports this module again: nothing here imports torch, transformers, mlflow or
+bentoml.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+
+from llm_assets.assets.benchmark_report import benchmark_report
+from llm_assets.assets.corpus import corpus
+from llm_assets.assets.packaged_bento import packaged_bento
+from llm_assets.assets.quantized_model import quantized_model
+from llm_assets.assets.tokenized_dataset import tokenized_dataset
+from llm_assets.assets.trained_checkpoint import trained_checkpoint
+from llm_assets.io_managers import DirectoryIOManager
+from llm_assets.jobs import build_jobs, executor
+from llm_assets.resources.bentos import BentoBuilder
+from llm_assets.resources.hydra import HydraConfig
+from llm_assets.resources.mlflow import MlflowTracking
+
+ASSETS = [corpus, tokenized_dataset, trained_checkpoint, quantized_model, benchmark_report, packaged_bento]
+
+
+def build_defs(resource_overrides: Mapping[str, Any] | None = None) -> dg.Definitions:
+    """A fresh code location; `resource_overrides` replaces resources by key (artifacts, bentos, hydra, mlflow)."""
+    resources = {
+        "artifacts": DirectoryIOManager(),
+        "bentos": BentoBuilder(),
+        "hydra": HydraConfig(),
+        "mlflow": MlflowTracking(),
+    }
+    return dg.Definitions(
+        assets=ASSETS,
+        jobs=build_jobs(ASSETS),
+        resources={**resources, **(resource_overrides or {})},
+        executor=executor,
+    )
+
+
+@dg.definitions
+def defs() -> dg.Definitions:
+    """What Dagster's tools load."""
+    return build_defs()

@@ -1,0 +1,34 @@
+"""Jobs: the whole pipeline, and one per stage.
+
+Selections are objects, not strings. The executor's limit is explicit: Dagster's default counts the machine's cores, not
+the container's share of them. The partition tag lets `dagster job execute -j llm_pipeline` run without a word about
+partitions; `--tags '{"dagster/partition": "NAME"}'` picks another experiment.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import dagster as dg
+
+from llm_assets.experiment import DEFAULT_EXPERIMENT
+
+MAX_CONCURRENT_STEPS = 2
+
+executor = dg.multiprocess_executor.configured({"max_concurrent": MAX_CONCURRENT_STEPS})
+
+
+def build_jobs(assets: Sequence[dg.AssetsDefinition]) -> list[Any]:
+    """`llm_pipeline` with every asset, and `<asset>_job` for each: that stage alone, from the latest upstream."""
+    selections = {"llm_pipeline": (assets, "From text to a packaged service: every asset of one experiment.")} | {
+        f"{asset.key.path[-1]}_job": ([asset], f"Only {asset.key.path[-1]}, from the latest upstream artifacts.")
+        for asset in assets
+    }
+    return [
+        dg.define_asset_job(
+            name,
+            selection=dg.AssetSelection.assets(*selected),
+            description=description,
+            run_tags={"dagster/partition": DEFAULT_EXPERIMENT},
+        )
+        for name, (selected, description) in selections.items()
+    ]

@@ -1,0 +1,55 @@
+"""Says where an experiment's newest artifacts are and how to serve its model.
+
+python -m llm_assets.latest [EXPERIMENT]           the artifacts, the report and the command that serves
+python -m llm_assets.latest [EXPERIMENT] --bento   the Bento's tag alone, for scripts
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llm_assets.experiment import DEFAULT_EXPERIMENT
+from llm_assets.io_managers import DirectoryIOManager
+from llm_assets.manifest import stage_assets
+from model.errors import PipelineError
+
+
+def latest_artifacts(experiment: str) -> dict[str, Path]:
+    """The verified folder of each asset's newest version, in the order of the pipeline; PipelineError for a missing one."""
+    store = DirectoryIOManager().store()
+    return {asset: store.load(asset, experiment) for asset in stage_assets()}
+
+
+def bento_tag(experiment: str) -> str:
+    """The tag of the experiment's newest Bento."""
+    record = DirectoryIOManager().store().load("packaged_bento", experiment) / "bento.json"
+    tag: str = json.loads(record.read_text())["bento"]
+    return tag
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print what was asked for; one line and status 1 where an artifact is missing."""
+    parser = argparse.ArgumentParser(prog="python -m llm_assets.latest", description=__doc__.split("\n")[0])
+    parser.add_argument("experiment", nargs="?", default=DEFAULT_EXPERIMENT, help=f"default: {DEFAULT_EXPERIMENT}")
+    parser.add_argument("--bento", action="store_true", help="print the Bento's tag alone")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.bento:
+            print(bento_tag(arguments.experiment))
+            return 0
+        artifacts = latest_artifacts(arguments.experiment)
+        for asset, path in artifacts.items():
+            print(f"{asset:18} {path}")
+        experiment = "" if arguments.experiment == DEFAULT_EXPERIMENT else f" EXPERIMENT={arguments.experiment}"
+        print(f"\nReport: {artifacts['benchmark_report'] / 'report.md'}")
+        print(f"Serve:  make serve{experiment}    (bentoml serve {bento_tag(arguments.experiment)})")
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""The typed record that travels in every artifact as `manifest.json`, and what makes two artifacts fit each other.
+
+`content_hash` is over the files alone: when and by which run they were made does not change it. `stage_config` is the
+part of an experiment's settings that decides an asset; a stage refuses an upstream made with another one.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from model.artifact import MANIFEST, FileDigest, content_hash, file_digests
+from model.errors import PipelineError
+from model.settings import ExperimentSettings
+
+SCHEMA_VERSION = 1
+VERSION_DIGITS = 16
+
+# Each asset is decided by its own groups and by those of everything upstream of it.
+_GROUPS = {
+    "corpus": ["corpus"],
+    "tokenized_dataset": ["corpus", "tokenizer"],
+    "trained_checkpoint": ["corpus", "tokenizer", "model", "training"],
+    "quantized_model": ["corpus", "tokenizer", "model", "training", "quantization"],
+    "benchmark_report": ["corpus", "tokenizer", "model", "training", "quantization", "benchmark"],
+    "packaged_bento": ["corpus", "tokenizer", "model", "training", "quantization", "benchmark", "serving"],
+}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is and where it comes from.
+
+    files: digest by path relative to the artifact. config: the part of the settings that decided it.
+    upstream: content hash by asset. failed_checks: the blocking checks it did not pass; such a version is kept for a
+    look but never becomes the latest.
+    """
+
+    asset: str
+    experiment: str
+    files: dict[str, FileDigest]
+    content_hash: str
+    config: dict[str, Any]
+    config_hash: str
+    code_version: str
+    upstream: dict[str, str]
+    mlflow_run_id: str | None
+    dagster_run_id: str
+    created: str
+    failed_checks: list[str] = field(default_factory=list)
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def version(self) -> str:
+        """The name of the artifact's folder: the first 16 hex digits of the content hash."""
+        return self.content_hash[:VERSION_DIGITS]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(digest["size"] for digest in self.files.values())
+
+    def to_json(self) -> str:
+        """The text of `manifest.json`."""
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: object) -> "Manifest":
+        """Parse a manifest; `source` is named in the PipelineError for one that this code cannot read."""
+        try:
+            manifest = cls(**json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise PipelineError(f"{source} is not a manifest ({error}); materialize the asset again") from error
+        if manifest.schema_version != SCHEMA_VERSION:
+            raise PipelineError(
+                f"{source} has schema version {manifest.schema_version}, this code reads {SCHEMA_VERSION}; "
+                "materialize the asset again"
+            )
+        return manifest
+
+    @classmethod
+    def read(cls, directory: Path) -> "Manifest":
+        """The manifest of a complete artifact; PipelineError where there is none."""
+        path = directory / MANIFEST
+        if not path.is_file():
+            raise PipelineError(f"no {MANIFEST} in {directory}: expected a complete artifact; materialize it again")
+        return cls.from_json(path.read_text(), path)
+
+
+def seal(
+    directory: Path,
+    *,
+    asset: str,
+    experiment: str,
+    config: dict[str, Any],
+    code_version: str,
+    upstream: Mapping[str, str],
+    mlflow_run_id: str | None,
+    dagster_run_id: str,
+    failed_checks: Sequence[str] = (),
+) -> Manifest:
+    """Write the manifest of a finished directory: the last file that goes into it."""
+    files = file_digests(directory)
+    if not files:
+        raise PipelineError(f"{directory} is empty: expected the files of {asset}")
+    manifest = Manifest(
+        asset=asset,
+        experiment=experiment,
+        files=files,
+        content_hash=content_hash(files),
+        config=config,
+        config_hash=config_hash(config),
+        code_version=code_version,
+        upstream=dict(upstream),
+        mlflow_run_id=mlflow_run_id,
+        dagster_run_id=dagster_run_id,
+        created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        failed_checks=list(failed_checks),
+    )
+    (directory / MANIFEST).write_text(manifest.to_json())
+    return manifest
+
+
+def stage_assets() -> list[str]:
+    """The assets in the order of the pipeline."""
+    return list(_GROUPS)
+
+
+def stage_config(settings: ExperimentSettings, asset: str) -> dict[str, Any]:
+    """The groups of the settings that decide `asset`, as plain data (what JSON gives back)."""
+    groups = {group: dataclasses.asdict(getattr(settings, group)) for group in _GROUPS[asset]}
+    plain: dict[str, Any] = json.loads(json.dumps(groups))
+    return plain
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Hash of plain data, 64 hex digits; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys; an empty mapping stays a value."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def refresh_command(asset: str, experiment: str, overrides: Sequence[str] = ()) -> str:
+    """The command that materializes `asset` and all that is made from it."""
+    command = f"dagster asset materialize -m llm_assets.definitions --select '{asset}+' --partition {experiment}"
+    if overrides:
+        config = {"resources": {"hydra": {"config": {"overrides": list(overrides)}}}}
+        command += f" --config-json '{json.dumps(config)}'"
+    return command
+
+
+def assert_compatible(
+    upstream: Sequence[Manifest], settings: ExperimentSettings, experiment: str, overrides: Sequence[str] = ()
+) -> None:
+    """Refuse upstream artifacts that this run's settings would not make, or that do not come from each other.
+
+    Raises PipelineError with the first differing options, both values and the command that refreshes the artifact.
+    """
+    for manifest in upstream:
+        if manifest.experiment != experiment:
+            raise PipelineError(
+                f"{manifest.asset} {manifest.version} belongs to experiment {manifest.experiment!r}, this run to "
+                f"{experiment!r}; materialize it: {refresh_command(manifest.asset, experiment, overrides)}"
+            )
+        built, wanted = flatten(manifest.config), flatten(stage_config(settings, manifest.asset))
+        missing = "nothing"
+        differing = [
+            f"{key}={built.get(key, missing)!r} (this run: {wanted.get(key, missing)!r})"
+            for key in sorted(built.keys() | wanted.keys())
+            if built.get(key, missing) != wanted.get(key, missing)
+        ]
+        if differing:
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise PipelineError(
+                f"{manifest.asset} of {experiment!r} was made with {', '.join(differing[:3])}{more}; "
+                f"refresh it: {refresh_command(manifest.asset, experiment, overrides)}"
+            )
+    latest = {manifest.asset: manifest.content_hash for manifest in upstream}
+    for manifest in upstream:
+        for asset, version in manifest.upstream.items():
+            if latest.get(asset, version) != version:
+                raise PipelineError(
+                    f"{manifest.asset} of {experiment!r} was made from {asset} {version[:VERSION_DIGITS]}, the latest is "
+                    f"{latest[asset][:VERSION_DIGITS]}; refresh it: "
+                    f"{refresh_command(manifest.asset, experiment, overrides)}"
+                )

@@ -1,0 +1,15 @@
+"""Where a run writes: one folder, `var/` of the repository, or the one that LLM_ASSETS_VAR names.
+
+Below it: `artifacts/` (published versions), `scratch/` (work in progress), `cache/` (copies of a remote store's
+artifacts), `mlflow.db` and `mlartifacts/` (tracking). Read when it is asked for, so that a test can move it.
+"""
+
+import os
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def var_dir() -> Path:
+    """The folder that everything a run writes lies in, absolute."""
+    return Path(os.environ.get("LLM_ASSETS_VAR") or REPOSITORY / "var").absolute()

@@ -1,0 +1,120 @@
+"""The BentoML stores, each command in a process of its own.
+
+BentoML reads BENTOML_HOME once, and a second build in one process reuses the first one's service module: a Bento would
+then hold another model than its arguments say. Commands run in their own process group, which is ended with the step.
+`bento_store.py` beside this file is the program that reads and fills the stores.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from llm_assets.paths import REPOSITORY
+from model.errors import PipelineError
+from model.progress import Log, silent
+
+
+class BentoBuilder(dg.ConfigurableResource):
+    """Puts models into BentoML's model store and builds Bentos from `bento/`."""
+
+    home: str = Field(default="", description="BentoML's home. Empty: BENTOML_HOME, else BentoML's own default.")
+    service: str = Field(default="bento.service:RexService", description="Import path of the service to package.")
+    source_dir: str = Field(default=str(REPOSITORY), description="Folder that the build runs in.")
+
+    def import_model(self, tag: str, model_dir: Path, labels: Mapping[str, str], log: Log = silent) -> dict[str, Any]:
+        """Put a model directory into the model store under `tag`, unless it is there.
+
+        Returns `{"tag", "path", "bytes", "created"}`; created is False where the store had it.
+        """
+        return self._store("model", tag, str(model_dir), json.dumps(dict(labels)), log=log)
+
+    def find_bento(self, tag: str, log: Log = silent) -> dict[str, Any] | None:
+        """`{"tag", "path", "bytes"}` of a Bento in the store, None where there is none."""
+        found = self._store("bento", tag, log=log)
+        return found or None
+
+    def build(
+        self, tag: str, *, labels: Mapping[str, str], arguments: Mapping[str, Any], log: Log = silent
+    ) -> dict[str, Any]:
+        """Build the Bento `name:version` with the service's arguments; returns what `find_bento` finds.
+
+        Raises PipelineError with BentoML's last line where the build fails.
+        """
+        name, version = tag.split(":")
+        command = [sys.executable, "-m", "bentoml", "build", self.service, "--name", name, "--version", version]
+        for key, value in labels.items():
+            command += ["--label", f"{key}={value}"]
+        for key, value in arguments.items():
+            command += ["--arg", f"{key}={str(value).lower() if isinstance(value, bool) else value}"]
+        printed = self._run([*command, "-o", "tag"], f"building Bento {tag}", log)
+        if f"__tag__:{tag}" not in printed:
+            raise PipelineError(f"bentoml build of {tag} did not name the tag it built: its log is in the run's log")
+        found = self.find_bento(tag)
+        if found is None:
+            raise PipelineError(f"bentoml built {tag}, but its store has no such Bento: is BENTOML_HOME the same?")
+        return found
+
+    def source_digest(self) -> str:
+        """Hash of what a build packs besides the model: the service's and the model's code, and the package pins."""
+        root, total = Path(self.source_dir), hashlib.sha256()
+        files = [path for folder in ("bento", "model") for path in (root / folder).rglob("*") if path.is_file()]
+        for path in sorted([*files, root / "constraints.txt"]):
+            if "__pycache__" not in path.parts and path.is_file():
+                total.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\n")
+        return total.hexdigest()
+
+    def _store(self, *arguments: str, log: Log) -> dict[str, Any]:
+        program = str(Path(__file__).with_name("bento_store.py"))
+        printed = self._run([sys.executable, program, *arguments], f"BentoML store: {' '.join(arguments[:2])}", log)
+        answer: dict[str, Any] = json.loads(printed.strip().splitlines()[-1])
+        return answer
+
+    def _run(self, command: Sequence[str], what: str, log: Log) -> str:
+        """Standard output of a command; what it writes to standard error goes to the log line by line."""
+        environment = {**os.environ, "BENTOML_DO_NOT_TRACK": "True"}
+        if self.home:
+            environment["BENTOML_HOME"] = self.home
+        lines: list[str] = []
+        with subprocess.Popen(
+            command,
+            cwd=self.source_dir,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            assert process.stdout is not None and process.stderr is not None
+
+            def relay(stream: Any) -> None:
+                for line in stream:
+                    lines.append(line.strip())
+                    log(f"bentoml: {line.rstrip()}")
+
+            reader = Thread(target=relay, args=(process.stderr,), daemon=True)
+            reader.start()
+            try:
+                printed = process.stdout.read()
+                process.wait()
+            except BaseException:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # a terminated step leaves no build behind
+                raise
+            reader.join()
+        if process.returncode:
+            said = [line for line in [*lines, *printed.splitlines()] if line.strip()]
+            reason = said[-1].strip() if said else "it said nothing"
+            raise PipelineError(f"{what} failed (exit status {process.returncode}): {reason}")
+        return printed

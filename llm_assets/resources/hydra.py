@@ -1,0 +1,30 @@
+"""Composes the run's experiment: the partition names it, this resource adds where the files lie and what to change.
+
+Both fields have defaults, so that the UI starts a run without a configuration to type. Composed in the step, from files
+only: every step of a run, and a later run of one asset, resolve the same settings.
+"""
+
+from pathlib import Path
+
+import dagster as dg
+from pydantic import Field
+
+from llm_assets.experiment import CONFIG_DIR, compose
+from model.settings import ExperimentSettings
+
+
+class HydraConfig(dg.ConfigurableResource):
+    """The experiment's settings from `configs/`, with overrides."""
+
+    config_dir: str = Field(
+        default=str(CONFIG_DIR), description="Folder with config.yaml and experiment/. Default: LLM_ASSETS_CONFIG_DIR."
+    )
+    overrides: list[str] = Field(
+        default=[],
+        description="Hydra overrides for all stages, such as training.max_steps=100 or model=rex_30m. "
+        "A stage refuses an upstream that was made with other values.",
+    )
+
+    def settings(self, experiment: str) -> ExperimentSettings:
+        """Compose `experiment`; PipelineError, one line, where that is not possible."""
+        return compose(experiment, self.overrides, Path(self.config_dir))

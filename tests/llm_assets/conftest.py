@@ -1,0 +1,118 @@
+"""A pipeline of two tiny assets on the real resources: SQLite tracking, folders, Hydra files."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from llm_assets.io_managers import ArtifactDirectory, DirectoryIOManager
+from llm_assets.resources.hydra import HydraConfig
+from llm_assets.resources.mlflow import MlflowTracking
+from llm_assets.stage import Stage, stage
+
+COMMON: dict[str, Any] = {
+    "partitions_def": dg.StaticPartitionsDefinition(["smoke", "stdlib"]),
+    "dagster_type": ArtifactDirectory,
+    "io_manager_key": "artifacts",
+    "code_version": "1",
+}
+
+
+class Pipeline:
+    """`corpus` and `tokenized_dataset` with bodies that a test replaces."""
+
+    def __init__(self, mlflow: MlflowTracking) -> None:
+        self.mlflow, self.hydra, self.artifacts = mlflow, HydraConfig(), DirectoryIOManager()
+        self.instance = dg.DagsterInstance.ephemeral()
+        self.bodies: dict[str, Callable[[Stage], Any]] = {}
+        self.resumable = self.exclusive = False
+        self.retries = 0
+        self.experiment = "smoke"
+
+    def run(self, *names: str) -> dg.ExecuteInProcessResult:
+        """Materialize the named assets, or both; an error in one is a failed result."""
+        names = names or ("corpus", "tokenized_dataset")
+        assets = {"corpus": self._corpus(), "tokenized_dataset": self._tokenized_dataset()}
+        return dg.materialize(
+            list(assets.values()),
+            selection=dg.AssetSelection.assets(*[assets[name] for name in names]),
+            partition_key=self.experiment,
+            instance=self.instance,
+            resources={"artifacts": self.artifacts, "hydra": self.hydra, "mlflow": self.mlflow},
+            raise_on_error=False,
+        )
+
+    def tracked(self, asset: str) -> list[Any]:
+        """The MLflow runs of an asset, newest first."""
+        client, experiment_id = self.mlflow.client()
+        return list(client.search_runs([experiment_id], f"tags.`dagster.asset` = '{asset}'"))
+
+    def _write(self, work: Stage, default: str) -> tuple[list[dg.AssetCheckResult], dict[str, Any]]:
+        body = self.bodies.get(work.asset)
+        returned = body(work) if body else None
+        if not any(work.output.iterdir()):
+            (work.output / "data.txt").write_text(default)
+        return (returned if isinstance(returned, list) else []), {"characters": 3}
+
+    def _corpus(self) -> dg.AssetsDefinition:
+        @dg.asset(
+            **COMMON,
+            check_specs=[dg.AssetCheckSpec("is_good", asset="corpus", blocking=True)],
+            retry_policy=dg.RetryPolicy(max_retries=self.retries),
+        )
+        def corpus(
+            context: dg.AssetExecutionContext, hydra: HydraConfig, mlflow: MlflowTracking
+        ) -> Iterator[dg.MaterializeResult]:
+            with stage(context, hydra, mlflow, resumable=self.resumable, exclusive=self.exclusive) as work:
+                checks, metadata = self._write(work, "one")
+                yield work.result(metadata, checks or [dg.AssetCheckResult(check_name="is_good", passed=True)])
+
+        return corpus
+
+    def _tokenized_dataset(self) -> dg.AssetsDefinition:
+        @dg.asset(**COMMON)
+        def tokenized_dataset(
+            context: dg.AssetExecutionContext, hydra: HydraConfig, mlflow: MlflowTracking, corpus: Path
+        ) -> Iterator[dg.MaterializeResult]:
+            with stage(context, hydra, mlflow, {"corpus": corpus}) as work:
+                _, metadata = self._write(work, "tokens of " + (corpus / "data.txt").read_text())
+                yield work.result(metadata)
+
+        return tokenized_dataset
+
+
+@pytest.fixture(scope="session")
+def opened_at_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[int]]:
+    """One database for all tests, as making its tables takes seconds: its URI, and how the two processes ended that
+    opened it when it was not there."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+    program = f"from llm_assets.resources.mlflow import MlflowTracking; MlflowTracking(tracking_uri={uri!r}).client()"
+    processes = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(2)]
+    return uri, [process.wait() for process in processes]
+
+
+@pytest.fixture(scope="session")
+def tracking_uri(opened_at_once: tuple[str, list[int]]) -> str:
+    return opened_at_once[0]
+
+
+@pytest.fixture
+def mlflow(tracking_uri: str, request: pytest.FixtureRequest) -> MlflowTracking:
+    return MlflowTracking(tracking_uri=tracking_uri, experiment=request.node.name)
+
+
+@pytest.fixture
+def var(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LLM_ASSETS_VAR", str(tmp_path / "var"))
+    monkeypatch.delenv("LLM_ASSETS_ARTIFACTS", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path / "var"
+
+
+@pytest.fixture
+def pipeline(mlflow: MlflowTracking, var: Path) -> Pipeline:
+    return Pipeline(mlflow)

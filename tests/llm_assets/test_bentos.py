@@ -1,0 +1,100 @@
+import os
+import time
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from llm_assets.resources.bentos import BentoBuilder
+from model.errors import PipelineError
+
+SERVICE = """
+import bentoml
+from pydantic import BaseModel
+
+class Arguments(BaseModel):
+    model: str
+    kv_cache: bool = True
+
+arguments = bentoml.use_arguments(Arguments)
+
+@bentoml.service
+class Tiny:
+    model = bentoml.models.BentoModel(arguments.model)
+
+    @bentoml.api
+    def ask(self, prompt: str) -> str:
+        return prompt
+"""
+
+
+@pytest.fixture
+def builder(tmp_path: Path) -> BentoBuilder:
+    (tmp_path / "source" / "bento").mkdir(parents=True)
+    (tmp_path / "source" / "bento" / "__init__.py").touch()
+    (tmp_path / "source" / "bento" / "service.py").write_text(SERVICE)
+    return BentoBuilder(home=str(tmp_path / "home"), service="bento.service:Tiny", source_dir=str(tmp_path / "source"))
+
+
+def test_a_model_is_imported_once_and_a_bento_is_built_from_it(builder: BentoBuilder, tmp_path: Path) -> None:
+    (tmp_path / "model" / "folder").mkdir(parents=True)
+    (tmp_path / "model" / "folder" / "weights").write_text("weights")
+    model = builder.import_model("rex-smoke:abc", tmp_path / "model", {"experiment": "smoke"})
+    assert (Path(model["path"]) / "folder" / "weights").read_text() == "weights"
+    assert model["created"]
+    again = builder.import_model("rex-smoke:abc", tmp_path / "model", {})
+    assert not again["created"]
+    assert again["path"] == model["path"]
+    assert builder.find_bento("rex-smoke:def") is None
+    lines: list[str] = []
+    bento = builder.build(
+        "rex-smoke:def",
+        labels={"experiment": "smoke"},
+        arguments={"model": "rex-smoke:abc", "kv_cache": False},
+        log=lines.append,
+    )
+    assert bento == builder.find_bento("rex-smoke:def")
+    description = (Path(bento["path"]) / "bento.yaml").read_text()
+    assert "rex-smoke:abc" in description
+    assert "kv_cache: false" in description.replace("'", "")
+
+
+def test_a_failed_build_is_one_line(builder: BentoBuilder) -> None:
+    with pytest.raises(PipelineError) as failed:
+        builder.build("rex-smoke:def", labels={}, arguments={"model": "no-such-model:abc"})
+    assert str(failed.value).startswith("building Bento rex-smoke:def failed (exit status ")
+    assert "\n" not in str(failed.value)
+
+
+def test_the_source_digest_follows_what_is_packed(builder: BentoBuilder) -> None:
+    source = Path(builder.source_dir)
+    before = builder.source_digest()
+    (source / "README.md").write_text("not packed")
+    (source / "bento" / "__pycache__").mkdir()
+    (source / "bento" / "__pycache__" / "service.pyc").touch()
+    assert builder.source_digest() == before
+    (source / "constraints.txt").write_text("torch==1")
+    pinned = builder.source_digest()
+    assert pinned != before
+    (source / "bento" / "service.py").write_text(SERVICE + "\n")
+    assert builder.source_digest() != pinned
+
+
+def test_an_interrupted_command_leaves_no_process(builder: BentoBuilder, tmp_path: Path) -> None:
+    import signal
+
+    pid_file = tmp_path / "pid"
+    sleeper = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+
+    def interrupt() -> None:
+        while not (pid_file.exists() and pid_file.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    Thread(target=interrupt).start()
+    import sys
+
+    with pytest.raises(KeyboardInterrupt):
+        builder._run([sys.executable, "-c", sleeper], "sleeping", print)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid_file.read_text()), 0)

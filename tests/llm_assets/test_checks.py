@@ -1,0 +1,105 @@
+from pathlib import Path
+
+import dagster as dg
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from llm_assets import checks
+from model.settings import CorpusSettings, TokenizerSettings
+from model.text.corpus import build_corpus
+from model.text.tokens import build_tokenized_dataset
+
+ERROR, WARN = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A small corpus with characters of several bytes, and its tokens."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text").mkdir()
+    for number in range(60):
+        (folder / "text" / f"{number}.txt").write_text(f"Straße {number} – naïve 東京 {number * number}\n" * 6)
+    settings = CorpusSettings(source="files", paths=[str(folder / "text" / "*.txt")], validation_fraction=0.3)
+    build_corpus(settings, folder / "corpus")
+    tokenizer = TokenizerSettings(vocab_size=300, sequence_length=16)
+    build_tokenized_dataset(tokenizer, folder / "corpus", folder / "dataset")
+    return folder / "corpus", folder / "dataset"
+
+
+def shard(corpus: Path, split: str, ids: list[str]) -> None:
+    corpus.mkdir(exist_ok=True)
+    pq.write_table(pa.table({"id": ids}), corpus / f"{split}-00000.parquet")
+
+
+def test_a_real_corpus_and_its_tokens_pass(data: tuple[Path, Path]) -> None:
+    corpus, dataset = data
+    assert checks.splits_are_disjoint(corpus).passed
+    assert checks.round_trip_is_exact(corpus, dataset, 16).passed
+
+
+@pytest.mark.parametrize(("train", "validation"), [(["a", "b"], ["b"]), (["a"], []), ([], ["a"])])
+def test_a_document_in_both_splits_and_an_empty_split_fail(
+    tmp_path: Path, train: list[str], validation: list[str]
+) -> None:
+    shard(tmp_path, "train", train)
+    shard(tmp_path, "validation", validation)
+    result = checks.splits_are_disjoint(tmp_path)
+    assert not result.passed
+    assert result.severity == ERROR
+
+
+def test_tokens_of_another_text_fail(data: tuple[Path, Path], tmp_path: Path) -> None:
+    _, dataset = data
+    (tmp_path / "text").mkdir()
+    for number in range(60):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"other text {number}\n")
+    settings = CorpusSettings(source="files", paths=[str(tmp_path / "text" / "*.txt")], validation_fraction=0.3)
+    build_corpus(settings, tmp_path / "corpus")
+    assert not checks.round_trip_is_exact(tmp_path / "corpus", dataset, 16).passed
+
+
+def test_knowing_frequencies_is_better_than_knowing_nothing(data: tuple[Path, Path]) -> None:
+    measured = checks.yardsticks(data[1], 16)
+    assert 0 < measured["unigram"] < measured["uniform"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "bits", "passed", "severity"),
+    [
+        (2.0, 1.0, True, WARN),
+        (2.0, 2.5, False, WARN),
+        (2.0, 4.0, False, ERROR),
+        (float("nan"), float("nan"), False, ERROR),
+        (float("inf"), 1.0, False, ERROR),
+    ],
+)
+def test_a_model_must_beat_the_yardsticks(
+    loss: float, bits: float, passed: bool, severity: dg.AssetCheckSeverity
+) -> None:
+    result = checks.beats_yardsticks(loss, bits, {"uniform": 3.0, "unigram": 2.0})
+    assert (result.passed, result.severity) == (passed, severity)
+
+
+@pytest.mark.parametrize(
+    ("bits", "passed", "severity"),
+    [(2.0, True, WARN), (2.03, True, WARN), (2.09, False, WARN), (2.2, False, ERROR), (float("nan"), False, ERROR)],
+)
+def test_quantization_may_cost_little(bits: float, passed: bool, severity: dg.AssetCheckSeverity) -> None:
+    result = checks.keeps_quality(bits, 2.0)
+    assert (result.passed, result.severity) == (passed, severity)
+
+
+def test_a_bento_that_is_not_in_the_store_fails(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "file").touch()
+    there = {"tag": "rex:a", "path": str(tmp_path / "model")}
+    assert checks.is_in_store(there, there).passed
+    assert not checks.is_in_store(None, there).passed
+    assert not checks.is_in_store(there | {"path": str(tmp_path / "gone")}, there).passed
+
+
+def test_every_check_of_an_asset_blocks() -> None:
+    specs = [spec for asset in ("corpus", "packaged_bento") for spec in checks.specs(asset)]
+    assert [spec.name for spec in specs] == ["splits_are_disjoint", "is_in_store"]
+    assert all(spec.blocking for spec in specs)

@@ -1,0 +1,98 @@
+import subprocess
+import sys
+
+import dagster as dg
+import pytest
+
+from llm_assets import jobs
+from llm_assets.definitions import ASSETS, build_defs, defs
+from llm_assets.experiment import DEFAULT_EXPERIMENT, experiment_names
+from llm_assets.io_managers import DirectoryIOManager
+from llm_assets.partitions import ExperimentPartitions, experiments
+
+
+def test_importing_the_definitions_imports_nothing_heavy() -> None:
+    program = (
+        "import sys, llm_assets.definitions; "
+        "print([name for name in ('torch', 'transformers', 'mlflow', 'bentoml', 'datasets', 'matplotlib', 'numpy') "
+        "if name in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.strip()
+        == "[]"
+    )
+
+
+def test_the_code_location_loads_with_every_job() -> None:
+    repository = defs().get_repository_def()
+    repository.load_all_definitions()
+    names = {asset.key.path[-1] for asset in ASSETS}
+    assert {job.name for job in repository.get_all_jobs()} >= {"llm_pipeline", *(f"{name}_job" for name in names)}
+    pipeline = repository.get_job("llm_pipeline")
+    assert {key.path[-1] for key in pipeline.asset_layer.executable_asset_keys} == names
+    assert pipeline.run_tags["dagster/partition"] == DEFAULT_EXPERIMENT
+
+
+@pytest.mark.parametrize("asset", ASSETS, ids=lambda asset: asset.key.path[-1])
+def test_every_asset_says_what_it_is(asset: dg.AssetsDefinition) -> None:
+    (spec,) = asset.specs
+    assert spec.group_name in {"data", "model", "release"}
+    assert spec.kinds
+    assert spec.owners == ["team:llm"]
+    assert spec.code_version
+    assert spec.description
+    assert asset.partitions_def == experiments
+
+
+def test_each_asset_is_made_from_the_ones_that_the_design_names() -> None:
+    upstream = {
+        asset.key.path[-1]: {dep.asset_key.path[-1] for spec in asset.specs for dep in spec.deps} for asset in ASSETS
+    }
+    assert upstream == {
+        "corpus": set(),
+        "tokenized_dataset": {"corpus"},
+        "trained_checkpoint": {"tokenized_dataset"},
+        "quantized_model": {"trained_checkpoint", "tokenized_dataset"},
+        "benchmark_report": {"trained_checkpoint", "quantized_model", "tokenized_dataset"},
+        "packaged_bento": {"trained_checkpoint", "quantized_model", "benchmark_report"},
+    }
+
+
+def test_partitions_are_the_experiments() -> None:
+    assert list(experiments.get_partition_keys()) == experiment_names()
+    assert DEFAULT_EXPERIMENT in experiment_names()
+
+
+def test_no_resource_needs_a_configuration_to_be_typed() -> None:
+    assert dg.validate_run_config(defs().resolve_job_def("llm_pipeline"), {})["resources"]["hydra"]
+
+
+def test_a_resource_can_be_replaced() -> None:
+    mine = DirectoryIOManager(keep_versions=7)
+    assert build_defs({"artifacts": mine}).resources["artifacts"] is mine
+
+
+def test_the_number_of_concurrent_steps_is_fixed() -> None:
+    assert jobs.MAX_CONCURRENT_STEPS == 2
+    assert defs().executor is jobs.executor
+
+
+@pytest.mark.parametrize("selected", ["first", "second"])
+def test_an_unknown_experiment_is_one_line_that_lists_the_experiments(selected: str) -> None:
+    partitions = ExperimentPartitions(["smoke", "stdlib"])
+
+    @dg.asset(partitions_def=partitions)
+    def first() -> int:
+        return 1
+
+    @dg.asset(partitions_def=partitions)
+    def second(first: int) -> int:
+        return first
+
+    job = dg.define_asset_job("job", selection=dg.AssetSelection.assets(selected))
+    resolved = dg.Definitions(assets=[first, second], jobs=[job]).resolve_job_def("job")
+    result = resolved.execute_in_process(tags={"dagster/partition": "smke"}, raise_on_error=False)
+    assert not result.success
+    (error,) = [event.step_failure_data.error for event in result.all_events if event.is_step_failure]
+    assert "no experiment 'smke' in" in str(error)
+    assert "expected one of ['smoke', 'stdlib']" in str(error)

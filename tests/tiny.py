@@ -1,0 +1,47 @@
+"""A REX model small enough to build in every test run, with a byte-level tokenizer trained on a few lines."""
+
+from pathlib import Path
+
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from model.build import build_config, build_model
+from model.modeling_rex import RexForCausalLM
+from model.settings import ModelSettings, TokenizerSettings
+from model.text.tokenizer import train_tokenizer
+
+TEXT = "def main():\n    return 'größer als nichts' if print('日本語 🦖') else None\n"
+CONTEXT = 96
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(TokenizerSettings(vocab_size=280, sequence_length=CONTEXT), [TEXT] * 8)
+
+
+def tiny_model(tokenizer: PreTrainedTokenizerFast, *, stops: bool = False, seed: int = 0) -> RexForCausalLM:
+    """Random weights large enough for clear preferences; `stops` leaves the end-of-text token in place."""
+    settings = ModelSettings(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.3,
+        tie_word_embeddings=False,  # tied random weights mostly repeat the last token
+    )
+    config = build_config(
+        settings, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    )
+    model = build_model(config, seed).eval().requires_grad_(False)
+    model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id)
+    if stops:
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+def save_tiny_model(directory: Path) -> Path:
+    """A model directory as the pipeline publishes it."""
+    tokenizer = tiny_tokenizer()
+    tiny_model(tokenizer, stops=True).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory

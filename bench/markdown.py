@@ -28,6 +28,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _summary(report: dict[str, Any]) -> str:
     full, quantized, numbers = report["models"]["full"], report["models"]["quantized"], report["summary"]
+    lost = round(numbers["bits_per_byte_quantized"] - numbers["bits_per_byte"], 4) + 0.0  # + 0.0 turns -0.0 into 0.0
     description = f"{report['description']}. " if report["description"] else ""
     return f"""# Benchmark of {report["experiment"]}
 
@@ -45,7 +46,7 @@ tokens, {numbers["largest_batch_tokens_per_second"]:,.0f} in a batch.
 - **{_capital(quantized["label"])}:** {full["weights_bytes"] / quantized["weights_bytes"]:.2f} times smaller, \
 {numbers["quantized_speedup"]:.2f} times the speed for one sequence, \
 {numbers["largest_batch_tokens_per_second_quantized"] / numbers["largest_batch_tokens_per_second"]:.2f} times in a \
-batch, {numbers["bits_per_byte_quantized"] - numbers["bits_per_byte"]:+.4f} bits per byte."""
+batch, {lost:+.4f} bits per byte."""
 
 
 def _quality(report: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ def plot_kv_cache(report: dict[str, Any], path: Path) -> None:
     for rank, (smooth, colour, name) in enumerate(lines):
         axes.plot(range(1, len(smooth) + 1), smooth, color=colour, linewidth=2.0)
         axes.annotate(
-            f" {name}\n {smooth[-1]:.2g} ms",
+            f" {name}\n {smooth[-1]:{'.0f' if smooth[-1] >= 10 else '.2g'}} ms",
             (len(smooth), smooth[-1]),
             color=colour,
             va="top" if rank == len(lines) - 1 else "bottom",  # the lowest line's label goes below it

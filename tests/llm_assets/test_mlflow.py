@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from llm_assets.experiment import compose
 from llm_assets.resources.mlflow import MlflowTracking, TrackedRun
 from llm_assets.stage import Stage
 
@@ -14,7 +15,7 @@ def test_a_run_carries_the_settings_and_the_names_that_dagster_gives(pipeline: P
     result = pipeline.run("corpus")
     (run,) = pipeline.tracked("corpus")
     assert run.info.status == "FINISHED"
-    assert run.data.params["corpus.max_bytes"] == "1500000"
+    assert run.data.params["corpus.max_bytes"] == str(compose("smoke").corpus.max_bytes)
     assert run.data.tags["dagster_run_id"] == result.run_id
     assert run.data.tags["dagster.partition"] == "smoke"
     assert run.data.metrics["characters"] == 3

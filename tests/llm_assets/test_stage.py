@@ -10,6 +10,7 @@ import dagster as dg
 import pytest
 
 from llm_assets import stage as stage_module
+from llm_assets.experiment import compose
 from llm_assets.manifest import Manifest
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.stage import Stage
@@ -166,7 +167,7 @@ def test_an_upstream_made_with_other_overrides_is_refused(pipeline: Pipeline) ->
     assert pipeline.run("corpus").success
     pipeline.hydra = HydraConfig(overrides=["corpus.max_bytes=999999"])
     error = failure(pipeline.run("tokenized_dataset"))
-    assert "corpus.max_bytes=1500000 (this run: 999999)" in error.message
+    assert f"corpus.max_bytes={compose('smoke').corpus.max_bytes} (this run: 999999)" in error.message
     assert pipeline.run().success
 
 

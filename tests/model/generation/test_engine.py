@@ -134,7 +134,7 @@ def test_the_end_of_text_token_stops_and_is_counted_but_not_shown(tokenizer):
     engine = Engine(model, tokenizer)
     events = list(engine.submit(GenerationRequest(PROMPT, 12, GREEDY)))
     engine.stop()
-    expected = plain[: min(plain.index(plain[5]), (plain + [0]).index(0))]
+    expected = plain[: min(plain.index(plain[5]), [*plain, 0].index(0))]
     assert [token for event in events[:-1] for token in event.token_ids] == expected
     assert events[-1] == Finished("stop", len(PROMPT), len(expected) + 1)
 

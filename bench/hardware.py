@@ -15,9 +15,12 @@ from model.generation.threads import decoding_threads, usable_cores
 
 def torch_threads(parameters: int) -> int:
     """Threads that decoding is measured with: those that the service takes, unless OMP_NUM_THREADS says otherwise."""
-    if os.environ.get("OMP_NUM_THREADS"):
-        return torch.get_num_threads()
-    return decoding_threads(parameters, usable_cores())
+    return decoding_threads(parameters, all_threads()) if not os.environ.get("OMP_NUM_THREADS") else all_threads()
+
+
+def all_threads() -> int:
+    """Threads for work that is not timed: one for each usable core, unless OMP_NUM_THREADS says otherwise."""
+    return torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else usable_cores()
 
 
 def describe(device: torch.device) -> dict[str, Any]:

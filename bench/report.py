@@ -57,13 +57,15 @@ def build_report(
     loaded = {key: load_model(path, device=str(device)) for key, path in directories.items()}
     _check_lengths(settings, loaded["full"].config)
     models = {labels[key]: model for key, model in loaded.items()}
-    with _threads(hardware.torch_threads(int8.count_parameters(loaded["full"]))):
+    threads = hardware.torch_threads(int8.count_parameters(loaded["full"]))
+    with _threads(threads):
         machine = hardware.describe(device)  # before the work, so that the load average is that of others
-        log(f"benchmark: {labels['full']} and {labels['quantized']} on {device}, {machine['torch_threads']} threads")
+        log(f"benchmark: {labels['full']} and {labels['quantized']} on {device}, {threads} threads")
         log("benchmark: quality and peak memory")
         with ThreadPoolExecutor(1) as beside:  # neither is timed
-            memory = beside.submit(_memory, settings, directories, labels, str(device), machine["torch_threads"])
-            quality = measure_quality(models, dataset_dir, settings, log=log)
+            memory = beside.submit(_memory, settings, directories, labels, str(device), threads)
+            with _threads(hardware.all_threads()):
+                quality = measure_quality(models, dataset_dir, settings, log=log)
         log("benchmark: speed")
         speed = measure_speed(models, settings.benchmark, log=log)
         samples = write_samples(models, dataset_dir / "tokenizer", settings)

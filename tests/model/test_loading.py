@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from model import int8
 from model.artifact import MANIFEST, file_digests
+from model.build import build_config, build_model
 from model.errors import PipelineError
 from model.loading import load_model, logits_digest
 from model.modeling_rex import RexForCausalLM
+from model.settings import ModelSettings
 from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 
 IDS_BT = torch.tensor([[5, 6, 7, 8]])
@@ -46,13 +48,24 @@ def refusal(model_dir: Path, **kwargs) -> str:
     return message
 
 
-def test_a_checkpoint_loads_with_its_weights_tied_and_frozen(original):
+def test_a_checkpoint_loads_frozen_in_eval_mode_with_its_generation_config(original):
     model = load_model(original)
     assert torch.equal(logits(model), logits(tiny_model(tiny_tokenizer())))
-    assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model.generation_config.eos_token_id == tiny_tokenizer().eos_token_id
+
+
+@pytest.mark.parametrize("quantized", [None, False, True])
+def test_tied_weights_load_tied(tmp_path, quantized):
+    settings = ModelSettings(hidden_size=32, intermediate_size=64, num_hidden_layers=1, tie_word_embeddings=True)
+    saved = build_model(build_config(settings, 300, bos_token_id=0, eos_token_id=0, pad_token_id=1), seed=0).eval()
+    saved.save_pretrained(tmp_path)
+    model = load_model(tmp_path, quantized=quantized)
+    assert int8.count_parameters(model) == sum(parameter.numel() for parameter in saved.parameters())
+    assert (logits(model) - logits(saved)).norm() / logits(saved).norm() < 0.05
+    if not quantized:
+        assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_the_logits_equal_those_of_from_pretrained(original):

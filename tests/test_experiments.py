@@ -1,0 +1,63 @@
+"""Every experiment, those for a GPU too: its model has the size it claims, and a shrunken copy of it trains on CPU."""
+
+import math
+
+import pytest
+
+from llm_assets.experiment import compose, experiment_names
+from model.build import build_config, count_parameters
+from model.text.corpus import build_corpus
+from model.text.tokens import build_tokenized_dataset
+from model.training.trainer import train
+
+MILLIONS = {
+    "smoke": (0.1, 0.2),
+    "stdlib": (2, 5),
+    "stdlib_30m": (28, 32),
+    "shakespeare_char": (0.7, 0.9),
+    "gpt2_124m": (120, 128),
+    "llama_350m": (320, 360),
+}
+SHRINK = [
+    "corpus=stdlib_sample",
+    "corpus.max_bytes=300000",
+    "tokenizer.vocab_size=400",
+    "tokenizer.sequence_length=32",
+    "model.hidden_size=32",
+    "model.intermediate_size=64",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=4",
+    "model.num_key_value_heads=2",
+    "training.max_steps=2",
+    "training.warmup_steps=1",
+    "training.per_device_train_batch_size=2",
+    "training.per_device_eval_batch_size=4",
+    "training.gradient_accumulation_steps=2",
+    "training.eval_steps=2",
+    "training.eval_windows=4",
+    "training.save_steps=2",
+    "training.sample_tokens=4",
+    "training.device=cpu",
+]
+
+
+@pytest.mark.parametrize("name", experiment_names())
+def test_the_model_has_the_size_it_claims(name):
+    settings = compose(name)
+    low, high = MILLIONS[name]
+    vocab_size = settings.tokenizer.vocab_size if settings.tokenizer.kind == "bpe" else 323
+    assert low < count_parameters(build_config(settings.model, vocab_size, 0, 0, 1)) / 1e6 < high
+
+
+@pytest.mark.parametrize("name", experiment_names())
+def test_a_shrunken_copy_takes_two_steps_on_cpu(name, tmp_path):
+    shrink = list(SHRINK)
+    if compose(name).training.torch_compile:
+        shrink.append("+training.arguments.torch_compile_backend=aot_eager")  # the graph without a C++ compiler
+    settings = compose(name, shrink)
+    build_corpus(settings.corpus, tmp_path / "corpus")
+    build_tokenized_dataset(settings.tokenizer, tmp_path / "corpus", tmp_path / "dataset")
+    summary = train(settings, tmp_path / "dataset", tmp_path / "checkpoint", tmp_path / "scratch")
+    assert summary.steps == 2
+    assert math.isfinite(summary.validation_loss)
+    assert summary.precision == ("bfloat16" if settings.training.precision == "bfloat16" else "float32")

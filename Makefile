@@ -63,7 +63,7 @@ lint: setup  ## Check style and types
 
 bench: setup  ## Measure tokenizing and decoding against peers (minutes; needs `make pipeline` first)
 	$(BIN)/python -m bench.tokenizing
-	$(BIN)/python -m bench.decode --experiment $(EXPERIMENT)
+	$(BIN)/python -m bench.decode "$$($(BIN)/python -m llm_assets.latest $(EXPERIMENT) --asset trained_checkpoint)" --tokens 1024
 
 clean:  ## Remove the virtual environment and everything that runs wrote
 	rm -rf .venv var

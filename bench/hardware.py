@@ -15,7 +15,9 @@ from model.generation.threads import decoding_threads, usable_cores
 
 def torch_threads(parameters: int) -> int:
     """Threads that decoding is measured with: those that the service takes, unless OMP_NUM_THREADS says otherwise."""
-    return decoding_threads(parameters, all_threads()) if not os.environ.get("OMP_NUM_THREADS") else all_threads()
+    if os.environ.get("OMP_NUM_THREADS"):
+        return torch.get_num_threads()
+    return decoding_threads(parameters, usable_cores())
 
 
 def all_threads() -> int:

@@ -33,11 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print what was asked for; one line and status 1 where an artifact is missing."""
     parser = argparse.ArgumentParser(prog="python -m llm_assets.latest", description=__doc__.split("\n")[0])
     parser.add_argument("experiment", nargs="?", default=DEFAULT_EXPERIMENT, help=f"default: {DEFAULT_EXPERIMENT}")
-    parser.add_argument("--bento", action="store_true", help="print the Bento's tag alone")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--bento", action="store_true", help="print the Bento's tag alone")
+    only.add_argument("--asset", choices=stage_assets(), help="print this artifact's folder alone")
     arguments = parser.parse_args(argv)
     try:
         if arguments.bento:
             print(bento_tag(arguments.experiment))
+            return 0
+        if arguments.asset:
+            print(DirectoryIOManager().store().load(arguments.asset, arguments.experiment))
             return 0
         artifacts = latest_artifacts(arguments.experiment)
         for asset, path in artifacts.items():

@@ -23,8 +23,18 @@ from model.errors import PipelineError
 from model.settings import CorpusSettings
 
 # Test folders are left out: Linux distributions and slim images ship Python without them, and the corpus should be the
-# same there. They also hold the deliberately broken encodings.
-STDLIB_SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+# same there. They also hold the deliberately broken encodings. encodings/ and pydoc_data/ are generated tables, an eighth
+# of the bytes, that a small model would learn instead of Python.
+STDLIB_SKIPPED = {
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "pydoc_data",
+}
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
 PARQUET_BATCH_ROWS = 64

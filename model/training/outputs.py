@@ -16,6 +16,17 @@ from model.training.curves import plot_loss
 if TYPE_CHECKING:
     from model.training.trainer import TrainingSummary
 
+CLOCK = frozenset(
+    {
+        "seconds",
+        "tokens_per_second",
+        "model_flops_per_second",
+        "peak_memory_bytes",
+        "resumed_from_step",
+    }
+)
+"""What the machine and the moment decide: reported live and by `TrainingSummary`, not kept in the artifact."""
+
 
 def sample_texts(
     model: RexForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[str], tokens: int, *, seed: int = 0
@@ -68,17 +79,24 @@ def write_outputs(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
+        model.config.use_cache = True  # off while it trained
         model.save_pretrained(output_dir)
+        (output_dir / "model.safetensors").chmod(0o644)  # safetensors leaves it readable to its owner alone
         tokenizer.save_pretrained(output_dir)
-        _write_json(output_dir / "curves.json", history)
+        _write_json(output_dir / "curves.json", [_without_clock(entry) for entry in history])
         _write_json(output_dir / "samples.json", summary.samples)
-        _write_json(output_dir / "summary.json", dataclasses.asdict(summary))
+        _write_json(output_dir / "summary.json", _without_clock(dataclasses.asdict(summary)))
         (output_dir / "README.md").write_text(model_card(settings, model, summary, dataset_dir), encoding="utf-8")
         plot_loss(history, output_dir / "loss.png", title=f"{settings.name}: loss")
 
 
+def _without_clock(record: dict[str, Any]) -> dict[str, Any]:
+    """What depends on the data and the seed alone: the same training then gives the same files, and the same version."""
+    return {key: value for key, value in record.items() if key not in CLOCK}
+
+
 def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def model_card(
@@ -125,9 +143,7 @@ Source: {settings.corpus.source}; licence: {settings.corpus.licence}.
 |---|---|
 | steps | {summary.steps:,} (best: {summary.best_step:,}) |
 | tokens | {summary.tokens:,} |
-| time | {summary.seconds:,.0f} s on {summary.device}, {summary.precision} |
-| tokens per second | {summary.tokens_per_second:,.0f} |
-| model FLOP/s | {summary.model_flops_per_second / 1e9:,.1f} G (6 N + 6 L T H K per token) |
+| hardware, precision | {summary.device}, {summary.precision} |
 | optimizer | {settings.training.optim} |
 | seed | {settings.training.seed} |
 
@@ -146,7 +162,7 @@ Source: {settings.corpus.source}; licence: {settings.corpus.licence}.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
 inputs = tokenizer("The ", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=True)[0]))
 ```

@@ -11,6 +11,8 @@ BIN       := .venv/bin
 INSTALLED := .venv/.installed
 export DAGSTER_HOME := $(CURDIR)/var/dagster
 export BENTOML_DO_NOT_TRACK := True
+# The tracking UI alone, without its pool of evaluation workers.
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_UI_URL ?= http://127.0.0.1:$(MLFLOW_PORT)
 

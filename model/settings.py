@@ -154,7 +154,7 @@ class TrainingSettings:
     save_total_limit: int = 2
     logging_steps: int = 10
     seed: int = 0
-    sample_prompts: list[str] = field(default_factory=lambda: ["def ", "class ", "import "])
+    sample_prompts: list[str] = field(default_factory=lambda: ["def", "class", "import"])
     sample_tokens: int = 96
     arguments: dict[str, Any] = field(default_factory=dict)
 

@@ -1,5 +1,6 @@
 """What the model can do, measured."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,10 +41,12 @@ def benchmark_report(
             work.settings, trained_checkpoint, quantized_model, tokenized_dataset, work.output, log=work.log
         )
         work.tracked.log_artifact(work.output)
+        # The UI cannot open the pictures beside the report: they have entries of their own.
+        text = re.sub(r"!\[.*\n\n", "", (work.output / "report.md").read_text())
         yield work.result(
             {
                 **show.numbers(report["summary"]),
-                "report": dg.MetadataValue.md((work.output / "report.md").read_text()[: show.TEXT_CHARACTERS]),
+                "report": dg.MetadataValue.md(text[: show.TEXT_CHARACTERS]),
                 "kv_cache": show.picture(work.output / "kv_cache.png"),
                 "model_benchmark_comparison": show.picture(work.output / "model_benchmark_comparison.png"),
             }

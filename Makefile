@@ -63,8 +63,9 @@ lint: setup  ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup  ## Measure tokenizing and decoding against peers (minutes; needs `make pipeline` first)
+bench: setup  ## Measure tokenizing, orchestration and decoding (ten minutes; needs `make pipeline` first)
 	$(BIN)/python -m bench.tokenizing
+	$(BIN)/python -m bench.orchestration
 	$(BIN)/python -m bench.decode "$$($(BIN)/python -m llm_assets.latest $(EXPERIMENT) --asset trained_checkpoint)" --tokens 1024
 
 clean:  ## Remove the virtual environment and everything that runs wrote

@@ -79,14 +79,14 @@ def test_mlflow_has_one_finished_run_an_asset_with_params_metrics_and_models(smo
 
 
 def test_a_part_of_the_pipeline_is_materialized_by_name_and_gives_the_same_bits(smoke):
-    before = {asset: smoke.manifest(asset)["content_hash"] for asset in ("trained_checkpoint", "quantized_model")}
+    before = {asset: smoke.manifest(asset)["content_hash"] for asset in ASSETS if asset != "benchmark_report"}
     result = smoke.run(
         "dagster", "asset", "materialize", "-m", "llm_assets.definitions",
-        "--select", "trained_checkpoint,quantized_model", "--partition", "smoke",
+        "--select", "trained_checkpoint+", "--partition", "smoke",
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-4000:]
     assert {asset: smoke.manifest(asset)["content_hash"] for asset in before} == before
-    assert result.stdout.count("unchanged: ") == 2
+    assert result.stdout.count("unchanged: ") == 3  # all but the report, whose timings are new
 
 
 @pytest.mark.parametrize(

@@ -127,3 +127,13 @@ def test_an_unknown_experiment_names_the_known_ones(smoke):
     )  # fmt: skip
     assert result.returncode != 0
     assert "smokes" in result.stdout and "shakespeare_char" in result.stdout
+
+
+def test_the_newest_artifacts_and_the_command_that_serves_them_are_named(smoke):
+    said = smoke.run("python", "-m", "llm_assets.latest", "smoke").stdout
+    tag = smoke.run("python", "-m", "llm_assets.latest", "smoke", "--bento").stdout.strip()
+    assert str(smoke.latest("benchmark_report") / "report.md") in said
+    assert f"bentoml serve {tag}" in said and tag.startswith("rex-smoke:")
+    missing = smoke.run("python", "-m", "llm_assets.latest", "stdlib_30m")
+    assert missing.returncode == 1
+    assert missing.stdout.startswith("error: no corpus of experiment 'stdlib_30m'")

@@ -2,12 +2,13 @@
 
 Invalid UTF-8 and empty documents are counted and left out, exact duplicates kept once. A document's split depends on
 its content alone (`split_by: hash`) or on its place in the corpus (`position`: the last part is held out, to the
-character). The same input gives the same bytes on disk. Memory holds a few row groups and a 16-byte digest per
-document, not the text; reading sources is `model.text.sources`.
+character). The same input gives the same bytes on disk. Memory holds a few row groups,
+however large the corpus is; the digests of all documents are on disk. Reading sources is `model.text.sources`.
 """
 
 import hashlib
 import json
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -142,11 +143,28 @@ def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
+class _Digests:
+    """The digests seen so far, in a private database that SQLite keeps on disk beyond a few megabytes of cache.
+
+    A Python set would take about a hundred bytes a document: gigabytes for a corpus of the web.
+    """
+
+    def __init__(self) -> None:
+        self._database = sqlite3.connect("", isolation_level=None)
+        self._database.execute("PRAGMA journal_mode = OFF")
+        self._database.execute("CREATE TABLE digests (digest BLOB PRIMARY KEY) WITHOUT ROWID")
+        self._database.execute("BEGIN")  # one transaction, never committed: nothing has to reach the disk
+
+    def add(self, digest: bytes) -> bool:
+        """Remember a digest; False where it was there."""
+        return self._database.execute("INSERT OR IGNORE INTO digests VALUES (?)", (digest,)).rowcount == 1
+
+
 def _clean(
     settings: CorpusSettings, sources: Sources, summary: CorpusSummary, log: Log, label: str
 ) -> Iterator[tuple[str, bytes]]:
     """The documents worth keeping, at most max_bytes of them; what is left out is counted in `summary`."""
-    seen: set[bytes] = set()
+    seen = _Digests()
     kept = read_bytes = 0
     total_mb = sources.stored_bytes / 1e6 if sources.stored_bytes and not settings.max_bytes else None
     progress = Progress(log, f"corpus, {label}", total_mb, "MB")
@@ -169,11 +187,9 @@ def _clean(
             summary.empty += 1
             _name(summary.empty_sources, source)
             continue
-        digest = _digest(data)
-        if digest in seen:
+        if not seen.add(_digest(data)):
             summary.duplicates += 1
             continue
-        seen.add(digest)
         if settings.max_bytes and kept + len(data) >= settings.max_bytes:
             # The last document is cut, so that a corpus in one document can be limited too.
             if data := data[: whole_characters(data, settings.max_bytes - kept)]:

@@ -10,7 +10,7 @@ the code version, not the run.
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ import dagster as dg
 from llm_assets import metadata as show
 from llm_assets.experiment import to_yaml
 from llm_assets.failures import permanent_failures
+from llm_assets.interrupts import noticed_interrupts
 from llm_assets.io_managers import Staged, scratch_dir
 from llm_assets.manifest import Manifest, assert_compatible, config_hash, flatten, seal, stage_config
 from llm_assets.resources.hydra import HydraConfig
@@ -48,6 +49,7 @@ class Stage:
     scratch: Path
     upstream: dict[str, Manifest]
     tracked: TrackedRun
+    check_interrupt: Callable[[], None]
     last_observation_s: float = field(default_factory=time.monotonic)
 
     @property
@@ -57,11 +59,17 @@ class Stage:
 
     @property
     def log(self) -> Log:
-        """Progress lines go to the run's log."""
-        return self.context.log.info
+        """Progress lines go to the run's log; a termination that got lost is noticed at the next one."""
+
+        def log(message: str) -> None:
+            self.check_interrupt()
+            self.context.log.info(message)
+
+        return log
 
     def live(self, step: int, metrics: Mapping[str, float]) -> None:
         """Report progress: to MLflow at once, to the Dagster event log now and then."""
+        self.check_interrupt()
         self.tracked.log_metrics(metrics, step)
         now = time.monotonic()
         if now - self.last_observation_s >= OBSERVATION_EVERY_S:
@@ -121,7 +129,7 @@ def stage(
 
     exclusive: wait until no other exclusive stage works on this machine (in this var/ folder).
     """
-    with permanent_failures(), full_disk_as_error(scratch_dir()):
+    with permanent_failures(), full_disk_as_error(scratch_dir()), noticed_interrupts() as check_interrupt:
         experiment, asset = context.partition_key, context.asset_key.path[-1]
         settings = hydra.settings(experiment)
         config = stage_config(settings, asset)
@@ -149,6 +157,7 @@ def stage(
                         scratch=workspace / "work",
                         upstream=manifests,
                         tracked=tracked,
+                        check_interrupt=check_interrupt,
                     )
                     work.scratch.mkdir(exist_ok=True)
                     yield work

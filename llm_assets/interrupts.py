@@ -1,0 +1,48 @@
+"""Termination that is not lost.
+
+Dagster ends a step with an exception that a signal handler raises, once. Python drops an exception that comes up in a
+finalizer or in a weak reference's callback, and training runs both all the time: the step would then run on to its end.
+"""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import dagster as dg
+
+
+@contextmanager
+def noticed_interrupts() -> Iterator[Callable[[], None]]:
+    """Give a function that raises DagsterExecutionInterruptedError if a signal came since and the step still runs.
+
+    The handlers that are in place are called as before. In a thread other than the main one, which gets no signals, the
+    function does nothing.
+    """
+    arrived: list[int] = []
+    before: dict[int, Any] = {}
+
+    def notice(number: int, frame: FrameType | None) -> None:
+        arrived.append(number)
+        before[number](number, frame)
+
+    def check() -> None:
+        if arrived:
+            arrived.clear()
+            raise dg.DagsterExecutionInterruptedError
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if callable(handler):
+                before[number] = handler
+                signal.signal(number, notice)
+    try:
+        yield check
+    finally:
+        for caught, handler in before.items():
+            # Dagster sets handlers of its own around each part of a step: those stay.
+            if signal.getsignal(caught) is notice:
+                signal.signal(caught, handler)

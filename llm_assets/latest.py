@@ -6,13 +6,14 @@ python -m llm_assets.latest [EXPERIMENT] --bento   the Bento's tag alone, for sc
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from llm_assets.experiment import DEFAULT_EXPERIMENT
 from llm_assets.io_managers import DirectoryIOManager
-from llm_assets.manifest import stage_assets
+from llm_assets.manifest import refresh_command, stage_assets
 from model.errors import PipelineError
 
 
@@ -23,9 +24,15 @@ def latest_artifacts(experiment: str) -> dict[str, Path]:
 
 
 def bento_tag(experiment: str) -> str:
-    """The tag of the experiment's newest Bento."""
+    """The tag of the experiment's newest Bento; PipelineError where BentoML's store has lost it."""
     record = DirectoryIOManager().store().load("packaged_bento", experiment) / "bento.json"
     tag: str = json.loads(record.read_text())["bento"]
+    bentos = Path(os.environ.get("BENTOML_HOME") or Path.home() / "bentoml") / "bentos"
+    if not (bentos / tag.replace(":", "/")).is_dir():
+        raise PipelineError(
+            f"no Bento {tag} in {bentos}, where BENTOML_HOME points; package it again: "
+            f"{refresh_command('packaged_bento', experiment)}"
+        )
     return tag
 
 

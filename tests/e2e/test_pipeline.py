@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -134,6 +135,9 @@ def test_the_newest_artifacts_and_the_command_that_serves_them_are_named(smoke):
     tag = smoke.run("python", "-m", "llm_assets.latest", "smoke", "--bento").stdout.strip()
     assert str(smoke.latest("benchmark_report") / "report.md") in said
     assert f"bentoml serve {tag}" in said and tag.startswith("rex-smoke:")
+    lost = replace(smoke, bentoml=smoke.root).run("python", "-m", "llm_assets.latest", "smoke", "--bento")
+    assert lost.returncode == 1
+    assert lost.stdout.startswith(f"error: no Bento {tag} in {smoke.root}") and len(lost.stdout.splitlines()) == 1
     missing = smoke.run("python", "-m", "llm_assets.latest", "stdlib_30m")
     assert missing.returncode == 1
     assert missing.stdout.startswith("error: no corpus of experiment 'stdlib_30m'")

@@ -23,6 +23,7 @@ class Workplace:
     """A user's state, apart from every other test's: artifacts, MLflow, Dagster and the BentoML store."""
 
     root: Path
+    bentoml: Path
 
     @property
     def var(self) -> Path:
@@ -35,7 +36,7 @@ class Workplace:
             **inherited,
             "LLM_ASSETS_VAR": str(self.var),
             "DAGSTER_HOME": str(self.root / "dagster"),
-            "BENTOML_HOME": str(self.root / "bentoml"),
+            "BENTOML_HOME": str(self.bentoml),
             "BENTOML_DO_NOT_TRACK": "True",
             "PYTHONUNBUFFERED": "1",
         }
@@ -65,7 +66,7 @@ class Workplace:
 def new_workplace(root: Path) -> Workplace:
     (root / "dagster").mkdir(parents=True)
     (root / "dagster" / "dagster.yaml").write_bytes((REPO / "dagster.yaml").read_bytes())
-    return Workplace(root)
+    return Workplace(root, root / "bentoml")
 
 
 def free_port() -> int:

@@ -27,6 +27,7 @@ from model.generation.requests import (
     Generation,
     GenerationRequest,
     SamplingParameters,
+    TextPiece,
 )
 from model.generation.sampler import Sampler
 from model.text.tokenizer import FastEncoder, token_bytes
@@ -188,7 +189,7 @@ class Engine:
             if token in self.end_of_text_ids:
                 reason = "stop"
                 break
-            generation.emit(text.push(token), token)
+            generation.emit(TextPiece(text.push(token), (token,)))
             if generation.generated_tokens >= request.max_tokens:
                 break
             self._answer_interrupted()
@@ -196,7 +197,7 @@ class Engine:
                 return interruption
             logits_V = next_logits.send(token)
         if rest := text.flush():
-            generation.emit(rest)
+            generation.emit(TextPiece(rest, ()))
         return reason
 
     def _logits(self, ids: list[int]) -> Generator[Tensor, int, None]:

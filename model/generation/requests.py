@@ -7,7 +7,7 @@ Nothing here imports torch, so that a server can build its routes before a model
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Literal
@@ -16,6 +16,9 @@ from model.errors import PipelineError
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 MAX_SEED = 2**63 - 1
+
+
+LARGEST_LOGIT_BIAS = 100.0
 
 
 class EngineBusy(Exception):
@@ -27,7 +30,7 @@ class EngineBusy(Exception):
 
 
 class EngineStopped(Exception):
-    """The engine was stopped or its thread has died: it takes no more requests."""
+    """The engine was stopped, restarts or has died: it takes no more requests."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,10 @@ class SamplingParameters:
     """How the next token is chosen; semantics and order are those of transformers' `generate()`.
 
     temperature: 0 takes the most likely token. top_k: 0 keeps all. top_p: in (0, 1], 1 keeps all.
+    min_p: drops tokens less likely than this part of the most likely one's probability; 0 keeps all.
     repetition_penalty: above 1 makes tokens of the prompt and of the text so far less likely; also when greedy.
+    presence_penalty, frequency_penalty: taken off the logit of a token that was generated before, once and for each time
+    (OpenAI's definition, prompt not counted). logit_bias: added to the logits of these token ids.
     seed: the same seed gives the same tokens for the same request; None draws one.
     Raises PipelineError naming the parameter that is out of range.
     """
@@ -43,47 +49,128 @@ class SamplingParameters:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
 
     def __post_init__(self) -> None:
         _check(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or a finite number above it")
         _check(self.top_k >= 0, "top_k", self.top_k, "0 or more")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "0 to 1")
         _check(
             0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "a number above 0"
         )
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(math.isfinite(getattr(self, name)), name, getattr(self, name), "a finite number")
+        for token, bias in self.logit_bias.items():
+            _check(
+                abs(bias) <= LARGEST_LOGIT_BIAS,
+                f"logit_bias[{token}]",
+                bias,
+                f"-{LARGEST_LOGIT_BIAS:g} to {LARGEST_LOGIT_BIAS:g}",
+            )
         _check(self.seed is None or 0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0 to {MAX_SEED}")
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """prompt_ids: the prompt's tokens, at least one. timeout_s: from submission to the last token; None waits on."""
+    """One text to continue.
+
+    prompt_ids: the prompt's tokens, at least one. max_tokens: 0 only scores the prompt.
+    min_tokens: no end-of-text token, stop token or stop string ends the text before this many tokens.
+    stop: strings that end the text where they appear, also across tokens; they are not part of it.
+    stop_token_ids: tokens that end the text like the end-of-text token. ignore_eos: the end-of-text token does not end it.
+    logprobs: log-probabilities of each generated token and of this many most likely ones beside it; None for none.
+    prompt_logprobs: the same for the tokens of the prompt, in one `PromptScores` event before the first piece.
+    queue_timeout_s: from submission to the start. timeout_s: from submission to the last token. None waits on.
+    """
 
     prompt_ids: Sequence[int]
     max_tokens: int
     sampling: SamplingParameters = field(default_factory=SamplingParameters)
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    queue_timeout_s: float | None = None
     timeout_s: float | None = None
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """Natural log-probability of a token under the model, before penalties and temperature.
+
+    top: the most likely tokens at this place with theirs, the most likely first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """Log-probabilities of the prompt's tokens; None for the first, which nothing comes before."""
+
+    logprobs: tuple[TokenLogprob | None, ...]
+
+
+@dataclass(frozen=True)
 class TextPiece:
-    """Text that became certain with these tokens; empty while a character is incomplete."""
+    """Text that became certain with these tokens; empty while a character or a stop string may be incomplete.
+
+    The pieces of one generation joined are its text. logprobs: one for each of token_ids, where they were asked for.
+    """
 
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event. generated_tokens counts the end-of-text token where one came (finish_reason "stop")."""
+    """The last event.
+
+    generated_tokens counts the token that ended the text (finish_reason "stop"), which no piece shows.
+    stopped_by: the stop string or the stop token's id that ended it, None where it was the end-of-text token.
+    cached_tokens: tokens of the prompt whose keys and values another request had left.
+    error: why, in one line, for finish_reason "error".
+    """
 
     finish_reason: FinishReason
     prompt_tokens: int
     generated_tokens: int
+    stopped_by: str | int | None = None
+    cached_tokens: int = 0
+    error: str | None = None
 
 
-Event = TextPiece | Finished
+@dataclass(frozen=True)
+class EngineStats:
+    """What the engine does now, and what it has done since it was made (names that end in _total)."""
+
+    running: int
+    waiting: int
+    waiting_tokens: int
+    """Prompt tokens of the requests that wait."""
+    cache_tokens: int
+    """Tokens whose keys and values running requests hold."""
+    cache_capacity_tokens: int
+    prompt_tokens_total: int
+    cached_tokens_total: int
+    """Prompt tokens that another request's keys and values served: hits of the prefix cache."""
+    generated_tokens_total: int
+    cancelled_total: int
+    restarts_total: int
+
+
+Event = PromptScores | TextPiece | Finished
 Deliver = Callable[[Event], None]
 
 
@@ -95,12 +182,15 @@ class Generation:
 
     def __init__(self, request: GenerationRequest, deliver: Deliver | None = None) -> None:
         self.request = request
-        self._submitted = time.monotonic()
+        self.submitted_at = time.monotonic()
+        self.started_at: float | None = None
+        """When it left the queue, in seconds of `time.monotonic()`; None while it waits."""
+        self.generated_tokens = 0
+        self.cached_tokens = 0
+        self.is_finished = False
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._deliver = deliver or self._events.put
         self._cancelled = threading.Event()
-        self.generated_tokens = 0
-        self.is_finished = False
 
     def cancel(self) -> None:
         """Stop at the next token; a request that waits never starts. Safe from any thread, any number of times."""
@@ -117,20 +207,22 @@ class Generation:
         """Why this request must end before it is complete, None where it may go on."""
         if self._cancelled.is_set():
             return "cancelled"
-        timeout_s = self.request.timeout_s
-        if timeout_s is not None and time.monotonic() - self._submitted > timeout_s:
-            return "timeout"
-        return None
+        waited_s = time.monotonic() - self.submitted_at
+        limits_s = [self.request.timeout_s, self.request.queue_timeout_s if self.started_at is None else None]
+        return "timeout" if any(limit_s is not None and waited_s > limit_s for limit_s in limits_s) else None
 
-    def emit(self, text: str, *token_ids: int) -> None:
+    def emit(self, event: PromptScores | TextPiece) -> None:
         """Hand over a piece; called by the engine."""
-        self._hand_over(TextPiece(text, token_ids))
+        self._hand_over(event)
 
-    def finish(self, reason: FinishReason) -> None:
+    def finish(self, reason: FinishReason, *, stopped_by: str | int | None = None, error: str | None = None) -> None:
         """Hand over the last event, once; called by the engine."""
         if not self.is_finished:
             self.is_finished = True
-            self._hand_over(Finished(reason, len(self.request.prompt_ids), self.generated_tokens))
+            prompt_tokens = len(self.request.prompt_ids)
+            self._hand_over(
+                Finished(reason, prompt_tokens, self.generated_tokens, stopped_by, self.cached_tokens, error)
+            )
 
     def _hand_over(self, event: Event) -> None:
         try:

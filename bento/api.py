@@ -87,7 +87,7 @@ def create_app(*, model_name: str, request_timeout_s: float, max_body_bytes: int
         record: RequestRecord = request.state.record
         record.prompt_tokens = len(prompt_ids)
         left_s = request_timeout_s - (time.monotonic() - record.started)
-        return _Answer(engine, GenerationRequest(prompt_ids, max_tokens, sampling, left_s), record, metrics)
+        return _Answer(engine, GenerationRequest(prompt_ids, max_tokens, sampling, timeout_s=left_s), record, metrics)
 
     @app.post(
         "/generate", response_model=GenerateResponse, responses={200: STREAM, **ERRORS}, summary="Continue a text"

@@ -41,7 +41,13 @@ class GenerateRequest(_Request):
 
     def sampling(self) -> SamplingParameters:
         """The engine's form of these fields."""
-        return SamplingParameters(self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.seed)
+        return SamplingParameters(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+        )
 
 
 class GenerateTextRequest(_Request):

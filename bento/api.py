@@ -62,8 +62,8 @@ def create_app(*, model_name: str, request_timeout_s: float, max_body_bytes: int
     app = FastAPI(title="REX text generation", description="Continues text with a REX language model.", version="1")
     app.state.engine = None
     metrics = ServiceMetrics(
-        waiting=lambda: app.state.engine.waiting if app.state.engine else 0,
-        running=lambda: app.state.engine.running if app.state.engine else 0,
+        waiting=lambda: app.state.engine.stats().waiting if app.state.engine else 0,
+        running=lambda: app.state.engine.stats().running if app.state.engine else 0,
     )
     app.add_middleware(RequestMiddleware, max_body_bytes=max_body_bytes, metrics=metrics)
     app.add_exception_handler(RequestValidationError, _refuse_invalid)

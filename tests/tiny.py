@@ -1,6 +1,7 @@
 """A REX model small enough to build in every test run, with a byte-level tokenizer trained on a few lines."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
@@ -17,20 +18,26 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer(TokenizerSettings(vocab_size=280, sequence_length=CONTEXT), [TEXT] * 8)
 
 
-def tiny_model(tokenizer: PreTrainedTokenizerFast, *, stops: bool = False, seed: int = 0) -> RexForCausalLM:
+def tiny_model(
+    tokenizer: PreTrainedTokenizerFast, *, stops: bool = False, seed: int = 0, **shape: Any
+) -> RexForCausalLM:
     """Random weights large enough for clear preferences; `stops` leaves the end-of-text token in place."""
-    settings = ModelSettings(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.3,
-        tie_word_embeddings=False,  # tied random weights mostly repeat the last token
-    )
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "initializer_range": 0.3,
+        "tie_word_embeddings": False,  # tied random weights mostly repeat the last token
+    }
     config = build_config(
-        settings, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+        ModelSettings(**{**settings, **shape}),
+        len(tokenizer),
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
     )
     model = build_model(config, seed).eval().requires_grad_(False)
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id)

@@ -1,109 +1,151 @@
-"""The generation engine: requests enter a bounded queue, one thread answers them, events leave as they come.
+"""The generation engine: requests enter a bounded queue, one thread answers them together, events leave as they come.
 
-It runs one request after another: prefill in one pass, then a token at a time over a KV cache. `generate()` of
-transformers is the reference, which greedy decoding matches token for token. What a request needs besides the model
-(sampler, detokenizer, cache) belongs to that request alone, and one that fails fails alone.
-Routes and limits on requests are not here but in `bento/`.
+    engine = Engine(load_model(path), load_tokenizer(path))
+    for event in engine.submit(GenerationRequest(engine.encode("def "), max_tokens=20)): ...
+
+`generate()` of transformers is the reference, which greedy decoding matches token for token whatever else runs. This
+module has the thread and its supervision: when it dies, or a step hangs, what is in flight fails, and it is started again
+once. What a step computes is `scheduler.py`. Routes and limits on requests are not here but in `bento/`.
 """
 
 import logging
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Sequence
+from functools import partial
 
-import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from model.errors import PipelineError
-from model.generation.detokenizer import Detokenizer
+from model.generation.cache import SlotCache, bytes_per_token
+from model.generation.forward import RaggedForward
+from model.generation.packing import pack
+from model.generation.queue import QueueFull, RequestQueue
 from model.generation.requests import (
     Deliver,
     EngineBusy,
+    EngineStats,
     EngineStopped,
-    FinishReason,
+    Event,
     Generation,
     GenerationRequest,
     SamplingParameters,
-    TextPiece,
 )
-from model.generation.sampler import Sampler
+from model.generation.scheduler import Scheduler
 from model.text.tokenizer import FastEncoder, token_bytes
 
 logger = logging.getLogger("bentoml.engine")  # the name decides that the server's log shows it
 LONGEST_RETRY_S = 60
+MIB = 1 << 20
 
 
 class Engine:
     """Generates text with one model in one thread; every method is safe to call from any thread.
 
-    kv_cache: False computes all earlier tokens again for each new one, for comparison.
-    max_queue: requests that may wait besides the one that runs.
+    max_batch_size: requests that generate at once. Each has room for the model's whole context in the cache.
+    kv_cache_mib: most memory for keys and values, in MiB; fewer requests then generate at once. 0: what max_batch_size
+    takes. kv_cache: False computes all earlier tokens again for each new one, for comparison.
+    prefill_chunk: tokens of prompts that are computed in one step besides those that decode.
+    max_queue, max_queue_tokens: requests that may wait besides those that run, and tokens of their prompts.
+    step_timeout_s: a step that takes longer hangs. end_of_text_ids: tokens that end a text; None: the model's own.
+    Raises PipelineError where the memory does not hold one context.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, kv_cache: bool = True, max_queue: int = 64
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        kv_cache: bool = True,
+        max_batch_size: int = 16,
+        kv_cache_mib: int = 0,
+        prefill_chunk: int = 256,
+        max_queue: int = 64,
+        max_queue_tokens: int = 65_536,
+        step_timeout_s: float = 60.0,
+        end_of_text_ids: frozenset[int] | None = None,
     ) -> None:
-        self._model, self._kv_cache, self._max_queue = model, kv_cache, max_queue
+        self.tokenizer = tokenizer
         self.vocab_size: int = model.config.vocab_size
         self.context_length: int = model.config.max_position_embeddings
         """Most tokens of prompt and answer together."""
-        self.end_of_text_ids = _end_of_text_ids(model, tokenizer)
-        self._token_bytes = token_bytes(tokenizer)
+        if end_of_text_ids is None:
+            end_of_text_ids = _end_of_text_ids(model, tokenizer)
+        self.end_of_text_ids = end_of_text_ids
+        self.token_bytes: Sequence[bytes] = token_bytes(tokenizer)
         self._encoder = FastEncoder(tokenizer)
-        self._waiting: deque[Generation] = deque()
-        self._running: Generation | None = None
+        self._kv_cache, self._prefill_chunk, self._step_timeout_s = kv_cache, prefill_chunk, step_timeout_s
+        self._slots = _count_slots(model, max_batch_size, kv_cache_mib)
+        self._queue = RequestQueue(max_queue, max_queue_tokens)
         self._changed = threading.Condition()
         self._stopping = False
-        self._has_answered = False
-        self._mean_seconds = 1.0
-        self._thread = threading.Thread(target=self._run, name="generation-engine", daemon=True)
-        self._thread.start()
+        self._is_warm = False
+        self._restarts = 0
+        self._step_started: float | None = None
+        self._past = EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+        self._forward = RaggedForward(model, self._new_cache(model))
+        pack(self._forward.model)
+        self._scheduler = self._new_scheduler()
+        self._thread = self._start()
+        threading.Thread(target=self._watch, name="generation-watchdog", daemon=True).start()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The engine's copy of the model's modules, which shares the weights that it does not lay out anew."""
+        return self._forward.model
 
     @property
     def is_alive(self) -> bool:
-        """Whether the engine's thread runs."""
-        return self._thread.is_alive() and not self._stopping
+        """Whether the engine runs or starts again; once False it stays so."""
+        return not self._stopping
 
     @property
     def is_ready(self) -> bool:
         """Whether the model has generated a token and can generate more."""
-        return self._has_answered and self.is_alive
+        return self._is_warm and self.is_alive
 
-    @property
-    def waiting(self) -> int:
-        """Requests in the queue."""
-        return len(self._waiting)
-
-    @property
-    def running(self) -> int:
-        """Requests that generate now, 0 or 1."""
-        return int(self._running is not None)
+    def stats(self) -> EngineStats:
+        """What runs now and what was done so far."""
+        scheduler, past = self._scheduler, self._past
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(self._queue),
+            waiting_tokens=self._queue.tokens,
+            cache_tokens=scheduler.cache_tokens,
+            cache_capacity_tokens=self._slots * self.context_length,
+            prompt_tokens_total=past.prompt_tokens_total + scheduler.prompt_tokens,
+            cached_tokens_total=past.cached_tokens_total + scheduler.cached_tokens,
+            generated_tokens_total=past.generated_tokens_total + scheduler.generated_tokens,
+            cancelled_total=past.cancelled_total + scheduler.cancelled,
+            restarts_total=self._restarts,
+        )
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text; special tokens written out in it are ordinary text. Long texts take seconds."""
         ids: list[int] = self._encoder.encode(text).tolist()
         return ids
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of tokens; bytes that are no UTF-8 are U+FFFD. Raises IndexError for an id outside the vocabulary."""
+        known = len(self.token_bytes)
+        return b"".join(self.token_bytes[i] if i < known else b"" for i in ids).decode("utf-8", "replace")
+
     def submit(self, request: GenerationRequest, deliver: Deliver | None = None) -> Generation:
         """Queue a request. Its events go to `deliver`, in the engine's thread, or else to whoever iterates.
 
         Raises PipelineError for a request that can never run, EngineBusy where the queue is full, EngineStopped.
         """
-        self._check(request)
-        generation = Generation(request, deliver)
-        with self._changed:
-            if not self.is_alive:
-                raise EngineStopped
-            if len(self._waiting) >= self._max_queue:
-                self._drop_interrupted()
-            if len(self._waiting) >= self._max_queue:
-                raise EngineBusy(min(LONGEST_RETRY_S, math.ceil(self._mean_seconds)))
-            self._waiting.append(generation)
-            self._changed.notify()
-        return generation
+        return self._admit([Generation(request, deliver)])[0]
+
+    def submit_all(
+        self, requests: Sequence[GenerationRequest], deliver: Callable[[int, Event], None]
+    ) -> list[Generation]:
+        """Queue all requests or none; `deliver` takes the place of a request among them and its event.
+
+        Raises as `submit` does.
+        """
+        return self._admit([Generation(request, partial(deliver, i)) for i, request in enumerate(requests)])
 
     def warm_up(self) -> None:
         """Generate one token, so that the first request finds everything allocated. Raises PipelineError if it fails."""
@@ -111,118 +153,142 @@ class Engine:
         *_, last = self.submit(GenerationRequest([start], 1, SamplingParameters(temperature=0)))
         if last.finish_reason not in ("stop", "length"):  # type: ignore[union-attr]
             raise PipelineError(f"the model cannot generate a token ({last}): see the log; materialize the model again")
+        self._is_warm = True
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """End the thread after the token it is at; what runs or waits finishes as cancelled."""
+        """End the thread after the step it is at; what runs or waits finishes as cancelled."""
         with self._changed:
             self._stopping = True
-            for generation in [*self._waiting, *([self._running] if self._running else [])]:
-                generation.cancel()
             self._changed.notify_all()
         self._thread.join(timeout_s)
+
+    def _admit(self, generations: list[Generation]) -> list[Generation]:
+        for generation in generations:
+            self._check(generation.request)
+        with self._changed:
+            if not self.is_alive:
+                raise EngineStopped
+            try:
+                self._queue.put(generations, room=self._scheduler.free_slots)
+            except QueueFull:
+                seconds = self._scheduler.request_seconds * max(1.0, len(self._queue) / self._slots)
+                raise EngineBusy(min(LONGEST_RETRY_S, math.ceil(seconds))) from None
+            self._changed.notify_all()
+        return generations
 
     def _check(self, request: GenerationRequest) -> None:
         prompt, wanted = len(request.prompt_ids), request.max_tokens
         if not prompt:
             raise PipelineError("the prompt has no tokens: expected at least one")
-        if wanted < 1:
+        if wanted < 0 or (wanted == 0 and request.prompt_logprobs is None):
             raise PipelineError(f"max_tokens is {wanted}: expected 1 or more")
         if prompt + wanted > self.context_length:
             raise PipelineError(
                 f"the prompt has {prompt:,} tokens and max_tokens is {wanted:,}: together at most "
                 f"{self.context_length:,} fit into the model's context"
             )
-        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self.vocab_size:
-            raise PipelineError(f"the prompt has token ids outside 0 to {self.vocab_size - 1}")
+        named = [
+            ("the prompt", request.prompt_ids),
+            ("logit_bias", request.sampling.logit_bias),
+            ("stop_token_ids", request.stop_token_ids),
+        ]
+        for name, ids in named:
+            if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+                raise PipelineError(f"{name} has token ids outside 0 to {self.vocab_size - 1}")
 
-    def _run(self) -> None:
+    def _new_cache(self, model: PreTrainedModel) -> SlotCache:
+        return SlotCache(model.config, self._slots, dtype=model.dtype, device=model.device)
+
+    def _new_scheduler(self) -> Scheduler:
+        return Scheduler(
+            self._forward,
+            self._queue,
+            token_bytes=self.token_bytes,
+            end_of_text_ids=self.end_of_text_ids,
+            prefill_chunk=self._prefill_chunk,
+            kv_cache=self._kv_cache,
+        )
+
+    def _start(self) -> threading.Thread:
+        thread = threading.Thread(target=self._run, args=(self._scheduler,), name="generation-engine", daemon=True)
+        thread.start()
+        return thread
+
+    def _run(self, scheduler: Scheduler) -> None:
         try:
-            while (generation := self._next()) is not None:
-                self._answer(generation)
+            if self._restarts:
+                scheduler.probe()
+                self._is_warm = True
+            while self._scheduler is scheduler and self._wait_for_work(scheduler):
+                started = time.monotonic()
+                self._step_started = started
+                scheduler.step()
+                if self._scheduler is scheduler:
+                    self._step_started = None
+                    self._is_warm = self._is_warm or scheduler.answered > 0
         except BaseException:
             logger.exception("the engine's thread died")
-            raise
-        finally:
-            with self._changed:
-                self._stopping = True
-                unanswered = [*self._waiting, *([self._running] if self._running else [])]
-                self._waiting.clear()
-                self._running = None
-            for generation in unanswered:
-                generation.finish(generation.interruption() or "error")
+            self._recover(scheduler, "the engine died: it starts again, ask again")
+        else:
+            if self._scheduler is scheduler:
+                self._finish_all("cancelled")
 
-    def _next(self) -> Generation | None:
-        """The next request, None when the engine stops; waits for one."""
+    def _wait_for_work(self, scheduler: Scheduler) -> bool:
+        """Wait until there is something to do; False when the engine stops."""
         with self._changed:
-            while not self._waiting and not self._stopping:
+            while not self._stopping and not scheduler.running and not len(self._queue):
                 self._changed.wait()
-            if self._stopping:
-                return None
-            self._running = self._waiting.popleft()
-            return self._running
+            return not self._stopping
 
-    def _answer(self, generation: Generation) -> None:
-        started = time.monotonic()
-        reason: FinishReason = "error"
-        try:
-            with torch.inference_mode():
-                reason = self._generate(generation)
-            self._has_answered = self._has_answered or generation.generated_tokens > 0
-            self._mean_seconds += 0.2 * (time.monotonic() - started - self._mean_seconds)
-        except Exception:
-            logger.exception("a request failed; the others go on")
-        self._running = None
-        generation.finish(reason)
+    def _watch(self) -> None:
+        """Notice a step that hangs. Its thread cannot be ended; it is left behind and its results go nowhere."""
+        while not self._stopping:
+            scheduler, started = self._scheduler, self._step_started
+            if started is not None and time.monotonic() - started > self._step_timeout_s:
+                logger.error("a step has taken longer than %g s", self._step_timeout_s)
+                self._recover(scheduler, "the engine hung: it starts again, ask again")
+            time.sleep(min(1.0, self._step_timeout_s / 4))
 
-    def _generate(self, generation: Generation) -> FinishReason:
-        request = generation.request
-        if interruption := generation.interruption():
-            return interruption
-        sampler = Sampler(request.sampling, request.prompt_ids, self.vocab_size, self._model.device)
-        text = Detokenizer(self._token_bytes)
-        next_logits = self._logits(list(request.prompt_ids))
-        logits_V = next(next_logits)
-        reason: FinishReason = "length"
-        while True:
-            token = sampler.next(logits_V)
-            generation.generated_tokens += 1
-            if token in self.end_of_text_ids:
-                reason = "stop"
-                break
-            generation.emit(TextPiece(text.push(token), (token,)))
-            if generation.generated_tokens >= request.max_tokens:
-                break
-            self._answer_interrupted()
-            if interruption := generation.interruption():
-                return interruption
-            logits_V = next_logits.send(token)
-        if rest := text.flush():
-            generation.emit(TextPiece(rest, ()))
-        return reason
+    def _recover(self, scheduler: Scheduler, reason: str) -> None:
+        """Fail what is in flight and start again, the first time; the second time the engine is dead."""
+        with self._changed:
+            if self._scheduler is not scheduler or self._stopping:
+                return
+            self._is_warm, self._step_started = False, None
+            in_flight = [running.generation for running in scheduler.running]
+            self._past = self.stats()
+            if self._restarts:
+                self._stopping = True
+                scheduler.running.clear()
+            else:
+                self._restarts = 1
+                self._forward = self._forward.with_cache(self._new_cache(self.model))
+                self._scheduler = self._new_scheduler()
+        for generation in in_flight:
+            generation.finish("error", error=reason if not self._stopping else "the engine died")
+        if self._stopping:
+            self._finish_all("error", "the engine died")
+        else:
+            self._thread = self._start()
 
-    def _logits(self, ids: list[int]) -> Generator[Tensor, int, None]:
-        """Logits (V,) after `ids`, then after each token that is sent."""
-        device = self._model.device
-        if not self._kv_cache:
-            while True:
-                ids_BT = torch.tensor([ids], device=device)
-                ids.append((yield self._model(ids_BT, use_cache=False, logits_to_keep=1).logits[0, -1]))
-        cache = DynamicCache(config=self._model.config)
-        while True:
-            ids_BT = torch.tensor([ids], device=device)
-            output = self._model(ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            ids = [(yield output.logits[0, -1])]
+    def _finish_all(self, reason: str, error: str | None = None) -> None:
+        running = [running.generation for running in self._scheduler.running]
+        self._scheduler.running.clear()
+        for generation in [*running, *self._queue.clear()]:
+            generation.finish(generation.interruption() or reason, error=error)  # type: ignore[arg-type]
 
-    def _answer_interrupted(self) -> None:
-        """Finish requests that were cancelled or timed out while they waited, without waiting for their turn."""
-        if self._waiting:
-            with self._changed:
-                self._drop_interrupted()
 
-    def _drop_interrupted(self) -> None:
-        for generation in [g for g in self._waiting if g.interruption()]:
-            self._waiting.remove(generation)
-            generation.finish(generation.interruption() or "cancelled")
+def _count_slots(model: PreTrainedModel, max_batch_size: int, kv_cache_mib: int) -> int:
+    if not kv_cache_mib:
+        return max_batch_size
+    size = bytes_per_token(model.config, model.dtype) * model.config.max_position_embeddings
+    slots = kv_cache_mib * MIB // size
+    if not slots:
+        raise PipelineError(
+            f"kv_cache_mib is {kv_cache_mib}: one context of {model.config.max_position_embeddings:,} tokens takes "
+            f"{math.ceil(size / MIB):,} MiB; give it that much"
+        )
+    return min(max_batch_size, slots)
 
 
 def _end_of_text_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:

@@ -190,11 +190,12 @@ class Generation:
         self.is_finished = False
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._deliver = deliver or self._events.put
-        self._cancelled = threading.Event()
+        self._is_cancelled = False
+        self._finishing = threading.Lock()
 
     def cancel(self) -> None:
         """Stop at the next token; a request that waits never starts. Safe from any thread, any number of times."""
-        self._cancelled.set()
+        self._is_cancelled = True
 
     def __iter__(self) -> Iterator[Event]:
         while True:
@@ -205,30 +206,35 @@ class Generation:
 
     def interruption(self) -> FinishReason | None:
         """Why this request must end before it is complete, None where it may go on."""
-        if self._cancelled.is_set():
+        if self._is_cancelled:
             return "cancelled"
         waited_s = time.monotonic() - self.submitted_at
         limits_s = [self.request.timeout_s, self.request.queue_timeout_s if self.started_at is None else None]
         return "timeout" if any(limit_s is not None and waited_s > limit_s for limit_s in limits_s) else None
 
+    def start(self, cached_tokens: int) -> None:
+        """Note that the request left the queue; called by the engine."""
+        self.started_at, self.cached_tokens = time.monotonic(), cached_tokens
+
     def emit(self, event: PromptScores | TextPiece) -> None:
         """Hand over a piece; called by the engine."""
-        self._hand_over(event)
+        if not self.is_finished:
+            self._hand_over(event)
 
     def finish(self, reason: FinishReason, *, stopped_by: str | int | None = None, error: str | None = None) -> None:
         """Hand over the last event, once; called by the engine."""
-        if not self.is_finished:
+        with self._finishing:  # a step that hangs may return after the watchdog has finished its requests
+            if self.is_finished:
+                return
             self.is_finished = True
-            prompt_tokens = len(self.request.prompt_ids)
-            self._hand_over(
-                Finished(reason, prompt_tokens, self.generated_tokens, stopped_by, self.cached_tokens, error)
-            )
+        prompt_tokens = len(self.request.prompt_ids)
+        self._hand_over(Finished(reason, prompt_tokens, self.generated_tokens, stopped_by, self.cached_tokens, error))
 
     def _hand_over(self, event: Event) -> None:
         try:
             self._deliver(event)
         except Exception:  # noqa: BLE001  the receiver is gone (its event loop was closed): nobody waits for the rest
-            self._cancelled.set()
+            self._is_cancelled = True
 
 
 def _check(is_valid: bool, name: str, value: object, expected: str) -> None:

@@ -1,17 +1,23 @@
-"""Choosing the next token of one request: penalty, temperature, top-k, top-p, in the order of `generate()`.
+"""Choosing the next token of one request: penalties, bias, temperature, top-k, top-p, min-p, in the order of `generate()`.
 
-Each request has a generator of its own, so a seed gives the same text whatever else runs. With `torch.manual_seed(s)`
-and the same parameters `generate(do_sample=True)` draws the same tokens as `seed=s` does here, on the CPU.
+Each request draws from random numbers of its own, one for each token, so a seed gives the same text whatever else runs.
+A draw is the token under which the sum of the kept probabilities passes the random number: unlike
+`torch.multinomial`, which draws a number for every token of the vocabulary, this costs nothing.
 
-Shapes: V vocabulary.
+Shapes: V vocabulary, C candidates, the most likely first.
 """
 
+import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from model.generation.requests import SamplingParameters
+from model.generation.requests import SamplingParameters, TokenLogprob
+
+CANDIDATES = 256
+"""Most likely tokens looked at first; all are where these do not decide what top-p or min-p keeps."""
 
 
 class Sampler:
@@ -24,46 +30,91 @@ class Sampler:
         self, parameters: SamplingParameters, prompt_ids: Sequence[int], vocab_size: int, device: torch.device
     ) -> None:
         self._parameters = parameters
+        self._random = random.Random(parameters.seed)
+        self._bias: tuple[Tensor, Tensor] | None = None
+        if parameters.logit_bias:
+            tokens, biases = zip(*parameters.logit_bias.items(), strict=True)
+            self._bias = torch.tensor(tokens, device=device), torch.tensor(biases, device=device)
         self._seen_V: Tensor | None = None
         if parameters.repetition_penalty != 1.0:
             self._seen_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
             self._seen_V[torch.tensor(list(prompt_ids), dtype=torch.long, device=device)] = True
-        self._generator: torch.Generator | None = None
-        if parameters.temperature > 0:
-            self._generator = torch.Generator(device)
-            if parameters.seed is None:
-                self._generator.seed()
-            else:
-                self._generator.manual_seed(parameters.seed)
+        self._count_V: Tensor | None = None
+        if parameters.presence_penalty or parameters.frequency_penalty:
+            self._count_V = torch.zeros(vocab_size, device=device)
 
-    def next(self, logits_V: Tensor) -> int:
-        """The next token, given the logits after the last one, shape (V,).
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether the next token is always the one with the highest logit."""
+        changes = (self._bias, self._seen_V, self._count_V)
+        return self._parameters.temperature == 0 and all(change is None for change in changes)
+
+    def next(self, logits_V: Tensor, forbidden: Sequence[int] = ()) -> int:
+        """The next token, given the float32 logits after the last one, shape (V,). `forbidden` ones are not chosen.
 
         Raises ValueError where the logits are not numbers: drawing from them would give any token.
         """
-        scores_V = logits_V.float()
-        if self._seen_V is not None:
-            penalty = self._parameters.repetition_penalty
-            penalized_V = torch.where(scores_V < 0, scores_V * penalty, scores_V / penalty)
-            scores_V = torch.where(self._seen_V, penalized_V, scores_V)
-        highest, best = scores_V.max(dim=-1)
-        if not torch.isfinite(highest):
-            raise ValueError(f"the model's highest logit is {highest.item()}: its weights or its input are broken")
-        token = int(best) if self._generator is None else self._draw(scores_V)
+        scores_V = self.scores(logits_V, forbidden)
+        token = int(scores_V.argmax()) if self._parameters.temperature == 0 else self._draw(scores_V)
         if self._seen_V is not None:
             self._seen_V[token] = True
+        if self._count_V is not None:
+            self._count_V[token] += 1
         return token
 
-    def _draw(self, scores_V: Tensor) -> int:
+    def scores(self, logits_V: Tensor, forbidden: Sequence[int] = ()) -> Tensor:
+        """Logits (V,) after penalties and bias, before temperature. Raises ValueError where they are not numbers."""
+        parameters, scores_V = self._parameters, logits_V
+        if self._seen_V is not None:
+            penalty = parameters.repetition_penalty
+            penalized_V = torch.where(scores_V < 0, scores_V * penalty, scores_V / penalty)
+            scores_V = torch.where(self._seen_V, penalized_V, scores_V)
+        if self._count_V is not None:
+            scores_V = scores_V - parameters.frequency_penalty * self._count_V
+            scores_V -= parameters.presence_penalty * (self._count_V > 0)
+        if self._bias is not None:
+            scores_V = scores_V.index_add(0, *self._bias)
+        if forbidden:
+            scores_V = scores_V.index_fill(0, torch.tensor(list(forbidden), device=scores_V.device), -torch.inf)
+        highest = scores_V.max()
+        if not torch.isfinite(highest):
+            raise ValueError(f"the model's highest logit is {highest.item()}: its weights or its input are broken")
+        return scores_V
+
+    def kept(self, scores_V: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens that may be drawn and their probabilities, each (C,), the most likely first where any are dropped."""
         parameters = self._parameters
-        scores_V = scores_V / parameters.temperature
-        if 0 < parameters.top_k < len(scores_V):
-            smallest_kept = torch.topk(scores_V, parameters.top_k).values[-1]
-            scores_V = scores_V.masked_fill(scores_V < smallest_kept, -torch.inf)
-        if parameters.top_p < 1:
-            sorted_V, order_V = scores_V.sort()
-            # From the least likely up: what together holds at most 1 - top_p goes. The most likely token always stays.
-            drop_V = sorted_V.softmax(dim=-1).cumsum(dim=-1) <= 1 - parameters.top_p
-            drop_V[-1] = False
-            scores_V = scores_V.masked_fill(drop_V.scatter(0, order_V, drop_V), -torch.inf)
-        return int(torch.multinomial(scores_V.softmax(dim=-1), 1, generator=self._generator))
+        # A temperature near 0 must not overflow: float64, and the highest score becomes 0.
+        scaled_V = (scores_V.double() - scores_V.max()) / parameters.temperature
+        vocab_size = len(scaled_V)
+        top_k = min(parameters.top_k, vocab_size) or vocab_size
+        if top_k == vocab_size and parameters.top_p == 1 and parameters.min_p == 0:
+            return np.arange(vocab_size), scaled_V.softmax(dim=-1).cpu().numpy()
+        for size in (min(CANDIDATES, vocab_size), vocab_size) if top_k == vocab_size else (top_k,):
+            top_C, ids = torch.topk(scaled_V, size)
+            # top-p is a part of what top-k left; without top-k, of everything.
+            total = top_C.exp().sum() if top_k < vocab_size else scaled_V.exp().sum()
+            probabilities_C = (top_C.exp() / total).cpu().numpy()
+            before_C = probabilities_C.cumsum() - probabilities_C
+            keep_C = (before_C < parameters.top_p) & (probabilities_C >= parameters.min_p * probabilities_C[0])
+            keep_C[0] = True
+            if not keep_C[-1]:
+                break
+        return ids.cpu().numpy()[keep_C], probabilities_C[keep_C]
+
+    def _draw(self, scores_V: Tensor) -> int:
+        ids, probabilities_C = self.kept(scores_V)
+        sums_C = probabilities_C.cumsum()
+        at = np.searchsorted(sums_C, self._random.random() * sums_C[-1], side="right")
+        return int(ids[min(at, len(ids) - 1)])
+
+
+def token_logprobs(logits_RV: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
+    """Log-probabilities of one token for each row of float32 logits (R, V), and of the `top` most likely beside it."""
+    all_RV = logits_RV.log_softmax(dim=-1)
+    chosen = all_RV.gather(1, torch.tensor(tokens, device=logits_RV.device)[:, None])[:, 0].tolist()
+    best, ids = torch.topk(all_RV, min(top, logits_RV.shape[1]))
+    alternatives = [
+        tuple(zip(row_ids, row, strict=True)) for row_ids, row in zip(ids.tolist(), best.tolist(), strict=True)
+    ]
+    return [TokenLogprob(*found) for found in zip(tokens, chosen, alternatives, strict=True)]

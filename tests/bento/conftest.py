@@ -46,9 +46,11 @@ def make_service(*, request_timeout_s: float = TIMEOUT_S, max_queue: int = 2) ->
     tokenizer = tiny_tokenizer()
     model = tiny_model(tokenizer)
     app = create_app(model_name="rex-tiny:1", request_timeout_s=request_timeout_s, max_body_bytes=MAX_BODY_BYTES)
-    engine = app.state.engine = Engine(model, tokenizer, max_queue=max_queue)
-    engine.end_of_text_ids = frozenset()  # random weights stop anywhere, and lengths are to be known
-    return Service(app, engine, model)
+    # Random weights stop anywhere, and lengths are to be known.
+    engine = app.state.engine = Engine(
+        model, tokenizer, max_batch_size=1, max_queue=max_queue, end_of_text_ids=frozenset()
+    )
+    return Service(app, engine, engine.model)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,7 +1,9 @@
-"""The engine gives what `generate()` gives, to many callers, and one bad request harms nobody else."""
+"""The engine gives what `generate()` gives, to many callers at once, and one bad request harms nobody else."""
 
+import random
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from model.generation.requests import (
     Finished,
     Generation,
     GenerationRequest,
+    PromptScores,
     SamplingParameters,
     TextPiece,
 )
@@ -37,9 +40,7 @@ def model(tokenizer):
 
 def start(model, tokenizer, **options) -> Engine:
     """An engine that no token stops, so that lengths are known: a model with random weights stops anywhere."""
-    engine = Engine(model, tokenizer, **options)
-    engine.end_of_text_ids = frozenset()
-    return engine
+    return Engine(model, tokenizer, **{"max_batch_size": 4, "end_of_text_ids": frozenset(), **options})
 
 
 @pytest.fixture
@@ -50,26 +51,32 @@ def engine(model, tokenizer) -> Iterator[Engine]:
 
 
 class Gate:
-    """Holds the engine at each forward pass until it is opened."""
+    """Holds an engine at each forward pass until it is opened."""
 
-    def __init__(self, model) -> None:
-        self.reached, self.opened = threading.Event(), threading.Event()
-        self._handle = model.register_forward_pre_hook(self._wait)
+    def __init__(self, engine: Engine) -> None:
+        self.reached, self._opened = threading.Event(), threading.Event()
+        self._handle = engine.model.register_forward_pre_hook(self._wait)
 
     def _wait(self, *_: object) -> None:
         self.reached.set()
-        assert self.opened.wait(30)
+        assert self._opened.wait(30)
 
     def open(self) -> None:
-        self.opened.set()
+        self._opened.set()
         self._handle.remove()
 
 
 @pytest.fixture
-def gate(model) -> Iterator[Gate]:
-    made = Gate(model)
-    yield made
-    made.open()
+def gate() -> Iterator[Callable[[Engine], Gate]]:
+    made = []
+
+    def close(engine: Engine) -> Gate:
+        made.append(Gate(engine))
+        return made[-1]
+
+    yield close
+    for each in made:
+        each.open()
 
 
 def tokens(generation: Generation) -> list[int]:
@@ -87,19 +94,65 @@ def reference(model, prompt: list[int], count: int, **options) -> list[int]:
     return made[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("kv_cache", [True, False])
-def test_greedy_tokens_equal_those_of_generate(model, tokenizer, kv_cache):
-    engine = start(model, tokenizer, kv_cache=kv_cache)
-    for prompt in (PROMPT, [5], list(range(2, 60))):
-        assert tokens(engine.submit(GenerationRequest(prompt, 30, GREEDY))) == reference(model, prompt, 30)
+def random_prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
+    numbers = random.Random(seed)
+    return [[numbers.randrange(2, 280) for _ in range(numbers.randint(1, longest))] for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_batch_size": 1}, {"prefill_chunk": 5}, {"kv_cache": False}],
+    ids=["batched", "one at a time", "prompts in chunks", "without cache"],
+)
+def test_greedy_tokens_equal_those_of_generate_in_any_company(model, tokenizer, options):
+    prompts = random_prompts(24, 60)
+    lengths = [random.Random(i).randint(1, CONTEXT - len(prompt)) for i, prompt in enumerate(prompts)]
+    engine = start(model, tokenizer, **options)
+    generations = [
+        engine.submit(GenerationRequest(prompt, length, GREEDY))
+        for prompt, length in zip(prompts, lengths, strict=True)
+    ]
+    for i in (3, 9, 14):
+        generations[i].cancel()
+    for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        expected = reference(model, prompt, length)
+        made = tokens(generations[i])
+        assert made == (expected[: len(made)] if i in (3, 9, 14) else expected)
+    assert engine.stats().running == 0
     engine.stop()
 
 
-def test_seeded_tokens_equal_those_of_generate_with_that_seed(model, engine):
-    options = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.2}
-    mine = tokens(engine.submit(GenerationRequest(PROMPT, 30, SamplingParameters(**options, seed=3))))
-    torch.manual_seed(3)
-    assert mine == reference(model, PROMPT, 30, do_sample=True, **options)
+@pytest.mark.parametrize("config", [{"post_norm": False}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}])
+def test_other_shapes_give_what_generate_gives(tokenizer, config):
+    model = tiny_model(tokenizer, **config)
+    engine = start(model, tokenizer, prefill_chunk=7)
+    prompts = random_prompts(6, 40, seed=1)
+    generations = [engine.submit(GenerationRequest(prompt, 20, GREEDY)) for prompt in prompts]
+    assert [tokens(g) for g in generations] == [reference(model, prompt, 20) for prompt in prompts]
+    engine.stop()
+
+
+def test_a_shared_beginning_is_computed_once_and_changes_nothing(model, engine):
+    beginning = random_prompts(1, 1, seed=3)[0] * 2 + list(range(50, 80))
+    prompts = [[*beginning, n + 2] for n in range(8)]
+    generations = [engine.submit(GenerationRequest(prompt, 12, GREEDY)) for prompt in prompts]
+    assert [tokens(g) for g in generations] == [reference(model, prompt, 12) for prompt in prompts]
+    stats = engine.stats()
+    assert stats.cached_tokens_total == 7 * len(beginning)
+    again = engine.submit(GenerationRequest(prompts[0], 12, GREEDY))
+    assert tokens(again) == reference(model, prompts[0], 12)
+    assert again.cached_tokens == len(beginning)
+
+
+def test_a_seed_gives_the_same_text_whatever_else_runs(engine):
+    sampling = SamplingParameters(temperature=1.1, top_k=60, top_p=0.95, min_p=0.01, presence_penalty=0.5, seed=3)
+    request = GenerationRequest(PROMPT, 40, sampling)
+    alone = tokens(engine.submit(request))
+    others = [GenerationRequest(p, 50, SamplingParameters(seed=i)) for i, p in enumerate(random_prompts(6, 40))]
+    generations = [engine.submit(other) for other in [*others[:3], request, *others[3:], request]]
+    assert tokens(generations[3]) == tokens(generations[-1]) == alone
+    different = GenerationRequest(PROMPT, 40, SamplingParameters(temperature=1.1, seed=4))
+    assert tokens(engine.submit(different)) != alone
 
 
 def test_an_int8_model_gives_the_same_with_and_without_cache(tokenizer):
@@ -107,7 +160,8 @@ def test_an_int8_model_gives_the_same_with_and_without_cache(tokenizer):
     runs = []
     for kv_cache in (True, False):
         engine = start(model, tokenizer, kv_cache=kv_cache)
-        runs.append(tokens(engine.submit(GenerationRequest(PROMPT, 20, GREEDY))))
+        generations = [engine.submit(GenerationRequest(prompt, 20, GREEDY)) for prompt in random_prompts(6, 30)]
+        runs.append([tokens(generation) for generation in generations])
         engine.stop()
     assert runs[0] == runs[1]
 
@@ -116,13 +170,13 @@ def test_the_text_is_that_of_the_tokens(engine, tokenizer):
     events = list(engine.submit(GenerationRequest(PROMPT, 40, SamplingParameters(seed=0))))
     ids = [token for event in events[:-1] for token in event.token_ids]
     spelled = b"".join(token_bytes(tokenizer)[token] for token in ids).decode("utf-8", "replace")
-    assert "".join(event.text for event in events[:-1]) == spelled
+    assert "".join(event.text for event in events[:-1]) == spelled == engine.decode(ids)
     assert events[-1] == Finished("length", len(PROMPT), 40)
 
 
-def test_the_whole_context_can_be_used(engine):
-    generation = engine.submit(GenerationRequest(PROMPT, CONTEXT - len(PROMPT), GREEDY))
-    assert last(generation).generated_tokens == CONTEXT - len(PROMPT)
+def test_the_whole_context_can_be_used(model, engine):
+    count = CONTEXT - len(PROMPT)
+    assert tokens(engine.submit(GenerationRequest(PROMPT, count, GREEDY))) == reference(model, PROMPT, count)
 
 
 def test_the_end_of_text_token_stops_and_is_counted_but_not_shown(tokenizer):
@@ -133,20 +187,67 @@ def test_the_end_of_text_token_stops_and_is_counted_but_not_shown(tokenizer):
     model.generation_config.eos_token_id = [plain[5], tokenizer.eos_token_id]
     engine = Engine(model, tokenizer)
     events = list(engine.submit(GenerationRequest(PROMPT, 12, GREEDY)))
+    on = tokens(engine.submit(GenerationRequest(PROMPT, 12, GREEDY, ignore_eos=True)))
+    late = list(engine.submit(GenerationRequest(PROMPT, 12, GREEDY, min_tokens=9)))
     engine.stop()
     expected = plain[: min(plain.index(plain[5]), [*plain, 0].index(0))]
     assert [token for event in events[:-1] for token in event.token_ids] == expected
     assert events[-1] == Finished("stop", len(PROMPT), len(expected) + 1)
+    assert on == plain
+    assert late[-1].generated_tokens >= 9
+    assert plain[5] not in [token for event in late[:-1] for token in event.token_ids][:9]
+
+
+def test_a_stop_token_ends_the_text_and_is_named(model, engine):
+    plain = reference(model, PROMPT, 12)
+    request = GenerationRequest(PROMPT, 12, GREEDY, stop_token_ids=frozenset({plain[4]}))
+    *pieces, end = engine.submit(request)
+    count = plain.index(plain[4])
+    assert [token for piece in pieces for token in piece.token_ids] == plain[:count]
+    assert end == Finished("stop", len(PROMPT), count + 1, stopped_by=plain[4])
+
+
+def test_a_stop_string_ends_the_text_before_it_also_across_tokens(model, engine):
+    text = engine.decode(reference(model, PROMPT, 30))
+    stop = text[9:13]
+    *pieces, end = engine.submit(GenerationRequest(PROMPT, 30, GREEDY, stop=("never there", stop)))
+    assert "".join(piece.text for piece in pieces) == text[: text.index(stop)]
+    assert (end.finish_reason, end.stopped_by) == ("stop", stop)
+    *pieces, end = engine.submit(GenerationRequest(PROMPT, 30, GREEDY, stop=(stop,), min_tokens=30))
+    assert end.generated_tokens == 30
+
+
+def test_log_probabilities_are_those_of_the_model(model, engine):
+    prompt = list(range(20, 50))
+    request = GenerationRequest(prompt, 6, GREEDY, logprobs=3, prompt_logprobs=2)
+    for _ in range(2):  # what is in the cache by then is computed again: every token of the prompt has a score
+        scores, *pieces, _ = engine.submit(request)
+        assert isinstance(scores, PromptScores) and scores.logprobs[0] is None
+        ids = prompt + [token for piece in pieces for token in piece.token_ids]
+        with torch.inference_mode():
+            expected = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        found = [*scores.logprobs[1:], *(score for piece in pieces for score in piece.logprobs)]
+        assert [score.token_id for score in found] == ids[1:]
+        for row, score in zip(expected[:-1], found, strict=True):
+            assert score.logprob == pytest.approx(row[score.token_id].item(), abs=1e-4)
+            assert score.top[0][1] == pytest.approx(row.max().item(), abs=1e-4)
+        assert [len(score.top) for score in found] == [2] * 29 + [3] * 6
+
+
+def test_a_prompt_can_be_scored_without_generating(engine):
+    scores, end = engine.submit(GenerationRequest(PROMPT, 0, GREEDY, prompt_logprobs=0))
+    assert len(scores.logprobs) == len(PROMPT)
+    assert end == Finished("length", len(PROMPT), 0)
 
 
 def test_special_tokens_written_out_in_a_prompt_are_ordinary_text(engine, tokenizer):
     ids = engine.encode("a<|endoftext|>b")
     assert tokenizer.eos_token_id not in ids
-    assert b"".join(token_bytes(tokenizer)[token] for token in ids) == b"a<|endoftext|>b"
+    assert engine.decode(ids) == "a<|endoftext|>b"
     assert engine.encode(TEXT) == tokenizer.encode(TEXT)
 
 
-def test_many_callers_each_get_their_own_answer(model, engine):
+def test_many_threads_each_get_their_own_answer(model, engine):
     prompts = [[n + 2, n + 30] for n in range(16)]
     answers: dict[int, list[int]] = {}
 
@@ -161,48 +262,101 @@ def test_many_callers_each_get_their_own_answer(model, engine):
     assert answers == {number: reference(model, prompt, 10) for number, prompt in enumerate(prompts)}
 
 
+def test_several_requests_are_admitted_together_or_not_at_all(model, tokenizer, gate):
+    engine = start(model, tokenizer, max_batch_size=1, max_queue=2)
+    held = gate(engine)
+    engine.submit(GenerationRequest(PROMPT, 2, GREEDY))
+    assert held.reached.wait(30)
+    events: list[tuple[int, object]] = []
+    with pytest.raises(EngineBusy):
+        engine.submit_all([GenerationRequest(PROMPT, 2, GREEDY)] * 3, lambda i, event: events.append((i, event)))
+    assert engine.stats().waiting == 0
+    generations = engine.submit_all(
+        [GenerationRequest(PROMPT, n + 1, GREEDY) for n in range(2)], lambda i, event: events.append((i, event))
+    )
+    held.open()
+    while not all(generation.is_finished for generation in generations):
+        time.sleep(0.01)
+    engine.stop()
+    assert [i for i, event in events if isinstance(event, TextPiece)] == [0, 1, 1]
+
+
 def test_a_full_queue_refuses_and_takes_again_once_it_is_answered(model, tokenizer, gate):
-    engine = start(model, tokenizer, max_queue=2)
+    engine = start(model, tokenizer, max_batch_size=1, max_queue=2)
+    held = gate(engine)
     running = engine.submit(GenerationRequest(PROMPT, 2, GREEDY))
-    assert gate.reached.wait(30)
+    assert held.reached.wait(30)
     waiting = [engine.submit(GenerationRequest(PROMPT, 2, GREEDY)) for _ in range(2)]
     with pytest.raises(EngineBusy) as refusal:
         engine.submit(GenerationRequest(PROMPT, 2, GREEDY))
     assert refusal.value.retry_after_s >= 1
-    assert (engine.running, engine.waiting) == (1, 2)
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.waiting_tokens) == (1, 2, 2 * len(PROMPT))
     waiting[0].cancel()  # leaves its place at once
     waiting.append(engine.submit(GenerationRequest(PROMPT, 2, GREEDY)))
-    gate.open()
+    held.open()
     assert [last(g).finish_reason for g in (running, *waiting)] == ["length", "cancelled", "length", "length"]
     engine.stop()
 
 
-def test_a_cancelled_request_stops_at_the_next_token(model, engine, gate):
+def test_the_queue_is_bounded_by_tokens_too(model, tokenizer, gate):
+    engine = start(model, tokenizer, max_batch_size=1, max_queue_tokens=50)
+    held = gate(engine)
+    engine.submit(GenerationRequest(PROMPT, 2, GREEDY))
+    assert held.reached.wait(30)
+    first = engine.submit(GenerationRequest([3] * 70, 2, GREEDY))  # an empty queue takes any request that can run
+    with pytest.raises(EngineBusy):
+        engine.submit(GenerationRequest(PROMPT, 2, GREEDY))
+    held.open()
+    assert last(first).finish_reason == "length"
+    engine.stop()
+
+
+def test_a_cancelled_request_frees_its_slot_within_two_steps(engine, gate):
+    held = gate(engine)
     generation = engine.submit(GenerationRequest(PROMPT, 60, GREEDY))
-    assert gate.reached.wait(30)
+    assert held.reached.wait(30)
     generation.cancel()
-    gate.open()
+    held.open()
     assert last(generation) == Finished("cancelled", len(PROMPT), 1)
+    assert engine.stats().running == 0
+    assert engine.stats().cancelled_total == 1
 
 
-def test_a_request_whose_time_is_up_says_so_even_while_it_waits(model, engine, gate):
-    running = engine.submit(GenerationRequest(PROMPT, 60, GREEDY))
-    assert gate.reached.wait(30)
-    late = engine.submit(GenerationRequest(PROMPT, 60, GREEDY, timeout_s=0))
-    gate.open()
-    assert last(late) == Finished("timeout", len(PROMPT), 0)
-    assert last(running).finish_reason == "length"
+def test_a_request_whose_time_is_up_says_so_even_while_it_waits(model, tokenizer, gate):
+    engine = start(model, tokenizer, max_batch_size=1)
+    held = gate(engine)
+    running = engine.submit(GenerationRequest(PROMPT, 60, GREEDY, queue_timeout_s=0.01))
+    assert held.reached.wait(30)
+    late = [
+        engine.submit(GenerationRequest(PROMPT, 60, GREEDY, timeout_s=0)),
+        engine.submit(GenerationRequest(PROMPT, 60, GREEDY, queue_timeout_s=0)),
+    ]
+    held.open()
+    for generation in late:
+        assert last(generation) == Finished("timeout", len(PROMPT), 0)
+        assert generation.started_at is None
+    assert last(running).finish_reason == "length"  # it had started in time
+    engine.stop()
 
 
 def test_a_request_that_fails_fails_alone(model, engine):
-    def explode(*_: object) -> None:
-        raise RuntimeError("broken")
+    """The model fails wherever one token is in its input; the neighbours of that request do not notice."""
+    poison = 123
 
-    handle = model.register_forward_pre_hook(explode)
-    assert last(engine.submit(GenerationRequest(PROMPT, 5, GREEDY))).finish_reason == "error"
+    def explode(module: object, args: object, kwargs: dict) -> None:
+        if (kwargs["input_ids"] == poison).any():
+            raise RuntimeError("broken")
+
+    handle = engine.model.register_forward_pre_hook(explode, with_kwargs=True)
+    prompts = [PROMPT, [poison, 5], [9, 8, 7]]
+    generations = [engine.submit(GenerationRequest(prompt, 8, GREEDY)) for prompt in prompts]
+    assert tokens(generations[0]) == reference(model, PROMPT, 8)
+    failed = last(generations[1])
+    assert failed.finish_reason == "error" and failed.error
+    assert tokens(generations[2]) == reference(model, [9, 8, 7], 8)
     handle.remove()
-    assert tokens(engine.submit(GenerationRequest(PROMPT, 5, GREEDY))) == reference(model, PROMPT, 5)
-    assert engine.is_alive
+    assert engine.is_alive and engine.stats().restarts_total == 0
 
 
 def test_a_receiver_that_is_gone_ends_its_own_request_only(model, engine):
@@ -215,33 +369,74 @@ def test_a_receiver_that_is_gone_ends_its_own_request_only(model, engine):
     assert abandoned.generated_tokens == 1
 
 
-def test_an_engine_whose_thread_dies_answers_everybody_and_takes_nothing_more(model, engine, gate, monkeypatch):
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+def die(*_: object) -> None:
+    raise SystemExit
+
+
+def test_an_engine_that_dies_fails_what_is_in_flight_and_starts_again_once(model, engine, gate):
+    engine.warm_up()
+    held = gate(engine)
     running = engine.submit(GenerationRequest(PROMPT, 5, GREEDY))
-    assert gate.reached.wait(30)
-    waiting = engine.submit(GenerationRequest(PROMPT, 5, GREEDY))
-
-    def die(*_: object) -> None:
-        raise SystemExit
-
-    handle = model.register_forward_hook(die)
-    gate.open()
-    assert [last(g).finish_reason for g in (running, waiting)] == ["error", "error"]
+    assert held.reached.wait(30)
+    handle = engine.model.register_forward_hook(die)
+    held.open()
+    failed = last(running)
+    assert failed.finish_reason == "error" and "starts again" in failed.error
     handle.remove()
-    assert not engine.is_alive
+    while not engine.is_ready:
+        assert engine.is_alive
+        time.sleep(0.01)
+    assert engine.stats().restarts_total == 1
+    assert tokens(engine.submit(GenerationRequest(PROMPT, 5, GREEDY))) == reference(model, PROMPT, 5)
+    engine.model.register_forward_hook(die)
+    assert last(engine.submit(GenerationRequest(PROMPT, 5, GREEDY))).finish_reason == "error"
+    assert not engine.is_alive and not engine.is_ready
     with pytest.raises(EngineStopped):
         engine.submit(GenerationRequest(PROMPT, 5, GREEDY))
 
 
-def test_stopping_ends_what_runs_and_what_waits(model, engine, gate):
+def test_an_engine_whose_model_cannot_work_any_more_is_dead_and_answers_everybody(tokenizer, gate):
+    engine = start(tiny_model(tokenizer), tokenizer, max_batch_size=1)
+    held = gate(engine)
+    generations = [engine.submit(GenerationRequest(PROMPT, 5, GREEDY)) for _ in range(3)]
+    assert held.reached.wait(30)
+
+    def explode(*_: object) -> None:
+        raise RuntimeError("the device is lost")
+
+    engine.model.register_forward_pre_hook(explode)
+    held.open()
+    assert {last(generation).finish_reason for generation in generations} == {"error"}
+    assert not engine.is_alive
+
+
+def test_a_step_that_hangs_is_noticed_and_left_behind(model, tokenizer, gate):
+    engine = start(model, tokenizer, step_timeout_s=0.3)
+    engine.warm_up()
+    held = gate(engine)
+    hung = engine.submit(GenerationRequest(PROMPT, 5, GREEDY))
+    assert held.reached.wait(30)
+    failed = last(hung)
+    assert failed.finish_reason == "error" and "hung" in failed.error
+    held.open()
+    while not engine.is_ready:
+        time.sleep(0.01)
+    assert tokens(engine.submit(GenerationRequest(PROMPT, 5, GREEDY))) == reference(model, PROMPT, 5)
+    assert engine.stats().restarts_total == 1
+    engine.stop()
+
+
+def test_stopping_ends_what_runs_and_what_waits(model, tokenizer, gate):
+    engine = start(model, tokenizer, max_batch_size=1)
+    held = gate(engine)
     running = engine.submit(GenerationRequest(PROMPT, 60, GREEDY))
-    assert gate.reached.wait(30)
+    assert held.reached.wait(30)
     waiting = engine.submit(GenerationRequest(PROMPT, 60, GREEDY))
     stopping = threading.Thread(target=engine.stop)
     stopping.start()
     while engine.is_alive:
         pass
-    gate.open()
+    held.open()
     stopping.join(30)
     assert [last(g).finish_reason for g in (running, waiting)] == ["cancelled", "cancelled"]
     with pytest.raises(EngineStopped):
@@ -266,17 +461,35 @@ def test_warming_up_a_broken_model_is_one_clear_error(tokenizer):
     engine.stop()
 
 
+def test_memory_for_keys_and_values_decides_how_many_generate_at_once(model, tokenizer):
+    with pytest.raises(PipelineError, match="kv_cache_mib is 1"):
+        start(tiny_model(tokenizer, max_position_embeddings=1 << 14), tokenizer, kv_cache_mib=1)
+    wide = tiny_model(tokenizer, max_position_embeddings=1 << 12)
+    engine = start(wide, tokenizer, max_batch_size=16, kv_cache_mib=3)  # a context takes 1 MiB
+    assert engine.stats().cache_capacity_tokens == 3 << 12
+    engine.stop()
+
+
+def test_the_engine_leaves_the_model_that_it_was_given_as_it_was(model, tokenizer, engine):
+    assert model.config._attn_implementation == "sdpa"
+    batch = tokenizer(["def", "print main return"], return_tensors="pt", padding=True, padding_side="left")
+    made = model.generate(**batch, max_new_tokens=5, do_sample=False)
+    assert made[0, -5:].tolist() == reference(model, tokenizer("def")["input_ids"], 5)
+
+
 @pytest.mark.parametrize(
     ("request_", "names"),
     [
         (GenerationRequest([], 5), "prompt"),
         (GenerationRequest([1], 0), "max_tokens"),
+        (GenerationRequest([1], -1, prompt_logprobs=0), "max_tokens"),
         (GenerationRequest([1] * CONTEXT, 1), str(CONTEXT)),
         (GenerationRequest([1], CONTEXT), str(CONTEXT)),
         (GenerationRequest([-1], 1), "token ids"),
         (GenerationRequest([10**6], 1), "token ids"),
+        (GenerationRequest([1], 1, SamplingParameters(logit_bias={10**6: 1.0})), "logit_bias"),
+        (GenerationRequest([1], 1, stop_token_ids=frozenset({-3})), "stop_token_ids"),
     ],
-    ids=["no prompt", "no tokens", "long prompt", "long answer", "negative id", "unknown id"],
 )
 def test_a_request_that_can_never_run_is_refused_at_once(engine, request_, names):
     with pytest.raises(PipelineError, match=names):

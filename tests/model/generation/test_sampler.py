@@ -1,11 +1,14 @@
 """The sampler's distribution is that of transformers' own logits processors, and seeds make it reproducible."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from transformers import (
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -13,7 +16,7 @@ from transformers import (
 
 from model.errors import PipelineError
 from model.generation.requests import SamplingParameters
-from model.generation.sampler import Sampler
+from model.generation.sampler import Sampler, token_logprobs
 
 V = 50
 CPU = torch.device("cpu")
@@ -30,21 +33,71 @@ def draws(parameters: SamplingParameters, count: int = 40) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p", "penalty"),
-    [(1.0, 0, 1.0, 1.0), (0.7, 0, 1.0, 1.0), (1.5, 5, 1.0, 1.0), (1.0, 0, 0.8, 1.0), (1.3, 20, 0.9, 1.4)],
+    "options",
+    [
+        {},
+        {"temperature": 0.7},
+        {"temperature": 1.5, "top_k": 5},
+        {"top_p": 0.8},
+        {"top_p": 0.999, "temperature": 30.0},
+        {"min_p": 0.05},
+        {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.4},
+        {"top_k": V + 1},
+        {"logit_bias": {4: 5.0, 9: -100.0}, "top_p": 0.9},
+    ],
+    ids=str,
 )
-def test_draws_equal_those_of_transformers_processors(temperature, top_k, top_p, penalty):
-    mine = draws(SamplingParameters(temperature, top_k, top_p, penalty, seed=5))
-    processors = [RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(temperature)]
-    processors += [TopKLogitsWarper(top_k)] if top_k else []
-    processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-    generator, ids = torch.Generator().manual_seed(5), list(PROMPT)
-    for step in range(len(mine)):
-        scores = logits(step)[None]
-        for processor in processors:
-            scores = processor(torch.tensor([ids]), scores)
-        ids.append(int(torch.multinomial(scores.softmax(-1), 1, generator=generator)))
-    assert mine == ids[len(PROMPT) :]
+@pytest.mark.parametrize("vocab_size", [V, 1000], ids=["few tokens", "more than the candidates"])
+def test_probabilities_equal_those_of_transformers_processors(options, vocab_size):
+    parameters = SamplingParameters(**options)
+    scores_V = torch.randn(vocab_size, generator=torch.Generator().manual_seed(1)) * 3
+    processors: list[Any] = [RepetitionPenaltyLogitsProcessor(parameters.repetition_penalty)]
+    biases = [[[token], bias] for token, bias in parameters.logit_bias.items()]
+    processors += [SequenceBiasLogitsProcessor(biases)] if biases else []
+    processors += [TemperatureLogitsWarper(parameters.temperature)]
+    processors += [TopKLogitsWarper(parameters.top_k)] if parameters.top_k else []
+    processors += [TopPLogitsWarper(parameters.top_p)] if parameters.top_p < 1 else []
+    processors += [MinPLogitsWarper(parameters.min_p)] if parameters.min_p else []
+    expected = scores_V[None]
+    for processor in processors:
+        expected = processor(torch.tensor([PROMPT]), expected)
+    sampler = Sampler(parameters, PROMPT, vocab_size, CPU)
+    ids, probabilities = sampler.kept(sampler.scores(scores_V))
+    mine = torch.zeros(vocab_size, dtype=torch.double)
+    mine[ids] = torch.from_numpy(probabilities / probabilities.sum())
+    torch.testing.assert_close(mine.float(), expected[0].softmax(-1), atol=1e-6, rtol=1e-4)
+
+
+def test_draws_come_as_often_as_their_probabilities_say():
+    scores_V, count = logits(), 20_000
+    sampler = Sampler(SamplingParameters(seed=0, top_k=6), [], V, CPU)
+    found = torch.bincount(torch.tensor([sampler.next(scores_V) for _ in range(count)]), minlength=V) / count
+    expected = TopKLogitsWarper(6)(torch.zeros(1, 0, dtype=torch.long), scores_V[None])[0].softmax(-1)
+    # Five standard deviations of a binomial count: a right sampler misses them once in a million runs.
+    assert torch.all((found - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt())
+
+
+def test_presence_and_frequency_penalties_count_what_was_generated_but_not_the_prompt():
+    scores_V = torch.zeros(V)
+    scores_V[[3, 20, 21]] = torch.tensor([5.0, 4.5, 4.0])
+    sampler = Sampler(SamplingParameters(temperature=0, presence_penalty=0.6, frequency_penalty=0.3), [3, 3], V, CPU)
+    # 3: 5.0, then 5 - 0.9 = 4.1; 20: 4.5, then 3.6; 3 again: 5 - 1.2 = 3.8; 21: 4.0, then 3.1; 3: 3.5; 20: 3.6
+    assert [sampler.next(scores_V) for _ in range(6)] == [3, 20, 3, 21, 3, 20]
+
+
+def test_forbidden_tokens_are_not_chosen():
+    sampler = Sampler(SamplingParameters(temperature=0), [], V, CPU)
+    first = sampler.next(logits())
+    assert sampler.next(logits(), [first]) == int(logits().argsort()[-2])
+
+
+def test_log_probabilities_name_the_token_and_the_most_likely_ones():
+    rows_RV = torch.stack([logits(0), logits(1)])
+    found = token_logprobs(rows_RV, [4, 9], 3)
+    for row, token, score in zip(rows_RV.log_softmax(-1), [4, 9], found, strict=True):
+        assert score.token_id == token and score.logprob == pytest.approx(row[token].item())
+        assert [i for i, _ in score.top] == row.argsort(descending=True)[:3].tolist()
+    assert [score.top for score in token_logprobs(rows_RV, [4, 9], 0)] == [(), ()]
 
 
 def test_temperature_zero_takes_the_most_likely_token():
@@ -95,6 +148,12 @@ def test_logits_that_are_no_numbers_are_an_error(bad, temperature):
         {"top_p": 1.1},
         {"top_p": math.nan},
         {"repetition_penalty": 0.0},
+        {"min_p": -0.1},
+        {"min_p": 1.5},
+        {"presence_penalty": math.nan},
+        {"frequency_penalty": math.inf},
+        {"logit_bias": {3: 101.0}},
+        {"logit_bias": {3: math.nan}},
         {"seed": -1},
         {"seed": 2**63},
     ],

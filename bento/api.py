@@ -8,7 +8,7 @@ events. When the client leaves, the generation is cancelled. The engine is set b
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,9 +19,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from bento.admission import Admission, never_started, queue_timeout
 from bento.errors import ApiError, server_error, validation_error
 from bento.metrics import CONTENT_TYPE, ServiceMetrics
-from bento.middleware import CLIENT_LEFT, RequestMiddleware, RequestRecord
+from bento.middleware import surround
+from bento.record import CLIENT_LEFT, RequestRecord
 from bento.schema import (
     DEFAULT_MAX_TOKENS,
     ErrorResponse,
@@ -57,15 +59,32 @@ T = TypeVar("T")
 STREAM = {"description": "The text, or a stream of it.", "content": {"text/event-stream": {"schema": {}}}}
 
 
-def create_app(*, model_name: str, request_timeout_s: float, max_body_bytes: int) -> FastAPI:
-    """The service's routes. request_timeout_s: from a request's arrival to its last token."""
+def create_app(
+    *,
+    model_name: str,
+    request_timeout_s: float,
+    max_body_bytes: int,
+    queue_timeout_s: float | None = None,
+    api_keys: Sequence[str] = (),
+    cors_origins: Sequence[str] = (),
+) -> FastAPI:
+    """The service's routes.
+
+    request_timeout_s: from a request's arrival to its last token. queue_timeout_s: to its start.
+    api_keys: any of them opens every route; none lets anybody in. cors_origins: web sites whose pages may call.
+    """
     app = FastAPI(title="REX text generation", description="Continues text with a REX language model.", version="1")
     app.state.engine = None
-    metrics = ServiceMetrics(
-        waiting=lambda: app.state.engine.stats().waiting if app.state.engine else 0,
-        running=lambda: app.state.engine.stats().running if app.state.engine else 0,
+    metrics = ServiceMetrics(lambda: app.state.engine)
+    admission = app.state.admission = Admission(lambda: app.state.engine)
+    surround(
+        app,
+        metrics=metrics,
+        admission=admission,
+        max_body_bytes=max_body_bytes,
+        api_keys=api_keys,
+        cors_origins=cors_origins,
     )
-    app.add_middleware(RequestMiddleware, max_body_bytes=max_body_bytes, metrics=metrics)
     app.add_exception_handler(RequestValidationError, _refuse_invalid)
     app.add_exception_handler(HTTPException, _refuse)
     _describe(app)
@@ -73,11 +92,7 @@ def create_app(*, model_name: str, request_timeout_s: float, max_body_bytes: int
     async def start(
         request: Request, text: str | None, sampling: SamplingParameters, max_tokens: int | None
     ) -> "_Answer":
-        engine: Engine | None = app.state.engine
-        if engine is None:
-            raise server_error(
-                503, "the model is being loaded: try again", code="loading", headers={"Retry-After": "5"}
-            )
+        engine: Engine = app.state.engine  # admission has refused where there is none
         if text is None:
             prompt_ids = [min(engine.end_of_text_ids, default=0)]
         else:
@@ -87,7 +102,10 @@ def create_app(*, model_name: str, request_timeout_s: float, max_body_bytes: int
         record: RequestRecord = request.state.record
         record.prompt_tokens = len(prompt_ids)
         left_s = request_timeout_s - (time.monotonic() - record.started)
-        return _Answer(engine, GenerationRequest(prompt_ids, max_tokens, sampling, timeout_s=left_s), record, metrics)
+        generation = GenerationRequest(
+            prompt_ids, max_tokens, sampling, queue_timeout_s=queue_timeout_s, timeout_s=left_s
+        )
+        return _Answer(engine, generation, record)
 
     @app.post(
         "/generate", response_model=GenerateResponse, responses={200: STREAM, **ERRORS}, summary="Continue a text"
@@ -150,11 +168,8 @@ def usage(last: Finished) -> dict[str, int]:
 class _Answer:
     """One generation under way, seen from the event loop."""
 
-    def __init__(
-        self, engine: "Engine", request: GenerationRequest, record: RequestRecord, metrics: ServiceMetrics
-    ) -> None:
+    def __init__(self, engine: "Engine", request: GenerationRequest, record: RequestRecord) -> None:
         loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        self._timeout_s, self._record, self._metrics = request.timeout_s, record, metrics
 
         def deliver(event: Event) -> None:
             loop.call_soon_threadsafe(self._events.put_nowait, event)
@@ -166,23 +181,23 @@ class _Answer:
             raise ApiError(429, str(busy), code="queue_full", type="rate_limit_error", headers=retry) from None
         except EngineStopped:
             raise server_error(503, "the model has stopped: the service restarts", code="stopped") from None
+        self._clock = record.follow(self._generation)
 
     async def events(self) -> AsyncGenerator[Event]:
         """Events up to the last; leaving early cancels the generation."""
+        last: Finished | None = None
         try:
             while True:
                 event = await self._events.get()
-                if not self._record.generated_tokens and isinstance(event, TextPiece):
-                    self._metrics.time_to_first_token.observe(time.monotonic() - self._record.started)
-                self._record.generated_tokens = self._generation.generated_tokens
-                if isinstance(event, Finished):
-                    self._record.finish_reason = event.finish_reason
+                if isinstance(event, TextPiece):
+                    self._clock.tick()
+                elif isinstance(event, Finished):
+                    last = event
                 yield event
-                if isinstance(event, Finished):
+                if last:
                     return
         finally:
-            if self._record.finish_reason == "-":
-                self._record.finish_reason = "cancelled"
+            self._clock.stop(last)
             self._generation.cancel()
 
     async def whole(self) -> tuple[str, Finished]:
@@ -198,6 +213,8 @@ class _Answer:
 
     def failure(self, last: Finished) -> ApiError | None:
         """Why the generation did not complete, None where it did."""
+        if last.finish_reason == "timeout" and never_started(self._generation):
+            return queue_timeout()
         if last.finish_reason == "timeout":
             return server_error(
                 504,
@@ -302,6 +319,7 @@ async def _refuse(request: Request, error: Exception) -> Response:
     if not isinstance(error, ApiError):
         headers = error.headers or {}
         error = ApiError(error.status_code, str(error.detail), code=f"http_{error.status_code}", headers=headers)
+    request.state.record.error_code = error.content["error"]["code"]
     return error.response()
 
 

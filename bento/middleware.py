@@ -1,36 +1,55 @@
-"""Around every route: a request id, the limit on bodies, one log line, metrics, and an answer when anything fails.
+"""Around every route: a request id, the limit on bodies, keys, admission, one log line, metrics, a span, and an answer
+when anything fails.
 
-A log line says what a request cost, never what it asked: prompts and texts stay out of the log.
+A log line says what a request cost, never what it asked: prompts, texts and keys stay out of the log, and everything in
+it comes from fixed sets, numbers and an id of plain characters.
 """
 
 import logging
 import re
 import time
 import uuid
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from typing import Any
 
+from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from bento.admission import Admission, AdmissionMiddleware
+from bento.auth import ApiKeyMiddleware
 from bento.errors import ApiError, server_error
 from bento.metrics import ServiceMetrics
+from bento.record import CLIENT_LEFT, RequestRecord
 
 logger = logging.getLogger("bentoml.requests")  # the name decides that the server's log shows it
 CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-CLIENT_LEFT = 499
+REJECTIONS = {429, 503}
 
 
-@dataclass
-class RequestRecord:
-    """What is known about one request when it ends; routes fill it in through `request.state.record`."""
-
-    id: str
-    started: float = field(default_factory=time.monotonic)
-    status: int = CLIENT_LEFT
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    finish_reason: str = "-"
+def surround(
+    app: FastAPI,
+    *,
+    metrics: ServiceMetrics,
+    admission: Admission,
+    max_body_bytes: int,
+    api_keys: Sequence[str] = (),
+    cors_origins: Sequence[str] = (),
+) -> None:
+    """Put everything of this module around the routes of `app`; the last added is the outermost."""
+    app.add_middleware(AdmissionMiddleware, admission=admission)
+    app.add_middleware(ApiKeyMiddleware, keys=api_keys)
+    app.add_middleware(RequestMiddleware, max_body_bytes=max_body_bytes, metrics=metrics)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
 
 
 class RequestMiddleware:
@@ -45,7 +64,7 @@ class RequestMiddleware:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        record = RequestRecord(_request_id(headers))
+        record = RequestRecord(_request_id(headers), self._metrics)
         scope.setdefault("state", {})["record"] = record
         stated = headers.get("content-length", "")
         received_bytes = int(stated) if stated.isdecimal() and int(stated) > self._max_body_bytes else 0
@@ -70,6 +89,10 @@ class RequestMiddleware:
 
         try:
             await self.app(scope, limited_receive, recording_send)
+        except ApiError as refusal:  # of a middleware inside this one; those of routes are answered there
+            if record.status == CLIENT_LEFT:
+                record.error_code = refusal.content["error"]["code"]
+                await refusal.response()(scope, receive, recording_send)
         except Exception:
             # Nothing may leave here: the server around it would leave the client without an answer until its timeout.
             logger.exception("request %s failed", record.id)
@@ -77,29 +100,43 @@ class RequestMiddleware:
                 error = server_error(500, "the server failed; its log has the reason", code="internal_error")
                 await error.response()(scope, receive, recording_send)
         finally:
-            self._account(scope, record)
+            self._account(scope, headers, record)
 
     def _too_large(self) -> ApiError:
         return ApiError(
             413, f"the body is larger than {self._max_body_bytes:,} bytes, the most that is read", code="body_too_large"
         )
 
-    def _account(self, scope: Scope, record: RequestRecord) -> None:
+    def _account(self, scope: Scope, headers: Headers, record: RequestRecord) -> None:
         route = scope.get("route")
         label = route.path if isinstance(route, APIRoute) else "other"
-        self._metrics.requests.labels(label, str(record.status)).inc()
-        self._metrics.prompt_tokens.inc(record.prompt_tokens)
-        self._metrics.generated_tokens.inc(record.generated_tokens)
+        seconds = time.monotonic() - record.started
+        self._metrics.requests[label, str(record.status), record.finish_reason] += 1
+        if record.status in REJECTIONS:
+            self._metrics.rejections[record.error_code or str(record.status)] += 1
+        if record.finish_reason != "-":
+            self._metrics.end_to_end.observe(seconds)
+        tracer: Any = getattr(scope["app"].state, "tracer", None)
+        trace_id = tracer.record(label, headers, record) if tracer else None
         logger.info(
-            "request id=%s route=%s status=%d prompt_tokens=%d generated_tokens=%d finish_reason=%s ms=%.0f",
+            "request id=%s route=%s status=%d prompt_tokens=%d cached_tokens=%d generated_tokens=%d finish_reason=%s "
+            "queue_ms=%s first_token_ms=%s ms=%.0f%s",
             record.id,
             label,
             record.status,
             record.prompt_tokens,
+            record.cached_tokens,
             record.generated_tokens,
             record.finish_reason,
-            1000 * (time.monotonic() - record.started),
+            _milliseconds(record.queue_s),
+            _milliseconds(record.first_token_s),
+            1000 * seconds,
+            f" trace_id={trace_id}" if trace_id else "",
         )
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1000 * seconds:.0f}"
 
 
 def _request_id(headers: Headers) -> str:

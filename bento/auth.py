@@ -1,0 +1,107 @@
+"""API keys: who may use the service.
+
+Keys come from the variable LLM_API_KEYS (comma separated) and from a file named by LLM_API_KEYS_FILE (one a line); any
+of them opens every route. Without one the service answers anybody, and therefore only starts on a loopback address
+unless REX_ALLOW_ANONYMOUS is true.
+"""
+
+import hashlib
+import hmac
+import ipaddress
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from bentoml.exceptions import InvalidArgument
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from bento.errors import ApiError
+
+KEYS, KEYS_FILE = "LLM_API_KEYS", "LLM_API_KEYS_FILE"
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/healthz", "/", "/docs", "/docs/oauth2-redirect", "/openapi.json"})
+"""Answered without a key: health, and documents that hold no data (the page asks for a key and sends it itself)."""
+OPEN_PREFIX = "/page/"
+"""The page's own files."""
+
+
+def read_api_keys(environment: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """The keys, none where neither variable is set.
+
+    Raises InvalidArgument, one line without any key in it, for a file that cannot be read or holds none, and for a key
+    that no header can carry.
+    """
+    environment = os.environ if environment is None else environment
+    keys = [key.strip() for key in environment.get(KEYS, "").split(",")]
+    if name := environment.get(KEYS_FILE):
+        try:
+            lines = [line.strip() for line in Path(name).read_text().splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidArgument(f"{KEYS_FILE} is {name!r}, which cannot be read: {error}") from None
+        if not any(lines):
+            raise InvalidArgument(f"{KEYS_FILE} is {name!r}, which holds no key: write one a line")
+        keys += lines
+    keys = [key for key in keys if key]
+    for number, key in enumerate(keys, start=1):
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise InvalidArgument(
+                f"key {number} of {KEYS} and {KEYS_FILE} holds a character that a header cannot carry: use printable "
+                "ASCII without spaces"
+            )
+    return tuple(dict.fromkeys(keys))
+
+
+def refuse_open_address(host: str, keys: Iterable[str], *, allow_anonymous: bool) -> None:
+    """Raises InvalidArgument where anybody in the network could use the service and nobody said that they may."""
+    if tuple(keys) or allow_anonymous or is_loopback(host):
+        return
+    raise InvalidArgument(
+        f"no API key is set and the service would listen on {host}, where others can reach it: set {KEYS} or "
+        f"{KEYS_FILE}, listen on 127.0.0.1, or allow everybody with REX_ALLOW_ANONYMOUS=true"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`; an empty one (a socket in the file system) is."""
+    try:
+        return not host or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class ApiKeyMiddleware:
+    """Answers 401 to requests without one of `keys`; with none configured it lets everything through."""
+
+    def __init__(self, app: ASGIApp, *, keys: Iterable[str]) -> None:
+        self.app = app
+        # Digests have one length, so that comparing them takes the same time for every key that is tried.
+        self._digests = [_digest(key) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if self._digests and scope["type"] == "http" and not _is_open(scope) and not self._knows(scope):
+            raise ApiError(
+                401,
+                "this service needs an API key: send a valid one in the header Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        await self.app(scope, receive, send)
+
+    def _knows(self, scope: Scope) -> bool:
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        given = _digest(key.strip())
+        # Every key is compared: stopping at the first that fits would tell which.
+        found = [hmac.compare_digest(given, digest) for digest in self._digests]
+        return scheme.lower() == "bearer" and any(found)
+
+
+def _is_open(scope: Scope) -> bool:
+    if scope["method"] == "OPTIONS":  # a browser asks without the key whether it may send it
+        return True
+    path: str = scope["path"]
+    return scope["method"] in ("GET", "HEAD") and (path in OPEN_PATHS or path.startswith(OPEN_PREFIX))
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("latin-1", "replace")).digest()

@@ -19,7 +19,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from bento.errors import ApiError
 
 KEYS, KEYS_FILE = "LLM_API_KEYS", "LLM_API_KEYS_FILE"
-OPEN_PATHS = frozenset({"/livez", "/readyz", "/healthz", "/", "/docs", "/docs/oauth2-redirect", "/openapi.json"})
+HEALTH_PATHS = frozenset({"/livez", "/readyz", "/healthz"})
+OPEN_PATHS = HEALTH_PATHS | {"/", "/docs", "/docs/oauth2-redirect", "/openapi.json"}
 """Answered without a key: health, and documents that hold no data (the page asks for a key and sends it itself)."""
 OPEN_PREFIX = "/page/"
 """The page's own files."""

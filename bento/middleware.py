@@ -27,6 +27,7 @@ from bento.record import CLIENT_LEFT, RequestRecord
 logger = logging.getLogger("bentoml.requests")  # the name decides that the server's log shows it
 CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 REJECTIONS = {429, 503}
+METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"}
 
 
 def surround(
@@ -117,7 +118,7 @@ class RequestMiddleware:
         if record.finish_reason != "-":
             self._metrics.end_to_end.observe(seconds)
         tracer: Any = getattr(scope["app"].state, "tracer", None)
-        trace_id = tracer.record(label, headers, record) if tracer else None
+        trace_id = tracer.record(label, _method(scope), headers, record, seconds) if tracer else None
         logger.info(
             "request id=%s route=%s status=%d prompt_tokens=%d cached_tokens=%d generated_tokens=%d finish_reason=%s "
             "queue_ms=%s first_token_ms=%s ms=%.0f%s",
@@ -137,6 +138,11 @@ class RequestMiddleware:
 
 def _milliseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{1000 * seconds:.0f}"
+
+
+def _method(scope: Scope) -> str:
+    """A method that is known, so that a made-up one cannot become a name in the traces."""
+    return scope["method"] if scope["method"] in METHODS else "_OTHER"
 
 
 def _request_id(headers: Headers) -> str:

@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -30,9 +31,36 @@ class BentoArgs(BaseModel):
     mixed_precision: bool = Field(
         False, description="true holds weights that are not int8, and activations, in bfloat16."
     )
+    max_batch_size: int = Field(16, ge=1, description="Requests that generate at once.")
+    kv_cache_mib: int = Field(
+        0,
+        ge=0,
+        description="Most MiB for keys and values; fewer requests then generate at once. 0 takes what max_batch_size needs.",
+    )
+    prefill_chunk: int = Field(
+        256,
+        ge=1,
+        description="Prompt tokens computed in one step, so that a long prompt does not hold up running texts.",
+    )
     max_queue: int = Field(64, ge=1, description="Requests that wait; more are answered 429.")
+    max_queue_tokens: int = Field(65_536, ge=1, description="Prompt tokens that wait; more are answered 429.")
+    queue_timeout_s: float = Field(
+        60.0, gt=0, allow_inf_nan=False, description="From arrival to the start; later is answered 503."
+    )
     request_timeout_s: float = Field(300.0, gt=0, allow_inf_nan=False, description="From arrival to the last token.")
+    step_timeout_s: float = Field(
+        60.0, gt=0, allow_inf_nan=False, description="Of one step of the model; a longer one hangs and is ended."
+    )
+    drain_timeout_s: float = Field(
+        30.0, ge=0, allow_inf_nan=False, description="That running requests have to finish after SIGTERM."
+    )
     max_body_bytes: int = Field(1_048_576, ge=1, description="Of a request's body; more is answered 413.")
+    cors_origins: str = Field(
+        "", description="Web sites whose pages may call the service, comma separated; * for all. None by default."
+    )
+    allow_anonymous: bool = Field(
+        False, description="true lets anybody in who reaches the service, where no API key is set."
+    )
     threads: int = Field(
         0, ge=0, description="CPU threads of the model; 0 takes one for a small model, else every usable core."
     )
@@ -55,6 +83,17 @@ def with_overrides(arguments: BentoArgs, environment: Mapping[str, str] | None =
         first = error.errors()[0]
         name = str(first["loc"][0])
         raise InvalidArgument(f"{PREFIX}{name.upper()} is {given.get(name)!r}: {first['msg']}") from None
+
+
+def origins(cors_origins: str) -> tuple[str, ...]:
+    """The web sites of the option. Raises InvalidArgument for what is no origin: a browser would never match it."""
+    found = tuple(origin.strip() for origin in cors_origins.split(",") if origin.strip())
+    for origin in found:
+        if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+            raise InvalidArgument(
+                f"{PREFIX}CORS_ORIGINS has {origin!r}: expected * or scheme and host, https://example.org"
+            )
+    return found
 
 
 def is_path(model: str) -> bool:

@@ -14,7 +14,7 @@ class RequestRecord:
     """One request; routes find it in `request.state.record`.
 
     started: seconds of `time.monotonic()`; started_ns: the same moment by the clock. error_code: of the refusal, where it
-    was refused. queue_s, first_token_s: of the generation that was first, None before there was one.
+    was refused. submitted_s, first_token_s: from `started` to the first submission and token; queue_s: that it waited.
     """
 
     id: str
@@ -27,6 +27,7 @@ class RequestRecord:
     cached_tokens: int = 0
     generated_tokens: int = 0
     finish_reason: str = "-"
+    submitted_s: float | None = None
     queue_s: float | None = None
     first_token_s: float | None = None
 
@@ -42,6 +43,8 @@ class TokenClock:
 
     def __init__(self, record: RequestRecord, generation: Generation) -> None:
         self._record, self._generation = record, generation
+        if record.submitted_s is None:
+            record.submitted_s = generation.submitted_at - record.started
         self._last: float | None = None
 
     def tick(self) -> None:

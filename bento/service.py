@@ -5,25 +5,34 @@
     bentoml build bento.service:RexService --name N --version V --arg model=TAG --arg device=cpu -o tag
 
 The options are the fields of `bento.options.BentoArgs`; a variable REX_<NAME> overrides each when the service starts.
-A start that cannot work (a device, a model or a file that is not there) ends with one line and exit status 1.
+API keys: `bento/auth.py`. A start that cannot work (a device, a model or a file that is not there, an open address
+without a key) ends with one line and exit status 1. SIGTERM drains: `bento/admission.py`.
 """
 
+import asyncio
 import atexit
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import bentoml
+from bentoml.exceptions import BentoMLException
 from bentoml.models import BentoModel
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from bento.admission import drain_on_signal
 from bento.api import create_app
-from bento.options import BentoArgs, describe_variables, find_model, is_path, with_overrides
+from bento.auth import HEALTH_PATHS, read_api_keys, refuse_open_address
+from bento.options import BentoArgs, describe_variables, find_model, is_path, origins, with_overrides
+from bento.tracing import start_tracing
 from model.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -42,6 +51,7 @@ if packed_model:
     find_model(packed_model)
 options = with_overrides(args)
 MODEL_DIR = find_model(options.model)
+API_KEYS = read_api_keys()
 
 # distro "": the default adds compilers and git to the image, which wheels never need. Versions are those that run here.
 image = bentoml.images.Image(
@@ -61,7 +71,22 @@ app = create_app(
     model_name=options.model if not is_path(options.model) else MODEL_DIR.name,
     request_timeout_s=options.request_timeout_s,
     max_body_bytes=options.max_body_bytes,
+    queue_timeout_s=options.queue_timeout_s,
+    api_keys=API_KEYS,
+    cors_origins=origins(options.cors_origins),
 )
+
+
+class OnlyOurRoutes:
+    """Leaves health to BentoML and gives everything else to our app, keys and all: BentoML's own pages know no key."""
+
+    def __init__(self, inner: ASGIApp) -> None:
+        self._inner = inner
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        is_ours = scope["type"] == "http" and scope["path"] not in HEALTH_PATHS
+        await (app if is_ours else self._inner)(scope, receive, send)
 
 
 @bentoml.service(
@@ -69,10 +94,13 @@ app = create_app(
     envs=[{"name": name, "value": value} for name, value in IMAGE_VARIABLES.items()],
     description=f"# REX text generation\n\nOpen `/docs` for the routes. Variables read at start:\n\n{describe_variables()}\n",
     workers=1,  # one model, one engine thread: a second worker would take the same cores and hold the weights again
+    # BentoML's own default is every address. In a container the host decides which ports others reach.
+    http={"host": "0.0.0.0" if "BENTOML_CONTAINERIZED" in os.environ else "127.0.0.1"},
     # BentoML's timeout only covers the time to the first byte; the engine keeps the deadline of the whole answer.
     traffic={"timeout": options.request_timeout_s + 30},
     metrics={"enabled": False},  # labels each path that anybody asks for; /metrics is our own
     logging={"access": {"enabled": False}},
+    tracing={"excluded_urls": ".*"},  # one span for each chunk of a stream; ours are in bento/tracing.py
 )
 @bentoml.asgi_app(app)
 class RexService:
@@ -83,7 +111,13 @@ class RexService:
 
     def __init__(self) -> None:
         self._engine: Engine | None = None
-        self._failed = False
+        try:
+            refuse_open_address(_listening_host(), API_KEYS, allow_anonymous=options.allow_anonymous)
+            app.state.tracer = start_tracing()
+        except BentoMLException as error:
+            app.state.admission.has_failed = True
+            _end_service(str(error))
+            return
         # In a thread, so that /livez and /readyz answer while a large model loads.
         threading.Thread(target=self._load, name="model-loading", daemon=True).start()
 
@@ -108,28 +142,55 @@ class RexService:
 
         atexit.register(report)
 
+    @bentoml.on_startup
+    async def drain_when_asked(self) -> None:
+        """In the server's event loop, before it takes requests: SIGTERM lets running ones finish."""
+
+        async def cancel() -> None:
+            await asyncio.to_thread(self.stop)
+
+        drain_on_signal(app.state.admission, options.drain_timeout_s, cancel)
+
     @bentoml.on_shutdown
     def stop(self) -> None:
-        """End the engine's thread."""
+        """End the engine's thread; hand over the last spans."""
         if self._engine:
             self._engine.stop()
+        if app.state.tracer:
+            app.state.tracer.stop()
 
-    def __is_ready__(self) -> bool:
-        """Whether the model has answered and the engine lives: /readyz."""
-        return self._engine is not None and self._engine.is_ready
+    async def __is_ready__(self) -> bool:
+        """Whether the model has answered and new requests are taken: /readyz."""
+        return self._engine is not None and self._engine.is_ready and not app.state.admission.is_draining
 
-    def __is_alive__(self) -> bool:
-        """Whether the engine lives or is on its way: /livez."""
-        return not self._failed and (self._engine is None or self._engine.is_alive)
+    async def __is_alive__(self) -> bool:
+        """Whether the engine lives or is on its way: /livez. False is final."""
+        return not app.state.admission.has_failed and (self._engine is None or self._engine.is_alive)
 
     def _load(self) -> None:
         try:
             self._engine = app.state.engine = _start_engine(options, MODEL_DIR)
         except Exception as error:
-            self._failed = True
+            app.state.admission.has_failed = True
             if not isinstance(error, PipelineError):
                 logger.exception("loading the model failed")
             _end_service(str(error) or type(error).__name__)
+
+
+RexService.add_asgi_middleware(OnlyOurRoutes)  # type: ignore[attr-defined]
+
+
+def _listening_host() -> str:
+    """The address of the socket that BentoML gave this worker: command line, configuration and variables all end there.
+
+    Empty where there is none: a test, or another server around the app.
+    """
+    with suppress(ValueError, IndexError, OSError):
+        descriptor = int(sys.argv[sys.argv.index("--fd") + 1])
+        with socket.socket(fileno=os.dup(descriptor)) as listening:
+            name = listening.getsockname()
+            return name[0] if isinstance(name, tuple) else ""
+    return ""
 
 
 def _start_engine(options: BentoArgs, model_dir: Path) -> "Engine":
@@ -149,16 +210,28 @@ def _start_engine(options: BentoArgs, model_dir: Path) -> "Engine":
     model = load_model(model_dir, device=options.device, quantized=quantized, dtype=dtype)
     # Before the engine's thread starts: a thread takes the number over once.
     torch.set_num_threads(options.threads or decoding_threads(count_parameters(model), usable_cores()))
-    engine = Engine(model, load_tokenizer(model_dir), kv_cache=options.kv_cache, max_queue=options.max_queue)
+    engine = Engine(
+        model,
+        load_tokenizer(model_dir),
+        kv_cache=options.kv_cache,
+        max_batch_size=options.max_batch_size,
+        kv_cache_mib=options.kv_cache_mib,
+        prefill_chunk=options.prefill_chunk,
+        max_queue=options.max_queue,
+        max_queue_tokens=options.max_queue_tokens,
+        step_timeout_s=options.step_timeout_s,
+    )
     engine.warm_up()
     logger.info(
-        "serving model=%s device=%s kv_cache=%s quantized=%s mixed_precision=%s threads=%d",
+        "serving model=%s device=%s kv_cache=%s quantized=%s mixed_precision=%s threads=%d cache_tokens=%d api_keys=%d",
         options.model,
         model.device,
         options.kv_cache,
         options.quantized,
         options.mixed_precision,
         torch.get_num_threads(),
+        engine.stats().cache_capacity_tokens,
+        len(API_KEYS),
     )
     return engine
 

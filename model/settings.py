@@ -233,12 +233,25 @@ class ServingSettings:
     quantized: bool = True
     mixed_precision: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_batch_size: int = 16
+    kv_cache_mib: int = 0
+    prefill_chunk: int = 256
     max_queue: int = 64
+    max_queue_tokens: int = 65_536
+    queue_timeout_s: float = 60.0
     request_timeout_s: float = 300.0
+    step_timeout_s: float = 60.0
+    drain_timeout_s: float = 30.0
     max_body_bytes: int = 1_048_576
+    cors_origins: str = ""
+    allow_anonymous: bool = False
 
     def __post_init__(self) -> None:
-        _positive("serving", self, ["max_queue", "request_timeout_s", "max_body_bytes"])
+        positive = ["max_batch_size", "prefill_chunk", "max_queue", "max_queue_tokens", "max_body_bytes"]
+        positive += ["queue_timeout_s", "request_timeout_s", "step_timeout_s"]
+        _positive("serving", self, positive)
+        _check(self.kv_cache_mib >= 0, "serving.kv_cache_mib", self.kv_cache_mib, "0 (as max_batch_size needs) or MiB")
+        _check(self.drain_timeout_s >= 0, "serving.drain_timeout_s", self.drain_timeout_s, "0 or more seconds")
 
 
 @dataclass

@@ -6,7 +6,7 @@ import pytest
 import torch
 from bentoml.exceptions import InvalidArgument
 
-from bento.options import BentoArgs, describe_variables, find_model, with_overrides
+from bento.options import BentoArgs, describe_variables, find_model, origins, with_overrides
 from model import int8
 from model.settings import ServingSettings
 from tests.tiny import save_tiny_model
@@ -24,9 +24,18 @@ def test_each_option_is_overridden_by_its_variable():
         "REX_KV_CACHE": "false",
         "REX_QUANTIZED": "false",
         "REX_MIXED_PRECISION": "true",
+        "REX_MAX_BATCH_SIZE": "3",
+        "REX_KV_CACHE_MIB": "7",
+        "REX_PREFILL_CHUNK": "32",
         "REX_MAX_QUEUE": "5",
+        "REX_MAX_QUEUE_TOKENS": "900",
+        "REX_QUEUE_TIMEOUT_S": "2.5",
         "REX_REQUEST_TIMEOUT_S": "1.5",
+        "REX_STEP_TIMEOUT_S": "9",
+        "REX_DRAIN_TIMEOUT_S": "0",
         "REX_MAX_BODY_BYTES": "100",
+        "REX_CORS_ORIGINS": "https://a.example",
+        "REX_ALLOW_ANONYMOUS": "true",
         "REX_THREADS": "2",
     }
     expected = BentoArgs(
@@ -35,9 +44,18 @@ def test_each_option_is_overridden_by_its_variable():
         kv_cache=False,
         quantized=False,
         mixed_precision=True,
+        max_batch_size=3,
+        kv_cache_mib=7,
+        prefill_chunk=32,
         max_queue=5,
+        max_queue_tokens=900,
+        queue_timeout_s=2.5,
         request_timeout_s=1.5,
+        step_timeout_s=9,
+        drain_timeout_s=0,
         max_body_bytes=100,
+        cors_origins="https://a.example",
+        allow_anonymous=True,
         threads=2,
     )
     assert with_overrides(BentoArgs(model="a:1"), variables) == expected
@@ -66,6 +84,22 @@ def test_a_wrong_variable_is_named_in_one_line(variable, value):
 
 def test_the_pipelines_serving_settings_are_all_options():
     assert set(ServingSettings.__dataclass_fields__) <= set(BentoArgs.model_fields)
+
+
+def test_the_pipelines_defaults_are_the_services():
+    defaults = {name: field.default for name, field in BentoArgs.model_fields.items()}
+    for name, field in ServingSettings.__dataclass_fields__.items():
+        # The pipeline serves what it quantized; a directory given by hand is served as it is.
+        assert name == "quantized" or defaults[name] == field.default, name
+
+
+def test_origins_are_split_and_checked():
+    assert origins("") == ()
+    assert origins(" https://a.example, http://localhost:8080 ") == ("https://a.example", "http://localhost:8080")
+    assert origins("*") == ("*",)
+    for wrong in ("a.example", "https://a.example/", "https://a b"):
+        with pytest.raises(InvalidArgument, match="REX_CORS_ORIGINS"):
+            origins(wrong)
 
 
 def test_the_description_names_every_variable():
@@ -112,12 +146,19 @@ def start_engine(model_dir, monkeypatch):
 def test_switches_do_what_they_say(start_engine):
     plain = start_engine()
     assert plain.is_ready and plain._kv_cache
-    assert not int8.is_quantized(plain._model) and plain._model.dtype == torch.float32
+    assert not int8.is_quantized(plain.model) and plain.model.dtype == torch.float32
     assert not start_engine(kv_cache=False)._kv_cache
-    assert int8.is_quantized(start_engine(quantized=True)._model)
-    assert start_engine(mixed_precision=True)._model.dtype == torch.bfloat16
+    assert int8.is_quantized(start_engine(quantized=True).model)
+    assert start_engine(mixed_precision=True).model.dtype == torch.bfloat16
     both = start_engine(quantized=True, mixed_precision=True)
-    assert both.is_ready and both._model.dtype == torch.bfloat16
+    assert both.is_ready and both.model.dtype == torch.bfloat16
+
+
+def test_limits_reach_the_engine(start_engine):
+    engine = start_engine(max_batch_size=3, prefill_chunk=32, max_queue=5, max_queue_tokens=900, step_timeout_s=9.0)
+    assert engine.stats().cache_capacity_tokens == 3 * engine.context_length
+    kept = (engine._prefill_chunk, engine._queue._max_requests, engine._queue._max_tokens, engine._step_timeout_s)
+    assert kept == (32, 5, 900, 9.0)
 
 
 def test_threads_are_taken_over_by_the_engine(start_engine):

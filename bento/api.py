@@ -23,6 +23,7 @@ from bento.admission import Admission, never_started, queue_timeout
 from bento.errors import ApiError, server_error, validation_error
 from bento.metrics import CONTENT_TYPE, ServiceMetrics
 from bento.middleware import surround
+from bento.page import add_page
 from bento.record import CLIENT_LEFT, RequestRecord
 from bento.schema import (
     DEFAULT_MAX_TOKENS,
@@ -141,11 +142,7 @@ def create_app(
     async def read_metrics() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
-    @app.get("/", include_in_schema=False)
-    async def index() -> dict[str, Any]:
-        routes = ["/generate", "/generate_text", "/generate_text_without_prompt"]
-        return {"service": "REX text generation", "model": model_name, "routes": routes, "docs": "/docs"}
-
+    add_page(app)
     return app
 
 

@@ -365,8 +365,3 @@ def test_the_openapi_document_describes_every_field_and_every_refusal(client):
         assert set(responses) == {"200", "400", "413", "429", "500", "503", "504"}
     assert "text/event-stream" in document["paths"]["/generate"]["post"]["responses"]["200"]["content"]
     assert client.get("/docs").status_code == 200
-
-
-def test_the_root_says_what_this_is(client):
-    body = client.get("/").json()
-    assert body["model"] == "rex-tiny:1" and body["docs"] == "/docs"

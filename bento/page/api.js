@@ -1,0 +1,70 @@
+// The service's HTTP API as this page uses it. Addresses are relative, so that the page works behind a path prefix.
+
+import { readEvents } from "./sse.js";
+
+/** A refusal of the server in its own words. status: of HTTP, 0 where there was no answer. param: the field, or null. */
+export class ApiError extends Error {
+  constructor(message, { status = 0, param = null, retryAfter = null } = {}) {
+    super(message);
+    Object.assign(this, { status, param, retryAfter });
+  }
+}
+
+const address = (path) => new URL(path, document.baseURI);
+
+const authorization = (key) => (key ? { Authorization: `Bearer ${key}` } : {});
+
+async function refusal(response) {
+  let error = {};
+  try {
+    error = (await response.json()).error ?? {};
+  } catch {
+    // Whatever stands between here and the service answers in its own way.
+  }
+  return new ApiError(error.message ?? `The server answered ${response.status} ${response.statusText}`.trim(), {
+    status: response.status,
+    param: error.param ?? null,
+    retryAfter: response.headers.get("Retry-After"),
+  });
+}
+
+/** The name of the model that is served; null where the server does not say. */
+export async function modelName(key) {
+  const response = await fetch(address("v1/models"), { headers: authorization(key) });
+  if (!response.ok) return null;
+  return (await response.json()).data?.[0]?.id ?? null;
+}
+
+/**
+ * Continue a prompt: gives {text} for each piece, {finishReason} when the text has ended, {usage} with the token counts.
+ * Throws ApiError where the server refuses or fails, AbortError where `signal` ended it.
+ */
+export async function* complete(request, { key, signal }) {
+  let response;
+  try {
+    response = await fetch(address("generate"), {
+      method: "POST",
+      headers: { "Content-Type": "application/json", Accept: "text/event-stream", ...authorization(key) },
+      body: JSON.stringify({ ...request, stream: true }),
+      signal,
+    });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError("The server cannot be reached: is it running?");
+  }
+  if (!response.ok) throw await refusal(response);
+  try {
+    for await (const data of readEvents(response.body)) {
+      if (data === "[DONE]") return;
+      const event = JSON.parse(data);
+      if (event.error) throw new ApiError(event.error.message, { param: event.error.param ?? null });
+      if (event.text) yield { text: event.text };
+      if (event.finish_reason) yield { finishReason: event.finish_reason };
+      if (event.usage) yield { usage: { completion_tokens: event.usage.generated_tokens } };
+    }
+  } catch (error) {
+    if (error.name === "AbortError" || error instanceof ApiError) throw error;
+    throw new ApiError("The connection broke before the text was complete.");
+  }
+  throw new ApiError("The connection ended before the text was complete.");
+}

@@ -1,0 +1,192 @@
+// The page: fields in, streamed text out. Text of users and models is only ever set as textContent.
+
+import { ApiError, complete, modelName } from "./api.js";
+
+const $ = (id) => document.getElementById(id);
+const NUMBERS = ["max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"];
+const WHOLE = new Set(["max_tokens", "top_k", "seed"]);
+const FIELDS = { ...Object.fromEntries(["prompt", ...NUMBERS].map((name) => [name, $(name)])), stop: $("stop_strings") };
+const FINISHED = { stop: "The text ended.", length: "As many tokens as asked for." };
+const KEY = "rex-api-key";
+
+let running = null; // AbortController of the generation under way
+let model = null;
+
+// ---- What is asked
+
+/** A wrong value that the server cannot be shown: a browser gives no text for it. */
+function check(name) {
+  const field = FIELDS[name];
+  if (field.validity.badInput) throw new ApiError(`${name} is not a number`, { param: name });
+  // A number in JSON; beyond this JavaScript would send another one than was typed.
+  if (WHOLE.has(name) && Math.abs(field.valueAsNumber) > Number.MAX_SAFE_INTEGER) {
+    throw new ApiError(`${name} is larger than this page can send: at most ${Number.MAX_SAFE_INTEGER}`, { param: name });
+  }
+}
+
+const ESCAPES = { "\\n": "\n", "\\t": "\t", "\\\\": "\\" };
+
+function stopStrings() {
+  const lines = FIELDS.stop.value.split("\n").filter((line) => line !== "");
+  return lines.map((line) => line.replace(/\\[nt\\]/g, (escape) => ESCAPES[escape]));
+}
+
+/** The request's body; an empty field leaves the server's default. */
+function request() {
+  const body = { prompt: FIELDS.prompt.value };
+  for (const name of NUMBERS) {
+    check(name);
+    if (FIELDS[name].value !== "") body[name] = FIELDS[name].valueAsNumber;
+  }
+  const stop = stopStrings();
+  if (stop.length) body.stop = stop;
+  return body;
+}
+
+// ---- What is shown
+
+const seconds = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(2)} s`);
+
+/** exact: from the server's count of tokens; else from the pieces that arrived, most of which are one token. */
+function showNumbers({ started, first, last, now, count, exact }) {
+  const sign = exact ? "" : "≈ ";
+  $("first-token").textContent = first === null ? "–" : seconds(first - started);
+  $("tokens").textContent = count ? `${sign}${count}` : exact ? "0" : "–";
+  $("time").textContent = seconds(now - started);
+  // The first token is the prompt's work.
+  const rate = count > 1 && last > first ? (1000 * (count - 1)) / (last - first) : null;
+  $("speed").textContent = rate === null ? "–" : `${sign}${rate < 10 ? rate.toFixed(1) : Math.round(rate)} tokens/s`;
+}
+
+function clearNumbers() {
+  for (const id of ["first-token", "speed", "tokens", "time"]) $(id).textContent = "–";
+}
+
+function showError(error) {
+  const wait = error.retryAfter ? ` Try again in ${error.retryAfter} s.` : "";
+  $("error").textContent = error.message + wait;
+  $("error").hidden = false;
+  const field = error.status === 401 ? $("key") : FIELDS[error.param];
+  if (!field) return;
+  if (error.status === 401) $("key-hint").textContent = "this server wants a key";
+  if ($("options").contains(field)) $("options").open = true;
+  field.setAttribute("aria-invalid", "true");
+  field.setAttribute("aria-errormessage", "error");
+  field.focus();
+}
+
+function clearError() {
+  $("error").hidden = true;
+  $("error").textContent = "";
+  for (const field of document.querySelectorAll("[aria-invalid]")) {
+    field.removeAttribute("aria-invalid");
+    field.removeAttribute("aria-errormessage");
+  }
+}
+
+function setRunning(controller) {
+  const hadFocus = document.activeElement;
+  running = controller;
+  const isRunning = controller !== null;
+  $("output").setAttribute("aria-busy", String(isRunning));
+  $("generate").disabled = isRunning;
+  $("stop").disabled = !isRunning;
+  for (const id of ["copy", "continue"]) $(id).disabled = isRunning || !$("generated").textContent;
+  // A button that is disabled loses the keyboard's place.
+  if (isRunning && [$("generate"), $("continue")].includes(hadFocus)) $("stop").focus();
+  if (!isRunning && hadFocus === $("stop")) $("generate").focus();
+}
+
+// ---- What happens
+
+async function generate() {
+  if (running) return;
+  clearError();
+  const output = $("output");
+  const times = { started: performance.now(), first: null, last: null, now: 0, count: 0, exact: false };
+  let finish = "The server did not say why the text ended.";
+  try {
+    const body = request();
+    $("given").textContent = body.prompt;
+    $("generated").textContent = "";
+    setRunning(new AbortController());
+    $("status").textContent = "Generating …";
+    const options = { key: $("key").value.trim(), model, signal: running.signal };
+    times.started = times.now = performance.now();
+    showNumbers(times);
+    for await (const { text, finishReason, usage } of complete(body, options)) {
+      times.now = performance.now();
+      if (text) {
+        times.first ??= times.now;
+        times.last = times.now;
+        times.count += 1;
+        const follows = output.scrollHeight - output.scrollTop - output.clientHeight < 40;
+        $("generated").append(text);
+        if (follows) output.scrollTop = output.scrollHeight;
+      }
+      if (finishReason) finish = FINISHED[finishReason] ?? `Ended: ${finishReason}.`;
+      if (usage) Object.assign(times, { count: usage.completion_tokens, exact: true });
+      showNumbers(times);
+    }
+    $("status").textContent = finish;
+  } catch (error) {
+    times.now = performance.now();
+    if (times.count) showNumbers(times);
+    else clearNumbers();
+    $("status").textContent = error.name === "AbortError" ? "Stopped." : "Failed.";
+    if (error.name !== "AbortError") {
+      setRunning(null);
+      showError(error);
+    }
+  } finally {
+    setRunning(null);
+  }
+}
+
+const stop = () => running?.abort();
+
+async function showModel() {
+  try {
+    model = await modelName($("key").value.trim());
+  } catch {
+    model = null; // the first request says what is wrong
+  }
+  if (model) $("model").textContent = model;
+}
+
+$("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  generate();
+});
+$("stop").addEventListener("click", stop);
+$("copy").addEventListener("click", async () => {
+  try {
+    await navigator.clipboard.writeText($("output").textContent);
+    $("status").textContent = "Copied.";
+  } catch {
+    // Over plain HTTP from another machine a page may not write to the clipboard.
+    getSelection().selectAllChildren($("output"));
+    $("status").textContent = "Selected: copy it as usual.";
+  }
+});
+$("continue").addEventListener("click", () => {
+  FIELDS.prompt.value = $("output").textContent;
+  generate();
+});
+$("key").addEventListener("change", () => {
+  sessionStorage.setItem(KEY, $("key").value.trim());
+  showModel();
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && running) {
+    event.preventDefault();
+    stop();
+  } else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault();
+    generate();
+  }
+});
+
+$("key").value = sessionStorage.getItem(KEY) ?? "";
+$("options").open = matchMedia("(min-width: 60rem)").matches;
+showModel();

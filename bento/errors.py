@@ -10,8 +10,9 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-PRIVATE_FIELDS = {"prompt", "context"}
+PRIVATE_FIELDS = {"prompt", "context", "messages", "suffix", "stop", "user", "metadata", "prompt_cache_key"}
 LONGEST_VALUE = 40
+LONGEST_NAME = 64
 
 
 class ApiError(HTTPException):
@@ -48,21 +49,23 @@ def server_error(status: int, message: str, *, code: str, headers: Mapping[str, 
 def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """A 400 for the first of pydantic's errors."""
     first = errors[0]
-    path = [str(part) for part in first["loc"] if part != "body"]
+    path = [part for part in first["loc"] if part != "body"]
     kind, reason = first["type"], first["msg"][:1].lower() + first["msg"][1:]
-    if kind == "json_invalid":
-        reason = f"the body is not JSON ({first.get('ctx', {}).get('error', 'it cannot be parsed')})"
-        return ApiError(400, reason, code="invalid_json")
+    if named := first.get("ctx", {}).get("param"):  # by a check of several fields together
+        return ApiError(400, f"{named}: {reason}", code=kind, param=named)
     if not path:
         return ApiError(
             400, "the body is not a JSON object: send one with the header Content-Type: application/json", code=kind
         )
-    param = path[0]
+    param = str(path[0])[:LONGEST_NAME]
+    place = param + "".join(f"[{part}]" if isinstance(part, int) else f".{part:.{LONGEST_NAME}}" for part in path[1:])
     if kind == "extra_forbidden":
-        return ApiError(400, f"{param[:LONGEST_VALUE]!r} is not a field of this request", code=kind, param=param)
+        return ApiError(400, f"{place!r} is not a field of this request", code=kind, param=param)
     if kind == "missing":
-        return ApiError(400, f"{param} is missing", code=kind, param=param)
-    return ApiError(400, f"{param}{_shown(param, first.get('input'))}: {reason}", code=kind, param=param)
+        return ApiError(400, f"{place} is missing", code=kind, param=param)
+    if kind == "none_required":
+        return ApiError(400, f"{place} is not supported: leave it out", code="unsupported_parameter", param=param)
+    return ApiError(400, f"{place}{_shown(param, first.get('input'))}: {reason}", code=kind, param=param)
 
 
 def _shown(param: str, value: object) -> str:

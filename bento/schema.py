@@ -1,71 +1,228 @@
 """Bodies of requests and answers: what the OpenAPI document shows and what is checked before anything runs.
 
 A field is supported exactly or refused: types are strict, unknown fields and numbers that are not finite are errors.
-Limits that depend on the model (tokens that fit into its context) are checked in `api.py`.
+null means what leaving the field out means. Limits that depend on the model (tokens that fit into its context, ids that
+are in its vocabulary) are checked in `backend.py`. The OpenAI API's own bodies are in `openai_schema.py`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
-from model.generation.requests import MAX_SEED, SamplingParameters
+from model.generation.requests import LARGEST_LOGIT_BIAS, MAX_SEED, GenerationRequest, SamplingParameters
 
 DEFAULT_MAX_TOKENS = 128
 LARGEST_COUNT = 2**31 - 1
+MOST_STOPS, LONGEST_STOP = 16, 256
+MOST_STOP_IDS = 64
+MOST_BIASES = 1024
+LARGEST_PENALTY = 100.0
 
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
+TokenId = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 
 
-class _Request(BaseModel):
+def _stops(value: Any) -> Any:
+    stops = [value] if isinstance(value, str) else value
+    if stops is None:
+        return []
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise PydanticCustomError("string_type", "expected a string or a list of strings")
+    if len(stops) > MOST_STOPS:
+        raise PydanticCustomError("too_many_stops", f"{len(stops)} strings: at most {MOST_STOPS} are looked for")
+    if not all(stops):
+        raise PydanticCustomError("empty_stop", "an empty string would end every text at once")
+    if max(map(len, stops), default=0) > LONGEST_STOP:
+        raise PydanticCustomError("stop_too_long", f"a string is longer than {LONGEST_STOP} characters")
+    return stops
+
+
+def _biases(value: Any) -> Any:
+    if isinstance(value, dict):
+        if len(value) > MOST_BIASES:
+            raise PydanticCustomError("too_many_biases", f"{len(value)} tokens: at most {MOST_BIASES}")
+        if not all(name.isascii() and name.isdecimal() and len(name) <= 10 for name in value):
+            raise PydanticCustomError("bias_token", "the names are token ids, written in decimal")
+        if len({int(name) for name in value}) < len(value):
+            raise PydanticCustomError("bias_token", "a token id is named twice")
+    return value
+
+
+def forms(*schemas: dict[str, Any]) -> WithJsonSchema:
+    """What the document says of a field that takes several forms, which a function tells apart: pydantic's own unions
+    answer a wrong value with an error for each form.
+    """
+    return WithJsonSchema({"anyOf": list(schemas)})
+
+
+_STOP = {"type": "string", "minLength": 1, "maxLength": LONGEST_STOP}
+Stops = Annotated[
+    Any,
+    AfterValidator(_stops),
+    forms(_STOP, {"type": "array", "items": _STOP, "maxItems": MOST_STOPS}, {"type": "null"}),
+]
+Bias = Annotated[float, Field(ge=-LARGEST_LOGIT_BIAS, le=LARGEST_LOGIT_BIAS)]
+Biases = Annotated[
+    dict[str, Bias],
+    BeforeValidator(_biases),
+    Field(json_schema_extra={"maxProperties": MOST_BIASES, "propertyNames": {"pattern": "^[0-9]{1,10}$"}}),
+]
+Penalty = Annotated[float, Field(ge=-LARGEST_PENALTY, le=LARGEST_PENALTY)]
+
+
+class StrictRequest(BaseModel):
+    """A body: types as JSON has them, no field that is not named here, no NaN and no infinity."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class GenerateRequest(_Request):
+class Sampling(StrictRequest):
+    """How the next token is chosen and what ends the text; the same for every route that generates."""
+
+    temperature: float | None = Field(
+        None, ge=0, le=100, description="0 takes the most likely token each time. Default: 1."
+    )
+    top_k: int | None = Field(
+        None, ge=0, le=LARGEST_COUNT, description="Draw from the k most likely tokens; 0, the default, keeps all."
+    )
+    top_p: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Draw from the most likely tokens that hold this probability together. Default: 1.",
+    )
+    min_p: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Drop tokens less likely than this part of the most likely one's probability. Default: 0.",
+    )
+    repetition_penalty: float | None = Field(
+        None,
+        gt=0,
+        le=LARGEST_PENALTY,
+        description="Above 1 makes tokens that occurred, in the prompt too, less likely. Default: 1.",
+    )
+    presence_penalty: Penalty | None = Field(
+        None, description="Taken off the logit of a token that was generated before. Default: 0."
+    )
+    frequency_penalty: Penalty | None = Field(
+        None, description="Taken off the logit of a token for each time that it was generated. Default: 0."
+    )
+    logit_bias: Biases | None = Field(
+        None, description=f"Added to the logits of these token ids, at most {MOST_BIASES} of them."
+    )
+    seed: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_SEED,
+        description="The same seed gives the same text for the same request; the default draws one.",
+    )
+    stop: Stops = Field(
+        None,
+        description=f"End the text where one of these strings appears; it is not part of the text. At most {MOST_STOPS}, "
+        f"of at most {LONGEST_STOP} characters.",
+    )
+    stop_token_ids: list[TokenId] | None = Field(
+        None, max_length=MOST_STOP_IDS, description="End the text at one of these tokens, which is not part of it."
+    )
+    min_tokens: int | None = Field(
+        None, ge=0, le=LARGEST_COUNT, description="Nothing ends the text before this many tokens. Default: 0."
+    )
+    ignore_eos: bool | None = Field(None, description="Go on after the end-of-text token. Default: false.")
+
+    def sampling(self, choice: int = 0) -> SamplingParameters:
+        """The engine's form of these fields. choice: of several texts for one prompt; each has its own random numbers."""
+        return SamplingParameters(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=self.top_k or 0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
+            seed=None if self.seed is None else (self.seed + choice) % (MAX_SEED + 1),
+        )
+
+    def generation(self, prompt_ids: Any, max_tokens: int, choice: int = 0, **scores: int | None) -> GenerationRequest:
+        """The engine's form of the request for one prompt. scores: logprobs, prompt_logprobs."""
+        return GenerationRequest(
+            prompt_ids,
+            max_tokens,
+            self.sampling(choice),
+            min_tokens=self.min_tokens or 0,
+            stop=tuple(self.stop or ()),
+            stop_token_ids=frozenset(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            **scores,
+        )
+
+
+class GenerateRequest(Sampling):
     """Text to continue, and how."""
 
     prompt: str = Field(min_length=1, description="The text to continue.", examples=["def main():\n"])
     max_tokens: Count | None = Field(
         None,
         description=f"Most tokens to generate. Default: {DEFAULT_MAX_TOKENS}, or what fits after the prompt if less.",
+        examples=[16],
     )
-    temperature: float = Field(1.0, ge=0, le=100, description="0 takes the most likely token each time.")
-    top_k: int = Field(0, ge=0, le=LARGEST_COUNT, description="Draw from the k most likely tokens; 0 keeps all.")
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="Draw from the most likely tokens that hold this probability together."
-    )
-    repetition_penalty: float = Field(
-        1.0, gt=0, le=100, description="Above 1 makes tokens that occurred less likely; 1 changes nothing."
-    )
-    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="The same seed gives the same text.")
-    stream: bool = Field(False, description="Answer with server-sent events, one for each piece of text.")
-
-    def sampling(self) -> SamplingParameters:
-        """The engine's form of these fields."""
-        return SamplingParameters(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
-        )
+    stream: bool | None = Field(None, description="Answer with server-sent events, one for each piece of text.")
 
 
-class GenerateTextRequest(_Request):
+class GenerateTextRequest(StrictRequest):
     """A text to continue by a number of tokens; `context` is put before the prompt, on a line of its own."""
 
-    prompt: str = Field(min_length=1, description="The text to continue.")
+    prompt: str = Field(min_length=1, description="The text to continue.", examples=["def main():\n"])
     context: str | None = Field(None, description="Text before the prompt, separated from it by a newline.")
-    num_of_token_generated: Count = Field(description="Tokens to generate; fewer only where the text ends before.")
+    num_of_token_generated: Count = Field(
+        description="Tokens to generate; fewer only where the text ends before.", examples=[16]
+    )
 
     def text(self) -> str:
         """What the model continues."""
         return f"{self.context}\n{self.prompt}" if self.context else self.prompt
 
 
-class GenerateTextWithoutPromptRequest(_Request):
+class GenerateTextWithoutPromptRequest(StrictRequest):
     """A number of tokens from the beginning of a new text."""
 
-    num_of_token_generated: Count = Field(description="Tokens to generate; fewer only where the text ends before.")
+    num_of_token_generated: Count = Field(
+        description="Tokens to generate; fewer only where the text ends before.", examples=[16]
+    )
+
+
+class TokenizeRequest(StrictRequest):
+    """A text whose tokens are asked for. Special tokens written out in it are ordinary text."""
+
+    model: str | None = Field(None, description="The served model, the only one.")
+    prompt: str = Field(description="The text.", examples=["def main():\n"])
+    add_special_tokens: Literal[False] | None = Field(None, description="Only false: none are added.")
+    return_token_strs: bool | None = Field(None, description="Show each token's text as well.")
+
+
+class TokenizeResponse(BaseModel):
+    """The tokens of a text. max_model_len: most tokens of a prompt and its answer together."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(StrictRequest):
+    """Tokens whose text is asked for."""
+
+    model: str | None = Field(None, description="The served model, the only one.")
+    tokens: list[TokenId] = Field(description="Token ids of the model's vocabulary.", examples=[[2, 3, 4]])
+
+
+class DetokenizeResponse(BaseModel):
+    """The text of the tokens; bytes that are no UTF-8 are U+FFFD."""
+
+    prompt: str
 
 
 class Usage(BaseModel):

@@ -29,7 +29,7 @@ from bentoml.models import BentoModel
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bento.admission import drain_on_signal
-from bento.api import create_app
+from bento.api import MAX_CHOICES, create_app
 from bento.auth import HEALTH_PATHS, read_api_keys, refuse_open_address
 from bento.options import BentoArgs, describe_variables, find_model, is_path, origins, with_overrides
 from bento.tracing import start_tracing
@@ -72,6 +72,7 @@ app = create_app(
     request_timeout_s=options.request_timeout_s,
     max_body_bytes=options.max_body_bytes,
     queue_timeout_s=options.queue_timeout_s,
+    max_choices=min(MAX_CHOICES, options.max_queue),
     api_keys=API_KEYS,
     cors_origins=origins(options.cors_origins),
 )

@@ -80,15 +80,17 @@ def test_without_max_tokens_the_answer_fills_the_context_at_most(client):
 
 def test_the_context_of_the_earlier_service_stands_before_the_prompt_on_its_own_line(service, client):
     given: list[list[int]] = []
-    submit = service.engine.submit
-    service.engine.submit = lambda request, deliver: given.append(request.prompt_ids) or submit(request, deliver)
+    submit = service.engine.submit_all
+    service.engine.submit_all = lambda requests, deliver: (
+        given.extend(request.prompt_ids for request in requests) or submit(requests, deliver)
+    )
     try:
         body = {"prompt": "b", "context": "a", "num_of_token_generated": 9}
         answer = client.post("/generate_text", json=body)
         client.post("/generate_text", json={"prompt": "b", "num_of_token_generated": 1})
         client.post("/generate_text_without_prompt", json={"num_of_token_generated": 1})
     finally:
-        service.engine.submit = submit
+        service.engine.submit_all = submit
     assert set(answer.json()) == {"generated_text"}
     assert given == [service.engine.encode("a\nb"), service.engine.encode("b"), [0]]
 
@@ -352,16 +354,3 @@ def test_metrics_count_by_route_and_status_and_do_not_grow_with_unknown_paths(cl
     assert metric(client, 'rex_requests_total{finish_reason="length",route="/generate",status="200"}') >= 1
     assert metric(client, "rex_time_to_first_token_seconds_count") >= 1
     assert metric(client, "rex_num_requests_running") == 0
-
-
-def test_the_openapi_document_describes_every_field_and_every_refusal(client):
-    document = client.get("/openapi.json").json()
-    fields = document["components"]["schemas"]["GenerateRequest"]["properties"]
-    names = ["prompt", "max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stream"]
-    assert list(fields) == names
-    assert all(field["description"] for field in fields.values())
-    for route in ("/generate", "/generate_text", "/generate_text_without_prompt"):
-        responses = document["paths"][route]["post"]["responses"]
-        assert set(responses) == {"200", "400", "413", "429", "500", "503", "504"}
-    assert "text/event-stream" in document["paths"]["/generate"]["post"]["responses"]["200"]["content"]
-    assert client.get("/docs").status_code == 200

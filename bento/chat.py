@@ -1,0 +1,106 @@
+"""From a conversation to tokens, with the model's own chat template.
+
+A template puts special tokens around what people say, so what they say must not be able to spell one: the template is
+rendered with unguessable words in place of the contents, and only special tokens that are in that text count as such.
+The contents are put in afterwards, and everything between the template's special tokens is encoded as ordinary text, in
+one piece, so that the tokens are those of `apply_chat_template` wherever a content spells no special token.
+"""
+
+import re
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from bento.errors import ApiError, server_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+HIDDEN = re.compile("content[0-9a-f]{32}")
+
+
+class Turn(Protocol):
+    """One message."""
+
+    @property
+    def role(self) -> str:
+        """Who speaks."""
+
+    @property
+    def content(self) -> str:
+        """What is said."""
+
+    @property
+    def name(self) -> str | None:
+        """The speaker's name."""
+
+
+def encode_chat(
+    tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Turn], encode: Callable[[str], list[int]]
+) -> list[int]:
+    """The tokens of a conversation, up to where the assistant speaks.
+
+    encode: tokens of ordinary text. Raises ApiError 400 where the model has no template or where its template refuses
+    the conversation (its order of roles, say).
+    """
+    if not tokenizer.chat_template:
+        raise ApiError(
+            400,
+            "this model has no chat template, it only continues texts: use /v1/completions",
+            code="no_chat_template",
+            param="messages",
+        )
+    contents: dict[str, str] = {}
+
+    def hide(text: str) -> str:
+        # White space stays in sight: templates strip it. So does an empty content: templates ask for it.
+        core = text.strip()
+        if not core:
+            return text
+        word = f"content{secrets.token_hex(16)}"
+        contents[word] = core
+        return text.replace(core, word, 1)
+
+    hidden = [
+        {"role": turn.role, "content": hide(turn.content), **({"name": hide(turn.name)} if turn.name else {})}
+        for turn in messages
+    ]
+    ids: list[int] = []
+    specials = _special_tokens(tokenizer)
+    for part in _split(_render(tokenizer, hidden), specials):
+        if part in specials:
+            ids.append(specials[part])
+        elif part:
+            # In one pass: a content may spell anything.
+            ids += encode(HIDDEN.sub(lambda found: contents.get(found[0], found[0]), part))
+    if not ids:
+        raise ApiError(400, "messages: there is nothing to continue", code="empty_prompt", param="messages")
+    return ids
+
+
+def _render(tokenizer: "PreTrainedTokenizerFast", messages: list[dict[str, str]]) -> str:
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except TemplateSyntaxError:
+        raise server_error(500, "the model's chat template is broken", code="chat_template") from None
+    except (TemplateError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ApiError(
+            400,
+            f"messages: the model's chat template does not take this conversation ({reason})",
+            code="chat_template",
+            param="messages",
+        ) from None
+
+
+def _special_tokens(tokenizer: "PreTrainedTokenizerFast") -> dict[str, int]:
+    special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {**special, **dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))}
+
+
+def _split(text: str, specials: Iterable[str]) -> list[str]:
+    longest_first = sorted(specials, key=len, reverse=True)
+    return re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if longest_first else [text]

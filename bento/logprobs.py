@@ -1,0 +1,123 @@
+"""Log-probabilities as the OpenAI API writes them: which tokens a text consists of, where they begin, what they are named.
+
+The engine hands over a token when it is chosen, but its text only when that is certain: a stop string may take it back,
+a character may be incomplete. `TokenTrail` brings them together again.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from model.generation.detokenizer import Detokenizer
+from model.generation.requests import TextPiece, TokenLogprob
+
+if TYPE_CHECKING:
+    from model.generation.engine import Engine
+
+LOWEST = -9999.0
+"""Stands for minus infinity, which JSON cannot write."""
+
+
+class TokenNames:
+    r"""How a token is written: its text, `bytes:\xe2\x80` where that is not whole characters, `<|name|>` where none."""
+
+    def __init__(self, engine: "Engine") -> None:
+        self._token_bytes, self._tokenizer = engine.token_bytes, engine.tokenizer
+
+    def data(self, token_id: int) -> bytes:
+        """The bytes of text that a token stands for; none for special tokens and for ids that pad the vocabulary."""
+        return self._token_bytes[token_id] if token_id < len(self._token_bytes) else b""
+
+    def __getitem__(self, token_id: int) -> str:
+        data = self.data(token_id)
+        if not data:
+            return str(self._tokenizer.convert_ids_to_tokens(token_id) or f"<|{token_id}|>")
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A token of a text. offset: where its text begins, in characters."""
+
+    offset: int
+    token_id: int
+    score: TokenLogprob | None = None
+    is_prompt: bool = False
+
+
+def place_prompt(
+    ids: Iterable[int], scores: Iterable[TokenLogprob | None], token_bytes: Sequence[bytes]
+) -> list[Placed]:
+    """The tokens of a prompt that is part of the text."""
+    text, offset, placed = Detokenizer(token_bytes), 0, []
+    for token_id, score in zip(ids, scores, strict=True):
+        placed.append(Placed(offset, token_id, score, is_prompt=True))
+        offset += len(text.push(token_id))
+    return placed
+
+
+class TokenTrail:
+    """The tokens of one generated text. start: characters of the text before it."""
+
+    def __init__(self, token_bytes: Sequence[bytes], start: int = 0) -> None:
+        self._text = Detokenizer(token_bytes)
+        self._offset = self._certain = start
+        self._held: deque[Placed] = deque()
+
+    def push(self, piece: TextPiece) -> list[Placed]:
+        """The tokens whose text is certain with this piece."""
+        for number, token_id in enumerate(piece.token_ids):
+            self._held.append(Placed(self._offset, token_id, piece.logprobs[number] if piece.logprobs else None))
+            self._offset += len(self._text.push(token_id))
+        self._certain += len(piece.text)
+        certain = []
+        while self._held and self._held[0].offset < self._certain:
+            certain.append(self._held.popleft())
+        return certain
+
+    def flush(self, stopped_by: str | int | None) -> list[Placed]:
+        """The end: the tokens that are left, none where a stop string took their text back."""
+        rest = [] if isinstance(stopped_by, str) else list(self._held)
+        self._held.clear()
+        return rest
+
+
+def completion_logprobs(tokens: Sequence[Placed], names: TokenNames) -> dict[str, Any]:
+    """The format of /v1/completions."""
+    return {
+        "tokens": [names[token.token_id] for token in tokens],
+        "token_logprobs": [None if token.score is None else _finite(token.score.logprob) for token in tokens],
+        "top_logprobs": [None if token.score is None else _legacy_top(token.score, names) for token in tokens],
+        "text_offset": [token.offset for token in tokens],
+    }
+
+
+def chat_logprobs(tokens: Sequence[Placed], names: TokenNames) -> dict[str, Any]:
+    """The format of /v1/chat/completions."""
+    content = []
+    for token in tokens:
+        if token.score is not None:
+            top = [_chat_token(names, token_id, logprob) for token_id, logprob in token.score.top]
+            content.append({**_chat_token(names, token.token_id, token.score.logprob), "top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def _chat_token(names: TokenNames, token_id: int, logprob: float) -> dict[str, Any]:
+    data = names.data(token_id)
+    return {"token": names[token_id], "logprob": _finite(logprob), "bytes": list(data) if data else None}
+
+
+def _legacy_top(score: TokenLogprob, names: TokenNames) -> dict[str, float]:
+    top: dict[str, float] = {}
+    # The token itself is always among them. Two ids can have one name: the first, likelier one stays.
+    for token_id, logprob in (*score.top, (score.token_id, score.logprob)):
+        top.setdefault(names[token_id], _finite(logprob))
+    return top
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST)

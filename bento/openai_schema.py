@@ -1,0 +1,335 @@
+"""Bodies of the OpenAI API: the fields that this service honours, and those that it takes only with a value that asks for
+nothing (its description says which).
+
+Anything else in a body is refused by name. `user`, `metadata`, `safety_identifier`, `prompt_cache_key` and `service_tier`
+are labels of the caller: they change no text, are not kept and are not logged.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from bento.schema import LARGEST_COUNT, Count, Sampling, StrictRequest, forms
+
+DEFAULT_COMPLETION_TOKENS = 16
+MOST_CHOICES = 64
+MOST_PROMPTS = 64
+MOST_LOGPROBS = 20
+MOST_MESSAGES = 1024
+LONGEST_LABEL = 512
+
+Label = Annotated[str, Field(max_length=LONGEST_LABEL)]
+Logprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
+
+
+def _prompts(value: Any) -> list[str] | list[list[int]]:
+    """A prompt in any of its four forms as a list of texts or of token lists."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list):
+        raise PydanticCustomError(
+            "prompt_type", "expected a string, a list of strings, token ids or lists of token ids"
+        )
+    if _are_ids(value) and value:
+        value = [value]
+    if len(value) > MOST_PROMPTS:
+        raise PydanticCustomError("too_many_prompts", f"{len(value)} prompts: at most {MOST_PROMPTS} in a request")
+    if not value or not all(value):
+        raise PydanticCustomError("empty_prompt", "a prompt is empty: the model continues at least one token")
+    if all(isinstance(prompt, str) for prompt in value):
+        return value
+    if all(isinstance(prompt, list) and _are_ids(prompt) for prompt in value):
+        return value
+    raise PydanticCustomError("prompt_type", "expected a string, a list of strings, token ids or lists of token ids")
+
+
+def _are_ids(value: list[Any]) -> bool:
+    return all(type(token) is int for token in value)  # a bool is an int
+
+
+_TEXT = {"type": "string", "minLength": 1}
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": LARGEST_COUNT}, "minItems": 1}
+Prompts = Annotated[
+    Any,
+    AfterValidator(_prompts),
+    forms(
+        _TEXT,
+        {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": MOST_PROMPTS},
+        _IDS,
+        {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MOST_PROMPTS},
+    ),
+]
+
+
+def unsupported(*neutral: str) -> Any:
+    """A field that is known and not supported: only the neutral values are taken."""
+    names = ", ".join(("null", *neutral))
+    return Field(None, description=f"Not supported: only {names}.")
+
+
+class StreamOptions(StrictRequest):
+    """What a stream carries besides the text."""
+
+    include_usage: bool | None = Field(None, description="End with a chunk without choices that has the usage.")
+    continuous_usage_stats: bool | None = Field(None, description="Show the usage so far in every chunk.")
+    include_obfuscation: Literal[False] | None = unsupported("false")
+
+
+class OpenAIRequest(Sampling):
+    """What both routes of the OpenAI API take."""
+
+    model: str | None = Field(None, description="The served model, the only one; /v1/models names it.")
+    n: int | None = Field(
+        None,
+        ge=1,
+        le=MOST_CHOICES,
+        description="Texts for each prompt; with a seed, the seeds that follow. Default: 1.",
+    )
+    stream: bool | None = Field(None, description="Answer with server-sent events. Default: false.")
+    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
+    return_token_ids: bool | None = Field(None, description="Show the token ids of prompt and text as well.")
+    user: Label | None = Field(None, description="Taken and not used.")
+    metadata: dict[Label, Label] | None = Field(None, max_length=16, description="Taken and not used.")
+    safety_identifier: Label | None = Field(None, description="Taken and not used.")
+    prompt_cache_key: Label | None = Field(None, description="Taken and not used: common prefixes are always reused.")
+    service_tier: Literal["auto", "default"] | None = Field(None, description="There is one tier.")
+    store: Literal[False] | None = unsupported("false")
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> "OpenAIRequest":
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("stream_options", "only with stream=true", {"param": "stream_options"})
+        return self
+
+
+class CompletionRequest(OpenAIRequest):
+    """Texts or tokens to continue."""
+
+    prompt: Prompts = Field(
+        description=f"A text, a list of texts, the tokens of a text or a list of these; at most {MOST_PROMPTS}.",
+        examples=["def main():\n"],
+    )
+    max_tokens: int | None = Field(
+        None,
+        ge=0,
+        le=LARGEST_COUNT,
+        description=f"Most tokens to generate. Default: {DEFAULT_COMPLETION_TOKENS}, or what fits after the prompt if "
+        "less. 0 is for echo, which then only repeats and scores the prompt.",
+        examples=[16],
+    )
+    echo: bool | None = Field(None, description="Begin the text with the prompt. Default: false.")
+    logprobs: Logprobs | None = Field(
+        None, description="Show the log-probability of each token, and of this many most likely ones beside it."
+    )
+    best_of: int | None = Field(None, ge=1, le=MOST_CHOICES, description="Only as many as n: all are returned.")
+    suffix: Literal[""] | None = unsupported('""')
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise PydanticCustomError("unsupported_parameter", "only as many as n", {"param": "best_of"})
+        if self.max_tokens == 0 and not self.echo:
+            raise PydanticCustomError(
+                "max_tokens", "0 needs echo=true: there would be no text", {"param": "max_tokens"}
+            )
+        return self
+
+
+def _content(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value:
+        if all(isinstance(part, dict) and set(part) == {"type", "text"} for part in value):
+            texts = [part["text"] for part in value if part["type"] == "text"]
+            if len(texts) == len(value) and all(isinstance(text, str) for text in texts):
+                return "\n".join(texts)
+        raise PydanticCustomError("content_part", 'the model reads text: expected parts {"type": "text", "text": ...}')
+    raise PydanticCustomError("content_type", "expected a string or a list of text parts")
+
+
+_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+Content = Annotated[
+    Any, AfterValidator(_content), forms({"type": "string"}, {"type": "array", "items": _PART, "minItems": 1})
+]
+
+
+class Message(StrictRequest):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="Who speaks.")
+    content: Content = Field(description="What is said: a text, or parts that are texts.")
+    name: Label | None = Field(None, description="Given to the chat template, which may use it.")
+    refusal: None = unsupported()
+    audio: None = unsupported()
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = unsupported("[]")
+    tool_calls: None = unsupported()
+    function_call: None = unsupported()
+
+
+class TextFormat(StrictRequest):
+    """Plain text, the only format."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(OpenAIRequest):
+    """A conversation to continue."""
+
+    messages: list[Message] = Field(
+        min_length=1,
+        max_length=MOST_MESSAGES,
+        description="The conversation so far.",
+        examples=[[{"role": "user", "content": "Write a function."}]],
+    )
+    max_completion_tokens: Count | None = Field(
+        None, description="Most tokens to generate. Default: what fits after the conversation.", examples=[16]
+    )
+    max_tokens: Count | None = Field(None, description="The earlier name of max_completion_tokens.")
+    logprobs: bool | None = Field(None, description="Show the log-probability of each token.")
+    top_logprobs: Logprobs | None = Field(
+        None, description="Of this many most likely tokens at each place; with logprobs."
+    )
+    response_format: TextFormat | None = unsupported('{"type": "text"}')
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = unsupported('["text"]')
+    tool_choice: Literal["none"] | None = unsupported('"none"')
+    function_call: Literal["none"] | None = unsupported('"none"')
+    tools: None = unsupported()
+    functions: None = unsupported()
+    parallel_tool_calls: None = unsupported()
+    audio: None = unsupported()
+    prediction: None = unsupported()
+    reasoning_effort: Literal["none"] | None = unsupported('"none"')
+    verbosity: None = unsupported()
+    web_search_options: None = unsupported()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "ChatRequest":
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise PydanticCustomError("max_tokens", "max_completion_tokens says otherwise", {"param": "max_tokens"})
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "only with logprobs=true", {"param": "top_logprobs"})
+        return self
+
+
+class CachedTokens(BaseModel):
+    """cached_tokens: of the prompt's tokens, those that were computed for an earlier request."""
+
+    cached_tokens: int
+
+
+class CompletionUsage(BaseModel):
+    """Tokens of one request; a prompt counts once however many texts it was continued by."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class CompletionLogprobs(BaseModel):
+    r"""One item for each token of the text, also of an echoed prompt, whose first token has none.
+
+    text_offset: where the token begins in the choice's text, in characters. A token that is not whole characters is
+    written `bytes:\xe2\x80`; names of two tokens that are alike share an entry of top_logprobs, the likelier's.
+    """
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    """One text. index: prompts times n; the choices of a prompt follow each other."""
+
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"]
+    logprobs: CompletionLogprobs | None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class CompletionResponse(BaseModel):
+    """Texts."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: CompletionUsage
+
+
+class TopLogprob(BaseModel):
+    """A token; bytes: those of its text, null where it stands for none."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenScore(TopLogprob):
+    """A token of the text and the most likely ones at its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """One item for each token of the text."""
+
+    content: list[TokenScore]
+    refusal: None
+
+
+class ChatMessage(BaseModel):
+    """The answer."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(BaseModel):
+    """One answer."""
+
+    index: int
+    message: ChatMessage
+    finish_reason: Literal["stop", "length"]
+    logprobs: ChatLogprobs | None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class ChatResponse(BaseModel):
+    """Answers to a conversation."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: CompletionUsage
+
+
+class Model(BaseModel):
+    """The served model. max_model_len: most tokens of a prompt and its answer together, null until it is loaded."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int | None
+
+
+class ModelList(BaseModel):
+    """All models."""
+
+    object: Literal["list"]
+    data: list[Model]

@@ -1,0 +1,70 @@
+"""The OpenAPI document: every status that a route can answer, with its body."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from bento.schema import ErrorResponse
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def _errors(**meanings: str) -> Responses:
+    return {int(name[1:]): {"model": ErrorResponse, "description": meaning} for name, meaning in meanings.items()}
+
+
+LISTING = _errors(_401="The service has API keys and the request has none of them.", _500="The server failed.")
+"""What any route can answer besides its own."""
+READING = {
+    **LISTING,
+    **_errors(
+        _400="The request is wrong; the message names the field.",
+        _404="The named model is not served.",
+        _413="The body is too large.",
+        _503="No model answers now or no place became free in time; Retry-After says when to try again, where that helps.",
+    ),
+}
+"""What a route with a body can answer besides its own."""
+GENERATING = {
+    **READING,
+    **_errors(
+        _429="The queue is full; Retry-After says when to try again.",
+        _504="The answer was not complete in time.",
+    ),
+}
+"""What a route that generates can answer besides its own."""
+
+
+def stream_of(kind: str) -> dict[str, Any]:
+    """The 200 of a route that can stream. kind: what an event's data is."""
+    example = 'data: {"object": "' + kind + '", ...}\n\ndata: [DONE]\n\n'
+    return {
+        "description": "The whole answer or, with stream=true, its parts as they come.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}, "example": example}},
+    }
+
+
+def without(responses: Responses, *statuses: int) -> Responses:
+    """`responses` but for these."""
+    return {status: response for status, response in responses.items() if status not in statuses}
+
+
+def describe(app: FastAPI, tags: Sequence[dict[str, str]] = ()) -> None:
+    """Make the document, without the 422 that FastAPI lists for every body: wrong ones get a 400."""
+
+    def openapi() -> dict[str, Any]:
+        if not app.openapi_schema:
+            document = get_openapi(
+                title=app.title, version=app.version, description=app.description, routes=app.routes, tags=list(tags)
+            )
+            for path in document["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)
+            for name in ("HTTPValidationError", "ValidationError"):
+                document["components"]["schemas"].pop(name, None)
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

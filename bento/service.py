@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 from contextlib import suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("bentoml.service")
 FAILURE_FILE = "REX_START_FAILURE_FILE"
 PACKAGES = ("fastapi", "numpy", "prometheus-client", "safetensors", "tiktoken", "tokenizers", "transformers")
+OPTIONAL_PACKAGES = ("opentelemetry-exporter-otlp-proto-http",)
 PYTORCH = "2.13.0"
+
+
+def is_installed(package: str) -> bool:
+    """Whether this environment has an optional package; the image then has it as well."""
+    with suppress(PackageNotFoundError):
+        return bool(version(package))
+    return package not in OPTIONAL_PACKAGES
+
 
 args = bentoml.use_arguments(BentoArgs)
 # Checked here, where `bentoml serve` and `bentoml build` still end with one line: later BentoML looks for a model that
@@ -59,7 +68,7 @@ image = bentoml.images.Image(
 ).python_packages(
     # PyPI's wheel is the CUDA build; the CPU build has its own index, which uv finds by UV_TORCH_BACKEND.
     f"torch=={PYTORCH}" if args.device == "cuda" else f"torch=={PYTORCH}+cpu",
-    *(f"{name}=={version(name)}" for name in PACKAGES),
+    *(f"{name}=={version(name)}" for name in (*PACKAGES, *OPTIONAL_PACKAGES) if is_installed(name)),
 )
 IMAGE_VARIABLES = {
     "BENTOML_DO_NOT_TRACK": "True",
@@ -76,6 +85,7 @@ app = create_app(
     api_keys=API_KEYS,
     cors_origins=origins(options.cors_origins),
 )
+app.state.tracer = None
 
 
 class OnlyOurRoutes:

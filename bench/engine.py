@@ -1,0 +1,213 @@
+"""The generation engine against what people would use instead, in one interleaved run.
+
+    python -m bench.engine [MODEL_DIR] [--rounds 5]
+
+Without a directory it takes the shape of the `stdlib_30m` experiment with random weights, which do not change the speed.
+Three workloads, greedy, no end of text:
+
+- one stream: the engine against a plain greedy loop over transformers' DynamicCache;
+- eight streams: the engine's tokens per second against those of its one stream;
+- sixteen ragged streams (prompts of 448 to 576 tokens, answers of 32 to 128): the engine against transformers' continuous
+  batching and against one padded batch of `generate()`, by answer tokens per second, prompts included.
+
+Prints a table of medians and ratios and a JSON line for machines.
+"""
+
+import argparse
+import json
+import logging
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+
+from bench.decode import decode
+from bench.hardware import describe
+from model.build import build_config, build_model
+from model.errors import PipelineError
+from model.generation.engine import Engine
+from model.generation.requests import GenerationRequest, SamplingParameters
+from model.generation.threads import usable_cores
+from model.int8 import quantize
+from model.loading import load_model
+from model.settings import ModelSettings, TokenizerSettings
+from model.text.tokenizer import train_tokenizer
+
+GREEDY = SamplingParameters(temperature=0)
+STREAM_PROMPT, STREAM_TOKENS = 64, 128
+RAGGED_STREAMS = 16
+
+
+def model_of_30m() -> PreTrainedModel:
+    """The shape of `configs/model/rex_30m.yaml` with a vocabulary of 16,384 and random weights."""
+    shape = ModelSettings(
+        hidden_size=512, intermediate_size=1280, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4
+    )
+    return build_model(build_config(shape, 16_384, 0, 0, 1), seed=0).eval().requires_grad_(False)
+
+
+def _prompt(tokens: int, vocab_size: int, seed: int) -> list[int]:
+    numbers = random.Random(seed)
+    return [numbers.randrange(2, vocab_size) for _ in range(tokens)]
+
+
+class Workloads:
+    """Each method runs one workload once and returns tokens per second."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model, self._vocab_size = model, model.config.vocab_size
+        # The engine wants a tokenizer only to turn tokens into text; this one knows fewer tokens than the model.
+        self._tokenizer = train_tokenizer(TokenizerSettings(vocab_size=260), ["def main():\n    return 0\n"] * 4)
+        self._round = 0
+        numbers = random.Random(0)
+        self._prompt_tokens = [numbers.randint(448, 576) for _ in range(RAGGED_STREAMS)]
+        self._answer_tokens = [numbers.randint(32, 128) for _ in range(RAGGED_STREAMS)]
+        self._engine = self._start(model)
+        self._int8 = self._start(quantize(build_model(model.config, 0).eval().requires_grad_(False)))
+
+    def _start(self, model: PreTrainedModel) -> Engine:
+        return Engine(model, self._tokenizer, end_of_text_ids=frozenset(), max_batch_size=RAGGED_STREAMS)
+
+    def _prompts(self, lengths: list[int]) -> list[list[int]]:
+        """Prompts that no earlier round had: a cache of prompts must not help."""
+        self._round += 1
+        return [_prompt(length, self._vocab_size, 1000 * self._round + i) for i, length in enumerate(lengths)]
+
+    def _run(self, engine: Engine, prompts: list[list[int]], answers: list[int]) -> float:
+        started = time.perf_counter()
+        generations = [
+            engine.submit(GenerationRequest(prompt, count, GREEDY))
+            for prompt, count in zip(prompts, answers, strict=True)
+        ]
+        for generation in generations:
+            for _ in generation:
+                pass
+        return sum(answers) / (time.perf_counter() - started)
+
+    def streams(self, count: int, *, int8: bool = False) -> float:
+        """`count` equal streams through the engine."""
+        prompts = self._prompts([STREAM_PROMPT] * count)
+        return self._run(self._int8 if int8 else self._engine, prompts, [STREAM_TOKENS] * count)
+
+    def loop(self) -> float:
+        """One stream in a plain greedy loop over DynamicCache."""
+        (prompt,) = self._prompts([STREAM_PROMPT])
+        started = time.perf_counter()
+        decode(self._model, torch.tensor([prompt]), STREAM_TOKENS, use_cache=True)
+        return STREAM_TOKENS / (time.perf_counter() - started)
+
+    def ragged(self, *, int8: bool = False) -> float:
+        """Sixteen ragged streams through the engine."""
+        engine = self._int8 if int8 else self._engine
+        return self._run(engine, self._prompts(self._prompt_tokens), self._answer_tokens)
+
+    def ragged_static(self) -> float:
+        """The same in one padded batch of `generate()`, which ends when its longest answer ends."""
+        prompts, longest = self._prompts(self._prompt_tokens), max(self._prompt_tokens)
+        ids = torch.tensor([[1] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        most = max(self._answer_tokens)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            self._model.generate(  # type: ignore[operator]
+                ids, attention_mask=mask, max_new_tokens=most, min_new_tokens=most, do_sample=False, pad_token_id=1
+            )
+        return sum(self._answer_tokens) / (time.perf_counter() - started)
+
+    def ragged_transformers(self) -> float:
+        """The same through transformers' continuous batching."""
+        config = ContinuousBatchingConfig(num_blocks=128, max_batch_tokens=512)
+        generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=1, max_new_tokens=128)
+        prompts = self._prompts(self._prompt_tokens)
+        manager = self._model.init_continuous_batching(  # type: ignore[operator]
+            generation_config=generation, continuous_batching_config=config
+        )
+        manager.start()
+        try:
+            started = time.perf_counter()
+            for prompt, count in zip(prompts, self._answer_tokens, strict=True):
+                manager.add_request(prompt, max_new_tokens=count)
+            done = made = 0
+            while done < len(prompts):
+                result = manager.get_result(timeout=1)
+                if result is None and not manager.is_running():
+                    raise PipelineError("transformers' continuous batching stopped: see its log")
+                if result is not None and result.is_finished():
+                    done, made = done + 1, made + len(result.generated_tokens)
+            seconds = time.perf_counter() - started
+        finally:
+            manager.stop(block=True)
+        assert made == sum(self._answer_tokens), f"{made} tokens instead of {sum(self._answer_tokens)}"
+        return made / seconds
+
+
+def measure(model: PreTrainedModel, rounds: int, log: Callable[[str], None]) -> dict[str, Any]:
+    """Tokens per second of every workload in every round, and the ratios of each round's pairs."""
+    work = Workloads(model)
+    runs: dict[str, Callable[[], float]] = {
+        "loop_1": work.loop,
+        "engine_1": lambda: work.streams(1),
+        "engine_8": lambda: work.streams(8),
+        "engine_16_ragged": work.ragged,
+        "transformers_16_ragged": work.ragged_transformers,
+        "static_16_ragged": work.ragged_static,
+        "engine_int8_1": lambda: work.streams(1, int8=True),
+        "engine_int8_8": lambda: work.streams(8, int8=True),
+        "engine_int8_16_ragged": lambda: work.ragged(int8=True),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            speed = run()
+            if number:  # the first round warms up
+                speeds[name].append(speed)
+        log(f"round {number} of {rounds}: " + ", ".join(f"{n} {s[-1]:.0f}" for n, s in speeds.items() if s))
+    pairs = {
+        "one stream / greedy loop": ("engine_1", "loop_1"),
+        "eight streams / one stream": ("engine_8", "engine_1"),
+        "sixteen ragged / transformers' continuous batching": ("engine_16_ragged", "transformers_16_ragged"),
+        "sixteen ragged / padded batch": ("engine_16_ragged", "static_16_ragged"),
+        "int8 / float32, one stream": ("engine_int8_1", "engine_1"),
+        "int8 / float32, eight streams": ("engine_int8_8", "engine_8"),
+        "int8 / float32, sixteen ragged": ("engine_int8_16_ragged", "engine_16_ragged"),
+    }
+    ratios = {
+        name: statistics.median(x / y for x, y in zip(speeds[a], speeds[b], strict=True))
+        for name, (a, b) in pairs.items()
+    }
+    return {"tokens_per_second": {n: statistics.median(s) for n, s in speeds.items()}, "ratios": ratios}
+
+
+def main() -> int:
+    """Run the comparison and print it."""
+    parser = argparse.ArgumentParser(prog="python -m bench.engine", description=__doc__.split("\n")[0])  # type: ignore
+    parser.add_argument("model_dir", type=Path, nargs="?", help="a checkpoint; default: 30 M parameters, random")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds that count (default: 5)")
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="torch threads (default: usable cores)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        model = load_model(arguments.model_dir) if arguments.model_dir else model_of_30m()
+        found = measure(model, arguments.rounds, lambda line: print(line, file=sys.stderr, flush=True))
+    except PipelineError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print("\n| workload | tokens/s |\n|---|---:|")
+    for name, speed in found["tokens_per_second"].items():
+        print(f"| {name} | {speed:.0f} |")
+    print("\n| median of the rounds' ratios | |\n|---|---:|")
+    for name, ratio in found["ratios"].items():
+        print(f"| {name} | {ratio:.2f} |")
+    print("\n" + json.dumps({**found, "hardware": describe()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,6 +13,8 @@ export DAGSTER_HOME := $(CURDIR)/var/dagster
 export BENTOML_DO_NOT_TRACK := True
 # The tracking UI alone, without its pool of evaluation workers.
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
+# As `model/__init__.py`, for programs that load torch before it.
+export OMP_WAIT_POLICY ?= PASSIVE
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_UI_URL ?= http://127.0.0.1:$(MLFLOW_PORT)
 

@@ -1,0 +1,166 @@
+"""Step by step: who computes what, and who waits for whom."""
+
+import pytest
+import torch
+
+from model.generation.cache import SlotCache
+from model.generation.forward import Piece, RaggedForward
+from model.generation.queue import QueueFull, RequestQueue
+from model.generation.requests import Finished, Generation, GenerationRequest, SamplingParameters, TextPiece
+from model.generation.scheduler import Scheduler
+from model.text.tokenizer import token_bytes
+from tests.tiny import tiny_model, tiny_tokenizer
+
+GREEDY = SamplingParameters(temperature=0)
+CHUNK = 8
+
+
+class Recorder(RaggedForward):
+    """Remembers the pieces of each pass."""
+
+    def __call__(self, pieces):
+        self.passes = [*getattr(self, "passes", []), list(pieces)]
+        return super().__call__(pieces)
+
+
+@pytest.fixture
+def forward() -> Recorder:
+    model = tiny_model(tiny_tokenizer())
+    return Recorder(model, SlotCache(model.config, 4, dtype=torch.float32, device=torch.device("cpu")))
+
+
+@pytest.fixture
+def scheduler(forward) -> Scheduler:
+    return Scheduler(
+        forward,
+        RequestQueue(16, 1000),
+        token_bytes=token_bytes(tiny_tokenizer()),
+        end_of_text_ids=frozenset(),
+        prefill_chunk=CHUNK,
+        kv_cache=True,
+    )
+
+
+def add(scheduler: Scheduler, prompt: list[int], count: int = 20, **options) -> tuple[Generation, list]:
+    events: list = []
+    generation = Generation(GenerationRequest(prompt, count, GREEDY, **options), events.append)
+    scheduler._queue.put([generation], room=scheduler.free_slots)
+    return generation, events
+
+
+def sizes(pieces: list[Piece]) -> list[int]:
+    return [len(piece.ids) for piece in pieces]
+
+
+def test_a_long_prompt_delays_running_streams_by_one_chunk_at_most(scheduler, forward):
+    _, events = add(scheduler, [5, 6])
+    scheduler.step()
+    _, long_events = add(scheduler, list(range(2, 32)))
+    for done in range(2, 5):
+        scheduler.step()
+        assert sizes(forward.passes[-1]) == [1, CHUNK]  # the running stream's token, and a chunk
+        assert len(events) == done and not long_events
+    scheduler.step()
+    assert sizes(forward.passes[-1]) == [1, 30 - 3 * CHUNK]
+    assert len(long_events) == 1
+
+
+def test_short_prompts_share_a_step_up_to_the_chunk(scheduler, forward):
+    for start in (2, 50, 100):
+        add(scheduler, list(range(start, start + 3)))
+    scheduler.step()
+    assert sizes(forward.passes[-1]) == [3, 3, 2]
+
+
+def test_requests_join_and_leave_at_every_step(scheduler, forward):
+    _, short = add(scheduler, [5], count=2)
+    _, long = add(scheduler, [6], count=4)
+    scheduler.step()
+    scheduler.step()
+    assert isinstance(short[-1], Finished) and not isinstance(long[-1], Finished)
+    _, late = add(scheduler, [7], count=1)
+    scheduler.step()
+    assert isinstance(late[-1], Finished)
+    assert sizes(forward.passes[-1]) == [1, 1]
+
+
+def test_a_cancelled_request_leaves_before_the_next_pass(scheduler, forward):
+    generation, events = add(scheduler, [5])
+    add(scheduler, [6])
+    scheduler.step()
+    generation.cancel()
+    scheduler.step()
+    assert events[-1] == Finished("cancelled", 1, 1)
+    assert sizes(forward.passes[-1]) == [1]
+    assert scheduler.free_slots == 3
+
+
+def test_a_prompt_waits_for_another_that_computes_its_beginning(scheduler, forward):
+    shared = list(range(2, 42))
+    add(scheduler, [*shared, 100])
+    follower, _ = add(scheduler, [*shared, 101])
+    for _ in range(5):
+        scheduler.step()
+        assert len(scheduler.running) == 1
+    scheduler.step()  # the first prompt's last token; then its beginning is there
+    scheduler.step()
+    assert follower.cached_tokens == len(shared)
+    assert sizes(forward.passes[-1]) == [1, 1]
+
+
+def test_what_a_failed_pass_left_behind_reaches_nobody(scheduler, forward):
+    """A slot whose numbers are not finite is emptied before another request gets it."""
+    _, events = add(scheduler, list(range(2, 10)))
+    scheduler.step()
+    slot = scheduler.running[0].slot
+    for tensor in (*forward.cache.keys, *forward.cache.values):
+        tensor[slot] = torch.nan
+    scheduler.step()
+    assert events[-1].finish_reason == "error"
+    longer, shorter = add(scheduler, list(range(60, 68)), count=6), add(scheduler, [50], count=6)
+    while scheduler.step():
+        pass
+    for _, given in (longer, shorter):
+        assert given[-1].finish_reason == "length"
+
+
+def test_pieces_of_text_carry_their_tokens(scheduler):
+    _, events = add(scheduler, [5, 6], count=5)
+    while scheduler.step():
+        pass
+    assert all(isinstance(event, TextPiece) for event in events[:-1])
+    assert sum(len(event.token_ids) for event in events[:-1]) == 5
+
+
+def test_without_cache_all_tokens_are_computed_in_each_step(forward):
+    scheduler = Scheduler(
+        forward,
+        RequestQueue(4, 100),
+        token_bytes=token_bytes(tiny_tokenizer()),
+        end_of_text_ids=frozenset(),
+        prefill_chunk=CHUNK,
+        kv_cache=False,
+    )
+    add(scheduler, list(range(2, 22)), count=3)
+    while scheduler.step():
+        pass
+    assert [sizes(pieces) for pieces in forward.passes[-2:]] == [[21], [22]]
+
+
+def test_the_queue_counts_requests_and_tokens_and_what_starts_at_once():
+    queue = RequestQueue(2, 10)
+    make = lambda n: Generation(GenerationRequest([1] * n, 1))
+    queue.put([make(3), make(3)], room=0)
+    with pytest.raises(QueueFull):
+        queue.put([make(1)], room=0)
+    queue.put([make(1)], room=1)
+    assert (len(queue), queue.tokens) == (3, 7)
+    queue.clear()
+    queue.put([make(100)], room=0)  # alone it may be longer than the bound
+    with pytest.raises(QueueFull):
+        queue.put([make(1)], room=0)
+    first = queue.first()
+    assert first is not None
+    first.cancel()
+    queue.put([make(1)], room=0)  # what was cancelled makes room at once
+    assert first.is_finished and queue.tokens == 1

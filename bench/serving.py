@@ -1,0 +1,405 @@
+"""What the service adds to the engine, measured with a real server process on the loopback address.
+
+    python -m bench.serving [MODEL_DIR] [--rounds 5] [--seconds 20] [--starts 3]
+
+Without a directory it makes one of the shape of the `stdlib_30m` experiment with random weights. In one run, the engine in
+this process and the server taking turns:
+
+- streams: eight greedy streams, tokens per second of all together; what HTTP, JSON and server-sent events cost of it;
+- first token: one request while nothing else runs, milliseconds from sending it to its first text;
+- overload: requests at random times (Poisson), as many as the service completes and twice as many; milliseconds to the
+  first token of those admitted, the others answered 429;
+- start: seconds from the command to a /readyz of 200; memory: what the worker holds over weights and cache, in MB.
+
+Prints a table, and a JSON line for machines. The client reads raw sockets: parsing would cost more than serving.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from bench.hardware import describe
+from model.build import build_config, build_model
+from model.errors import PipelineError
+from model.generation.engine import Engine
+from model.generation.requests import GenerationRequest, SamplingParameters, TextPiece
+from model.generation.threads import decoding_threads, usable_cores
+from model.int8 import count_parameters
+from model.loading import load_model
+from model.progress import Log
+from model.settings import ModelSettings, TokenizerSettings
+from model.text.tokenizer import load_tokenizer, train_tokenizer
+
+HOST = "127.0.0.1"
+STREAMS, PROMPT_TOKENS, ANSWER_TOKENS = 8, 64, 128
+IDLE_PROMPT_TOKENS = 16
+LOAD_ANSWER_TOKENS = 64
+MB = 1e6
+
+
+def save_random_30m(directory: Path) -> Path:
+    """A model of the shape of `configs/model/rex_30m.yaml`, with a tokenizer of this Python's own source."""
+    library = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:120]
+    texts = [path.read_text(errors="replace") for path in library]
+    tokenizer = train_tokenizer(TokenizerSettings(vocab_size=16_384), texts)
+    shape = ModelSettings(
+        hidden_size=512, intermediate_size=1280, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4
+    )
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    build_model(build_config(shape, len(tokenizer), *special), seed=0).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@dataclass
+class Answer:
+    """One request to the server: its status, events of text, and seconds to the first of them and to the end."""
+
+    status: int = 0
+    retry_after: bool = False
+    events: int = 0
+    first_s: float = 0.0
+    total_s: float = 0.0
+
+
+@dataclass
+class Server:
+    """A running `bentoml serve`; start_s: seconds from the command to ready."""
+
+    port: int
+    process: subprocess.Popen
+    start_s: float
+
+    def ask(self, prompt_ids: Sequence[int], answer_tokens: int) -> Answer:
+        """Stream one completion."""
+        body = json.dumps(
+            {
+                "prompt": list(prompt_ids),
+                "max_tokens": answer_tokens,
+                "temperature": 0,
+                "ignore_eos": True,
+                "stream": True,
+            }
+        ).encode()
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        answer, received = Answer(), bytearray()
+        started = time.perf_counter()
+        with socket.create_connection((HOST, self.port), timeout=600) as connection:
+            connection.sendall(head.encode() + body)
+            while chunk := connection.recv(1 << 16):
+                received += chunk
+                if not answer.first_s and b"data: " in received:
+                    answer.first_s = time.perf_counter() - started
+        answer.total_s = time.perf_counter() - started
+        answer.status = int(received[9:12] or 0)
+        answer.retry_after = b"\r\nretry-after: " in received.lower()
+        answer.events = received.count(b"data: ") - 1  # [DONE]
+        return answer
+
+    def worker(self) -> psutil.Process:
+        """The process that serves."""
+        (worker,) = [one for one in psutil.Process(self.process.pid).children() if "--fd" in one.cmdline()]
+        return worker
+
+
+@contextmanager
+def serve(model_dir: Path, folder: Path) -> Iterator[Server]:
+    """The service from this checkout, with the options of the environment (REX_...), ended at the end."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "REX_MODEL": str(model_dir.absolute()), "BENTOML_DO_NOT_TRACK": "True"}
+    environment.setdefault("BENTOML_HOME", str(folder / "bentoml"))
+    log = folder / "serve.log"
+    command = [str(Path(sys.executable).parent / "bentoml"), "serve", "bento.service:RexService"]
+    started = time.perf_counter()
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*command, "--working-dir", str(Path(__file__).resolve().parents[1]), "--host", HOST, "--port", str(port)],
+            cwd=folder,
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        while not _is_ready(port):
+            if process.poll() is not None or time.perf_counter() - started > 300:
+                raise PipelineError(f"the service did not start: {log.read_text()[-2000:]}")
+            time.sleep(0.02)
+        yield Server(port, process, time.perf_counter() - started)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def _is_ready(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{HOST}:{port}/readyz", timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+class Prompts:
+    """Random prompts, each new: a cache of prompts must not help."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._numbers, self._vocab_size = random.Random(0), vocab_size
+
+    def __call__(self, tokens: int) -> list[int]:
+        """Token ids."""
+        return [self._numbers.randrange(2, self._vocab_size) for _ in range(tokens)]
+
+
+def engine_streams(engine: Engine, prompts: Prompts) -> float:
+    """Tokens per second of eight streams in this process."""
+    requests = [_request(prompts(PROMPT_TOKENS), ANSWER_TOKENS) for _ in range(STREAMS)]
+    started = time.perf_counter()
+    generations = [engine.submit(request) for request in requests]
+    for generation in generations:
+        for _ in generation:
+            pass
+    return STREAMS * ANSWER_TOKENS / (time.perf_counter() - started)
+
+
+def server_streams(server: Server, prompts: Prompts) -> float:
+    """The same over HTTP."""
+    started = time.perf_counter()
+    answers = _ask_all(server, [prompts(PROMPT_TOKENS) for _ in range(STREAMS)], ANSWER_TOKENS)
+    seconds = time.perf_counter() - started
+    _check(answers)
+    return STREAMS * ANSWER_TOKENS / seconds
+
+
+def engine_first_token(engine: Engine, prompts: Prompts) -> float:
+    """Seconds to the first text in this process."""
+    request = _request(prompts(IDLE_PROMPT_TOKENS), 8)
+    started, first = time.perf_counter(), 0.0
+    for event in engine.submit(request):
+        if not first and isinstance(event, TextPiece) and event.text:
+            first = time.perf_counter() - started
+    return first
+
+
+def _request(prompt_ids: list[int], answer_tokens: int) -> GenerationRequest:
+    return GenerationRequest(prompt_ids, answer_tokens, SamplingParameters(temperature=0), ignore_eos=True)
+
+
+def _ask_all(server: Server, prompts: list[list[int]], answer_tokens: int) -> list[Answer]:
+    answers: list[Answer] = []
+    threads = [
+        threading.Thread(target=lambda prompt=prompt: answers.append(server.ask(prompt, answer_tokens)))
+        for prompt in prompts
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers
+
+
+def _check(answers: list[Answer]) -> None:
+    wrong = [answer.status for answer in answers if answer.status != 200 or not answer.events]
+    if wrong:
+        raise PipelineError(f"the service answered {wrong}: expected 200 and a stream")
+
+
+def capacity(server: Server, prompts: Prompts, clients: int, seconds: float) -> float:
+    """Requests per second that `clients` who ask again at once get answered."""
+    end, done = time.perf_counter() + seconds, []
+
+    def ask_again() -> None:
+        while time.perf_counter() < end:
+            answer = server.ask(prompts(PROMPT_TOKENS), LOAD_ANSWER_TOKENS)
+            done.append((time.perf_counter(), answer.status))
+
+    started = time.perf_counter()
+    threads = [threading.Thread(target=ask_again) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(status == 200 for _, status in done) / (time.perf_counter() - started)
+
+
+def offered(server: Server, prompts: Prompts, per_second: float, seconds: float, seed: int) -> list[Answer]:
+    """Answers to requests that come at random times, `per_second` of them on average, whoever is still served."""
+    numbers, answers, threads = random.Random(seed), [], []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        prompt = prompts(PROMPT_TOKENS)
+        thread = threading.Thread(target=lambda prompt=prompt: answers.append(server.ask(prompt, LOAD_ANSWER_TOKENS)))
+        thread.start()
+        threads.append(thread)
+        time.sleep(numbers.expovariate(per_second))
+    for thread in threads:
+        thread.join()
+    if len(answers) != len(threads):
+        raise PipelineError(f"{len(threads) - len(answers)} of {len(threads)} requests were lost")
+    return answers
+
+
+def summary(answers: list[Answer]) -> dict[str, Any]:
+    """Counts, and milliseconds to the first token of those that were admitted."""
+    admitted = sorted(1000 * answer.first_s for answer in answers if answer.status == 200)
+    refused = [answer for answer in answers if answer.status == 429 and answer.retry_after]
+    return {
+        "requests": len(answers),
+        "admitted": len(admitted),
+        "refused_429": len(refused),
+        "lost": len(answers) - len(admitted) - len(refused),
+        "first_token_ms_p50": statistics.median(admitted),
+        "first_token_ms_p99": admitted[min(len(admitted) - 1, int(0.99 * len(admitted)))],
+    }
+
+
+def measure(model_dir: Path, *, rounds: int, seconds: float, starts: int, log: Log) -> dict[str, Any]:
+    """Everything, as a dictionary; its names end in their unit."""
+    model = load_model(model_dir, device="cpu")
+    torch.set_num_threads(usable_cores())
+    torch.set_num_threads(decoding_threads(count_parameters(model), usable_cores()))
+    weights_bytes = sum(p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()])
+    engine = Engine(model, load_tokenizer(model_dir))
+    engine.warm_up()
+    prompts = Prompts(model.config.vocab_size)
+    result: dict[str, Any] = {"parameters": count_parameters(model), "start_s": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(starts - 1):
+            with serve(model_dir, Path(folder)) as server:
+                result["start_s"].append(round(server.start_s, 2))
+                log(f"start {number + 1} of {starts}: ready after {server.start_s:.1f} s")
+        with serve(model_dir, Path(folder)) as server:
+            result["start_s"].append(round(server.start_s, 2))
+            log(f"start {starts} of {starts}: ready after {server.start_s:.1f} s")
+            engine_streams(engine, prompts), server_streams(server, prompts)  # warm
+            result |= _take_turns(engine, server, prompts, rounds, log)
+            engine.stop()
+            result["memory"] = _memory(server, engine, weights_bytes)
+            result["overload"] = _overload(server, prompts, seconds, log)
+            result["memory_after_load"] = _memory(server, engine, weights_bytes)
+    result["machine"] = describe(torch.device("cpu"))
+    return result
+
+
+def _take_turns(engine: Engine, server: Server, prompts: Prompts, rounds: int, log: Log) -> dict[str, Any]:
+    streams: dict[str, list[float]] = {"engine": [], "server": []}
+    first: dict[str, list[float]] = {"engine": [], "server": []}
+    for number in range(rounds):
+        streams["engine"].append(engine_streams(engine, prompts))
+        streams["server"].append(server_streams(server, prompts))
+        for _ in range(8):
+            first["engine"].append(engine_first_token(engine, prompts))
+            answer = server.ask(prompts(IDLE_PROMPT_TOKENS), 8)
+            _check([answer])
+            first["server"].append(answer.first_s)
+        log(f"round {number + 1} of {rounds}: {streams['engine'][-1]:.0f} and {streams['server'][-1]:.0f} tokens/s")
+    # Each round's own ratio: the machine's mood changes from one round to the next.
+    costs = [1 - over / inside for over, inside in zip(streams["server"], streams["engine"], strict=True)]
+    return {
+        "streams_engine_tokens_per_s": statistics.median(streams["engine"]),
+        "streams_server_tokens_per_s": statistics.median(streams["server"]),
+        "streams_cost": statistics.median(costs),
+        "first_token_engine_ms": 1000 * statistics.median(first["engine"]),
+        "first_token_server_ms": 1000 * statistics.median(first["server"]),
+    }
+
+
+def _overload(server: Server, prompts: Prompts, seconds: float, log: Log) -> dict[str, Any]:
+    per_second = capacity(server, prompts, 16, seconds)
+    log(f"capacity: {per_second:.2f} requests/s of {PROMPT_TOKENS} + {LOAD_ANSWER_TOKENS} tokens")
+    at: dict[int, list[Answer]] = {1: [], 2: []}
+    for turn in range(2):
+        for load, answers in at.items():
+            answers += offered(server, prompts, load * per_second, seconds, seed=turn)
+            log(f"turn {turn + 1} of 2 at {load} times the capacity: {summary(answers)}")
+    once, twice = summary(at[1]), summary(at[2])
+    return {
+        "capacity_per_s": per_second,
+        "at_capacity": once,
+        "at_twice_capacity": twice,
+        "p99_ratio": twice["first_token_ms_p99"] / once["first_token_ms_p99"],
+    }
+
+
+def _memory(server: Server, engine: Engine, weights_bytes: int) -> dict[str, float]:
+    stats, config = engine.stats(), engine.model.config
+    per_token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    cache_bytes = stats.cache_capacity_tokens * per_token
+    resident = server.worker().memory_info().rss
+    return {
+        "resident_mb": resident / MB,
+        "weights_mb": weights_bytes / MB,
+        "cache_mb": cache_bytes / MB,
+        "over_weights_mb": (resident - weights_bytes) / MB,
+        "over_weights_and_cache_mb": (resident - weights_bytes - cache_bytes) / MB,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Figures with the ones to reach."""
+    load, memory = result["overload"], result["memory_after_load"]
+    extra_ms = result["first_token_server_ms"] - result["first_token_engine_ms"]
+    rows = [
+        ("8 streams, engine in this process", f"{result['streams_engine_tokens_per_s']:.0f} tokens/s", ""),
+        ("8 streams, over HTTP", f"{result['streams_server_tokens_per_s']:.0f} tokens/s", ""),
+        ("cost of HTTP, SSE and JSON", f"{100 * result['streams_cost']:.1f} %", "at most 8 %"),
+        ("first token when idle, engine", f"{result['first_token_engine_ms']:.1f} ms", ""),
+        ("first token when idle, added by HTTP", f"{extra_ms:.1f} ms", "at most 5 ms"),
+        ("capacity", f"{load['capacity_per_s']:.2f} requests/s", ""),
+        ("first token at capacity, p99", f"{load['at_capacity']['first_token_ms_p99']:.0f} ms", ""),
+        ("first token at twice the capacity, p99", f"{load['at_twice_capacity']['first_token_ms_p99']:.0f} ms", ""),
+        ("ratio of the two", f"{load['p99_ratio']:.2f}", "under 3"),
+        ("lost at twice the capacity", f"{load['at_twice_capacity']['lost']}", "0"),
+        ("start to ready", f"{statistics.median(result['start_s']):.1f} s", "at most 10 s"),
+        ("worker over weights and cache", f"{memory['over_weights_and_cache_mb']:.0f} MB", "at most 500 MB"),
+        ("worker over weights, cache included", f"{memory['over_weights_mb']:.0f} MB", ""),
+    ]
+    return "\n".join(f"{what:42} {value:>18}   {goal}" for what, value, goal in rows)
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model_dir", type=Path, nargs="?")
+    parser.add_argument("--rounds", type=int, default=5, help="of streams and first tokens")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
+    parser.add_argument("--starts", type=int, default=3, help="of the service")
+    given = parser.parse_args()
+
+    def log(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model_dir = given.model_dir or save_random_30m(Path(folder))
+            result = measure(model_dir, rounds=given.rounds, seconds=given.seconds, starts=given.starts, log=log)
+        except PipelineError as error:
+            sys.exit(f"error: {error}")
+    print(table(result))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

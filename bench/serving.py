@@ -2,6 +2,7 @@
 
     python -m bench.serving [MODEL_DIR] [--rounds 5] [--seconds 20] [--starts 3]
 
+REX_... variables are options of the service, REX_THREADS also of the engine in this process.
 Without a directory it makes one of the shape of the `stdlib_30m` experiment with random weights. In one run, the engine in
 this process and the server taking turns:
 
@@ -36,6 +37,7 @@ from typing import Any
 
 import psutil
 import torch
+from transformers import PreTrainedModel
 
 from bench.hardware import describe
 from model.build import build_config, build_model
@@ -278,8 +280,7 @@ def summary(answers: list[Answer]) -> dict[str, Any]:
 def measure(model_dir: Path, *, rounds: int, seconds: float, starts: int, log: Log) -> dict[str, Any]:
     """Everything, as a dictionary; its names end in their unit."""
     model = load_model(model_dir, device="cpu")
-    torch.set_num_threads(usable_cores())
-    torch.set_num_threads(decoding_threads(count_parameters(model), usable_cores()))
+    torch.set_num_threads(int(os.environ.get("REX_THREADS") or 0) or _threads_of_the_service(model))
     weights_bytes = sum(p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()])
     engine = Engine(model, load_tokenizer(model_dir))
     engine.warm_up()
@@ -301,6 +302,10 @@ def measure(model_dir: Path, *, rounds: int, seconds: float, starts: int, log: L
             result["memory_after_load"] = _memory(server, engine, weights_bytes)
     result["machine"] = describe(torch.device("cpu"))
     return result
+
+
+def _threads_of_the_service(model: PreTrainedModel) -> int:
+    return decoding_threads(count_parameters(model), usable_cores())
 
 
 def _take_turns(engine: Engine, server: Server, prompts: Prompts, rounds: int, log: Log) -> dict[str, Any]:

@@ -101,8 +101,10 @@ def _decode(report: dict[str, Any]) -> str:
     header = ["", "tokens", "tokens/s", "ms per token", "spread", "repeats"]
     return f"""## Decoding one sequence
 
-Greedy, from a prompt of one token. Medians of interleaved rounds; spread is (slowest - fastest) / median. Decoding \
-without a cache to the longest length recomputes everything for every token: it is run once, in full precision.
+Greedy, from a prompt of one token. Medians of interleaved rounds; spread is (slowest - fastest) / median. With the cache \
+every token is timed. Without it a token costs what the number of tokens before it costs, so one of \
+{report["settings"]["uncached_every"]} positions is timed and stands for its neighbours; the command under Conditions \
+times them all.
 
 {table(header, rows)}
 

@@ -24,13 +24,14 @@ def plot_kv_cache(report: dict[str, Any], path: Path) -> None:
             median = [statistics.median(values) for values in zip(*row["rounds_ms"], strict=True)]
             smooth = running_median(median, max(3, len(median) // 24))
             colour = QUANTIZED_COLOUR if not is_full else FULL_COLOUR if row["cache"] else SLOW_COLOUR
-            lines.append((smooth, colour, f"{row['model']}, {'with' if row['cache'] else 'without'} cache"))
-    lines.sort(key=lambda line: -line[0][-1])
-    for rank, (smooth, colour, name) in enumerate(lines):
-        axes.plot(range(1, len(smooth) + 1), smooth, color=colour, linewidth=2.0)
+            name = f"{row['model']}, {'with' if row['cache'] else 'without'} cache"
+            lines.append((row["positions"], smooth, colour, name))
+    lines.sort(key=lambda line: -line[1][-1])
+    for rank, (positions, smooth, colour, name) in enumerate(lines):
+        axes.plot(positions, smooth, color=colour, linewidth=2.0)
         axes.annotate(
             f" {name}\n {smooth[-1]:{'.0f' if smooth[-1] >= 10 else '.2g'}} ms",
-            (len(smooth), smooth[-1]),
+            (positions[-1], smooth[-1]),
             color=colour,
             va="top" if rank == len(lines) - 1 else "bottom",  # the lowest line's label goes below it
             fontsize=9,
@@ -48,7 +49,7 @@ def plot_kv_cache(report: dict[str, Any], path: Path) -> None:
     )
     axes.set_xlabel("position in the text (tokens)")
     axes.set_ylabel("latency per token (ms, log scale)")
-    longest = max(len(run) for row in report["latency"] for run in row["rounds_ms"])
+    longest = report["summary"]["kv_cache_tokens"]
     axes.set_xlim(0, longest * 1.30)  # room for the labels
     axes.set_xticks([round(longest * i / 4) for i in range(5)])
     _finish(figure, axes, report, "both")

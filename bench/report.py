@@ -24,7 +24,7 @@ from bench.markdown import render
 from bench.memory import Configuration, measure_peaks
 from bench.plots import plot_comparison, plot_kv_cache
 from bench.quality import measure_quality, write_samples
-from bench.speed import FULL, common_length, measure_speed
+from bench.speed import FULL, common_length, measure_speed, uncached_every
 from model import int8
 from model.configuration_rex import RexConfig
 from model.devices import resolve_device
@@ -34,7 +34,7 @@ from model.modeling_rex import RexForCausalLM
 from model.progress import Log, silent
 from model.settings import BenchmarkSettings, ExperimentSettings, ModelSettings, ServingSettings, TokenizerSettings
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def build_report(
@@ -74,7 +74,11 @@ def build_report(
         "experiment": settings.name,
         "description": settings.description,
         "hardware": machine,
-        "settings": {"benchmark": asdict(settings.benchmark), "common_length": common_length(settings.benchmark)},
+        "settings": {
+            "benchmark": asdict(settings.benchmark),
+            "common_length": common_length(settings.benchmark),
+            "uncached_every": uncached_every(settings.benchmark),
+        },
         "models": {key: _describe(labels[key], model, directories[key]) for key, model in loaded.items()},
         "quality": quality,
         **speed,

@@ -1,7 +1,10 @@
 """Seconds of decoding, prefill and batches, in interleaved rounds, so that a busy moment hits all configurations alike.
 
 One run to the longest length times every token; the seconds for a shorter length are the sum of its first tokens,
-because a shorter run does exactly the same work. Everything is kept: a report quotes medians, `rounds` has the rest.
+because a shorter run does exactly the same work. Without a cache a token's work depends on nothing but the number of
+tokens before it, so a sample of positions is timed, each standing for the block in whose middle it lies: all of them
+would take longer than everything else together (`bench/decode.py` does that). Everything is kept: a report quotes
+medians, `rounds_s` has the rest.
 """
 
 import statistics
@@ -22,25 +25,24 @@ def measure_speed(
 ) -> dict[str, Any]:
     """All timings of `models`, the first of which is full precision, and of the peers.
 
-    The longest length without a cache is run once, by the first model, because it recomputes everything for every
-    token; all else `settings.repeats` times. Returns the keys decode, prefill, batch, peers and latency.
+    Without a cache only the first model goes to the longest length. Returns the keys decode, prefill, batch, peers and
+    latency.
     """
     lengths = sorted(set(settings.generated_tokens))
     longest = lengths[-1]
-    common = common_length(settings)
+    common, every = common_length(settings), uncached_every(settings)
     reference = next(iter(models.values()))
     llama = llama_of_equal_shape(reference.config, reference.device)
     work: list[tuple[tuple[Any, ...], int, Callable[[], float | list[float]]]] = []
     for name, model in models.items():
-        work.append((("decode", name, True), longest, _decode(model, longest, True)))
-        work.append((("decode", name, False), common, _decode(model, common, False)))
+        work.append((("decode", name, True), longest, _decode(model, longest)))
+        uncached = longest if model is reference else common
+        work.append((("decode", name, False), uncached, _recompute(model, uncached, every)))
         for tokens in sorted(set(settings.prefill_tokens)):
             work.append((("prefill", name, tokens), tokens // 8, _prefill(model, tokens)))
         for batch in sorted(set(settings.batch_sizes)):
-            work.append(
-                (("batch", name, batch), settings.batch_tokens, _decode(model, settings.batch_tokens, True, batch))
-            )
-    work.append((("peers", LLAMA, "the same loop"), common, _decode(llama, common, True)))
+            work.append((("batch", name, batch), settings.batch_tokens, _decode(model, settings.batch_tokens, batch)))
+    work.append((("peers", LLAMA, "the same loop"), common, _decode(llama, common)))
     work.append((("peers", LLAMA, "generate()"), common, _generate(llama, common)))
     work.append((("peers", "REX, " + FULL, "generate()"), common, _generate(reference, common)))
 
@@ -53,12 +55,7 @@ def measure_speed(
         for key, amount, run in work[number % len(work) :] + work[: number % len(work)]:
             rounds.setdefault(key, []).append(run())
             progress.advance(amount)
-    name = next(iter(models))
-    long_s: list[float] = []
-    if longest > common:
-        progress = Progress(log, f"decoding {longest:,} tokens without cache", longest * (longest + 1) / 2, "positions")
-        _, long_s = decode(reference, prompt(reference), longest, use_cache=False, on_token=progress.advance)
-    return _rows(rounds, long_s, lengths, name, settings)
+    return _rows(rounds, lengths, every, settings)
 
 
 def common_length(settings: BenchmarkSettings) -> int:
@@ -67,24 +64,37 @@ def common_length(settings: BenchmarkSettings) -> int:
     return lengths[-2] if len(lengths) > 1 else lengths[0]
 
 
+def uncached_every(settings: BenchmarkSettings) -> int:
+    """Without a cache one of so many positions is timed: four of them at the shortest length."""
+    return max(1, min(settings.generated_tokens) // 4)
+
+
+def _middles(tokens: int, every: int) -> list[int]:
+    """Tokens in the text in the middle of each block of `every`."""
+    return [min(start + (every + 1) // 2, tokens) for start in range(0, tokens, every)]
+
+
+def _total(seconds: list[float], tokens: int, every: int) -> float:
+    """Seconds of the first `tokens` tokens, each timed one standing for its block."""
+    starts = range(0, tokens, every)
+    return sum(value * (min(start + every, tokens) - start) for start, value in zip(starts, seconds, strict=False))
+
+
 def _rows(
-    rounds: dict[tuple[Any, ...], list[Any]],
-    long_s: list[float],
-    lengths: list[int],
-    full: str,
-    settings: BenchmarkSettings,
+    rounds: dict[tuple[Any, ...], list[Any]], lengths: list[int], every: int, settings: BenchmarkSettings
 ) -> dict[str, Any]:
     result: dict[str, Any] = {"decode": [], "prefill": [], "batch": [], "peers": [], "latency": []}
     for (kind, name, detail), values in rounds.items():
         if kind == "decode":
-            per_token = [long_s] if detail is False and name == full and long_s else values
-            result["latency"].append({"model": name, "cache": detail, "rounds_ms": _milliseconds(per_token)})
+            step = 1 if detail else every
+            positions = _middles(lengths[-1], step)[: len(values[0])]
+            row = {"model": name, "cache": detail, "positions": positions, "rounds_ms": _milliseconds(values)}
+            result["latency"].append(row)
             for tokens in lengths:
-                seconds = [sum(run[:tokens]) for run in values if len(run) >= tokens]
-                if not seconds and name == full and not detail:
-                    seconds = [sum(long_s)]
-                if seconds:
-                    result["decode"].append({"model": name, "cache": detail, **_row(tokens, tokens, seconds)})
+                if tokens <= len(values[0]) * step:
+                    seconds = [_total(run, tokens, step) for run in values]
+                    row = {"model": name, "cache": detail, "timed_every": step, **_row(tokens, tokens, seconds)}
+                    result["decode"].append(row)
         elif kind == "prefill":
             result["prefill"].append({"model": name, **_row(detail, detail, values)})
         elif kind == "batch":
@@ -114,8 +124,15 @@ def _milliseconds(runs: list[list[float]]) -> list[list[float]]:
     return [[round(1000 * value, 4) for value in run] for run in runs]
 
 
-def _decode(model: PreTrainedModel, tokens: int, use_cache: bool, batch: int = 1) -> Callable[[], list[float]]:
-    return lambda: decode(model, prompt(model, batch=batch), tokens, use_cache=use_cache)[1]
+def _decode(model: PreTrainedModel, tokens: int, batch: int = 1) -> Callable[[], list[float]]:
+    return lambda: decode(model, prompt(model, batch=batch), tokens, use_cache=True)[1]
+
+
+def _recompute(model: PreTrainedModel, tokens: int, every: int) -> Callable[[], list[float]]:
+    """The same loop without its cache, at the middle of each block."""
+    return lambda: [
+        decode(model, prompt(model, position), 1, use_cache=False)[1][0] for position in _middles(tokens, every)
+    ]
 
 
 def _prefill(model: PreTrainedModel, tokens: int) -> Callable[[], float]:

@@ -17,7 +17,7 @@ from llm_assets.stage import stage
     **COMMON,
     group_name="release",
     kinds={"pytorch", "markdown"},
-    code_version="1",
+    code_version="2",
     pool="device",
 )
 def benchmark_report(

@@ -10,6 +10,9 @@ export class ApiError extends Error {
   }
 }
 
+// Counts with every piece: a piece of text may be several tokens, and a text that is stopped has no last event.
+const STREAM_OPTIONS = { include_usage: true, continuous_usage_stats: true };
+
 const address = (path) => new URL(path, document.baseURI);
 
 const authorization = (key) => (key ? { Authorization: `Bearer ${key}` } : {});
@@ -36,16 +39,17 @@ export async function modelName(key) {
 }
 
 /**
- * Continue a prompt: gives {text} for each piece, {finishReason} when the text has ended, {usage} with the token counts.
+ * Continue a prompt: gives {text, tokens} for each piece, tokens being the number generated so far, and {finishReason}
+ * when the text has ended.
  * Throws ApiError where the server refuses or fails, AbortError where `signal` ended it.
  */
-export async function* complete(request, { key, signal }) {
+export async function* complete(request, { key, model, signal }) {
   let response;
   try {
-    response = await fetch(address("generate"), {
+    response = await fetch(address("v1/completions"), {
       method: "POST",
       headers: { "Content-Type": "application/json", Accept: "text/event-stream", ...authorization(key) },
-      body: JSON.stringify({ ...request, stream: true }),
+      body: JSON.stringify({ ...(model && { model }), ...request, stream: true, stream_options: STREAM_OPTIONS }),
       signal,
     });
   } catch (error) {
@@ -58,9 +62,8 @@ export async function* complete(request, { key, signal }) {
       if (data === "[DONE]") return;
       const event = JSON.parse(data);
       if (event.error) throw new ApiError(event.error.message, { param: event.error.param ?? null });
-      if (event.text) yield { text: event.text };
-      if (event.finish_reason) yield { finishReason: event.finish_reason };
-      if (event.usage) yield { usage: { completion_tokens: event.usage.generated_tokens } };
+      const choice = event.choices?.[0];
+      yield { text: choice?.text, finishReason: choice?.finish_reason, tokens: event.usage?.completion_tokens };
     }
   } catch (error) {
     if (error.name === "AbortError" || error instanceof ApiError) throw error;

@@ -47,15 +47,14 @@ function request() {
 
 const seconds = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(2)} s`);
 
-/** exact: from the server's count of tokens; else from the pieces that arrived, most of which are one token. */
-function showNumbers({ started, first, last, now, count, exact }) {
-  const sign = exact ? "" : "≈ ";
+/** Times in milliseconds; firstTokens: how many tokens the first piece of text was. */
+function showNumbers({ started, first, last, now, tokens, firstTokens }) {
   $("first-token").textContent = first === null ? "–" : seconds(first - started);
-  $("tokens").textContent = count ? `${sign}${count}` : exact ? "0" : "–";
+  $("tokens").textContent = tokens;
   $("time").textContent = seconds(now - started);
-  // The first token is the prompt's work.
-  const rate = count > 1 && last > first ? (1000 * (count - 1)) / (last - first) : null;
-  $("speed").textContent = rate === null ? "–" : `${sign}${rate < 10 ? rate.toFixed(1) : Math.round(rate)} tokens/s`;
+  // The first piece's time is the prompt's.
+  const rate = last > first ? (1000 * (tokens - firstTokens)) / (last - first) : null;
+  $("speed").textContent = rate === null ? "–" : `${rate < 10 ? rate.toFixed(1) : Math.round(rate)} tokens/s`;
 }
 
 function clearNumbers() {
@@ -103,7 +102,7 @@ async function generate() {
   if (running) return;
   clearError();
   const output = $("output");
-  const times = { started: performance.now(), first: null, last: null, now: 0, count: 0, exact: false };
+  const times = { started: performance.now(), first: null, last: null, now: 0, tokens: 0, firstTokens: 0 };
   let finish = "The server did not say why the text ended.";
   try {
     const body = request();
@@ -114,24 +113,23 @@ async function generate() {
     const options = { key: $("key").value.trim(), model, signal: running.signal };
     times.started = times.now = performance.now();
     showNumbers(times);
-    for await (const { text, finishReason, usage } of complete(body, options)) {
+    for await (const { text, finishReason, tokens } of complete(body, options)) {
       times.now = performance.now();
+      times.tokens = tokens ?? times.tokens;
       if (text) {
-        times.first ??= times.now;
+        if (times.first === null) Object.assign(times, { first: times.now, firstTokens: times.tokens });
         times.last = times.now;
-        times.count += 1;
         const follows = output.scrollHeight - output.scrollTop - output.clientHeight < 40;
         $("generated").append(text);
         if (follows) output.scrollTop = output.scrollHeight;
       }
       if (finishReason) finish = FINISHED[finishReason] ?? `Ended: ${finishReason}.`;
-      if (usage) Object.assign(times, { count: usage.completion_tokens, exact: true });
       showNumbers(times);
     }
     $("status").textContent = finish;
   } catch (error) {
     times.now = performance.now();
-    if (times.count) showNumbers(times);
+    if (times.tokens) showNumbers(times);
     else clearNumbers();
     $("status").textContent = error.name === "AbortError" ? "Stopped." : "Failed.";
     if (error.name !== "AbortError") {

@@ -94,6 +94,8 @@ def server(home, tmp_path_factory) -> Iterator[tuple[subprocess.Popen, httpx.Cli
 def test_the_bento_holds_only_what_serving_needs(home):
     packed = {path.relative_to(bento_path(home) / "src").parts[0] for path in (bento_path(home) / "src").rglob("*")}
     assert packed == {"bento", "model", "bentofile.yaml"}
+    for path in (REPO / "bento/page").iterdir():
+        assert path.is_dir() or (bento_path(home) / "src/bento/page" / path.name).is_file(), path
     requirements = (bento_path(home) / "env/python/requirements.txt").read_text().splitlines()
     assert all(re.fullmatch(r"[a-z-]+==[0-9.]+(\+cpu)?", line) for line in requirements), requirements
     assert requirements[0].startswith("torch==") and requirements[0].endswith("+cpu")

@@ -4,12 +4,12 @@ The engine hands over a token when it is chosen, but its text only when that is 
 a character may be incomplete. `TokenTrail` brings them together again.
 """
 
+import codecs
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from model.generation.detokenizer import Detokenizer
 from model.generation.requests import TextPiece, TokenLogprob
 
 if TYPE_CHECKING:
@@ -49,30 +49,45 @@ class Placed:
     is_prompt: bool = False
 
 
+class Places:
+    """Where tokens that follow each other begin in their text, which is what a `Detokenizer` makes of them."""
+
+    def __init__(self, token_bytes: Sequence[bytes], start: int = 0) -> None:
+        self._token_bytes, self._end = token_bytes, start
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def next(self, token_id: int) -> int:
+        """The character that a token begins in: one that an earlier token began where it completes that."""
+        data = self._token_bytes[token_id] if token_id < len(self._token_bytes) else b""
+        was_inside = bool(self._decoder.getstate()[0])
+        first = self._decoder.decode(data[:1])
+        # A byte that cannot go on with an incomplete character makes that one U+FFFD and begins behind it.
+        is_broken = was_inside and first.startswith("\ufffd") and (len(first) > 1 or bool(self._decoder.getstate()[0]))
+        place = self._end + is_broken
+        self._end += len(first) + len(self._decoder.decode(data[1:]))
+        return place
+
+
 def place_prompt(
     ids: Iterable[int], scores: Iterable[TokenLogprob | None], token_bytes: Sequence[bytes]
 ) -> list[Placed]:
     """The tokens of a prompt that is part of the text."""
-    text, offset, placed = Detokenizer(token_bytes), 0, []
-    for token_id, score in zip(ids, scores, strict=True):
-        placed.append(Placed(offset, token_id, score, is_prompt=True))
-        offset += len(text.push(token_id))
-    return placed
+    places = Places(token_bytes)
+    return [Placed(places.next(i), i, score, is_prompt=True) for i, score in zip(ids, scores, strict=True)]
 
 
 class TokenTrail:
     """The tokens of one generated text. start: characters of the text before it."""
 
     def __init__(self, token_bytes: Sequence[bytes], start: int = 0) -> None:
-        self._text = Detokenizer(token_bytes)
-        self._offset = self._certain = start
+        self._places, self._certain = Places(token_bytes, start), start
         self._held: deque[Placed] = deque()
 
     def push(self, piece: TextPiece) -> list[Placed]:
         """The tokens whose text is certain with this piece."""
         for number, token_id in enumerate(piece.token_ids):
-            self._held.append(Placed(self._offset, token_id, piece.logprobs[number] if piece.logprobs else None))
-            self._offset += len(self._text.push(token_id))
+            score = piece.logprobs[number] if piece.logprobs else None
+            self._held.append(Placed(self._places.next(token_id), token_id, score))
         self._certain += len(piece.text)
         certain = []
         while self._held and self._held[0].offset < self._certain:

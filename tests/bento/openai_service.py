@@ -1,0 +1,94 @@
+"""The whole app over a tiny model, in this process or on a loopback port, with or without a chat template."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+from transformers import PreTrainedTokenizerFast
+
+from bento.api import create_app
+from model.generation.engine import Engine
+from model.modeling_rex import RexForCausalLM
+from tests.tiny import tiny_model, tiny_tokenizer
+
+MODEL = "rex-tiny:1"
+MAX_BODY_BYTES = 16_384
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|pad|>{{ message.role }}\n{{ message.content | trim }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|pad|>assistant\n{% endif %}"
+)
+
+
+@dataclass
+class Service:
+    """The app, its engine and what the engine runs."""
+
+    app: FastAPI
+    engine: Engine
+    model: RexForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+
+    def post(self, path: str, **body: Any) -> Any:
+        """The answer to a body, NaN and all; no context manager is needed, as no lifespan is."""
+        content = json.dumps(body)  # httpx would refuse to send NaN
+        return TestClient(self.app).post(path, content=content, headers={"content-type": "application/json"})
+
+
+@contextmanager
+def running_service(
+    *, chat_template: str | None = None, stops: bool = False, max_batch_size: int = 8, max_queue: int = 64
+) -> Iterator[Service]:
+    """A service; its random weights end a text anywhere, so by default no token does."""
+    torch.set_num_threads(1)  # two on busy cores wait for each other
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = chat_template
+    model = tiny_model(tokenizer)
+    app = create_app(model_name=MODEL, request_timeout_s=60, max_body_bytes=MAX_BODY_BYTES)
+    ends = {} if stops else {"end_of_text_ids": frozenset()}
+    engine = app.state.engine = Engine(model, tokenizer, max_batch_size=max_batch_size, max_queue=max_queue, **ends)
+    engine.warm_up()
+    try:
+        yield Service(app, engine, model, tokenizer)
+    finally:
+        engine.stop()
+
+
+@contextmanager
+def on_a_port(app: FastAPI) -> Iterator[str]:
+    """The address of a real HTTP server of `app` on this machine."""
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, name="server")
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+
+
+def events(text: str) -> list[Any]:
+    """The data of server-sent events, JSON parsed but for the closing [DONE]."""
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def refusal(answer: Any, status: int = 400) -> dict[str, Any]:
+    """What a refusal says, its shape checked."""
+    assert answer.status_code == status, answer.text
+    body = answer.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert "\n" not in body["error"]["message"]
+    return body["error"]

@@ -25,6 +25,15 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|pad|>{{ message.role }}\n{{ message.content | trim }}<|endoftext|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|pad|>assistant\n{% endif %}"
 )
+GOOD: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "x", "max_tokens": 2},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2},
+    "/generate": {"prompt": "x", "max_tokens": 2},
+    "/generate_text": {"prompt": "x", "num_of_token_generated": 2},
+    "/tokenize": {"prompt": "x"},
+    "/detokenize": {"tokens": [2]},
+}
+"""A body for each route that takes one."""
 
 
 @dataclass

@@ -1,0 +1,79 @@
+"""Scores through HTTP are the model's own: log-likelihoods by /v1/completions, as evaluation harnesses ask for them."""
+
+import pytest
+import torch
+
+from tests.bento.openai_service import Service, events, running_service
+
+TEXTS = ["def main():\n    return 'größer'", "日本語 🦖 if print", "x" * 40, "else None\n"]
+
+
+@pytest.fixture(scope="module")
+def service():
+    with running_service(stops=True) as running:
+        yield running
+
+
+def log_probabilities(service: Service, ids: list[int]) -> torch.Tensor:
+    """Of every token after the first, under the model, shape (T - 1, V)."""
+    with torch.inference_mode():
+        return service.model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_echoed_prompts_are_scored_as_the_model_scores_them(service, max_tokens):
+    prompts = [service.engine.encode(text) for text in TEXTS]
+    answer = service.post(
+        "/v1/completions", prompt=prompts, echo=True, logprobs=1, max_tokens=max_tokens, temperature=0, seed=1
+    )
+    assert answer.status_code == 200, answer.text
+    for ids, choice in zip(prompts, answer.json()["choices"], strict=True):
+        expected_TV = log_probabilities(service, ids)
+        expected = expected_TV.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+        scores = choice["logprobs"]
+        assert len(scores["tokens"]) == len(ids) + max_tokens
+        assert scores["token_logprobs"][1 : len(ids)] == pytest.approx(expected, abs=1e-4)
+        best = [max(top.values()) for top in scores["top_logprobs"][1 : len(ids)]]
+        assert best == pytest.approx(expected_TV.max(dim=-1).values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_scored_prompt_has_one_more_token_even_where_it_ends_the_text(service, stream):
+    (end,) = service.engine.end_of_text_ids
+    request = {"prompt": [5, 6, 7], "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
+    asked = {**request, "logit_bias": {str(end): 100}}
+    answer = service.post("/v1/completions", **asked, stream=stream)
+    if stream:
+        choices = [chunk["choices"][0] for chunk in events(answer.text)]
+        tokens = [token for choice in choices if choice["logprobs"] for token in choice["logprobs"]["tokens"]]
+        reason = choices[-1]["finish_reason"]
+    else:
+        (choice,) = answer.json()["choices"]
+        tokens, reason = choice["logprobs"]["tokens"], choice["finish_reason"]
+        assert choice["text"] == service.engine.decode([5, 6, 7])
+        assert answer.json()["usage"]["completion_tokens"] == 1
+    assert len(tokens) == 4 and tokens[-1] == "<|endoftext|>"
+    assert reason == "stop"
+    stop_token = service.post("/v1/completions", **request, logit_bias={"70": 100}, stop_token_ids=[70]).json()
+    assert len(stop_token["choices"][0]["logprobs"]["tokens"]) == 4
+    assert stop_token["choices"][0]["finish_reason"] == "stop"
+
+
+def test_generated_tokens_are_scored_before_penalties_and_temperature(service):
+    ids = service.engine.encode("def main")
+    answer = service.post(
+        "/v1/completions",
+        prompt=ids,
+        max_tokens=12,
+        logprobs=3,
+        temperature=1.3,
+        seed=2,
+        presence_penalty=2,
+        ignore_eos=True,
+        return_token_ids=True,
+    )
+    (choice,) = answer.json()["choices"]
+    generated = choice["token_ids"]
+    expected_TV = log_probabilities(service, [*ids, *generated])[len(ids) - 1 :]
+    expected = expected_TV.gather(1, torch.tensor(generated)[:, None])[:, 0].tolist()
+    assert choice["logprobs"]["token_logprobs"] == pytest.approx(expected, abs=1e-4)

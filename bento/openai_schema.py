@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from bento.schema import LARGEST_COUNT, Count, Sampling, StrictRequest, forms
+from bento.schema import LARGEST_COUNT, Count, OnlyFalse, Sampling, StrictRequest, forms
 
 DEFAULT_COMPLETION_TOKENS = 16
 MOST_CHOICES = 64
@@ -73,7 +73,7 @@ class StreamOptions(StrictRequest):
 
     include_usage: bool | None = Field(None, description="End with a chunk without choices that has the usage.")
     continuous_usage_stats: bool | None = Field(None, description="Show the usage so far in every chunk.")
-    include_obfuscation: Literal[False] | None = unsupported("false")
+    include_obfuscation: OnlyFalse | None = unsupported("false")
 
 
 class OpenAIRequest(Sampling):
@@ -94,7 +94,7 @@ class OpenAIRequest(Sampling):
     safety_identifier: Label | None = Field(None, description="Taken and not used.")
     prompt_cache_key: Label | None = Field(None, description="Taken and not used: common prefixes are always reused.")
     service_tier: Literal["auto", "default"] | None = Field(None, description="There is one tier.")
-    store: Literal[False] | None = unsupported("false")
+    store: OnlyFalse | None = unsupported("false")
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "OpenAIRequest":

@@ -39,10 +39,12 @@ GENERATING = {
 
 def stream_of(kind: str) -> dict[str, Any]:
     """The 200 of a route that can stream. kind: what an event's data is."""
+    data = {"type": "string", "description": f"JSON of a {kind}, an error object or, at last, [DONE]."}
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     example = 'data: {"object": "' + kind + '", ...}\n\ndata: [DONE]\n\n'
     return {
         "description": "The whole answer or, with stream=true, its parts as they come.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}, "example": example}},
+        "content": {"text/event-stream": {"schema": event, "example": example}},
     }
 
 

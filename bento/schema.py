@@ -18,6 +18,8 @@ MOST_STOPS, LONGEST_STOP = 16, 256
 MOST_STOP_IDS = 64
 MOST_BIASES = 1024
 LARGEST_PENALTY = 100.0
+SMALLEST_REPETITION_PENALTY = 0.01
+"""Logits are divided by it, and must stay numbers."""
 
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 TokenId = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
@@ -71,6 +73,16 @@ Biases = Annotated[
 Penalty = Annotated[float, Field(ge=-LARGEST_PENALTY, le=LARGEST_PENALTY)]
 
 
+def _only_false(value: bool) -> bool:
+    if value:
+        raise PydanticCustomError("unsupported_value", "only false is supported")
+    return value
+
+
+OnlyFalse = Annotated[bool, AfterValidator(_only_false), WithJsonSchema({"type": "boolean", "enum": [False]})]
+"""`Literal[False]` would take 0."""
+
+
 class StrictRequest(BaseModel):
     """A body: types as JSON has them, no field that is not named here, no NaN and no infinity."""
 
@@ -100,7 +112,7 @@ class Sampling(StrictRequest):
     )
     repetition_penalty: float | None = Field(
         None,
-        gt=0,
+        ge=SMALLEST_REPETITION_PENALTY,
         le=LARGEST_PENALTY,
         description="Above 1 makes tokens that occurred, in the prompt too, less likely. Default: 1.",
     )
@@ -199,7 +211,7 @@ class TokenizeRequest(StrictRequest):
 
     model: str | None = Field(None, description="The served model, the only one.")
     prompt: str = Field(description="The text.", examples=["def main():\n"])
-    add_special_tokens: Literal[False] | None = Field(None, description="Only false: none are added.")
+    add_special_tokens: OnlyFalse | None = Field(None, description="Only false: none are added.")
     return_token_strs: bool | None = Field(None, description="Show each token's text as well.")
 
 

@@ -147,7 +147,8 @@ class Answers:
         if last.finish_reason == "cancelled":  # not by this client, who would not be told
             return server_error(503, "the service is stopping", code="stopped")
         if last.finish_reason == "error":
-            return server_error(500, "generating failed; the server's log has the reason", code="internal_error")
+            reason = last.error or "generating failed: the server's log has the reason"
+            return server_error(500, reason, code="internal_error")
         return None
 
 

@@ -8,7 +8,9 @@ An asset yields inside the block, so that the MLflow run ends FINISHED only once
 the code version, not the run.
 """
 
+import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -100,6 +102,7 @@ class Stage:
             failed_checks=failed,
         )
         self.tracked.failed = bool(failed)
+        metadata = {**metadata, "step_peak_memory_mb": peak_memory_mb()}
         self.tracked.log_metrics({name: value for name, value in metadata.items() if isinstance(value, int | float)})
         return dg.MaterializeResult(
             value=Staged(self.output, self.tracked.end_after),
@@ -113,6 +116,16 @@ class Stage:
             },
             check_results=list(checks),
         )
+
+
+def peak_memory_mb() -> float:
+    """Megabytes that this process and its largest child, of those that have ended, held at most, each at its own peak.
+
+    A step is a process of its own; one that has one child at a time never held more.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024
+    peaks = [resource.getrusage(who).ru_maxrss * unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return round(sum(peaks) / 1e6, 1)
 
 
 @contextmanager

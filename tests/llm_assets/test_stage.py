@@ -56,6 +56,7 @@ def test_a_materialization_shows_its_version_numbers_config_and_tracking_run(pip
     assert event.tags["dagster/data_version"] == manifest.content_hash
     assert event.metadata["characters"].value == 3
     assert event.metadata["artifact_bytes"].value == 3
+    assert 50 < float(str(event.metadata["step_peak_memory_mb"].value)) < 8000
     assert event.metadata["unchanged"].value is False
     assert "validation_fraction" in str(event.metadata["config"].value)
     assert str(event.metadata["mlflow_run"].value).endswith(f"/runs/{manifest.mlflow_run_id}")

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from bench.hardware import describe, torch_threads
-from model.errors import PipelineError
+from model.errors import PipelineError, ends_in_one_line
 from model.int8 import count_parameters
 from model.loading import load_model
 from model.progress import Log, Progress, silent
@@ -160,6 +160,7 @@ def measure_kv_cache(
     }
 
 
+@ends_in_one_line
 def main() -> int:
     """Measure what the KV cache is worth on a model directory."""
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=main.__doc__)
@@ -168,13 +169,9 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3, help="interleaved rounds (default: 3)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto (default: cpu)")
     arguments = parser.parse_args()
-    try:
-        result = measure_kv_cache(
-            arguments.model_dir, arguments.tokens, arguments.repeats, device=arguments.device, log=print
-        )
-    except PipelineError as error:
-        print(error, file=sys.stderr)
-        return 1
+    result = measure_kv_cache(
+        arguments.model_dir, arguments.tokens, arguments.repeats, device=arguments.device, log=print
+    )
     print(
         f"{arguments.tokens} tokens, {arguments.repeats} rounds, {result['hardware']['torch_threads']} threads: "
         f"{result['with_cache_tokens_per_second']:.0f} tokens/s with the KV cache, "

@@ -28,7 +28,7 @@ from bench.speed import FULL, common_length, measure_speed, uncached_every
 from model import int8
 from model.configuration_rex import RexConfig
 from model.devices import resolve_device
-from model.errors import PipelineError, full_disk_as_error
+from model.errors import PipelineError, ends_in_one_line, full_disk_as_error
 from model.loading import WEIGHTS, load_model, read_config, read_method
 from model.modeling_rex import RexForCausalLM
 from model.progress import Log, silent
@@ -190,6 +190,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@ends_in_one_line
 def main() -> int:
     """Measure an experiment's artifacts and write its report."""
     defaults = BenchmarkSettings()
@@ -208,18 +209,14 @@ def main() -> int:
             f"--{name.replace('_', '-')}", type=int, nargs=nargs, default=value, help=f"benchmark.{name}"
         )
     arguments = parser.parse_args()
-    try:
-        build_report(
-            settings_of(arguments.checkpoint_dir, arguments.dataset_dir, arguments),
-            arguments.checkpoint_dir,
-            arguments.quantized_dir,
-            arguments.dataset_dir,
-            arguments.output_dir,
-            log=print,
-        )
-    except PipelineError as error:
-        print(error, file=sys.stderr)
-        return 1
+    build_report(
+        settings_of(arguments.checkpoint_dir, arguments.dataset_dir, arguments),
+        arguments.checkpoint_dir,
+        arguments.quantized_dir,
+        arguments.dataset_dir,
+        arguments.output_dir,
+        log=print,
+    )
     print(arguments.output_dir / "report.md")
     return 0
 

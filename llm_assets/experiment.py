@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from model.errors import PipelineError
+from model.errors import PipelineError, ends_in_one_line
 from model.settings import ExperimentSettings
 
 CONFIG_DIR = Path(os.environ.get("LLM_ASSETS_CONFIG_DIR") or Path(__file__).resolve().parent.parent / "configs")
@@ -76,6 +76,7 @@ def _one_line(error: BaseException) -> str:
     return "; ".join(dict.fromkeys(kept)) + "; `python -m llm_assets.experiment` prints every option"
 
 
+@ends_in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Print one experiment's resolved settings, or the list of experiments."""
     parser = argparse.ArgumentParser(prog="python -m llm_assets.experiment", description=__doc__.split("\n")[0])
@@ -84,15 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the experiments and what each is")
     parser.add_argument("--config-dir", type=Path, default=CONFIG_DIR, help="default: configs/ of this repository")
     arguments = parser.parse_args(argv)
-    try:
-        if arguments.list:
-            for name in experiment_names(arguments.config_dir):
-                print(f"{name:20} {compose(name, config_dir=arguments.config_dir).description}")
-        else:
-            print(to_yaml(compose(arguments.name, arguments.overrides, arguments.config_dir)), end="")
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if arguments.list:
+        for name in experiment_names(arguments.config_dir):
+            print(f"{name:20} {compose(name, config_dir=arguments.config_dir).description}")
+    else:
+        print(to_yaml(compose(arguments.name, arguments.overrides, arguments.config_dir)), end="")
     return 0
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from llm_assets.experiment import DEFAULT_EXPERIMENT
 from llm_assets.io_managers import DirectoryIOManager
 from llm_assets.manifest import refresh_command, stage_assets
-from model.errors import PipelineError
+from model.errors import PipelineError, ends_in_one_line
 
 
 def latest_artifacts(experiment: str) -> dict[str, Path]:
@@ -36,6 +36,7 @@ def bento_tag(experiment: str) -> str:
     return tag
 
 
+@ends_in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what was asked for; one line and status 1 where an artifact is missing."""
     parser = argparse.ArgumentParser(prog="python -m llm_assets.latest", description=__doc__.split("\n")[0])
@@ -44,22 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     only.add_argument("--bento", action="store_true", help="print the Bento's tag alone")
     only.add_argument("--asset", choices=stage_assets(), help="print this artifact's folder alone")
     arguments = parser.parse_args(argv)
-    try:
-        if arguments.bento:
-            print(bento_tag(arguments.experiment))
-            return 0
-        if arguments.asset:
-            print(DirectoryIOManager().store().load(arguments.asset, arguments.experiment))
-            return 0
-        artifacts = latest_artifacts(arguments.experiment)
-        for asset, path in artifacts.items():
-            print(f"{asset:18} {path}")
-        experiment = "" if arguments.experiment == DEFAULT_EXPERIMENT else f" EXPERIMENT={arguments.experiment}"
-        print(f"\nReport: {artifacts['benchmark_report'] / 'report.md'}")
-        print(f"Serve:  make serve{experiment}    (bentoml serve {bento_tag(arguments.experiment)})")
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if arguments.bento:
+        print(bento_tag(arguments.experiment))
+        return 0
+    if arguments.asset:
+        print(DirectoryIOManager().store().load(arguments.asset, arguments.experiment))
+        return 0
+    artifacts = latest_artifacts(arguments.experiment)
+    for asset, path in artifacts.items():
+        print(f"{asset:18} {path}")
+    experiment = "" if arguments.experiment == DEFAULT_EXPERIMENT else f" EXPERIMENT={arguments.experiment}"
+    print(f"\nReport: {artifacts['benchmark_report'] / 'report.md'}")
+    print(f"Serve:  make serve{experiment}    (bentoml serve {bento_tag(arguments.experiment)})")
     return 0
 
 

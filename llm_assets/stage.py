@@ -27,7 +27,7 @@ from llm_assets.interrupts import noticed_interrupts
 from llm_assets.io_managers import Staged, scratch_dir
 from llm_assets.manifest import Manifest, assert_compatible, config_hash, flatten, seal, stage_config
 from llm_assets.resources.hydra import HydraConfig
-from llm_assets.resources.mlflow import MlflowTracking, TrackedRun
+from llm_assets.resources.mlflow import MlflowTracking, TrackedRun, registered_name
 from model.errors import PipelineError, full_disk_as_error
 from model.progress import Log
 from model.settings import ExperimentSettings
@@ -79,6 +79,18 @@ class Stage:
             seen = show.numbers({"step": step, **metrics})
             self.context.log_event(
                 dg.AssetObservation(self.context.asset_key, partition=self.experiment, metadata=seen)
+            )
+
+    def register(self, *, bits_per_byte: float, yardstick: str, candidate: bool) -> None:
+        """Make the artifact a version of the experiment's registered model, unless a blocking check failed."""
+        if not self.tracked.failed:
+            self.tracked.register(
+                registered_name(self.experiment),
+                self.output,
+                asset=self.asset,
+                bits_per_byte=bits_per_byte,
+                yardstick=yardstick,
+                candidate=candidate,
             )
 
     def result(

@@ -1,10 +1,15 @@
 """The one error that a stage raises for bad input: one line that a person can act on."""
 
 import errno
+import functools
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ParamSpec
+
+P = ParamSpec("P")
 
 
 class PipelineError(Exception):
@@ -13,6 +18,20 @@ class PipelineError(Exception):
     The message is one line: what was found where, what was expected, what to do. The orchestrator shows it as a
     permanent failure, the service as a start-up failure; neither shows a traceback.
     """
+
+
+def ends_in_one_line(main: Callable[P, int]) -> Callable[P, int]:
+    """A command's `main`, which returns an exit status: a PipelineError is printed as one line and gives status 1."""
+
+    @functools.wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except PipelineError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+    return run
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from llm_assets import checks
 from llm_assets import metadata as show
 from llm_assets.assets import COMMON
 from llm_assets.resources.hydra import HydraConfig
-from llm_assets.resources.mlflow import MlflowTracking, registered_name
+from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.stage import stage
 
 
@@ -44,13 +44,9 @@ def quantized_model(
             {**show.numbers(summary), "method": summary.method, "scheme": summary.scheme},
             [checks.keeps_quality(summary.bits_per_byte_after, summary.bits_per_byte_before)],
         )
-        if not work.tracked.failed:
-            work.tracked.register(
-                registered_name(work.experiment),
-                work.output,
-                asset=work.asset,
-                bits_per_byte=summary.bits_per_byte_after,
-                yardstick=f"{work.upstream['tokenized_dataset'].content_hash} {summary.evaluated_tokens} tokens",
-                candidate=work.settings.serving.quantized,
-            )
+        work.register(
+            bits_per_byte=summary.bits_per_byte_after,
+            yardstick=f"{work.upstream['tokenized_dataset'].content_hash} {summary.evaluated_tokens} tokens",
+            candidate=work.settings.serving.quantized,
+        )
         yield result

@@ -9,7 +9,7 @@ from llm_assets import checks
 from llm_assets import metadata as show
 from llm_assets.assets import COMMON
 from llm_assets.resources.hydra import HydraConfig
-from llm_assets.resources.mlflow import MlflowTracking, registered_name
+from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.stage import stage
 
 
@@ -48,13 +48,9 @@ def trained_checkpoint(
         )
         for name in ("loss.png", "README.md", "curves.json"):
             work.tracked.log_artifact(work.output / name)
-        if not work.tracked.failed:
-            work.tracked.register(
-                registered_name(work.experiment),
-                work.output,
-                asset=work.asset,
-                bits_per_byte=summary.bits_per_byte,
-                yardstick=work.upstream["tokenized_dataset"].upstream["corpus"],
-                candidate=not work.settings.serving.quantized,
-            )
+        work.register(
+            bits_per_byte=summary.bits_per_byte,
+            yardstick=work.upstream["tokenized_dataset"].upstream["corpus"],
+            candidate=not work.settings.serving.quantized,
+        )
         yield result

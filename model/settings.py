@@ -236,7 +236,7 @@ class ServingSettings:
     max_batch_size: int = 16
     kv_cache_mib: int = 0
     prefill_chunk: int = 256
-    max_queue: int = 64
+    max_queue: int = 16
     max_queue_tokens: int = 65_536
     queue_timeout_s: float = 60.0
     request_timeout_s: float = 300.0

@@ -1,6 +1,6 @@
 """What the service adds to the engine, measured with a real server process on the loopback address.
 
-    python -m bench.serving [MODEL_DIR] [--rounds 5] [--seconds 20] [--starts 3]
+    python -m bench.serving [MODEL_DIR] [--rounds 5] [--seconds 20] [--load-tokens 64] [--starts 3]
 
 REX_... variables are options of the service, REX_THREADS also of the engine in this process.
 Without a directory it makes one of the shape of the `stdlib_30m` experiment with random weights. In one run, the engine in
@@ -54,7 +54,6 @@ from model.text.tokenizer import load_tokenizer, train_tokenizer
 HOST = "127.0.0.1"
 STREAMS, PROMPT_TOKENS, ANSWER_TOKENS = 8, 64, 128
 IDLE_PROMPT_TOKENS = 16
-LOAD_ANSWER_TOKENS = 64
 MB = 1e6
 
 
@@ -228,13 +227,13 @@ def _check(answers: list[Answer]) -> None:
         raise PipelineError(f"the service answered {wrong}: expected 200 and a stream")
 
 
-def capacity(server: Server, prompts: Prompts, clients: int, seconds: float) -> float:
-    """Requests per second that `clients` who ask again at once get answered."""
+def capacity(server: Server, prompts: Prompts, tokens: int, clients: int, seconds: float) -> float:
+    """Requests of `tokens` per second that `clients` who ask again at once get answered."""
     end, done = time.perf_counter() + seconds, []
 
     def ask_again() -> None:
         while time.perf_counter() < end:
-            answer = server.ask(prompts(PROMPT_TOKENS), LOAD_ANSWER_TOKENS)
+            answer = server.ask(prompts(PROMPT_TOKENS), tokens)
             done.append((time.perf_counter(), answer.status))
 
     started = time.perf_counter()
@@ -246,13 +245,15 @@ def capacity(server: Server, prompts: Prompts, clients: int, seconds: float) -> 
     return sum(status == 200 for _, status in done) / (time.perf_counter() - started)
 
 
-def offered(server: Server, prompts: Prompts, per_second: float, seconds: float, seed: int) -> list[Answer]:
-    """Answers to requests that come at random times, `per_second` of them on average, whoever is still served."""
+def offered(
+    server: Server, prompts: Prompts, tokens: int, per_second: float, seconds: float, seed: int
+) -> list[Answer]:
+    """Answers to requests of `tokens` that come at random times, on average `per_second`, whoever is still served."""
     numbers, answers, threads = random.Random(seed), [], []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         prompt = prompts(PROMPT_TOKENS)
-        thread = threading.Thread(target=lambda prompt=prompt: answers.append(server.ask(prompt, LOAD_ANSWER_TOKENS)))
+        thread = threading.Thread(target=lambda prompt=prompt: answers.append(server.ask(prompt, tokens)))
         thread.start()
         threads.append(thread)
         time.sleep(numbers.expovariate(per_second))
@@ -277,7 +278,7 @@ def summary(answers: list[Answer]) -> dict[str, Any]:
     }
 
 
-def measure(model_dir: Path, *, rounds: int, seconds: float, starts: int, log: Log) -> dict[str, Any]:
+def measure(model_dir: Path, *, rounds: int, seconds: float, load_tokens: int, starts: int, log: Log) -> dict[str, Any]:
     """Everything, as a dictionary; its names end in their unit."""
     model = load_model(model_dir, device="cpu")
     torch.set_num_threads(int(os.environ.get("REX_THREADS") or 0) or _threads_of_the_service(model))
@@ -298,7 +299,7 @@ def measure(model_dir: Path, *, rounds: int, seconds: float, starts: int, log: L
             result |= _take_turns(engine, server, prompts, rounds, log)
             engine.stop()
             result["memory"] = _memory(server, engine, weights_bytes)
-            result["overload"] = _overload(server, prompts, seconds, log)
+            result["overload"] = _overload(server, prompts, load_tokens, seconds, log)
             result["memory_after_load"] = _memory(server, engine, weights_bytes)
     result["machine"] = describe(torch.device("cpu"))
     return result
@@ -331,13 +332,13 @@ def _take_turns(engine: Engine, server: Server, prompts: Prompts, rounds: int, l
     }
 
 
-def _overload(server: Server, prompts: Prompts, seconds: float, log: Log) -> dict[str, Any]:
-    per_second = capacity(server, prompts, 16, seconds)
-    log(f"capacity: {per_second:.2f} requests/s of {PROMPT_TOKENS} + {LOAD_ANSWER_TOKENS} tokens")
+def _overload(server: Server, prompts: Prompts, tokens: int, seconds: float, log: Log) -> dict[str, Any]:
+    per_second = capacity(server, prompts, tokens, 16, seconds)
+    log(f"capacity: {per_second:.2f} requests/s of {PROMPT_TOKENS} + {tokens} tokens")
     at: dict[int, list[Answer]] = {1: [], 2: []}
     for turn in range(2):
         for load, answers in at.items():
-            answers += offered(server, prompts, load * per_second, seconds, seed=turn)
+            answers += offered(server, prompts, tokens, load * per_second, seconds, seed=turn)
             log(f"turn {turn + 1} of 2 at {load} times the capacity: {summary(answers)}")
     once, twice = summary(at[1]), summary(at[2])
     return {
@@ -390,6 +391,7 @@ def main() -> None:
     parser.add_argument("model_dir", type=Path, nargs="?")
     parser.add_argument("--rounds", type=int, default=5, help="of streams and first tokens")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
+    parser.add_argument("--load-tokens", type=int, default=64, help="of each answer under load")
     parser.add_argument("--starts", type=int, default=3, help="of the service")
     given = parser.parse_args()
 
@@ -399,7 +401,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             model_dir = given.model_dir or save_random_30m(Path(folder))
-            result = measure(model_dir, rounds=given.rounds, seconds=given.seconds, starts=given.starts, log=log)
+            result = measure(
+                model_dir,
+                rounds=given.rounds,
+                seconds=given.seconds,
+                load_tokens=given.load_tokens,
+                starts=given.starts,
+                log=log,
+            )
         except PipelineError as error:
             sys.exit(f"error: {error}")
     print(table(result))

@@ -11,6 +11,8 @@ without a key) ends with one line and exit status 1. SIGTERM drains: `bento/admi
 
 import asyncio
 import atexit
+import ctypes
+import gc
 import logging
 import os
 import signal
@@ -158,7 +160,8 @@ class RexService:
         """In the server's event loop, before it takes requests: SIGTERM lets running ones finish."""
 
         async def cancel() -> None:
-            await asyncio.to_thread(self.stop)
+            if self._engine:
+                await asyncio.to_thread(self._engine.stop)
 
         drain_on_signal(app.state.admission, options.drain_timeout_s, cancel)
 
@@ -179,13 +182,18 @@ class RexService:
         return not app.state.admission.has_failed and (self._engine is None or self._engine.is_alive)
 
     def _load(self) -> None:
+        gc.disable()  # a sixth of the time that importing the libraries takes
         try:
-            self._engine = app.state.engine = _start_engine(options, MODEL_DIR)
+            engine = _start_engine(options, MODEL_DIR)
+            _settle()
+            self._engine = app.state.engine = engine
         except Exception as error:
             app.state.admission.has_failed = True
             if not isinstance(error, PipelineError):
                 logger.exception("loading the model failed")
             _end_service(str(error) or type(error).__name__)
+        finally:
+            gc.enable()
 
 
 RexService.add_asgi_middleware(OnlyOurRoutes)  # type: ignore[attr-defined]
@@ -245,6 +253,17 @@ def _start_engine(options: BentoArgs, model_dir: Path) -> "Engine":
         len(API_KEYS),
     )
     return engine
+
+
+def _settle() -> None:
+    """Give back the memory that only loading needed, and let the garbage collector pass over what stays.
+
+    A whole collection looks at the million objects of the imported libraries: 0.2 s in which nobody gets a token.
+    """
+    gc.collect()
+    gc.freeze()
+    with suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _end_service(reason: str) -> None:

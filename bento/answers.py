@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 Batch = list[tuple[int, Event]]
 """Events that came together, each with the place of its generation among those of the request."""
 T = TypeVar("T")
+GATHER_S = 0.001
+"""How long the events of one step of several generations are waited for; the clock of an event loop is no finer."""
 
 
 class Mailbox:
@@ -35,6 +37,8 @@ class Mailbox:
         self._loop = loop
         self._events: deque[tuple[Answers, int, Event]] = deque()
         self._is_scheduled = False
+        self.running = 0
+        """Generations that events are expected of."""
 
     def post(self, answers: "Answers", index: int, event: Event) -> None:
         """Called in the engine's thread. Raises RuntimeError where the loop is closed."""
@@ -42,10 +46,17 @@ class Mailbox:
         if not self._is_scheduled:
             self._is_scheduled = True
             try:
-                self._loop.call_soon_threadsafe(self._empty)
+                self._loop.call_soon_threadsafe(self._wake)
             except RuntimeError:
                 self._is_scheduled = False
                 raise
+
+    def _wake(self) -> None:
+        if self.running == 1:
+            self._empty()
+            return
+        # Waking this thread has interrupted the engine at the first event of its step: the others follow now.
+        self._loop.call_later(GATHER_S, self._empty)
 
     def _empty(self) -> None:
         # Before the events are taken: one that comes in between schedules again.
@@ -74,10 +85,11 @@ class Answers:
     def __init__(self, engine: "Engine", requests: Sequence[GenerationRequest], record: RequestRecord) -> None:
         self._pending: Batch = []
         self._waiter: asyncio.Future[None] | None = None
-        mailbox = _mailbox()
+        mailbox = self._mailbox = _mailbox()
         self._generations: list[Generation] = engine.submit_all(requests, lambda i, event: mailbox.post(self, i, event))
         self._clocks = [record.follow(generation) for generation in self._generations]
         self._running = set(range(len(self._generations)))
+        mailbox.running += len(self._running)
 
     def take(self, index: int, event: Event) -> None:
         """One event; called in the event loop."""
@@ -96,8 +108,7 @@ class Answers:
                 if isinstance(event, TextPiece):
                     self._clocks[index].tick()
                 elif isinstance(event, Finished):
-                    self._running.remove(index)
-                    self._clocks[index].stop(event)
+                    self._end(index, event)
                     if failure := self._failure(index, event):
                         if place:
                             yield batch[:place]
@@ -129,10 +140,14 @@ class Answers:
 
     def close(self) -> None:
         """Cancel what still runs: nobody waits for it."""
-        for index in self._running:
+        for index in list(self._running):
             self._generations[index].cancel()
-            self._clocks[index].stop(None)
-        self._running.clear()
+            self._end(index, None)
+
+    def _end(self, index: int, last: Finished | None) -> None:
+        self._running.remove(index)
+        self._mailbox.running -= 1
+        self._clocks[index].stop(last)
 
     def _failure(self, index: int, last: Finished) -> ApiError | None:
         """Why a generation did not complete, None where it did."""

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
@@ -42,10 +43,11 @@ class Service:
         assert self.opened.wait(30)
 
 
-def make_service(*, request_timeout_s: float = TIMEOUT_S, max_queue: int = 2) -> Service:
+def make_service(*, request_timeout_s: float = TIMEOUT_S, max_queue: int = 2, **options: Any) -> Service:
     tokenizer = tiny_tokenizer()
     model = tiny_model(tokenizer)
-    app = create_app(model_name="rex-tiny:1", request_timeout_s=request_timeout_s, max_body_bytes=MAX_BODY_BYTES)
+    limits = {"request_timeout_s": request_timeout_s, "max_body_bytes": MAX_BODY_BYTES, **options}
+    app = create_app(model_name="rex-tiny:1", **limits)
     # Random weights stop anywhere, and lengths are to be known.
     engine = app.state.engine = Engine(
         model, tokenizer, max_batch_size=1, max_queue=max_queue, end_of_text_ids=frozenset()

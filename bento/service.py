@@ -42,7 +42,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("bentoml.service")
 FAILURE_FILE = "REX_START_FAILURE_FILE"
-PACKAGES = ("fastapi", "numpy", "prometheus-client", "safetensors", "tiktoken", "tokenizers", "transformers")
+PACKAGES = (
+    "fastapi",
+    "httptools",
+    "numpy",
+    "prometheus-client",
+    "safetensors",
+    "tiktoken",
+    "tokenizers",
+    "transformers",
+    "uvloop",
+)
 OPTIONAL_PACKAGES = ("opentelemetry-exporter-otlp-proto-http",)
 PYTORCH = "2.13.0"
 

@@ -1,0 +1,124 @@
+"""A real `bentoml serve` of this checkout on the loopback address, and a client that costs it next to nothing.
+
+The client reads raw sockets: parsing a stream would take more of the machine than serving it.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from model.errors import PipelineError
+
+HOST = "127.0.0.1"
+
+
+@dataclass
+class Answer:
+    """One request to the server: its status, events of text, and seconds to the first of them and to the end."""
+
+    status: int = 0
+    retry_after: bool = False
+    events: int = 0
+    first_s: float = 0.0
+    total_s: float = 0.0
+
+
+@dataclass
+class Server:
+    """A running `bentoml serve`; start_s, start_cpu_s: seconds from the command to ready, and of a core in that time."""
+
+    port: int
+    process: subprocess.Popen
+    start_s: float
+    start_cpu_s: float = 0.0
+
+    def ask(self, prompt_ids: Sequence[int], answer_tokens: int) -> Answer:
+        """Stream one completion."""
+        body = json.dumps(
+            {
+                "prompt": list(prompt_ids),
+                "max_tokens": answer_tokens,
+                "temperature": 0,
+                "ignore_eos": True,
+                "stream": True,
+            }
+        ).encode()
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        answer, received = Answer(), bytearray()
+        started = time.perf_counter()
+        with socket.create_connection((HOST, self.port), timeout=600) as connection:
+            connection.sendall(head.encode() + body)
+            while chunk := connection.recv(1 << 16):
+                received += chunk
+                if not answer.first_s and b"data: " in received:
+                    answer.first_s = time.perf_counter() - started
+        answer.total_s = time.perf_counter() - started
+        answer.status = int(received[9:12] or 0)
+        answer.retry_after = b"\r\nretry-after: " in received.lower()
+        answer.events = received.count(b"data: ") - 1  # [DONE]
+        return answer
+
+    def cpu_s(self) -> tuple[float, float]:
+        """Seconds of a core that the event loop's thread and the whole worker have used."""
+        worker = self.worker()
+        used = {thread.id: thread.user_time + thread.system_time for thread in worker.threads()}
+        return used[worker.pid], sum(used.values())
+
+    def worker(self) -> psutil.Process:
+        """The process that serves."""
+        (worker,) = [one for one in psutil.Process(self.process.pid).children() if "--fd" in one.cmdline()]
+        return worker
+
+
+@contextmanager
+def serve(model_dir: Path, folder: Path) -> Iterator[Server]:
+    """The service from this checkout, with the options of the environment (REX_...), ended at the end."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "REX_MODEL": str(model_dir.absolute()), "BENTOML_DO_NOT_TRACK": "True"}
+    environment.setdefault("BENTOML_HOME", str(folder / "bentoml"))
+    log = folder / "serve.log"
+    command = [str(Path(sys.executable).parent / "bentoml"), "serve", "bento.service:RexService"]
+    started = time.perf_counter()
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*command, "--working-dir", str(Path(__file__).resolve().parents[1]), "--host", HOST, "--port", str(port)],
+            cwd=folder,
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        while not _is_ready(port):
+            if process.poll() is not None or time.perf_counter() - started > 300:
+                raise PipelineError(f"the service did not start: {log.read_text()[-2000:]}")
+            time.sleep(0.02)
+        server = Server(port, process, time.perf_counter() - started)
+        server.start_cpu_s = sum(sum(one.cpu_times()[:2]) for one in (psutil.Process(process.pid), server.worker()))
+        yield server
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def _is_ready(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{HOST}:{port}/readyz", timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False

@@ -63,13 +63,19 @@ def evaluate(
     progress = Progress(log, "evaluation", sum(_count(dataset, max_windows)), "windows")
     byte_counts_V = torch.from_numpy(dataset.byte_counts)
     nats, tokens, text_bytes = 0.0, 0, 0
-    for ids_BT, (logits_BTV,) in _forward([model], _batches(dataset, batch_size, max_windows)):
-        for ids_T, logits_TV in zip(ids_BT, logits_BTV, strict=True):  # one window's float32 logits at a time
-            loss_T = functional.cross_entropy(logits_TV[:-1].float(), ids_T[1:].to(logits_TV.device), reduction="none")
+    for labels_BT, (logits_BTV,) in _forward([model], _batches(dataset, batch_size, max_windows)):
+        for labels_T, logits_TV in zip(
+            labels_BT[:, 1:], logits_BTV, strict=True
+        ):  # one window's float32 logits at a time
+            if (labels_T < 0).any():  # only the responses of conversations count
+                logits_TV, labels_T = logits_TV[:-1][labels_T >= 0], labels_T[labels_T >= 0]
+            else:
+                logits_TV = logits_TV[:-1]
+            loss_T = functional.cross_entropy(logits_TV.float(), labels_T.to(logits_TV.device), reduction="none")
             nats += loss_T.double().sum().item()
             tokens += loss_T.numel()
-            text_bytes += int(byte_counts_V[ids_T[1:]].sum())
-        progress.advance(len(ids_BT))
+            text_bytes += int(byte_counts_V[labels_T].sum())
+        progress.advance(len(labels_BT))
     if text_bytes == 0:
         raise PipelineError("the evaluated windows hold no text: expected at least one byte; use a larger corpus")
     loss = nats / tokens
@@ -106,32 +112,38 @@ def compare(
 def _count(dataset: TokenDataset, max_windows: int | None) -> tuple[int, bool]:
     """Whole windows to evaluate, and whether the shorter one at the split's end is one of them."""
     whole = len(dataset)
+    if dataset.responses is not None:
+        return min(max_windows or whole, whole), False
     if max_windows is not None and max_windows <= whole:
         return max_windows, False
     return whole, len(dataset.tokens) - whole * (dataset.sequence_length - 1) > 1
 
 
-def _batches(dataset: TokenDataset, batch_size: int, max_windows: int | None) -> Iterator[Tensor]:
-    """Token ids of the windows, shape (B, T), read from disk as they are needed."""
+def _batches(dataset: TokenDataset, batch_size: int, max_windows: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token ids and labels of the windows, each (B, T), read from disk as they are needed."""
     count, has_tail = _count(dataset, max_windows)
     if count == 0 and not has_tail:
         raise PipelineError("the split has no token to predict: expected at least 2 tokens; use a larger corpus")
     for start in range(0, count, batch_size):
         indices = [i * len(dataset) // count for i in range(start, min(start + batch_size, count))]
-        yield torch.stack([dataset[i]["input_ids"] for i in indices])
+        windows = [dataset[i] for i in indices]
+        yield torch.stack([w["input_ids"] for w in windows]), torch.stack([w["labels"] for w in windows])
     if has_tail:
         tail = dataset.tokens[len(dataset) * (dataset.sequence_length - 1) :]
-        yield torch.from_numpy(tail.astype("int64")).unsqueeze(0)
+        ids_1T = torch.from_numpy(tail.astype("int64")).unsqueeze(0)
+        yield ids_1T, ids_1T
 
 
-def _forward(models: list[PreTrainedModel], batches: Iterator[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """(ids (B, T), each model's logits (B, T, V)) per batch; leaves the models in the mode they were in."""
+def _forward(
+    models: list[PreTrainedModel], batches: Iterator[tuple[Tensor, Tensor]]
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """(labels (B, T), each model's logits (B, T, V)) per batch; leaves the models in the mode they were in."""
     modes = [model.training for model in models]
     try:
         for model in models:
             model.eval()
-        for ids_BT in batches:
-            yield ids_BT, [m(input_ids=ids_BT.to(m.device), use_cache=False).logits for m in models]
+        for ids_BT, labels_BT in batches:
+            yield labels_BT, [m(input_ids=ids_BT.to(m.device), use_cache=False).logits for m in models]
     finally:
         for model, mode in zip(models, modes, strict=True):
             model.train(mode)

@@ -30,6 +30,7 @@ class CorpusSettings:
     source: Literal["stdlib", "files", "huggingface"] = "stdlib"
     paths: list[str] = field(default_factory=list)
     text_field: str = "text"
+    response_field: str = ""
     dataset: str = ""
     dataset_config: str | None = None
     dataset_split: str = "train"
@@ -52,6 +53,8 @@ class CorpusSettings:
         _positive("corpus", self, ["shard_bytes"])
         if self.source == "files":
             _check(bool(self.paths), "corpus.paths", self.paths, "at least one path, glob or URL for source 'files'")
+        if self.response_field:
+            _check(self.source == "files", "corpus.response_field", self.response_field, "source 'files' (JSON Lines)")
         if self.source == "huggingface":
             _check(bool(self.dataset), "corpus.dataset", self.dataset, "a data set's name for source 'huggingface'")
 
@@ -60,7 +63,9 @@ class CorpusSettings:
 class TokenizerSettings:
     """The vocabulary and the length of a window (`configs/tokenizer/`)."""
 
-    kind: Literal["bpe", "char"] = "bpe"
+    kind: Literal["bpe", "char", "pretrained"] = "bpe"
+    path: str = ""
+    chat: bool = False
     vocab_size: int = 4096
     training_bytes: int = 33_554_432
     sequence_length: int = 1024
@@ -70,6 +75,8 @@ class TokenizerSettings:
             _check(
                 self.vocab_size >= 258, "tokenizer.vocab_size", self.vocab_size, "at least 258 (256 bytes, 2 specials)"
             )
+        if self.kind == "pretrained":
+            _check(bool(self.path), "tokenizer.path", self.path, "a checkpoint's folder for kind 'pretrained'")
         _check(self.training_bytes >= 0, "tokenizer.training_bytes", self.training_bytes, "0 (all of it) or more bytes")
         _check(self.sequence_length >= 8, "tokenizer.sequence_length", self.sequence_length, "at least 8 tokens")
 
@@ -137,10 +144,13 @@ class TrainingSettings:
     optim: Literal["muon", "adamw"] = "muon"
     learning_rate: float = 1e-2
     muon_learning_rate: float = 2e-2
+    newton_schulz_steps: int = 5
     weight_decay: float = 0.1
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     max_grad_norm: float = 1.0
+    z_loss: float = 0.0
+    init_from: str = ""
     warmup_steps: int = 20
     decay_fraction: float = 0.4
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -169,6 +179,7 @@ class TrainingSettings:
                 "gradient_accumulation_steps",
                 "learning_rate",
                 "muon_learning_rate",
+                "newton_schulz_steps",
                 "eval_steps",
                 "eval_windows",
                 "save_steps",
@@ -179,6 +190,7 @@ class TrainingSettings:
         for name in (
             "weight_decay",
             "max_grad_norm",
+            "z_loss",
             "warmup_steps",
             "early_stopping_patience",
             "sample_tokens",

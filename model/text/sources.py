@@ -21,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from model.errors import PipelineError
 from model.settings import CorpusSettings
+from model.text.chat import opening
 
 # Test folders are left out: Linux distributions and slim images ship Python without them, and the corpus should be the
 # same there. They also hold the deliberately broken encodings. encodings/ and pydoc_data/ are generated tables, an eighth
@@ -150,7 +151,12 @@ class Sources:
                 raise PipelineError(f"{where} is a JSON {type(row).__name__}; expected one object a line")
             if field not in row:
                 raise _unknown_field(where, field, row)
-            yield _encode(row[field], where, field)
+            if response := self._settings.response_field:
+                if response not in row:
+                    raise _unknown_field(where, response, row, "corpus.response_field")
+                yield _conversation(row[field], row[response], where)
+            else:
+                yield _encode(row[field], where, field)
 
     def _read_parquet(self, file: _File, stored: BinaryIO) -> Iterator[bytes]:
         field = self._settings.text_field
@@ -276,6 +282,15 @@ def _encode(value: object, where: str, field: str) -> bytes:
     return value.encode("utf-8", "surrogatepass")  # a lone surrogate stays invalid, for the caller to count
 
 
+def _conversation(prompt: object, response: object, where: str) -> bytes:
+    if not isinstance(prompt, str) or not isinstance(response, str) or not response:
+        raise PipelineError(f"{where}: expected text as prompt and as response, the response not empty; correct it")
+    try:
+        return (opening(prompt) + response).encode("utf-8", "surrogatepass")
+    except ValueError as error:
+        raise PipelineError(f"{where}: {error}; change the prompt") from error
+
+
 def _is_text(kind: pa.DataType) -> bool:
     types = pa.types
     return any(
@@ -291,9 +306,9 @@ def _is_text(kind: pa.DataType) -> bool:
     )
 
 
-def _unknown_field(where: str, field: str, found: Any) -> PipelineError:
+def _unknown_field(where: str, field: str, found: Any, setting: str = "corpus.text_field") -> PipelineError:
     names = ", ".join(sorted(map(str, found))) or "none"
-    return PipelineError(f"{where} has no field {field!r}; found: {names}; set corpus.text_field to one of them")
+    return PipelineError(f"{where} has no field {field!r}; found: {names}; set {setting} to one of them")
 
 
 def _line(error: BaseException) -> str:

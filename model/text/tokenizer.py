@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from model.errors import PipelineError
 from model.settings import TokenizerSettings
+from model.text.chat import TEMPLATE
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 SPECIALS = (END_OF_TEXT, PAD)
@@ -32,8 +33,17 @@ Ids = npt.NDArray[np.uint32]
 def train_tokenizer(settings: TokenizerSettings, texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Train on `texts`: merges up to vocab_size for "bpe", the characters that occur for "char" (vocab_size unused).
 
+    "pretrained" takes the tokenizer of the checkpoint in `settings.path` as it is. With `settings.chat` it carries the
+    chat template of `model/text/chat.py`.
     Raises PipelineError where the texts do not hold enough pairs that occur twice to reach vocab_size.
     """
+    made = load_tokenizer(Path(settings.path)) if settings.kind == "pretrained" else _train(settings, texts)
+    if settings.chat:
+        made.chat_template = TEMPLATE
+    return made
+
+
+def _train(settings: TokenizerSettings, texts: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer = _train_bpe(settings.vocab_size, texts) if settings.kind == "bpe" else _characters(texts)
     tokenizer.add_special_tokens(list(SPECIALS))
     return PreTrainedTokenizerFast(

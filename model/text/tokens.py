@@ -24,6 +24,7 @@ import torch
 from model.errors import PipelineError, full_disk_as_error
 from model.progress import Log, Progress, silent
 from model.settings import TokenizerSettings
+from model.text.chat import response_start
 from model.text.corpus import CorpusSummary, read_documents, read_summary
 from model.text.tokenizer import SPECIALS, FastEncoder, even_sample, token_bytes, train_tokenizer
 
@@ -103,8 +104,9 @@ def build_tokenized_dataset(
         for split in ("validation", "train"):  # the short one first: it is the one that may be too short
             texts = read_documents(corpus_dir, split)
             total = getattr(corpus, f"{split}_documents")
+            stem, end = output_dir / split, tokenizer.eos_token_id
             splits[split] = encode_split(
-                encoder, texts, output_dir / split, tokenizer.eos_token_id, len(spelled), dtype, total, log
+                encoder, texts, stem, end, len(spelled), dtype, total, log, conversations=settings.chat
             )
             _check_split(split, splits[split], byte_counts, settings, corpus, corpus_dir)
         encoding_seconds = time.perf_counter() - started
@@ -146,31 +148,41 @@ def encode_split(
     dtype: npt.DTypeLike,
     total_documents: int | None = None,
     log: Log = silent,
+    *,
+    conversations: bool = False,
 ) -> SplitTokens:
-    """Encode documents on all cores and write `{stem}.bin` and `{stem}.documents.npy`, in the order of `texts`."""
+    """Encode documents on all cores and write `{stem}.bin` and `{stem}.documents.npy`, in the order of `texts`.
+
+    conversations: documents are of the form of `model/text/chat.py`; what comes before the response is encoded apart, as
+    it is when the model is asked, and `{stem}.responses.npy` (int64) says at which token each response starts.
+    Raises PipelineError for a document that is no conversation.
+    """
     progress = Progress(log, f"encoding {stem.name}", total_documents, "documents")
-    offsets = array("q", [0])
+    offsets, responses = array("q", [0]), array("q")
     counts = np.zeros(vocab_size, np.int64)
 
-    def encode(batch: list[str]) -> tuple[npt.NDArray[Any], list[int]]:
-        parts, lengths = [], []
+    def encode(batch: list[str]) -> tuple[npt.NDArray[Any], list[int], list[int]]:
+        parts, lengths, prompts = [], [], []
         for text in batch:
-            ids = encoder.encode(text)
-            parts += [ids, end]
-            lengths.append(len(ids) + 1)
-        return np.concatenate(parts).astype(dtype), lengths
+            start = _response_start(text) if conversations else 0
+            prompt, ids = encoder.encode(text[:start]), encoder.encode(text[start:])
+            parts += [prompt, ids, end]
+            lengths.append(len(prompt) + len(ids) + 1)
+            prompts.append(len(prompt))
+        return np.concatenate(parts).astype(dtype), lengths, prompts
 
-    def write(future: Future[tuple[npt.NDArray[Any], list[int]]], file: BinaryIO) -> None:
-        ids, lengths = future.result()
+    def write(future: Future[tuple[npt.NDArray[Any], list[int], list[int]]], file: BinaryIO) -> None:
+        ids, lengths, prompts = future.result()
         file.write(ids.data)
         np.add(counts, np.bincount(ids, minlength=vocab_size), out=counts)
-        for length in lengths:
+        for length, prompt in zip(lengths, prompts, strict=True):
+            responses.append(offsets[-1] + prompt)
             offsets.append(offsets[-1] + length)
         progress.advance(len(lengths))
 
     end = np.array([end_of_text], np.uint32)
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pending: deque[Future[tuple[npt.NDArray[Any], list[int]]]] = deque()
+    pending: deque[Future[tuple[npt.NDArray[Any], list[int], list[int]]]] = deque()
     with stem.with_name(f"{stem.name}.bin").open("wb") as file, ThreadPoolExecutor(workers) as pool:
         for batch in _batches(texts):
             pending.append(pool.submit(encode, batch))
@@ -179,7 +191,19 @@ def encode_split(
         while pending:
             write(pending.popleft(), file)
     _save(stem.with_name(f"{stem.name}.documents.npy"), np.frombuffer(offsets, np.int64))
+    if conversations:
+        _save(stem.with_name(f"{stem.name}.responses.npy"), np.frombuffer(responses, np.int64))
     return SplitTokens(offsets[-1], len(offsets) - 1, counts)
+
+
+def _response_start(text: str) -> int:
+    try:
+        return response_start(text)
+    except ValueError as error:
+        raise PipelineError(
+            f"tokenizer.chat is true, but a document of the corpus is {error} ({text[:40]!r}...): expected prompts and "
+            "responses, set corpus.response_field"
+        ) from error
 
 
 def count_windows(tokens: int, sequence_length: int) -> int:
@@ -192,6 +216,9 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     Item i is {"input_ids": int64 (T,), "labels": the same}; the model shifts labels itself. Neighbours share one token,
     so every token of the windows but the first is predicted exactly once; up to T - 2 tokens at the end are left out.
+    Conversations (`responses`, the token at which each document's response starts; None for other text) are packed whole:
+    a window starts with one and takes as many as fit, and labels are -100 wherever no response of those is: only what
+    the assistant says is learned, its end-of-text token included. Of one longer than T, the first T tokens count.
     tokens: memory-mapped ids, shape (N,). byte_counts: bytes each id stands for, 0 for specials, shape (V,).
     document_offsets: start of each document in `tokens`, and the end.
     """
@@ -212,16 +239,43 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self.tokens = np.memmap(path, dtype, "r")
         if len(self.tokens) < sequence_length:
             raise PipelineError(_too_short(split, len(self.tokens), sequence_length))
+        responses = dataset_dir / f"{split}.responses.npy"
+        self.responses = np.load(responses) if responses.is_file() else None
+        self._first_documents = None if self.responses is None else _packed(self.document_offsets, sequence_length)
 
     def __len__(self) -> int:
+        if self._first_documents is not None:
+            return len(self._first_documents) - 1
         return count_windows(len(self.tokens), self.sequence_length)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
+        if self._first_documents is not None:
+            return self._conversations(index % len(self))
         start = index % len(self) * (self.sequence_length - 1)
         ids_T = torch.from_numpy(self.tokens[start : start + self.sequence_length].astype(np.int64))
         return {"input_ids": ids_T, "labels": ids_T.clone()}
+
+    def documents(self, index: int) -> range:
+        """The conversations in window `index`."""
+        assert self._first_documents is not None
+        first, beyond = self._first_documents[index : index + 2]
+        return range(int(first), int(beyond))
+
+    def _conversations(self, index: int) -> dict[str, torch.Tensor]:
+        assert self.responses is not None
+        documents = self.documents(index)
+        start = int(self.document_offsets[documents[0]])
+        ids_T = torch.from_numpy(self.tokens[start : start + self.sequence_length].astype(np.int64))
+        labels_T = torch.full_like(ids_T, -100)
+        for document in documents:
+            low, high = self.responses[document] - start, self.document_offsets[document + 1] - start
+            labels_T[low:high] = ids_T[low:high]
+        # The last window may reach the end of the split: what follows no label needs is any token at all.
+        missing = self.sequence_length - len(ids_T)
+        pad = torch.nn.functional.pad
+        return {"input_ids": pad(ids_T, (0, missing)), "labels": pad(labels_T, (0, missing), value=-100)}
 
     def __reduce__(self) -> tuple[type["TokenDataset"], tuple[Path, str, int]]:
         # A worker process opens the files again; pickling the map would send it the whole split.
@@ -230,6 +284,16 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def text_bytes(self, start: int, stop: int) -> bytes:
         """The exact bytes of text that tokens `start` to `stop` stand for."""
         return b"".join(self._token_bytes[number] for number in self.tokens[start:stop])
+
+
+def _packed(offsets: npt.NDArray[np.int64], sequence_length: int) -> npt.NDArray[np.int64]:
+    """First document of each window, and the number of documents: as many whole ones as fit, at least one."""
+    firsts, first = [0], 0
+    while first < len(offsets) - 1:
+        beyond = int(np.searchsorted(offsets, offsets[first] + sequence_length, side="right")) - 1
+        first = max(beyond, first + 1)
+        firsts.append(first)
+    return np.array(firsts, np.int64)
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

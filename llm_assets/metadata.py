@@ -79,6 +79,11 @@ def fenced(text: str, language: str = "") -> str:
     return f"{fence}{language}\n{cut.rstrip()}\n{fence}"
 
 
+def text(path: Path) -> dg.MarkdownMetadataValue:
+    """A Markdown file, cut to a length that an event can carry; its end is kept, where the newest stands."""
+    return dg.MetadataValue.md(path.read_text(encoding="utf-8")[-TEXT_CHARACTERS:] or "none")
+
+
 def samples(texts: Mapping[str, str]) -> dg.MarkdownMetadataValue:
     """What the model wrote, each prompt with its continuation as a block."""
     return dg.MetadataValue.md("\n\n".join(fenced(prompt + text) for prompt, text in texts.items()) or "none")

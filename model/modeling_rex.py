@@ -31,6 +31,58 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_rex import RexConfig
 
 
+class _ScaledRMSNorm(torch.autograd.Function):
+    """RMSNorm with its weight, forward and backward written out: PyTorch composes it of many passes on a processor."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        norm = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x_BTD.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x_BTD, weight_D, scale)
+        return (x_BTD * scale).mul_(weight_D)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        x_BTD, weight_D, scale = ctx.saved_tensors
+        product_BTD = grad_BTD * x_BTD
+        rows, size = product_BTD.view(-1, x_BTD.shape[-1]), x_BTD.shape[-1]
+        # d weight = sum over rows of grad * x * scale, and d scale needs grad * x weighted: two small products.
+        grad_weight_D = torch.mv(rows.t(), scale.reshape(-1))
+        dot = torch.mv(rows, weight_D).view_as(scale)
+        along = dot.mul_(scale.pow(3)).div_(-size)
+        return (grad_BTD * weight_D).mul_(scale).addcmul_(x_BTD, along), grad_weight_D, None
+
+
+class _Rotate(torch.autograd.Function):
+    """`rotate`, whose backward is the turn by the opposite angle, without the copies of `cat` and its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BHTK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(cos, sin)
+        return _turned(x_BHTK, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BHTK: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return _turned(grad_BHTK, cos, sin, -1.0), None, None
+
+
+def _turned(x_BHTK: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    out_BHTK = torch.empty_like(x_BHTK)
+    (a, b), (c, d) = x_BHTK.chunk(2, dim=-1), out_BHTK.chunk(2, dim=-1)
+    torch.mul(a, cos, out=c).addcmul_(b, sin, value=-direction)
+    torch.mul(b, cos, out=d).addcmul_(a, sin, value=direction)
+    return out_BHTK
+
+
+def _writes_out_gradients(module: nn.Module, x: Tensor) -> bool:
+    """Whether a training takes the two functions above. Compilers and GPU kernels do better than they do.
+
+    Not a question of whether gradients are due: recomputed activations must be those of the first time.
+    """
+    return module.training and x.dtype == torch.float32 and not x.is_cuda and not torch.compiler.is_compiling()
+
+
 class RexRMSNorm(nn.Module):
     """Root mean square normalization (https://arxiv.org/abs/1910.07467); statistics in float32, as in Llama and GLM-4.
 
@@ -45,6 +97,8 @@ class RexRMSNorm(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Normalize the last dimension; shape and dtype stay."""
+        if _writes_out_gradients(self, x_BTD):
+            return _ScaledRMSNorm.apply(x_BTD, self.weight, self.eps)
         normed_BTD = functional.rms_norm(x_BTD.float(), (x_BTD.shape[-1],), None, self.eps)
         return self.weight * normed_BTD.to(x_BTD.dtype)
 
@@ -166,7 +220,8 @@ class RexAttention(nn.Module):
         key_BGTK = self.k_proj(hidden_states).view(heads).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         cos, sin = (part.unsqueeze(1) for part in position_embeddings)
-        query_BHTK, key = rotate(query_BHTK, cos, sin), rotate(key_BGTK, cos, sin)
+        turn = _Rotate.apply if _writes_out_gradients(self, query_BHTK) else rotate
+        query_BHTK, key = turn(query_BHTK, cos, sin), turn(key_BGTK, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -344,7 +399,13 @@ class RexModel(RexPreTrainedModel):
 
 
 class RexForCausalLM(RexPreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """REX with a language-model head, tied to the embedding unless the configuration says otherwise."""
+    """REX with a language-model head, tied to the embedding unless the configuration says otherwise.
+
+    linear_loss: (hidden states (B, T, D), head weights (V, D), labels (B, T), num_items_in_batch) to the loss. None takes
+    transformers' loss on whole logits; a training sets one that never holds them.
+    """
+
+    linear_loss: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
@@ -375,6 +436,7 @@ class RexForCausalLM(RexPreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
         labels: (B, T), the input ids, shifted here; -100 is left out. The loss is nats per predicted token, or their sum
         over `num_items_in_batch` where the Trainer passes that. The other arguments: `RexModel.forward`.
+        With labels and `linear_loss` set, there are no logits.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -385,9 +447,13 @@ class RexForCausalLM(RexPreTrainedModel, GenerationMixin):  # type: ignore[misc]
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
+        loss = logits = None
+        if labels is not None and self.linear_loss is not None:
+            items = kwargs.get("num_items_in_batch")
+            loss = self.linear_loss(outputs.last_hidden_state, self.lm_head.weight, labels, items)
+        else:
+            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        if labels is not None and logits is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,

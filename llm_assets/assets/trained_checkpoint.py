@@ -17,7 +17,7 @@ from llm_assets.stage import stage
     **COMMON,
     group_name="model",
     kinds={"pytorch", "huggingface"},
-    code_version="1",
+    code_version="2",
     check_specs=checks.specs("trained_checkpoint"),
     pool="device",
     retry_policy=dg.RetryPolicy(max_retries=1, delay=10),  # continues at the last checkpoint
@@ -43,10 +43,11 @@ def trained_checkpoint(
                 "device": summary.device,
                 "loss_curve": show.picture(work.output / "loss.png"),
                 "samples": show.samples(summary.samples),
+                "progress": show.text(work.output / "progress.md"),
             },
             [checks.beats_yardsticks(summary.validation_loss, summary.bits_per_byte, measured)],
         )
-        for name in ("loss.png", "README.md", "curves.json"):
+        for name in ("loss.png", "README.md", "curves.json", "progress.md"):
             work.tracked.log_artifact(work.output / name)
         work.register(
             bits_per_byte=summary.bits_per_byte,

@@ -1,6 +1,7 @@
 """TrainingSettings as transformers.TrainingArguments: what is ours, what passes through, what is refused."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ _FIXED = frozenset(
         "resume_from_checkpoint",
     }
 )
+
+
+def _distributed(device: torch.device) -> dict[str, Any]:
+    """Options of a training of several processes: transformers refuses the backend in one that is alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return {}
+    return {"ddp_backend": "nccl" if device.type == "cuda" else "gloo", "ddp_find_unused_parameters": False}
 
 
 def training_arguments(
@@ -86,6 +94,7 @@ def training_arguments(
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": device.type == "cuda",
+        **_distributed(device),
         **settings.arguments,
     }
     try:

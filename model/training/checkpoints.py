@@ -1,7 +1,8 @@
 """Checkpoints of a training that is under way: complete or not there, so that a kill at any moment loses nothing.
 
-A checkpoint is written under `incomplete/`, flushed to disk, and moved into place with one rename; removing one starts
-with a rename back. What is in `incomplete/` is never read. `run.json` says which training the folder belongs to.
+A checkpoint is written under `incomplete/`, flushed to disk, marked `committed`, and moved into place with one rename;
+removing one starts with a rename back. What is in `incomplete/` or lacks the marker is never read. `run.json` says which
+training the folder belongs to.
 """
 
 import json
@@ -16,6 +17,9 @@ from transformers.trainer_callback import TrainerState
 from model.errors import PipelineError
 
 STATE = "trainer_state.json"
+LOSS_SUM = "loss_sum.json"
+"""The sums of losses, one a process, since the last log line, and that line's step: the Trainer keeps them in memory."""
+COMMITTED = "committed"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -31,7 +35,7 @@ def checkpoint_dir(scratch_dir: Path, step: int) -> Path:
 
 def steps_saved(scratch_dir: Path) -> list[int]:
     """Steps with a complete checkpoint, oldest first."""
-    names = (_NAME.fullmatch(path.name) for path in scratch_dir.glob("checkpoint-*") if (path / STATE).is_file())
+    names = (_NAME.fullmatch(path.name) for path in scratch_dir.glob("checkpoint-*") if (path / COMMITTED).is_file())
     return sorted(int(name[1]) for name in names if name)
 
 
@@ -46,14 +50,25 @@ def last_good(scratch_dir: Path) -> str:
 def commit(scratch_dir: Path, step: int) -> None:
     """Make the staged checkpoint of `step` count: flush its files, then rename the folder into place."""
     staged = staging(scratch_dir) / f"checkpoint-{step}"
-    for path in [*staged.iterdir(), staged]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    for path in staged.iterdir():
+        _flush(path)
+    # Last and after the others: on storage where a rename is not one act (an object store), the marker is what counts.
+    (staged / COMMITTED).touch()
+    _flush(staged / COMMITTED)
+    _flush(staged)
     final = checkpoint_dir(scratch_dir, step)
     if final.exists():
         shutil.rmtree(final)
     staged.rename(final)
+    _flush(scratch_dir)  # the rename itself
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def prune(scratch_dir: Path, keep: int, best_step: int | None) -> None:

@@ -1,34 +1,41 @@
 """The training loop: transformers' Trainer with this project's optimizer, data order, evaluation and checkpoints.
 
 What differs from the stock Trainer, and why: windows come in an order that depends on the seed alone (a resumed run
-skips to its place without reading data); evaluation gives bits per byte; a checkpoint appears complete or not at all;
-a loss that is not finite stops the run before anything is saved.
+skips to its place without reading data); evaluation gives bits per byte; a checkpoint appears complete or not at all,
+and holds the sum of losses that the next log line will report; a termination waits for the end of the step and saves
+first; a loss that is not finite stops the run before anything is saved.
 """
 
+import json
 import math
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
-from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 
 from model.errors import PipelineError
 from model.evaluation import evaluate
+from model.modeling_rex import RexForCausalLM
 from model.progress import Log, format_duration
 from model.settings import TrainingSettings
 from model.text.tokens import TokenDataset
-from model.training import checkpoints
+from model.training import checkpoints, failures
+from model.training.loss import linear_cross_entropy
 from model.training.optimizer import build_optimizer, warmup_stable_decay
+from model.training.signals import DeferredSignals, deferred_signals
+from model.training.throughput import flops_per_token, peak_memory_bytes
 
 OnMetrics = Callable[[int, dict[str, float]], None]
 
@@ -58,7 +65,7 @@ class WindowSampler(Sampler[int]):
 def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Stack windows to (B, T). No attention_mask and no position_ids: with either, flash attention is lost."""
     input_ids_BT = torch.stack([item["input_ids"] for item in items])
-    return {"input_ids": input_ids_BT, "labels": input_ids_BT}
+    return {"input_ids": input_ids_BT, "labels": torch.stack([item["labels"] for item in items])}
 
 
 class RexTrainer(Trainer):  # type: ignore[misc]
@@ -66,7 +73,7 @@ class RexTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: RexForCausalLM,
         arguments: TrainingArguments,
         settings: TrainingSettings,
         datasets: tuple[TokenDataset, TokenDataset],
@@ -74,17 +81,22 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         *,
         log: Log,
         on_metrics: OnMetrics | None,
-        sample: Callable[[PreTrainedModel], str] | None,
+        sample: Callable[[RexForCausalLM], str] | None,
+        peak_flops: float,
     ) -> None:
-        """datasets: training and validation. sample: a short text of the model, logged at each evaluation."""
+        """datasets: training and validation. sample: a short text of the model, logged at each evaluation.
+
+        peak_flops: what `model_flops_utilization` is a share of, in FLOP/s of one process.
+        """
         self.settings, self.scratch_dir = settings, scratch_dir
         self._log_line, self._on_metrics, self._sample = log, on_metrics, sample
         train_dataset, self.validation = datasets
-        self._network, self._train_windows = model, len(train_dataset)
+        self._network, self._train = model, train_dataset
+        model.linear_loss = partial(linear_cross_entropy, z_loss=settings.z_loss)
         callbacks: list[TrainerCallback] = []
         if settings.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
-        callbacks.append(_Schedule(settings))
+        callbacks += [_Schedule(settings), _Bookkeeping(self)]
         super().__init__(
             model=model,
             args=arguments,
@@ -95,6 +107,9 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         )
         self.remove_callback(PrinterCallback)  # it prints every log to stdout
         self._tokens_per_step = self.get_total_train_batch_size(arguments) * train_dataset.sequence_length
+        self._flops_per_token = flops_per_token(model, train_dataset.sequence_length)
+        self._peak_flops = peak_flops * arguments.world_size
+        self.interrupts = DeferredSignals()
         self.trained_s = 0.0
         """Seconds of optimizer steps in this process: no evaluation, no saving."""
         self._last_line_s = self._last_log_s = self._started_s = time.monotonic()
@@ -105,7 +120,12 @@ class RexTrainer(Trainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         samples = self.args.max_steps * self.get_total_train_batch_size(self.args)
-        return WindowSampler(self._train_windows, samples, self.args.seed)
+        return WindowSampler(len(self._train), samples, self.args.seed)
+
+    def _windows(self, step: int) -> list[int]:
+        """Windows of the whole batch of the 1-based `step`, over all processes."""
+        batch = self.get_total_train_batch_size(self.args)
+        return list(islice(iter(self._get_train_sampler()), (step - 1) * batch, step * batch))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer of `settings.optim`."""
@@ -142,14 +162,17 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         )
         step = self.state.global_step
         if not math.isfinite(result.loss):
-            raise self._diverged("validation loss", result.loss)
+            raise failures.diverged("validation loss", result.loss, step, [], self.settings, self.scratch_dir)
         metrics = {"eval_loss": result.loss, "bits_per_byte": result.bits_per_byte}
-        text = f", {self._sample(self._network)!r}" if self._sample is not None and step else ""
+        text = self._sample(self._network) if self._sample is not None and step and self.args.should_save else ""
         self._log_line(
-            f"step {step:,}: validation loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte{text}"
+            f"step {step:,}: validation loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte"
+            + (f", {text!r}" if text else "")
         )
         self._paused_s += time.monotonic() - started
         self.log(metrics)
+        if text:
+            self.state.log_history[-1]["sample"] = text  # type: ignore[assignment]  # JSON; typed as numbers
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         # A run that stops early ends with a checkpoint that says so: continued after a kill, it stays stopped.
         self.control.should_save = self.control.should_save or self.control.should_training_stop
@@ -168,8 +191,17 @@ class RexTrainer(Trainer):  # type: ignore[misc]
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / checkpoints.STATE))
             self._first_step = self._last_log_step = state.global_step
             self._earlier_s = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
+        self._resumed_from = resume_from_checkpoint
         self._started_s = self._last_log_s = time.monotonic()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with deferred_signals() as self.interrupts:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def restore_loss_sum(self) -> None:
+        """Take up the sum of losses since the last log line where the checkpoint left it."""
+        if isinstance(self._resumed_from, str):
+            held = json.loads((Path(self._resumed_from) / checkpoints.LOSS_SUM).read_text())
+            self._tr_loss = torch.tensor(held["sums"][self.args.process_index], device=self.args.device)
+            self._globalstep_last_logged = held["last_logged_step"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add one entry to the history, and pass it to `on_metrics` and, now and then, to the log."""
@@ -178,7 +210,11 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         now, step = time.monotonic(), self.state.global_step
         if "loss" in logs:
             busy_s = now - self._last_log_s - self._paused_s
-            logs["tokens_per_second"] = (step - self._last_log_step) * self._tokens_per_step / max(busy_s, 1e-9)
+            tokens_per_second = (step - self._last_log_step) * self._tokens_per_step / max(busy_s, 1e-9)
+            logs["tokens_per_second"] = tokens_per_second
+            logs["model_flops_per_second"] = tokens_per_second * self._flops_per_token
+            logs["model_flops_utilization"] = logs["model_flops_per_second"] / self._peak_flops
+            logs["peak_memory_bytes"] = peak_memory_bytes(self.args.device)
             self.trained_s += busy_s
             self._last_log_s, self._paused_s, self._last_log_step = now, 0.0, step
         logs["seconds"] = self._earlier_s + now - self._started_s
@@ -206,14 +242,15 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _diverged(self, what: str, value: float) -> PipelineError:
-        settings = self.settings
-        rates = f"training.learning_rate ({settings.learning_rate:g})"
-        if settings.optim == "muon":
-            rates += f" or training.muon_learning_rate ({settings.muon_learning_rate:g})"
-        return PipelineError(
-            f"{what} is {value} at step {self.state.global_step}: expected a finite number; "
-            f"{checkpoints.last_good(self.scratch_dir)}; lower {rates}"
-        )
+        step = self.state.global_step
+        documents = failures.documents_of(self._train, self._windows(step))
+        return failures.diverged(what, value, step, documents, self.settings, self.scratch_dir)
+
+    def stop(self, step: int) -> None:
+        """Pass on the termination that was held back: the checkpoint of `step` is written."""
+        self._log_line(f"stopping after a signal: step {step:,} is saved")
+        self.interrupts.deliver()
+        raise KeyboardInterrupt(f"stopped by a signal after step {step}")  # another process's signal, or a mild handler
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -224,17 +261,21 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         started, step = time.monotonic(), self.state.global_step
         try:
             super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()  # each process of a distributed run adds its random state
+            sums = [self._tr_loss.item()]
+            if dist.is_initialized():  # the barrier as well: each process has added its random state
+                sums = [0.0] * self.args.world_size
+                dist.all_gather_object(sums, self._tr_loss.item())
             if self.args.should_save:
+                held = {"sums": sums, "last_logged_step": self._globalstep_last_logged}
+                staged = checkpoints.staging(self.scratch_dir) / f"checkpoint-{step}"
+                (staged / checkpoints.LOSS_SUM).write_text(json.dumps(held))
                 checkpoints.commit(self.scratch_dir, step)
                 checkpoints.prune(self.scratch_dir, self.settings.save_total_limit, self.state.best_global_step)
         except (OSError, RuntimeError, SafetensorError) as error:
             if type(error) is RuntimeError and "PytorchStreamWriter" not in str(error):  # torch.save on a full disk
                 raise
             shutil.rmtree(checkpoints.staging(self.scratch_dir), ignore_errors=True)
-            raise _cannot_write(
-                f"checkpoint-{step}", self.scratch_dir, error, checkpoints.last_good(self.scratch_dir)
-            ) from error
+            raise failures.cannot_write(step, self.scratch_dir, error) from error
         self._paused_s += time.monotonic() - started
 
 
@@ -249,24 +290,38 @@ class _Schedule(TrainerCallback):  # type: ignore[misc]
     ) -> TrainerControl:
         if state.global_step in self._evaluate_at:
             control.should_evaluate = True
-        # Logging empties the sum of losses, which a checkpoint does not hold: a resumed run must start with an empty one.
         if control.should_evaluate or control.should_save:
             control.should_log = True
         return control
 
 
-def _cannot_write(what: str, directory: Path, error: Exception, state: str) -> PipelineError:
-    """The one-line error for a disk that takes no more; `state` says what is left."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    free_mb = shutil.disk_usage(directory if directory.exists() else directory.parent).free / 1e6
-    return PipelineError(
-        f"cannot write {what} to {directory}: {reason} ({free_mb:,.0f} MB free); {state}; free space and run again"
-    )
+class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
+    """Takes up what a checkpoint held, and saves at the end of the step in which a termination arrived."""
 
+    def __init__(self, trainer: RexTrainer) -> None:
+        self._trainer = trainer
+        self._ends = False
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: by PyTorch on the GPU, or by this process (its resident set)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.restore_loss_sum()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        self._ends = self._trainer.interrupts.pending
+        # All processes save the same step, whichever got the signal first. On GPUs asking waits for the device.
+        if dist.is_initialized() and (args.device.type == "cpu" or state.global_step % args.logging_steps == 0):
+            ends = torch.tensor(int(self._ends), device=args.device)
+            dist.all_reduce(ends, dist.ReduceOp.MAX)
+            self._ends = bool(ends.item())
+        elif dist.is_initialized():
+            self._ends = False
+        # Nothing is logged for it: the curve is that of a run that nobody stopped.
+        control.should_save = control.should_save or self._ends
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._ends or (self._trainer.interrupts.pending and not dist.is_initialized()):
+            self._trainer.stop(state.global_step)

@@ -25,15 +25,21 @@ def orthogonalize(matrices_NRC: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrices, roughly: singular values end between 0.7 and 1.2 (Newton-Schulz).
 
     matrices_NRC: shape (N, R, C). Works in bfloat16 on a GPU, in the given precision elsewhere; returns that dtype.
+    The first step needs X X^T anyway, and the root of that product's norm bounds the largest singular value much more
+    closely than the norm of X does: 3.4 times for 128 equal ones, which is what one step gains.
     """
     a, b, c = COEFFICIENTS
     x_NRC = matrices_NRC.bfloat16() if matrices_NRC.is_cuda else matrices_NRC
     tall = x_NRC.size(-2) > x_NRC.size(-1)
     if tall:  # the product below is square in the first dimension: keep it the smaller one
         x_NRC = x_NRC.mT.contiguous()
+    # To a size of one first: the square of a large or small gradient would leave bfloat16's or float32's range.
     x_NRC = x_NRC / x_NRC.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
+    for step in range(steps):
         gram_NRR = x_NRC @ x_NRC.mT
+        if step == 0:
+            bound = gram_NRR.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-14)
+            x_NRC, gram_NRR = x_NRC / bound.sqrt(), gram_NRR / bound
         update_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
         x_NRC = torch.baddbmm(x_NRC, update_NRR, x_NRC, beta=a)
     return x_NRC.mT if tall else x_NRC
@@ -148,7 +154,11 @@ def build_optimizer(model: PreTrainedModel, settings: TrainingSettings) -> MuonA
 
     Its first group has the base learning rate `settings.learning_rate`: that is the one the schedule reports.
     """
-    return MuonAdamW(parameter_groups(model, settings), betas=(settings.adam_beta1, settings.adam_beta2))
+    return MuonAdamW(
+        parameter_groups(model, settings),
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        newton_schulz_steps=settings.newton_schulz_steps,
+    )
 
 
 def warmup_stable_decay(step: int, *, warmup_steps: int, decay_steps: int, max_steps: int) -> float:

@@ -21,6 +21,8 @@ CLOCK = frozenset(
         "seconds",
         "tokens_per_second",
         "model_flops_per_second",
+        "model_flops_utilization",
+        "matmul_peak_flops",
         "peak_memory_bytes",
         "resumed_from_step",
     }
@@ -84,15 +86,27 @@ def write_outputs(
         (output_dir / "model.safetensors").chmod(0o644)  # safetensors leaves it readable to its owner alone
         tokenizer.save_pretrained(output_dir)
         _write_json(output_dir / "curves.json", [_without_clock(entry) for entry in history])
+        (output_dir / "progress.md").write_text(progress(history), encoding="utf-8")
         _write_json(output_dir / "samples.json", summary.samples)
         _write_json(output_dir / "summary.json", _without_clock(dataclasses.asdict(summary)))
         (output_dir / "README.md").write_text(model_card(settings, model, summary, dataset_dir), encoding="utf-8")
         plot_loss(history, output_dir / "loss.png", title=f"{settings.name}: loss")
 
 
+def progress(history: list[dict[str, Any]]) -> str:
+    """What the model wrote at each evaluation, as Markdown: it shows learning where a number does not."""
+    fence = "`" * 4
+    parts = [
+        f"Step {entry['step']:,}, {entry['bits_per_byte']:.4f} bits per byte:\n\n{fence}\n{entry['sample']}\n{fence}\n"
+        for entry in history
+        if "sample" in entry
+    ]
+    return "\n".join(parts)
+
+
 def _without_clock(record: dict[str, Any]) -> dict[str, Any]:
     """What depends on the data and the seed alone: the same training then gives the same files, and the same version."""
-    return {key: value for key, value in record.items() if key not in CLOCK}
+    return {key: value for key, value in record.items() if key not in CLOCK and key != "sample"}
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -6,13 +6,14 @@ validation split, and writes weights, tokenizer, custom code, model card, curves
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file
 from transformers.trainer_callback import TrainerState
@@ -29,8 +30,10 @@ from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset
 from model.training import checkpoints
 from model.training.arguments import training_arguments
-from model.training.loop import OnMetrics, RexTrainer, peak_memory_bytes
+from model.training.failures import is_out_of_memory, out_of_memory
+from model.training.loop import OnMetrics, RexTrainer
 from model.training.outputs import sample_texts, write_outputs
+from model.training.throughput import flops_per_token, matmul_peak, peak_memory_bytes
 
 
 @dataclass
@@ -47,6 +50,10 @@ class TrainingSummary:
     """In optimizer steps: without evaluating and saving."""
     model_flops_per_second: float
     """tokens_per_second times `flops_per_token`."""
+    model_flops_utilization: float
+    """model_flops_per_second as a share of `matmul_peak_flops`, 0 to 1."""
+    matmul_peak_flops: float
+    """FLOP/s of a matrix product in the precision of the training, measured when it started (all processes together)."""
     train_loss: float
     """Mean over the last logged steps, nats per token."""
     validation_loss: float
@@ -75,8 +82,11 @@ def train(
 
     output_dir: becomes a Hugging Face checkpoint directory. on_metrics: called with (step, metrics) at every log.
     On the CPU a resumed run ends with the same bits as one in one go. `scratch_dir` is left for the caller to delete.
+    SIGTERM and SIGINT wait for the end of the step, save, and then do what they did before (signals.py).
+    Several processes: each calls this with the same arguments; RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say which it
+    is, whoever started it (torchrun, Ray Train). The first one writes and reports; the folders are shared by all.
     Raises PipelineError for a device that is not there, a dataset smaller than one batch, refused arguments, a loss
-    that is not finite, and a full disk; the last complete checkpoint then stays.
+    that is not finite, memory that does not suffice, and a full disk; the last complete checkpoint then stays.
     """
     device = resolve_device(settings.training.device)
     precision = resolve_precision(settings.training.precision, device)
@@ -97,7 +107,12 @@ def train(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    resume_step = checkpoints.open_scratch(scratch_dir, _identity(settings, dataset_dir))
+    writes = arguments.process_index == 0
+    if not writes:
+        log, on_metrics = silent, None
+    resume_step = _agreed(
+        lambda: checkpoints.open_scratch(scratch_dir, _identity(settings, dataset_dir, arguments.world_size))
+    )
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -107,13 +122,15 @@ def train(
             k + v for k, v in sample_texts(model, tokenizer, prompts, min(settings.training.sample_tokens, 24)).items()
         )
 
+    peak_flops = matmul_peak(device, precision)
     with _quiet_transformers():
         state, trained_s = _run(
-            settings, arguments, config, datasets, scratch_dir, resume_step, log, on_metrics, sample
+            settings, arguments, config, datasets, scratch_dir, resume_step, log, on_metrics, sample, peak_flops
         )
         best_step = state.best_global_step or state.global_step
         model = build_model(config, settings.training.seed)
         _load_weights(model, checkpoints.checkpoint_dir(scratch_dir, best_step))
+        _agreed(lambda: None)  # nobody deletes what another still reads
         model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
         log(f"validating the weights of step {best_step:,} on the whole validation split")
         result = evaluate(model, datasets[1], batch_size=settings.training.per_device_eval_batch_size, log=log)
@@ -127,6 +144,10 @@ def train(
             seconds=max(entry["seconds"] for entry in state.log_history),
             tokens_per_second=tokens_per_second,
             model_flops_per_second=tokens_per_second * flops_per_token(model, length),
+            model_flops_utilization=tokens_per_second
+            * flops_per_token(model, length)
+            / (peak_flops * arguments.world_size),
+            matmul_peak_flops=peak_flops * arguments.world_size,
             train_loss=[entry["loss"] for entry in state.log_history if "loss" in entry][-1],
             validation_loss=result.loss,
             bits_per_byte=result.bits_per_byte,
@@ -137,23 +158,9 @@ def train(
             device=device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
             samples=sample_texts(model, tokenizer, settings.training.sample_prompts, settings.training.sample_tokens),
         )
-        write_outputs(settings, model.cpu(), tokenizer, state.log_history, summary, dataset_dir, output_dir)
+        if writes:
+            write_outputs(settings, model.cpu(), tokenizer, state.log_history, summary, dataset_dir, output_dir)
     return summary
-
-
-def flops_per_token(model: RexForCausalLM, sequence_length: int) -> int:
-    """Floating point operations of forward and backward per token: 6 N + 6 L T H K.
-
-    N: parameters that are multiplied with (all but an untied input embedding); L layers, T tokens, H heads of size K.
-    The attention term counts the causal half of 12 L T H K (PaLM, appendix B).
-    """
-    config = model.config
-    assert config.head_dim is not None
-    multiplied = model.num_parameters()
-    if not config.tie_word_embeddings:
-        multiplied -= model.model.embed_tokens.weight.numel()
-    attention = config.num_hidden_layers * sequence_length * config.num_attention_heads * config.head_dim
-    return 6 * multiplied + 6 * attention
 
 
 def _run(
@@ -166,6 +173,7 @@ def _run(
     log: Log,
     on_metrics: OnMetrics | None,
     sample: Any,
+    peak_flops: float,
 ) -> tuple[TrainerState, float]:
     """The state after the last step, and the seconds of optimizer steps in this process."""
     newest = checkpoints.checkpoint_dir(scratch_dir, resume_step) if resume_step is not None else None
@@ -175,6 +183,8 @@ def _run(
         if checkpoints.is_finished(state):
             return state, 0.0
     model = build_model(config, settings.training.seed)
+    if settings.training.init_from:
+        _start_from(model, Path(settings.training.init_from))
     model.config.use_cache = False  # a cache per step would be filled and thrown away
     arguments.eval_on_start = newest is None
     log(
@@ -182,10 +192,40 @@ def _run(
         f"on {arguments.device.type} in {arguments.mixed_precision or 'no'} mixed precision"
     )
     trainer = RexTrainer(
-        model, arguments, settings.training, datasets, scratch_dir, log=log, on_metrics=on_metrics, sample=sample
+        model,
+        arguments,
+        settings.training,
+        datasets,
+        scratch_dir,
+        log=log,
+        on_metrics=on_metrics,
+        sample=sample,
+        peak_flops=peak_flops,
     )
-    trainer.train(resume_from_checkpoint=str(newest) if newest is not None else None)
-    return trainer.state, trainer.trained_s
+    try:
+        trainer.train(resume_from_checkpoint=str(newest) if newest is not None else None)
+        return trainer.state, trainer.trained_s
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Here and not in the handler: the traceback keeps the activations that did not fit.
+    raise out_of_memory(model, settings.training, datasets[0].sequence_length, bfloat16=arguments.bf16)
+
+
+def _agreed(decide: Callable[[], Any]) -> Any:
+    """What the first process decides, for all; a PipelineError of it is raised in all."""
+    if not dist.is_initialized():
+        return decide()
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [decide()]
+        except PipelineError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], PipelineError):
+        raise outcome[0]
+    return outcome[0]
 
 
 @contextmanager
@@ -202,6 +242,26 @@ def _quiet_transformers() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
+def _start_from(model: RexForCausalLM, checkpoint: Path) -> None:
+    """Take over the weights of an earlier training. Raises PipelineError where they are missing or of another shape."""
+    weights = checkpoint / "model.safetensors"
+    if not weights.is_file():
+        raise PipelineError(
+            f"training.init_from is {str(checkpoint)!r}: no model.safetensors there; name the folder of a trained checkpoint"
+        )
+    found = load_file(weights)
+    expected = dict(model.named_parameters())
+    for name in sorted({*found, *expected} - {"lm_head.weight"}):
+        old, new = (list(given[name].shape) if name in given else "missing" for given in (found, expected))
+        if old != new:
+            raise PipelineError(
+                f"training.init_from is {str(checkpoint)!r}: {name} is {old} there and {new} in this experiment; take the "
+                "model's shape over from it, and its tokenizer with tokenizer=pretrained tokenizer.path=FOLDER"
+            )
+    model.load_state_dict(found, strict=False)
+    model.tie_weights()
+
+
 def _load_weights(model: RexForCausalLM, checkpoint: Path) -> None:
     weights = checkpoint / "model.safetensors"
     if not weights.is_file():
@@ -212,15 +272,30 @@ def _load_weights(model: RexForCausalLM, checkpoint: Path) -> None:
         raise PipelineError(f"{weights} does not fit the model ({[*missing, *unexpected]}): delete {checkpoint.parent}")
 
 
-def _identity(settings: ExperimentSettings, dataset_dir: Path) -> dict[str, Any]:
+def _file_digest(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _identity(settings: ExperimentSettings, dataset_dir: Path, processes: int) -> dict[str, Any]:
     """Everything that decides the result of the training; the token files by their size and document boundaries."""
-    digest = hashlib.sha256()
-    for name in ("train.documents.npy", "validation.documents.npy", "token_bytes.npy"):
-        digest.update((dataset_dir / name).read_bytes())
-    digest.update(str((dataset_dir / "train.bin").stat().st_size).encode())
+
+    def digest(*names: str) -> str:
+        found = hashlib.sha256()
+        for name in names:
+            found.update((dataset_dir / name).read_bytes())
+        return found.hexdigest()
+
     return {
         "model": dataclasses.asdict(settings.model),
         "training": dataclasses.asdict(settings.training),
         "sequence_length": settings.tokenizer.sequence_length,
-        "dataset": digest.hexdigest(),
+        "dataset": digest("train.documents.npy", "validation.documents.npy"),
+        "dataset_bytes": (dataset_dir / "train.bin").stat().st_size,
+        "tokenizer": digest("tokenizer/tokenizer.json"),
+        "init_from": _file_digest(Path(settings.training.init_from) / "model.safetensors"),
+        # A batch is shared out among the processes, and each has a random state of its own.
+        "processes": processes,
     }

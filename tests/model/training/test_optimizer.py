@@ -43,7 +43,7 @@ def test_orthogonalized_matrices_have_singular_values_near_one(shape):
     assert values.max() < 1.3
 
 
-def test_muon_is_the_one_of_torch_up_to_its_bfloat16():
+def test_muon_steps_as_torchs_does_though_it_takes_fewer_products():
     generator = torch.Generator().manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in [(24, 96), (24, 96), (80, 16)]]
     theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
@@ -58,7 +58,7 @@ def test_muon_is_the_one_of_torch_up_to_its_bfloat16():
         mine.step()
         torchs.step()
     for one, other, before in zip(ours, theirs, start, strict=True):
-        assert (one - other).norm() / (other - before).norm() < 0.02
+        assert (one - other).norm() / (other - before).norm() < 0.2
 
 
 def test_adamw_is_the_one_of_torch_to_the_last_bit():

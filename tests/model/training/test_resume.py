@@ -1,3 +1,4 @@
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,22 @@ torch.save = save_and_die
 on_metrics = None
 """
 
+KILLED_BEFORE_A_FINISHED_CHECKPOINT_COUNTS = """
+rename = Path.rename
+def die_instead(path, target):
+    if path.name == "checkpoint-5":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(path, target)
+Path.rename = die_instead
+on_metrics = None
+"""
+
+TERMINATED = """
+def on_metrics(step, metrics):
+    if step == 6:  # before the checkpoint of step 8; steps 7 and 8 are in one line of the log
+        os.kill(os.getpid(), signal.SIGTERM)
+"""
+
 CHILD = """
 import os, signal, sys
 from pathlib import Path
@@ -56,16 +73,21 @@ def assert_same_result(output_dir: Path, expected_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     ("sabotage", "resumed_from"),
-    [(KILLED_BETWEEN_CHECKPOINTS, 5), (KILLED_WHILE_WRITING_THE_SECOND_CHECKPOINT, 4)],
-    ids=["between checkpoints", "while writing a checkpoint"],
+    [
+        (KILLED_BETWEEN_CHECKPOINTS, 5),
+        (KILLED_WHILE_WRITING_THE_SECOND_CHECKPOINT, 4),
+        (KILLED_BEFORE_A_FINISHED_CHECKPOINT_COUNTS, 4),
+        (TERMINATED, 7),
+    ],
+    ids=["between checkpoints", "while writing a checkpoint", "before a checkpoint counts", "terminated"],
 )
-def test_a_killed_run_resumes_bit_exact(uninterrupted, dataset_dir, tmp_path, sabotage, resumed_from):
+def test_a_run_that_a_signal_ended_resumes_bit_exact(uninterrupted, dataset_dir, tmp_path, sabotage, resumed_from):
     output, scratch = tmp_path / "output", tmp_path / "scratch"
     program = CHILD.format(sabotage=sabotage)
     arguments = [str(path) for path in (dataset_dir, output, scratch)]
     command = [sys.executable, "-c", program, *arguments]
     child = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
-    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert child.returncode == -(signal.SIGTERM if sabotage is TERMINATED else signal.SIGKILL), child.stderr
     summary = train(experiment(), dataset_dir, output, scratch)
     assert summary.resumed_from_step == resumed_from
     assert not checkpoints.staging(scratch).exists()
@@ -121,9 +143,26 @@ def test_scratch_of_another_training_is_refused_by_the_name_of_what_differs(data
         train(experiment(learning_rate=0.5), dataset_dir, tmp_path / "output", tmp_path / "scratch")
 
 
+def test_another_tokenizer_is_refused_by_name(dataset_dir, tmp_path):
+    train(experiment(max_steps=2), dataset_dir, tmp_path / "output", tmp_path / "scratch")
+    other = shutil.copytree(dataset_dir, tmp_path / "dataset")
+    file = other / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text() + "\n")
+    with pytest.raises(PipelineError, match=r"another training \(tokenizer differ\)"):
+        train(experiment(max_steps=2), other, tmp_path / "output", tmp_path / "scratch")
+
+
+def test_a_checkpoint_without_its_marker_does_not_count(tmp_path):
+    for step in (2, 4):
+        checkpoints.checkpoint_dir(tmp_path, step).mkdir()
+        (checkpoints.checkpoint_dir(tmp_path, step) / checkpoints.STATE).touch()
+    (checkpoints.checkpoint_dir(tmp_path, 2) / checkpoints.COMMITTED).touch()
+    assert checkpoints.steps_saved(tmp_path) == [2]
+
+
 def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
     for step in (2, 4, 6, 8):
         checkpoints.checkpoint_dir(tmp_path, step).mkdir()
-        (checkpoints.checkpoint_dir(tmp_path, step) / checkpoints.STATE).touch()
+        (checkpoints.checkpoint_dir(tmp_path, step) / checkpoints.COMMITTED).touch()
     checkpoints.prune(tmp_path, keep=2, best_step=2)
     assert checkpoints.steps_saved(tmp_path) == [2, 6, 8]

@@ -51,7 +51,9 @@ def test_every_log_reaches_the_caller_and_the_curves(run):
     curve = json.loads((output / "curves.json").read_text())
     assert curve == [{"step": step, **{k: v for k, v in values.items() if k not in CLOCK}} for step, values in metrics]
     training = [values for _, values in metrics if "loss" in values]
-    assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "seconds"} == set(training[0])
+    live = {"tokens_per_second", "model_flops_per_second", "model_flops_utilization", "peak_memory_bytes", "seconds"}
+    assert {"loss", "learning_rate", "grad_norm"} | live == set(training[0])
+    assert 0 < training[-1]["model_flops_utilization"] < 1
     assert any("bits per byte" in line for line in lines)
     assert any("tokens/s" in line and "left" in line for line in lines)
 
@@ -123,7 +125,8 @@ def test_accumulated_gradients_equal_one_large_batch(dataset_dir, tmp_path):
 def test_an_absurd_learning_rate_stops_the_run_before_anything_is_saved(dataset_dir, tmp_path):
     settings = experiment(learning_rate=1e38, muon_learning_rate=1e38)
     with pytest.raises(
-        PipelineError, match=r"is (nan|inf) at step \d+: .* no checkpoint was written yet; lower training.learning_rate"
+        PipelineError,
+        match=r"is (nan|inf) at step \d+.*: .* no checkpoint was written yet; lower training.learning_rate",
     ):
         train(settings, dataset_dir, tmp_path / "output", tmp_path / "scratch")
     assert not (tmp_path / "output").exists()
@@ -141,10 +144,44 @@ def test_poisoned_weights_stop_the_run_and_the_last_good_checkpoint_stays(datase
 
     monkeypatch.setattr(loop, "build_optimizer", lambda model, settings: Poisoned(parameter_groups(model, settings)))
     scratch = tmp_path / "scratch"
-    with pytest.raises(PipelineError, match=rf"training loss is nan at step 7: .*{scratch}/checkpoint-5; lower"):
+    with pytest.raises(
+        PipelineError,
+        match=rf"training loss is nan at step 7 on documents \d+.* of the train split: .*{scratch}/checkpoint-5; lower",
+    ):
         train(experiment(), dataset_dir, tmp_path / "output", scratch)
     for name, tensor in load_file(scratch / "checkpoint-5" / "model.safetensors").items():
         assert tensor.isfinite().all(), name
+
+
+@pytest.mark.parametrize(
+    ("room", "says"),
+    [
+        (
+            2,
+            r"is 8: out of memory on cpu; 2 would have fitted: set it to 2, and .*accumulation_steps to 8 for the same",
+        ),
+        (0, r"is 8: out of memory on cpu; one window does not fit either: lower tokenizer.sequence_length"),
+    ],
+)
+def test_out_of_memory_names_the_batch_that_would_have_fitted(dataset_dir, tmp_path, monkeypatch, room, says):
+    loss = loop.linear_cross_entropy
+
+    def in_little_memory(hidden_BTD, *args, **kwargs):
+        if len(hidden_BTD) > room:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 8 bytes")
+        return loss(hidden_BTD, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "linear_cross_entropy", in_little_memory)
+    settings = experiment(per_device_train_batch_size=8, gradient_accumulation_steps=2)
+    with pytest.raises(PipelineError, match=says):
+        train(settings, dataset_dir, tmp_path / "output", tmp_path / "scratch")
+
+
+def test_what_the_model_wrote_at_each_evaluation_is_kept(run):
+    output, _, metrics, _ = run
+    text = (output / "progress.md").read_text()
+    evaluated = [step for step, values in metrics if "eval_loss" in values and step]
+    assert [f"Step {step:,}," in text for step in evaluated] == [True] * len(evaluated)
 
 
 def test_a_disk_that_takes_no_more_is_one_line_and_the_last_checkpoint_stays(dataset_dir, tmp_path):
@@ -174,6 +211,7 @@ def test_a_disk_that_takes_no_more_is_one_line_and_the_last_checkpoint_stays(dat
         ({"arguments": {"learning_rate": 1}}, r"names 'learning_rate': set training.learning_rate itself"),
         ({"arguments": {"report_to": "all"}}, r"names 'report_to': the training loop fixes it"),
         ({"arguments": {"lr_scheduler_type": "steep"}}, r"refused by TrainingArguments: .*steep"),
+        ({"device": "cuda"}, r"training.device is 'cuda': PyTorch .* sees no GPU; set it to 'cpu' or 'auto'"),
         ({"precision": "float16"}, r"training.precision is 'float16' on the CPU"),
         ({"per_device_train_batch_size": 9999}, r"expected at least one batch \(9999 windows\)"),
     ],
@@ -198,7 +236,8 @@ def test_arguments_pass_through_to_the_trainer(dataset_dir, tmp_path):
 
 
 def test_a_batch_holds_ids_and_labels_and_no_mask():
-    batch = loop.collate([{"input_ids": torch.arange(4)}, {"input_ids": torch.arange(4)}])
+    window = {"input_ids": torch.arange(4), "labels": torch.arange(4)}
+    batch = loop.collate([window, window])
     assert set(batch) == {"input_ids", "labels"}
     assert batch["input_ids"].shape == (2, 4)
 

@@ -1,0 +1,65 @@
+"""What a training costs the machine: model FLOP/s, and the share of what its matrix multiplication reaches.
+
+Model FLOP/s utilization (MFU; PaLM, appendix B) = tokens/s * FLOPs per token / peak. The peak is measured, in the dtype
+of the run, on the machine of the run: a data sheet's number says little about two cores of a shared processor.
+"""
+
+import resource
+import sys
+import time
+
+import torch
+
+from model.devices import Precision
+from model.modeling_rex import RexForCausalLM
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def flops_per_token(model: RexForCausalLM, sequence_length: int) -> int:
+    """Floating point operations of forward and backward per token: 6 N + 6 L T H K.
+
+    N: parameters that are multiplied with (all but an untied input embedding); L layers, T tokens, H heads of size K.
+    The attention term counts the causal half of 12 L T H K (PaLM, appendix B).
+    """
+    config = model.config
+    assert config.head_dim is not None
+    multiplied = model.num_parameters()
+    if not config.tie_word_embeddings:
+        multiplied -= model.model.embed_tokens.weight.numel()
+    attention = config.num_hidden_layers * sequence_length * config.num_attention_heads * config.head_dim
+    return 6 * multiplied + 6 * attention
+
+
+def matmul_peak(device: torch.device, precision: Precision, *, size: int | None = None, rounds: int = 8) -> float:
+    """FLOP/s of a square matrix product in `precision` on `device`: the best of `rounds`.
+
+    size: rows and columns; 1,024 on a processor (0.01 s for each round on two cores), 8,192 on a GPU. bfloat16 on a
+    processor that emulates it is measured on fewer rows.
+    """
+    dtype = _DTYPES[precision]
+    if size is None:
+        size = 8192 if device.type == "cuda" else 1024 if precision == "float32" else 512
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        for _ in range(rounds):
+            _wait(device)
+            started = time.perf_counter()
+            torch.mm(a, a)
+            _wait(device)
+            best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: by PyTorch on the GPU, or by this process (its resident set)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,77 @@
+"""A short training whose losses are recorded: a change of the arithmetic that nobody meant does not pass unseen.
+
+After a change that is meant to alter the losses, record them again and say so in the commit:
+`python -m tests.model.training.test_golden`. The text is made here and the vocabulary is its characters, so that neither
+the Python version nor the tokenizer library has a part in it. Rounding differs between processors: with the vector units
+switched off (ATEN_CPU_CAPABILITY=default) or with two threads, a loss moved by at most 1e-7 of itself, a norm by 7e-7.
+"""
+
+import json
+import random
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from model.settings import CorpusSettings, ExperimentSettings, TokenizerSettings
+from model.text.corpus import build_corpus
+from model.text.tokens import build_tokenized_dataset
+from model.training.trainer import train
+from tests.model.training.tiny import experiment
+
+GOLDEN = Path(__file__).with_name("golden.json")
+TOLERANCE = 1e-5
+
+
+def settings(optim: str) -> ExperimentSettings:
+    """Everything that a step goes through: accumulation, clipping, z-loss, warm-up and decay; no dropout."""
+    made = experiment(
+        optim=optim,
+        max_steps=20,
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        eval_steps=10,
+        save_steps=20,
+        z_loss=1e-4,
+        sample_tokens=0,
+    )
+    made.model.attention_dropout = 0.0
+    return replace(made, tokenizer=TokenizerSettings(kind="char", sequence_length=64))
+
+
+def losses(optim: str, directory: Path) -> dict[str, list[float]]:
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(40)]
+    lines = [" ".join(draw.choices(words, k=9)) + ".\n" for _ in range(400)]
+    (directory / "text.txt").write_text("".join(lines))
+    corpus = CorpusSettings(
+        source="files", paths=[str(directory / "text.txt")], document_bytes=2048, split_by="position"
+    )
+    build_corpus(corpus, directory / "corpus")
+    build_tokenized_dataset(settings(optim).tokenizer, directory / "corpus", directory / "dataset")
+    train(settings(optim), directory / "dataset", directory / "output", directory / "scratch")
+    curve = json.loads((directory / "output" / "curves.json").read_text())
+    return {key: [entry[key] for entry in curve if key in entry] for key in ("loss", "eval_loss", "grad_norm")}
+
+
+@pytest.mark.parametrize("optim", ["muon", "adamw"])
+def test_the_losses_are_the_recorded_ones(optim, tmp_path):
+    recorded = json.loads(GOLDEN.read_text())[optim]
+    found = losses(optim, tmp_path)
+    for key, values in recorded.items():
+        tolerance = TOLERANCE if "loss" in key else 10 * TOLERANCE
+        assert found[key] == pytest.approx(values, rel=tolerance), f"{key}: see this file's docstring"
+
+
+def record() -> None:
+    """Write the losses of this machine to the file that the tests compare with."""
+    found = {}
+    for optim in ("muon", "adamw"):
+        with tempfile.TemporaryDirectory() as directory:
+            found[optim] = losses(optim, Path(directory))
+    GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    record()

@@ -1,0 +1,108 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from model.build import build_config, build_model
+from model.training.loss import IGNORED, linear_cross_entropy
+from tests.model.training.tiny import experiment
+
+REPO = Path(__file__).resolve().parents[3]
+B, T, D, V = 3, 17, 24, 61
+
+
+def example(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden_BTD = torch.randn(B, T, D, generator=generator, requires_grad=True)
+    weight_VD = torch.randn(V, D, generator=generator, requires_grad=True)
+    labels_BT = torch.randint(0, V, (B, T), generator=generator)
+    labels_BT[0, :9] = IGNORED
+    return hidden_BTD, weight_VD, labels_BT
+
+
+def whole_logits(hidden_BTD, weight_VD, labels_BT, z_loss=0.0, items=None):
+    """The definition, with all logits at once."""
+    logits_RV = (hidden_BTD[:, :-1] @ weight_VD.t()).flatten(0, 1)
+    labels_R = labels_BT[:, 1:].flatten()
+    loss = functional.cross_entropy(logits_RV, labels_R, reduction="sum", ignore_index=IGNORED)
+    loss = loss + z_loss * (logits_RV.logsumexp(1).square() * (labels_R != IGNORED)).sum()
+    return loss / ((labels_R != IGNORED).sum() if items is None else items)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+@pytest.mark.parametrize("items", [None, 100])
+def test_loss_and_gradients_are_those_of_whole_logits(rows, z_loss, items):
+    hidden_BTD, weight_VD, labels_BT = example()
+    loss = linear_cross_entropy(hidden_BTD, weight_VD, labels_BT, items, z_loss=z_loss, rows=rows)
+    expected = whole_logits(hidden_BTD, weight_VD, labels_BT, z_loss, items)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for ours, theirs in zip(
+        torch.autograd.grad(3 * loss, (hidden_BTD, weight_VD)),
+        torch.autograd.grad(3 * expected, (hidden_BTD, weight_VD)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_token_that_is_nearly_impossible_has_a_finite_loss():
+    hidden_BTD, weight_VD = torch.full((1, 2, 1), 100.0), torch.tensor([[2.0], [0.0]])
+    loss = linear_cross_entropy(hidden_BTD, weight_VD, torch.tensor([[0, 1]]))
+    assert loss.item() == pytest.approx(200.0)
+
+
+def test_ragged_batches_add_up_to_one_large_batch():
+    hidden_BTD, weight_VD, labels_BT = example()
+    labels_BT[1, 3:] = IGNORED
+    items = (labels_BT[:, 1:] != IGNORED).sum()
+    parts = [linear_cross_entropy(hidden_BTD[i : i + 1], weight_VD, labels_BT[i : i + 1], items) for i in range(B)]
+    whole = linear_cross_entropy(hidden_BTD, weight_VD, labels_BT)
+    torch.testing.assert_close(sum(parts), whole)
+    torch.testing.assert_close(torch.autograd.grad(sum(parts), weight_VD)[0], torch.autograd.grad(whole, weight_VD)[0])
+
+
+def test_under_autocast_the_loss_is_float32_and_close():
+    hidden_BTD, weight_VD, labels_BT = example()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden_BTD, weight_VD, labels_BT)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(whole_logits(hidden_BTD, weight_VD, labels_BT).item(), rel=0.02)
+    loss.backward()
+    assert weight_VD.grad.dtype == hidden_BTD.grad.dtype == torch.float32
+
+
+def test_gradients_written_out_for_the_processor_are_those_that_pytorch_derives(monkeypatch):
+    config = build_config(experiment().model, 300, bos_token_id=0, eos_token_id=0, pad_token_id=1)
+    config.attention_dropout = 0.0
+    ids_BT = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))
+    found = []
+    for written_out in (True, False):
+        if not written_out:
+            monkeypatch.setattr("model.modeling_rex._writes_out_gradients", lambda module, x: False)
+        model = build_model(config, seed=0).train()
+        model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss.backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+PEAK_OF_A_STEP = """
+import resource, torch
+from model.training.loss import linear_cross_entropy
+hidden = torch.zeros(2, 1025, 8, requires_grad=True)
+weight = torch.zeros(60_000, 8, requires_grad=True)
+labels = torch.zeros(2, 1025, dtype=torch.long)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+linear_cross_entropy(hidden, weight, labels).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_the_logits_of_a_large_vocabulary_never_exist_whole():
+    unit = 1 if sys.platform == "darwin" else 1024
+    done = subprocess.run([sys.executable, "-c", PEAK_OF_A_STEP], cwd=REPO, capture_output=True, text=True, check=True)
+    whole = 2 * 1024 * 60_000 * 4  # bytes: 492 MB
+    assert int(done.stdout) * unit < whole / 4

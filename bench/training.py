@@ -1,0 +1,179 @@
+"""Training against the trainers people use: quality in a given time, tokens/s, and the share of the machine's limit.
+
+    python -m bench.training shakespeare --nanogpt DIR --text data/tinyshakespeare.txt
+    python -m bench.training speed                  # the shape of stdlib_30m against an HF Trainer run of Llama
+    python -m bench.training speed --gpu --nanogpt DIR    # the shape of gpt2_124m against nanoGPT compiled
+
+Sides run in turn on the same machine, every run in a process of its own. nanoGPT is fetched by whoever measures. For the
+first comparison both sides have the same text, split (first 90 % of the characters train), shape (4 layers, 4 heads, 128
+wide, context 64), and are scored alike: mean nats per character over the whole validation part.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench import nanogpt, training_speed
+from bench.hardware import describe
+from bench.settings import read_settings
+from model.settings import ExperimentSettings, ModelSettings, TokenizerSettings, TrainingSettings
+from model.text.tokenizer import FastEncoder, token_bytes, train_tokenizer
+from model.text.tokens import encode_split
+
+# Steps and windows a step: what a quarter of nanoGPT's time and what all of it allow on two cores without bfloat16.
+SHORT, LONG = (250, 16), (950, 16)
+
+
+def character_dataset(text: str, directory: Path) -> Path:
+    """Both splits as one document each, cut where nanoGPT cuts: the first 90 % of the characters train."""
+    tokenizer = train_tokenizer(TokenizerSettings(kind="char"), [text])
+    spelled = token_bytes(tokenizer)
+    directory.mkdir(parents=True)
+    tokenizer.save_pretrained(directory / "tokenizer")
+    np.save(directory / "token_bytes.npy", np.frombuffer(b"".join(spelled), np.uint8))
+    np.save(directory / "byte_counts.npy", np.array([len(data) for data in spelled], np.int64))
+    cut = int(len(text) * 0.9)
+    for split, part in (("train", text[:cut]), ("validation", text[cut:])):
+        encode_split(FastEncoder(tokenizer), [part], directory / split, tokenizer.eos_token_id, len(spelled), np.uint16)
+    return directory
+
+
+def shakespeare_settings(steps: int, batch: int) -> ExperimentSettings:
+    """The experiment `shakespeare_char` with its steps and batch changed; windows predict 64 characters, as nanoGPT's."""
+    model = read_settings(ModelSettings, "model/rex_char.yaml")
+    training = read_settings(TrainingSettings, "training/char_minutes.yaml")
+    length = nanogpt.CONTEXT + 1
+    return ExperimentSettings(
+        name="shakespeare",
+        tokenizer=TokenizerSettings(kind="char", sequence_length=length),
+        model=dataclasses.replace(model, max_position_embeddings=length),
+        training=dataclasses.replace(
+            training,
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            warmup_steps=20,
+            eval_steps=steps,
+            save_steps=steps,
+            sample_tokens=0,
+        ),
+        benchmark=dataclasses.replace(ExperimentSettings("").benchmark, generated_tokens=[1], prefill_tokens=[1]),
+    )
+
+
+def train_ours(steps: int, batch: int, dataset_dir: Path) -> dict[str, float]:
+    """Train in a process of its own; its wall time, the loop's, and the loss on the whole validation part."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "bench.training", "run", str(steps), str(batch), str(dataset_dir), scratch]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    # The whole validation part is scored after the training: nanoGPT's score is not in its time either.
+    return {**found, "process_s": time.perf_counter() - started - found["after_s"]}
+
+
+def _run(steps: int, batch: int, dataset_dir: Path, scratch: Path) -> dict[str, float]:
+    from model.training.trainer import train
+
+    marks = [time.perf_counter()]
+
+    def mark(line: str) -> None:
+        if line.startswith("validating the weights"):
+            marks.append(time.perf_counter())
+
+    summary = train(shakespeare_settings(steps, batch), dataset_dir, scratch / "output", scratch / "work", log=mark)
+    return {
+        "loop_s": summary.seconds,
+        "loss": summary.validation_loss,
+        "after_s": time.perf_counter() - marks[-1],
+        "tokens_per_second": summary.tokens_per_second,
+        "model_flops_utilization": summary.model_flops_utilization,
+    }
+
+
+def compare_shakespeare(
+    folder: Path, text: Path, rounds: int, short: Sequence[int], long: Sequence[int]
+) -> dict[str, Any]:
+    """Rounds of nanoGPT, our short and our long run, in an order that turns."""
+    result: dict[str, Any] = {"short": short, "long": long, "rounds": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = nanogpt.prepare(folder, text, Path(scratch))
+        dataset_dir = character_dataset(text.read_text(), Path(scratch, "ours"))
+        sides = {
+            "short": lambda: train_ours(short[0], short[1], dataset_dir),
+            "nanogpt": lambda: dataclasses.asdict(nanogpt.train(copy)),
+            "long": lambda: train_ours(long[0], long[1], dataset_dir),
+        }
+        for number in range(rounds):
+            order = list(sides) if number % 2 == 0 else list(reversed(sides))
+            row = {}
+            for name in order:
+                row[name] = sides[name]()
+                print(f"round {number + 1}, {name}: {json.dumps(row[name])}", flush=True)
+            result["rounds"].append(row)
+    for name in ("short", "long"):
+        for clock in ("process_s", "loop_s"):
+            share = [row[name][clock] / row["nanogpt"][clock] for row in result["rounds"]]
+            result[f"{name}_{clock}_share"] = statistics.median(share)
+        result[f"{name}_loss"] = statistics.median(row[name]["loss"] for row in result["rounds"])
+    result["nanogpt_loss"] = statistics.median(row["nanogpt"]["loss"] for row in result["rounds"])
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the comparison; `--json FILE` also writes it."""
+    parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    quality = commands.add_parser("shakespeare", help="quality in nanoGPT's time")
+    quality.add_argument("--nanogpt", type=Path, required=True, help="a work tree of nanoGPT")
+    quality.add_argument("--text", type=Path, default=Path("data/tinyshakespeare.txt"), help="Tiny Shakespeare")
+    quality.add_argument("--rounds", type=int, default=3, help="interleaved rounds, four minutes each (default 3)")
+    quality.add_argument("--short", type=int, nargs=2, default=SHORT, help=f"steps and batch (default {SHORT})")
+    quality.add_argument("--long", type=int, nargs=2, default=LONG, help=f"steps and batch (default {LONG})")
+    speed = commands.add_parser("speed", help="tokens/s and MFU")
+    speed.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
+    speed.add_argument("--steps", type=int, default=4, help="timed optimizer steps a round (default 4)")
+    speed.add_argument("--gpu", action="store_true", help="gpt2_124m on a GPU against nanoGPT compiled")
+    speed.add_argument("--nanogpt", type=Path, help="a work tree of nanoGPT, for --gpu")
+    for command in (quality, speed):
+        command.add_argument("--json", type=Path, help="also write the figures to this file")
+    for name, names in (("run", ["steps", "batch", "dataset", "scratch"]), ("side", ["name", "steps"])):
+        hidden = commands.add_parser(name)
+        for argument in names:
+            hidden.add_argument(argument)
+    options = parser.parse_args(arguments)
+    if options.command == "run":
+        print(json.dumps(_run(int(options.steps), int(options.batch), Path(options.dataset), Path(options.scratch))))
+        return
+    if options.command == "side":
+        print(json.dumps(training_speed.measure_side(options.name, int(options.steps))))
+        return
+    if options.command == "shakespeare":
+        result = compare_shakespeare(options.nanogpt, options.text, options.rounds, options.short, options.long)
+        print(
+            f"nanoGPT ends at {result['nanogpt_loss']:.3f} nats per character; ours reaches {result['short_loss']:.3f} in "
+            f"{result['short_loop_s_share']:.2f} of its time ({result['short_process_s_share']:.2f} with start and end of "
+            f"the process) and {result['long_loss']:.3f} in {result['long_loop_s_share']:.2f} "
+            f"({result['long_process_s_share']:.2f})"
+        )
+    elif options.gpu:
+        result = training_speed.compare_gpu(options.nanogpt, options.rounds, options.steps)
+    else:
+        result = training_speed.compare_cpu(options.rounds, options.steps)
+    result["machine"] = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

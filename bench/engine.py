@@ -30,12 +30,13 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 from bench.decode import decode
 from bench.hardware import describe
 from model.build import build_config, build_model
-from model.errors import PipelineError
+from model.errors import PipelineError, ends_in_one_line
 from model.generation.engine import Engine
 from model.generation.requests import GenerationRequest, SamplingParameters
 from model.generation.threads import usable_cores
 from model.int8 import quantize
 from model.loading import load_model
+from model.modeling_rex import RexForCausalLM
 from model.settings import ModelSettings, TokenizerSettings
 from model.text.tokenizer import train_tokenizer
 
@@ -44,7 +45,7 @@ STREAM_PROMPT, STREAM_TOKENS = 64, 128
 RAGGED_STREAMS = 16
 
 
-def model_of_30m() -> PreTrainedModel:
+def model_of_30m() -> RexForCausalLM:
     """The shape of `configs/model/rex_30m.yaml` with a vocabulary of 16,384 and random weights."""
     shape = ModelSettings(
         hidden_size=512, intermediate_size=1280, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4
@@ -60,7 +61,7 @@ def _prompt(tokens: int, vocab_size: int, seed: int) -> list[int]:
 class Workloads:
     """Each method runs one workload once and returns tokens per second."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: RexForCausalLM) -> None:
         self._model, self._vocab_size = model, model.config.vocab_size
         # The engine wants a tokenizer only to turn tokens into text; this one knows fewer tokens than the model.
         self._tokenizer = train_tokenizer(TokenizerSettings(vocab_size=260), ["def main():\n    return 0\n"] * 4)
@@ -115,7 +116,7 @@ class Workloads:
         most = max(self._answer_tokens)
         started = time.perf_counter()
         with torch.inference_mode():
-            self._model.generate(  # type: ignore[operator]
+            self._model.generate(  # type: ignore[misc]
                 ids, attention_mask=mask, max_new_tokens=most, min_new_tokens=most, do_sample=False, pad_token_id=1
             )
         return sum(self._answer_tokens) / (time.perf_counter() - started)
@@ -147,7 +148,7 @@ class Workloads:
         return made / seconds
 
 
-def measure(model: PreTrainedModel, rounds: int, log: Callable[[str], None]) -> dict[str, Any]:
+def measure(model: RexForCausalLM, rounds: int, log: Callable[[str], None]) -> dict[str, Any]:
     """Tokens per second of every workload in every round, and the ratios of each round's pairs."""
     work = Workloads(model)
     runs: dict[str, Callable[[], float]] = {
@@ -184,6 +185,7 @@ def measure(model: PreTrainedModel, rounds: int, log: Callable[[str], None]) -> 
     return {"tokens_per_second": {n: statistics.median(s) for n, s in speeds.items()}, "ratios": ratios}
 
 
+@ends_in_one_line
 def main() -> int:
     """Run the comparison and print it."""
     parser = argparse.ArgumentParser(prog="python -m bench.engine", description=__doc__.split("\n")[0])  # type: ignore
@@ -193,19 +195,15 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        model = load_model(arguments.model_dir) if arguments.model_dir else model_of_30m()
-        found = measure(model, arguments.rounds, lambda line: print(line, file=sys.stderr, flush=True))
-    except PipelineError as error:
-        print(error, file=sys.stderr)
-        return 1
+    model = load_model(arguments.model_dir) if arguments.model_dir else model_of_30m()
+    found = measure(model, arguments.rounds, lambda line: print(line, file=sys.stderr, flush=True))
     print("\n| workload | tokens/s |\n|---|---:|")
     for name, speed in found["tokens_per_second"].items():
         print(f"| {name} | {speed:.0f} |")
     print("\n| median of the rounds' ratios | |\n|---|---:|")
     for name, ratio in found["ratios"].items():
         print(f"| {name} | {ratio:.2f} |")
-    print("\n" + json.dumps({**found, "hardware": describe()}))
+    print("\n" + json.dumps({**found, "hardware": describe(model.device)}))
     return 0
 
 

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, TypeVar
-from weakref import WeakKeyDictionary
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -66,12 +65,14 @@ class Mailbox:
             answers.take(index, event)
 
 
-_mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
+_mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
 
 
 def _mailbox() -> Mailbox:
     loop = asyncio.get_running_loop()
     if loop not in _mailboxes:
+        for closed in [one for one in _mailboxes if one.is_closed()]:
+            del _mailboxes[closed]
         _mailboxes[loop] = Mailbox(loop)
     return _mailboxes[loop]
 

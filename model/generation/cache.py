@@ -6,8 +6,11 @@ longest ago is overwritten first. Which request has which slot is the scheduler'
 Shapes: S positions of the context, G key/value heads, K head dimension.
 """
 
+import math
+
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 SHORTEST_REUSE = 16
@@ -30,9 +33,8 @@ class SlotCache:
         self.slots, self.context_length = slots, config.max_position_embeddings
         shape = (slots, config.num_key_value_heads, self.context_length, config.head_dim)
         layers = range(config.num_hidden_layers)
-        # Zeros, not whatever was there: attention weighs positions that a text has not reached by 0, and 0 * NaN is NaN.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.keys = [_zeros(shape, dtype, device) for _ in layers]
+        self.values = [_zeros(shape, dtype, device) for _ in layers]
         self._ids = np.zeros((slots, self.context_length), dtype=np.int64)
         self._lengths = np.zeros(slots, dtype=np.int64)
         self._used = np.zeros(slots, dtype=np.int64)
@@ -94,3 +96,11 @@ class SlotCache:
         differs = self._ids[:, : len(ids)] != ids
         equal = np.where(differs.any(axis=1), differs.argmax(axis=1), len(ids)) if len(ids) else 0
         return np.minimum(equal, self._lengths)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, not whatever was there: attention weighs positions that a text has not reached by 0, and 0 * NaN is NaN."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy asks the system for zeroed pages, which take memory when they are written; torch writes all of them at once.
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

@@ -6,6 +6,7 @@ fails alone. Everything here runs in one thread; queueing, threads and restarts 
 """
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 
@@ -208,8 +209,8 @@ class Scheduler:
                     continue
                 # Most requests are greedy, and one call for all of them is what that costs.
                 is_easy = running.sampler.is_plain_greedy and not self._forbidden(running)
-                token = best[row] if is_easy and np.isfinite(highest[row]) else None
-                self._take_token(running, logits_RV[-1], token)
+                token = best[row] if is_easy and math.isfinite(highest[row]) else None
+                self._take_token(running, last_RV, row, token)
             except Exception:
                 logger.exception("a request failed; the others go on")
                 self._leave(running, "error", error=FAILED)
@@ -225,14 +226,14 @@ class Scheduler:
         if not running.is_prefilling:
             running.generation.emit(PromptScores(tuple(running.prompt_scores)))
 
-    def _take_token(self, running: Running, logits_V: Tensor, token: int | None) -> None:
+    def _take_token(self, running: Running, last_RV: Tensor, row: int, token: int | None) -> None:
         """Append a token (the sampler's where None is given) and hand over the text that is certain now."""
         request, generation = running.request, running.generation
         if request.max_tokens == 0:
             self._leave(running, "length")
             return
         if token is None:
-            token = running.sampler.next(logits_V, self._forbidden(running))
+            token = running.sampler.next(last_RV[row], self._forbidden(running))
         running.ids[running.known] = token
         running.known += 1
         generation.generated_tokens += 1
@@ -244,7 +245,7 @@ class Scheduler:
             return
         logprobs: tuple[TokenLogprob, ...] = ()
         if request.logprobs is not None:
-            logprobs = tuple(token_logprobs(logits_V[None], [token], request.logprobs))
+            logprobs = tuple(token_logprobs(last_RV[row : row + 1], [token], request.logprobs))
         may_stop = generation.generated_tokens >= request.min_tokens
         text, stop = running.stops.push(running.text.push(token), may_stop=may_stop)
         generation.emit(TextPiece(text, (token,), logprobs))

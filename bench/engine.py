@@ -29,6 +29,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 
 from bench.decode import decode
 from bench.hardware import describe
+from bench.settings import read_settings
 from model.build import build_config, build_model
 from model.errors import PipelineError, ends_in_one_line
 from model.generation.engine import Engine
@@ -47,9 +48,7 @@ RAGGED_STREAMS = 16
 
 def model_of_30m() -> RexForCausalLM:
     """The shape of `configs/model/rex_30m.yaml` with a vocabulary of 16,384 and random weights."""
-    shape = ModelSettings(
-        hidden_size=512, intermediate_size=1280, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4
-    )
+    shape = read_settings(ModelSettings, "model/rex_30m.yaml")
     return build_model(build_config(shape, 16_384, 0, 0, 1), seed=0).eval().requires_grad_(False)
 
 

@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 
 from bench.hardware import describe
 from bench.server import Answer, Server, serve
+from bench.settings import read_settings
 from model.build import build_config, build_model
 from model.errors import PipelineError
 from model.generation.engine import Engine
@@ -55,9 +56,7 @@ def save_random_30m(directory: Path) -> Path:
     library = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:120]
     texts = [path.read_text(errors="replace") for path in library]
     tokenizer = train_tokenizer(TokenizerSettings(vocab_size=16_384), texts)
-    shape = ModelSettings(
-        hidden_size=512, intermediate_size=1280, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4
-    )
+    shape = read_settings(ModelSettings, "model/rex_30m.yaml")
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     build_model(build_config(shape, len(tokenizer), *special), seed=0).save_pretrained(directory)
     tokenizer.save_pretrained(directory)

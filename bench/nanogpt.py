@@ -7,6 +7,7 @@ on a few random batches; for a comparison its final weights are scored here on t
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -59,13 +60,22 @@ print(json.dumps({"loss": nats / count, "iterations": saved["iter_num"]}))
 class Run:
     """process_s: wall time from start to end of the process; loop_s: from the first evaluation to the last.
 
+    cpu_s: processor time of the process, which other work on the machine does not stretch; with OMP_NUM_THREADS=1 it is
+    the wall time of an idle core.
     loss: nats per character on the whole validation part. printed: what nanoGPT itself printed for its last step.
     """
 
     process_s: float
     loop_s: float
+    cpu_s: float
     loss: float
     printed: float
+
+
+def children_cpu_s() -> float:
+    """Processor seconds of all ended child processes."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def prepare(folder: Path, text: Path, scratch: Path) -> Path:
@@ -89,7 +99,7 @@ def prepare(folder: Path, text: Path, scratch: Path) -> Path:
 
 def train(copy: Path) -> Run:
     """Run the published CPU setting to its end and score the weights."""
-    started = time.perf_counter()
+    started, cpu_before = time.perf_counter(), children_cpu_s()
     first = last = 0.0
     printed = float("nan")
     with subprocess.Popen(
@@ -109,9 +119,9 @@ def train(copy: Path) -> Run:
                 first, printed = first or last, float(found[1])
     if process.returncode:
         raise PipelineError(f"nanoGPT ended with {process.returncode}: {''.join(tail)[-500:]!r}")
-    process_s = time.perf_counter() - started
+    process_s, cpu_s = time.perf_counter() - started, children_cpu_s() - cpu_before
     scored = subprocess.run([sys.executable, "-c", SCORE], cwd=copy, check=True, capture_output=True, text=True)
-    return Run(process_s, last - first, json.loads(scored.stdout.splitlines()[-1])["loss"], printed)
+    return Run(process_s, last - first, cpu_s, json.loads(scored.stdout.splitlines()[-1])["loss"], printed)
 
 
 def gpu_tokens_per_second(copy: Path, batch_size: int) -> float:

@@ -77,6 +77,7 @@ class Engine:
         self._encoder = FastEncoder(tokenizer)
         self._kv_cache, self._prefill_chunk, self._step_timeout_s = kv_cache, prefill_chunk, step_timeout_s
         self._slots = _count_slots(model, max_batch_size, kv_cache_mib)
+        self._max_queue, self._max_queue_tokens = max_queue, max_queue_tokens
         self._queue = RequestQueue(max_queue, max_queue_tokens)
         self._changed = threading.Condition()
         self._stopping = False
@@ -165,6 +166,7 @@ class Engine:
     def _admit(self, generations: list[Generation]) -> list[Generation]:
         for generation in generations:
             self._check(generation.request)
+        self._check_together(generations)
         with self._changed:
             if not self.is_alive:
                 raise EngineStopped
@@ -195,6 +197,17 @@ class Engine:
         for name, ids in named:
             if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
                 raise PipelineError(f"{name} has token ids outside 0 to {self.vocab_size - 1}")
+
+    def _check_together(self, generations: list[Generation]) -> None:
+        """Refuse what an idle engine has no place for either: it would be told to try again for ever."""
+        requests, tokens = len(generations), sum(len(generation.request.prompt_ids) for generation in generations)
+        if requests > self._slots + self._max_queue:
+            raise PipelineError(f"{requests:,} texts at once: at most {self._slots + self._max_queue:,} have a place")
+        if requests > self._slots and tokens > self._max_queue_tokens:
+            raise PipelineError(
+                f"the {requests:,} prompts have {tokens:,} tokens: more than {self._slots} at once may have "
+                f"{self._max_queue_tokens:,} together; send fewer at once"
+            )
 
     def _new_cache(self, model: PreTrainedModel) -> SlotCache:
         return SlotCache(model.config, self._slots, dtype=model.dtype, device=model.device)

@@ -312,6 +312,15 @@ def test_the_queue_is_bounded_by_tokens_too(model, tokenizer, gate):
     engine.stop()
 
 
+def test_requests_that_never_fit_together_are_refused_for_good(model, tokenizer):
+    engine = start(model, tokenizer, max_batch_size=2, max_queue=2, max_queue_tokens=20)
+    for count, length, names in ((5, 1, "5 texts"), (3, 7, "21 tokens")):
+        with pytest.raises(PipelineError, match=names):
+            engine.submit_all([GenerationRequest([3] * length, 1, GREEDY)] * count, lambda i, event: None)
+    assert all(last(engine.submit(GenerationRequest([3] * 70, 1, GREEDY))).finish_reason == "length" for _ in range(2))
+    engine.stop()
+
+
 def test_a_cancelled_request_frees_its_slot_within_two_steps(engine, gate):
     held = gate(engine)
     generation = engine.submit(GenerationRequest(PROMPT, 60, GREEDY))

@@ -8,6 +8,7 @@ module has the thread and its supervision: when it dies, or a step hangs, what i
 once. What a step computes is `scheduler.py`. Routes and limits on requests are not here but in `bento/`.
 """
 
+import atexit
 import logging
 import math
 import threading
@@ -89,7 +90,10 @@ class Engine:
         pack(self._forward.model)
         self._scheduler = self._new_scheduler()
         self._thread = self._start()
-        threading.Thread(target=self._watch, name="generation-watchdog", daemon=True).start()
+        self._watchdog = threading.Thread(target=self._watch, name="generation-watchdog", daemon=True)
+        self._watchdog.start()
+        # A thread that is inside torch when the interpreter is taken down ends the process with an abort.
+        atexit.register(self.stop)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -162,6 +166,8 @@ class Engine:
             self._stopping = True
             self._changed.notify_all()
         self._thread.join(timeout_s)
+        self._watchdog.join(timeout_s)
+        atexit.unregister(self.stop)
 
     def _admit(self, generations: list[Generation]) -> list[Generation]:
         for generation in generations:
@@ -260,7 +266,8 @@ class Engine:
             if started is not None and time.monotonic() - started > self._step_timeout_s:
                 logger.error("a step has taken longer than %g s", self._step_timeout_s)
                 self._recover(scheduler, "the engine hung: it starts again, ask again")
-            time.sleep(min(1.0, self._step_timeout_s / 4))
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopping, timeout=min(1.0, self._step_timeout_s / 4))
 
     def _recover(self, scheduler: Scheduler, reason: str) -> None:
         """Fail what is in flight and start again, the first time; the second time the engine is dead."""

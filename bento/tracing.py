@@ -47,7 +47,8 @@ class Tracer:
     """Makes spans and hands them to `exporter` in batches, in a thread of its own; a collector that is away costs spans."""
 
     def __init__(self, exporter: SpanExporter) -> None:
-        named = Resource.create() if os.environ.get("OTEL_SERVICE_NAME") else Resource.create({SERVICE_NAME: "rex"})
+        # Read here: the SDK keeps the `os.environ` of its import, which `datasets` replaces by a copy.
+        named = Resource.create({SERVICE_NAME: os.environ.get("OTEL_SERVICE_NAME") or "rex"})
         # Ended by `stop`: the hook at the interpreter's exit would wait for a collector that is away.
         self._provider = TracerProvider(resource=named, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))

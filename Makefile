@@ -14,7 +14,7 @@ export BENTOML_DO_NOT_TRACK := True
 # The tracking UI alone, without its pool of evaluation workers.
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 # As `model/__init__.py`, for programs that load torch before it.
-export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 20000
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_UI_URL ?= http://127.0.0.1:$(MLFLOW_PORT)
 

@@ -6,6 +6,7 @@ transformers, so that `model.settings` and `model.errors` are cheap to use from 
 
 import os
 
-# Read by OpenMP when torch is loaded. Threads that wait for their neighbour then sleep instead of spinning: where another
-# process wants the core that the neighbour needs, spinning made a decoding step 4 to 10 times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read by GNU OpenMP when torch is loaded. Threads that wait for their neighbour then spin for some microseconds, not for
+# milliseconds, before they sleep: where another process wants the core that the neighbour needs, spinning on made a
+# decoding step up to ten times as long (`bench/LOG.md`).
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")

@@ -29,16 +29,20 @@ def forward() -> Recorder:
     return Recorder(model, SlotCache(model.config, 4, dtype=torch.float32, device=torch.device("cpu")))
 
 
-@pytest.fixture
-def scheduler(forward) -> Scheduler:
+def schedule(forward: RaggedForward, **options) -> Scheduler:
     return Scheduler(
         forward,
         RequestQueue(16, 1000),
         token_bytes=token_bytes(tiny_tokenizer()),
         end_of_text_ids=frozenset(),
         prefill_chunk=CHUNK,
-        kv_cache=True,
+        **{"kv_cache": True, **options},
     )
+
+
+@pytest.fixture
+def scheduler(forward) -> Scheduler:
+    return schedule(forward)
 
 
 def add(scheduler: Scheduler, prompt: list[int], count: int = 20, **options) -> tuple[Generation, list]:
@@ -133,14 +137,7 @@ def test_pieces_of_text_carry_their_tokens(scheduler):
 
 
 def test_without_cache_all_tokens_are_computed_in_each_step(forward):
-    scheduler = Scheduler(
-        forward,
-        RequestQueue(4, 100),
-        token_bytes=token_bytes(tiny_tokenizer()),
-        end_of_text_ids=frozenset(),
-        prefill_chunk=CHUNK,
-        kv_cache=False,
-    )
+    scheduler = schedule(forward, kv_cache=False)
     add(scheduler, list(range(2, 22)), count=3)
     while scheduler.step():
         pass

@@ -34,6 +34,7 @@ from model.generation.requests import (
     SamplingParameters,
 )
 from model.generation.scheduler import Scheduler
+from model.generation.threads import release_worker_threads
 from model.text.tokenizer import FastEncoder, token_bytes
 
 logger = logging.getLogger("bentoml.engine")  # the name decides that the server's log shows it
@@ -88,6 +89,7 @@ class Engine:
         self._past = EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
         self._forward = RaggedForward(model, self._new_cache(model))
         pack(self._forward.model)
+        release_worker_threads()
         self._scheduler = self._new_scheduler()
         self._thread = self._start()
         self._watchdog = threading.Thread(target=self._watch, name="generation-watchdog", daemon=True)

@@ -4,7 +4,9 @@
 threads than cores take turns inside every matrix product: 2 threads on a loaded core ran 18 times slower than 1.
 """
 
+import ctypes
 import os
+from contextlib import suppress
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -16,6 +18,21 @@ SMALL_MODEL = 10_000_000
 def decoding_threads(parameters: int, cores: int) -> int:
     """Threads for a model that answers one request at a time."""
     return 1 if parameters < SMALL_MODEL else cores
+
+
+def release_worker_threads() -> None:
+    """End the OpenMP threads that the calling thread's products left waiting; its next product starts them again.
+
+    GNU OpenMP lets the threads of every pool sleep as soon as they wait, where all pools of the process together have
+    more threads than there are cores. The thread that loaded a model would so slow down the one that decodes with it:
+    50 sleeps a token, and half as long again (`bench/LOG.md`).
+    """
+    import torch
+
+    for library in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
+        with suppress(OSError, AttributeError):  # torch was built with another OpenMP, or an old one
+            soft = 1
+            ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD).omp_pause_resource_all(soft)
 
 
 def usable_cores(cgroup: Path = CGROUP, membership: Path = Path("/proc/self/cgroup")) -> int:

@@ -1,6 +1,8 @@
 """Cores are counted by affinity and CPU quota, in both layouts of the kernel's control groups."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,28 @@ def test_affinity_limits_the_cores(tmp_path):
 def test_small_models_decode_in_one_thread():
     assert decoding_threads(3_000_000, 8) == 1
     assert decoding_threads(30_000_000, 8) == 8
+
+
+WAITING_THREADS = """
+import os, torch
+from model.generation.threads import release_worker_threads
+
+def count():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(3)
+x = torch.randn(600, 600)
+before = count()
+expected = x.sin().sum()
+started = count() - before
+release_worker_threads()
+left = count() - before
+assert torch.equal(x.sin().sum(), expected)
+print(started, left, count() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in Linux's /proc")
+def test_threads_that_wait_for_products_end_and_start_again():
+    done = subprocess.run([sys.executable, "-c", WAITING_THREADS], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "0", "2"]

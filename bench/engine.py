@@ -3,12 +3,13 @@
     python -m bench.engine [MODEL_DIR] [--rounds 5]
 
 Without a directory it takes the shape of the `stdlib_30m` experiment with random weights, which do not change the speed.
-Three workloads, greedy, no end of text:
+Four workloads, greedy, no end of text:
 
 - one stream: the engine against a plain greedy loop over transformers' DynamicCache;
 - eight streams: the engine's tokens per second against those of its one stream;
-- sixteen ragged streams (prompts of 448 to 576 tokens, answers of 32 to 128): the engine against transformers' continuous
-  batching and against one padded batch of `generate()`, by answer tokens per second, prompts included.
+- sixteen ragged streams, prompts of 448 to 576 tokens: the engine against transformers' continuous batching and against
+  one padded batch of `generate()`, by answer tokens per second, prompts included. Answers are long-tailed, as people's
+  are (exponential, 80 tokens on average, 277 at most), or even (uniform, 32 to 128), where padding costs least.
 
 Each contender has a process of its own, as its users would run it: OpenMP lets waiting threads sleep at once where all
 pools of a process together have more threads than there are cores. Prints a table of medians and ratios and a JSON line
@@ -18,6 +19,7 @@ for machines.
 import argparse
 import json
 import logging
+import math
 import multiprocessing
 import random
 import statistics
@@ -70,7 +72,11 @@ class Contender:
         self._round = 0
         numbers = random.Random(0)
         self._prompt_tokens = [numbers.randint(448, 576) for _ in range(RAGGED_STREAMS)]
-        self._answer_tokens = [numbers.randint(32, 128) for _ in range(RAGGED_STREAMS)]
+        self._even_answers = [numbers.randint(32, 128) for _ in range(RAGGED_STREAMS)]
+        # The quantiles of the exponential distribution rather than draws from it: no seed decides how ragged they are.
+        quantiles = [(i + 0.5) / RAGGED_STREAMS for i in range(RAGGED_STREAMS)]
+        self._long_tailed_answers = [max(8, round(-80 * math.log(1 - quantile))) for quantile in quantiles]
+        numbers.shuffle(self._long_tailed_answers)
 
     def _prompts(self, lengths: list[int]) -> list[list[int]]:
         """Prompts that no earlier round had: a cache of prompts must not help."""
@@ -85,8 +91,15 @@ class Contender:
         """Eight equal streams."""
         raise NotImplementedError
 
-    def ragged(self) -> float:
-        """Sixteen ragged streams."""
+    def ragged_even(self) -> float:
+        """Sixteen ragged streams with even answers."""
+        return self._ragged(self._even_answers)
+
+    def ragged_long_tailed(self) -> float:
+        """Sixteen ragged streams with long-tailed answers."""
+        return self._ragged(self._long_tailed_answers)
+
+    def _ragged(self, answer_tokens: list[int]) -> float:
         raise NotImplementedError
 
 
@@ -107,9 +120,8 @@ class OurEngine(Contender):
         """Eight equal streams."""
         return self._run([STREAM_PROMPT] * 8, [STREAM_TOKENS] * 8)
 
-    def ragged(self) -> float:
-        """Sixteen ragged streams."""
-        return self._run(self._prompt_tokens, self._answer_tokens)
+    def _ragged(self, answer_tokens: list[int]) -> float:
+        return self._run(self._prompt_tokens, answer_tokens)
 
     def _run(self, prompt_tokens: list[int], answer_tokens: list[int]) -> float:
         prompts = self._prompts(prompt_tokens)
@@ -145,27 +157,25 @@ class GreedyLoop(Contender):
 class PaddedBatch(Contender):
     """One padded batch of `generate()`, which ends when its longest answer ends."""
 
-    def ragged(self) -> float:
-        """Sixteen ragged streams."""
+    def _ragged(self, answer_tokens: list[int]) -> float:
         prompts, longest = self._prompts(self._prompt_tokens), max(self._prompt_tokens)
         ids = torch.tensor([[1] * (longest - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        most = max(self._answer_tokens)
+        most = max(answer_tokens)
         started = time.perf_counter()
         with torch.inference_mode():
             self._model.generate(  # type: ignore[misc]
                 ids, attention_mask=mask, max_new_tokens=most, min_new_tokens=most, do_sample=False, pad_token_id=1
             )
-        return sum(self._answer_tokens) / (time.perf_counter() - started)
+        return sum(answer_tokens) / (time.perf_counter() - started)
 
 
 class TransformersContinuousBatching(Contender):
     """transformers' own continuous batching."""
 
-    def ragged(self) -> float:
-        """Sixteen ragged streams."""
+    def _ragged(self, answer_tokens: list[int]) -> float:
         config = ContinuousBatchingConfig(num_blocks=128, max_batch_tokens=512)
-        generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=1, max_new_tokens=128)
+        generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=1, max_new_tokens=512)
         prompts = self._prompts(self._prompt_tokens)
         manager = self._model.init_continuous_batching(  # type: ignore[operator]
             generation_config=generation, continuous_batching_config=config
@@ -173,7 +183,7 @@ class TransformersContinuousBatching(Contender):
         manager.start()
         try:
             started = time.perf_counter()
-            for prompt, count in zip(prompts, self._answer_tokens, strict=True):
+            for prompt, count in zip(prompts, answer_tokens, strict=True):
                 manager.add_request(prompt, max_new_tokens=count)
             done = made = 0
             while done < len(prompts):
@@ -185,7 +195,7 @@ class TransformersContinuousBatching(Contender):
             seconds = time.perf_counter() - started
         finally:
             manager.stop(block=True)
-        assert made == sum(self._answer_tokens), f"{made} tokens instead of {sum(self._answer_tokens)}"
+        assert made == sum(answer_tokens), f"{made} tokens instead of {sum(answer_tokens)}"
         return made / seconds
 
 
@@ -193,21 +203,29 @@ RUNS: dict[str, tuple[type[Contender], str]] = {
     "loop_1": (GreedyLoop, "one_stream"),
     "engine_1": (OurEngine, "one_stream"),
     "engine_8": (OurEngine, "eight_streams"),
-    "engine_16_ragged": (OurEngine, "ragged"),
-    "transformers_16_ragged": (TransformersContinuousBatching, "ragged"),
-    "static_16_ragged": (PaddedBatch, "ragged"),
+    "engine_16_long_tailed": (OurEngine, "ragged_long_tailed"),
+    "transformers_16_long_tailed": (TransformersContinuousBatching, "ragged_long_tailed"),
+    "padded_16_long_tailed": (PaddedBatch, "ragged_long_tailed"),
+    "engine_16_even": (OurEngine, "ragged_even"),
+    "transformers_16_even": (TransformersContinuousBatching, "ragged_even"),
+    "padded_16_even": (PaddedBatch, "ragged_even"),
     "engine_int8_1": (OurEngineInt8, "one_stream"),
     "engine_int8_8": (OurEngineInt8, "eight_streams"),
-    "engine_int8_16_ragged": (OurEngineInt8, "ragged"),
+    "engine_int8_16_even": (OurEngineInt8, "ragged_even"),
 }
 PAIRS = {
     "one stream / greedy loop": ("engine_1", "loop_1"),
     "eight streams / one stream": ("engine_8", "engine_1"),
-    "sixteen ragged / transformers' continuous batching": ("engine_16_ragged", "transformers_16_ragged"),
-    "sixteen ragged / padded batch": ("engine_16_ragged", "static_16_ragged"),
+    "sixteen ragged, long-tailed / transformers' continuous batching": (
+        "engine_16_long_tailed",
+        "transformers_16_long_tailed",
+    ),
+    "sixteen ragged, long-tailed / padded batch": ("engine_16_long_tailed", "padded_16_long_tailed"),
+    "sixteen ragged, even / transformers' continuous batching": ("engine_16_even", "transformers_16_even"),
+    "sixteen ragged, even / padded batch": ("engine_16_even", "padded_16_even"),
     "int8 / float32, one stream": ("engine_int8_1", "engine_1"),
     "int8 / float32, eight streams": ("engine_int8_8", "engine_8"),
-    "int8 / float32, sixteen ragged": ("engine_int8_16_ragged", "engine_16_ragged"),
+    "int8 / float32, sixteen ragged, even": ("engine_int8_16_even", "engine_16_even"),
 }
 
 _contender: Contender

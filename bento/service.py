@@ -11,7 +11,6 @@ without a key) ends with one line and exit status 1. SIGTERM drains: `bento/admi
 
 import asyncio
 import atexit
-import ctypes
 import gc
 import logging
 import os
@@ -272,8 +271,9 @@ def _settle() -> None:
     """
     gc.collect()
     gc.freeze()
-    with suppress(OSError, AttributeError):  # another C library than glibc
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    from model.generation.allocator import trim
+
+    trim()
 
 
 def _end_service(reason: str) -> None:

@@ -208,20 +208,24 @@ class RexAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        kept_tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Output (B, T, D) and, from implementations that give them, attention weights.
 
-        position_embeddings: cosines and sines, each (B, T, K / 2). kwargs go to the attention implementation as they are.
+        position_embeddings: cosines and sines, each (B, T, K / 2). kept_tokens: as in `RexDecoderLayer.forward`. kwargs go
+        to the attention implementation as they are.
         """
-        batch_and_tokens = hidden_states.shape[:-1]
-        heads = (*batch_and_tokens, -1, self.head_dim)
-        query_BHTK = self.q_proj(hidden_states).view(heads).transpose(1, 2)
-        key_BGTK = self.k_proj(hidden_states).view(heads).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        heads = (-1, self.head_dim)
         cos, sin = (part.unsqueeze(1) for part in position_embeddings)
+        asking, turns = hidden_states, (cos, sin)
+        if kept_tokens is not None:
+            asking, turns = hidden_states[:, kept_tokens], (cos[:, :, kept_tokens], sin[:, :, kept_tokens])
+        query_BHTK = self.q_proj(asking).unflatten(-1, heads).transpose(1, 2)
+        key_BGTK = self.k_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
+        value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
         turn = _Rotate.apply if _writes_out_gradients(self, query_BHTK) else rotate
-        query_BHTK, key = turn(query_BHTK, cos, sin), turn(key_BGTK, cos, sin)
+        query_BHTK, key = turn(query_BHTK, *turns), turn(key_BGTK, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -237,7 +241,7 @@ class RexAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(mixed.reshape(*batch_and_tokens, -1)), weights
+        return self.o_proj(mixed.flatten(2)), weights
 
 
 class RexMLP(nn.Module):
@@ -280,16 +284,24 @@ class RexDecoderLayer(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
+        kept_tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Shape (B, T, D) in and out; `position_embeddings` is always given."""
+        """Shape (B, T, D) in and out; `position_embeddings` is always given.
+
+        kept_tokens: indices of the tokens that go on, (R,); out comes (B, R, D). The attention implementation has to know
+        which queries those are.
+        """
         branch, _ = self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
+            kept_tokens=kept_tokens,
             **kwargs,
         )
+        if kept_tokens is not None:
+            hidden_states = hidden_states[:, kept_tokens]
         hidden_states = hidden_states + self.post_self_attn_layernorm(branch)
         branch = self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states + self.post_mlp_layernorm(branch)
@@ -348,13 +360,16 @@ class RexModel(RexPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        kept_tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states (B, T, D) of `input_ids` (B, T) or `inputs_embeds` (B, T, D); exactly one of them is given.
 
         attention_mask: (B, S), 0 for padding, or a mask (B, 1, T, S) for the attention implementation in use.
         position_ids: (B, T); counted on from the cache when left out. Without mask and cache, positions that start over
-        within a row mark packed sequences, which do not see each other.
+        within a row mark packed sequences, which do not see each other. kept_tokens: indices (R,) of the tokens whose
+        hidden states, then (B, R, D), are wanted: the last layer computes no others. For attention implementations that
+        can tell which queries those are.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
@@ -385,7 +400,8 @@ class RexModel(RexPreTrainedModel):
             )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
-        for layer in self.layers:
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
@@ -393,6 +409,7 @@ class RexModel(RexPreTrainedModel):
                 past_key_values=past_key_values,
                 position_ids=position_ids,
                 use_cache=use_cache,
+                kept_tokens=kept_tokens if i == last else None,
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)

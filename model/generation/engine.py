@@ -19,6 +19,7 @@ from functools import partial
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from model.errors import PipelineError
+from model.generation.allocator import keep_freed_memory
 from model.generation.cache import SlotCache, bytes_per_token
 from model.generation.forward import RaggedForward
 from model.generation.packing import pack
@@ -89,6 +90,7 @@ class Engine:
         self._past = EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
         self._forward = RaggedForward(model, self._new_cache(model))
         pack(self._forward.model)
+        keep_freed_memory()
         release_worker_threads()
         self._scheduler = self._new_scheduler()
         self._thread = self._start()

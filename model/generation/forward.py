@@ -58,6 +58,8 @@ class _Plan:
     slot_N: Tensor
     position_N: Tensor
     calls: tuple[_Call, ...]
+    last_calls: tuple[_Call, ...]
+    """Those of the last layer, where only tokens whose logits are wanted ask."""
 
 
 class RaggedForward:
@@ -96,15 +98,19 @@ class RaggedForward:
         slots = [np.full(len(piece.ids), piece.slot) for piece in row]
         position_N = torch.from_numpy(np.concatenate(positions)).to(device)
         slot_N = torch.from_numpy(np.concatenate(slots)).to(device)
-        plan = _Plan(self.cache, slot_N, position_N, tuple(self._calls(row)))
+        calls = last_calls = tuple(self._calls(row))
         kept, counts = _kept(row)
+        kept_tokens = None
+        if len(kept) < len(ids_N):
+            kept_tokens = torch.tensor(kept, dtype=torch.long, device=device)
+            last_calls = tuple(self._calls([_kept_part(piece) for piece in row if piece.logits != "none"]))
         logits_RV = self.model(
             input_ids=ids_N[None],
             position_ids=position_N[None],
             attention_mask=self._no_mask,
             use_cache=False,
-            logits_to_keep=torch.tensor(kept, dtype=torch.long, device=device),
-            slots=plan,
+            kept_tokens=kept_tokens,
+            slots=_Plan(self.cache, slot_N, position_N, calls, last_calls),
         ).logits[0]
         by_piece: list[Tensor] = [logits_RV] * len(pieces)
         for i, part_RV in zip(order, logits_RV.float().split(counts), strict=True):
@@ -156,6 +162,12 @@ def _kept(row: list[Piece]) -> tuple[list[int], list[int]]:
     return kept, counts
 
 
+def _kept_part(piece: Piece) -> Piece:
+    if piece.logits == "all":
+        return piece
+    return Piece(piece.slot, piece.start + len(piece.ids) - 1, piece.ids[-1:])
+
+
 def attend_to_slots(
     module: Any,
     query_1HNK: Tensor,
@@ -175,7 +187,7 @@ def attend_to_slots(
     heads, _, head_dim = query_1HNK.shape[1:]
     groups = keys.shape[1]
     mixed = []
-    for call in slots.calls:
+    for call in slots.last_calls if module.layer_idx == len(slots.cache.keys) - 1 else slots.calls:
         # The heads of a group stand as rows of one query: keys are read once and never repeated.
         query_HnK = query_1HNK[0, :, call.first : call.last]
         n = call.last - call.first
@@ -194,6 +206,8 @@ def attend_to_slots(
             mixed.append(out.reshape(n, heads, head_dim))
         else:
             mixed.append(out.reshape(heads, n, head_dim).transpose(0, 1))
+    if not mixed:
+        return query_1HNK.transpose(1, 2), None
     joined = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
     return joined[None], None
 

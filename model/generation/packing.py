@@ -1,20 +1,27 @@
-"""Weights laid out for few rows at a time: what decoding multiplies with on a CPU.
+"""Layers laid out for few rows at a time: what decoding computes with on a CPU.
 
 torch's float32 product takes 3 times as long for 8 rows as for one; oneDNN's kernels on weights that they have reordered
-take 1.4 times (`bench/LOG.md`). Each layer packed gives the same numbers up to the order of their sums.
+take 1.4 times. A norm's time is that of its eight calls; three do (`bench/LOG.md`). Each layer swapped gives the same
+numbers up to the order of their sums.
 
-Shapes: N output features, K inputs, M rows.
+Shapes: N output features, K inputs, M rows, D hidden size.
 """
 
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+from model.modeling_rex import RexRMSNorm
 
 PACKED_MIN_WEIGHTS = 1 << 18
 """Below this many weights torch's own product is as fast."""
 ROWS = 16
 """Rows that the layout is chosen for; any number can be multiplied."""
+ROW_STEP = 32
+"""More rows than ROWS are filled up to a multiple of this: oneDNN makes code for each number of rows that it meets and
+keeps it, a third of a megabyte a layer."""
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -28,29 +35,51 @@ class PackedLinear(nn.Module):
         self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_NK.detach(), ROWS)
 
     def forward(self, x_MK: Tensor) -> Tensor:
-        """Shape (..., K) to (..., N)."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x_MK, self._packed, None, "none", [], "")
-        return out
+        """Shape (..., M, K) to (..., M, N)."""
+        rows = x_MK.shape[-2]
+        missing = -rows % ROW_STEP if rows > ROWS else 0
+        if missing:
+            x_MK = functional.pad(x_MK, (0, 0, 0, missing))
+        out_MN: Tensor = torch.ops.mkldnn._linear_pointwise(x_MK, self._packed, None, "none", [], "")
+        return out_MN[..., :rows, :] if missing else out_MN
 
     def extra_repr(self) -> str:
         """Shape, as `print(model)` shows it."""
         return f"{self.in_features}, {self.out_features}, packed"
 
 
+class PackedRMSNorm(nn.Module):
+    """Takes the place of a `RexRMSNorm` for inference in float32 on the CPU: the mean square is a norm's square."""
+
+    def __init__(self, norm: RexRMSNorm) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        self.register_buffer("_eps", torch.tensor(norm.eps), persistent=False)
+
+    def forward(self, x_MD: Tensor) -> Tensor:
+        """Shape (..., D) in and out."""
+        length_M1 = torch.linalg.vector_norm(x_MD, dim=-1, keepdim=True)
+        scale_M1 = torch.addcmul(self._eps, length_M1, length_M1, value=1 / x_MD.shape[-1]).rsqrt_()
+        return torch.mul(x_MD, scale_M1).mul_(self.weight)
+
+
 def pack(model: M) -> M:
-    """Swap large linear layers for packed ones, in place, where that is faster; elsewhere the model stays as it is.
+    """Swap norms and large linear layers for those above, in place, where that is faster; elsewhere the model stays.
 
     The model keeps no reference to the weights it had, but for an embedding that shares one.
     """
-    if not torch.backends.mkldnn.is_available():
-        return model
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and getattr(module, "bias", None) is None and _is_faster(module.weight):
+        if isinstance(module, RexRMSNorm) and _is_float32_on_cpu(module.weight):
+            model.set_submodule(name, PackedRMSNorm(module))
+        elif isinstance(module, nn.Linear) and getattr(module, "bias", None) is None and _is_faster(module.weight):
             model.set_submodule(name, PackedLinear(module.weight))
     return model
 
 
+def _is_float32_on_cpu(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
 def _is_faster(weight_NK: Tensor) -> bool:
-    return (
-        weight_NK.device.type == "cpu" and weight_NK.dtype == torch.float32 and weight_NK.numel() >= PACKED_MIN_WEIGHTS
-    )
+    is_large = weight_NK.numel() >= PACKED_MIN_WEIGHTS
+    return is_large and _is_float32_on_cpu(weight_NK) and torch.backends.mkldnn.is_available()

@@ -7,7 +7,7 @@ import torch
 from model import int8
 from model.generation.cache import SlotCache
 from model.generation.forward import Piece, RaggedForward
-from model.generation.packing import PackedLinear, pack
+from model.generation.packing import PackedLinear, PackedRMSNorm, pack
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TEXTS = [np.arange(start, start + 60) % 270 + 2 for start in (3, 70, 140, 210)]
@@ -48,6 +48,17 @@ def test_only_the_logits_that_are_wanted_are_computed():
         [Piece(0, 0, TEXTS[0], "last"), Piece(1, 0, TEXTS[1], "none"), Piece(2, 0, TEXTS[2], "all")]
     )
     assert (len(last), len(none), len(every)) == (1, 0, 60)
+    torch.testing.assert_close(last[0], alone(model, TEXTS[0])[-1], atol=2e-4, rtol=1e-4)
+
+
+def test_a_text_in_chunks_without_logits_continues_as_one_piece():
+    model = tiny_model(tiny_tokenizer())
+    forward = make(model)
+    assert [len(rows) for rows in forward([Piece(1, 0, TEXTS[0][:30], "none")])] == [0]
+    middle, other = forward([Piece(1, 30, TEXTS[0][30:59], "none"), Piece(3, 0, TEXTS[1])])
+    assert len(middle) == 0
+    torch.testing.assert_close(other[0], alone(model, TEXTS[1])[-1], atol=2e-4, rtol=1e-4)
+    (last,) = forward([Piece(1, 59, TEXTS[0][59:])])
     torch.testing.assert_close(last[0], alone(model, TEXTS[0])[-1], atol=2e-4, rtol=1e-4)
 
 
@@ -92,12 +103,8 @@ def test_packed_layers_give_the_same_and_only_large_ones_are_packed():
     kinds = {name: type(module) for name, module in packed.model.named_modules()}
     assert kinds["model.layers.0.mlp.up_proj"] is PackedLinear
     assert kinds["model.layers.0.self_attn.k_proj"] is torch.nn.Linear  # 256 x 512 is small
-    assert not any(isinstance(module, PackedLinear) for module in plain.model.modules())
+    assert kinds["model.norm"] is PackedRMSNorm
+    assert not any(isinstance(module, PackedLinear | PackedRMSNorm) for module in plain.model.modules())
     for pieces in ([Piece(0, 0, TEXTS[0])], [Piece(0, 60, TEXTS[1][:1]), Piece(1, 0, TEXTS[1][:1])]):
         for mine, theirs in zip(packed(pieces), plain(pieces), strict=True):
             torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-3)
-
-
-def test_layers_in_another_precision_are_not_packed():
-    model = pack(tiny_model(tiny_tokenizer(), hidden_size=512).to(torch.bfloat16))
-    assert not any(isinstance(module, PackedLinear) for module in model.modules())

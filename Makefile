@@ -6,6 +6,7 @@ HOST       ?= 127.0.0.1
 PORT       ?= 3000
 UI_PORT    ?= 3001
 MLFLOW_PORT ?= 5000
+DEVICE     ?= cpu
 
 BIN       := .venv/bin
 INSTALLED := .venv/.installed
@@ -19,7 +20,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_UI_URL ?= http://127.0.0.1:$(MLFLOW_PORT)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline sweep ui serve test lint bench clean
+.PHONY: help setup pipeline sweep ui serve image test lint bench clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +58,15 @@ ui: setup  ## Start Dagster (UI_PORT=3001, webserver and daemon) and the MLflow 
 
 serve: setup  ## Serve the packaged Bento of EXPERIMENT on HOST (127.0.0.1) and PORT (3000)
 	@tag=$$($(BIN)/python -m llm_assets.latest $(EXPERIMENT) --bento) && exec $(BIN)/bentoml serve "$$tag" --host $(HOST) --port $(PORT)
+
+image: setup  ## Build the container image of EXPERIMENT for DEVICE=cpu or gpu; the last line is its tag
+	@$(if $(filter cpu gpu,$(DEVICE)),,echo "error: DEVICE=$(DEVICE): expected cpu or gpu" >&2; exit 2)
+ifeq ($(strip $(OVERRIDES)),)
+	$(BIN)/dagster job execute -m llm_assets.images -j container_image_$(DEVICE)_job --tags '{"dagster/partition": "$(EXPERIMENT)"}'
+else
+	$(BIN)/python -m llm_assets.sweep --module llm_assets.images --job container_image_$(DEVICE)_job experiment=$(EXPERIMENT) $(OVERRIDES)
+endif
+	@$(BIN)/python -m llm_assets.latest $(EXPERIMENT) --image $(DEVICE)
 
 test: setup  ## Run the tests
 	$(BIN)/pytest

@@ -1,7 +1,7 @@
 """The container engine, by its command line: Docker, with or without BuildKit, or what takes Docker's arguments.
 
 Each command runs in a process of its own, which is ended with the step. What goes into an image is laid out by
-`llm_assets/assets/container_image.py`; the instructions are `bento/Dockerfile`.
+`llm_assets/image_context.py`; the instructions are `bento/Dockerfile`.
 """
 
 import json
@@ -47,15 +47,15 @@ class ContainerEngine(dg.ConfigurableResource):
         "else the one that the Bento names.",
     )
 
-    def require(self) -> str:
-        """The engine's version. Raises PipelineError, one line that says what is missing."""
+    def require(self) -> None:
+        """Raise PipelineError, one line that says what is missing, where no engine answers."""
         if shutil.which(self.command) is None:
             raise PipelineError(
                 f"no command {self.command!r}: an image needs a container engine; install Docker (Debian: apt install "
                 "docker.io) and run again"
             )
         try:
-            return run([self.command, "version", "--format", "{{.Server.Version}}"], "asking the engine").strip()
+            run([self.command, "version", "--format", "{{.Server.Version}}"], "asking for its version")
         except PipelineError as error:
             raise PipelineError(
                 f"{self.command!r} is installed, but its engine does not answer; start it (systemctl start docker, or "

@@ -60,7 +60,7 @@ print(weights, 2 * 4 * config["num_hidden_layers"] * config["num_key_value_heads
 def run(*command: str) -> str:
     """Standard output of a command; PipelineError with the last line of what it said where it fails."""
     try:
-        done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise PipelineError(f"there is no command {command[0]!r}: install it and run again") from None
     if done.returncode:

@@ -1,8 +1,7 @@
 """What an image is built from: a Bento for one device, the lock of its packages, and the labels.
 
-FOLDER/bento/             the Bento with its model; `src/bento/Dockerfile` has the instructions
-FOLDER/requirements.txt   the lock
-FOLDER/packages/          the packages themselves, once `unpack` has run
+FOLDER/bento/      the Bento with its model: `src/bento/Dockerfile` has the instructions, `env/python/requirements.txt` the lock
+FOLDER/packages/   the packages themselves, once `unpack` has run
 """
 
 import hashlib
@@ -38,7 +37,7 @@ class ImageContext:
     @property
     def lock(self) -> Path:
         """The file that names every package with its version."""
-        return self.folder / "requirements.txt"
+        return self.folder / "bento" / "env" / "python" / "requirements.txt"
 
     def tag(self, base_id: str) -> str:
         """The image's tag: the model's name, the hash of all that decides the image, the device."""
@@ -66,7 +65,7 @@ def lay_out(
     folder.mkdir(parents=True)
     says = bentos.export(bento["tag"], folder / "bento", log=log)
     context = ImageContext(folder, device, bento["tag"], says["base_image"], says["python_version"])
-    wanted, tested = folder / "bento" / "env" / "python" / "requirements.txt", REPOSITORY / "constraints.txt"
+    wanted, tested = context.lock.with_suffix(".in"), REPOSITORY / "constraints.txt"
     packages.lock(wanted, tested, context.lock, device=device, python=context.python, log=log)
     return context
 

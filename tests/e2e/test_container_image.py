@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 import subprocess
 import threading
 import time
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -14,11 +16,20 @@ from bench.image import HELD
 from llm_assets.image_context import lay_out
 from llm_assets.resources.bentos import BentoBuilder
 from tests.e2e.engine import Container, docker, require_engine, start
-from tests.e2e.workplace import BIN, REPO
+from tests.e2e.workplace import BIN, REPO, new_workplace
 
 pytestmark = pytest.mark.e2e
 # What the service holds in bytes beyond its weights and its cache, which are tiny here.
 MEMORY = 450e6
+
+
+@pytest.fixture(scope="module")
+def workplace(smoke, tmp_path_factory):
+    """The smoke pipeline's artifacts and tracking, copied: what the images add is no part of it."""
+    copy = replace(new_workplace(tmp_path_factory.mktemp("images")), bentoml=smoke.bentoml)
+    shutil.copytree(smoke.var / "artifacts", copy.var / "artifacts")
+    shutil.copy(smoke.var / "mlflow.db", copy.var)
+    return copy
 
 
 def images() -> list[str]:
@@ -26,14 +37,14 @@ def images() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def image(smoke):
+def image(workplace):
     """The tag that `make image` ends with; the image is removed at the end, unless it was there before."""
     require_engine()
     before = images()
     done = subprocess.run(
-        ["make", "--old-file=.venv/.installed", "image", "EXPERIMENT=smoke", f"BIN={BIN}", f"DAGSTER_HOME={smoke.root / 'dagster'}"],
+        ["make", "--old-file=.venv/.installed", "image", "EXPERIMENT=smoke", f"BIN={BIN}", f"DAGSTER_HOME={workplace.root / 'dagster'}"],
         cwd=REPO,
-        env=smoke.env,
+        env=workplace.env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -66,9 +77,9 @@ def ask(container: Container, **body: object) -> dict:
     return answer.json()
 
 
-def test_the_image_is_labelled_and_small_and_has_cpu_torch_alone(smoke, image):
+def test_the_image_is_labelled_and_small_and_has_cpu_torch_alone(workplace, image):
     assert re.fullmatch(r"rex-smoke:[0-9a-f]{16}-cpu", image)
-    record = json.loads((smoke.latest("container_image_cpu") / "image.json").read_text())
+    record = json.loads((workplace.latest("container_image_cpu") / "image.json").read_text())
     found = json.loads(docker("image", "inspect", image).stdout)[0]
     assert record["image"] == image and record["id"] == found["Id"]
     assert found["Size"] <= 1.7e9
@@ -79,7 +90,7 @@ def test_the_image_is_labelled_and_small_and_has_cpu_torch_alone(smoke, image):
     assert found["Config"]["User"] not in ("", "0", "root")
     assert "/readyz" in " ".join(found["Config"]["Healthcheck"]["Test"])
     assert record["inside"]["torch"].endswith("+cpu") and not record["inside"]["cuda"]
-    lock = (smoke.latest("container_image_cpu") / "requirements.txt").read_text().splitlines()
+    lock = (workplace.latest("container_image_cpu") / "requirements.txt").read_text().splitlines()
     assert len(lock) > 50 and all("==" in line for line in lock if not line.startswith("--"))
 
 

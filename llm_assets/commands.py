@@ -65,7 +65,7 @@ def run(
             raise
         reader.join()
     if process.returncode:
-        said = [line for line in [*lines, *printed] if line.strip()]
+        said = [line for line in ([*printed, *lines] if logs_output else [*lines, *printed]) if line.strip()]
         reason = said[-1].strip() if said else "it said nothing"
         raise PipelineError(f"{what} failed (exit status {process.returncode}): {reason}")
     return "".join(printed)

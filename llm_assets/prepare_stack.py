@@ -4,7 +4,7 @@
 
 Creates the databases `dagster` and `mlflow` where they are missing and brings both to this version's tables: here once,
 because two processes that do it at once get into each other's way. Reads POSTGRES_HOST, POSTGRES_PORT, POSTGRES_USER,
-POSTGRES_PASSWORD and REX_BIND. Whoever publishes the stack to a network with the example's password is refused.
+POSTGRES_PASSWORD, REX_BIND and REX_UI_BIND. Whoever publishes the stack to a network with the example's password is refused.
 """
 
 import ipaddress
@@ -22,17 +22,19 @@ DATABASES = ("dagster", "mlflow")
 
 def check_settings(environment: Mapping[str, str]) -> None:
     """Raises PipelineError, one line without the password, for settings that the stack must not start with."""
-    password, address = environment.get("POSTGRES_PASSWORD", ""), environment.get("REX_BIND") or "127.0.0.1"
+    password = environment.get("POSTGRES_PASSWORD", "")
     if not re.fullmatch(r"[A-Za-z0-9._~-]+", password):
         raise PipelineError(
             "POSTGRES_PASSWORD is empty or has a character that an address cannot carry: expected letters, digits and "
             "._~-; set it in .env"
         )
-    if password == EXAMPLE_PASSWORD and not _is_loopback(address):
-        raise PipelineError(
-            f"POSTGRES_PASSWORD is the example's and REX_BIND is {address}, where others reach the stack: set a password "
-            "of your own in .env, or REX_BIND=127.0.0.1"
-        )
+    for name in ("REX_BIND", "REX_UI_BIND"):
+        address = environment.get(name) or "127.0.0.1"
+        if password == EXAMPLE_PASSWORD and not _is_loopback(address):
+            raise PipelineError(
+                f"POSTGRES_PASSWORD is the example's and {name} is {address}, where others reach the stack: set a password "
+                f"of your own in .env, or {name}=127.0.0.1"
+            )
 
 
 def create_databases(environment: Mapping[str, str]) -> list[str]:

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Sequence
-from pathlib import Path
 
 from llm_assets.packages import lock, unpack
 from llm_assets.paths import REPOSITORY

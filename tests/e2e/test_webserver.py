@@ -17,6 +17,7 @@ mutation Launch($params: ExecutionParams!) {
     __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message }
   }
 }"""
+TO_CHECKPOINT = ("corpus", "tokenized_dataset", "trained_checkpoint")
 STATUS = "query Status($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }"
 TERMINATE = "mutation Terminate($id: String!) { terminateRun(runId: $id) { __typename } }"
 
@@ -48,14 +49,14 @@ def ask(client: httpx.Client, query: str, **variables):
     return answer["data"]
 
 
-def launch(client: httpx.Client, overrides: list[str]) -> str:
-    """Start `corpus` to `trained_checkpoint` of `smoke`; returns the run's id."""
+def launch(client: httpx.Client, overrides: list[str], assets: tuple[str, ...] = TO_CHECKPOINT) -> str:
+    """Start a run of these assets of `smoke`; returns its id."""
     params = {
         "selector": {
             "repositoryLocationName": "llm_assets",
             "repositoryName": "__repository__",
             "pipelineName": "__ASSET_JOB",
-            "assetSelection": [{"path": [name]} for name in ("corpus", "tokenized_dataset", "trained_checkpoint")],
+            "assetSelection": [{"path": [name]} for name in assets],
         },
         "runConfigData": {"resources": {"hydra": {"config": {"overrides": overrides}}}},
         "executionMetadata": {"tags": [{"key": "dagster/partition", "value": "smoke"}]},

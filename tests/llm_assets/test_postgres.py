@@ -95,17 +95,17 @@ def test_a_wrong_password_is_one_line(workplace: Workplace) -> None:
 
 
 @pytest.mark.parametrize(
-    ("password", "address", "says"),
+    ("password", "name", "address", "says"),
     [
-        ("", "127.0.0.1", "POSTGRES_PASSWORD is empty"),
-        ("a b", "127.0.0.1", "POSTGRES_PASSWORD is empty or has a character"),
-        (EXAMPLE_PASSWORD, "0.0.0.0", "the example's and REX_BIND is 0.0.0.0"),
-        (EXAMPLE_PASSWORD, "example.org", "the example's"),
+        ("", "REX_BIND", "127.0.0.1", "POSTGRES_PASSWORD is empty"),
+        ("a b", "REX_BIND", "127.0.0.1", "POSTGRES_PASSWORD is empty or has a character"),
+        (EXAMPLE_PASSWORD, "REX_BIND", "0.0.0.0", "the example's and REX_BIND is 0.0.0.0"),
+        (EXAMPLE_PASSWORD, "REX_UI_BIND", "example.org", "the example's and REX_UI_BIND is example.org"),
     ],
 )
-def test_settings_that_the_stack_must_not_start_with(password: str, address: str, says: str) -> None:
+def test_settings_that_the_stack_must_not_start_with(password: str, name: str, address: str, says: str) -> None:
     with pytest.raises(PipelineError, match=says) as refusal:
-        check_settings({"POSTGRES_PASSWORD": password, "REX_BIND": address})
+        check_settings({"POSTGRES_PASSWORD": password, name: address})
     assert password not in str(refusal.value) or not password
 
 

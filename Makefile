@@ -99,13 +99,14 @@ lint: setup  ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup  ## Measure tokenizing, orchestration, decoding, training, the engine and serving (needs `make pipeline` first)
+bench: setup  ## Measure tokenizing, orchestration, decoding, training, the engine, serving and roll-over (needs `make pipeline` first)
 	$(BIN)/python -m bench.tokenizing
 	$(BIN)/python -m bench.orchestration
 	$(BIN)/python -m bench.decode "$$($(BIN)/python -m llm_assets.latest $(EXPERIMENT) --asset trained_checkpoint)" --tokens 1024
 	$(BIN)/python -m bench.training speed
 	$(BIN)/python -m bench.engine
 	$(BIN)/python -m bench.serving
+	$(BIN)/python -m bench.rollover
 
 clean:  ## Remove the virtual environment and everything that runs wrote
 	rm -rf .venv var

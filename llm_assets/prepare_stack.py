@@ -4,7 +4,8 @@
 
 Creates the databases `dagster` and `mlflow` where they are missing and brings both to this version's tables: here once,
 because two processes that do it at once get into each other's way. Reads POSTGRES_HOST, POSTGRES_PORT, POSTGRES_USER,
-POSTGRES_PASSWORD, REX_BIND and REX_UI_BIND. Whoever publishes the stack to a network with the example's password is refused.
+POSTGRES_PASSWORD, LLM_API_KEYS, REX_BIND and REX_UI_BIND. Whoever publishes the stack to a network with the example's
+password, or the generation service without a key, is refused.
 """
 
 import ipaddress
@@ -35,6 +36,12 @@ def check_settings(environment: Mapping[str, str]) -> None:
                 f"POSTGRES_PASSWORD is the example's and {name} is {address}, where others reach the stack: set a password "
                 f"of your own in .env, or {name}=127.0.0.1"
             )
+    address = environment.get("REX_BIND") or "127.0.0.1"
+    if not _is_loopback(address) and not environment.get("LLM_API_KEYS"):
+        raise PipelineError(
+            f"REX_BIND is {address}, where others reach the generation service, and LLM_API_KEYS is empty: set a key in "
+            ".env, or REX_BIND=127.0.0.1"
+        )
 
 
 def create_databases(environment: Mapping[str, str]) -> list[str]:

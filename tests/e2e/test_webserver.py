@@ -75,12 +75,12 @@ def wait_until(condition, seconds: float = 180):
     return pytest.fail(f"not reached within {seconds} s")
 
 
-def ended(client: httpx.Client, run_id: str) -> str:
+def ended(client: httpx.Client, run_id: str, seconds: float = 180) -> str:
     def status():
         found = ask(client, STATUS, id=run_id)["runOrError"]["status"]
         return found if found in ("SUCCESS", "FAILURE", "CANCELED") else None
 
-    return wait_until(status)
+    return wait_until(status, seconds)
 
 
 def training_status(workplace, run_id: str) -> str | None:

@@ -109,7 +109,14 @@ def test_settings_that_the_stack_must_not_start_with(password: str, name: str, a
     assert password not in str(refusal.value) or not password
 
 
+def test_a_service_that_others_reach_wants_a_key() -> None:
+    open_to_all = {"POSTGRES_PASSWORD": "another-one", "REX_BIND": "0.0.0.0", "REX_ALLOW_ANONYMOUS": "true"}
+    with pytest.raises(PipelineError, match="LLM_API_KEYS is empty"):
+        check_settings(open_to_all)
+    check_settings({**open_to_all, "LLM_API_KEYS": "a-key"})
+
+
 @pytest.mark.parametrize("address", ["", "127.0.0.1", "::1", "localhost"])
 def test_the_example_works_on_the_loopback_address(address: str) -> None:
     check_settings({"POSTGRES_PASSWORD": EXAMPLE_PASSWORD, "REX_BIND": address})
-    check_settings({"POSTGRES_PASSWORD": "another-one", "REX_BIND": "0.0.0.0"})
+    check_settings({"POSTGRES_PASSWORD": "another-one", "REX_UI_BIND": "0.0.0.0"})

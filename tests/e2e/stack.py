@@ -4,16 +4,17 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.e2e.engine import BASE_IMAGE, require_engine
 from tests.e2e.workplace import REPO, free_port
 
-BASE_IMAGE = os.environ.get("LLM_ASSETS_BASE_IMAGE", "python:3.11-slim")
 POSTGRES_IMAGE = "postgres:17"
 
 
@@ -33,12 +34,9 @@ def succeeds(*command: str) -> bool:
     )
 
 
-def require_engine() -> list[str]:
+def require_compose() -> list[str]:
     """The words that compose is called with; the test is skipped where there is no engine, or nothing to build on."""
-    if not succeeds("docker", "version"):
-        pytest.skip("no container engine answers `docker version`")
-    if not (succeeds("docker", "image", "inspect", BASE_IMAGE) or succeeds("docker", "pull", BASE_IMAGE)):
-        pytest.skip(f"the image {BASE_IMAGE} is neither here nor can it be pulled")
+    require_engine()
     for compose in (["docker", "compose"], ["docker-compose"]):
         if succeeds(*compose, "version"):
             return compose
@@ -64,7 +62,6 @@ class Stack:
     project: str
     folder: Path
     settings: dict[str, str]
-    ports: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, *words: str, profile: str = "", **settings: str) -> str:
         """Run `docker compose`, with other settings where given."""
@@ -92,8 +89,8 @@ class Stack:
 @contextmanager
 def composed(folder: Path) -> Iterator[Stack]:
     """Images and settings for a stack that nobody has started; what is left of it is removed at the end."""
-    compose = require_engine()
-    image = run(str(Path(".venv/bin/python")), "-m", "llm_assets.stack_image", "--tag", "rex-e2e:cpu").splitlines()[-1]
+    compose = require_compose()
+    image = run(sys.executable, "-m", "llm_assets.stack_image", "--tag", "rex-e2e:cpu").splitlines()[-1]
     names = ("PORT", "UI_PORT", "MLFLOW_PORT", "PREVIOUS_PORT")
     settings = {
         "POSTGRES_PASSWORD": "a-password-of-the-test",

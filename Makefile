@@ -6,6 +6,7 @@ HOST       ?= 127.0.0.1
 PORT       ?= 3000
 UI_PORT    ?= 3001
 MLFLOW_PORT ?= 5000
+DEVICE     ?= cpu
 
 BIN       := .venv/bin
 INSTALLED := .venv/.installed
@@ -17,12 +18,14 @@ export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 export GOMP_SPINCOUNT ?= 20000
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_UI_URL ?= http://127.0.0.1:$(MLFLOW_PORT)
+# Compose v2 is a plugin of docker's command line; the first version was a command of its own.
+COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline sweep ui serve test lint bench clean
+.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test lint bench clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) $(DAGSTER_HOME)/dagster.yaml  ## Make the virtual environment and install the pinned packages
 
@@ -55,8 +58,38 @@ ui: setup  ## Start Dagster (UI_PORT=3001, webserver and daemon) and the MLflow 
 		--host 127.0.0.1 --port $(MLFLOW_PORT) & mlflow=$$!; trap 'kill $$mlflow 2>/dev/null' EXIT INT TERM; \
 	$(BIN)/dagster dev --workspace workspace.yaml --host 127.0.0.1 --port $(UI_PORT)
 
-serve: setup  ## Serve the packaged Bento of EXPERIMENT on HOST (127.0.0.1) and PORT (3000)
-	@tag=$$($(BIN)/python -m llm_assets.latest $(EXPERIMENT) --bento) && exec $(BIN)/bentoml serve "$$tag" --host $(HOST) --port $(PORT)
+serve: setup  ## Serve the packaged Bento of EXPERIMENT, or BENTO=NAME:VERSION, on HOST (127.0.0.1) and PORT (3000)
+	@tag=$(or $(BENTO),$$($(BIN)/python -m llm_assets.latest $(EXPERIMENT) --bento)) && exec $(BIN)/bentoml serve "$$tag" --host $(HOST) --port $(PORT)
+
+stack-image: setup  ## Build the image of the composed stack for DEVICE=cpu or gpu; the last line is its tag
+	@$(BIN)/python -m llm_assets.stack_image --device $(DEVICE)
+
+up: .env  ## Start the composed stack (Postgres, MLflow, Dagster, the service) and wait until it is healthy
+	@image=$$(sed -n 's/^REX_PIPELINE_IMAGE=//p' .env); \
+	docker image inspect "$${image:-rex-pipeline:cpu}" >/dev/null 2>&1 || $(MAKE) stack-image
+	$(COMPOSE) up --detach
+	@for second in $$(seq 180); do \
+		states=$$(docker inspect --format '{{with .State.Health}}{{.Status}}{{end}} {{.Name}}' $$($(COMPOSE) ps -q)); \
+		echo "$$states" | grep -q -e ^starting -e ^unhealthy || { echo "the stack is healthy"; exit 0; }; sleep 1; \
+	done; echo "error: not healthy after 180 s (make logs):" >&2; echo "$$states" | grep -e ^starting -e ^unhealthy >&2; exit 1
+
+down:  ## Stop the composed stack; its data stays in the volumes
+	$(COMPOSE) down
+
+logs:  ## Follow the logs of the composed stack
+	$(COMPOSE) logs --follow --tail 100
+
+.env:
+	cp .env.example .env
+
+image: setup  ## Build the container image of EXPERIMENT for DEVICE=cpu or gpu; the last line is its tag
+	@$(if $(filter cpu gpu,$(DEVICE)),,echo "error: DEVICE=$(DEVICE): expected cpu or gpu" >&2; exit 2)
+ifeq ($(strip $(OVERRIDES)),)
+	$(BIN)/dagster job execute -m llm_assets.images -j container_image_$(DEVICE)_job --tags '{"dagster/partition": "$(EXPERIMENT)"}'
+else
+	$(BIN)/python -m llm_assets.sweep --module llm_assets.images --job container_image_$(DEVICE)_job experiment=$(EXPERIMENT) $(OVERRIDES)
+endif
+	@$(BIN)/python -m llm_assets.latest $(EXPERIMENT) --image $(DEVICE)
 
 test: setup  ## Run the tests
 	$(BIN)/pytest
@@ -66,13 +99,14 @@ lint: setup  ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup  ## Measure tokenizing, orchestration, decoding, training, the engine and serving (needs `make pipeline` first)
+bench: setup  ## Measure tokenizing, orchestration, decoding, training, the engine, serving and roll-over (needs `make pipeline` first)
 	$(BIN)/python -m bench.tokenizing
 	$(BIN)/python -m bench.orchestration
 	$(BIN)/python -m bench.decode "$$($(BIN)/python -m llm_assets.latest $(EXPERIMENT) --asset trained_checkpoint)" --tokens 1024
 	$(BIN)/python -m bench.training speed
 	$(BIN)/python -m bench.engine
 	$(BIN)/python -m bench.serving
+	$(BIN)/python -m bench.rollover
 
 clean:  ## Remove the virtual environment and everything that runs wrote
 	rm -rf .venv var

@@ -25,9 +25,13 @@ HOST = "127.0.0.1"
 
 @dataclass
 class Answer:
-    """One request to the server: its status, events of text, and seconds to the first of them and to the end."""
+    """One request to the server: its status, events of text, and seconds to the first of them and to the end.
+
+    is_whole: the stream had its end.
+    """
 
     status: int = 0
+    is_whole: bool = False
     retry_after: bool = False
     events: int = 0
     first_s: float = 0.0
@@ -69,6 +73,7 @@ class Server:
         answer.total_s = time.perf_counter() - started
         answer.status = int(received[9:12] or 0)
         answer.retry_after = b"\r\nretry-after: " in received.lower()
+        answer.is_whole = b"data: [DONE]" in received[-64:]
         answer.events = received.count(b"data: ") - 1  # [DONE]
         return answer
 
@@ -85,12 +90,10 @@ class Server:
 
 
 @contextmanager
-def serve(model_dir: Path, folder: Path) -> Iterator[Server]:
-    """The service from this checkout, with the options of the environment (REX_...), ended at the end."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "REX_MODEL": str(model_dir.absolute()), "BENTOML_DO_NOT_TRACK": "True"}
+def serve(model_dir: Path, folder: Path, **variables: str) -> Iterator[Server]:
+    """The service from this checkout, with the options of the environment (REX_...) and `variables`, ended at the end."""
+    port = free_port()
+    environment = {**os.environ, "REX_MODEL": str(model_dir.absolute()), "BENTOML_DO_NOT_TRACK": "True", **variables}
     environment.setdefault("BENTOML_HOME", str(folder / "bentoml"))
     log = folder / "serve.log"
     command = [str(Path(sys.executable).parent / "bentoml"), "serve", "bento.service:RexService"]
@@ -114,6 +117,14 @@ def serve(model_dir: Path, folder: Path) -> Iterator[Server]:
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def _is_ready(port: int) -> bool:

@@ -12,12 +12,12 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from types import FrameType
-from typing import Protocol
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bento.errors import ApiError, server_error
+from bento.models import Models
 from model.generation.requests import Generation
 
 logger = logging.getLogger("bentoml.admission")
@@ -26,33 +26,27 @@ LAST_ANSWERS_S = 5.0
 """After the grace period: time for those that were cancelled to be told, and for clients to read what is left."""
 
 
-class HasLife(Protocol):
-    """The part of the engine that is read here."""
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether it answers or will again."""
-
-
 class Admission:
-    """The service's state, and how many requests are under way. engine: None until the model is loaded."""
+    """The service's state, and how many requests are under way."""
 
-    def __init__(self, engine: Callable[[], HasLife | None]) -> None:
-        self._engine = engine
+    def __init__(self, models: Models) -> None:
+        self._models = models
         self.is_draining = False
         self.has_failed = False
         """The model could not be loaded."""
+        self.waits_for = "the model is being loaded: try again"
+        """What requests are told while there is no model."""
         self.under_way = 0
 
     def refusal(self) -> ApiError | None:
         """Why no request is taken, None where one is. An engine that restarts refuses by itself."""
-        engine = self._engine()
+        served = self._models.current
         if self.is_draining:
             return unavailable("the service is stopping: another instance or the next one answers", "draining")
-        if self.has_failed or (engine and not engine.is_alive):
+        if self.has_failed or (served and not served.engine.is_alive):
             return unavailable("the model has stopped and does not come back without a restart", "stopped")
-        if engine is None:
-            return unavailable("the model is being loaded: try again", "loading")
+        if served is None:
+            return unavailable(self.waits_for, "loading")
         return None
 
     async def drain(self, timeout_s: float, cancel: Callable[[], Awaitable[None]]) -> None:
@@ -89,10 +83,12 @@ def queue_timeout() -> ApiError:
 
 
 class AdmissionMiddleware:
-    """Refuses requests that would need the model (all but GET and HEAD) where the model takes none; counts the others."""
+    """Refuses requests that would need the model (all but GET and HEAD) where the model takes none; counts the others,
+    each of which holds the model that serves when it comes: `request.state.served`.
+    """
 
-    def __init__(self, app: ASGIApp, *, admission: Admission) -> None:
-        self.app, self._admission = app, admission
+    def __init__(self, app: ASGIApp, *, admission: Admission, models: Models) -> None:
+        self.app, self._admission, self._models = app, admission, models
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -103,7 +99,9 @@ class AdmissionMiddleware:
             raise refusal
         self._admission.under_way += 1
         try:
-            await self.app(scope, receive, send)
+            with self._models.hold() as served:
+                scope.setdefault("state", {})["served"] = served
+                await self.app(scope, receive, send)
         finally:
             self._admission.under_way -= 1
 

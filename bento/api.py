@@ -2,7 +2,7 @@
 
 Here are the app itself and the service's own routes; the OpenAI API's are in `openai_api.py`. A route checks a request,
 hands it to the engine and passes the engine's events on, as one JSON answer or as server-sent events. When the client
-leaves, the generation is cancelled. The engine is set by whoever loads the model: `app.state.engine`, None until then.
+leaves, the generation is cancelled. Whoever loads a model lets it serve: `app.state.models`.
 """
 
 import json
@@ -16,12 +16,13 @@ from starlette.responses import JSONResponse, Response
 
 from bento.admission import Admission
 from bento.answers import Answers, Batch, EventStream, server_sent
-from bento.backend import Backend, Prompt
+from bento.backend import Backend, BackendOf, Prompt
 from bento.body import JsonRoute
 from bento.errors import ApiError, validation_error
 from bento.logprobs import TokenNames
 from bento.metrics import CONTENT_TYPE, ServiceMetrics
 from bento.middleware import surround
+from bento.models import Models
 from bento.openai_api import openai_routes
 from bento.openapi import GENERATING, READING, describe, stream_of, without
 from bento.page import add_page
@@ -62,23 +63,27 @@ def create_app(
     api_keys: any of them opens every route; none lets anybody in. cors_origins: web sites whose pages may call.
     """
     app = FastAPI(title="REX text generation", description="Continues text with a REX language model.", version="1")
-    app.state.engine = None
-    backend = Backend(app, model_name, request_timeout_s, queue_timeout_s, max_choices)
-    metrics = ServiceMetrics(lambda: app.state.engine)
-    admission = app.state.admission = Admission(lambda: app.state.engine)
+    models = app.state.models = Models(model_name)
+    metrics = ServiceMetrics(models)
+    admission = app.state.admission = Admission(models)
     surround(
         app,
         metrics=metrics,
         admission=admission,
+        models=models,
         max_body_bytes=max_body_bytes,
         api_keys=api_keys,
         cors_origins=cors_origins,
     )
     app.add_exception_handler(RequestValidationError, _refuse_invalid)
     app.add_exception_handler(HTTPException, _refuse)
-    app.include_router(openai_routes(backend))
-    app.include_router(own_routes(backend))
-    app.include_router(token_routes(backend))
+
+    def backend_of(request: Request) -> Backend:
+        return Backend(request.state.served.engine, model_name, request_timeout_s, queue_timeout_s, max_choices)
+
+    app.include_router(openai_routes(backend_of, models))
+    app.include_router(own_routes(backend_of))
+    app.include_router(token_routes(backend_of))
     describe(app)
 
     @app.get("/metrics", include_in_schema=False)
@@ -89,15 +94,16 @@ def create_app(
     return app
 
 
-def own_routes(backend: Backend) -> APIRouter:
+def own_routes(backend_of: BackendOf) -> APIRouter:
     """/generate and the two routes of the service's earlier version."""
     router = APIRouter(route_class=JsonRoute, tags=["Generate"])
 
     async def start(
         request: Request, text: str | None, body: Sampling, max_tokens: int | None, names: tuple[str, str]
     ) -> Answers:
+        backend = backend_of(request)
         if text is None:
-            prompt = Prompt([min(backend.engine().end_of_text_ids, default=0)])
+            prompt = Prompt([min(backend.engine.end_of_text_ids, default=0)])
         else:
             prompt = Prompt(await backend.encode(text), text)
         count = backend.fit(len(prompt.ids), max_tokens, default=DEFAULT_MAX_TOKENS, names=names)
@@ -120,7 +126,7 @@ def own_routes(backend: Backend) -> APIRouter:
         if body.stream:
             return EventStream(answers, _events)
         text, last = await whole(request, answers)
-        return JSONResponse({"text": text, **_end(last), "model": backend.model_name})
+        return JSONResponse({"text": text, **_end(last), "model": backend_of(request).model_name})
 
     @router.post(
         "/generate_text",
@@ -147,15 +153,16 @@ def own_routes(backend: Backend) -> APIRouter:
     return router
 
 
-def token_routes(backend: Backend) -> APIRouter:
+def token_routes(backend_of: BackendOf) -> APIRouter:
     """From text to tokens and back."""
     router = APIRouter(route_class=JsonRoute, tags=["Tokens"])
 
     @router.post("/tokenize", response_model=TokenizeResponse, responses=READING, summary="The tokens of a text")
-    async def tokenize(body: TokenizeRequest) -> Response:
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
+        backend = backend_of(request)
         backend.check_model(body.model)
         ids = await backend.encode(body.prompt)
-        engine = backend.engine()
+        engine = backend.engine
         content: dict[str, Any] = {"count": len(ids), "max_model_len": engine.context_length, "tokens": ids}
         if body.return_token_strs:
             names = TokenNames(engine)
@@ -163,10 +170,11 @@ def token_routes(backend: Backend) -> APIRouter:
         return JSONResponse(content)
 
     @router.post("/detokenize", response_model=DetokenizeResponse, responses=READING, summary="The text of tokens")
-    async def detokenize(body: DetokenizeRequest) -> Response:
+    async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
+        backend = backend_of(request)
         backend.check_model(body.model)
         backend.check_ids(body.tokens, param="tokens")
-        return JSONResponse({"prompt": backend.engine().decode(body.tokens)})
+        return JSONResponse({"prompt": backend.engine.decode(body.tokens)})
 
     return router
 

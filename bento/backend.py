@@ -1,18 +1,17 @@
 """The engine behind the routes: what a route needs to turn a checked body into generations, and the limits that depend
 on the model.
 
-The engine is set by whoever loads the model: `app.state.engine`, None until then.
+A request gets its backend once, and with it one model for its whole life: another may take over meanwhile.
 """
 
 import asyncio
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI, Request
+from fastapi import Request
 
-from bento.admission import unavailable
 from bento.answers import Answers
 from bento.errors import ApiError, server_error
 from bento.schema import Sampling
@@ -36,46 +35,32 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Backend:
-    """What all routes share.
+    """What a route needs of one model and the service's limits.
 
     request_timeout_s: from a request's arrival to its last token. queue_timeout_s: to its start; None waits on.
     max_choices: texts that one request may ask for, prompts times choices.
     """
 
-    app: FastAPI
+    engine: "Engine"
     model_name: str
     request_timeout_s: float
     queue_timeout_s: float | None
     max_choices: int
 
-    def engine(self) -> "Engine":
-        """The engine. Raises ApiError 503 while the model is being loaded."""
-        engine: Engine | None = self.app.state.engine
-        if engine is None:  # admission has refused before
-            raise unavailable("the model is being loaded: try again", "loading")
-        return engine
-
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404 where a request names a model that is not served."""
-        if name is not None and name != self.model_name:
-            raise ApiError(
-                404,
-                f"model {name[:100]!r} is not served here: {self.model_name!r} is",
-                code="model_not_found",
-                param="model",
-            )
+        check_model(name, self.model_name)
 
     async def encode(self, text: str) -> list[int]:
         """The tokens of a text; special tokens written out in it are ordinary text."""
-        engine = self.engine()
         if len(text) <= SHORT_TEXT:
-            return engine.encode(text)
+            return self.engine.encode(text)
         # A long text takes seconds, and the event loop serves everybody.
-        return await asyncio.to_thread(engine.encode, text)
+        return await asyncio.to_thread(self.engine.encode, text)
 
     def check_ids(self, ids: Collection[int], *, param: str) -> None:
         """Raises ApiError 400 where a token is not in the vocabulary."""
-        size = self.engine().vocab_size
+        size = self.engine.vocab_size
         if ids and not 0 <= min(ids) <= max(ids) < size:
             wrong = next(token for token in ids if not 0 <= token < size)
             raise ApiError(
@@ -91,7 +76,7 @@ class Backend:
         wanted: None takes the default, or what fits if less; a default of None is all that fits. names: what the request
         calls the text and the number. Raises ApiError 400 where prompt and answer do not fit into the context.
         """
-        context = self.engine().context_length
+        context = self.engine.context_length
         text_name, count_name = names
         free = context - prompt
         if wanted is None:
@@ -142,7 +127,7 @@ class Backend:
         left_s = self.request_timeout_s - (time.monotonic() - record.started)
         limited = [replace(one, timeout_s=left_s, queue_timeout_s=self.queue_timeout_s) for one in generations]
         try:
-            return Answers(self.engine(), limited, record)
+            return Answers(self.engine, limited, record)
         except EngineBusy as busy:
             retry = {"Retry-After": str(busy.retry_after_s)}
             raise ApiError(429, str(busy), code="queue_full", type="rate_limit_error", headers=retry) from None
@@ -150,3 +135,18 @@ class Backend:
             raise server_error(503, "the model has stopped: the service restarts", code="stopped") from None
         except PipelineError as error:
             raise ApiError(400, str(error), code="invalid_request") from None
+
+
+BackendOf = Callable[[Request], Backend]
+"""The backend of a request that was admitted."""
+
+
+def check_model(name: str | None, served: str) -> None:
+    """Raises ApiError 404 where a request names another model than the one that is served."""
+    if name is not None and name != served:
+        raise ApiError(
+            404,
+            f"model {name[:100]!r} is not served here: {served!r} is",
+            code="model_not_found",
+            param="model",
+        )

@@ -8,8 +8,7 @@ it when the metrics are read.
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -18,19 +17,11 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from model.generation.requests import EngineStats
+from bento.models import Models
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
-NOTHING_DONE = EngineStats(*[0] * 10)
-
-
-class HasStats(Protocol):
-    """The part of the engine that is read here."""
-
-    def stats(self) -> EngineStats:
-        """What it does and has done."""
 
 
 class Distribution:
@@ -56,10 +47,10 @@ class Distribution:
 
 
 class ServiceMetrics(Collector):
-    """What is counted. engine: the engine whose numbers are shown, None while there is none."""
+    """What is counted. models: whose engines' numbers are shown."""
 
-    def __init__(self, engine: Callable[[], HasStats | None]) -> None:
-        self._engine = engine
+    def __init__(self, models: Models) -> None:
+        self._models = models
         self.requests: Counter[tuple[str, str, str]] = Counter()
         """By route, status and finish reason; "-" where nothing was generated."""
         self.rejections: Counter[str] = Counter()
@@ -101,9 +92,13 @@ class ServiceMetrics(Collector):
         yield from self._engine_families()
 
     def _engine_families(self) -> Iterator[Metric]:
-        engine = self._engine()
-        stats = engine.stats() if engine else NOTHING_DONE
+        stats, served = self._models.stats(), self._models.current
         used = stats.cache_tokens / stats.cache_capacity_tokens if stats.cache_capacity_tokens else 0.0
+        # One series at a time, however many versions come: a label of its own for each would stay for ever.
+        info = GaugeMetricFamily("rex_model_info", "1 for the version that serves.", labels=["model", "version"])
+        if served:
+            info.add_metric([self._models.name, served.version or ""], 1)
+        yield info
         for name, meaning, value in (
             ("rex_num_requests_running", "Requests that generate.", stats.running),
             ("rex_num_requests_waiting", "Requests in the queue.", stats.waiting),

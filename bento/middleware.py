@@ -22,6 +22,7 @@ from bento.admission import Admission, AdmissionMiddleware
 from bento.auth import ApiKeyMiddleware
 from bento.errors import ApiError, server_error
 from bento.metrics import ServiceMetrics
+from bento.models import Models
 from bento.record import CLIENT_LEFT, RequestRecord
 
 logger = logging.getLogger("bentoml.requests")  # the name decides that the server's log shows it
@@ -35,12 +36,13 @@ def surround(
     *,
     metrics: ServiceMetrics,
     admission: Admission,
+    models: Models,
     max_body_bytes: int,
     api_keys: Sequence[str] = (),
     cors_origins: Sequence[str] = (),
 ) -> None:
     """Put everything of this module around the routes of `app`; the last added is the outermost."""
-    app.add_middleware(AdmissionMiddleware, admission=admission)
+    app.add_middleware(AdmissionMiddleware, admission=admission, models=models)
     app.add_middleware(ApiKeyMiddleware, keys=api_keys)
     app.add_middleware(RequestMiddleware, max_body_bytes=max_body_bytes, metrics=metrics)
     if cors_origins:

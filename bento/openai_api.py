@@ -15,9 +15,10 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from bento.answers import EventStream
-from bento.backend import SHORT_TEXT, Backend, Prompt
+from bento.backend import SHORT_TEXT, Backend, BackendOf, Prompt, check_model
 from bento.body import JsonRoute
 from bento.chat import encode_chat
+from bento.models import Models
 from bento.openai_format import ChatFormat, CompletionFormat, Format, Wish
 from bento.openai_schema import (
     DEFAULT_COMPLETION_TOKENS,
@@ -32,20 +33,20 @@ from bento.openai_schema import (
 from bento.openapi import GENERATING, LISTING, stream_of
 
 
-def openai_routes(backend: Backend) -> APIRouter:
+def openai_routes(backend_of: BackendOf, models: Models) -> APIRouter:
     """The routes under /v1."""
     router = APIRouter(prefix="/v1", route_class=JsonRoute, tags=["OpenAI"])
     started = int(time.time())
 
     def describe_model() -> dict[str, Any]:
-        engine = backend.app.state.engine
-        length = engine.context_length if engine else None
+        served = models.current
         return {
-            "id": backend.model_name,
+            "id": models.name,
             "object": "model",
             "created": started,
             "owned_by": "rex",
-            "max_model_len": length,
+            "max_model_len": served.engine.context_length if served else None,
+            "version": served.version if served else None,
         }
 
     @router.get("/models", response_model=ModelList, responses=LISTING, summary="List the models: the served one")
@@ -59,7 +60,7 @@ def openai_routes(backend: Backend) -> APIRouter:
         summary="Describe a model",
     )
     async def describe_one(model: str) -> Response:
-        backend.check_model(model)
+        check_model(model, models.name)
         return JSONResponse(describe_model())
 
     @router.post(
@@ -69,6 +70,7 @@ def openai_routes(backend: Backend) -> APIRouter:
         summary="Continue texts",
     )
     async def complete(body: CompletionRequest, request: Request) -> Response:
+        backend = backend_of(request)
         backend.check_model(body.model)
         prompts = [await _read(backend, prompt) for prompt in body.prompt]
         counts = [
@@ -79,14 +81,14 @@ def openai_routes(backend: Backend) -> APIRouter:
         if wish.is_scored and wish.is_echoed and body.max_tokens == 1 and not (body.min_tokens or body.ignore_eos):
             # Clients that score a prompt drop the one token that they had to ask for, so it must be there even where it
             # ends the text and the engine would not show it.
-            endings = backend.engine().end_of_text_ids.union(body.stop_token_ids or ())
+            endings = backend.engine.end_of_text_ids.union(body.stop_token_ids or ())
             wish = replace(wish, endings=endings)
             body = body.model_copy(update={"ignore_eos": True, "stop_token_ids": None})
         prompt_scores = body.logprobs if body.echo else None
         if body.max_tokens == 0:
             prompt_scores = body.logprobs or 0  # what the engine then does instead of generating
         scores = {"logprobs": body.logprobs, "prompt_logprobs": prompt_scores}
-        return await answer(body, request, prompts, counts, scores, partial(CompletionFormat, wish=wish))
+        return await answer(backend, body, request, prompts, counts, scores, partial(CompletionFormat, wish=wish))
 
     @router.post(
         "/chat/completions",
@@ -95,8 +97,9 @@ def openai_routes(backend: Backend) -> APIRouter:
         summary="Continue a conversation",
     )
     async def chat(body: ChatRequest, request: Request) -> Response:
+        backend = backend_of(request)
         backend.check_model(body.model)
-        engine = backend.engine()
+        engine = backend.engine
         if sum(len(message.content) for message in body.messages) <= SHORT_TEXT:
             ids = encode_chat(engine.tokenizer, body.messages, engine.encode)
         else:
@@ -106,9 +109,10 @@ def openai_routes(backend: Backend) -> APIRouter:
         count = backend.fit(len(ids), asked, default=None, names=("messages", name))
         wish = Wish(is_scored=bool(body.logprobs), has_ids=bool(body.return_token_ids))
         scores = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None}
-        return await answer(body, request, [Prompt(ids)], [count], scores, partial(ChatFormat, wish=wish))
+        return await answer(backend, body, request, [Prompt(ids)], [count], scores, partial(ChatFormat, wish=wish))
 
     async def answer(
+        backend: Backend,
         body: OpenAIRequest,
         request: Request,
         prompts: Sequence[Prompt],
@@ -122,7 +126,7 @@ def openai_routes(backend: Backend) -> APIRouter:
         request.state.record.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         options = body.stream_options
         form = make_format(
-            engine=backend.engine(),
+            engine=backend.engine,
             model=backend.model_name,
             number=request.state.record.id,
             prompts=prompts,

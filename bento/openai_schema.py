@@ -319,13 +319,16 @@ class ChatResponse(BaseModel):
 
 
 class Model(BaseModel):
-    """The served model. max_model_len: most tokens of a prompt and its answer together, null until it is loaded."""
+    """The served model. max_model_len: most tokens of a prompt and its answer together; version: changes where another
+    version of the model takes over. Both null until it is loaded.
+    """
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     max_model_len: int | None
+    version: str | None
 
 
 class ModelList(BaseModel):

@@ -23,6 +23,14 @@ class BentoArgs(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str = Field("", description="Tag in the BentoML model store, or the directory of a REX model.")
+    champion: str = Field(
+        "",
+        description="Registered model of the MLflow server at MLFLOW_TRACKING_URI whose champion is served, whenever it "
+        "changes.",
+    )
+    champion_poll_s: float = Field(
+        10.0, gt=0, allow_inf_nan=False, description="From one question for the champion to the next."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes the GPU where there is one.")
     kv_cache: bool = Field(True, description="false computes earlier tokens again for each new one, for comparison.")
     quantized: bool | Literal["auto"] = Field(

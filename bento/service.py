@@ -32,6 +32,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from bento.admission import drain_on_signal
 from bento.api import MAX_CHOICES, create_app
 from bento.auth import HEALTH_PATHS, read_api_keys, refuse_open_address
+from bento.champion import Follower, Registry
 from bento.options import BentoArgs, describe_variables, find_model, is_path, origins, with_overrides
 from bento.tracing import start_tracing
 from model.errors import PipelineError
@@ -70,7 +71,9 @@ packed_model = None if not args.model or is_path(args.model) else str(BentoModel
 if packed_model:
     find_model(packed_model)
 options = with_overrides(args)
-MODEL_DIR = find_model(options.model)
+# With a champion to follow, a packed model only serves until the first one has come.
+MODEL_DIR = find_model(options.model) if options.model or not options.champion else None
+REGISTRY = Registry(os.environ.get("MLFLOW_TRACKING_URI", "")) if options.champion else None
 API_KEYS = read_api_keys()
 
 # distro "": the default adds compilers and git to the image, which wheels never need. Versions are those that run here.
@@ -88,7 +91,7 @@ IMAGE_VARIABLES = {
 }
 
 app = create_app(
-    model_name=options.model if not is_path(options.model) else MODEL_DIR.name,
+    model_name=options.champion or (MODEL_DIR.name if MODEL_DIR and is_path(options.model) else options.model),
     request_timeout_s=options.request_timeout_s,
     max_body_bytes=options.max_body_bytes,
     queue_timeout_s=options.queue_timeout_s,
@@ -132,7 +135,7 @@ class RexService:
         model = BentoModel(packed_model)
 
     def __init__(self) -> None:
-        self._engine: Engine | None = None
+        self._follower: Follower | None = None
         try:
             refuse_open_address(_listening_host(), API_KEYS, allow_anonymous=options.allow_anonymous)
             app.state.tracer = start_tracing()
@@ -169,40 +172,47 @@ class RexService:
         """In the server's event loop, before it takes requests: SIGTERM lets running ones finish."""
 
         async def cancel() -> None:
-            if self._engine:
-                await asyncio.to_thread(self._engine.stop)
+            await asyncio.to_thread(app.state.models.stop)
 
         drain_on_signal(app.state.admission, options.drain_timeout_s, cancel)
 
     @bentoml.on_shutdown
     def stop(self) -> None:
-        """End the engine's thread; hand over the last spans."""
-        if self._engine:
-            self._engine.stop()
+        """End the engines' threads; hand over the last spans."""
+        if self._follower:
+            self._follower.stop()
+        app.state.models.stop()
         if app.state.tracer:
             app.state.tracer.stop()
 
     async def __is_ready__(self) -> bool:
         """Whether the model has answered and new requests are taken: /readyz."""
-        return self._engine is not None and self._engine.is_ready and not app.state.admission.is_draining
+        served = app.state.models.current
+        return served is not None and served.engine.is_ready and not app.state.admission.is_draining
 
     async def __is_alive__(self) -> bool:
         """Whether the engine lives or is on its way: /livez. False is final."""
-        return not app.state.admission.has_failed and (self._engine is None or self._engine.is_alive)
+        served = app.state.models.current
+        return not app.state.admission.has_failed and (served is None or served.engine.is_alive)
 
     def _load(self) -> None:
         gc.disable()  # a sixth of the time that importing the libraries takes
         try:
-            engine = _start_engine(options, MODEL_DIR)
-            _settle()
-            self._engine = app.state.engine = engine
+            if MODEL_DIR:
+                engine = _start_engine(options, MODEL_DIR)
+                _settle()
+                app.state.models.serve(engine, _packed_version())
         except Exception as error:
             app.state.admission.has_failed = True
             if not isinstance(error, PipelineError):
                 logger.exception("loading the model failed")
             _end_service(str(error) or type(error).__name__)
+            return
         finally:
             gc.enable()
+        if REGISTRY:
+            self._follower = _follow(REGISTRY)
+            self._follower.start()
 
 
 RexService.add_asgi_middleware(OnlyOurRoutes)  # type: ignore[attr-defined]
@@ -264,11 +274,37 @@ def _start_engine(options: BentoArgs, model_dir: Path) -> "Engine":
     return engine
 
 
+def _follow(registry: Registry) -> Follower:
+    """Let the champion serve from now on, with the options that a packed model has."""
+
+    def load(model_dir: Path, version: str) -> "Engine":
+        return _start_engine(options.model_copy(update={"model": f"{options.champion}/{version}"}), model_dir)
+
+    def wait(reason: str) -> None:
+        app.state.admission.waits_for = reason
+
+    return Follower(
+        registry,
+        options.champion,
+        app.state.models,
+        load=load,
+        settle=_settle,
+        waits=wait,
+        poll_s=options.champion_poll_s,
+        drain_s=options.request_timeout_s + options.drain_timeout_s,
+    )
+
+
+def _packed_version() -> str | None:
+    return None if is_path(options.model) else options.model.partition(":")[2]
+
+
 def _settle() -> None:
     """Give back the memory that only loading needed, and let the garbage collector pass over what stays.
 
     A whole collection looks at the million objects of the imported libraries: 0.2 s in which nobody gets a token.
     """
+    gc.unfreeze()  # a former model is among what stayed
     gc.collect()
     gc.freeze()
     from model.generation.allocator import trim

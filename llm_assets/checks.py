@@ -16,6 +16,7 @@ import dagster as dg
 ROUND_TRIP_DOCUMENTS = 64
 UNIGRAM_TOKENS = 20_000_000
 QUANTIZATION_ERROR, QUANTIZATION_WARNING = 0.05, 0.02
+IMAGE_GB = {"cpu": 1.7, "gpu": 6.5}
 
 _DESCRIPTIONS = {
     ("corpus", "splits_are_disjoint"): "Both splits hold documents, and none is in both.",
@@ -25,6 +26,15 @@ _DESCRIPTIONS = {
     ("quantized_model", "keeps_quality"): f"Bits per byte are at most {QUANTIZATION_ERROR:.0%} above full precision's "
     f"(else an error), or {QUANTIZATION_WARNING:.0%} (else a warning).",
     ("packaged_bento", "is_in_store"): "The Bento and its model are in BentoML's stores.",
+    **{
+        (f"container_image_{device}", name): description
+        for device, gigabytes in IMAGE_GB.items()
+        for name, description in {
+            "fits_the_device": "torch is a CUDA build and CUDA's libraries are there if and only if it is a GPU image; the "
+            "user is not root.",
+            "is_small": f"The image has at most {gigabytes} GB (else a warning).",
+        }.items()
+    },
 }
 
 
@@ -136,3 +146,23 @@ def is_in_store(bento: dict[str, Any] | None, model: dict[str, Any]) -> dg.Asset
         passed=len(paths) == 2 and all(path.is_dir() and any(path.iterdir()) for path in paths),
         metadata={"bento": bento["tag"] if bento else "none", "model": model["tag"]},
     )
+
+
+def of_image(asset: str, device: str, inside: dict[str, Any], size: int) -> list[dg.AssetCheckResult]:
+    """Judge what a container of the image found (`ContainerEngine.look_into`), and the image's bytes."""
+    has_cuda = [bool(inside["cuda"]), inside["cuda_packages"] > 0]
+    return [
+        dg.AssetCheckResult(
+            asset_key=asset,
+            check_name="fits_the_device",
+            passed=has_cuda == [device == "gpu"] * 2 and inside["uid"] != 0,
+            metadata=inside,
+        ),
+        dg.AssetCheckResult(
+            asset_key=asset,
+            check_name="is_small",
+            passed=size <= IMAGE_GB[device] * 1e9,
+            severity=dg.AssetCheckSeverity.WARN,
+            metadata={"image_bytes": size},
+        ),
+    ]

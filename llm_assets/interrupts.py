@@ -1,10 +1,13 @@
-"""Termination that is not lost.
+"""Termination that is not lost, and that reaches a step whose run was killed.
 
 Dagster ends a step with an exception that a signal handler raises, once. Python drops an exception that comes up in a
 finalizer or in a weak reference's callback, and training runs both all the time: the step would then run on to its end.
 """
 
+import ctypes
+import multiprocessing
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +15,18 @@ from types import FrameType
 from typing import Any
 
 import dagster as dg
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def end_with_run() -> None:
+    """From now on this step is terminated when the process that started it is gone.
+
+    A killed run would otherwise leave a training behind that works on for nobody and keeps the machine from the next run.
+    Does nothing in a step that runs in its run's own process, and where the kernel is not Linux.
+    """
+    if multiprocessing.parent_process() is not None and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager

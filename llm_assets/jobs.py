@@ -25,17 +25,24 @@ executor = dg.multiprocess_executor.configured(
 
 
 def build_jobs(assets: Sequence[dg.AssetsDefinition]) -> list[Any]:
-    """`llm_pipeline` with every asset, and `<asset>_job` for each: that stage alone, from the latest upstream."""
-    selections = {"llm_pipeline": (assets, "From text to a packaged service: every asset of one experiment.")} | {
-        f"{asset.key.path[-1]}_job": ([asset], f"Only {asset.key.path[-1]}, from the latest upstream artifacts.")
-        for asset in assets
-    }
+    """`llm_pipeline` with every asset, and `<asset>_job` for each."""
+    whole = _job("llm_pipeline", assets, "From text to a packaged service: every asset of one experiment.")
+    return [whole, *stage_jobs(assets)]
+
+
+def stage_jobs(assets: Sequence[dg.AssetsDefinition]) -> list[Any]:
+    """`<asset>_job` for each: that stage alone, from the latest upstream."""
+    names = [asset.key.path[-1] for asset in assets]
     return [
-        dg.define_asset_job(
-            name,
-            selection=dg.AssetSelection.assets(*selected),
-            description=description,
-            run_tags={"dagster/partition": DEFAULT_EXPERIMENT},
-        )
-        for name, (selected, description) in selections.items()
+        _job(f"{name}_job", [asset], f"Only {name}, from the latest upstream artifacts.")
+        for name, asset in zip(names, assets, strict=True)
     ]
+
+
+def _job(name: str, assets: Sequence[dg.AssetsDefinition], description: str) -> Any:
+    return dg.define_asset_job(
+        name,
+        selection=dg.AssetSelection.assets(*assets),
+        description=description,
+        run_tags={"dagster/partition": DEFAULT_EXPERIMENT},
+    )

@@ -2,6 +2,7 @@
 
 python -m llm_assets.latest [EXPERIMENT]           the artifacts, the report and the command that serves
 python -m llm_assets.latest [EXPERIMENT] --bento   the Bento's tag alone, for scripts
+python -m llm_assets.latest [EXPERIMENT] --image cpu   the tag of the container image alone (or gpu)
 """
 
 import argparse
@@ -36,6 +37,13 @@ def bento_tag(experiment: str) -> str:
     return tag
 
 
+def image_tag(experiment: str, device: str) -> str:
+    """The tag of the experiment's newest container image for `cpu` or `gpu`."""
+    record = DirectoryIOManager().store().load(f"container_image_{device}", experiment) / "image.json"
+    tag: str = json.loads(record.read_text())["image"]
+    return tag
+
+
 @ends_in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what was asked for; one line and status 1 where an artifact is missing."""
@@ -43,10 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("experiment", nargs="?", default=DEFAULT_EXPERIMENT, help=f"default: {DEFAULT_EXPERIMENT}")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--bento", action="store_true", help="print the Bento's tag alone")
+    only.add_argument("--image", choices=("cpu", "gpu"), help="print the container image's tag alone")
     only.add_argument("--asset", choices=stage_assets(), help="print this artifact's folder alone")
     arguments = parser.parse_args(argv)
     if arguments.bento:
         print(bento_tag(arguments.experiment))
+        return 0
+    if arguments.image:
+        print(image_tag(arguments.experiment, arguments.image))
         return 0
     if arguments.asset:
         print(DirectoryIOManager().store().load(arguments.asset, arguments.experiment))

@@ -21,7 +21,7 @@ SCHEMA_VERSION = 1
 VERSION_DIGITS = 16
 
 # Each asset is decided by its own groups and by those of everything upstream of it.
-_GROUPS = {
+_PIPELINE = {
     "corpus": ["corpus"],
     "tokenized_dataset": ["corpus", "tokenizer"],
     "trained_checkpoint": ["corpus", "tokenizer", "model", "training"],
@@ -29,6 +29,7 @@ _GROUPS = {
     "benchmark_report": ["corpus", "tokenizer", "model", "training", "quantization", "benchmark"],
     "packaged_bento": ["corpus", "tokenizer", "model", "training", "quantization", "benchmark", "serving"],
 }
+_GROUPS = _PIPELINE | {f"container_image_{device}": _PIPELINE["packaged_bento"] for device in ("cpu", "gpu")}
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ def seal(
 
 
 def stage_assets() -> list[str]:
-    """The assets in the order of the pipeline."""
-    return list(_GROUPS)
+    """The assets of the pipeline in its order; the container images are none of them."""
+    return list(_PIPELINE)
 
 
 def stage_config(settings: ExperimentSettings, asset: str) -> dict[str, Any]:
@@ -155,7 +156,8 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def refresh_command(asset: str, experiment: str, overrides: Sequence[str] = ()) -> str:
     """The command that materializes `asset` and all that is made from it."""
-    command = f"dagster asset materialize -m llm_assets.definitions --select '{asset}+' --partition {experiment}"
+    module = "llm_assets.definitions" if asset in _PIPELINE else "llm_assets.images"
+    command = f"dagster asset materialize -m {module} --select '{asset}+' --partition {experiment}"
     if overrides:
         config = {"resources": {"hydra": {"config": {"overrides": list(overrides)}}}}
         command += f" --config-json '{json.dumps(config)}'"

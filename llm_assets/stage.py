@@ -23,7 +23,7 @@ import dagster as dg
 from llm_assets import metadata as show
 from llm_assets.experiment import to_yaml
 from llm_assets.failures import permanent_failures
-from llm_assets.interrupts import noticed_interrupts
+from llm_assets.interrupts import end_with_run, noticed_interrupts
 from llm_assets.io_managers import Staged, scratch_dir
 from llm_assets.manifest import Manifest, assert_compatible, config_hash, flatten, seal, stage_config
 from llm_assets.resources.hydra import HydraConfig
@@ -154,6 +154,7 @@ def stage(
 
     exclusive: wait until no other exclusive stage works on this machine (in this var/ folder).
     """
+    end_with_run()
     with permanent_failures(), full_disk_as_error(scratch_dir()), noticed_interrupts() as check_interrupt:
         experiment, asset = context.partition_key, context.asset_key.path[-1]
         settings = hydra.settings(experiment)

@@ -1,7 +1,6 @@
 """The service with its model, ready to run."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,6 @@ import dagster as dg
 
 from llm_assets import checks
 from llm_assets.assets import COMMON
-from llm_assets.manifest import VERSION_DIGITS
 from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
@@ -54,15 +52,10 @@ def packaged_bento(
             # As the artifact has it: quantization.method none makes a quantized_model in full precision.
             "quantized": "auto" if serving.quantized else False,
         }
-        content = json.dumps(arguments, sort_keys=True) + bentos.source_digest()
-        tag = f"{name}:{hashlib.sha256(content.encode()).hexdigest()[:VERSION_DIGITS]}"
-        bento = bentos.find_bento(tag)
-        reused = bento is not None
-        if bento is None:
-            bento = bentos.build(tag, labels=labels, arguments=arguments, log=work.log)
-        command = f"bentoml serve {tag}"
+        bento = bentos.build_once(name, labels=labels, arguments=arguments, log=work.log)
+        command = f"bentoml serve {bento['tag']}"
         record = {
-            "bento": tag,
+            "bento": bento["tag"],
             "bento_bytes": bento["bytes"],
             "model": model["tag"],
             "model_bytes": model["bytes"],
@@ -73,13 +66,13 @@ def packaged_bento(
         work.log(f"serve it: {command}")
         yield work.result(
             {
-                "bento": tag,
+                "bento": bento["tag"],
                 "model": model["tag"],
                 "serve": dg.MetadataValue.md(f"`{command}`"),
                 "bento_bytes": bento["bytes"],
                 "model_bytes": model["bytes"],
                 "bento_path": dg.MetadataValue.path(bento["path"]),
-                "reused": reused,
+                "reused": not bento["created"],
             },
             [checks.is_in_store(bento, model)],
         )

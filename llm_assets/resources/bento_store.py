@@ -2,6 +2,7 @@
 
     python bento_store.py model NAME:VERSION DIRECTORY LABELS_JSON     import a model directory unless it is there
     python bento_store.py bento NAME:VERSION                           find a Bento
+    python bento_store.py export NAME:VERSION DIRECTORY                copy a Bento with its models to a new directory
 
 The last line printed is JSON: what was found, null for a Bento that is not there.
 """
@@ -9,6 +10,7 @@ The last line printed is JSON: what was found, null for a Bento that is not ther
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +42,31 @@ def find_bento(tag: str) -> dict[str, Any] | None:
     return _described(str(bento.tag), Path(bento.path))
 
 
+def export(tag: str, directory: str) -> dict[str, Any]:
+    """Copy the Bento `tag` and its models to a directory that `bentoml serve` takes; anybody may read it.
+
+    Not BentoML's own export: that puts the models into the Bento's folder of the store for a while.
+    """
+    import bentoml
+    from bentoml.models import BentoModel
+
+    bento = bentoml.bentos.get(tag)
+    shutil.copytree(bento.path, directory)
+    models = Path(directory, "models")
+    models.mkdir()
+    info: Any = bento.info  # of which BentoML has two kinds; ours is the one with an image
+    for model in info.all_models:
+        BentoModel(str(model.tag)).resolve(models)
+    for path in Path(directory).rglob("*"):
+        path.chmod(0o755 if path.is_dir() else path.stat().st_mode & 0o111 | 0o644)
+    return {"base_image": info.image.base_image, "python_version": info.image.python_version}
+
+
 def _described(tag: str, path: Path) -> dict[str, Any]:
     return {"tag": tag, "path": str(path), "bytes": sum(p.stat().st_size for p in path.rglob("*") if p.is_file())}
 
 
 if __name__ == "__main__":
     command, *arguments = sys.argv[1:]
-    print(json.dumps(import_model(*arguments) if command == "model" else find_bento(*arguments)))
+    commands: dict[str, Callable[..., Any]] = {"model": import_model, "bento": find_bento, "export": export}
+    print(json.dumps(commands[command](*arguments)))

@@ -8,18 +8,16 @@ then hold another model than its arguments say. Commands run in their own proces
 import hashlib
 import json
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import dagster as dg
 from pydantic import Field
 
+from llm_assets.commands import run
+from llm_assets.manifest import VERSION_DIGITS
 from llm_assets.paths import REPOSITORY
 from model.errors import PipelineError
 from model.progress import Log, silent
@@ -65,6 +63,26 @@ class BentoBuilder(dg.ConfigurableResource):
             raise PipelineError(f"bentoml built {tag}, but its store has no such Bento: is BENTOML_HOME the same?")
         return found
 
+    def build_once(
+        self, name: str, *, labels: Mapping[str, str], arguments: Mapping[str, Any], log: Log = silent
+    ) -> dict[str, Any]:
+        """The Bento `name` of these arguments and the present source, built unless the store has it.
+
+        Returns `{"tag", "path", "bytes", "created"}`; the version is the hash of what decides the Bento.
+        """
+        content = json.dumps(dict(arguments), sort_keys=True) + self.source_digest()
+        tag = f"{name}:{hashlib.sha256(content.encode()).hexdigest()[:VERSION_DIGITS]}"
+        found = self.find_bento(tag)
+        bento = self.build(tag, labels=labels, arguments=arguments, log=log) if found is None else found
+        return {**bento, "created": found is None}
+
+    def export(self, tag: str, folder: Path, log: Log = silent) -> dict[str, Any]:
+        """Copy a Bento with its models into a new folder, as an image holds it.
+
+        Returns `{"base_image", "python_version"}`, what the Bento says of its image.
+        """
+        return self._store("export", tag, str(folder), log=log)
+
     def source_digest(self) -> str:
         """Hash of what a build packs besides the model: the service's and the model's code, and the package pins."""
         root, total = Path(self.source_dir), hashlib.sha256()
@@ -81,40 +99,8 @@ class BentoBuilder(dg.ConfigurableResource):
         return answer
 
     def _run(self, command: Sequence[str], what: str, log: Log) -> str:
-        """Standard output of a command; what it writes to standard error goes to the log line by line."""
+        """Standard output of a command that sees the stores; what it writes to standard error goes to the log."""
         environment = {**os.environ, "BENTOML_DO_NOT_TRACK": "True"}
         if self.home:
             environment["BENTOML_HOME"] = self.home
-        lines: list[str] = []
-        with subprocess.Popen(
-            command,
-            cwd=self.source_dir,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        ) as process:
-            assert process.stdout is not None and process.stderr is not None
-
-            def relay(stream: Any) -> None:
-                for line in stream:
-                    lines.append(line.strip())
-                    log(f"bentoml: {line.rstrip()}")
-
-            reader = Thread(target=relay, args=(process.stderr,), daemon=True)
-            reader.start()
-            try:
-                printed = process.stdout.read()
-                process.wait()
-            except BaseException:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # a terminated step leaves no build behind
-                raise
-            reader.join()
-        if process.returncode:
-            said = [line for line in [*lines, *printed.splitlines()] if line.strip()]
-            reason = said[-1].strip() if said else "it said nothing"
-            raise PipelineError(f"{what} failed (exit status {process.returncode}): {reason}")
-        return printed
+        return run(command, what, cwd=self.source_dir, environment=environment, log=log, name="bentoml")

@@ -49,9 +49,8 @@ def make_service(*, request_timeout_s: float = TIMEOUT_S, max_queue: int = 2, **
     limits = {"request_timeout_s": request_timeout_s, "max_body_bytes": MAX_BODY_BYTES, **options}
     app = create_app(model_name="rex-tiny:1", **limits)
     # Random weights stop anywhere, and lengths are to be known.
-    engine = app.state.engine = Engine(
-        model, tokenizer, max_batch_size=1, max_queue=max_queue, end_of_text_ids=frozenset()
-    )
+    engine = Engine(model, tokenizer, max_batch_size=1, max_queue=max_queue, end_of_text_ids=frozenset())
+    app.state.models.serve(engine)
     return Service(app, engine, engine.model)
 
 

@@ -62,7 +62,8 @@ def running_service(
     model = tiny_model(tokenizer)
     app = create_app(model_name=MODEL, request_timeout_s=60, max_body_bytes=MAX_BODY_BYTES)
     ends = {} if stops else {"end_of_text_ids": frozenset()}
-    engine = app.state.engine = Engine(model, tokenizer, max_batch_size=max_batch_size, max_queue=max_queue, **ends)
+    engine = Engine(model, tokenizer, max_batch_size=max_batch_size, max_queue=max_queue, **ends)
+    app.state.models.serve(engine)
     engine.warm_up()
     try:
         yield Service(app, engine, model, tokenizer)

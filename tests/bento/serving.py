@@ -69,14 +69,14 @@ def command(*options: str) -> list[str]:
 
 
 @contextmanager
-def serve(folder: Path, model_dir: Path, *, is_ready: bool = True, **variables: str) -> Iterator[Server]:
-    """Serve `model_dir`; what is left of the processes is ended at the end."""
+def serve(folder: Path, model_dir: Path | None, *, is_ready: bool = True, **variables: str) -> Iterator[Server]:
+    """Serve `model_dir`, or what the variables name; what is left of the processes is ended at the end."""
     port, log_file = free_port(), folder / "serve.log"
     with log_file.open("w") as out:
         process = subprocess.Popen(
             command("--host", "127.0.0.1", "--port", str(port)),
             cwd=folder,
-            env=environment(folder, REX_MODEL=str(model_dir), **variables),
+            env=environment(folder, REX_MODEL=str(model_dir or ""), **variables),
             stdout=out,
             stderr=subprocess.STDOUT,
         )

@@ -10,6 +10,7 @@ from starlette.testclient import TestClient
 
 from bento.admission import Admission
 from bento.api import create_app
+from bento.models import Models, Served
 from model.generation.requests import EngineStats
 from tests.bento.conftest import make_service
 from tests.bento.serving import GREEDY
@@ -27,7 +28,8 @@ class Engine:
 
 def refusal(**state: Any) -> dict[str, Any]:
     app = create_app(model_name="m", request_timeout_s=1, max_body_bytes=100)
-    app.state.engine = state.pop("engine", None)
+    if engine := state.pop("engine", None):
+        app.state.models.serve(engine)
     for name, value in state.items():
         setattr(app.state.admission, name, value)
     client = TestClient(app)
@@ -70,7 +72,7 @@ def test_a_request_that_waits_too_long_is_503_and_was_never_started():
 
 async def drained(under_way: int, timeout_s: float) -> list[str]:
     """What happened: the last request ends 0.1 s after it was cancelled."""
-    admission, happened = Admission(Engine), []
+    admission, happened = Admission(Models("m")), []
     admission.under_way = under_way
 
     async def end() -> None:
@@ -110,7 +112,7 @@ def test_readiness_follows_the_engine_and_liveness_fails_only_when_it_is_dead(
     from bento.service import RexService, app
 
     service = object.__new__(RexService.inner)
-    service._engine = engine
+    monkeypatch.setattr(app.state.models, "current", engine and Served(engine))
     assert asyncio.run(service.__is_ready__()) is ready
     assert asyncio.run(service.__is_alive__()) is alive
     monkeypatch.setattr(app.state.admission, "is_draining", True)

@@ -10,6 +10,7 @@ from starlette.testclient import TestClient
 
 import bento
 from bento.metrics import Distribution, ServiceMetrics
+from bento.models import Models
 from bento.record import RequestRecord
 from model.generation.requests import EngineStats, Finished, Generation, GenerationRequest
 from tests.bento.conftest import make_service
@@ -41,7 +42,9 @@ def samples(metrics: ServiceMetrics) -> dict[str, float]:
 
 @pytest.fixture
 def metrics() -> ServiceMetrics:
-    return ServiceMetrics(Engine)
+    models = Models("rex-tiny")
+    models.serve(Engine(), "7")
+    return ServiceMetrics(models)
 
 
 def test_the_engines_numbers_are_shown(metrics):
@@ -61,8 +64,12 @@ def test_the_engines_numbers_are_shown(metrics):
     assert {name: shown[name] for name in expected} == expected
 
 
+def test_the_version_that_serves_is_named(metrics):
+    assert 'rex_model_info{model="rex-tiny",version="7"} 1.0' in metrics.text().decode()
+
+
 def test_metrics_are_readable_before_there_is_an_engine():
-    assert samples(ServiceMetrics(lambda: None))["rex_num_requests_running"] == 0
+    assert samples(ServiceMetrics(Models("rex-tiny")))["rex_num_requests_running"] == 0
 
 
 def test_a_distribution_counts_each_value_below_its_bounds():

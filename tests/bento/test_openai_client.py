@@ -171,12 +171,13 @@ def test_a_busy_service_is_asked_again_after_the_time_that_it_names(service, url
 
 
 def test_a_service_without_a_model_is_an_internal_server_error(service, client):
-    engine, service.app.state.engine = service.app.state.engine, None
+    models = service.app.state.models
+    served, models.current = models.current, None
     try:
         with pytest.raises(openai.InternalServerError) as caught:
             client.completions.create(prompt="x", **GREEDY)
     finally:
-        service.app.state.engine = engine
+        models.current = served
     assert caught.value.status_code == 503 and caught.value.code == "loading"
 
 

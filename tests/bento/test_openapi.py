@@ -38,7 +38,7 @@ schema = schemathesis.openapi.from_asgi("/openapi.json", APP)
     suppress_health_check=list(HealthCheck),
 )
 def test_no_request_that_the_document_allows_or_forbids_breaks_the_server(case, service):
-    APP.state.engine = service.engine
+    APP.state.models.serve(service.engine)
     # Content may be refused for more than a schema can say (a prompt that does not fit), so a 400 is always right.
     answer = case.call_and_validate(
         excluded_checks=[schemathesis.checks.positive_data_acceptance, schemathesis.checks.unsupported_method]

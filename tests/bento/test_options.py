@@ -20,6 +20,8 @@ def test_arguments_come_as_text_and_are_typed():
 def test_each_option_is_overridden_by_its_variable():
     variables = {
         "REX_MODEL": "b:2",
+        "REX_CHAMPION": "rex-a",
+        "REX_CHAMPION_POLL_S": "3",
         "REX_DEVICE": "cpu",
         "REX_KV_CACHE": "false",
         "REX_QUANTIZED": "false",
@@ -40,6 +42,8 @@ def test_each_option_is_overridden_by_its_variable():
     }
     expected = BentoArgs(
         model="b:2",
+        champion="rex-a",
+        champion_poll_s=3,
         device="cpu",
         kv_cache=False,
         quantized=False,

@@ -286,7 +286,7 @@ def test_markup_of_users_and_models_stays_text(page):
 
 def test_a_server_with_keys_shows_the_page_and_asks_for_one(page):
     app = create_app(model_name="rex-tiny:1", request_timeout_s=60, max_body_bytes=4096, api_keys=["right"])
-    app.state.engine = page.service.engine
+    app.state.models.serve(page.service.engine)
     page.allow(100)
     with listening(app) as address:
         guarded = replace(page, address=address)

@@ -61,7 +61,7 @@ def test_made_up_paths_methods_and_parents_get_into_no_name(traced):
 
 def test_an_error_of_the_service_is_an_error_in_the_trace(traced):
     client, spans = traced
-    client.app.state.engine.stop()
+    client.app.state.models.stop()
     assert client.post("/generate", json=GREEDY).status_code == 503
     (span,) = spans()
     assert span.status.status_code is StatusCode.ERROR

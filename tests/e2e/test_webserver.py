@@ -17,6 +17,7 @@ mutation Launch($params: ExecutionParams!) {
     __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message }
   }
 }"""
+TO_CHECKPOINT = ("corpus", "tokenized_dataset", "trained_checkpoint")
 STATUS = "query Status($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }"
 TERMINATE = "mutation Terminate($id: String!) { terminateRun(runId: $id) { __typename } }"
 
@@ -48,14 +49,14 @@ def ask(client: httpx.Client, query: str, **variables):
     return answer["data"]
 
 
-def launch(client: httpx.Client, overrides: list[str]) -> str:
-    """Start `corpus` to `trained_checkpoint` of `smoke`; returns the run's id."""
+def launch(client: httpx.Client, overrides: list[str], assets: tuple[str, ...] = TO_CHECKPOINT) -> str:
+    """Start a run of these assets of `smoke`; returns its id."""
     params = {
         "selector": {
             "repositoryLocationName": "llm_assets",
             "repositoryName": "__repository__",
             "pipelineName": "__ASSET_JOB",
-            "assetSelection": [{"path": [name]} for name in ("corpus", "tokenized_dataset", "trained_checkpoint")],
+            "assetSelection": [{"path": [name]} for name in assets],
         },
         "runConfigData": {"resources": {"hydra": {"config": {"overrides": overrides}}}},
         "executionMetadata": {"tags": [{"key": "dagster/partition", "value": "smoke"}]},
@@ -74,12 +75,12 @@ def wait_until(condition, seconds: float = 180):
     return pytest.fail(f"not reached within {seconds} s")
 
 
-def ended(client: httpx.Client, run_id: str) -> str:
+def ended(client: httpx.Client, run_id: str, seconds: float = 180) -> str:
     def status():
         found = ask(client, STATUS, id=run_id)["runOrError"]["status"]
         return found if found in ("SUCCESS", "FAILURE", "CANCELED") else None
 
-    return wait_until(status)
+    return wait_until(status, seconds)
 
 
 def training_status(workplace, run_id: str) -> str | None:

@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -20,10 +20,14 @@ BIN = Path(sys.executable).parent
 
 @dataclass
 class Workplace:
-    """A user's state, apart from every other test's: artifacts, MLflow, Dagster and the BentoML store."""
+    """A user's state, apart from every other test's: artifacts, MLflow, Dagster and the BentoML store.
+
+    variables: of the environment, besides those that name this state.
+    """
 
     root: Path
     bentoml: Path
+    variables: dict[str, str] = field(default_factory=dict)
 
     @property
     def var(self) -> Path:
@@ -39,6 +43,7 @@ class Workplace:
             "BENTOML_HOME": str(self.bentoml),
             "BENTOML_DO_NOT_TRACK": "True",
             "PYTHONUNBUFFERED": "1",
+            **self.variables,
         }
 
     def run(self, *command: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:

@@ -2,12 +2,16 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import dagster as dg
+import psutil
 import pytest
 
 from llm_assets.interrupts import noticed_interrupts
+from tests.e2e.workplace import REPO
 
 
 class KillsInItsFinalizer:
@@ -62,3 +66,32 @@ def test_a_thread_that_gets_no_signals_runs_unhindered():
     thread.start()
     thread.join()
     assert checked
+
+
+PARENT = """
+import multiprocessing, sys, time
+from llm_assets.interrupts import end_with_run
+
+def step():
+    end_with_run()
+    print(multiprocessing.current_process().pid, flush=True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    multiprocessing.get_context("fork").Process(target=step).start()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
+def test_a_step_ends_with_the_run_that_was_killed(tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "parent.py")], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert parent.stdout
+    step = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    step.wait(30)

@@ -1,0 +1,43 @@
+# The image of the composed stack: Dagster's services, the MLflow server, and the generation service before there is a
+# Bento. `make stack-image` lays out var/stack/packages (`llm_assets/stack_image.py`) and builds this.
+#
+# Nothing is fetched or compiled by a compiler here, so a build needs no network, no package index and no credentials.
+ARG BASE_IMAGE=python:3.11-slim
+FROM ${BASE_IMAGE}
+
+ENV LANG=C.UTF-8 \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONPATH=/app:/app/packages \
+    HOME=/tmp \
+    USER=rex \
+    BENTOML_DO_NOT_TRACK=True \
+    MLFLOW_DISABLE_TELEMETRY=true \
+    MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+    GOMP_SPINCOUNT=20000 \
+    HYDRA_FULL_ERROR=0 \
+    DAGSTER_HOME=/app/deploy \
+    DAGSTER_FILES=/var/lib/rex/dagster \
+    LLM_ASSETS_VAR=/var/lib/rex \
+    BENTOML_HOME=/var/lib/rex/bentoml
+
+# Folders of volumes: a new volume takes its owner from here.
+RUN mkdir -p /var/lib/rex /var/lib/mlflow && chown 10001:10001 /var/lib/rex /var/lib/mlflow
+
+# What changes seldom comes first. Bytecode, because the user cannot write it: without, each start compiles for a minute.
+# The packages' own tests are never imported. Some packages ship templates that are no Python: those fail, and may.
+COPY var/stack/packages /app/packages
+RUN python3 -m compileall -q -j 0 -x '/tests?/' /app/packages || true
+COPY bentofile.yaml constraints.txt pyproject.toml README.md /app/
+COPY configs /app/configs
+COPY deploy /app/deploy
+COPY model /app/model
+COPY bento /app/bento
+COPY bench /app/bench
+COPY llm_assets /app/llm_assets
+RUN python3 -m compileall -q /app/model /app/bento /app/bench /app/llm_assets
+
+WORKDIR /app
+USER 10001:10001
+EXPOSE 3000
+CMD ["python3", "-m", "bentoml", "serve", "bento.service:RexService", "--host", "0.0.0.0", "--port", "3000"]

@@ -1,0 +1,175 @@
+"""What the container image costs: to build, to keep, to start, to hold in memory.
+
+    python -m bench.image [--experiment smoke] [--device cpu] [--rounds 3]
+
+Needs a container engine and a packaged Bento of the experiment (`make pipeline EXPERIMENT=smoke`). The image is built with
+`make image` once, removed by its name, and built again on a clock: warm, with the packages in uv's cache and the layers
+in the engine's. Then, in each round, a container is run as the README says, without a network but the loopback address.
+
+- ready: seconds from `docker run` to a /readyz of 200;
+- memory: MB of their own that the container's processes hold, which nothing can take back from them (anonymous memory),
+  when it is ready and after 16 texts, without weights (the bytes of the model's safetensors files) and without the cache of
+  keys and values. The files of libraries that they have mapped come on top; those are the system's to drop.
+
+Prints a table, and a JSON line for machines.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from model.errors import PipelineError, ends_in_one_line
+
+MB = 1e6
+REPOSITORY = Path(__file__).resolve().parent.parent
+HARDENED = (
+    "--read-only",
+    "--tmpfs",
+    "/tmp",
+    "--cap-drop",
+    "ALL",
+    "--security-opt",
+    "no-new-privileges",
+    "--memory",
+    "2g",
+)
+# Run by the image's Python inside the container: processes, and bytes of their own and of mapped files, shared ones once.
+HELD = """
+import glob, os, re
+own = f"/proc/{os.getpid()}/smaps_rollup"
+texts = [open(path).read() for path in glob.glob("/proc/[0-9]*/smaps_rollup") if path != own]
+def held(kind):
+    return sum(int(re.search(f"^Pss_{kind}: +([0-9]+) kB", text, re.M)[1]) * 1024 for text in texts)
+print(len(texts), held("Anon") + held("Shmem"), held("File"))
+"""
+# Likewise: bytes of the weights, and of keys and values for one token.
+MODEL = """
+import glob, json, os
+(folder,) = {os.path.dirname(path) for path in glob.glob("/app/bento/models/*/*/config.json")}
+config = json.load(open(os.path.join(folder, "config.json")))
+weights = sum(os.path.getsize(path) for path in glob.glob(os.path.join(folder, "*.safetensors")))
+print(weights, 2 * 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"])
+"""
+
+
+def run(*command: str) -> str:
+    """Standard output of a command; PipelineError with the last line of what it said where it fails."""
+    try:
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise PipelineError(f"there is no command {command[0]!r}: install it and run again") from None
+    if done.returncode:
+        said = (done.stderr + done.stdout).strip().splitlines() or ["it said nothing"]
+        raise PipelineError(f"{' '.join(command[:3])} failed (exit status {done.returncode}): {said[-1]}")
+    return done.stdout
+
+
+def build(experiment: str, device: str) -> tuple[str, float]:
+    """The tag that `make image` ends with, and its seconds."""
+    started = time.monotonic()
+    printed = run("make", "image", f"EXPERIMENT={experiment}", f"DEVICE={device}")
+    return printed.splitlines()[-1], time.monotonic() - started
+
+
+def start(tag: str, port: int) -> tuple[str, float]:
+    """A container of the image, and the seconds until it was ready."""
+    started = time.monotonic()
+    container = run(
+        "docker", "run", "--detach", "--publish", f"127.0.0.1:{port}:3000", *HARDENED,
+        "--env", "REX_ALLOW_ANONYMOUS=true", tag,
+    ).strip()  # fmt: skip
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5):
+                return container, time.monotonic() - started
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.02)
+        if run("docker", "inspect", "--format", "{{.State.Status}}", container).strip() == "exited":
+            raise PipelineError(f"the container of {tag} ended: docker logs {container[:12]} says why")
+
+
+def held(container: str) -> tuple[int, int]:
+    """Bytes that the processes of a container hold: of their own, and of mapped files."""
+    _, own, mapped = map(int, run("docker", "exec", container, "python3", "-c", HELD).split())
+    return own, mapped
+
+
+def measure(tag: str, port: int) -> dict[str, float]:
+    """One round: start a container, ask it for 16 texts, remove it."""
+    container, ready = start(tag, port)
+    try:
+        weights, per_token = map(int, run("docker", "exec", container, "python3", "-c", MODEL).split())
+        log = run("sh", "-c", f"docker logs {container} 2>&1")
+        tokens = re.search(r"cache_tokens=(\d+)", log)
+        assert tokens is not None
+        beside = weights + per_token * int(tokens[1])
+        at_first, mapped = held(container)
+        model = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=30))["data"][0]["id"]
+        body = {"model": model, "prompt": "def ", "n": 16, "max_tokens": 64, "ignore_eos": True}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/completions",
+            json.dumps(body).encode(),
+            {"content-type": "application/json"},
+        )
+        urllib.request.urlopen(request, timeout=120).read()
+        return {
+            "ready_s": ready,
+            "memory_mb": (at_first - beside) / MB,
+            "memory_after_texts_mb": (held(container)[0] - beside) / MB,
+            "mapped_files_mb": mapped / MB,
+            "weights_and_cache_mb": beside / MB,
+        }
+    finally:
+        run("docker", "rm", "--force", container)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Figures with the ones to reach."""
+    limit = {"cpu": "1.7", "gpu": "6.5"}[result["device"]]
+    rows = [
+        ("make image, warm", f"{result['build_s']:.0f} s", "at most 60 s"),
+        ("size", f"{result['image_bytes'] / 1e9:.2f} GB", f"at most {limit} GB"),
+        ("docker run to ready", f"{result['ready_s']:.1f} s", "at most 8 s"),
+        ("memory over weights and cache, ready", f"{result['memory_mb']:.0f} MB", "at most 450 MB"),
+        ("the same after 16 texts", f"{result['memory_after_texts_mb']:.0f} MB", ""),
+        ("mapped files of libraries", f"{result['mapped_files_mb']:.0f} MB", ""),
+        ("weights and cache", f"{result['weights_and_cache_mb']:.0f} MB", ""),
+    ]
+    return "\n".join(f"{what:40} {value:>10}   {goal}" for what, value, goal in rows)
+
+
+@ends_in_one_line
+def main() -> int:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m bench.image", description=__doc__.split("\n")[0])
+    parser.add_argument("--experiment", default="smoke")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--port", type=int, default=13_300, help="free port of this machine")
+    arguments = parser.parse_args()
+    tag, _ = build(arguments.experiment, arguments.device)
+    run("docker", "rmi", "--no-prune", tag)
+    tag, seconds = build(arguments.experiment, arguments.device)
+    rounds = [measure(tag, arguments.port) for _ in range(arguments.rounds)]
+    result = {
+        "device": arguments.device,
+        "image": tag,
+        "image_bytes": int(run("docker", "image", "inspect", "--format", "{{.Size}}", tag)),
+        "build_s": seconds,
+        **{name: statistics.median(one[name] for one in rounds) for name in rounds[0]},
+    }
+    print(table(result))
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Runs other programs for a stage: each in a process group of its own, which ends with the step; its output is logged."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from threading import Thread
+from typing import IO
+
+from model.errors import PipelineError
+from model.progress import Log, silent
+
+
+def run(
+    command: Sequence[str],
+    what: str,
+    *,
+    cwd: str | None = None,
+    environment: Mapping[str, str] | None = None,
+    log: Log = silent,
+    name: str = "",
+    logs_output: bool = False,
+) -> str:
+    """Standard output of a command; its standard error goes to the log line by line, each behind `name`.
+
+    logs_output: standard output is progress as well.
+    Raises PipelineError with the command's last line where it fails or is not there; `what` says what it was for.
+    """
+    lines: list[str] = []
+    printed: list[str] = []
+    prefix = f"{name}: " if name else ""
+
+    def relay(stream: IO[str]) -> None:
+        for line in stream:
+            lines.append(line.strip())
+            log(prefix + line.rstrip())
+
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    except FileNotFoundError:
+        raise PipelineError(f"{what} failed: there is no command {command[0]!r}") from None
+    with process:
+        assert process.stdout is not None and process.stderr is not None
+        reader = Thread(target=relay, args=(process.stderr,), daemon=True)
+        reader.start()
+        try:
+            for line in process.stdout:
+                printed.append(line)
+                if logs_output:
+                    log(prefix + line.rstrip())
+            process.wait()
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # a terminated step leaves no build behind
+            raise
+        reader.join()
+    if process.returncode:
+        said = [line for line in ([*printed, *lines] if logs_output else [*lines, *printed]) if line.strip()]
+        reason = said[-1].strip() if said else "it said nothing"
+        raise PipelineError(f"{what} failed (exit status {process.returncode}): {reason}")
+    return "".join(printed)

@@ -1,0 +1,51 @@
+"""The code location of the container images, apart from the pipeline's: only here is a container engine needed.
+
+    dagster job execute -m llm_assets.images -j container_image_cpu_job --tags '{"dagster/partition": "smoke"}'
+    dagster job execute -m llm_assets.images -j container_image_gpu_job
+
+Both build from the latest `packaged_bento`. In the UI the assets stand downstream of it, in the same graph.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+
+from llm_assets.assets.container_image import build_container_image
+from llm_assets.io_managers import DirectoryIOManager
+from llm_assets.jobs import executor, stage_jobs
+from llm_assets.partitions import experiments
+from llm_assets.resources.bentos import BentoBuilder
+from llm_assets.resources.containers import ContainerEngine
+from llm_assets.resources.hydra import HydraConfig
+from llm_assets.resources.mlflow import MlflowTracking
+
+ASSETS = [build_container_image("cpu"), build_container_image("gpu")]
+# The pipeline makes these; here they are read.
+UPSTREAM = [
+    dg.AssetSpec(name, partitions_def=experiments).with_io_manager_key("artifacts")
+    for name in ("trained_checkpoint", "packaged_bento")
+]
+
+
+def build_defs(resource_overrides: Mapping[str, Any] | None = None) -> dg.Definitions:
+    """A fresh code location; `resource_overrides` replaces resources by key."""
+    resources = {
+        "artifacts": DirectoryIOManager(),
+        "bentos": BentoBuilder(),
+        "containers": ContainerEngine(),
+        "hydra": HydraConfig(),
+        "mlflow": MlflowTracking(),
+    }
+    return dg.Definitions(
+        assets=[*ASSETS, *UPSTREAM],
+        jobs=stage_jobs(ASSETS),
+        resources={**resources, **(resource_overrides or {})},
+        executor=executor,
+    )
+
+
+@dg.definitions
+def defs() -> dg.Definitions:
+    """What Dagster's tools load."""
+    return build_defs()

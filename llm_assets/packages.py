@@ -1,0 +1,97 @@
+"""An image's Python packages: locked and unpacked on this machine with uv, for the Python of the image.
+
+The image's build itself then needs no network and no index. uv reads variables of its own (UV_DEFAULT_INDEX, UV_INDEX,
+UV_FIND_LINKS, SSL_CERT_FILE); what they leave open is taken from pip's configuration, which uv does not read. PyPI's
+torch is the CUDA build; the CPU build comes from a folder that pip's `find-links` names, else from PyTorch's own index.
+"""
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from llm_assets.commands import run
+from model.errors import PipelineError
+from model.progress import Log, silent
+
+# What only a CUDA build of torch needs; BentoML needs nvidia-ml-py everywhere.
+CUDA_PACKAGES = ("nvidia-cu", "cuda-", "triton")
+_PIP_OPTIONS = {"index-url": "UV_DEFAULT_INDEX", "cert": "SSL_CERT_FILE"}
+
+
+def uv_environment(device: str, pip: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for uv: `environment`, and what it leaves open from pip's options by name.
+
+    device: `cpu` or `gpu`. Folders of wheels count for `cpu` alone, and where they hold a CPU build of torch: it would end
+    in a GPU image as well, as `torch==X` is met by `X+cpu`.
+    """
+    found = {variable: pip[option] for option, variable in _PIP_OPTIONS.items() if pip.get(option)}
+    if "UV_INDEX_URL" in environment:
+        found.pop("UV_DEFAULT_INDEX", None)
+    if device == "cpu" and not {"UV_FIND_LINKS", "UV_TORCH_BACKEND"} & environment.keys():
+        folders = [folder for folder in pip.get("find-links", "").split() if any(Path(folder).glob("torch-*+cpu*.whl"))]
+        found |= {"UV_FIND_LINKS": ",".join(folders)} if folders else {"UV_TORCH_BACKEND": "cpu"}
+    return {**found, **environment}
+
+
+def pip_options() -> dict[str, str]:
+    """Options of pip by name, as its configuration files and variables set them together; later ones win."""
+    printed = run([sys.executable, "-m", "pip", "config", "list"], "reading pip's configuration")
+    options: dict[str, str] = {}
+    for line in printed.splitlines():
+        key, _, value = line.partition("=")
+        section, _, name = key.rpartition(".")
+        if section in ("global", "install", ":env:"):
+            options[name] = value.strip("'\"")
+    return options
+
+
+def lock(requirements: Path, constraints: Path, target: Path, *, device: str, python: str, log: Log = silent) -> None:
+    """Write every package that `requirements` needs, with its version, to `target`.
+
+    constraints: the versions that the project is tested with. python: version of the image's Python, as "3.11".
+    Raises PipelineError where packages are not found, or where those of the other device are among them.
+    """
+    command = [*_uv("compile", python), "--no-header", "--no-annotate", "--quiet"]
+    command += ["--constraint", str(constraints), "--output-file", str(target), str(requirements)]
+    run(command, "locking the image's packages", environment=_environment(device), log=log, name="uv")
+    refuse_other_device(target.read_text(), device)
+
+
+def refuse_other_device(locked: str, device: str) -> None:
+    """Raise PipelineError where a lock for `cpu` has CUDA packages, or one for `gpu` has none or a CPU build of torch."""
+    names = [line.split("==")[0] for line in locked.splitlines()]
+    cuda = [name for name in names if name.startswith(CUDA_PACKAGES)]
+    torch = next((line for line in locked.splitlines() if line.startswith("torch==")), "no torch")
+    if device == "cpu" and cuda:
+        raise PipelineError(
+            f"the lock of a CPU image has {len(cuda)} packages for CUDA ({cuda[0]} first) and {torch}: expected none; is "
+            "UV_TORCH_BACKEND=cpu or a folder with the CPU build of torch in UV_FIND_LINKS?"
+        )
+    if device == "gpu" and (not cuda or "+cpu" in torch):
+        raise PipelineError(
+            f"the lock of a GPU image has {torch} and {len(cuda)} packages for CUDA: expected PyPI's CUDA build; do "
+            "UV_FIND_LINKS, UV_INDEX or UV_TORCH_BACKEND name CPU builds?"
+        )
+
+
+def unpack(locked: Path, folder: Path, *, device: str, python: str, log: Log = silent) -> None:
+    """Unpack the packages of a lock into `folder`, which the image has on its PYTHONPATH."""
+    command = [*_uv("install", python), "--quiet", "--no-deps", "--target", str(folder), "--requirement", str(locked)]
+    run(command, "unpacking the image's packages", environment=_environment(device), log=log, name="uv")
+    # Commands that start this machine's Python; ten thousand headers for a compiler that the image does not have.
+    for useless in ("bin", "torch/include"):
+        shutil.rmtree(folder / useless, ignore_errors=True)
+
+
+def _uv(command: str, python: str) -> list[str]:
+    machine = {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platform.machine())
+    # The glibc of Debian 11 and later. Source distributions would be built for this machine, and by its compiler.
+    for_image = ["--python-version", python, "--python-platform", f"{machine}-manylinux_2_31", "--only-binary", ":all:"]
+    return [sys.executable, "-m", "uv", "pip", command, "--python", sys.executable, *for_image]
+
+
+def _environment(device: str) -> dict[str, str]:
+    return uv_environment(device, pip_options(), os.environ)

@@ -1,0 +1,130 @@
+"""The container engine, by its command line: Docker, with or without BuildKit, or what takes Docker's arguments.
+
+Each command runs in a process of its own, which is ended with the step. What goes into an image is laid out by
+`llm_assets/image_context.py`; the instructions are `bento/Dockerfile`.
+"""
+
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from llm_assets.commands import run
+from model.errors import PipelineError
+from model.progress import Log, silent
+
+# Without a root that can be written to, capabilities or a way to get more rights: the service needs none of them.
+HARDENED = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
+
+# Without importing torch, which takes seconds.
+_PROBE = """
+import importlib.util, json, os, runpy
+torch = importlib.util.find_spec("torch").submodule_search_locations[0]
+version = runpy.run_path(os.path.join(torch, "version.py"))
+packages = os.listdir(os.path.dirname(torch))
+print(json.dumps({
+    "torch": version["__version__"],
+    "cuda": version["cuda"] or "",
+    "cuda_packages": sum(name.startswith("nvidia_cu") and name.endswith(".dist-info") for name in packages),
+    "uid": os.getuid(),
+}))
+"""
+
+
+class ContainerEngine(dg.ConfigurableResource):
+    """Builds images and looks into them."""
+
+    command: str = Field(default="docker", description="Docker's command line, or one that takes the same arguments.")
+    base_image: str = Field(
+        default="",
+        description="Image that images are built on: a slim Debian with the Bento's Python. Empty: LLM_ASSETS_BASE_IMAGE, "
+        "else the one that the Bento names.",
+    )
+
+    def require(self) -> None:
+        """Raise PipelineError, one line that says what is missing, where no engine answers."""
+        if shutil.which(self.command) is None:
+            raise PipelineError(
+                f"no command {self.command!r}: an image needs a container engine; install Docker (Debian: apt install "
+                "docker.io) and run again"
+            )
+        try:
+            run([self.command, "version", "--format", "{{.Server.Version}}"], "asking for its version")
+        except PipelineError as error:
+            raise PipelineError(
+                f"{self.command!r} is installed, but its engine does not answer; start it (systemctl start docker, or "
+                f"dockerd as root) or let this user reach it (group docker), and run again: {error}"
+            ) from None
+
+    def base(self, named: str, log: Log = silent) -> tuple[str, str]:
+        """Name and id of the base image: the field's, the variable's or `named`; pulled where it is not there."""
+        name = self.base_image or os.environ.get("LLM_ASSETS_BASE_IMAGE") or named
+        found = self.find_image(name)
+        if found is None:
+            log(f"pulling {name}")
+            try:
+                run([self.command, "pull", "--quiet", name], f"pulling {name}", log=log, name=self.command)
+            except PipelineError as error:
+                raise PipelineError(
+                    f"no image {name} here, and it cannot be had: {error}; name another base with LLM_ASSETS_BASE_IMAGE"
+                ) from None
+            found = self.find_image(name)
+        assert found is not None
+        return name, found["id"]
+
+    def find_image(self, tag: str) -> dict[str, Any] | None:
+        """`{"id", "bytes", "layers", "labels"}` of a local image, None where there is none."""
+        try:
+            printed = run([self.command, "image", "inspect", tag], f"looking for image {tag}")
+        except PipelineError:
+            return None
+        (image,) = json.loads(printed)
+        return {
+            "id": image["Id"],
+            "bytes": image["Size"],
+            "layers": len(image["RootFS"]["Layers"]),
+            "labels": image["Config"]["Labels"] or {},
+        }
+
+    def build(self, tag: str, context: Path, base: str, labels: Mapping[str, str], log: Log = silent) -> dict[str, Any]:
+        """Build `tag` from a folder that holds a Bento and its packages; returns what `find_image` finds."""
+        command = [self.command, "build", "--tag", tag, "--build-arg", f"BASE_IMAGE={base}"]
+        command += ["--network", "none", "--file", str(context / "bento" / "src" / "bento" / "Dockerfile")]
+        for name, value in labels.items():
+            command += ["--label", f"{name}={value}"]
+        environment = {**os.environ, "BUILDKIT_PROGRESS": "plain"}
+        what = f"building image {tag}"
+        run([*command, str(context)], what, environment=environment, log=log, name=self.command, logs_output=True)
+        found = self.find_image(tag)
+        assert found is not None
+        return found
+
+    def look_into(self, tag: str) -> dict[str, Any]:
+        """`{"torch", "cuda", "cuda_packages", "uid"}` as a container of the image finds them; cuda is "" in a CPU build."""
+        command = [
+            self.command,
+            "run",
+            "--rm",
+            "--network",
+            "none",
+            *HARDENED,
+            "--entrypoint",
+            "python3",
+            tag,
+            "-c",
+            _PROBE,
+        ]
+        found: dict[str, Any] = json.loads(run(command, f"looking into image {tag}"))
+        return found
+
+    def run_command(self, tag: str, device: str) -> str:
+        """How a person starts the service of an image: hardened, on this machine's loopback address, without a key."""
+        words = [self.command, "run", "--rm", "-p", "127.0.0.1:3000:3000", *HARDENED, "--memory", "2g"]
+        words += ["--gpus", "all"] if device == "gpu" else []
+        return shlex.join([*words, "-e", "REX_ALLOW_ANONYMOUS=true", tag])

@@ -1,0 +1,31 @@
+"""Starts runs beside the code location's server, as Dagster does by default, and knows when one is gone.
+
+Dagster's own launcher leaves a run STARTED for ever where the server went down with it (a restart, out of memory). The
+server knows which of its processes live, so asking it is all that run monitoring needs to mark the others failed, and
+their slots in pools are freed.
+"""
+
+from dagster import DagsterRun
+from dagster._core.launcher import CheckRunHealthResult, DefaultRunLauncher, WorkerStatus
+from dagster._grpc.types import CanCancelExecutionRequest, CanCancelExecutionResult
+from dagster._serdes import deserialize_value
+
+
+class WatchedRunLauncher(DefaultRunLauncher):
+    """Named in `dagster.yaml` as `run_launcher`."""
+
+    @property
+    def supports_check_run_worker_health(self) -> bool:
+        """Run monitoring asks."""
+        return True
+
+    def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
+        """RUNNING while the server has a process for the run. Raises what the client does where it does not answer."""
+        client = self._get_grpc_client_for_termination(run.run_id)
+        if client is None:  # it has ended since it was listed, or was never started
+            return CheckRunHealthResult(WorkerStatus.UNKNOWN)
+        request = CanCancelExecutionRequest(run_id=run.run_id)
+        lives = deserialize_value(client.can_cancel_execution(request), CanCancelExecutionResult).can_cancel
+        if lives:
+            return CheckRunHealthResult(WorkerStatus.RUNNING)
+        return CheckRunHealthResult(WorkerStatus.NOT_FOUND, "the code location's server has no process for it")

@@ -151,6 +151,10 @@ class TrainingSettings:
     max_grad_norm: float = 1.0
     z_loss: float = 0.0
     init_from: str = ""
+    distill_from: str = ""
+    distill_weight: float = 0.5
+    distill_temperature: float = 1.0
+    distill_top_k: int = 0
     warmup_steps: int = 20
     decay_fraction: float = 0.4
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -180,6 +184,7 @@ class TrainingSettings:
                 "learning_rate",
                 "muon_learning_rate",
                 "newton_schulz_steps",
+                "distill_temperature",
                 "eval_steps",
                 "eval_windows",
                 "save_steps",
@@ -191,6 +196,7 @@ class TrainingSettings:
             "weight_decay",
             "max_grad_norm",
             "z_loss",
+            "distill_top_k",
             "warmup_steps",
             "early_stopping_patience",
             "sample_tokens",
@@ -199,6 +205,7 @@ class TrainingSettings:
             _check(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
         for name in ("adam_beta1", "adam_beta2"):
             _check(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "0 to below 1")
+        _check(0 <= self.distill_weight <= 1, "training.distill_weight", self.distill_weight, "a fraction, 0 to 1")
         _check(0 <= self.decay_fraction <= 1, "training.decay_fraction", self.decay_fraction, "a fraction, 0 to 1")
         _check(
             self.warmup_steps <= self.max_steps,

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerState
 
 from model.build import build_config, build_model
@@ -30,6 +31,7 @@ from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset
 from model.training import checkpoints
 from model.training.arguments import training_arguments
+from model.training.distillation import load_teacher
 from model.training.failures import is_out_of_memory, out_of_memory
 from model.training.loop import OnMetrics, RexTrainer
 from model.training.outputs import sample_texts, write_outputs
@@ -125,7 +127,17 @@ def train(
     peak_flops = matmul_peak(device, precision)
     with _quiet_transformers():
         state, trained_s = _run(
-            settings, arguments, config, datasets, scratch_dir, resume_step, log, on_metrics, sample, peak_flops
+            settings,
+            arguments,
+            config,
+            tokenizer,
+            datasets,
+            scratch_dir,
+            resume_step,
+            log,
+            on_metrics,
+            sample,
+            peak_flops,
         )
         best_step = state.best_global_step or state.global_step
         model = build_model(config, settings.training.seed)
@@ -167,6 +179,7 @@ def _run(
     settings: ExperimentSettings,
     arguments: transformers.TrainingArguments,
     config: RexConfig,
+    tokenizer: PreTrainedTokenizerBase,
     datasets: tuple[TokenDataset, TokenDataset],
     scratch_dir: Path,
     resume_step: int | None,
@@ -185,6 +198,11 @@ def _run(
     model = build_model(config, settings.training.seed)
     if settings.training.init_from:
         _start_from(model, Path(settings.training.init_from))
+    teacher = None
+    if settings.training.distill_from:
+        teacher = load_teacher(
+            Path(settings.training.distill_from), tokenizer, datasets[0].sequence_length, arguments.device
+        )
     model.config.use_cache = False  # a cache per step would be filled and thrown away
     arguments.eval_on_start = newest is None
     log(
@@ -201,6 +219,7 @@ def _run(
         on_metrics=on_metrics,
         sample=sample,
         peak_flops=peak_flops,
+        teacher=teacher,
     )
     try:
         trainer.train(resume_from_checkpoint=str(newest) if newest is not None else None)
@@ -296,6 +315,7 @@ def _identity(settings: ExperimentSettings, dataset_dir: Path, processes: int) -
         "dataset_bytes": (dataset_dir / "train.bin").stat().st_size,
         "tokenizer": digest("tokenizer/tokenizer.json"),
         "init_from": _file_digest(Path(settings.training.init_from) / "model.safetensors"),
+        "distill_from": _file_digest(Path(settings.training.distill_from) / "model.safetensors"),
         # A batch is shared out among the processes, and each has a random state of its own.
         "processes": processes,
     }

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from model.errors import PipelineError
 from model.evaluation import compare, evaluate
+from model.modeling_rex import RexForCausalLM
 from model.progress import Log, silent
 from model.settings import ExperimentSettings
 from model.text.tokenizer import load_tokenizer
@@ -26,7 +26,7 @@ CHUNK_TOKENS = 1 << 22
 
 
 def measure_quality(
-    models: Mapping[str, PreTrainedModel], dataset_dir: Path, settings: ExperimentSettings, *, log: Log = silent
+    models: Mapping[str, RexForCausalLM], dataset_dir: Path, settings: ExperimentSettings, *, log: Log = silent
 ) -> dict[str, Any]:
     """Bits per byte of each model and yardstick on `quality_windows` windows of the validation split.
 

@@ -154,12 +154,13 @@ class RexTrainer(Trainer):  # type: ignore[misc]
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Loss and bits per byte on `eval_windows` validation windows, in the precision of the training."""
         started = time.monotonic()
-        result = evaluate(
-            self._network,
-            self.validation,
-            batch_size=self.args.per_device_eval_batch_size,
-            max_windows=self.settings.eval_windows,
-        )
+        with self.accelerator.autocast():
+            result = evaluate(
+                self._network,
+                self.validation,
+                batch_size=self.args.per_device_eval_batch_size,
+                max_windows=self.settings.eval_windows,
+            )
         step = self.state.global_step
         if not math.isfinite(result.loss):
             raise failures.diverged("validation loss", result.loss, step, [], self.settings, self.scratch_dir)

@@ -39,9 +39,9 @@ class Teaching:
     top_k: int
 
 
-def rows_at_once(weight_VD: Tensor) -> int:
+def rows_at_once(vocab_size: int, device: torch.device) -> int:
     """Rows whose float32 logits fill CHUNK_BYTES, 16 at least."""
-    return max(16, CHUNK_BYTES.get(weight_VD.device.type, CHUNK_BYTES["cuda"]) // (4 * weight_VD.shape[0]))
+    return max(16, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -166,7 +166,7 @@ def linear_cross_entropy(
         teacher = tuple(value.to(dtype) if isinstance(value, Tensor) else value for value in teacher)
     with torch.autocast(device, enabled=False):
         total: Tensor = _LinearCrossEntropy.apply(
-            hidden_RD, weight_VD, labels_R, z_loss, rows or rows_at_once(weight_VD), *teacher
+            hidden_RD, weight_VD, labels_R, z_loss, rows or rows_at_once(len(weight_VD), weight_VD.device), *teacher
         )
     return total / num_items_in_batch
 

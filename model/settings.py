@@ -27,7 +27,7 @@ def _positive(group: str, settings: object, names: Sequence[str]) -> None:
 class CorpusSettings:
     """Where documents come from and how they are split (`configs/corpus/`)."""
 
-    source: Literal["stdlib", "files", "huggingface"] = "stdlib"
+    source: Literal["stdlib", "docstrings", "files", "huggingface"] = "stdlib"
     paths: list[str] = field(default_factory=list)
     text_field: str = "text"
     response_field: str = ""
@@ -40,6 +40,11 @@ class CorpusSettings:
     max_bytes: int = 0
     shard_bytes: int = 67_108_864
     licence: str = "unknown"
+
+    @property
+    def holds_conversations(self) -> bool:
+        """Whether documents are prompts with responses, of which a part would be worth nothing."""
+        return self.source == "docstrings" or bool(self.response_field)
 
     def __post_init__(self) -> None:
         _check(

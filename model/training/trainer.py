@@ -31,10 +31,10 @@ from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset
 from model.training import checkpoints
 from model.training.arguments import training_arguments
-from model.training.distillation import load_teacher
 from model.training.failures import is_out_of_memory, out_of_memory
 from model.training.loop import OnMetrics, RexTrainer
 from model.training.outputs import sample_texts, write_outputs
+from model.training.predecessors import load_teacher, start_from
 from model.training.throughput import flops_per_token, matmul_peak, peak_memory_bytes
 
 
@@ -197,7 +197,7 @@ def _run(
             return state, 0.0
     model = build_model(config, settings.training.seed)
     if settings.training.init_from:
-        _start_from(model, Path(settings.training.init_from))
+        start_from(model, Path(settings.training.init_from), tokenizer)
     teacher = None
     if settings.training.distill_from:
         teacher = load_teacher(
@@ -259,26 +259,6 @@ def _quiet_transformers() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
         if bars:
             transformers.logging.enable_progress_bar()
-
-
-def _start_from(model: RexForCausalLM, checkpoint: Path) -> None:
-    """Take over the weights of an earlier training. Raises PipelineError where they are missing or of another shape."""
-    weights = checkpoint / "model.safetensors"
-    if not weights.is_file():
-        raise PipelineError(
-            f"training.init_from is {str(checkpoint)!r}: no model.safetensors there; name the folder of a trained checkpoint"
-        )
-    found = load_file(weights)
-    expected = dict(model.named_parameters())
-    for name in sorted({*found, *expected} - {"lm_head.weight"}):
-        old, new = (list(given[name].shape) if name in given else "missing" for given in (found, expected))
-        if old != new:
-            raise PipelineError(
-                f"training.init_from is {str(checkpoint)!r}: {name} is {old} there and {new} in this experiment; take the "
-                "model's shape over from it, and its tokenizer with tokenizer=pretrained tokenizer.path=FOLDER"
-            )
-    model.load_state_dict(found, strict=False)
-    model.tie_weights()
 
 
 def _load_weights(model: RexForCausalLM, checkpoint: Path) -> None:

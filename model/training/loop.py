@@ -201,7 +201,10 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         """Take up the sum of losses since the last log line where the checkpoint left it."""
         if isinstance(self._resumed_from, str):
             held = json.loads((Path(self._resumed_from) / checkpoints.LOSS_SUM).read_text())
-            self._tr_loss = torch.tensor(held["sums"][self.args.process_index], device=self.args.device)
+            sums = held["sums"]
+            # A log line reports the mean over processes: where another number of them goes on, each takes that.
+            own = sums[self.args.process_index] if len(sums) == self.args.world_size else sum(sums) / len(sums)
+            self._tr_loss = torch.tensor(own, device=self.args.device)
             self._globalstep_last_logged = held["last_logged_step"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -30,7 +30,7 @@ from model.settings import ExperimentSettings
 from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset
 from model.training import checkpoints
-from model.training.arguments import training_arguments
+from model.training.arguments import accumulation_steps, processes, training_arguments
 from model.training.failures import is_out_of_memory, out_of_memory
 from model.training.loop import OnMetrics, RexTrainer
 from model.training.outputs import sample_texts, write_outputs
@@ -86,13 +86,17 @@ def train(
     On the CPU a resumed run ends with the same bits as one in one go. `scratch_dir` is left for the caller to delete.
     SIGTERM and SIGINT wait for the end of the step, save, and then do what they did before (signals.py).
     Several processes: each calls this with the same arguments; RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say which it
-    is, whoever started it (torchrun, Ray Train). The first one writes and reports; the folders are shared by all.
+    is, whoever started it (torchrun, Ray Train). The first one writes and reports; the folders are shared by all. Another
+    number of processes than began a training can go on with it: the batch stays, and results are equal up to rounding.
     Raises PipelineError for a device that is not there, a dataset smaller than one batch, refused arguments, a loss
     that is not finite, memory that does not suffice, and a full disk; the last complete checkpoint then stays.
     """
     device = resolve_device(settings.training.device)
     precision = resolve_precision(settings.training.precision, device)
-    arguments = training_arguments(settings.training, scratch_dir, device, precision)
+    first = checkpoints.first_processes(scratch_dir) or processes()
+    passes = accumulation_steps(settings, first, processes())
+    stepwise = dataclasses.replace(settings.training, gradient_accumulation_steps=passes)
+    arguments = training_arguments(stepwise, scratch_dir, device, precision)
     tokenizer = load_tokenizer(dataset_dir / "tokenizer")
     length = settings.tokenizer.sequence_length
     datasets = TokenDataset(dataset_dir, "train", length), TokenDataset(dataset_dir, "validation", length)
@@ -112,9 +116,7 @@ def train(
     writes = arguments.process_index == 0
     if not writes:
         log, on_metrics = silent, None
-    resume_step = _agreed(
-        lambda: checkpoints.open_scratch(scratch_dir, _identity(settings, dataset_dir, arguments.world_size))
-    )
+    resume_step = _agreed(lambda: checkpoints.open_scratch(scratch_dir, _identity(settings, dataset_dir, first)))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -278,7 +280,7 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _identity(settings: ExperimentSettings, dataset_dir: Path, processes: int) -> dict[str, Any]:
+def _identity(settings: ExperimentSettings, dataset_dir: Path, first_processes: int) -> dict[str, Any]:
     """Everything that decides the result of the training; the token files by their size and document boundaries."""
 
     def digest(*names: str) -> str:
@@ -296,6 +298,6 @@ def _identity(settings: ExperimentSettings, dataset_dir: Path, processes: int) -
         "tokenizer": digest("tokenizer/tokenizer.json"),
         "init_from": _file_digest(Path(settings.training.init_from) / "model.safetensors"),
         "distill_from": _file_digest(Path(settings.training.distill_from) / "model.safetensors"),
-        # A batch is shared out among the processes, and each has a random state of its own.
-        "processes": processes,
+        # The number that began it: with the settings it says how large a batch is (arguments.accumulation_steps).
+        "processes": first_processes,
     }

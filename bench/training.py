@@ -2,6 +2,7 @@
 
     python -m bench.training shakespeare --nanogpt DIR --text data/tinyshakespeare.txt
     python -m bench.training speed                  # the shape of stdlib_30m against an HF Trainer run of Llama
+    python -m bench.training costs                  # reading data, saving and resuming beside the steps of a training
     python -m bench.training speed --gpu --nanogpt DIR    # the shape of gpt2_124m against nanoGPT compiled
 
 Sides run in turn on the same machine, every run in a process of its own. nanoGPT is fetched by whoever measures. For the
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench import nanogpt, training_speed
+from bench import nanogpt, training_costs, training_speed
 from bench.hardware import describe
 from bench.settings import read_settings
 from model.settings import ExperimentSettings, ModelSettings, TokenizerSettings, TrainingSettings
@@ -148,9 +149,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     speed.add_argument("--steps", type=int, default=4, help="timed optimizer steps a round (default 4)")
     speed.add_argument("--gpu", action="store_true", help="gpt2_124m on a GPU against nanoGPT compiled")
     speed.add_argument("--nanogpt", type=Path, help="a work tree of nanoGPT, for --gpu")
-    for command in (quality, speed):
+    costs = commands.add_parser("costs", help="reading, saving and resuming beside the steps")
+    costs.add_argument("--rounds", type=int, default=3, help="rounds (default 3)")
+    costs.add_argument("--shape", choices=list(training_speed.SHAPES), default="stdlib", help="default: stdlib")
+    for command in (quality, speed, costs):
         command.add_argument("--json", type=Path, help="also write the figures to this file")
-    for name, names in (("run", ["steps", "batch", "dataset", "scratch"]), ("side", ["name", "steps"])):
+    for name, names in (
+        ("run", ["steps", "batch", "dataset", "scratch"]),
+        ("side", ["name", "steps"]),
+        ("cost", ["shape", "scratch", "kind"]),
+    ):
         hidden = commands.add_parser(name)
         for argument in names:
             hidden.add_argument(argument)
@@ -161,7 +169,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command == "side":
         print(json.dumps(training_speed.measure_side(options.name, int(options.steps))))
         return
-    if options.command == "shakespeare":
+    if options.command == "cost":
+        found = training_costs.run(options.shape, Path(options.scratch), resumed=options.kind == "resumed")
+        print(json.dumps(found))
+        return
+    if options.command == "costs":
+        result = training_costs.measure(options.shape, options.rounds)
+    elif options.command == "shakespeare":
         result = compare_shakespeare(options.nanogpt, options.text, options.rounds, options.short, options.long)
         print(
             f"nanoGPT ends at {result['nanogpt_loss']:.3f} nats per character; ours reaches {result['short_loss']:.3f} in "

@@ -149,6 +149,7 @@ class TrainingSettings:
     optim: Literal["muon", "adamw"] = "muon"
     learning_rate: float = 1e-2
     muon_learning_rate: float = 2e-2
+    muon_momentum: float = 0.95
     newton_schulz_steps: int = 5
     weight_decay: float = 0.1
     adam_beta1: float = 0.9
@@ -208,7 +209,7 @@ class TrainingSettings:
             "seed",
         ):
             _check(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
             _check(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "0 to below 1")
         _check(0 <= self.distill_weight <= 1, "training.distill_weight", self.distill_weight, "a fraction, 0 to 1")
         _check(0 <= self.decay_fraction <= 1, "training.decay_fraction", self.decay_fraction, "a fraction, 0 to 1")

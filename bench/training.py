@@ -34,7 +34,7 @@ from model.text.tokens import encode_split
 
 SIDES = ("short", "nanogpt", "long")
 # Steps and windows a step: what a quarter of nanoGPT's time and what all of it allow on two cores without bfloat16.
-SHORT, LONG = (180, 16), (950, 16)
+SHORT, LONG = (150, 16), (950, 16)
 
 
 def character_dataset(text: str, directory: Path) -> Path:

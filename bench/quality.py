@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from model.errors import PipelineError
 from model.evaluation import compare, evaluate
+from model.modeling_rex import RexForCausalLM
 from model.progress import Log, silent
 from model.settings import ExperimentSettings
 from model.text.tokenizer import load_tokenizer
@@ -26,7 +26,7 @@ CHUNK_TOKENS = 1 << 22
 
 
 def measure_quality(
-    models: Mapping[str, PreTrainedModel], dataset_dir: Path, settings: ExperimentSettings, *, log: Log = silent
+    models: Mapping[str, RexForCausalLM], dataset_dir: Path, settings: ExperimentSettings, *, log: Log = silent
 ) -> dict[str, Any]:
     """Bits per byte of each model and yardstick on `quality_windows` windows of the validation split.
 
@@ -69,14 +69,14 @@ def measure_quality(
 
 
 def held_out(dataset: TokenDataset, max_windows: int) -> tuple[np.ndarray, bytes]:
-    """The tokens that `evaluate` predicts, shape (T,), and the bytes they stand for."""
+    """The tokens that `evaluate` predicts, shape (T,), and the bytes they stand for: of conversations, the responses."""
     step, count = dataset.sequence_length - 1, min(max_windows, len(dataset))
-    starts = [i * len(dataset) // count * step for i in range(count)]
-    spans = [(start + 1, start + 1 + step) for start in starts]
-    if max_windows > len(dataset) and len(dataset.tokens) - len(dataset) * step > 1:  # the shorter window at the end
-        spans.append((len(dataset) * step + 1, len(dataset.tokens)))
-    ids_T = np.concatenate([np.asarray(dataset.tokens[start:stop]) for start, stop in spans])
-    return ids_T, b"".join(dataset.text_bytes(start, stop) for start, stop in spans)
+    labels = [dataset[i * len(dataset) // count]["labels"][1:].numpy() for i in range(count)]
+    if dataset.responses is None and max_windows > len(dataset):  # the shorter window at the end
+        labels.append(dataset.tokens[len(dataset) * step + 1 :].astype(np.int64))
+    ids_T = np.concatenate(labels)
+    ids_T = ids_T[ids_T >= 0]
+    return ids_T, dataset.spelled(ids_T)
 
 
 def token_counts(tokens: np.ndarray, vocab_size: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
     python -m bench.training shakespeare --nanogpt DIR --text data/tinyshakespeare.txt
     python -m bench.training speed                  # the shape of stdlib_30m against an HF Trainer run of Llama
+    python -m bench.training costs                  # reading data, saving and resuming beside the steps of a training
     python -m bench.training speed --gpu --nanogpt DIR    # the shape of gpt2_124m against nanoGPT compiled
 
 Sides run in turn on the same machine, every run in a process of its own. nanoGPT is fetched by whoever measures. For the
@@ -24,15 +25,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench import nanogpt, training_speed
+from bench import nanogpt, training_costs, training_speed
 from bench.hardware import describe
 from bench.settings import read_settings
 from model.settings import ExperimentSettings, ModelSettings, TokenizerSettings, TrainingSettings
 from model.text.tokenizer import FastEncoder, token_bytes, train_tokenizer
 from model.text.tokens import encode_split
 
+SIDES = ("short", "nanogpt", "long")
 # Steps and windows a step: what a quarter of nanoGPT's time and what all of it allow on two cores without bfloat16.
-SHORT, LONG = (250, 16), (950, 16)
+SHORT, LONG = (150, 16), (950, 16)
 
 
 def character_dataset(text: str, directory: Path) -> Path:
@@ -105,9 +107,9 @@ def _run(steps: int, batch: int, dataset_dir: Path, scratch: Path) -> dict[str, 
 
 
 def compare_shakespeare(
-    folder: Path, text: Path, rounds: int, short: Sequence[int], long: Sequence[int]
+    folder: Path, text: Path, rounds: int, short: Sequence[int], long: Sequence[int], named: Sequence[str] = SIDES
 ) -> dict[str, Any]:
-    """Rounds of nanoGPT, our short and our long run, in an order that turns."""
+    """Rounds of nanoGPT, our short and our long run, or of those that are named, in an order that turns."""
     result: dict[str, Any] = {"short": short, "long": long, "rounds": []}
     with tempfile.TemporaryDirectory() as scratch:
         copy = nanogpt.prepare(folder, text, Path(scratch))
@@ -118,19 +120,36 @@ def compare_shakespeare(
             "long": lambda: train_ours(long[0], long[1], dataset_dir),
         }
         for number in range(rounds):
-            order = list(sides) if number % 2 == 0 else list(reversed(sides))
+            order = [name for name in SIDES if name in named]
+            if number % 2:
+                order.reverse()
             row = {}
             for name in order:
                 row[name] = sides[name]()
                 print(f"round {number + 1}, {name}: {json.dumps(row[name])}", flush=True)
             result["rounds"].append(row)
-    for name in ("short", "long"):
+    for name in named:
+        for value in ("process_s", "loop_s", "cpu_s", "loss"):
+            result[f"{name}_{value}"] = statistics.median(row[name][value] for row in result["rounds"])
+    for name in {"short", "long"} & set(named) if "nanogpt" in named else ():
         for clock in ("process_s", "loop_s", "cpu_s"):
             share = [row[name][clock] / row["nanogpt"][clock] for row in result["rounds"]]
             result[f"{name}_{clock}_share"] = statistics.median(share)
-        result[f"{name}_loss"] = statistics.median(row[name]["loss"] for row in result["rounds"])
-    result["nanogpt_loss"] = statistics.median(row["nanogpt"]["loss"] for row in result["rounds"])
     return result
+
+
+def describe_shakespeare(result: dict[str, Any]) -> str:
+    """A line for each side that ran."""
+    lines = []
+    for name in SIDES:
+        if f"{name}_loss" in result:
+            line = f"{name}: {result[f'{name}_loss']:.3f} nats per character after {result[f'{name}_process_s']:.1f} s"
+            line += f" ({result[f'{name}_loop_s']:.1f} s without start and end, {result[f'{name}_cpu_s']:.1f} s of processor)"
+            if f"{name}_loop_s_share" in result:
+                shares = [f"{result[f'{name}_{clock}_share']:.2f}" for clock in ("process_s", "loop_s", "cpu_s")]
+                line += f", {shares[0]} of nanoGPT's ({shares[1]}, {shares[2]})"
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -143,14 +162,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quality.add_argument("--rounds", type=int, default=3, help="interleaved rounds, four minutes each (default 3)")
     quality.add_argument("--short", type=int, nargs=2, default=SHORT, help=f"steps and batch (default {SHORT})")
     quality.add_argument("--long", type=int, nargs=2, default=LONG, help=f"steps and batch (default {LONG})")
+    quality.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="only these (default: all)")
     speed = commands.add_parser("speed", help="tokens/s and MFU")
     speed.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
     speed.add_argument("--steps", type=int, default=4, help="timed optimizer steps a round (default 4)")
     speed.add_argument("--gpu", action="store_true", help="gpt2_124m on a GPU against nanoGPT compiled")
     speed.add_argument("--nanogpt", type=Path, help="a work tree of nanoGPT, for --gpu")
-    for command in (quality, speed):
+    costs = commands.add_parser("costs", help="reading, saving and resuming beside the steps")
+    costs.add_argument("--rounds", type=int, default=3, help="rounds (default 3)")
+    costs.add_argument("--shape", choices=list(training_speed.SHAPES), default="stdlib", help="default: stdlib")
+    for command in (quality, speed, costs):
         command.add_argument("--json", type=Path, help="also write the figures to this file")
-    for name, names in (("run", ["steps", "batch", "dataset", "scratch"]), ("side", ["name", "steps"])):
+    for name, names in (
+        ("run", ["steps", "batch", "dataset", "scratch"]),
+        ("side", ["name", "steps"]),
+        ("cost", ["shape", "scratch", "kind"]),
+    ):
         hidden = commands.add_parser(name)
         for argument in names:
             hidden.add_argument(argument)
@@ -161,14 +188,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command == "side":
         print(json.dumps(training_speed.measure_side(options.name, int(options.steps))))
         return
-    if options.command == "shakespeare":
-        result = compare_shakespeare(options.nanogpt, options.text, options.rounds, options.short, options.long)
-        print(
-            f"nanoGPT ends at {result['nanogpt_loss']:.3f} nats per character; ours reaches {result['short_loss']:.3f} in "
-            f"{result['short_loop_s_share']:.2f} of its time ({result['short_process_s_share']:.2f} with start and end of "
-            f"the process, {result['short_cpu_s_share']:.2f} of its processor time) and {result['long_loss']:.3f} in "
-            f"{result['long_loop_s_share']:.2f} ({result['long_process_s_share']:.2f}, {result['long_cpu_s_share']:.2f})"
+    if options.command == "cost":
+        found = training_costs.run(options.shape, Path(options.scratch), resumed=options.kind == "resumed")
+        print(json.dumps(found))
+        return
+    if options.command == "costs":
+        result = training_costs.measure(options.shape, options.rounds)
+    elif options.command == "shakespeare":
+        result = compare_shakespeare(
+            options.nanogpt, options.text, options.rounds, options.short, options.long, options.sides
         )
+        print(describe_shakespeare(result))
     elif options.gpu:
         result = training_speed.compare_gpu(options.nanogpt, options.rounds, options.steps)
     else:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,22 +32,27 @@ from model.training.throughput import flops_per_token, matmul_peak
 
 SHAPES = {
     # name: model, training, vocabulary, window
+    "stdlib": ("model/rex_2m.yaml", "training/cpu_minutes.yaml", 4096, 256),
     "stdlib_30m": ("model/rex_30m.yaml", "training/cpu_hours.yaml", 16_384, 512),
     "gpt2_124m": ("model/rex_124m.yaml", "training/gpu_124m.yaml", 50_304, 1024),
 }
 
+AnyTrainer = TypeVar("AnyTrainer", bound=RexTrainer)
 
-class _Clock(TrainerCallback):  # type: ignore[misc]
+
+class Clock(TrainerCallback):  # type: ignore[misc]
     """Seconds of each optimizer step, the device waited for."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Mark the start of the first step."""
         if not self.marks:
             self._mark()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Mark the end of a step."""
         self._mark()
 
     def _mark(self) -> None:
@@ -70,6 +75,26 @@ class _Steps(RexTrainer):
         pass
 
 
+def build_trainer(kind: type[AnyTrainer], shape: str, scratch: Path, settings: TrainingSettings) -> AnyTrainer:
+    """The trainer of one of SHAPES on random ids."""
+    model_file, _, vocabulary, length = SHAPES[shape]
+    device = resolve_device(settings.device)
+    dataset = _random_dataset(scratch, vocabulary, length, 4096)
+    model = build_model(build_config(read_settings(ModelSettings, model_file), vocabulary, 0, 0, 1), 0)
+    model.config.use_cache = False
+    return kind(
+        model,
+        training_arguments(settings, scratch, device, resolve_precision(settings.precision, device)),
+        settings,
+        (dataset, dataset),
+        scratch,
+        log=lambda line: None,
+        on_metrics=None,
+        sample=None,
+        peak_flops=1.0,
+    )
+
+
 def measure_side(side: str, steps: int) -> dict[str, float]:
     """Tokens/s, FLOP/s a token and the peak of `SHAPE:TRAINER`, where the trainer is "ours" or "llama"."""
     shape, trainer = side.split(":")
@@ -86,26 +111,13 @@ def measure_side(side: str, steps: int) -> dict[str, float]:
     device = resolve_device(settings.device)
     precision = resolve_precision(settings.precision, device)
     config = build_config(read_settings(ModelSettings, model_file), vocabulary, 0, 0, 1)
-    clock = _Clock()
+    clock = Clock()
     with tempfile.TemporaryDirectory() as scratch:
-        dataset = _random_dataset(Path(scratch), vocabulary, length, 4096)
         model = build_model(config, 0)
         flops = flops_per_token(model, length)
         batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
         if trainer == "ours":
-            model.config.use_cache = False
-            arguments = training_arguments(settings, Path(scratch), device, precision)
-            ours = _Steps(
-                model,
-                arguments,
-                settings,
-                (dataset, dataset),
-                Path(scratch),
-                log=lambda line: None,
-                on_metrics=None,
-                sample=None,
-                peak_flops=1.0,
-            )
+            ours = build_trainer(_Steps, shape, Path(scratch), settings)
             ours.add_callback(clock)
             ours.train()
         else:
@@ -131,6 +143,7 @@ def measure_side(side: str, steps: int) -> dict[str, float]:
                 report_to="none",
                 disable_tqdm=True,
             )
+            dataset = _random_dataset(Path(scratch), vocabulary, length, 4096)
             Trainer(model=llama, args=arguments, train_dataset=dataset, callbacks=[clock]).train()
     return {
         "tokens_per_second": batch * length / clock.median_s(),

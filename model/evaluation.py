@@ -1,8 +1,9 @@
 """How well a model predicts held-out text: loss, perplexity, bits per byte, and agreement of two models.
 
 Bits per byte do not depend on the tokenizer, so models with different vocabularies compare. Everything is computed
-from the windows of a TokenDataset, one window's logits at a time, in float64 sums.
-Legend: `B` windows in a batch, `T` tokens of a window, `V` vocabulary.
+from the windows of a TokenDataset in float64 sums; a chunk of logits at a time, as in training (training/loss.py), so
+that memory does not grow with the vocabulary.
+Legend: `B` windows in a batch, `T` tokens of a window, `D` hidden size, `R` rows (predicted tokens), `V` vocabulary.
 """
 
 import math
@@ -12,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from model.errors import PipelineError
+from model.modeling_rex import RexForCausalLM
 from model.progress import Log, Progress, silent
 from model.text.tokens import TokenDataset
+from model.training.loss import IGNORED, rows_at_once
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Agreement:
 
 @torch.no_grad()  # not inference_mode: what the model caches under it could not be used in training again
 def evaluate(
-    model: PreTrainedModel,
+    model: RexForCausalLM,
     dataset: TokenDataset,
     *,
     batch_size: int = 4,
@@ -63,18 +65,15 @@ def evaluate(
     progress = Progress(log, "evaluation", sum(_count(dataset, max_windows)), "windows")
     byte_counts_V = torch.from_numpy(dataset.byte_counts)
     nats, tokens, text_bytes = 0.0, 0, 0
-    for labels_BT, (logits_BTV,) in _forward([model], _batches(dataset, batch_size, max_windows)):
-        for labels_T, logits_TV in zip(
-            labels_BT[:, 1:], logits_BTV, strict=True
-        ):  # one window's float32 logits at a time
-            if (labels_T < 0).any():  # only the responses of conversations count
-                logits_TV, labels_T = logits_TV[:-1][labels_T >= 0], labels_T[labels_T >= 0]
-            else:
-                logits_TV = logits_TV[:-1]
-            loss_T = functional.cross_entropy(logits_TV.float(), labels_T.to(logits_TV.device), reduction="none")
-            nats += loss_T.double().sum().item()
-            tokens += loss_T.numel()
-            text_bytes += int(byte_counts_V[labels_T].sum())
+    for labels_BT, (hidden_BTD,) in _forward([model], _batches(dataset, batch_size, max_windows)):
+        labels_BT = labels_BT[:, 1:]
+        counted = labels_BT != IGNORED  # only the responses of conversations count
+        labels_R = labels_BT[counted]
+        for start, (logits_RV,) in _chunks([model], [hidden_BTD[:, :-1][counted.to(hidden_BTD.device)]]):
+            targets = labels_R[start : start + len(logits_RV)].to(logits_RV.device)
+            nats += functional.cross_entropy(logits_RV, targets, reduction="none").double().sum().item()
+        tokens += len(labels_R)
+        text_bytes += int(byte_counts_V[labels_R].sum())
         progress.advance(len(labels_BT))
     if text_bytes == 0:
         raise PipelineError("the evaluated windows hold no text: expected at least one byte; use a larger corpus")
@@ -90,8 +89,8 @@ def evaluate(
 
 @torch.no_grad()
 def compare(
-    model: PreTrainedModel,
-    reference: PreTrainedModel,
+    model: RexForCausalLM,
+    reference: RexForCausalLM,
     dataset: TokenDataset,
     *,
     max_windows: int | None,
@@ -99,13 +98,14 @@ def compare(
 ) -> Agreement:
     """How closely `model` follows `reference` on the windows that `evaluate` would take."""
     same, divergence, tokens = 0, 0.0, 0
-    for _, (logits_BTV, expected_BTV) in _forward([model, reference], _batches(dataset, batch_size, max_windows)):
-        for logits_TV, expected_TV in zip(logits_BTV, expected_BTV, strict=True):
-            log_q_TV = functional.log_softmax(logits_TV[:-1].float(), dim=-1)
-            log_p_TV = functional.log_softmax(expected_TV[:-1].float().to(log_q_TV.device), dim=-1)
-            same += int((log_q_TV.argmax(-1) == log_p_TV.argmax(-1)).sum())
-            divergence += (log_p_TV.exp() * (log_p_TV - log_q_TV)).double().sum().item()
-            tokens += len(log_q_TV)
+    models = [model, reference]
+    for _, states in _forward(models, _batches(dataset, batch_size, max_windows)):
+        for _, (logits_RV, expected_RV) in _chunks(models, [hidden[:, :-1].flatten(0, 1) for hidden in states]):
+            log_q_RV = functional.log_softmax(logits_RV, dim=-1)
+            log_p_RV = functional.log_softmax(expected_RV.to(log_q_RV.device), dim=-1)
+            same += int((log_q_RV.argmax(-1) == log_p_RV.argmax(-1)).sum())
+            divergence += (log_p_RV.exp() * (log_p_RV - log_q_RV)).double().sum().item()
+            tokens += len(log_q_RV)
     return Agreement(top1_agreement=same / tokens, kl_divergence=divergence / tokens)
 
 
@@ -135,15 +135,24 @@ def _batches(dataset: TokenDataset, batch_size: int, max_windows: int | None) ->
 
 
 def _forward(
-    models: list[PreTrainedModel], batches: Iterator[tuple[Tensor, Tensor]]
+    models: list[RexForCausalLM], batches: Iterator[tuple[Tensor, Tensor]]
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """(labels (B, T), each model's logits (B, T, V)) per batch; leaves the models in the mode they were in."""
+    """(labels (B, T), each model's final hidden states (B, T, D)) per batch; leaves the models in the mode they were in."""
     modes = [model.training for model in models]
     try:
         for model in models:
             model.eval()
         for ids_BT, labels_BT in batches:
-            yield labels_BT, [m(input_ids=ids_BT.to(m.device), use_cache=False).logits for m in models]
+            inputs = ((m.model, ids_BT.to(m.device)) for m in models)
+            yield labels_BT, [decoder(input_ids=ids, use_cache=False).last_hidden_state for decoder, ids in inputs]
     finally:
         for model, mode in zip(models, modes, strict=True):
             model.train(mode)
+
+
+def _chunks(models: list[RexForCausalLM], states: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+    """(first row, each model's float32 logits (rows, V)) for the same rows of each model's hidden states (R, D)."""
+    rows = min(rows_at_once(m.config.vocab_size, m.device) for m in models)
+    for start in range(0, len(states[0]), rows):
+        pairs = zip(models, states, strict=True)
+        yield start, [model.lm_head(hidden_RD[start : start + rows]).float() for model, hidden_RD in pairs]

@@ -418,11 +418,11 @@ class RexModel(RexPreTrainedModel):
 class RexForCausalLM(RexPreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """REX with a language-model head, tied to the embedding unless the configuration says otherwise.
 
-    linear_loss: (hidden states (B, T, D), head weights (V, D), labels (B, T), num_items_in_batch) to the loss. None takes
-    transformers' loss on whole logits; a training sets one that never holds them.
+    linear_loss: (hidden states (B, T, D), head weights (V, D), labels (B, T), num_items_in_batch, input ids (B, T)) to the
+    loss. None takes transformers' loss on whole logits; a training sets one that never holds them.
     """
 
-    linear_loss: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
+    linear_loss: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor] | None = None
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
@@ -467,7 +467,7 @@ class RexForCausalLM(RexPreTrainedModel, GenerationMixin):  # type: ignore[misc]
         loss = logits = None
         if labels is not None and self.linear_loss is not None:
             items = kwargs.get("num_items_in_batch")
-            loss = self.linear_loss(outputs.last_hidden_state, self.lm_head.weight, labels, items)
+            loss = self.linear_loss(outputs.last_hidden_state, self.lm_head.weight, labels, items, input_ids)
         else:
             logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         if labels is not None and logits is not None:

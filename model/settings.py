@@ -27,7 +27,7 @@ def _positive(group: str, settings: object, names: Sequence[str]) -> None:
 class CorpusSettings:
     """Where documents come from and how they are split (`configs/corpus/`)."""
 
-    source: Literal["stdlib", "files", "huggingface"] = "stdlib"
+    source: Literal["stdlib", "docstrings", "files", "huggingface"] = "stdlib"
     paths: list[str] = field(default_factory=list)
     text_field: str = "text"
     response_field: str = ""
@@ -40,6 +40,11 @@ class CorpusSettings:
     max_bytes: int = 0
     shard_bytes: int = 67_108_864
     licence: str = "unknown"
+
+    @property
+    def holds_conversations(self) -> bool:
+        """Whether documents are prompts with responses, of which a part would be worth nothing."""
+        return self.source == "docstrings" or bool(self.response_field)
 
     def __post_init__(self) -> None:
         _check(
@@ -144,6 +149,7 @@ class TrainingSettings:
     optim: Literal["muon", "adamw"] = "muon"
     learning_rate: float = 1e-2
     muon_learning_rate: float = 2e-2
+    muon_momentum: float = 0.95
     newton_schulz_steps: int = 5
     weight_decay: float = 0.1
     adam_beta1: float = 0.9
@@ -151,6 +157,10 @@ class TrainingSettings:
     max_grad_norm: float = 1.0
     z_loss: float = 0.0
     init_from: str = ""
+    distill_from: str = ""
+    distill_weight: float = 0.5
+    distill_temperature: float = 1.0
+    distill_top_k: int = 0
     warmup_steps: int = 20
     decay_fraction: float = 0.4
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -180,6 +190,7 @@ class TrainingSettings:
                 "learning_rate",
                 "muon_learning_rate",
                 "newton_schulz_steps",
+                "distill_temperature",
                 "eval_steps",
                 "eval_windows",
                 "save_steps",
@@ -191,14 +202,16 @@ class TrainingSettings:
             "weight_decay",
             "max_grad_norm",
             "z_loss",
+            "distill_top_k",
             "warmup_steps",
             "early_stopping_patience",
             "sample_tokens",
             "seed",
         ):
             _check(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
             _check(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "0 to below 1")
+        _check(0 <= self.distill_weight <= 1, "training.distill_weight", self.distill_weight, "a fraction, 0 to 1")
         _check(0 <= self.decay_fraction <= 1, "training.decay_fraction", self.decay_fraction, "a fraction, 0 to 1")
         _check(
             self.warmup_steps <= self.max_steps,

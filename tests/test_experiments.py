@@ -1,11 +1,14 @@
 """Every experiment, those for a GPU too: its model has the size it claims, and a shrunken copy of it trains on CPU."""
 
 import math
+from pathlib import Path
 
 import pytest
 
 from llm_assets.experiment import compose, experiment_names
+from llm_assets.references import PREFIX, resolve
 from model.build import build_config, count_parameters
+from model.settings import ExperimentSettings
 from model.text.corpus import build_corpus
 from model.text.tokens import build_tokenized_dataset
 from model.training.trainer import train
@@ -15,6 +18,8 @@ MILLIONS = {
     "stdlib": (2, 5),
     "stdlib_30m": (28, 32),
     "shakespeare_char": (0.7, 0.9),
+    "stdlib_chat": (2, 5),
+    "stdlib_distilled": (0.3, 0.5),
     "gpt2_124m": (120, 128),
     "llama_350m": (320, 360),
 }
@@ -41,22 +46,50 @@ SHRINK = [
 ]
 
 
+def vocabulary(settings: ExperimentSettings) -> int:
+    kind, path = settings.tokenizer.kind, settings.tokenizer.path
+    if kind == "pretrained":
+        return vocabulary(compose(path.removeprefix(PREFIX)))
+    return settings.tokenizer.vocab_size if kind == "bpe" else 323
+
+
+def shrunken(name: str, directory: Path, base: Path | None = None) -> ExperimentSettings:
+    """The experiment on little text with a tiny model, and its data set in `directory`."""
+    full = compose(name)
+    shrink = list(SHRINK)
+    if full.training.torch_compile:
+        shrink.append("+training.arguments.torch_compile_backend=aot_eager")  # the graph without a C++ compiler
+    if full.corpus.source == "docstrings":  # any other text is no conversation
+        shrink += [
+            "corpus=docstrings",
+            "corpus.max_bytes=30000",
+            "corpus.split_by=position",
+            "tokenizer.sequence_length=128",
+        ]
+    settings = resolve(compose(name, shrink), lambda _: base or pytest.fail(f"{name} wants a checkpoint"))
+    build_corpus(settings.corpus, directory / "corpus")
+    build_tokenized_dataset(settings.tokenizer, directory / "corpus", directory / "dataset")
+    return settings
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint for the experiments that go on from another one's."""
+    directory = tmp_path_factory.mktemp("base")
+    train(shrunken("stdlib", directory), directory / "dataset", directory / "checkpoint", directory / "scratch")
+    return directory / "checkpoint"
+
+
 @pytest.mark.parametrize("name", experiment_names())
 def test_the_model_has_the_size_it_claims(name):
     settings = compose(name)
     low, high = MILLIONS[name]
-    vocab_size = settings.tokenizer.vocab_size if settings.tokenizer.kind == "bpe" else 323
-    assert low < count_parameters(build_config(settings.model, vocab_size, 0, 0, 1)) / 1e6 < high
+    assert low < count_parameters(build_config(settings.model, vocabulary(settings), 0, 0, 1)) / 1e6 < high
 
 
 @pytest.mark.parametrize("name", experiment_names())
-def test_a_shrunken_copy_takes_two_steps_on_cpu(name, tmp_path):
-    shrink = list(SHRINK)
-    if compose(name).training.torch_compile:
-        shrink.append("+training.arguments.torch_compile_backend=aot_eager")  # the graph without a C++ compiler
-    settings = compose(name, shrink)
-    build_corpus(settings.corpus, tmp_path / "corpus")
-    build_tokenized_dataset(settings.tokenizer, tmp_path / "corpus", tmp_path / "dataset")
+def test_a_shrunken_copy_takes_two_steps_on_cpu(name, base, tmp_path):
+    settings = shrunken(name, tmp_path, base)
     summary = train(settings, tmp_path / "dataset", tmp_path / "checkpoint", tmp_path / "scratch")
     assert summary.steps == 2
     assert math.isfinite(summary.validation_loss)

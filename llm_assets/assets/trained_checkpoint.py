@@ -17,7 +17,7 @@ from llm_assets.stage import stage
     **COMMON,
     group_name="model",
     kinds={"pytorch", "huggingface"},
-    code_version="2",
+    code_version="3",
     check_specs=checks.specs("trained_checkpoint"),
     pool="device",
     retry_policy=dg.RetryPolicy(max_retries=1, delay=10),  # continues at the last checkpoint

@@ -10,6 +10,8 @@ import dagster as dg
 from pydantic import Field
 
 from llm_assets.experiment import CONFIG_DIR, compose
+from llm_assets.io_managers import DirectoryIOManager
+from llm_assets.references import resolve
 from model.settings import ExperimentSettings
 
 
@@ -26,5 +28,10 @@ class HydraConfig(dg.ConfigurableResource):
     )
 
     def settings(self, experiment: str) -> ExperimentSettings:
-        """Compose `experiment`; PipelineError, one line, where that is not possible."""
-        return compose(experiment, self.overrides, Path(self.config_dir))
+        """Compose `experiment`, with the newest checkpoints of the experiments that it names.
+
+        PipelineError, one line, where that is not possible.
+        """
+        store = DirectoryIOManager().store()
+        composed = compose(experiment, self.overrides, Path(self.config_dir))
+        return resolve(composed, lambda name: store.load("trained_checkpoint", name))

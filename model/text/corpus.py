@@ -88,7 +88,7 @@ def build_corpus(settings: CorpusSettings, output_dir: Path, *, log: Log = silen
             _ShardWriter(output_dir, "train", settings.shard_bytes) as train,
             _ShardWriter(output_dir, "validation", settings.shard_bytes) as validation,
         ):
-            for source, data, to_validation in _split(documents, settings.validation_fraction, train_end):
+            for source, data, to_validation in _split(documents, settings, train_end):
                 (validation if to_validation else train).add(source, data)
                 if not to_validation and not summary.sample:
                     summary.sample = data.decode()[:SAMPLE_CHARACTERS]
@@ -192,7 +192,8 @@ def _clean(
             continue
         if settings.max_bytes and kept + len(data) >= settings.max_bytes:
             # The last document is cut, so that a corpus in one document can be limited too.
-            if data := data[: whole_characters(data, settings.max_bytes - kept)]:
+            data = data[: whole_characters(data, settings.max_bytes - kept)]
+            if data and not settings.holds_conversations:
                 yield source, data
             return
         kept += len(data)
@@ -205,13 +206,17 @@ def _name(names: list[str], source: str) -> None:
 
 
 def _split(
-    documents: Iterator[tuple[str, bytes]], fraction: float, train_end: int | None
+    documents: Iterator[tuple[str, bytes]], settings: CorpusSettings, train_end: int | None
 ) -> Iterator[tuple[str, bytes, bool]]:
-    """Each document with whether it is held out; the one that straddles `train_end` (bytes) becomes two."""
+    """Each document with whether it is held out; text that straddles `train_end` (bytes) becomes two documents."""
     position = 0
     for source, data in documents:
         if train_end is None:
-            yield source, data, int.from_bytes(_digest(data)) < fraction * 2**128
+            yield source, data, int.from_bytes(_digest(data)) < settings.validation_fraction * 2**128
+            continue
+        if settings.holds_conversations:
+            yield source, data, position >= train_end
+            position += len(data)
             continue
         cut = whole_characters(data, min(max(train_end - position, 0), len(data)))
         if cut:

@@ -1,4 +1,4 @@
-"""Where raw documents come from: the standard library, files behind fsspec, a Hugging Face data set.
+"""Where raw documents come from: the standard library or its docstrings, files behind fsspec, a Hugging Face data set.
 
 `Sources` yields (source, bytes) in a fixed order and holds one document, one line or one small Parquet batch at a time.
 It neither cleans nor splits: that is `model.text.corpus`. Broken input raises PipelineError naming the file and, where
@@ -22,6 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from model.errors import PipelineError
 from model.settings import CorpusSettings
 from model.text.chat import opening
+from model.text.docstrings import docstrings
 
 # Test folders are left out: Linux distributions and slim images ship Python without them, and the corpus should be the
 # same there. They also hold the deliberately broken encodings. encodings/ and pydoc_data/ are generated tables, an eighth
@@ -60,7 +61,7 @@ class Sources:
     def __init__(self, settings: CorpusSettings) -> None:
         self._settings = settings
         self._files: list[_File] = []
-        if settings.source == "stdlib":
+        if settings.source in ("stdlib", "docstrings"):
             self._files = _stdlib_files()
         elif settings.source == "files":
             matched = [file for pattern in settings.paths for file in _match(pattern)]
@@ -102,7 +103,11 @@ class Sources:
             stream = cast(BinaryIO, io.BufferedReader(arrow, 1 << 20))
         place = [0]  # lines read so far, for the message
         try:
-            yield from self._read_lines(file, stream, place) if kind in JSON_SUFFIXES else self._read_text(file, stream)
+            if self._settings.source == "docstrings":
+                yield from _read_docstrings(file, stream)
+            else:
+                read = self._read_lines(file, stream, place) if kind in JSON_SUFFIXES else self._read_text(file, stream)
+                yield from read
         except OSError as error:
             if not codec or error.errno is not None:
                 raise
@@ -289,6 +294,11 @@ def _conversation(prompt: object, response: object, where: str) -> bytes:
         return (opening(prompt) + response).encode("utf-8", "surrogatepass")
     except ValueError as error:
         raise PipelineError(f"{where}: {error}; change the prompt") from error
+
+
+def _read_docstrings(file: _File, stream: BinaryIO) -> Iterator[bytes]:
+    for prompt, response in docstrings(stream.read()):
+        yield _conversation(prompt, response, file.source)
 
 
 def _is_text(kind: pa.DataType) -> bool:

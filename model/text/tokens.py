@@ -283,7 +283,11 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def text_bytes(self, start: int, stop: int) -> bytes:
         """The exact bytes of text that tokens `start` to `stop` stand for."""
-        return b"".join(self._token_bytes[number] for number in self.tokens[start:stop])
+        return self.spelled(self.tokens[start:stop])
+
+    def spelled(self, ids_T: npt.NDArray[np.integer]) -> bytes:
+        """The exact bytes of text that these ids stand for."""
+        return b"".join(self._token_bytes[number] for number in ids_T)
 
 
 def _packed(offsets: npt.NDArray[np.int64], sequence_length: int) -> npt.NDArray[np.int64]:

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from model.devices import Precision
 from model.errors import PipelineError
-from model.settings import TrainingSettings
+from model.settings import ExperimentSettings, TrainingSettings
 
 # These hold the loop together (resume, evaluation, logging): a value from outside would break it silently.
 _FIXED = frozenset(
@@ -38,9 +38,38 @@ _FIXED = frozenset(
 )
 
 
+def processes() -> int:
+    """How many processes train together, as whoever started them says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def accumulation_steps(settings: ExperimentSettings, first: int, now: int) -> int:
+    """Passes a process sums into a step where `first` processes began the training and `now` go on: the same batch.
+
+    Raises PipelineError where that is no whole number, and for a model with dropout: each process draws from a random
+    state of its own.
+    """
+    if first == now:
+        return settings.training.gradient_accumulation_steps
+    passes, rest = divmod(settings.training.gradient_accumulation_steps * first, now)
+    began = f"{first} processes began this training and {now} would go on"
+    if settings.model.attention_dropout:
+        raise PipelineError(
+            f"{began}, with model.attention_dropout {settings.model.attention_dropout:g} and a random state for each of "
+            f"{first}: start {first} processes, or delete the scratch folder to start afresh"
+        )
+    if rest:
+        raise PipelineError(
+            f"{began}: {settings.training.gradient_accumulation_steps * first} passes a step "
+            f"(training.gradient_accumulation_steps times {first}) do not share out among {now}; start {first} processes, "
+            "or a number that divides them"
+        )
+    return passes
+
+
 def _distributed(device: torch.device) -> dict[str, Any]:
     """Options of a training of several processes: transformers refuses the backend in one that is alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if processes() < 2:
         return {}
     return {"ddp_backend": "nccl" if device.type == "cuda" else "gloo", "ddp_find_unused_parameters": False}
 

@@ -16,6 +16,7 @@ from transformers.trainer_callback import TrainerState
 
 from model.errors import PipelineError
 
+RECORD = "run.json"
 STATE = "trainer_state.json"
 LOSS_SUM = "loss_sum.json"
 """The sums of losses, one a process, since the last log line, and that line's step: the Trainer keeps them in memory."""
@@ -88,7 +89,7 @@ def open_scratch(scratch_dir: Path, identity: dict[str, Any]) -> int | None:
     """
     scratch_dir.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(staging(scratch_dir), ignore_errors=True)
-    record = scratch_dir / "run.json"
+    record = scratch_dir / RECORD
     if record.is_file():
         found = json.loads(record.read_text())
         if different := _differences(found, identity):
@@ -102,6 +103,12 @@ def open_scratch(scratch_dir: Path, identity: dict[str, Any]) -> int | None:
         partial.rename(record)
     steps = steps_saved(scratch_dir)
     return steps[-1] if steps else None
+
+
+def first_processes(scratch_dir: Path) -> int | None:
+    """How many processes began the training in `scratch_dir`; None where none did."""
+    record = scratch_dir / RECORD
+    return json.loads(record.read_text())["processes"] if record.is_file() else None
 
 
 def _differences(found: dict[str, Any], expected: dict[str, Any], prefix: str = "") -> list[str]:

@@ -11,7 +11,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from model.progress import Log, format_duration
 from model.settings import TrainingSettings
 from model.text.tokens import TokenDataset
 from model.training import checkpoints, failures
-from model.training.loss import linear_cross_entropy
+from model.training.loss import TrainingLoss
 from model.training.optimizer import build_optimizer, warmup_stable_decay
 from model.training.signals import DeferredSignals, deferred_signals
 from model.training.throughput import flops_per_token, peak_memory_bytes
@@ -83,16 +82,17 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         on_metrics: OnMetrics | None,
         sample: Callable[[RexForCausalLM], str] | None,
         peak_flops: float,
+        teacher: RexForCausalLM | None = None,
     ) -> None:
         """datasets: training and validation. sample: a short text of the model, logged at each evaluation.
 
-        peak_flops: what `model_flops_utilization` is a share of, in FLOP/s of one process.
+        peak_flops: what `model_flops_utilization` is a share of, in FLOP/s of one process. teacher: on the same device.
         """
         self.settings, self.scratch_dir = settings, scratch_dir
         self._log_line, self._on_metrics, self._sample = log, on_metrics, sample
         train_dataset, self.validation = datasets
         self._network, self._train = model, train_dataset
-        model.linear_loss = partial(linear_cross_entropy, z_loss=settings.z_loss)
+        model.linear_loss = TrainingLoss(settings, teacher)
         callbacks: list[TrainerCallback] = []
         if settings.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
@@ -154,12 +154,13 @@ class RexTrainer(Trainer):  # type: ignore[misc]
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Loss and bits per byte on `eval_windows` validation windows, in the precision of the training."""
         started = time.monotonic()
-        result = evaluate(
-            self._network,
-            self.validation,
-            batch_size=self.args.per_device_eval_batch_size,
-            max_windows=self.settings.eval_windows,
-        )
+        with self.accelerator.autocast():
+            result = evaluate(
+                self._network,
+                self.validation,
+                batch_size=self.args.per_device_eval_batch_size,
+                max_windows=self.settings.eval_windows,
+            )
         step = self.state.global_step
         if not math.isfinite(result.loss):
             raise failures.diverged("validation loss", result.loss, step, [], self.settings, self.scratch_dir)
@@ -200,7 +201,10 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         """Take up the sum of losses since the last log line where the checkpoint left it."""
         if isinstance(self._resumed_from, str):
             held = json.loads((Path(self._resumed_from) / checkpoints.LOSS_SUM).read_text())
-            self._tr_loss = torch.tensor(held["sums"][self.args.process_index], device=self.args.device)
+            sums = held["sums"]
+            # A log line reports the mean over processes: where another number of them goes on, each takes that.
+            own = sums[self.args.process_index] if len(sums) == self.args.world_size else sum(sums) / len(sums)
+            self._tr_loss = torch.tensor(own, device=self.args.device)
             self._globalstep_last_logged = held["last_logged_step"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -157,6 +157,7 @@ def build_optimizer(model: PreTrainedModel, settings: TrainingSettings) -> MuonA
     return MuonAdamW(
         parameter_groups(model, settings),
         betas=(settings.adam_beta1, settings.adam_beta2),
+        momentum=settings.muon_momentum,
         newton_schulz_steps=settings.newton_schulz_steps,
     )
 

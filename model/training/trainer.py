@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerState
 
 from model.build import build_config, build_model
@@ -29,10 +30,11 @@ from model.settings import ExperimentSettings
 from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset
 from model.training import checkpoints
-from model.training.arguments import training_arguments
+from model.training.arguments import accumulation_steps, processes, training_arguments
 from model.training.failures import is_out_of_memory, out_of_memory
 from model.training.loop import OnMetrics, RexTrainer
 from model.training.outputs import sample_texts, write_outputs
+from model.training.predecessors import load_teacher, start_from
 from model.training.throughput import flops_per_token, matmul_peak, peak_memory_bytes
 
 
@@ -84,13 +86,17 @@ def train(
     On the CPU a resumed run ends with the same bits as one in one go. `scratch_dir` is left for the caller to delete.
     SIGTERM and SIGINT wait for the end of the step, save, and then do what they did before (signals.py).
     Several processes: each calls this with the same arguments; RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say which it
-    is, whoever started it (torchrun, Ray Train). The first one writes and reports; the folders are shared by all.
+    is, whoever started it (torchrun, Ray Train). The first one writes and reports; the folders are shared by all. Another
+    number of processes than began a training can go on with it: the batch stays, and results are equal up to rounding.
     Raises PipelineError for a device that is not there, a dataset smaller than one batch, refused arguments, a loss
     that is not finite, memory that does not suffice, and a full disk; the last complete checkpoint then stays.
     """
     device = resolve_device(settings.training.device)
     precision = resolve_precision(settings.training.precision, device)
-    arguments = training_arguments(settings.training, scratch_dir, device, precision)
+    first = checkpoints.first_processes(scratch_dir) or processes()
+    passes = accumulation_steps(settings, first, processes())
+    stepwise = dataclasses.replace(settings.training, gradient_accumulation_steps=passes)
+    arguments = training_arguments(stepwise, scratch_dir, device, precision)
     tokenizer = load_tokenizer(dataset_dir / "tokenizer")
     length = settings.tokenizer.sequence_length
     datasets = TokenDataset(dataset_dir, "train", length), TokenDataset(dataset_dir, "validation", length)
@@ -110,9 +116,7 @@ def train(
     writes = arguments.process_index == 0
     if not writes:
         log, on_metrics = silent, None
-    resume_step = _agreed(
-        lambda: checkpoints.open_scratch(scratch_dir, _identity(settings, dataset_dir, arguments.world_size))
-    )
+    resume_step = _agreed(lambda: checkpoints.open_scratch(scratch_dir, _identity(settings, dataset_dir, first)))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -125,7 +129,17 @@ def train(
     peak_flops = matmul_peak(device, precision)
     with _quiet_transformers():
         state, trained_s = _run(
-            settings, arguments, config, datasets, scratch_dir, resume_step, log, on_metrics, sample, peak_flops
+            settings,
+            arguments,
+            config,
+            tokenizer,
+            datasets,
+            scratch_dir,
+            resume_step,
+            log,
+            on_metrics,
+            sample,
+            peak_flops,
         )
         best_step = state.best_global_step or state.global_step
         model = build_model(config, settings.training.seed)
@@ -167,6 +181,7 @@ def _run(
     settings: ExperimentSettings,
     arguments: transformers.TrainingArguments,
     config: RexConfig,
+    tokenizer: PreTrainedTokenizerBase,
     datasets: tuple[TokenDataset, TokenDataset],
     scratch_dir: Path,
     resume_step: int | None,
@@ -184,7 +199,12 @@ def _run(
             return state, 0.0
     model = build_model(config, settings.training.seed)
     if settings.training.init_from:
-        _start_from(model, Path(settings.training.init_from))
+        start_from(model, Path(settings.training.init_from), tokenizer)
+    teacher = None
+    if settings.training.distill_from:
+        teacher = load_teacher(
+            Path(settings.training.distill_from), tokenizer, datasets[0].sequence_length, arguments.device
+        )
     model.config.use_cache = False  # a cache per step would be filled and thrown away
     arguments.eval_on_start = newest is None
     log(
@@ -201,6 +221,7 @@ def _run(
         on_metrics=on_metrics,
         sample=sample,
         peak_flops=peak_flops,
+        teacher=teacher,
     )
     try:
         trainer.train(resume_from_checkpoint=str(newest) if newest is not None else None)
@@ -242,26 +263,6 @@ def _quiet_transformers() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def _start_from(model: RexForCausalLM, checkpoint: Path) -> None:
-    """Take over the weights of an earlier training. Raises PipelineError where they are missing or of another shape."""
-    weights = checkpoint / "model.safetensors"
-    if not weights.is_file():
-        raise PipelineError(
-            f"training.init_from is {str(checkpoint)!r}: no model.safetensors there; name the folder of a trained checkpoint"
-        )
-    found = load_file(weights)
-    expected = dict(model.named_parameters())
-    for name in sorted({*found, *expected} - {"lm_head.weight"}):
-        old, new = (list(given[name].shape) if name in given else "missing" for given in (found, expected))
-        if old != new:
-            raise PipelineError(
-                f"training.init_from is {str(checkpoint)!r}: {name} is {old} there and {new} in this experiment; take the "
-                "model's shape over from it, and its tokenizer with tokenizer=pretrained tokenizer.path=FOLDER"
-            )
-    model.load_state_dict(found, strict=False)
-    model.tie_weights()
-
-
 def _load_weights(model: RexForCausalLM, checkpoint: Path) -> None:
     weights = checkpoint / "model.safetensors"
     if not weights.is_file():
@@ -279,7 +280,7 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _identity(settings: ExperimentSettings, dataset_dir: Path, processes: int) -> dict[str, Any]:
+def _identity(settings: ExperimentSettings, dataset_dir: Path, first_processes: int) -> dict[str, Any]:
     """Everything that decides the result of the training; the token files by their size and document boundaries."""
 
     def digest(*names: str) -> str:
@@ -296,6 +297,7 @@ def _identity(settings: ExperimentSettings, dataset_dir: Path, processes: int) -
         "dataset_bytes": (dataset_dir / "train.bin").stat().st_size,
         "tokenizer": digest("tokenizer/tokenizer.json"),
         "init_from": _file_digest(Path(settings.training.init_from) / "model.safetensors"),
-        # A batch is shared out among the processes, and each has a random state of its own.
-        "processes": processes,
+        "distill_from": _file_digest(Path(settings.training.distill_from) / "model.safetensors"),
+        # The number that began it: with the settings it says how large a batch is (arguments.accumulation_steps).
+        "processes": first_processes,
     }

@@ -18,8 +18,16 @@ from model.errors import PipelineError
 from model.evaluation import evaluate
 from model.loading import load_model
 from model.quantization import quantize_checkpoint
-from model.settings import BenchmarkSettings, ExperimentSettings, QuantizationSettings
-from model.text.tokens import TokenDataset
+from model.settings import (
+    BenchmarkSettings,
+    CorpusSettings,
+    ExperimentSettings,
+    QuantizationSettings,
+    TokenizerSettings,
+)
+from model.text.chat import USER
+from model.text.corpus import build_corpus
+from model.text.tokens import TokenDataset, build_tokenized_dataset
 from tests.model.training.tiny import TOKENIZER, experiment, make_dataset
 
 BENCHMARK = BenchmarkSettings(
@@ -209,6 +217,19 @@ def test_the_yardsticks_see_exactly_the_text_that_the_models_predict(dataset):
         ids_T, text = held_out(dataset, windows)
         scored = evaluate(model, dataset, max_windows=windows)
         assert (len(ids_T), len(text)) == (scored.tokens, scored.bytes)
+
+
+def test_of_conversations_the_yardsticks_see_the_responses(tmp_path):
+    build_corpus(CorpusSettings(source="docstrings", max_bytes=20_000, split_by="position"), tmp_path / "corpus")
+    tokenizer = TokenizerSettings(vocab_size=300, sequence_length=64, chat=True)
+    build_tokenized_dataset(tokenizer, tmp_path / "corpus", tmp_path / "dataset")
+    dataset = TokenDataset(tmp_path / "dataset", "validation", 64)
+    model = build_model(build_config(experiment().model, 300, bos_token_id=0, eos_token_id=0, pad_token_id=1), 0)
+    for windows in (2, len(dataset) + 1):
+        ids_T, text = held_out(dataset, windows)
+        scored = evaluate(model, dataset, max_windows=windows)
+        assert (len(ids_T), len(text)) == (scored.tokens, scored.bytes)
+        assert USER.encode() not in text
 
 
 def test_unigram_bits_are_those_computed_by_hand():

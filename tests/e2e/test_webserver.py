@@ -1,15 +1,20 @@
 """Runs launched and cancelled from the Dagster webserver, as the UI does it: over GraphQL, through the daemon's queue."""
 
+import contextlib
 import subprocess
 import time
 
 import httpx
+import psutil
 import pytest
 
 from tests.e2e.test_pipeline import mlflow_runs
 from tests.e2e.workplace import BIN, REPO, free_port, new_workplace, stop, wait_for
 
 pytestmark = pytest.mark.e2e
+
+STEPS = 150
+TRAINING = [f"training.max_steps={STEPS}"]  # seconds, so that it can be cancelled in the middle
 
 LAUNCH = """
 mutation Launch($params: ExecutionParams!) {
@@ -93,20 +98,42 @@ def training_status(workplace, run_id: str) -> str | None:
     return None
 
 
+def processes(workplace) -> set[int]:
+    """Ids of all processes that work on this state: their environment names its folder."""
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("LLM_ASSETS_VAR") == str(workplace.var):
+                found.add(process.pid)
+    return found
+
+
 def test_a_run_from_the_ui_succeeds_and_is_finished_in_mlflow(dagster):
     workplace, client = dagster
-    run_id = launch(client, [])
+    run_id = launch(client, TRAINING)
     assert ended(client, run_id) == "SUCCESS"
     assert training_status(workplace, run_id) == "FINISHED"
 
 
-def test_a_cancelled_run_is_killed_in_mlflow_and_the_next_one_succeeds(dagster):
+def test_a_cancelled_run_leaves_no_process_and_the_next_one_goes_on_to_the_same_bits(dagster):
     workplace, client = dagster
-    before = workplace.latest("trained_checkpoint")
-    overrides = ["training.max_steps=5000", "training.seed=3"]
-    run_id = launch(client, overrides)
-    wait_until(lambda: training_status(workplace, run_id) == "RUNNING")
+    before, running = workplace.latest("trained_checkpoint"), processes(workplace)
+    run_id = launch(client, TRAINING)
+    wait_until(lambda: list(workplace.var.glob("scratch/trained_checkpoint/*/*/work/checkpoint-*/committed")))
+    assert training_status(workplace, run_id) == "RUNNING"
     ask(client, TERMINATE, id=run_id)
     assert ended(client, run_id) == "CANCELED"
     assert training_status(workplace, run_id) == "KILLED"
+    wait_until(lambda: processes(workplace) <= running, seconds=30)
     assert workplace.latest("trained_checkpoint") == before
+    # The content hash is over weights, loss curve and everything else: what a run in one go gave, and made anew.
+    again = launch(client, TRAINING)
+    assert ended(client, again) == "SUCCESS"
+    assert workplace.manifest("trained_checkpoint")["dagster_run_id"] == again
+    assert workplace.latest("trained_checkpoint") == before
+    run = next(
+        run
+        for run in mlflow_runs(workplace)
+        if run.info.run_id == workplace.manifest("trained_checkpoint")["mlflow_run_id"]
+    )
+    assert 0 < run.data.metrics["resumed_from_step"] < STEPS

@@ -8,6 +8,7 @@ from model.build import build_config, build_model
 from model.evaluation import compare, evaluate
 from model.modeling_rex import RexForCausalLM
 from model.text.tokens import TokenDataset
+from model.training.loss import CHUNK_BYTES
 from tests.model.training.tiny import TOKENIZER, experiment, make_dataset
 
 
@@ -78,3 +79,15 @@ def test_agreement_is_the_one_computed_by_hand(dataset):
     assert agreement.kl_divergence == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
     assert agreement.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
     assert agreement.kl_divergence > 0
+
+
+def test_chunks_of_logits_give_the_score_of_whole_ones_and_bound_the_memory(dataset, monkeypatch):
+    model, reference = make_model(1), make_model(0)
+    whole = evaluate(model, dataset, max_windows=3), compare(model, reference, dataset, max_windows=3)
+    rows: list[int] = []
+    model.lm_head.register_forward_hook(lambda head, inputs, logits: rows.append(len(logits)))
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 16 * 4 * model.config.vocab_size)
+    chunked = evaluate(model, dataset, max_windows=3), compare(model, reference, dataset, max_windows=3)
+    assert max(rows) == 16
+    assert vars(chunked[0]) == pytest.approx(vars(whole[0]), rel=1e-9)
+    assert vars(chunked[1]) == pytest.approx(vars(whole[1]), rel=1e-6)

@@ -22,12 +22,12 @@ from tests.model.training.tiny import experiment
 
 GOLDEN = Path(__file__).with_name("golden.json")
 TOLERANCE = 1e-5
+KINDS = ("muon", "adamw", "distilled")
 
 
-def settings(optim: str) -> ExperimentSettings:
+def settings(**training: object) -> ExperimentSettings:
     """Everything that a step goes through: accumulation, clipping, z-loss, warm-up and decay; no dropout."""
     made = experiment(
-        optim=optim,
         max_steps=20,
         gradient_accumulation_steps=2,
         logging_steps=1,
@@ -35,12 +35,13 @@ def settings(optim: str) -> ExperimentSettings:
         save_steps=20,
         z_loss=1e-4,
         sample_tokens=0,
+        **training,
     )
     made.model.attention_dropout = 0.0
     return replace(made, tokenizer=TokenizerSettings(kind="char", sequence_length=64))
 
 
-def losses(optim: str, directory: Path) -> dict[str, list[float]]:
+def make_dataset(directory: Path) -> Path:
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(40)]
     lines = [" ".join(draw.choices(words, k=9)) + ".\n" for _ in range(400)]
@@ -49,16 +50,27 @@ def losses(optim: str, directory: Path) -> dict[str, list[float]]:
         source="files", paths=[str(directory / "text.txt")], document_bytes=2048, split_by="position"
     )
     build_corpus(corpus, directory / "corpus")
-    build_tokenized_dataset(settings(optim).tokenizer, directory / "corpus", directory / "dataset")
-    train(settings(optim), directory / "dataset", directory / "output", directory / "scratch")
+    build_tokenized_dataset(settings().tokenizer, directory / "corpus", directory / "dataset")
+    return directory / "dataset"
+
+
+def losses(kind: str, directory: Path) -> dict[str, list[float]]:
+    """The curves of a training: with one optimizer or the other, or with the first as the teacher of the second."""
+    dataset = make_dataset(directory)
+    made = settings(optim="adamw" if kind == "distilled" else kind)
+    if kind == "distilled":
+        train(settings(optim="muon"), dataset, directory / "teacher", directory / "scratch of the teacher")
+        taught = {"distill_from": str(directory / "teacher"), "distill_temperature": 2.0, "distill_top_k": 8}
+        made = replace(made, training=replace(made.training, **taught))
+    train(made, dataset, directory / "output", directory / "scratch")
     curve = json.loads((directory / "output" / "curves.json").read_text())
     return {key: [entry[key] for entry in curve if key in entry] for key in ("loss", "eval_loss", "grad_norm")}
 
 
-@pytest.mark.parametrize("optim", ["muon", "adamw"])
-def test_the_losses_are_the_recorded_ones(optim, tmp_path):
-    recorded = json.loads(GOLDEN.read_text())[optim]
-    found = losses(optim, tmp_path)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_losses_are_the_recorded_ones(kind, tmp_path):
+    recorded = json.loads(GOLDEN.read_text())[kind]
+    found = losses(kind, tmp_path)
     for key, values in recorded.items():
         tolerance = TOLERANCE if "loss" in key else 10 * TOLERANCE
         assert found[key] == pytest.approx(values, rel=tolerance), f"{key}: see this file's docstring"
@@ -67,9 +79,9 @@ def test_the_losses_are_the_recorded_ones(optim, tmp_path):
 def record() -> None:
     """Write the losses of this machine to the file that the tests compare with."""
     found = {}
-    for optim in ("muon", "adamw"):
+    for kind in KINDS:
         with tempfile.TemporaryDirectory() as directory:
-            found[optim] = losses(optim, Path(directory))
+            found[kind] = losses(kind, Path(directory))
     GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
 
 

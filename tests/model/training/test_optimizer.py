@@ -31,6 +31,12 @@ def assert_same_weights(one: RexForCausalLM, other: RexForCausalLM) -> None:
         assert torch.equal(a, b), name
 
 
+def test_the_options_of_muon_reach_its_matrices():
+    settings = TrainingSettings(muon_learning_rate=0.3, muon_momentum=0.7, newton_schulz_steps=4)
+    (muon,) = [group for group in build_optimizer(make_model(), settings).param_groups if group["kind"] == "muon"]
+    assert (muon["lr"], muon["momentum"], muon["newton_schulz_steps"]) == (0.3, 0.7, 4)
+
+
 def singular_values(matrix_RC: Tensor) -> Tensor:
     return torch.linalg.svdvals(matrix_RC)
 

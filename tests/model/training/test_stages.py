@@ -1,6 +1,7 @@
 """Further training of a checkpoint: on other text, and on conversations."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from safetensors.torch import load_file
 from model.errors import PipelineError
 from model.modeling_rex import RexForCausalLM
 from model.settings import CorpusSettings, ExperimentSettings, TokenizerSettings
-from model.text.chat import ASSISTANT, USER
-from model.text.corpus import build_corpus
+from model.text.chat import ASSISTANT, USER, response_start
+from model.text.corpus import build_corpus, read_documents
 from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset, build_tokenized_dataset
 from model.training.failures import documents_of
@@ -122,7 +123,7 @@ def test_a_fine_tuned_checkpoint_answers_and_stops(tuned):
     assert summary.validation_loss < 1.0
 
 
-def test_a_checkpoint_of_another_shape_is_refused_by_the_weight_that_differs(base, dataset_dir, tmp_path):
+def test_a_checkpoint_of_another_shape_or_vocabulary_is_refused_by_what_differs(base, dataset_dir, tmp_path):
     settings = experiment(init_from=str(base))
     settings.model.hidden_size = 64
     with pytest.raises(
@@ -131,6 +132,13 @@ def test_a_checkpoint_of_another_shape_is_refused_by_the_weight_that_differs(bas
         train(settings, dataset_dir, tmp_path / "output", tmp_path / "scratch")
     with pytest.raises(PipelineError, match=r"init_from is '/nowhere': no model.safetensors there"):
         train(experiment(init_from="/nowhere"), dataset_dir, tmp_path / "output", tmp_path / "scratch2")
+    other = shutil.copytree(base, tmp_path / "another vocabulary of the same size")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(PipelineError, match=r"its tokenizer \(300 tokens\) is another .*300 tokens, 4 entries differ"):
+        train(experiment(init_from=str(other)), dataset_dir, tmp_path / "output", tmp_path / "scratch3")
 
 
 @pytest.mark.parametrize(
@@ -148,6 +156,14 @@ def test_a_record_that_is_no_conversation_is_refused_by_its_line(tmp_path, row, 
     )
     with pytest.raises(PipelineError, match=message):
         build_corpus(corpus, tmp_path / "corpus")
+
+
+def test_a_conversation_stays_whole_where_the_corpus_is_cut(tmp_path):
+    settings = CorpusSettings(source="docstrings", max_bytes=2000, split_by="position", validation_fraction=0.5)
+    build_corpus(settings, tmp_path / "corpus")
+    for split in ("train", "validation"):
+        texts = list(read_documents(tmp_path / "corpus", split))
+        assert texts and all(response_start(text) < len(text) for text in texts)
 
 
 def test_plain_text_is_refused_as_conversations(base, tmp_path):

@@ -12,7 +12,7 @@ from model.evaluation import evaluate
 from model.modeling_rex import RexForCausalLM
 from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset
-from model.training import checkpoints, loop
+from model.training import checkpoints, loop, loss
 from model.training.optimizer import MuonAdamW, parameter_groups
 from model.training.outputs import CLOCK
 from model.training.trainer import TrainingSummary, train
@@ -164,14 +164,14 @@ def test_poisoned_weights_stop_the_run_and_the_last_good_checkpoint_stays(datase
     ],
 )
 def test_out_of_memory_names_the_batch_that_would_have_fitted(dataset_dir, tmp_path, monkeypatch, room, says):
-    loss = loop.linear_cross_entropy
+    whole = loss.linear_cross_entropy
 
     def in_little_memory(hidden_BTD, *args, **kwargs):
         if len(hidden_BTD) > room:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 8 bytes")
-        return loss(hidden_BTD, *args, **kwargs)
+        return whole(hidden_BTD, *args, **kwargs)
 
-    monkeypatch.setattr(loop, "linear_cross_entropy", in_little_memory)
+    monkeypatch.setattr(loss, "linear_cross_entropy", in_little_memory)
     settings = experiment(per_device_train_batch_size=8, gradient_accumulation_steps=2)
     with pytest.raises(PipelineError, match=says):
         train(settings, dataset_dir, tmp_path / "output", tmp_path / "scratch")

@@ -1,0 +1,27 @@
+"""Checkpoints that settings name by experiment: `latest:NAME` is the newest trained_checkpoint of experiment NAME.
+
+Resolved when a stage begins and not when an experiment is composed, which reads only files of `configs/`. What a stage
+records is the folder, whose name is the checkpoint's content hash: made from a newer checkpoint, an artifact is another.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from model.settings import ExperimentSettings
+
+PREFIX = "latest:"
+_OPTIONS = (("tokenizer", "path"), ("training", "init_from"), ("training", "distill_from"))
+
+
+def resolve(settings: ExperimentSettings, checkpoint_of: Callable[[str], Path]) -> ExperimentSettings:
+    """The settings with the folders in place of the names.
+
+    checkpoint_of: an experiment's name to its newest checkpoint; it raises PipelineError where there is none.
+    """
+    for group, option in _OPTIONS:
+        value = getattr(getattr(settings, group), option)
+        if value.startswith(PREFIX):
+            folder = str(checkpoint_of(value.removeprefix(PREFIX)))
+            settings = replace(settings, **{group: replace(getattr(settings, group), **{option: folder})})
+    return settings

@@ -51,6 +51,8 @@ class PackedLinear(nn.Module):
 class PackedRMSNorm(nn.Module):
     """Takes the place of a `RexRMSNorm` for inference in float32 on the CPU: the mean square is a norm's square."""
 
+    _eps: Tensor
+
     def __init__(self, norm: RexRMSNorm) -> None:
         super().__init__()
         self.weight = norm.weight

@@ -4,10 +4,9 @@ Dagster ends a step with an exception that a signal handler raises, once. Python
 finalizer or in a weak reference's callback, and training runs both all the time: the step would then run on to its end.
 """
 
-import ctypes
 import multiprocessing
+import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,17 +15,22 @@ from typing import Any
 
 import dagster as dg
 
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-
 
 def end_with_run() -> None:
-    """From now on this step is terminated when the process that started it is gone.
+    """From now on this step is terminated when its run's process is gone.
 
     A killed run would otherwise leave a training behind that works on for nobody and keeps the machine from the next run.
-    Does nothing in a step that runs in its run's own process, and where the kernel is not Linux.
+    Does nothing in a step that runs in its run's own process.
     """
-    if multiprocessing.parent_process() is not None and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    run = multiprocessing.parent_process()
+    if run is None:
+        return
+
+    def watch() -> None:
+        run.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="run-watch", daemon=True).start()
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def run(*command: str) -> str:
 def build(experiment: str, device: str) -> tuple[str, float]:
     """The tag that `make image` ends with, and its seconds."""
     started = time.monotonic()
-    printed = run("make", "image", f"EXPERIMENT={experiment}", f"DEVICE={device}")
+    printed = run("make", "--no-print-directory", "image", f"EXPERIMENT={experiment}", f"DEVICE={device}")
     return printed.splitlines()[-1], time.monotonic() - started
 
 

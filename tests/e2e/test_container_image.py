@@ -42,7 +42,7 @@ def image(workplace):
     require_engine()
     before = images()
     done = subprocess.run(
-        ["make", "--old-file=.venv/.installed", "image", "EXPERIMENT=smoke", f"BIN={BIN}", f"DAGSTER_HOME={workplace.root / 'dagster'}"],
+        ["make", "--no-print-directory", "--old-file=.venv/.installed", "image", "EXPERIMENT=smoke", f"BIN={BIN}", f"DAGSTER_HOME={workplace.root / 'dagster'}"],
         cwd=REPO,
         env=workplace.env,
         stdout=subprocess.PIPE,

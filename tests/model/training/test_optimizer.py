@@ -49,6 +49,22 @@ def test_orthogonalized_matrices_have_singular_values_near_one(shape):
     assert values.max() < 1.3
 
 
+@pytest.mark.parametrize("shape", [(2, 32, 96), (2, 96, 32)])
+def test_wide_matrices_take_the_steps_of_all_others(shape):
+    """As gradients are, nearly of low rank: what is small there must not drown in the rounding of X X^T."""
+    generator = torch.Generator().manual_seed(0)
+    left, right, rest = (torch.randn(size, generator=generator) for size in ((*shape[:2], 4), (2, 4, shape[2]), shape))
+    matrices_NRC = left @ right + 0.01 * rest
+    x_NRC = matrices_NRC.double() if shape[1] < shape[2] else matrices_NRC.double().mT
+    gram_NRR = x_NRC @ x_NRC.mT
+    x_NRC = x_NRC / gram_NRR.norm(dim=(-2, -1), keepdim=True).sqrt()
+    for _ in range(5):
+        gram_NRR = x_NRC @ x_NRC.mT
+        x_NRC = 3.4445 * x_NRC + (-4.7750 * gram_NRR + 2.0315 * gram_NRR @ gram_NRR) @ x_NRC
+    expected_NRC = x_NRC if shape[1] < shape[2] else x_NRC.mT
+    assert (orthogonalize(matrices_NRC) - expected_NRC).norm() / expected_NRC.norm() < 1e-3
+
+
 def test_muon_steps_as_torchs_does_though_it_takes_fewer_products():
     generator = torch.Generator().manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in [(24, 96), (24, 96), (80, 16)]]

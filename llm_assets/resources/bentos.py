@@ -100,7 +100,9 @@ class BentoBuilder(dg.ConfigurableResource):
 
     def _run(self, command: Sequence[str], what: str, log: Log) -> str:
         """Standard output of a command that sees the stores; what it writes to standard error goes to the log."""
-        environment = {**os.environ, "BENTOML_DO_NOT_TRACK": "True"}
+        # REX_... are a running service's options: Dagster reads them from the stack's .env, and a build must not depend on them.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("REX_")}
+        environment = {**inherited, "BENTOML_DO_NOT_TRACK": "True"}
         if self.home:
             environment["BENTOML_HOME"] = self.home
         return run(command, what, cwd=self.source_dir, environment=environment, log=log, name="bentoml")

@@ -9,6 +9,8 @@ from llm_assets.resources.bentos import BentoBuilder
 from model.errors import PipelineError
 
 SERVICE = """
+import os
+
 import bentoml
 from pydantic import BaseModel
 
@@ -17,6 +19,7 @@ class Arguments(BaseModel):
     kv_cache: bool = True
 
 arguments = bentoml.use_arguments(Arguments)
+assert "REX_CHAMPION" not in os.environ, "a build sees what a running service is told"
 
 @bentoml.service
 class Tiny:
@@ -36,7 +39,10 @@ def builder(tmp_path: Path) -> BentoBuilder:
     return BentoBuilder(home=str(tmp_path / "home"), service="bento.service:Tiny", source_dir=str(tmp_path / "source"))
 
 
-def test_a_model_is_imported_once_and_a_bento_is_built_from_it(builder: BentoBuilder, tmp_path: Path) -> None:
+def test_a_model_is_imported_once_and_a_bento_is_built_from_it(
+    builder: BentoBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REX_CHAMPION", "rex-smoke")  # as Dagster reads it from the composed stack's .env
     (tmp_path / "model" / "folder").mkdir(parents=True)
     (tmp_path / "model" / "folder" / "weights").write_text("weights")
     model = builder.import_model("rex-smoke:abc", tmp_path / "model", {"experiment": "smoke"})

@@ -32,6 +32,7 @@ MB = 1e6
 LOOK_EVERY_S = 2.0
 """From one look at a starting container's state to the next: each takes a tenth of a second of a core from the start."""
 REPOSITORY = Path(__file__).resolve().parent.parent
+# As the README runs it.
 HARDENED = (
     "--read-only",
     "--tmpfs",
@@ -40,8 +41,6 @@ HARDENED = (
     "ALL",
     "--security-opt",
     "no-new-privileges",
-    "--memory",
-    "2g",
 )
 # Run by the image's Python inside the container: processes, and bytes of their own and of mapped files, shared ones once.
 HELD = """
@@ -85,7 +84,7 @@ def start(tag: str, port: int) -> tuple[str, float]:
     """A container of the image, and the seconds until it was ready."""
     started = time.monotonic()
     container = run(
-        "docker", "run", "--detach", "--publish", f"127.0.0.1:{port}:3000", *HARDENED,
+        "docker", "run", "--detach", "--publish", f"127.0.0.1:{port}:3000", *HARDENED, "--memory", "2g",
         "--env", "REX_ALLOW_ANONYMOUS=true", tag,
     ).strip()  # fmt: skip
     looked = started

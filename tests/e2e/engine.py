@@ -10,21 +10,10 @@ from dataclasses import dataclass
 
 import pytest
 
+from bench.image import HARDENED
 from tests.e2e.workplace import free_port
 
 BASE_IMAGE = "python:3.11-slim"
-# As the README runs it.
-HARDENED = (
-    "--read-only",
-    "--tmpfs",
-    "/tmp",
-    "--cap-drop",
-    "ALL",
-    "--security-opt",
-    "no-new-privileges",
-    "--memory",
-    "1g",
-)
 
 
 def docker(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -86,6 +75,8 @@ class Container:
 def start(image: str, *options: str) -> Container:
     """Run the service of an image as the README says: hardened, for this machine alone."""
     port = free_port()
-    done = docker("run", "--detach", "--publish", f"127.0.0.1:{port}:3000", *HARDENED, *options, image)
+    done = docker(
+        "run", "--detach", "--publish", f"127.0.0.1:{port}:3000", *HARDENED, "--memory", "1g", *options, image
+    )
     assert done.returncode == 0, done.stdout
     return Container(done.stdout.strip(), f"http://127.0.0.1:{port}")

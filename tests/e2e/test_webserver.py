@@ -119,7 +119,7 @@ def test_a_cancelled_run_leaves_no_process_and_the_next_one_goes_on_to_the_same_
     workplace, client = dagster
     before, running = workplace.latest("trained_checkpoint"), processes(workplace)
     run_id = launch(client, TRAINING)
-    wait_until(lambda: list(workplace.var.glob("scratch/trained_checkpoint/*/*/work/checkpoint-*/committed")))
+    wait_until(lambda: list(workplace.var.glob("scratch/trained_checkpoint/*/*/*/checkpoint-*/committed")))
     assert training_status(workplace, run_id) == "RUNNING"
     ask(client, TERMINATE, id=run_id)
     assert ended(client, run_id) == "CANCELED"

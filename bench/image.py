@@ -30,7 +30,7 @@ from model.errors import PipelineError, ends_in_one_line
 
 MB = 1e6
 LOOK_EVERY_S = 2.0
-"""From one look at a starting container's state to the next: each takes a tenth of a second of a core from the start."""
+"""From one look at a starting container's state to the next: asked for in every turn of the loop, it slowed the start."""
 REPOSITORY = Path(__file__).resolve().parent.parent
 # As the README runs it.
 HARDENED = (

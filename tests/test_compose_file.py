@@ -1,0 +1,23 @@
+"""docker-compose.yml is read by both versions of compose; reading needs no container engine."""
+
+import subprocess
+
+import pytest
+
+from tests.e2e.workplace import REPO
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return subprocess.CompletedProcess(command, 127, "", f"{command[0]} is not there")
+
+
+@pytest.mark.parametrize(("version", "compose"), [("2", ["docker", "compose"]), ("1", ["docker-compose"])])
+def test_compose_reads_the_file_with_the_settings_of_the_example(version: str, compose: list[str]) -> None:
+    if not _run(*compose, "version", "--short").stdout.lstrip("v").startswith(version):
+        pytest.skip(f"version {version} of compose is not installed")
+    read = _run(*compose, "--env-file", ".env.example", "config", "--services")
+    assert read.returncode == 0, read.stderr
+    assert set(read.stdout.split()) >= {"postgres", "prepare", "mlflow", "code", "webserver", "daemon", "generate"}

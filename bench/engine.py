@@ -7,9 +7,10 @@ Four workloads, greedy, no end of text:
 
 - one stream: the engine against a plain greedy loop over transformers' DynamicCache;
 - eight streams: the engine's tokens per second against those of its one stream;
-- sixteen ragged streams, prompts of 448 to 576 tokens: the engine against transformers' continuous batching and against
-  one padded batch of `generate()`, by answer tokens per second, prompts included. Answers are long-tailed, as people's
-  are (exponential, 80 tokens on average, 277 at most), or even (uniform, 32 to 128), where padding costs least.
+- sixteen ragged streams, prompts of 448 to 576 tokens, each asking again once it is answered, 48 requests in all: the
+  engine against transformers' continuous batching and against padded batches of `generate()`, sixteen requests each, by
+  answer tokens per second, prompts included. Answers are long-tailed, as people's are (exponential, 80 tokens on average,
+  365 at most), or even (uniform, 32 to 128), where padding costs least.
 
 Each contender has a process of its own, as its users would run it: OpenMP lets waiting threads sleep at once where all
 pools of a process together have more threads than there are cores. Prints a table of medians and ratios and a JSON line
@@ -50,7 +51,7 @@ from model.text.tokenizer import train_tokenizer
 
 GREEDY = SamplingParameters(temperature=0)
 STREAM_PROMPT, STREAM_TOKENS = 64, 128
-RAGGED_STREAMS = 16
+RAGGED_STREAMS, RAGGED_REQUESTS = 16, 48
 
 
 def model_of_30m() -> RexForCausalLM:
@@ -70,11 +71,14 @@ class Contender:
     def __init__(self, model: RexForCausalLM) -> None:
         self._model, self._vocab_size = model, model.config.vocab_size
         self._round = 0
+        self.requests = RAGGED_REQUESTS
+        """Of the ragged workloads."""
         numbers = random.Random(0)
-        self._prompt_tokens = [numbers.randint(448, 576) for _ in range(RAGGED_STREAMS)]
-        self._even_answers = [numbers.randint(32, 128) for _ in range(RAGGED_STREAMS)]
-        # The quantiles of the exponential distribution rather than draws from it: no seed decides how ragged they are.
-        quantiles = [(i + 0.5) / RAGGED_STREAMS for i in range(RAGGED_STREAMS)]
+        self._prompt_tokens = [numbers.randint(448, 576) for _ in range(RAGGED_REQUESTS)]
+        # Quantiles of the distributions rather than draws from them: no seed decides how ragged they are.
+        quantiles = [(i + 0.5) / RAGGED_REQUESTS for i in range(RAGGED_REQUESTS)]
+        self._even_answers = [round(32 + 96 * quantile) for quantile in quantiles]
+        numbers.shuffle(self._even_answers)
         self._long_tailed_answers = [max(8, round(-80 * math.log(1 - quantile))) for quantile in quantiles]
         numbers.shuffle(self._long_tailed_answers)
 
@@ -93,11 +97,11 @@ class Contender:
 
     def ragged_even(self) -> float:
         """Sixteen ragged streams with even answers."""
-        return self._ragged(self._even_answers)
+        return self._ragged(self._even_answers[: self.requests])
 
     def ragged_long_tailed(self) -> float:
         """Sixteen ragged streams with long-tailed answers."""
-        return self._ragged(self._long_tailed_answers)
+        return self._ragged(self._long_tailed_answers[: self.requests])
 
     def _ragged(self, answer_tokens: list[int]) -> float:
         raise NotImplementedError
@@ -121,7 +125,7 @@ class OurEngine(Contender):
         return self._run([STREAM_PROMPT] * 8, [STREAM_TOKENS] * 8)
 
     def _ragged(self, answer_tokens: list[int]) -> float:
-        return self._run(self._prompt_tokens, answer_tokens)
+        return self._run(self._prompt_tokens[: len(answer_tokens)], answer_tokens)
 
     def _run(self, prompt_tokens: list[int], answer_tokens: list[int]) -> float:
         prompts = self._prompts(prompt_tokens)
@@ -155,28 +159,33 @@ class GreedyLoop(Contender):
 
 
 class PaddedBatch(Contender):
-    """One padded batch of `generate()`, which ends when its longest answer ends."""
+    """Padded batches of `generate()`, one after the other; each ends when its longest answer ends."""
 
     def _ragged(self, answer_tokens: list[int]) -> float:
-        prompts, longest = self._prompts(self._prompt_tokens), max(self._prompt_tokens)
+        prompts = self._prompts(self._prompt_tokens[: len(answer_tokens)])
+        started = time.perf_counter()
+        for first in range(0, len(prompts), RAGGED_STREAMS):
+            batch = slice(first, first + RAGGED_STREAMS)
+            self._generate(prompts[batch], max(answer_tokens[batch]))
+        return sum(answer_tokens) / (time.perf_counter() - started)
+
+    def _generate(self, prompts: list[list[int]], tokens: int) -> None:
+        longest = max(len(prompt) for prompt in prompts)
         ids = torch.tensor([[1] * (longest - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        most = max(answer_tokens)
-        started = time.perf_counter()
         with torch.inference_mode():
             self._model.generate(  # type: ignore[misc]
-                ids, attention_mask=mask, max_new_tokens=most, min_new_tokens=most, do_sample=False, pad_token_id=1
+                ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=1
             )
-        return sum(answer_tokens) / (time.perf_counter() - started)
 
 
 class TransformersContinuousBatching(Contender):
     """transformers' own continuous batching."""
 
     def _ragged(self, answer_tokens: list[int]) -> float:
-        config = ContinuousBatchingConfig(num_blocks=128, max_batch_tokens=512)
+        config = ContinuousBatchingConfig(num_blocks=128, max_batch_tokens=512, max_requests_per_batch=RAGGED_STREAMS)
         generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=1, max_new_tokens=512)
-        prompts = self._prompts(self._prompt_tokens)
+        prompts = self._prompts(self._prompt_tokens[: len(answer_tokens)])
         manager = self._model.init_continuous_batching(  # type: ignore[operator]
             generation_config=generation, continuous_batching_config=config
         )
@@ -220,9 +229,9 @@ PAIRS = {
         "engine_16_long_tailed",
         "transformers_16_long_tailed",
     ),
-    "sixteen ragged, long-tailed / padded batch": ("engine_16_long_tailed", "padded_16_long_tailed"),
+    "sixteen ragged, long-tailed / padded batches": ("engine_16_long_tailed", "padded_16_long_tailed"),
     "sixteen ragged, even / transformers' continuous batching": ("engine_16_even", "transformers_16_even"),
-    "sixteen ragged, even / padded batch": ("engine_16_even", "padded_16_even"),
+    "sixteen ragged, even / padded batches": ("engine_16_even", "padded_16_even"),
     "int8 / float32, one stream": ("engine_int8_1", "engine_1"),
     "int8 / float32, eight streams": ("engine_int8_8", "engine_8"),
     "int8 / float32, sixteen ragged, even": ("engine_int8_16_even", "engine_16_even"),
@@ -239,7 +248,8 @@ def _set_up(kind: type[Contender], model_dir: Path | None, threads: int) -> None
     _contender = kind(load_model(model_dir) if model_dir else model_of_30m())
 
 
-def _run(workload: str) -> float:
+def _run(workload: str, requests: int = RAGGED_REQUESTS) -> float:
+    _contender.requests = requests
     speed: float = getattr(_contender, workload)()
     return speed
 
@@ -255,9 +265,10 @@ def measure(model_dir: Path | None, rounds: int, threads: int, log: Callable[[st
         }
         for number in range(rounds + 1):
             for name, (kind, workload) in RUNS.items():
-                speed = processes[kind].submit(_run, workload).result()
-                if number:  # the first round warms up
-                    speeds[name].append(speed)
+                if not number:
+                    processes[kind].submit(_run, workload, RAGGED_STREAMS).result()  # warms up
+                else:
+                    speeds[name].append(processes[kind].submit(_run, workload).result())
             log(f"round {number} of {rounds}: " + ", ".join(f"{n} {s[-1]:.0f}" for n, s in speeds.items() if s))
     ratios = {
         name: statistics.median(x / y for x, y in zip(speeds[a], speeds[b], strict=True))

@@ -48,7 +48,7 @@ class BentoArgs(BaseModel):
     prefill_chunk: int = Field(
         256,
         ge=1,
-        description="Prompt tokens computed in one step, so that a long prompt does not hold up running texts.",
+        description="Tokens of one step with prompts in it, so that a long prompt does not hold up running texts.",
     )
     max_queue: int = Field(16, ge=1, description="Requests that wait; more are answered 429.")
     max_queue_tokens: int = Field(65_536, ge=1, description="Prompt tokens that wait; more are answered 429.")

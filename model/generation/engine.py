@@ -49,7 +49,7 @@ class Engine:
     max_batch_size: requests that generate at once. Each has room for the model's whole context in the cache.
     kv_cache_mib: most memory for keys and values, in MiB; fewer requests then generate at once. 0: what max_batch_size
     takes. kv_cache: False computes all earlier tokens again for each new one, for comparison.
-    prefill_chunk: tokens of prompts that are computed in one step besides those that decode.
+    prefill_chunk: tokens of one step with prompts in it, those that decode included.
     max_queue, max_queue_tokens: requests that may wait besides those that run, and tokens of their prompts.
     step_timeout_s: a step that takes longer hangs. end_of_text_ids: tokens that end a text; None: the model's own.
     Raises PipelineError where the memory does not hold one context.

@@ -1,8 +1,8 @@
 """Continuous batching: which tokens the next pass of the model computes, and what becomes of its logits.
 
-In each step every running request decodes one token, and up to `prefill_chunk` tokens of new prompts are computed in the
-same pass, so a long prompt delays the others by one chunk at most. Requests join and leave at every step. One that fails
-fails alone. Everything here runs in one thread; queueing, threads and restarts are `engine.py`.
+In each step every running request decodes one token, and tokens of new prompts fill the pass up to `prefill_chunk`, so a
+long prompt delays the others by one chunk at most. Requests join and leave at every step. One that fails fails alone.
+Everything here runs in one thread; queueing, threads and restarts are `engine.py`.
 """
 
 import logging
@@ -129,7 +129,9 @@ class Scheduler:
                 running.computed = 0
                 self._cache.truncate(running.slot, 0)
         batch = [(r, r.piece(r.known)) for r in self.running if not self._is_chunked(r)]
-        left = self._prefill_chunk
+        # A round number of tokens in all: layers compute rows in blocks and would fill up the last one with nothing.
+        # However many decode, a quarter is left for prompts, so that these get done.
+        left = max(self._prefill_chunk - len(batch), math.ceil(self._prefill_chunk / 4))
         for running in [r for r in self.running if self._is_chunked(r)]:
             if left > 0:
                 piece = running.piece(left)

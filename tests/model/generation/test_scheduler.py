@@ -35,8 +35,7 @@ def schedule(forward: RaggedForward, **options) -> Scheduler:
         RequestQueue(16, 1000),
         token_bytes=token_bytes(tiny_tokenizer()),
         end_of_text_ids=frozenset(),
-        prefill_chunk=CHUNK,
-        **{"kv_cache": True, **options},
+        **{"prefill_chunk": CHUNK, "kv_cache": True, **options},
     )
 
 
@@ -60,12 +59,12 @@ def test_a_long_prompt_delays_running_streams_by_one_chunk_at_most(scheduler, fo
     _, events = add(scheduler, [5, 6])
     scheduler.step()
     _, long_events = add(scheduler, list(range(2, 32)))
-    for done in range(2, 5):
+    for done in range(2, 6):
         scheduler.step()
-        assert sizes(forward.passes[-1]) == [1, CHUNK]  # the running stream's token, and a chunk
+        assert sizes(forward.passes[-1]) == [1, CHUNK - 1]  # the running stream's token, and a chunk with it
         assert len(events) == done and not long_events
     scheduler.step()
-    assert sizes(forward.passes[-1]) == [1, 30 - 3 * CHUNK]
+    assert sizes(forward.passes[-1]) == [1, 30 - 4 * (CHUNK - 1)]
     assert len(long_events) == 1
 
 
@@ -74,6 +73,17 @@ def test_short_prompts_share_a_step_up_to_the_chunk(scheduler, forward):
         add(scheduler, list(range(start, start + 3)))
     scheduler.step()
     assert sizes(forward.passes[-1]) == [3, 3, 2]
+
+
+def test_prompts_get_a_quarter_of_a_step_however_many_decode(forward):
+    scheduler = schedule(forward, prefill_chunk=2)
+    for start in (2, 3, 4):
+        add(scheduler, [start])
+        scheduler.step()
+    add(scheduler, list(range(10, 20)))
+    for _ in range(3):
+        scheduler.step()
+        assert sizes(forward.passes[-1]) == [1, 1, 1, 1]
 
 
 def test_requests_join_and_leave_at_every_step(scheduler, forward):

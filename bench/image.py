@@ -16,6 +16,7 @@ Prints a table, and a JSON line for machines.
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -61,15 +62,18 @@ print(weights, 2 * 4 * config["num_hidden_layers"] * config["num_key_value_heads
 """
 
 
-def run(*command: str) -> str:
-    """Standard output of a command; PipelineError with the last line of what it said where it fails."""
+def run(*command: str, **variables: str) -> str:
+    """Standard output of a command with further environment variables; PipelineError with its reason where it fails."""
+    environment = {**os.environ, **variables}
     try:
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise PipelineError(f"there is no command {command[0]!r}: install it and run again") from None
     if done.returncode:
-        said = (done.stderr + done.stdout).strip().splitlines() or ["it said nothing"]
-        raise PipelineError(f"{' '.join(command[:3])} failed (exit status {done.returncode}): {said[-1]}")
+        # make's own last word is that it failed; the reason stands before.
+        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip() and line[:4] != "make"]
+        reason = said[-1] if said else "it said nothing"
+        raise PipelineError(f"{' '.join(command[:3])} failed (exit status {done.returncode}): {reason}")
     return done.stdout
 
 

@@ -1,6 +1,6 @@
 """What the service adds to the engine, measured with a real server process on the loopback address.
 
-    python -m bench.serving [MODEL_DIR] [--rounds 5] [--seconds 20] [--load-tokens 64] [--starts 3]
+    python -m bench.serving [MODEL_DIR] [--rounds 15] [--seconds 20] [--turns 4] [--load-tokens 64] [--starts 3]
 
 REX_... variables are options of the service, REX_THREADS also of the engine in this process.
 Without a directory it makes one of the shape of the `stdlib_30m` experiment with random weights. In one run, the engine in
@@ -180,7 +180,9 @@ def summary(answers: list[Answer]) -> dict[str, Any]:
     }
 
 
-def measure(model_dir: Path, *, rounds: int, seconds: float, load_tokens: int, starts: int, log: Log) -> dict[str, Any]:
+def measure(
+    model_dir: Path, *, rounds: int, seconds: float, turns: int, load_tokens: int, starts: int, log: Log
+) -> dict[str, Any]:
     """Everything, as a dictionary; its names end in their unit."""
     model = load_model(model_dir, device="cpu")
     torch.set_num_threads(int(os.environ.get("REX_THREADS") or 0) or _threads_of_the_service(model))
@@ -199,7 +201,7 @@ def measure(model_dir: Path, *, rounds: int, seconds: float, load_tokens: int, s
             result |= _take_turns(engine, server, prompts, rounds, log)
             engine.stop()
             result["memory"] = _memory(server, engine, weights_bytes)
-            result["overload"] = _overload(server, prompts, load_tokens, seconds, log)
+            result["overload"] = _overload(server, prompts, load_tokens, seconds, turns, log)
             result["memory_after_load"] = _memory(server, engine, weights_bytes)
     result["machine"] = describe(torch.device("cpu"))
     return result
@@ -243,14 +245,14 @@ def _take_turns(engine: Engine, server: Server, prompts: Prompts, rounds: int, l
     }
 
 
-def _overload(server: Server, prompts: Prompts, tokens: int, seconds: float, log: Log) -> dict[str, Any]:
+def _overload(server: Server, prompts: Prompts, tokens: int, seconds: float, turns: int, log: Log) -> dict[str, Any]:
     per_second = capacity(server, prompts, tokens, 16, seconds)
     log(f"capacity: {per_second:.2f} requests/s of {PROMPT_TOKENS} + {tokens} tokens")
     at: dict[int, list[Answer]] = {1: [], 2: []}
-    for turn in range(2):
+    for turn in range(turns):
         for load, answers in at.items():
             answers += offered(server, prompts, tokens, load * per_second, seconds, seed=turn)
-            log(f"turn {turn + 1} of 2 at {load} times the capacity: {summary(answers)}")
+            log(f"turn {turn + 1} of {turns} at {load} times the capacity: {summary(answers)}")
     once, twice = summary(at[1]), summary(at[2])
     return {
         "capacity_per_s": per_second,
@@ -303,8 +305,9 @@ def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_dir", type=Path, nargs="?")
-    parser.add_argument("--rounds", type=int, default=5, help="of streams and first tokens")
+    parser.add_argument("--rounds", type=int, default=15, help="of streams and first tokens")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
+    parser.add_argument("--turns", type=int, default=4, help="of the load at the capacity and at twice it")
     parser.add_argument("--load-tokens", type=int, default=64, help="of each answer under load")
     parser.add_argument("--starts", type=int, default=3, help="of the service")
     given = parser.parse_args()
@@ -319,6 +322,7 @@ def main() -> None:
                 model_dir,
                 rounds=given.rounds,
                 seconds=given.seconds,
+                turns=given.turns,
                 load_tokens=given.load_tokens,
                 starts=given.starts,
                 log=log,

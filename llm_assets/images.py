@@ -13,7 +13,7 @@ import dagster as dg
 
 from llm_assets.assets.container_image import build_container_image
 from llm_assets.io_managers import DirectoryIOManager
-from llm_assets.jobs import executor, stage_jobs
+from llm_assets.jobs import EVERY_STEP, build_executor, stage_jobs
 from llm_assets.partitions import experiments
 from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.containers import ContainerEngine
@@ -41,7 +41,7 @@ def build_defs(resource_overrides: Mapping[str, Any] | None = None) -> dg.Defini
         assets=[*ASSETS, *UPSTREAM],
         jobs=stage_jobs(ASSETS),
         resources={**resources, **(resource_overrides or {})},
-        executor=executor,
+        executor=build_executor(EVERY_STEP),
     )
 
 

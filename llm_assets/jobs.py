@@ -6,6 +6,7 @@ partitions; `--tags '{"dagster/partition": "NAME"}'` picks another experiment.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -13,15 +14,33 @@ import dagster as dg
 from llm_assets.experiment import DEFAULT_EXPERIMENT
 
 MAX_CONCURRENT_STEPS = 2
+EVERY_STEP = ("llm_assets.definitions", "mlflow")
+"""Modules that each step imports."""
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""Device files of NVIDIA's, AMD's and WSL's drivers."""
 
-# A step is forked from a process that has imported what every step needs: a fresh interpreter takes 4 s to get there.
-# torch stays out of it: threads and GPU contexts do not survive a fork.
-executor = dg.multiprocess_executor.configured(
-    {
-        "max_concurrent": MAX_CONCURRENT_STEPS,
-        "start_method": {"forkserver": {"preload_modules": ["llm_assets.definitions", "mlflow"]}},
-    }
-)
+
+def preloaded_modules(gpu_drivers: Sequence[str] = GPU_DRIVERS) -> list[str]:
+    """What the process that steps are forked from imports, once a run, in place of each step.
+
+    A fresh interpreter takes 4 s to Dagster and MLflow and 4 s more to torch and transformers. Importing these starts no
+    threads that a step needs, but a GPU that they touched could not be used after the fork: where there is one, each step
+    imports them itself.
+    """
+    modules = [*EVERY_STEP]
+    if not any(Path(driver).exists() for driver in gpu_drivers):
+        modules += ["model.training.trainer", "model.quantization", "bench.report"]
+    return modules
+
+
+def build_executor(modules: Sequence[str]) -> dg.ExecutorDefinition:
+    """Steps in processes of their own, forked from one that has imported these modules."""
+    start_method = {"forkserver": {"preload_modules": list(modules)}}
+    return dg.multiprocess_executor.configured({"max_concurrent": MAX_CONCURRENT_STEPS, "start_method": start_method})
+
+
+executor = build_executor(preloaded_modules())
+"""The pipeline's."""
 
 
 def build_jobs(assets: Sequence[dg.AssetsDefinition]) -> list[Any]:

@@ -1,0 +1,41 @@
+import subprocess
+import sys
+from pathlib import Path
+
+from llm_assets.jobs import preloaded_modules
+
+STEP = """
+import multiprocessing, sys
+
+def step():
+    assert "model.training.trainer" in sys.modules  # before anything here imports it
+    import torch
+    torch.set_num_threads(2)
+    ones = torch.ones(1024, 1024, requires_grad=True)
+    (ones @ ones).sum().backward()
+    assert ones.grad[0, 0] == 2048
+
+if __name__ == "__main__":
+    from llm_assets.jobs import preloaded_modules
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(preloaded_modules(gpu_drivers=()))
+    for _ in range(2):
+        process = context.Process(target=step)
+        process.start()
+        process.join(60)
+        assert process.exitcode == 0, process.exitcode
+"""
+
+
+def test_a_step_computes_with_several_threads_in_a_process_forked_after_the_imports(tmp_path: Path) -> None:
+    program = tmp_path / "step.py"
+    program.write_text(STEP)
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_where_there_is_a_gpu_each_step_imports_torch_itself(tmp_path: Path) -> None:
+    driver = tmp_path / "nvidiactl"
+    driver.touch()
+    assert preloaded_modules(gpu_drivers=[str(driver)]) == ["llm_assets.definitions", "mlflow"]
+    assert "model.training.trainer" in preloaded_modules(gpu_drivers=[str(tmp_path / "none")])

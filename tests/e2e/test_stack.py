@@ -9,9 +9,10 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from bench.stack import STATUS
 from tests.bento.serving import GREEDY
 from tests.e2e.stack import Stack, composed, run
-from tests.e2e.test_webserver import STATUS, ask, ended, launch, wait_until
+from tests.e2e.test_webserver import ask, ended, launch, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 TO_MODEL = ("corpus", "tokenized_dataset", "trained_checkpoint", "quantized_model")

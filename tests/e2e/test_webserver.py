@@ -8,6 +8,7 @@ import httpx
 import psutil
 import pytest
 
+from bench.stack import LAUNCH, STATUS
 from tests.e2e.test_pipeline import mlflow_runs
 from tests.e2e.workplace import BIN, REPO, free_port, new_workplace, stop, wait_for
 
@@ -16,14 +17,7 @@ pytestmark = pytest.mark.e2e
 STEPS = 150
 TRAINING = [f"training.max_steps={STEPS}"]  # seconds, so that it can be cancelled in the middle
 
-LAUNCH = """
-mutation Launch($params: ExecutionParams!) {
-  launchRun(executionParams: $params) {
-    __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message }
-  }
-}"""
 TO_CHECKPOINT = ("corpus", "tokenized_dataset", "trained_checkpoint")
-STATUS = "query Status($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }"
 TERMINATE = "mutation Terminate($id: String!) { terminateRun(runId: $id) { __typename } }"
 
 

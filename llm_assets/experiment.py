@@ -28,6 +28,8 @@ from model.settings import ExperimentSettings
 
 CONFIG_DIR = Path(os.environ.get("LLM_ASSETS_CONFIG_DIR") or Path(__file__).resolve().parent.parent / "configs")
 DEFAULT_EXPERIMENT = "stdlib"
+COMPOSING_ERRORS = (HydraException, OmegaConfBaseException)
+"""What a mistake in a configuration or an override raises in Hydra; `one_line` says it."""
 
 ConfigStore.instance().store(name="settings", node=ExperimentSettings)
 
@@ -54,8 +56,8 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: Path = CONFIG_
         # Hydra's `+group.option=` opens the tree for keys that no setting has: merging once more refuses them.
         typed = OmegaConf.merge(OmegaConf.structured(ExperimentSettings), OmegaConf.to_container(composed))
         settings = OmegaConf.to_object(typed)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise PipelineError(f"experiment {name!r} with {list(overrides)}: {_one_line(error)}") from error
+    except COMPOSING_ERRORS as error:
+        raise PipelineError(f"experiment {name!r} with {list(overrides)}: {one_line(error)}") from error
     assert isinstance(settings, ExperimentSettings)
     return settings
 
@@ -65,7 +67,7 @@ def to_yaml(settings: ExperimentSettings) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(settings)))
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Hydra's and OmegaConf's many lines as one: the reason, then the option that it concerns."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     cause = error.__cause__

@@ -10,6 +10,7 @@ the other overrides go to the `hydra` resource. A sweep over experiments alone i
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,8 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 
-from llm_assets.experiment import CONFIG_DIR
+from llm_assets.experiment import COMPOSING_ERRORS, CONFIG_DIR, one_line
+from model.errors import PipelineError, ends_in_one_line
 
 
 def execute_job(experiment: str, overrides: list[str], module: str, job: str) -> int:
@@ -46,8 +48,9 @@ def run_point(module: str, job: str) -> None:
         sys.exit(status)
 
 
-def main() -> None:
-    """Let Hydra read the command line and call `run_point` for each point."""
+@ends_in_one_line
+def main() -> int:
+    """Let Hydra read the command line and call `run_point` for each point; the exit status."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--module", default="llm_assets.definitions")
     parser.add_argument("--job", default="llm_pipeline")
@@ -59,8 +62,13 @@ def main() -> None:
     def point(_: Any) -> None:
         run_point(ours.module, ours.job)
 
-    hydra.main(config_path=str(CONFIG_DIR), config_name="config")(point)()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # it raises what it would print in many lines
+    try:
+        hydra.main(config_path=str(CONFIG_DIR), config_name="config")(point)()
+    except COMPOSING_ERRORS as error:
+        raise PipelineError(f"{' '.join(hydras)}: {one_line(error)}") from error
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,10 +4,12 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from llm_assets.experiment import compose, experiment_names
 from llm_assets.references import PREFIX, resolve
 from model.build import build_config, count_parameters
+from model.devices import resolve_precision
 from model.settings import ExperimentSettings
 from model.text.corpus import build_corpus
 from model.text.tokens import build_tokenized_dataset
@@ -93,4 +95,4 @@ def test_a_shrunken_copy_takes_two_steps_on_cpu(name, base, tmp_path):
     summary = train(settings, tmp_path / "dataset", tmp_path / "checkpoint", tmp_path / "scratch")
     assert summary.steps == 2
     assert math.isfinite(summary.validation_loss)
-    assert summary.precision == ("bfloat16" if settings.training.precision == "bfloat16" else "float32")
+    assert summary.precision == resolve_precision(settings.training.precision, torch.device("cpu"))

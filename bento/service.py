@@ -307,7 +307,7 @@ def _settle() -> None:
     gc.unfreeze()  # a former model is among what stayed
     gc.collect()
     gc.freeze()
-    from model.generation.allocator import trim
+    from model.allocator import trim
 
     trim()
 

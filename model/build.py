@@ -1,5 +1,7 @@
 """From the settings of an experiment to a configuration, an initialized model and its size."""
 
+import copy
+
 import torch
 
 from model.configuration_rex import RexConfig
@@ -37,10 +39,13 @@ def build_config(
 
 
 def build_model(config: RexConfig, seed: int) -> RexForCausalLM:
-    """A float32 model on the CPU; its weights depend on `config` and `seed` alone, and the global generator stays."""
+    """A float32 model on the CPU, with its own copy of `config`.
+
+    Its weights depend on `config` and `seed` alone, and the global generator stays.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return RexForCausalLM(config)
+        return RexForCausalLM(copy.deepcopy(config))
 
 
 def count_parameters(config: RexConfig) -> int:

@@ -32,25 +32,27 @@ from .configuration_rex import RexConfig
 
 
 class _ScaledRMSNorm(torch.autograd.Function):
-    """RMSNorm with its weight, forward and backward written out: PyTorch composes it of many passes on a processor."""
+    """RMSNorm with its weight, in float32 and with its gradient: PyTorch composes both of many passes on a processor."""
 
     @staticmethod
-    def forward(ctx: Any, x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:  # type: ignore[override]
-        norm = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True)
+    def forward(ctx: Any, x_BTD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        norm = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True, dtype=torch.float32)
         scale = norm.square_().div_(x_BTD.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x_BTD, weight_D, scale)
-        return (x_BTD * scale).mul_(weight_D)
+        return (x_BTD.float() * scale).mul_(weight_D).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         x_BTD, weight_D, scale = ctx.saved_tensors
-        product_BTD = grad_BTD * x_BTD
+        x32_BTD, grad_BTD = x_BTD.float(), grad_BTD.float()
+        product_BTD = grad_BTD * x32_BTD
         rows, size = product_BTD.view(-1, x_BTD.shape[-1]), x_BTD.shape[-1]
         # d weight = sum over rows of grad * x * scale, and d scale needs grad * x weighted: two small products.
         grad_weight_D = torch.mv(rows.t(), scale.reshape(-1))
         dot = torch.mv(rows, weight_D).view_as(scale)
         along = dot.mul_(scale.pow(3)).div_(-size)
-        return (grad_BTD * weight_D).mul_(scale).addcmul_(x_BTD, along), grad_weight_D, None
+        grad_x_BTD = (grad_BTD * weight_D).mul_(scale).addcmul_(x32_BTD, along)
+        return grad_x_BTD.to(x_BTD.dtype), grad_weight_D, None, None
 
 
 class _Rotate(torch.autograd.Function):
@@ -68,19 +70,20 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turned(x_BHTK: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
-    out_BHTK = torch.empty_like(x_BHTK)
-    (a, b), (c, d) = x_BHTK.chunk(2, dim=-1), out_BHTK.chunk(2, dim=-1)
+    out_BHTK = torch.empty_like(x_BHTK, dtype=cos.dtype)
+    (a, b), (c, d) = x_BHTK.to(cos.dtype).chunk(2, dim=-1), out_BHTK.chunk(2, dim=-1)
     torch.mul(a, cos, out=c).addcmul_(b, sin, value=-direction)
     torch.mul(b, cos, out=d).addcmul_(a, sin, value=direction)
-    return out_BHTK
+    return out_BHTK.to(x_BHTK.dtype)
 
 
 def _writes_out_gradients(module: nn.Module, x: Tensor) -> bool:
-    """Whether a training takes the two functions above. Compilers and GPU kernels do better than they do.
+    """Whether a training takes the two functions above: in float32 or by autocast; compilers and GPU kernels do better.
 
     Not a question of whether gradients are due: recomputed activations must be those of the first time.
     """
-    return module.training and x.dtype == torch.float32 and not x.is_cuda and not torch.compiler.is_compiling()
+    takes = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.is_autocast_enabled("cpu"))
+    return takes and module.training and not x.is_cuda and not torch.compiler.is_compiling()
 
 
 class RexRMSNorm(nn.Module):
@@ -96,9 +99,12 @@ class RexRMSNorm(nn.Module):
         self.initial_gain = initial_gain
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Normalize the last dimension; shape and dtype stay."""
+        """Normalize the last dimension; the shape stays, and outside of autocast the dtype."""
         if _writes_out_gradients(self, x_BTD):
-            return _ScaledRMSNorm.apply(x_BTD, self.weight, self.eps)
+            # Under autocast the residual stream is in float32, the branches are not, and a norm stands between the two.
+            into_branch = torch.is_autocast_enabled("cpu") and x_BTD.dtype == torch.float32
+            dtype = torch.get_autocast_dtype("cpu") if into_branch else torch.float32
+            return _ScaledRMSNorm.apply(x_BTD, self.weight, self.eps, dtype)
         normed_BTD = functional.rms_norm(x_BTD.float(), (x_BTD.shape[-1],), None, self.eps)
         return self.weight * normed_BTD.to(x_BTD.dtype)
 

@@ -18,8 +18,8 @@ from functools import partial
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from model.allocator import keep_freed_memory
 from model.errors import PipelineError
-from model.generation.allocator import keep_freed_memory
 from model.generation.cache import SlotCache, bytes_per_token
 from model.generation.forward import RaggedForward
 from model.generation.packing import pack

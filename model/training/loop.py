@@ -24,6 +24,7 @@ from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 
+from model.allocator import keep_freed_memory
 from model.errors import PipelineError
 from model.evaluation import evaluate
 from model.modeling_rex import RexForCausalLM
@@ -31,6 +32,7 @@ from model.progress import Log, format_duration
 from model.settings import TrainingSettings
 from model.text.tokens import TokenDataset
 from model.training import checkpoints, failures
+from model.training.attention import ATTENTION
 from model.training.loss import TrainingLoss
 from model.training.optimizer import build_optimizer, warmup_stable_decay
 from model.training.signals import DeferredSignals, deferred_signals
@@ -93,6 +95,10 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         train_dataset, self.validation = datasets
         self._network, self._train = model, train_dataset
         model.linear_loss = TrainingLoss(settings, teacher)
+        if arguments.device.type == "cpu":
+            keep_freed_memory()
+            if not settings.torch_compile:
+                model.config._attn_implementation = ATTENTION
         callbacks: list[TrainerCallback] = []
         if settings.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))

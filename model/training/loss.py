@@ -20,7 +20,7 @@ from model.settings import TrainingSettings
 IGNORED = -100
 """Label of a token that is not predicted: Hugging Face's number."""
 # Float32 logits held at once: what a processor's cache takes, and what keeps a GPU busy.
-CHUNK_BYTES = {"cpu": 1 << 23, "cuda": 1 << 30}
+CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 30}
 
 
 @dataclass(frozen=True)

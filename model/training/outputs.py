@@ -81,7 +81,6 @@ def write_outputs(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        model.config.use_cache = True  # off while it trained
         model.save_pretrained(output_dir)
         (output_dir / "model.safetensors").chmod(0o644)  # safetensors leaves it readable to its owner alone
         tokenizer.save_pretrained(output_dir)

@@ -10,7 +10,7 @@ import pytest
 SCRIPT = """
 import resource
 import numpy as np
-from model.generation.allocator import keep_freed_memory, trim
+from model.allocator import keep_freed_memory, trim
 
 def fresh_pages(step):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from model.build import build_config, build_model
@@ -87,6 +88,26 @@ def test_gradients_written_out_for_the_processor_are_those_that_pytorch_derives(
         found.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name in found[0]:
         torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_under_autocast_gradients_written_out_are_as_near_to_float32_as_those_that_pytorch_derives(monkeypatch):
+    config = build_config(experiment().model, 300, bos_token_id=0, eos_token_id=0, pad_token_id=1)
+    config.attention_dropout = 0.0
+    ids_BT = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))
+
+    def gradients(bfloat16: bool) -> dict[str, Tensor]:
+        model = build_model(config, seed=0).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+        loss.backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    exact, ours = gradients(False), gradients(True)
+    monkeypatch.setattr("model.modeling_rex._writes_out_gradients", lambda module, x: False)
+    derived = gradients(True)
+    for name, gradient in exact.items():
+        error, usual = ((found[name] - gradient).norm() / gradient.norm() for found in (ours, derived))
+        assert error < 0.02 and error < 1.5 * usual + 1e-3, name
 
 
 PEAK_OF_A_STEP = """

@@ -1,8 +1,8 @@
 """Tokens/s of a training step through each trainer, and what share of the measured matrix-multiplication peak that is.
 
 `ours` is RexTrainer with the experiment's own settings; `llama` is transformers' Trainer as it comes, with a
-LlamaForCausalLM of the same sizes, float32, the same windows and batch. Data are random ids: reading is not measured.
-The first step of a run is left out. `bench.training` starts each side in a process of its own.
+LlamaForCausalLM of the same sizes, float32, the same windows and batch, and `llama_bf16` the same with `bf16=True`, where
+the device multiplies bfloat16. Data are random ids: reading is not measured. The first step of a run is left out. `bench.training` starts each side in a process of its own.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from bench import nanogpt
 from bench.settings import read_settings
 from model.build import build_config, build_model
-from model.devices import resolve_device, resolve_precision
+from model.devices import has_fast_bfloat16, resolve_device, resolve_precision
 from model.errors import PipelineError
 from model.settings import ModelSettings, TrainingSettings
 from model.text.tokens import TokenDataset
@@ -96,7 +96,7 @@ def build_trainer(kind: type[AnyTrainer], shape: str, scratch: Path, settings: T
 
 
 def measure_side(side: str, steps: int) -> dict[str, float]:
-    """Tokens/s, FLOP/s a token and the peak of `SHAPE:TRAINER`, where the trainer is "ours" or "llama"."""
+    """Tokens/s, FLOPs a token and the peak of `SHAPE:TRAINER`; trainers: "ours", "llama", "llama_bf16"."""
     shape, trainer = side.split(":")
     model_file, training_file, vocabulary, length = SHAPES[shape]
     settings = dataclasses.replace(
@@ -138,6 +138,7 @@ def measure_side(side: str, steps: int) -> dict[str, float]:
                 max_steps=steps + 1,
                 per_device_train_batch_size=settings.per_device_train_batch_size,
                 gradient_accumulation_steps=settings.gradient_accumulation_steps,
+                bf16=trainer == "llama_bf16",
                 use_cpu=device.type == "cpu",
                 save_strategy="no",
                 report_to="none",
@@ -148,28 +149,30 @@ def measure_side(side: str, steps: int) -> dict[str, float]:
     return {
         "tokens_per_second": batch * length / clock.median_s(),
         "flops_per_token": flops,
-        "matmul_peak_flops": matmul_peak(device, precision),
+        "matmul_peak_flops": matmul_peak(device, "float32" if trainer == "llama" else precision),
         "parameters": model.num_parameters() if trainer == "ours" else llama.num_parameters(),
     }
 
 
 def compare_cpu(rounds: int, steps: int) -> dict[str, Any]:
-    """`stdlib_30m` against the Trainer as it comes, both in float32 where the processor has no bfloat16."""
+    """`stdlib_30m` against the Trainer as it comes, in float32 and, where the processor multiplies it, in bfloat16."""
+    sides = ["ours", "llama"]
+    if has_fast_bfloat16(torch.device("cpu")):
+        sides.append("llama_bf16")
     result: dict[str, Any] = {"rounds": []}
     for number in range(rounds):
-        sides = ["ours", "llama"] if number % 2 == 0 else ["llama", "ours"]
-        row = {side: _in_process(f"stdlib_30m:{side}", steps) for side in sides}
+        order = sides if number % 2 == 0 else sides[::-1]
+        row = {side: _in_process(f"stdlib_30m:{side}", steps) for side in order}
         result["rounds"].append(row)
         print(f"round {number + 1}: {json.dumps(row)}", flush=True)
-    result["median_ratio"] = statistics.median(
-        row["ours"]["tokens_per_second"] / row["llama"]["tokens_per_second"] for row in result["rounds"]
-    )
-    result["median_mfu"] = statistics.median(_mfu(row["ours"]) for row in result["rounds"])
-    result["median_llama_mfu"] = statistics.median(_mfu(row["llama"]) for row in result["rounds"])
-    print(
-        f"tokens/s {result['median_ratio']:.2f} times the Trainer's with Llama; {result['median_mfu']:.0%} of the "
-        f"measured peak (Llama {result['median_llama_mfu']:.0%})"
-    )
+    for side in sides:
+        share = statistics.median(_mfu(row[side]) for row in result["rounds"])
+        speed = statistics.median(row[side]["tokens_per_second"] for row in result["rounds"])
+        ratio = statistics.median(
+            row["ours"]["tokens_per_second"] / row[side]["tokens_per_second"] for row in result["rounds"]
+        )
+        result[side] = {"tokens_per_second": speed, "model_flops_utilization": share, "ours_against_it": ratio}
+        print(f"{side}: {speed:,.0f} tokens/s, {share:.0%} of the measured peak; ours {ratio:.2f} times as fast")
     return result
 
 

@@ -1,8 +1,8 @@
 """Muon for the hidden matrices and AdamW for embeddings and norms, behind one torch.optim.Optimizer.
 
 One optimizer means one state_dict and one scheduler; the two base learning rates keep their ratio over the schedule.
-torch.optim.Muon is not used: it orthogonalises in bfloat16, which takes 0.5 s for a 256 x 256 matrix on a processor
-without bfloat16 units against 6 ms in float32, and it goes matrix by matrix. The arithmetic is the same.
+torch.optim.Muon is not used: it always orthogonalises in bfloat16, which takes 0.5 s for a 256 x 256 matrix on a
+processor without bfloat16 units against 6 ms in float32, and it goes matrix by matrix. The arithmetic is the same.
 Legend: `N` matrices of one shape, `R` rows, `C` columns.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from transformers import PreTrainedModel
 
+from model.devices import has_fast_bfloat16, resolve_precision
 from model.settings import TrainingSettings
 
 # Quintic coefficients of Keller Jordan, "Muon: an optimizer for hidden layers in neural networks" (2024).
@@ -26,7 +27,7 @@ WIDE = 2
 def orthogonalize(matrices_NRC: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrices, roughly: singular values end between 0.7 and 1.2 (Newton-Schulz).
 
-    matrices_NRC: shape (N, R, C). Works in bfloat16 on a GPU, in the given precision elsewhere; returns that dtype.
+    matrices_NRC: shape (N, R, C); works in their dtype and returns it.
     The first step needs X X^T anyway, and the root of that product's norm bounds the largest singular value much more
     closely than the norm of X does: 3.4 times for 128 equal ones, which is what one step gains.
 
@@ -34,7 +35,7 @@ def orthogonalize(matrices_NRC: Tensor, steps: int = 5) -> Tensor:
     polynomials are multiplied first and X once, which saves a quarter to a third of the products (`bench/LOG.md`).
     """
     a, b, c = COEFFICIENTS
-    x_NRC = matrices_NRC.bfloat16() if matrices_NRC.is_cuda else matrices_NRC
+    x_NRC = matrices_NRC
     tall = x_NRC.size(-2) > x_NRC.size(-1)
     if tall:  # the product below is square in the first dimension: keep it the smaller one
         x_NRC = x_NRC.mT.contiguous()
@@ -82,6 +83,7 @@ class MuonAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         momentum: float = 0.95,
         newton_schulz_steps: int = 5,
+        newton_schulz_dtype: torch.dtype = torch.float32,
     ) -> None:
         """groups: each with "kind", "params", "lr" and "weight_decay"."""
         defaults = {
@@ -92,6 +94,8 @@ class MuonAdamW(torch.optim.Optimizer):
             "fused": True,  # read by load_state_dict too: AdamW's step counter then stays a float32 tensor
         }
         super().__init__(groups, defaults)
+        # No default of the groups: a checkpoint would carry one machine's choice to another.
+        self._newton_schulz_dtype = newton_schulz_dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -121,7 +125,8 @@ class MuonAdamW(torch.optim.Optimizer):
                 assert parameter.grad is not None
                 state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
                 updates.append(parameter.grad.lerp(state["momentum_buffer"], group["momentum"]))
-            update_NRC = orthogonalize(torch.stack(updates), group["newton_schulz_steps"])
+            stacked_NRC = torch.stack(updates).to(self._newton_schulz_dtype)
+            update_NRC = orthogonalize(stacked_NRC, group["newton_schulz_steps"])
             scale = 0.2 * max(shape) ** 0.5
             for parameter, update_RC in zip(same, update_NRC, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -176,12 +181,18 @@ def build_optimizer(model: PreTrainedModel, settings: TrainingSettings) -> MuonA
     """The optimizer of `settings.optim`: "muon" (Muon and AdamW) or "adamw" (fused AdamW for every parameter).
 
     Its first group has the base learning rate `settings.learning_rate`: that is the one the schedule reports.
+    Muon orthogonalises in bfloat16 on a GPU, and on a processor that has it where the training takes it; else in float32.
     """
+    device = model.device
+    takes_bfloat16 = device.type == "cuda" or (
+        has_fast_bfloat16(device) and resolve_precision(settings.precision, device) == "bfloat16"
+    )
     return MuonAdamW(
         parameter_groups(model, settings),
         betas=(settings.adam_beta1, settings.adam_beta2),
         momentum=settings.muon_momentum,
         newton_schulz_steps=settings.newton_schulz_steps,
+        newton_schulz_dtype=torch.bfloat16 if takes_bfloat16 else torch.float32,
     )
 
 

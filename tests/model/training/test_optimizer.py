@@ -37,6 +37,41 @@ def test_the_options_of_muon_reach_its_matrices():
     assert (muon["lr"], muon["momentum"], muon["newton_schulz_steps"]) == (0.3, 0.7, 4)
 
 
+@pytest.mark.parametrize(
+    ("has_bfloat16", "precision", "dtype"),
+    [
+        (True, "auto", torch.bfloat16),
+        (True, "float32", torch.float32),
+        (False, "auto", torch.float32),
+        (False, "bfloat16", torch.float32),
+    ],
+)
+def test_muon_orthogonalises_in_bfloat16_where_the_training_takes_it_and_it_is_fast(
+    monkeypatch, has_bfloat16, precision, dtype
+):
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: has_bfloat16)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    dtypes = []
+
+    def recording(matrices_NRC: Tensor, steps: int) -> Tensor:
+        dtypes.append(matrices_NRC.dtype)
+        return orthogonalize(matrices_NRC, steps)
+
+    monkeypatch.setattr("model.training.optimizer.orthogonalize", recording)
+    model = make_model()
+    take_steps(model, build_optimizer(model, TrainingSettings(precision=precision)), 1)
+    assert set(dtypes) == {dtype}
+    assert all(parameter.dtype == torch.float32 and parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_orthogonalising_in_bfloat16_comes_near_to_float32():
+    matrices_NRC = torch.randn((3, 48, 96), generator=torch.Generator().manual_seed(0))
+    exact_NRC = orthogonalize(matrices_NRC)
+    rough_NRC = orthogonalize(matrices_NRC.bfloat16())
+    assert rough_NRC.dtype == torch.bfloat16
+    assert (rough_NRC.float() - exact_NRC).norm() / exact_NRC.norm() < 0.05
+
+
 def singular_values(matrix_RC: Tensor) -> Tensor:
     return torch.linalg.svdvals(matrix_RC)
 

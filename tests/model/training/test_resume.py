@@ -94,16 +94,27 @@ def test_a_run_that_a_signal_ended_resumes_bit_exact(uninterrupted, dataset_dir,
     assert_same_result(output, uninterrupted[0])
 
 
-def test_an_interrupt_passes_through_and_the_run_resumes_bit_exact(uninterrupted, dataset_dir, tmp_path):
-    def interrupt(step, metrics):
-        if step == 9:
-            raise KeyboardInterrupt
+def interrupt(step: int, metrics: dict[str, float]) -> None:
+    if step == 9:
+        raise KeyboardInterrupt
 
+
+def test_an_interrupt_passes_through_and_the_run_resumes_bit_exact(uninterrupted, dataset_dir, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(experiment(), dataset_dir, tmp_path / "output", tmp_path / "scratch", on_metrics=interrupt)
     summary = train(experiment(), dataset_dir, tmp_path / "output", tmp_path / "scratch")
     assert summary.resumed_from_step == 8
     assert_same_result(tmp_path / "output", uninterrupted[0])
+
+
+def test_in_bfloat16_and_with_attention_in_blocks_a_run_resumes_bit_exact_too(dataset_dir, tmp_path):
+    mixed = experiment(precision="bfloat16")
+    mixed.model.attention_dropout = 0.0  # with dropout, attention is PyTorch's
+    train(mixed, dataset_dir, tmp_path / "whole", tmp_path / "scratch of the whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(mixed, dataset_dir, tmp_path / "output", tmp_path / "scratch", on_metrics=interrupt)
+    assert train(mixed, dataset_dir, tmp_path / "output", tmp_path / "scratch").resumed_from_step == 8
+    assert_same_result(tmp_path / "output", tmp_path / "whole")
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(uninterrupted, dataset_dir, tmp_path):

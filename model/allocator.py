@@ -1,7 +1,7 @@
 """glibc's allocator, told to keep what a step frees, in decoding or in training: the next step needs as much again.
 
 By default large blocks go back to the system, and each step asks for them anew, page by page: 200,000 page faults and a
-tenth of the time for sixteen prompts of 512 tokens, and a tenth of a training step (`bench/LOG.md`).
+tenth of the time for sixteen prompts of 512 tokens (`bench/LOG.md`).
 """
 
 import ctypes

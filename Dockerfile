@@ -1,5 +1,5 @@
 # The image of the composed stack: Dagster's services, the MLflow server, and the generation service before there is a
-# Bento. `make stack-image` lays out var/stack/packages (`llm_assets/stack_image.py`) and builds this.
+# Bento. `make stack-image` lays out var/stack/packages (`llm_assets/containers/stack.py`) and builds this.
 #
 # Nothing is fetched or compiled by a compiler here, so a build needs no network, no package index and no credentials.
 ARG BASE_IMAGE=python:3.11-slim

@@ -48,12 +48,12 @@ pipeline: setup  ## Materialize all six assets of EXPERIMENT (default stdlib), w
 ifeq ($(strip $(OVERRIDES)),)
 	$(BIN)/dagster job execute -m llm_assets.definitions -j llm_pipeline --tags '{"dagster/partition": "$(EXPERIMENT)"}'
 else
-	$(BIN)/python -m llm_assets.sweep experiment=$(EXPERIMENT) $(OVERRIDES)
+	$(BIN)/python -m llm_assets.experiments.sweep experiment=$(EXPERIMENT) $(OVERRIDES)
 endif
 	@$(BIN)/python -m llm_assets.latest $(EXPERIMENT)
 
 sweep: setup  ## One run for each point of a Hydra sweep: make sweep EXPERIMENT=smoke OVERRIDES='training.seed=0,1'
-	$(BIN)/python -m llm_assets.sweep --multirun experiment=$(EXPERIMENT) $(OVERRIDES)
+	$(BIN)/python -m llm_assets.experiments.sweep --multirun experiment=$(EXPERIMENT) $(OVERRIDES)
 
 ui: setup  ## Start Dagster (UI_PORT=3001, webserver and daemon) and the MLflow UI (MLFLOW_PORT=5000)
 	@$(BIN)/python -c 'from llm_assets.resources.mlflow import MlflowTracking; MlflowTracking().client()'
@@ -65,7 +65,7 @@ serve: setup  ## Serve the packaged Bento of EXPERIMENT, or BENTO=NAME:VERSION, 
 	@tag=$(or $(BENTO),$$($(BIN)/python -m llm_assets.latest $(EXPERIMENT) --bento)) && exec $(BIN)/bentoml serve "$$tag" --host $(HOST) --port $(PORT)
 
 stack-image: setup  ## Build the image of the composed stack for DEVICE=cpu or gpu; the last line is its tag
-	@$(BIN)/python -m llm_assets.stack_image --device $(DEVICE)
+	@$(BIN)/python -m llm_assets.containers.stack --device $(DEVICE)
 
 up: .env  ## Start the composed stack (Postgres, MLflow, Dagster, the service) and wait until it is healthy
 	@image=$$(sed -n 's/^REX_PIPELINE_IMAGE=//p' .env); \
@@ -90,7 +90,7 @@ image: setup  ## Build the container image of EXPERIMENT for DEVICE=cpu or gpu; 
 ifeq ($(strip $(OVERRIDES)),)
 	$(BIN)/dagster job execute -m llm_assets.images -j container_image_$(DEVICE)_job --tags '{"dagster/partition": "$(EXPERIMENT)"}'
 else
-	$(BIN)/python -m llm_assets.sweep --module llm_assets.images --job container_image_$(DEVICE)_job experiment=$(EXPERIMENT) $(OVERRIDES)
+	$(BIN)/python -m llm_assets.experiments.sweep --module llm_assets.images --job container_image_$(DEVICE)_job experiment=$(EXPERIMENT) $(OVERRIDES)
 endif
 	@$(BIN)/python -m llm_assets.latest $(EXPERIMENT) --image $(DEVICE)
 

@@ -23,9 +23,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from bench.hardware import describe, torch_threads
 from model.errors import PipelineError, ends_in_one_line
-from model.int8 import count_parameters
-from model.loading import load_model
 from model.progress import Log, Progress, silent
+from model.weights.int8 import count_parameters
+from model.weights.loading import load_model
 
 
 def clock(device: torch.device) -> float:

@@ -42,12 +42,12 @@ from model.build import build_config, build_model
 from model.errors import PipelineError, ends_in_one_line
 from model.generation.engine import Engine
 from model.generation.requests import GenerationRequest, SamplingParameters
-from model.generation.threads import usable_cores
-from model.int8 import quantize
-from model.loading import load_model
 from model.modeling_rex import RexForCausalLM
 from model.settings import ModelSettings, TokenizerSettings
+from model.system.cpu import usable_cores
 from model.text.tokenizer import train_tokenizer
+from model.weights.int8 import quantize
+from model.weights.loading import load_model
 
 GREEDY = SamplingParameters(temperature=0)
 STREAM_PROMPT, STREAM_TOKENS = 64, 128

@@ -10,7 +10,7 @@ import psutil
 import torch
 import transformers
 
-from model.generation.threads import decoding_threads, usable_cores
+from model.system.cpu import decoding_threads, usable_cores
 
 
 def torch_threads(parameters: int) -> int:

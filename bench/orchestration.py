@@ -36,23 +36,23 @@ def run_stage(stage: str, experiment: ExperimentSettings, folder: Path) -> None:
 
         build_tokenized_dataset(experiment.tokenizer, corpus, dataset)
     elif stage == "trained_checkpoint":
-        from model.training.trainer import train
+        from model.training.train import train
 
         train(experiment, dataset, checkpoint, folder / "scratch")
     elif stage == "quantized_model":
-        from model.quantization import quantize_checkpoint
+        from model.weights.quantization import quantize_checkpoint
 
         length = experiment.tokenizer.sequence_length
         quantize_checkpoint(experiment.quantization, checkpoint, dataset, quantized, sequence_length=length)
     else:
-        from bench.report import build_report
+        from bench.report.report import build_report
 
         build_report(experiment, checkpoint, quantized, dataset, report)
 
 
 def resolve(name: str) -> ExperimentSettings:
     """The experiment's settings, as the project's own command prints them."""
-    command = [sys.executable, "-m", "llm_assets.experiment", name]
+    command = [sys.executable, "-m", "llm_assets.experiments", name]
     printed = yaml.safe_load(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     types = {
         "corpus": groups.CorpusSettings,

@@ -31,7 +31,7 @@ from bench.server import HOST, Answer, Server, free_port, serve
 from bench.serving import PROMPT_TOKENS, Prompts, save_random_30m
 from model.artifact import MANIFEST, file_digests
 from model.errors import PipelineError
-from model.loading import read_config
+from model.weights.loading import read_config
 
 NAME = "rex-bench"
 AFTER_S = 2.0

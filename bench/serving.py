@@ -41,12 +41,12 @@ from model.build import build_config, build_model
 from model.errors import PipelineError
 from model.generation.engine import Engine
 from model.generation.requests import GenerationRequest, SamplingParameters, TextPiece
-from model.generation.threads import decoding_threads, usable_cores
-from model.int8 import count_parameters
-from model.loading import load_model
 from model.progress import Log
 from model.settings import ModelSettings, TokenizerSettings
+from model.system.cpu import decoding_threads, usable_cores
 from model.text.tokenizer import load_tokenizer, train_tokenizer
+from model.weights.int8 import count_parameters
+from model.weights.loading import load_model
 
 STREAMS, PROMPT_TOKENS, ANSWER_TOKENS = 8, 64, 128
 IDLE_PROMPT_TOKENS = 16

@@ -14,17 +14,12 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from bento.admission import Admission
-from bento.answers import Answers, Batch, EventStream, server_sent
-from bento.backend import Backend, BackendOf, Prompt
-from bento.body import JsonRoute
 from bento.errors import ApiError, validation_error
-from bento.logprobs import TokenNames
-from bento.metrics import CONTENT_TYPE, ServiceMetrics
-from bento.middleware import surround
-from bento.models import Models
-from bento.openai_api import openai_routes
-from bento.openapi import GENERATING, READING, describe, stream_of, without
+from bento.http.body import JsonRoute
+from bento.http.middleware import surround
+from bento.http.openapi import GENERATING, READING, describe, stream_of, without
+from bento.openai.logprobs import TokenNames
+from bento.openai.routes import openai_routes
 from bento.page import add_page
 from bento.schema import (
     DEFAULT_MAX_TOKENS,
@@ -40,6 +35,11 @@ from bento.schema import (
     TokenizeResponse,
     Usage,
 )
+from bento.serving.admission import Admission
+from bento.serving.answers import Answers, Batch, EventStream, server_sent
+from bento.serving.backend import Backend, BackendOf, Prompt
+from bento.serving.models import Models
+from bento.telemetry.metrics import CONTENT_TYPE, ServiceMetrics
 from model.generation.requests import Finished, TextPiece
 
 MAX_CHOICES = 64

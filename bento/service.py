@@ -5,8 +5,8 @@
     bentoml build bento.service:RexService --name N --version V --arg model=TAG --arg device=cpu -o tag
 
 The options are the fields of `bento.options.BentoArgs`; a variable REX_<NAME> overrides each when the service starts.
-API keys: `bento/auth.py`. A start that cannot work (a device, a model or a file that is not there, an open address
-without a key) ends with one line and exit status 1. SIGTERM drains: `bento/admission.py`.
+API keys: `bento/http/auth.py`. A start that cannot work (a device, a model or a file that is not there, an open address
+without a key) ends with one line and exit status 1. SIGTERM drains: `bento/serving/admission.py`.
 """
 
 import asyncio
@@ -29,12 +29,12 @@ from bentoml.exceptions import BentoMLException
 from bentoml.models import BentoModel
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from bento.admission import drain_on_signal
 from bento.api import MAX_CHOICES, create_app
-from bento.auth import HEALTH_PATHS, read_api_keys, refuse_open_address
-from bento.champion import Follower, Registry
+from bento.http.auth import HEALTH_PATHS, read_api_keys, refuse_open_address
 from bento.options import BentoArgs, describe_variables, find_model, is_path, origins, with_overrides
-from bento.tracing import start_tracing
+from bento.serving.admission import drain_on_signal
+from bento.serving.champion import Follower, Registry
+from bento.telemetry.tracing import start_tracing
 from model.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class OnlyOurRoutes:
     traffic={"timeout": options.request_timeout_s + 30},
     metrics={"enabled": False},  # labels each path that anybody asks for; /metrics is our own
     logging={"access": {"enabled": False}},
-    tracing={"excluded_urls": ".*"},  # one span for each chunk of a stream; ours are in bento/tracing.py
+    tracing={"excluded_urls": ".*"},  # one span for each chunk of a stream; ours are in bento/telemetry/tracing.py
 )
 @bentoml.asgi_app(app)
 class RexService:
@@ -237,10 +237,10 @@ def _start_engine(options: BentoArgs, model_dir: Path) -> "Engine":
     import torch
 
     from model.generation.engine import Engine
-    from model.generation.threads import decoding_threads, usable_cores
-    from model.int8 import count_parameters
-    from model.loading import load_model
+    from model.system.cpu import decoding_threads, usable_cores
     from model.text.tokenizer import load_tokenizer
+    from model.weights.int8 import count_parameters
+    from model.weights.loading import load_model
 
     torch.set_num_threads(options.threads or usable_cores())
     quantized = None if options.quantized == "auto" else options.quantized
@@ -307,7 +307,7 @@ def _settle() -> None:
     gc.unfreeze()  # a former model is among what stayed
     gc.collect()
     gc.freeze()
-    from model.allocator import trim
+    from model.system.allocator import trim
 
     trim()
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import dagster as dg
 
+from llm_assets.artifacts.io_manager import DirectoryIOManager
 from llm_assets.assets.benchmark_report import benchmark_report
 from llm_assets.assets.corpus import corpus
 from llm_assets.assets.packaged_bento import packaged_bento
 from llm_assets.assets.quantized_model import quantized_model
 from llm_assets.assets.tokenized_dataset import tokenized_dataset
 from llm_assets.assets.trained_checkpoint import trained_checkpoint
-from llm_assets.io_managers import DirectoryIOManager
 from llm_assets.jobs import build_jobs, executor
 from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.hydra import HydraConfig

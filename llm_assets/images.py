@@ -11,10 +11,10 @@ from typing import Any
 
 import dagster as dg
 
+from llm_assets.artifacts.io_manager import DirectoryIOManager
 from llm_assets.assets.container_image import build_container_image
-from llm_assets.io_managers import DirectoryIOManager
+from llm_assets.experiments.partitions import experiments
 from llm_assets.jobs import EVERY_STEP, build_executor, stage_jobs
-from llm_assets.partitions import experiments
 from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.containers import ContainerEngine
 from llm_assets.resources.hydra import HydraConfig

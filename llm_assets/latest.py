@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm_assets.experiment import DEFAULT_EXPERIMENT
-from llm_assets.io_managers import DirectoryIOManager
-from llm_assets.manifest import refresh_command, stage_assets
+from llm_assets.artifacts.io_manager import DirectoryIOManager
+from llm_assets.artifacts.manifest import refresh_command, stage_assets
+from llm_assets.experiments.compose import DEFAULT_EXPERIMENT
 from model.errors import PipelineError, ends_in_one_line
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.errors import PipelineError
+from model.logits import IGNORED, rows_at_once
 from model.modeling_rex import RexForCausalLM
 from model.progress import Log, Progress, silent
 from model.text.tokens import TokenDataset
-from model.training.loss import IGNORED, rows_at_once
 
 
 @dataclass

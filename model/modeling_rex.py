@@ -2,7 +2,7 @@
 
 Grouped-query attention, rotary embeddings, SwiGLU, no biases, and RMSNorm before and after each branch:
 `x + post_norm(branch(pre_norm(x)))`. With `post_norm=False` it is the Llama arithmetic, else that of GLM-4-0414;
-`model/export.py` converts to both layouts. Class and module names are the ones that transformers looks for.
+`model/weights/export.py` converts to both layouts. Class and module names are the ones that transformers looks for.
 This file and `configuration_rex.py` travel with every checkpoint, so they import nothing of this project but each other.
 
 Shapes: B batch, T new tokens, S all tokens (cached and new), D hidden size, F intermediate size, H query heads,

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_assets.experiment import compose, experiment_names
-from llm_assets.references import PREFIX, resolve
+from llm_assets.experiments.compose import compose, experiment_names
+from llm_assets.experiments.references import PREFIX, resolve
 from model.build import build_config, count_parameters
-from model.devices import resolve_precision
 from model.settings import ExperimentSettings
+from model.system.devices import resolve_precision
 from model.text.corpus import build_corpus
 from model.text.tokens import build_tokenized_dataset
-from model.training.trainer import train
+from model.training.train import train
 
 MILLIONS = {
     "smoke": (0.1, 0.2),

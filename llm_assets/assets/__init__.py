@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from llm_assets.io_managers import ArtifactDirectory
-from llm_assets.partitions import experiments
+from llm_assets.artifacts.io_manager import ArtifactDirectory
+from llm_assets.experiments.partitions import experiments
 
 # What all assets have in common.
 COMMON: dict[str, Any] = {

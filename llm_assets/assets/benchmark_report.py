@@ -6,11 +6,11 @@ from pathlib import Path
 
 import dagster as dg
 
-from llm_assets import metadata as show
 from llm_assets.assets import COMMON
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
-from llm_assets.stage import stage
+from llm_assets.stage import metadata as show
+from llm_assets.stage.stage import stage
 
 
 @dg.asset(
@@ -29,7 +29,7 @@ def benchmark_report(
     tokenized_dataset: Path,
 ) -> Iterator[dg.MaterializeResult]:
     """Quality, latency, throughput and memory of both models, with and without KV cache: JSON, Markdown and plots."""
-    from bench.report import build_report
+    from bench.report.report import build_report
 
     upstream = {
         "trained_checkpoint": trained_checkpoint,

@@ -14,12 +14,12 @@ import dagster as dg
 
 from llm_assets import checks
 from llm_assets.assets import COMMON
-from llm_assets.image_context import labels, lay_out
+from llm_assets.containers.context import labels, lay_out
 from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.containers import ContainerEngine
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
-from llm_assets.stage import stage
+from llm_assets.stage.stage import stage
 
 
 def build_container_image(device: str) -> dg.AssetsDefinition:

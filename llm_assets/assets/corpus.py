@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import dagster as dg
 
 from llm_assets import checks
-from llm_assets import metadata as show
 from llm_assets.assets import COMMON
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
-from llm_assets.stage import stage
+from llm_assets.stage import metadata as show
+from llm_assets.stage.stage import stage
 
 
 @dg.asset(

@@ -12,7 +12,7 @@ from llm_assets.assets import COMMON
 from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
-from llm_assets.stage import stage
+from llm_assets.stage.stage import stage
 
 
 @dg.asset(

@@ -6,11 +6,11 @@ from pathlib import Path
 import dagster as dg
 
 from llm_assets import checks
-from llm_assets import metadata as show
 from llm_assets.assets import COMMON
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
-from llm_assets.stage import stage
+from llm_assets.stage import metadata as show
+from llm_assets.stage.stage import stage
 
 
 @dg.asset(
@@ -28,7 +28,7 @@ def quantized_model(
     tokenized_dataset: Path,
 ) -> Iterator[dg.MaterializeResult]:
     """The checkpoint's weights in int8 (or as they are, method `none`), with the measured loss in quality."""
-    from model.quantization import quantize_checkpoint
+    from model.weights.quantization import quantize_checkpoint
 
     upstream = {"trained_checkpoint": trained_checkpoint, "tokenized_dataset": tokenized_dataset}
     with stage(context, hydra, mlflow, upstream) as work:

@@ -6,11 +6,11 @@ from pathlib import Path
 import dagster as dg
 
 from llm_assets import checks
-from llm_assets import metadata as show
 from llm_assets.assets import COMMON
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
-from llm_assets.stage import stage
+from llm_assets.stage import metadata as show
+from llm_assets.stage.stage import stage
 
 
 @dg.asset(

@@ -16,8 +16,8 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
+from llm_assets.artifacts.manifest import VERSION_DIGITS
 from llm_assets.commands import run
-from llm_assets.manifest import VERSION_DIGITS
 from llm_assets.paths import REPOSITORY
 from model.errors import PipelineError
 from model.progress import Log, silent

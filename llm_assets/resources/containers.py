@@ -1,7 +1,7 @@
 """The container engine, by its command line: Docker, with or without BuildKit, or what takes Docker's arguments.
 
 Each command runs in a process of its own, which is ended with the step. What goes into an image is laid out by
-`llm_assets/image_context.py`; the instructions are `bento/Dockerfile`.
+`llm_assets/containers/context.py`; the instructions are `bento/Dockerfile`.
 """
 
 import json

@@ -9,9 +9,9 @@ from pathlib import Path
 import dagster as dg
 from pydantic import Field
 
-from llm_assets.experiment import CONFIG_DIR, compose
-from llm_assets.io_managers import DirectoryIOManager
-from llm_assets.references import resolve
+from llm_assets.artifacts.io_manager import DirectoryIOManager
+from llm_assets.experiments.compose import CONFIG_DIR, compose
+from llm_assets.experiments.references import resolve
 from model.settings import ExperimentSettings
 
 

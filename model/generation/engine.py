@@ -18,11 +18,9 @@ from functools import partial
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from model.allocator import keep_freed_memory
 from model.errors import PipelineError
 from model.generation.cache import SlotCache, bytes_per_token
 from model.generation.forward import RaggedForward
-from model.generation.packing import pack
 from model.generation.queue import QueueFull, RequestQueue
 from model.generation.requests import (
     Deliver,
@@ -35,8 +33,10 @@ from model.generation.requests import (
     SamplingParameters,
 )
 from model.generation.scheduler import Scheduler
-from model.generation.threads import release_worker_threads
+from model.system.allocator import keep_freed_memory
+from model.system.cpu import release_worker_threads
 from model.text.tokenizer import FastEncoder, token_bytes
+from model.weights.packed import pack
 
 logger = logging.getLogger("bentoml.engine")  # the name decides that the server's log shows it
 LONGEST_RETRY_S = 60

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from model.devices import Precision
 from model.errors import PipelineError
 from model.settings import ExperimentSettings, TrainingSettings
+from model.system.devices import Precision
 
 # These hold the loop together (resume, evaluation, logging): a value from outside would break it silently.
 _FIXED = frozenset(

@@ -14,13 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from model.logits import IGNORED, rows_at_once
 from model.modeling_rex import RexForCausalLM
 from model.settings import TrainingSettings
-
-IGNORED = -100
-"""Label of a token that is not predicted: Hugging Face's number."""
-# Float32 logits held at once: what a processor's cache takes, and what keeps a GPU busy.
-CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 30}
 
 
 @dataclass(frozen=True)
@@ -37,11 +33,6 @@ class Teaching:
     weight: float
     temperature: float
     top_k: int
-
-
-def rows_at_once(vocab_size: int, device: torch.device) -> int:
-    """Rows whose float32 logits fill CHUNK_BYTES, 16 at least."""
-    return max(16, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from transformers import PreTrainedModel
 
-from model.devices import has_fast_bfloat16, resolve_precision
 from model.settings import TrainingSettings
+from model.system.devices import has_fast_bfloat16, resolve_precision
 
 # Quintic coefficients of Keller Jordan, "Muon: an optimizer for hidden layers in neural networks" (2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

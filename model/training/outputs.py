@@ -14,7 +14,7 @@ from model.settings import ExperimentSettings
 from model.training.curves import plot_loss
 
 if TYPE_CHECKING:
-    from model.training.trainer import TrainingSummary
+    from model.training.summary import TrainingSummary
 
 CLOCK = frozenset(
     {

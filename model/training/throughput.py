@@ -10,8 +10,8 @@ import time
 
 import torch
 
-from model.devices import Precision
 from model.modeling_rex import RexForCausalLM
+from model.system.devices import Precision
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -1,303 +1,337 @@
-"""Trains a model on a tokenized dataset and leaves a Hugging Face checkpoint directory.
+"""The training loop: transformers' Trainer with this project's optimizer, data order, evaluation and checkpoints.
 
-`train` is the whole stage: it resumes where a killed run stopped, keeps the best weights, evaluates them on the full
-validation split, and writes weights, tokenizer, custom code, model card, curves and samples. The loop is in `loop.py`.
+What differs from the stock Trainer, and why: windows come in an order that depends on the seed alone (a resumed run
+skips to its place without reading data); evaluation gives bits per byte; a checkpoint appears complete or not at all,
+and holds the sum of losses that the next log line will report; a termination waits for the end of the step and saves
+first; a loss that is not finite stops the run before anything is saved.
 """
 
-import dataclasses
-import hashlib
+import json
+import math
+import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
-from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase
-from transformers.trainer_callback import TrainerState
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Sampler
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 
-from model.build import build_config, build_model
-from model.configuration_rex import RexConfig
-from model.devices import resolve_device, resolve_precision
 from model.errors import PipelineError
 from model.evaluation import evaluate
 from model.modeling_rex import RexForCausalLM
-from model.progress import Log, silent
-from model.settings import ExperimentSettings
-from model.text.tokenizer import load_tokenizer
+from model.progress import Log, format_duration
+from model.settings import TrainingSettings
+from model.system.allocator import keep_freed_memory
 from model.text.tokens import TokenDataset
-from model.training import checkpoints
-from model.training.arguments import accumulation_steps, processes, training_arguments
-from model.training.failures import is_out_of_memory, out_of_memory
-from model.training.loop import OnMetrics, RexTrainer
-from model.training.outputs import sample_texts, write_outputs
-from model.training.predecessors import load_teacher, start_from
-from model.training.throughput import flops_per_token, matmul_peak, peak_memory_bytes
+from model.training import checkpoints, failures
+from model.training.attention import ATTENTION
+from model.training.loss import TrainingLoss
+from model.training.optimizer import build_optimizer, warmup_stable_decay
+from model.training.signals import DeferredSignals, deferred_signals
+from model.training.throughput import flops_per_token, peak_memory_bytes
+
+OnMetrics = Callable[[int, dict[str, float]], None]
+
+_LOG_EVERY_S = 5.0
 
 
-@dataclass
-class TrainingSummary:
-    """What a training made and what it cost."""
+class WindowSampler(Sampler[int]):
+    """Indices of the windows of a whole training: every pass over the data in an order of its own.
 
-    parameters: int
-    steps: int
-    tokens: int
-    """Tokens trained on, repeated ones counted each time."""
-    seconds: float
-    """Wall time of the training loop, evaluations included, over all attempts of a resumed run."""
-    tokens_per_second: float
-    """In optimizer steps: without evaluating and saving."""
-    model_flops_per_second: float
-    """tokens_per_second times `flops_per_token`."""
-    model_flops_utilization: float
-    """model_flops_per_second as a share of `matmul_peak_flops`, 0 to 1."""
-    matmul_peak_flops: float
-    """FLOP/s of a matrix product in the precision of the training, measured when it started (all processes together)."""
-    train_loss: float
-    """Mean over the last logged steps, nats per token."""
-    validation_loss: float
-    """Of the weights that are kept, on the whole validation split, nats per token."""
-    bits_per_byte: float
-    best_step: int
-    resumed_from_step: int
-    """0 for a run in one go."""
-    peak_memory_bytes: int
-    precision: str
-    device: str
-    samples: dict[str, str]
-    """Prompt to the model's continuation."""
-
-
-def train(
-    settings: ExperimentSettings,
-    dataset_dir: Path,
-    output_dir: Path,
-    scratch_dir: Path,
-    *,
-    log: Log = silent,
-    on_metrics: OnMetrics | None = None,
-) -> TrainingSummary:
-    """Train the experiment's model; continue from `scratch_dir` where that holds checkpoints of the same training.
-
-    output_dir: becomes a Hugging Face checkpoint directory. on_metrics: called with (step, metrics) at every log.
-    On the CPU a resumed run ends with the same bits as one in one go. `scratch_dir` is left for the caller to delete.
-    SIGTERM and SIGINT wait for the end of the step, save, and then do what they did before (signals.py).
-    Several processes: each calls this with the same arguments; RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say which it
-    is, whoever started it (torchrun, Ray Train). The first one writes and reports; the folders are shared by all. Another
-    number of processes than began a training can go on with it: the batch stays, and results are equal up to rounding.
-    Raises PipelineError for a device that is not there, a dataset smaller than one batch, refused arguments, a loss
-    that is not finite, memory that does not suffice, and a full disk; the last complete checkpoint then stays.
+    The order depends on `seed` and the pass alone, never on a global generator, so a resumed run finds its place.
     """
-    device = resolve_device(settings.training.device)
-    precision = resolve_precision(settings.training.precision, device)
-    first = checkpoints.first_processes(scratch_dir) or processes()
-    passes = accumulation_steps(settings, first, processes())
-    stepwise = dataclasses.replace(settings.training, gradient_accumulation_steps=passes)
-    arguments = training_arguments(stepwise, scratch_dir, device, precision)
-    tokenizer = load_tokenizer(dataset_dir / "tokenizer")
-    length = settings.tokenizer.sequence_length
-    datasets = TokenDataset(dataset_dir, "train", length), TokenDataset(dataset_dir, "validation", length)
-    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    if len(datasets[0]) < batch:
-        raise PipelineError(
-            f"{dataset_dir} holds {len(datasets[0])} training windows of {length} tokens: expected at least one batch "
-            f"({batch} windows); use a larger corpus, or lower tokenizer.sequence_length or the batch size"
+
+    def __init__(self, windows: int, samples: int, seed: int) -> None:
+        """samples: how many windows the training takes, over as many passes as that needs."""
+        self.windows, self.samples, self.seed = windows, samples, seed
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __iter__(self) -> Iterator[int]:
+        for first in range(0, self.samples, self.windows):
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first // self.windows)
+            order = torch.randperm(self.windows, generator=generator)
+            yield from order[: self.samples - first].tolist()
+
+
+def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack windows to (B, T). No attention_mask and no position_ids: with either, flash attention is lost."""
+    input_ids_BT = torch.stack([item["input_ids"] for item in items])
+    return {"input_ids": input_ids_BT, "labels": torch.stack([item["labels"] for item in items])}
+
+
+class RexTrainer(Trainer):  # type: ignore[misc]
+    """The Trainer of one experiment; `train(resume_from_checkpoint=...)` runs it."""
+
+    def __init__(
+        self,
+        model: RexForCausalLM,
+        arguments: TrainingArguments,
+        settings: TrainingSettings,
+        datasets: tuple[TokenDataset, TokenDataset],
+        scratch_dir: Path,
+        *,
+        log: Log,
+        on_metrics: OnMetrics | None,
+        sample: Callable[[RexForCausalLM], str] | None,
+        peak_flops: float,
+        teacher: RexForCausalLM | None = None,
+    ) -> None:
+        """datasets: training and validation. sample: a short text of the model, logged at each evaluation.
+
+        peak_flops: what `model_flops_utilization` is a share of, in FLOP/s of one process. teacher: on the same device.
+        """
+        self.settings, self.scratch_dir = settings, scratch_dir
+        self._log_line, self._on_metrics, self._sample = log, on_metrics, sample
+        train_dataset, self.validation = datasets
+        self._network, self._train = model, train_dataset
+        model.linear_loss = TrainingLoss(settings, teacher)
+        if arguments.device.type == "cpu":
+            keep_freed_memory()
+            if not settings.torch_compile:
+                model.config._attn_implementation = ATTENTION
+        callbacks: list[TrainerCallback] = []
+        if settings.early_stopping_patience:
+            callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
+        callbacks += [_Schedule(settings), _Bookkeeping(self)]
+        super().__init__(
+            model=model,
+            args=arguments,
+            data_collator=collate,
+            train_dataset=train_dataset,
+            eval_dataset=self.validation,
+            callbacks=callbacks,
         )
-    config = build_config(
-        settings.model,
-        len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    writes = arguments.process_index == 0
-    if not writes:
-        log, on_metrics = silent, None
-    resume_step = _agreed(lambda: checkpoints.open_scratch(scratch_dir, _identity(settings, dataset_dir, first)))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+        self.remove_callback(PrinterCallback)  # it prints every log to stdout
+        self._tokens_per_step = self.get_total_train_batch_size(arguments) * train_dataset.sequence_length
+        self._flops_per_token = flops_per_token(model, train_dataset.sequence_length)
+        self._peak_flops = peak_flops * arguments.world_size
+        self.interrupts = DeferredSignals()
+        self.trained_s = 0.0
+        """Seconds of optimizer steps in this process: no evaluation, no saving."""
+        self._last_line_s = self._last_log_s = self._started_s = time.monotonic()
+        self._paused_s = self._earlier_s = 0.0
+        self._first_step = self._last_log_step = 0
 
-    def sample(model: RexForCausalLM) -> str:
-        prompts = settings.training.sample_prompts[:1]
-        return "".join(
-            k + v for k, v in sample_texts(model, tokenizer, prompts, min(settings.training.sample_tokens, 24)).items()
+    # -- data, optimizer, schedule ------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        samples = self.args.max_steps * self.get_total_train_batch_size(self.args)
+        return WindowSampler(len(self._train), samples, self.args.seed)
+
+    def _windows(self, step: int) -> list[int]:
+        """Windows of the whole batch of the 1-based `step`, over all processes."""
+        batch = self.get_total_train_batch_size(self.args)
+        return list(islice(iter(self._get_train_sampler()), (step - 1) * batch, step * batch))
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer of `settings.optim`."""
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(self._network, self.settings)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Warm-up, stable, linear decay, unless `arguments` names a schedule of transformers'."""
+        if "lr_scheduler_type" in self.settings.arguments:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            warmup_steps, max_steps = self.settings.warmup_steps, num_training_steps
+            decay_steps = min(round(self.settings.decay_fraction * max_steps), max_steps - warmup_steps)
+            self.lr_scheduler = LambdaLR(
+                optimizer or self.create_optimizer(),
+                lambda step: warmup_stable_decay(
+                    step, warmup_steps=warmup_steps, decay_steps=decay_steps, max_steps=max_steps
+                ),
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Loss and bits per byte on `eval_windows` validation windows, in the precision of the training."""
+        started = time.monotonic()
+        with self.accelerator.autocast():
+            result = evaluate(
+                self._network,
+                self.validation,
+                batch_size=self.args.per_device_eval_batch_size,
+                max_windows=self.settings.eval_windows,
+            )
+        step = self.state.global_step
+        if not math.isfinite(result.loss):
+            raise failures.diverged("validation loss", result.loss, step, [], self.settings, self.scratch_dir)
+        metrics = {"eval_loss": result.loss, "bits_per_byte": result.bits_per_byte}
+        text = self._sample(self._network) if self._sample is not None and step and self.args.should_save else ""
+        self._log_line(
+            f"step {step:,}: validation loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte"
+            + (f", {text!r}" if text else "")
         )
+        self._paused_s += time.monotonic() - started
+        self.log(metrics)
+        if text:
+            self.state.log_history[-1]["sample"] = text  # type: ignore[assignment]  # JSON; typed as numbers
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        # A run that stops early ends with a checkpoint that says so: continued after a kill, it stays stopped.
+        self.control.should_save = self.control.should_save or self.control.should_training_stop
+        return metrics
 
-    peak_flops = matmul_peak(device, precision)
-    with _quiet_transformers():
-        state, trained_s = _run(
-            settings,
-            arguments,
-            config,
-            tokenizer,
-            datasets,
-            scratch_dir,
-            resume_step,
-            log,
-            on_metrics,
-            sample,
-            peak_flops,
-        )
-        best_step = state.best_global_step or state.global_step
-        model = build_model(config, settings.training.seed)
-        _load_weights(model, checkpoints.checkpoint_dir(scratch_dir, best_step))
-        _agreed(lambda: None)  # nobody deletes what another still reads
-        model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
-        log(f"validating the weights of step {best_step:,} on the whole validation split")
-        result = evaluate(model, datasets[1], batch_size=settings.training.per_device_eval_batch_size, log=log)
-        steps_here = state.global_step - (resume_step or 0)
-        rates = [entry["tokens_per_second"] for entry in state.log_history if "tokens_per_second" in entry]
-        tokens_per_second = steps_here * batch * length / trained_s if steps_here and trained_s else rates[-1]
-        summary = TrainingSummary(
-            parameters=model.num_parameters(),
-            steps=state.global_step,
-            tokens=state.global_step * batch * length,
-            seconds=max(entry["seconds"] for entry in state.log_history),
-            tokens_per_second=tokens_per_second,
-            model_flops_per_second=tokens_per_second * flops_per_token(model, length),
-            model_flops_utilization=tokens_per_second
-            * flops_per_token(model, length)
-            / (peak_flops * arguments.world_size),
-            matmul_peak_flops=peak_flops * arguments.world_size,
-            train_loss=[entry["loss"] for entry in state.log_history if "loss" in entry][-1],
-            validation_loss=result.loss,
-            bits_per_byte=result.bits_per_byte,
-            best_step=best_step,
-            resumed_from_step=resume_step or 0,
-            peak_memory_bytes=peak_memory_bytes(device),
-            precision=precision,
-            device=device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
-            samples=sample_texts(model, tokenizer, settings.training.sample_prompts, settings.training.sample_tokens),
-        )
-        if writes:
-            write_outputs(settings, model.cpu(), tokenizer, state.log_history, summary, dataset_dir, output_dir)
-    return summary
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save = self.control.should_save or is_best
+        return is_best
 
+    # -- logging ------------------------------------------------------------------------------------------------------
 
-def _run(
-    settings: ExperimentSettings,
-    arguments: transformers.TrainingArguments,
-    config: RexConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    datasets: tuple[TokenDataset, TokenDataset],
-    scratch_dir: Path,
-    resume_step: int | None,
-    log: Log,
-    on_metrics: OnMetrics | None,
-    sample: Any,
-    peak_flops: float,
-) -> tuple[TrainerState, float]:
-    """The state after the last step, and the seconds of optimizer steps in this process."""
-    newest = checkpoints.checkpoint_dir(scratch_dir, resume_step) if resume_step is not None else None
-    if newest is not None:
-        state = TrainerState.load_from_json(str(newest / checkpoints.STATE))
-        log(f"continuing from step {resume_step:,} of {state.max_steps:,}")
-        if checkpoints.is_finished(state):
-            return state, 0.0
-    model = build_model(config, settings.training.seed)
-    if settings.training.init_from:
-        start_from(model, Path(settings.training.init_from), tokenizer)
-    teacher = None
-    if settings.training.distill_from:
-        teacher = load_teacher(
-            Path(settings.training.distill_from), tokenizer, datasets[0].sequence_length, arguments.device
-        )
-    model.config.use_cache = False  # a cache per step would be filled and thrown away
-    arguments.eval_on_start = newest is None
-    log(
-        f"training {model.num_parameters():,} parameters for {settings.training.max_steps:,} steps "
-        f"on {arguments.device.type} in {arguments.mixed_precision or 'no'} mixed precision"
-    )
-    trainer = RexTrainer(
-        model,
-        arguments,
-        settings.training,
-        datasets,
-        scratch_dir,
-        log=log,
-        on_metrics=on_metrics,
-        sample=sample,
-        peak_flops=peak_flops,
-        teacher=teacher,
-    )
-    try:
-        trainer.train(resume_from_checkpoint=str(newest) if newest is not None else None)
-        return trainer.state, trainer.trained_s
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-    # Here and not in the handler: the traceback keeps the activations that did not fit.
-    raise out_of_memory(model, settings.training, datasets[0].sequence_length, bfloat16=arguments.bf16)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train to the end, from the start or from a complete checkpoint of this run."""
+        if isinstance(resume_from_checkpoint, str):
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / checkpoints.STATE))
+            self._first_step = self._last_log_step = state.global_step
+            self._earlier_s = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
+        self._resumed_from = resume_from_checkpoint
+        self._started_s = self._last_log_s = time.monotonic()
+        with deferred_signals() as self.interrupts:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def restore_loss_sum(self) -> None:
+        """Take up the sum of losses since the last log line where the checkpoint left it."""
+        if isinstance(self._resumed_from, str):
+            held = json.loads((Path(self._resumed_from) / checkpoints.LOSS_SUM).read_text())
+            sums = held["sums"]
+            # A log line reports the mean over processes: where another number of them goes on, each takes that.
+            own = sums[self.args.process_index] if len(sums) == self.args.world_size else sum(sums) / len(sums)
+            self._tr_loss = torch.tensor(own, device=self.args.device)
+            self._globalstep_last_logged = held["last_logged_step"]
 
-def _agreed(decide: Callable[[], Any]) -> Any:
-    """What the first process decides, for all; a PipelineError of it is raised in all."""
-    if not dist.is_initialized():
-        return decide()
-    outcome: list[Any] = [None]
-    if dist.get_rank() == 0:
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add one entry to the history, and pass it to `on_metrics` and, now and then, to the log."""
+        if "train_runtime" in logs:  # the Trainer's closing statistics count a resumed run wrongly; ours replace them
+            return
+        now, step = time.monotonic(), self.state.global_step
+        if "loss" in logs:
+            busy_s = now - self._last_log_s - self._paused_s
+            tokens_per_second = (step - self._last_log_step) * self._tokens_per_step / max(busy_s, 1e-9)
+            logs["tokens_per_second"] = tokens_per_second
+            logs["model_flops_per_second"] = tokens_per_second * self._flops_per_token
+            logs["model_flops_utilization"] = logs["model_flops_per_second"] / self._peak_flops
+            logs["peak_memory_bytes"] = peak_memory_bytes(self.args.device)
+            self.trained_s += busy_s
+            self._last_log_s, self._paused_s, self._last_log_step = now, 0.0, step
+        logs["seconds"] = self._earlier_s + now - self._started_s
+        self.state.log_history.append({"step": step, **logs})
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+        if self._on_metrics is not None:
+            self._on_metrics(step, dict(logs))
+        if "loss" in logs and (now - self._last_line_s >= _LOG_EVERY_S or step == self.state.max_steps):
+            self._last_line_s = now
+            left_s = (now - self._started_s) / (step - self._first_step) * (self.state.max_steps - step)
+            self._log_line(
+                f"step {step:,} of {self.state.max_steps:,} ({100 * step / self.state.max_steps:.0f} %): loss "
+                f"{logs['loss']:.4f}, {logs['tokens_per_second']:,.0f} tokens/s, {format_duration(left_s)} left"
+            )
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        # The sum of losses since the last log keeps a NaN. Reading it waits for a GPU, so there only when due anyway.
+        due = self.control.should_log or self.control.should_evaluate or self.control.should_save
+        if due or not tr_loss.is_cuda:
+            if not math.isfinite(loss := tr_loss.item()):
+                raise self._diverged("training loss", loss)
+            # Under fp16 an infinite gradient is normal: the scaler skips the step and lowers its scale.
+            if grad_norm is not None and not self.args.fp16 and not math.isfinite(norm := float(grad_norm)):
+                raise self._diverged("gradient norm", norm)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _diverged(self, what: str, value: float) -> PipelineError:
+        step = self.state.global_step
+        documents = failures.documents_of(self._train, self._windows(step))
+        return failures.diverged(what, value, step, documents, self.settings, self.scratch_dir)
+
+    def stop(self, step: int) -> None:
+        """Pass on the termination that was held back: the checkpoint of `step` is written."""
+        self._log_line(f"stopping after a signal: step {step:,} is saved")
+        self.interrupts.deliver()
+        raise KeyboardInterrupt(f"stopped by a signal after step {step}")  # another process's signal, or a mild handler
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(checkpoints.staging(self.scratch_dir))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        started, step = time.monotonic(), self.state.global_step
         try:
-            outcome = [decide()]
-        except PipelineError as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome)
-    if isinstance(outcome[0], PipelineError):
-        raise outcome[0]
-    return outcome[0]
+            super()._save_checkpoint(model, trial)
+            sums = [self._tr_loss.item()]
+            if dist.is_initialized():  # the barrier as well: each process has added its random state
+                sums = [0.0] * self.args.world_size
+                dist.all_gather_object(sums, self._tr_loss.item())
+            if self.args.should_save:
+                held = {"sums": sums, "last_logged_step": self._globalstep_last_logged}
+                staged = checkpoints.staging(self.scratch_dir) / f"checkpoint-{step}"
+                (staged / checkpoints.LOSS_SUM).write_text(json.dumps(held))
+                checkpoints.commit(self.scratch_dir, step)
+                checkpoints.prune(self.scratch_dir, self.settings.save_total_limit, self.state.best_global_step)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if type(error) is RuntimeError and "PytorchStreamWriter" not in str(error):  # torch.save on a full disk
+                raise
+            shutil.rmtree(checkpoints.staging(self.scratch_dir), ignore_errors=True)
+            raise failures.cannot_write(step, self.scratch_dir, error) from error
+        self._paused_s += time.monotonic() - started
 
 
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars, and no warnings: they speak of options that the loop fixes. Restored afterwards."""
-    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()
+class _Schedule(TrainerCallback):  # type: ignore[misc]
+    """When to evaluate and log beyond the regular steps: early numbers, the last step, and wherever a save is due."""
+
+    def __init__(self, settings: TrainingSettings) -> None:
+        self._evaluate_at = {settings.eval_steps // 10, settings.eval_steps // 3, settings.max_steps}
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if state.global_step in self._evaluate_at:
+            control.should_evaluate = True
+        if control.should_evaluate or control.should_save:
+            control.should_log = True
+        return control
 
 
-def _load_weights(model: RexForCausalLM, checkpoint: Path) -> None:
-    weights = checkpoint / "model.safetensors"
-    if not weights.is_file():
-        raise PipelineError(f"{weights} is missing: expected the weights of the best step; delete {checkpoint.parent}")
-    missing, unexpected = model.load_state_dict(load_file(weights), strict=False)
-    model.tie_weights()
-    if unexpected or set(missing) - {"lm_head.weight"}:
-        raise PipelineError(f"{weights} does not fit the model ({[*missing, *unexpected]}): delete {checkpoint.parent}")
+class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
+    """Takes up what a checkpoint held, and saves at the end of the step in which a termination arrived."""
 
+    def __init__(self, trainer: RexTrainer) -> None:
+        self._trainer = trainer
+        self._ends = False
 
-def _file_digest(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.restore_loss_sum()
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        self._ends = self._trainer.interrupts.pending
+        # All processes save the same step, whichever got the signal first. On GPUs asking waits for the device.
+        if dist.is_initialized() and (args.device.type == "cpu" or state.global_step % args.logging_steps == 0):
+            ends = torch.tensor(int(self._ends), device=args.device)
+            dist.all_reduce(ends, dist.ReduceOp.MAX)
+            self._ends = bool(ends.item())
+        elif dist.is_initialized():
+            self._ends = False
+        # Nothing is logged for it: the curve is that of a run that nobody stopped.
+        control.should_save = control.should_save or self._ends
+        return control
 
-def _identity(settings: ExperimentSettings, dataset_dir: Path, first_processes: int) -> dict[str, Any]:
-    """Everything that decides the result of the training; the token files by their size and document boundaries."""
-
-    def digest(*names: str) -> str:
-        found = hashlib.sha256()
-        for name in names:
-            found.update((dataset_dir / name).read_bytes())
-        return found.hexdigest()
-
-    return {
-        "model": dataclasses.asdict(settings.model),
-        "training": dataclasses.asdict(settings.training),
-        "sequence_length": settings.tokenizer.sequence_length,
-        "dataset": digest("train.documents.npy", "validation.documents.npy"),
-        "dataset_bytes": (dataset_dir / "train.bin").stat().st_size,
-        "tokenizer": digest("tokenizer/tokenizer.json"),
-        "init_from": _file_digest(Path(settings.training.init_from) / "model.safetensors"),
-        "distill_from": _file_digest(Path(settings.training.distill_from) / "model.safetensors"),
-        # The number that began it: with the settings it says how large a batch is (arguments.accumulation_steps).
-        "processes": first_processes,
-    }
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._ends or (self._trainer.interrupts.pending and not dist.is_initialized()):
+            self._trainer.stop(state.global_step)

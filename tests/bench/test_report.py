@@ -8,16 +8,14 @@ import pytest
 import torch
 
 from bench.decode import decode, measure_kv_cache, prompt
-from bench.memory import Configuration, measure_peaks
-from bench.plots import running_median
-from bench.quality import held_out, token_counts, unigram_bits, xz_bits
-from bench.report import build_report, settings_of
-from bench.speed import _middles, _total, common_length, uncached_every
+from bench.report.memory import Configuration, measure_peaks
+from bench.report.plots import running_median
+from bench.report.quality import held_out, token_counts, unigram_bits, xz_bits
+from bench.report.report import build_report, settings_of
+from bench.report.speed import _middles, _total, common_length, uncached_every
 from model.build import build_config, build_model
 from model.errors import PipelineError
 from model.evaluation import evaluate
-from model.loading import load_model
-from model.quantization import quantize_checkpoint
 from model.settings import (
     BenchmarkSettings,
     CorpusSettings,
@@ -28,6 +26,8 @@ from model.settings import (
 from model.text.chat import USER
 from model.text.corpus import build_corpus
 from model.text.tokens import TokenDataset, build_tokenized_dataset
+from model.weights.loading import load_model
+from model.weights.quantization import quantize_checkpoint
 from tests.model.training.tiny import TOKENIZER, experiment, make_dataset
 
 BENCHMARK = BenchmarkSettings(

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.bento.serving import GREEDY, Server, command, environment, save_long_model, serve
+from tests.bento.running_service import GREEDY, Server, command, environment, save_long_model, serve
 from tests.e2e.workplace import free_port
 
 pytestmark = pytest.mark.e2e

@@ -7,8 +7,8 @@ import torch
 from bentoml.exceptions import InvalidArgument
 
 from bento.options import BentoArgs, describe_variables, find_model, origins, with_overrides
-from model import int8
 from model.settings import ServingSettings
+from model.weights import int8
 from tests.tiny import save_tiny_model
 
 

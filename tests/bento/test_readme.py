@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bento.serving import save_long_model, serve
+from tests.bento.running_service import save_long_model, serve
 from tests.e2e.workplace import REPO
 
 pytestmark = pytest.mark.e2e

@@ -90,7 +90,7 @@ class Stack:
 def composed(folder: Path) -> Iterator[Stack]:
     """Images and settings for a stack that nobody has started; what is left of it is removed at the end."""
     compose = require_compose()
-    image = run(sys.executable, "-m", "llm_assets.stack_image", "--tag", "rex-e2e:cpu").splitlines()[-1]
+    image = run(sys.executable, "-m", "llm_assets.containers.stack", "--tag", "rex-e2e:cpu").splitlines()[-1]
     names = ("PORT", "UI_PORT", "MLFLOW_PORT", "PREVIOUS_PORT")
     settings = {
         "POSTGRES_PASSWORD": "a-password-of-the-test",

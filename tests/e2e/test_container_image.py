@@ -13,7 +13,7 @@ import pytest
 from openai import OpenAI
 
 from bench.image import HELD
-from llm_assets.image_context import lay_out
+from llm_assets.containers.context import lay_out
 from llm_assets.resources.bentos import BentoBuilder
 from tests.e2e.engine import Container, docker, require_engine, start
 from tests.e2e.workplace import BIN, REPO, new_workplace

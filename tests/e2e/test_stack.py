@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from bench.stack import STATUS
-from tests.bento.serving import GREEDY
+from tests.bento.running_service import GREEDY
 from tests.e2e.stack import Stack, composed, run
 from tests.e2e.test_webserver import ask, ended, launch, wait_until
 

@@ -9,10 +9,10 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from llm_assets.io_managers import ArtifactDirectory, DirectoryIOManager
+from llm_assets.artifacts.io_manager import ArtifactDirectory, DirectoryIOManager
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
-from llm_assets.stage import Stage, stage
+from llm_assets.stage.stage import Stage, stage
 
 COMMON: dict[str, Any] = {
     "partitions_def": dg.StaticPartitionsDefinition(["smoke", "stdlib"]),

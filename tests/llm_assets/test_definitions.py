@@ -5,10 +5,10 @@ import dagster as dg
 import pytest
 
 from llm_assets import jobs
+from llm_assets.artifacts.io_manager import DirectoryIOManager
 from llm_assets.definitions import ASSETS, build_defs, defs
-from llm_assets.experiment import DEFAULT_EXPERIMENT, experiment_names
-from llm_assets.io_managers import DirectoryIOManager
-from llm_assets.partitions import ExperimentPartitions, experiments
+from llm_assets.experiments.compose import DEFAULT_EXPERIMENT, experiment_names
+from llm_assets.experiments.partitions import ExperimentPartitions, experiments
 
 
 def test_importing_the_definitions_imports_nothing_heavy() -> None:

@@ -8,7 +8,7 @@ STEP = """
 import multiprocessing, sys
 
 def step():
-    assert "model.training.trainer" in sys.modules  # before anything here imports it
+    assert "model.training.train" in sys.modules  # before anything here imports it
     import torch
     torch.set_num_threads(2)
     ones = torch.ones(1024, 1024, requires_grad=True)
@@ -38,4 +38,4 @@ def test_where_there_is_a_gpu_each_step_imports_torch_itself(tmp_path: Path) -> 
     driver = tmp_path / "nvidiactl"
     driver.touch()
     assert preloaded_modules(gpu_drivers=[str(driver)]) == ["llm_assets.definitions", "mlflow"]
-    assert "model.training.trainer" in preloaded_modules(gpu_drivers=[str(tmp_path / "none")])
+    assert "model.training.train" in preloaded_modules(gpu_drivers=[str(tmp_path / "none")])

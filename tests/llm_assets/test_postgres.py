@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import dagster as dg
 import pytest
 
-from llm_assets.prepare_stack import EXAMPLE_PASSWORD, check_settings, mlflow_uri
+from llm_assets.containers.prepare import EXAMPLE_PASSWORD, check_settings, mlflow_uri
 from model.errors import PipelineError
 from tests.e2e.workplace import BIN, REPO, Workplace
 from tests.postgres import postgres_server
@@ -25,7 +25,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
             "DAGSTER_FILES": str(root / "files"),
         }
         made = Workplace(root, root / "bentoml", variables)
-        done = made.run("python", "-m", "llm_assets.prepare_stack")
+        done = made.run("python", "-m", "llm_assets.containers.prepare")
         assert done.returncode == 0, done.stdout
         assert "databases: dagster, mlflow created" in done.stdout
         yield made
@@ -81,14 +81,14 @@ def test_mlflow_has_one_experiment_and_both_runs(workplace: Workplace, two_runs:
 
 
 def test_preparing_again_changes_nothing(workplace: Workplace) -> None:
-    done = workplace.run("python", "-m", "llm_assets.prepare_stack")
+    done = workplace.run("python", "-m", "llm_assets.containers.prepare")
     assert done.returncode == 0, done.stdout
     assert "databases: none created" in done.stdout
 
 
 def test_a_wrong_password_is_one_line(workplace: Workplace) -> None:
     guessing = Workplace(workplace.root, workplace.bentoml, {**workplace.variables, "POSTGRES_PASSWORD": "guessed"})
-    done = guessing.run("python", "-m", "llm_assets.prepare_stack")
+    done = guessing.run("python", "-m", "llm_assets.containers.prepare")
     assert done.returncode == 1
     assert done.stdout.startswith("error: the database server refuses: ") and len(done.stdout.splitlines()) == 1
     assert "guessed" not in done.stdout

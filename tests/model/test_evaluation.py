@@ -6,9 +6,9 @@ import torch
 
 from model.build import build_config, build_model
 from model.evaluation import compare, evaluate
+from model.logits import CHUNK_BYTES
 from model.modeling_rex import RexForCausalLM
 from model.text.tokens import TokenDataset
-from model.training.loss import CHUNK_BYTES
 from tests.model.training.tiny import TOKENIZER, experiment, make_dataset
 
 

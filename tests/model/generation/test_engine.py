@@ -6,11 +6,11 @@ import threading
 import pytest
 import torch
 
-from model import int8
 from model.errors import PipelineError
 from model.generation.engine import Engine
 from model.generation.requests import Finished, GenerationRequest, PromptScores, SamplingParameters
 from model.text.tokenizer import token_bytes
+from model.weights import int8
 from tests.model.generation.engines import GREEDY, PROMPT, reference, start, tokens
 from tests.tiny import CONTEXT, TEXT, tiny_model
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from model import int8
 from model.generation.cache import SlotCache
 from model.generation.forward import Piece, RaggedForward
-from model.generation.packing import PackedLinear, PackedRMSNorm, pack
+from model.weights import int8
+from model.weights.packed import PackedLinear, PackedRMSNorm, pack
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TEXTS = [np.arange(start, start + 60) % 270 + 2 for start in (3, 70, 140, 210)]

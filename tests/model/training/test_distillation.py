@@ -9,11 +9,12 @@ import torch
 from torch.nn import functional
 
 from model.errors import PipelineError
+from model.logits import IGNORED
 from model.settings import ExperimentSettings, TokenizerSettings
 from model.text.tokenizer import train_tokenizer
 from model.training import checkpoints, loss
-from model.training.loss import IGNORED, Teaching, linear_cross_entropy
-from model.training.trainer import train
+from model.training.loss import Teaching, linear_cross_entropy
+from model.training.train import train
 from tests.model.training.tiny import experiment
 
 B, T, D, E, V = 3, 9, 24, 16, 61

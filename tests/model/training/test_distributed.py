@@ -13,7 +13,7 @@ import pytest
 from model.errors import PipelineError
 from model.training import checkpoints
 from model.training.arguments import accumulation_steps
-from model.training.trainer import train
+from model.training.train import train
 from tests.model.training.tiny import experiment
 
 REPO = Path(__file__).resolve().parents[3]

@@ -18,7 +18,7 @@ import pytest
 from model.settings import CorpusSettings, ExperimentSettings, TokenizerSettings
 from model.text.corpus import build_corpus
 from model.text.tokens import build_tokenized_dataset
-from model.training.trainer import train
+from model.training.train import train
 from tests.model.training.tiny import experiment
 
 GOLDEN = Path(__file__).with_name("golden.json")

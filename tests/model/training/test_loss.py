@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.build import build_config, build_model
-from model.training.loss import IGNORED, linear_cross_entropy
+from model.logits import IGNORED
+from model.training.loss import linear_cross_entropy
 from tests.model.training.tiny import experiment
 
 REPO = Path(__file__).resolve().parents[3]

@@ -8,7 +8,8 @@ import pytest
 
 from model.errors import PipelineError
 from model.training import checkpoints
-from model.training.trainer import TrainingSummary, train
+from model.training.summary import TrainingSummary
+from model.training.train import train
 from tests.model.training.tiny import experiment
 
 REPO = Path(__file__).resolve().parents[3]
@@ -50,7 +51,7 @@ def on_metrics(step, metrics):
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from model.training.trainer import train
+from model.training.train import train
 from tests.model.training.tiny import experiment
 {sabotage}
 dataset, output, scratch = (Path(argument) for argument in sys.argv[1:])

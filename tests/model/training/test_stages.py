@@ -18,7 +18,8 @@ from model.text.corpus import build_corpus, read_documents
 from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset, build_tokenized_dataset
 from model.training.failures import documents_of
-from model.training.trainer import TrainingSummary, train
+from model.training.summary import TrainingSummary
+from model.training.train import train
 from tests.model.training.tiny import experiment
 
 PAIRS = [(f"is {n} odd", "yes" if n % 2 else "no") for n in range(60)]

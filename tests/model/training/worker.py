@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from model.training.trainer import train
+from model.training.train import train
 from tests.model.training.tiny import experiment
 
 

@@ -1,0 +1,119 @@
+"""Peak memory of decoding, each configuration in a process of its own.
+
+A process's peak never falls, so configurations cannot share one. `python -m bench.report.memory` imports once, then forks a
+child for every configuration: the child loads the model, decodes and reports its peak.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.decode import decode, prompt
+from model.errors import PipelineError
+from model.weights.loading import load_model
+
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+@dataclass
+class Configuration:
+    """What a child loads and decodes."""
+
+    model: str
+    """The name in the report."""
+    model_dir: str
+    cache: bool
+    tokens: int
+    device: str
+    threads: int
+
+
+def measure_peaks(configurations: list[Configuration]) -> list[dict[str, Any]]:
+    """Each configuration with `peak_bytes` (resident set) and `baseline_bytes`, the part that imports alone take.
+
+    On a GPU also `peak_gpu_bytes`, what torch allocated there. Raises PipelineError where a child fails.
+    """
+    request = json.dumps([asdict(configuration) for configuration in configurations])
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path])}
+    result = subprocess.run(
+        [sys.executable, "-m", "bench.report.memory", request],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
+        raise PipelineError(f"measuring peak memory failed: {reason}")
+    measured: list[dict[str, Any]] = json.loads(result.stdout.splitlines()[-1])
+    return measured
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
+
+
+def _run(configuration: Configuration) -> dict[str, Any]:
+    """In the child: the peak of loading the model and decoding to `tokens`."""
+    torch.set_num_threads(configuration.threads)
+    baseline = _peak_bytes()
+    model = load_model(Path(configuration.model_dir), device=configuration.device)
+    if configuration.cache:
+        decode(model, prompt(model), configuration.tokens, use_cache=True)
+    else:
+        # Without a cache a token's memory depends on its position alone, so the last one gives the peak.
+        decode(model, prompt(model, configuration.tokens), 1, use_cache=False)
+    gpu = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None
+    return {
+        **asdict(configuration),
+        "peak_bytes": _peak_bytes(),
+        "baseline_bytes": baseline,
+        "peak_gpu_bytes": gpu,
+    }
+
+
+def _run_in_a_fork(configuration: Configuration) -> dict[str, Any]:
+    """Fork before torch has started a thread, as threads do not survive a fork."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.close(read_end)
+            with os.fdopen(write_end, "w") as pipe:
+                json.dump(_run(configuration), pipe)
+            status = 0
+        except BaseException as error:  # noqa: BLE001  whatever it is must not unwind into the parent's code
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(status)
+    os.close(write_end)
+    with os.fdopen(read_end) as pipe:
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if status:
+        raise SystemExit(1)
+    measured: dict[str, Any] = json.loads(answer)
+    return measured
+
+
+def main() -> None:
+    """Measure the configurations given as JSON and print them with their peaks."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report.memory", description=main.__doc__)
+    parser.add_argument("configurations", help="a JSON list of configurations, as bench.report.memory.Configuration")
+    arguments = parser.parse_args()
+    configurations = [Configuration(**item) for item in json.loads(arguments.configurations)]
+    print(json.dumps([_run_in_a_fork(configuration) for configuration in configurations]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""The benchmark report of an experiment, measured on its artifacts: quality, speed and memory of both models.
+
+    python -m bench.report CHECKPOINT_DIR QUANTIZED_DIR DATASET_DIR OUTPUT_DIR
+
+writes report.json (everything, raw rounds included), report.md, kv_cache.png and model_benchmark_comparison.png.
+What is timed is in `bench/report/speed.py`, what is scored in `bench/report/quality.py`; this file puts it together.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import hardware
+from bench.decode import check_length
+from bench.report.markdown import render
+from bench.report.memory import Configuration, measure_peaks
+from bench.report.plots import plot_comparison, plot_kv_cache
+from bench.report.quality import measure_quality, write_samples
+from bench.report.speed import FULL, common_length, measure_speed, uncached_every
+from model.configuration_rex import RexConfig
+from model.errors import PipelineError, ends_in_one_line, full_disk_as_error
+from model.modeling_rex import RexForCausalLM
+from model.progress import Log, silent
+from model.settings import BenchmarkSettings, ExperimentSettings, ModelSettings, ServingSettings, TokenizerSettings
+from model.system.devices import resolve_device
+from model.weights import int8
+from model.weights.loading import WEIGHTS, load_model, read_config, read_method
+
+SCHEMA_VERSION = 2
+
+
+def build_report(
+    settings: ExperimentSettings,
+    checkpoint_dir: Path,
+    quantized_dir: Path,
+    dataset_dir: Path,
+    output_dir: Path,
+    *,
+    log: Log = silent,
+) -> dict[str, Any]:
+    """Measure both models on `settings.serving.device`, write the four files to `output_dir`, return report.json.
+
+    Its key `summary` holds the headline numbers, flat. Speeds are in tokens per second, latencies in milliseconds,
+    sizes in bytes. Raises PipelineError where a directory cannot be loaded or a length exceeds the model's context.
+    """
+    device = resolve_device(settings.serving.device, setting="serving.device")
+    directories = {"full": checkpoint_dir, "quantized": quantized_dir}
+    labels = {"full": FULL, "quantized": _label(read_method(quantized_dir))}
+    loaded = {key: load_model(path, device=str(device)) for key, path in directories.items()}
+    _check_lengths(settings, loaded["full"].config)
+    models = {labels[key]: model for key, model in loaded.items()}
+    threads = hardware.torch_threads(int8.count_parameters(loaded["full"]))
+    with _threads(threads):
+        machine = hardware.describe(device)  # before the work, so that the load average is that of others
+        log(f"benchmark: {labels['full']} and {labels['quantized']} on {device}, {threads} threads")
+        log("benchmark: quality and peak memory")
+        with ThreadPoolExecutor(1) as beside:  # neither is timed
+            memory = beside.submit(_memory, settings, directories, labels, str(device), threads)
+            with _threads(hardware.all_threads()):
+                quality = measure_quality(models, dataset_dir, settings, log=log)
+        log("benchmark: speed")
+        speed = measure_speed(models, settings.benchmark, log=log)
+        samples = write_samples(models, dataset_dir / "tokenizer", settings)
+    report: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "experiment": settings.name,
+        "description": settings.description,
+        "hardware": machine,
+        "settings": {
+            "benchmark": asdict(settings.benchmark),
+            "common_length": common_length(settings.benchmark),
+            "uncached_every": uncached_every(settings.benchmark),
+        },
+        "models": {key: _describe(labels[key], model, directories[key]) for key, model in loaded.items()},
+        "quality": quality,
+        **speed,
+        "memory": memory.result(),
+        "samples": samples,
+    }
+    report["summary"] = summarize(report)
+    with full_disk_as_error(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        (output_dir / "report.md").write_text(render(report), encoding="utf-8")
+        plot_kv_cache(report, output_dir / "kv_cache.png")
+        plot_comparison(report, output_dir / "model_benchmark_comparison.png")
+    headline = report["summary"]
+    log(
+        f"benchmark: {headline['bits_per_byte']:.3f} bits per byte, {headline['decode_tokens_per_second']:,.0f} "
+        f"tokens/s, {headline['kv_cache_speedup']:.1f} times as fast with the KV cache"
+    )
+    return report
+
+
+def summarize(report: dict[str, Any]) -> dict[str, Any]:
+    """The headline numbers, flat: what people plot over time."""
+    full, quantized = report["models"]["full"], report["models"]["quantized"]
+    quality, common = report["quality"], report["settings"]["common_length"]
+
+    def speed(label: str, cache: bool, tokens: int) -> float:
+        rows = [r for r in report["decode"] if (r["model"], r["cache"], r["tokens"]) == (label, cache, tokens)]
+        return float(rows[0]["tokens_per_second"])
+
+    longest = max(row["tokens"] for row in report["decode"])
+    scores = {label: score["bits_per_byte"] for label, score in quality["models"].items()}
+    return {
+        "parameters": full["parameters"],
+        "bits_per_byte": scores[full["label"]],
+        "bits_per_byte_quantized": scores[quantized["label"]],
+        "bits_per_byte_xz": quality["yardsticks"]["xz"],
+        "bits_per_byte_xz_whole_split": quality["yardsticks"]["xz_whole_split"],
+        "bits_per_byte_unigram": quality["yardsticks"]["unigram"],
+        "bits_per_byte_uniform": quality["yardsticks"]["uniform"],
+        "kv_cache_tokens": longest,
+        "kv_cache_speedup": speed(full["label"], True, longest) / speed(full["label"], False, longest),
+        "decode_tokens": common,
+        "decode_tokens_per_second": speed(full["label"], True, common),
+        "decode_tokens_per_second_quantized": speed(quantized["label"], True, common),
+        "quantized_speedup": speed(quantized["label"], True, common) / speed(full["label"], True, common),
+        "largest_batch_tokens_per_second": max(
+            row["tokens_per_second"] for row in report["batch"] if row["model"] == full["label"]
+        ),
+        "largest_batch_tokens_per_second_quantized": max(
+            row["tokens_per_second"] for row in report["batch"] if row["model"] == quantized["label"]
+        ),
+        "weights_bytes": full["weights_bytes"],
+        "weights_bytes_quantized": quantized["weights_bytes"],
+        "peak_memory_bytes": _peak(report, full["label"]),
+        "peak_memory_bytes_quantized": _peak(report, quantized["label"]),
+    }
+
+
+def _peak(report: dict[str, Any], label: str) -> int:
+    return int(next(row["peak_bytes"] for row in report["memory"] if row["model"] == label and row["cache"]))
+
+
+def _label(method: str) -> str:
+    return "not quantized" if method == "none" else method
+
+
+def _describe(label: str, model: RexForCausalLM, directory: Path) -> dict[str, Any]:
+    return {
+        "label": label,
+        "parameters": int8.count_parameters(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights_bytes": (directory / WEIGHTS).stat().st_size,
+        "hidden_size": model.config.hidden_size,
+        "num_hidden_layers": model.config.num_hidden_layers,
+        "vocab_size": model.config.vocab_size,
+        "max_position_embeddings": model.config.max_position_embeddings,
+    }
+
+
+def _check_lengths(settings: ExperimentSettings, config: RexConfig) -> None:
+    benchmark = settings.benchmark
+    check_length("benchmark.generated_tokens", max(benchmark.generated_tokens), config)
+    check_length("benchmark.prefill_tokens", max(benchmark.prefill_tokens), config)
+    check_length("benchmark.batch_tokens", benchmark.batch_tokens, config)
+    check_length("tokenizer.sequence_length", settings.tokenizer.sequence_length, config)
+
+
+def _memory(
+    settings: ExperimentSettings, directories: dict[str, Path], labels: dict[str, str], device: str, threads: int
+) -> list[dict[str, Any]]:
+    longest = max(settings.benchmark.generated_tokens)
+    configurations = [
+        Configuration(labels[key], str(directory), cache, longest, device, threads)
+        for key, directory in directories.items()
+        for cache in (True, False)
+    ]
+    # The report names no folder of the machine it was made on.
+    return [{k: v for k, v in row.items() if k != "model_dir"} for row in measure_peaks(configurations)]
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@ends_in_one_line
+def main() -> int:
+    """Measure an experiment's artifacts and write its report."""
+    defaults = BenchmarkSettings()
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("checkpoint_dir", type=Path, help="directory of the trained checkpoint")
+    parser.add_argument("quantized_dir", type=Path, help="directory of the quantized model")
+    parser.add_argument("dataset_dir", type=Path, help="directory of the tokenized data set")
+    parser.add_argument("output_dir", type=Path, help="where the four files go")
+    parser.add_argument("--name", default="experiment", help="the experiment's name, for the title")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to measure")
+    for name, value in asdict(defaults).items():
+        nargs = "+" if isinstance(value, list) else None
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, nargs=nargs, default=value, help=f"benchmark.{name}"
+        )
+    arguments = parser.parse_args()
+    build_report(
+        settings_of(arguments.checkpoint_dir, arguments.dataset_dir, arguments),
+        arguments.checkpoint_dir,
+        arguments.quantized_dir,
+        arguments.dataset_dir,
+        arguments.output_dir,
+        log=print,
+    )
+    print(arguments.output_dir / "report.md")
+    return 0
+
+
+def settings_of(checkpoint_dir: Path, dataset_dir: Path, options: argparse.Namespace) -> ExperimentSettings:
+    """Settings for artifacts alone: the context from the checkpoint, the window from the data set, the rest given."""
+    summary = dataset_dir / "summary.json"
+    if not summary.is_file():
+        raise PipelineError(f"{summary} is missing: expected a tokenized data set")
+    return ExperimentSettings(
+        name=options.name,
+        tokenizer=TokenizerSettings(sequence_length=json.loads(summary.read_text("utf-8"))["sequence_length"]),
+        model=ModelSettings(max_position_embeddings=read_config(checkpoint_dir).max_position_embeddings),
+        benchmark=BenchmarkSettings(**{name: getattr(options, name) for name in asdict(BenchmarkSettings())}),
+        serving=ServingSettings(device=options.device),
+    )

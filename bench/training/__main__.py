@@ -1,0 +1,212 @@
+"""Training against the trainers people use: quality in a given time, tokens/s, and the share of the machine's limit.
+
+    python -m bench.training shakespeare --nanogpt DIR --text data/tinyshakespeare.txt
+    python -m bench.training speed                  # the shape of stdlib_30m against an HF Trainer run of Llama
+    python -m bench.training costs                  # reading data, saving and resuming beside the steps of a training
+    python -m bench.training speed --gpu --nanogpt DIR    # the shape of gpt2_124m against nanoGPT compiled
+
+Sides run in turn on the same machine, every run in a process of its own. nanoGPT is fetched by whoever measures. For the
+first comparison both sides have the same text, split (first 90 % of the characters train), shape (4 layers, 4 heads, 128
+wide, context 64), and are scored alike: mean nats per character over the whole validation part.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.hardware import describe
+from bench.settings import read_settings
+from bench.training import costs, nanogpt, speed
+from model.settings import ExperimentSettings, ModelSettings, TokenizerSettings, TrainingSettings
+from model.text.tokenizer import FastEncoder, token_bytes, train_tokenizer
+from model.text.tokens import encode_split
+
+SIDES = ("short", "nanogpt", "long")
+# Steps and windows a step: what a quarter of nanoGPT's time and what all of it allow on two cores without bfloat16.
+SHORT, LONG = (150, 16), (950, 16)
+
+
+def character_dataset(text: str, directory: Path) -> Path:
+    """Both splits as one document each, cut where nanoGPT cuts: the first 90 % of the characters train."""
+    tokenizer = train_tokenizer(TokenizerSettings(kind="char"), [text])
+    spelled = token_bytes(tokenizer)
+    directory.mkdir(parents=True)
+    tokenizer.save_pretrained(directory / "tokenizer")
+    np.save(directory / "token_bytes.npy", np.frombuffer(b"".join(spelled), np.uint8))
+    np.save(directory / "byte_counts.npy", np.array([len(data) for data in spelled], np.int64))
+    cut = int(len(text) * 0.9)
+    for split, part in (("train", text[:cut]), ("validation", text[cut:])):
+        encode_split(FastEncoder(tokenizer), [part], directory / split, tokenizer.eos_token_id, len(spelled), np.uint16)
+    return directory
+
+
+def shakespeare_settings(steps: int, batch: int) -> ExperimentSettings:
+    """The experiment `shakespeare_char` with its steps and batch changed; windows predict 64 characters, as nanoGPT's."""
+    model = read_settings(ModelSettings, "model/rex_char.yaml")
+    training = read_settings(TrainingSettings, "training/char_minutes.yaml")
+    length = nanogpt.CONTEXT + 1
+    return ExperimentSettings(
+        name="shakespeare",
+        tokenizer=TokenizerSettings(kind="char", sequence_length=length),
+        model=dataclasses.replace(model, max_position_embeddings=length),
+        training=dataclasses.replace(
+            training,
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            warmup_steps=20,
+            eval_steps=steps,
+            save_steps=steps,
+            sample_tokens=0,
+        ),
+        benchmark=dataclasses.replace(ExperimentSettings("").benchmark, generated_tokens=[1], prefill_tokens=[1]),
+    )
+
+
+def train_ours(steps: int, batch: int, dataset_dir: Path) -> dict[str, float]:
+    """Train in a process of its own; its wall time, the loop's, and the loss on the whole validation part."""
+    started, cpu_before = time.perf_counter(), nanogpt.children_cpu_s()
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "bench.training", "run", str(steps), str(batch), str(dataset_dir), scratch]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    # The whole validation part is scored after the training: nanoGPT's score is not in its time either.
+    process_s, cpu_s = time.perf_counter() - started, nanogpt.children_cpu_s() - cpu_before
+    return {**found, "process_s": process_s - found["after_s"], "cpu_s": cpu_s - found["after_cpu_s"]}
+
+
+def _run(steps: int, batch: int, dataset_dir: Path, scratch: Path) -> dict[str, float]:
+    from model.training.train import train
+
+    trained = time.perf_counter(), time.process_time()
+
+    def mark(line: str) -> None:
+        nonlocal trained
+        if line.startswith("validating the weights"):
+            trained = time.perf_counter(), time.process_time()
+
+    summary = train(shakespeare_settings(steps, batch), dataset_dir, scratch / "output", scratch / "work", log=mark)
+    return {
+        "loop_s": summary.seconds,
+        "loss": summary.validation_loss,
+        "after_s": time.perf_counter() - trained[0],
+        "after_cpu_s": time.process_time() - trained[1],
+        "tokens_per_second": summary.tokens_per_second,
+        "model_flops_utilization": summary.model_flops_utilization,
+    }
+
+
+def compare_shakespeare(
+    folder: Path, text: Path, rounds: int, short: Sequence[int], long: Sequence[int], named: Sequence[str] = SIDES
+) -> dict[str, Any]:
+    """Rounds of nanoGPT, our short and our long run, or of those that are named, in an order that turns."""
+    result: dict[str, Any] = {"short": short, "long": long, "rounds": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = nanogpt.prepare(folder, text, Path(scratch))
+        dataset_dir = character_dataset(text.read_text(), Path(scratch, "ours"))
+        sides = {
+            "short": lambda: train_ours(short[0], short[1], dataset_dir),
+            "nanogpt": lambda: dataclasses.asdict(nanogpt.train(copy)),
+            "long": lambda: train_ours(long[0], long[1], dataset_dir),
+        }
+        for number in range(rounds):
+            order = [name for name in SIDES if name in named]
+            if number % 2:
+                order.reverse()
+            row = {}
+            for name in order:
+                row[name] = sides[name]()
+                print(f"round {number + 1}, {name}: {json.dumps(row[name])}", flush=True)
+            result["rounds"].append(row)
+    for name in named:
+        for value in ("process_s", "loop_s", "cpu_s", "loss"):
+            result[f"{name}_{value}"] = statistics.median(row[name][value] for row in result["rounds"])
+    for name in {"short", "long"} & set(named) if "nanogpt" in named else ():
+        for clock in ("process_s", "loop_s", "cpu_s"):
+            share = [row[name][clock] / row["nanogpt"][clock] for row in result["rounds"]]
+            result[f"{name}_{clock}_share"] = statistics.median(share)
+    return result
+
+
+def describe_shakespeare(result: dict[str, Any]) -> str:
+    """A line for each side that ran."""
+    lines = []
+    for name in SIDES:
+        if f"{name}_loss" in result:
+            line = f"{name}: {result[f'{name}_loss']:.3f} nats per character after {result[f'{name}_process_s']:.1f} s"
+            line += f" ({result[f'{name}_loop_s']:.1f} s without start and end, {result[f'{name}_cpu_s']:.1f} s of processor)"
+            if f"{name}_loop_s_share" in result:
+                shares = [f"{result[f'{name}_{clock}_share']:.2f}" for clock in ("process_s", "loop_s", "cpu_s")]
+                line += f", {shares[0]} of nanoGPT's ({shares[1]}, {shares[2]})"
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the comparison; `--json FILE` also writes it."""
+    parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    quality = commands.add_parser("shakespeare", help="quality in nanoGPT's time")
+    quality.add_argument("--nanogpt", type=Path, required=True, help="a work tree of nanoGPT")
+    quality.add_argument("--text", type=Path, default=Path("data/tinyshakespeare.txt"), help="Tiny Shakespeare")
+    quality.add_argument("--rounds", type=int, default=3, help="interleaved rounds, four minutes each (default 3)")
+    quality.add_argument("--short", type=int, nargs=2, default=SHORT, help=f"steps and batch (default {SHORT})")
+    quality.add_argument("--long", type=int, nargs=2, default=LONG, help=f"steps and batch (default {LONG})")
+    quality.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="only these (default: all)")
+    speed_command = commands.add_parser("speed", help="tokens/s and MFU")
+    speed_command.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
+    speed_command.add_argument("--steps", type=int, default=4, help="timed optimizer steps a round (default 4)")
+    speed_command.add_argument("--gpu", action="store_true", help="gpt2_124m on a GPU against nanoGPT compiled")
+    speed_command.add_argument("--nanogpt", type=Path, help="a work tree of nanoGPT, for --gpu")
+    costs_command = commands.add_parser("costs", help="reading, saving and resuming beside the steps")
+    costs_command.add_argument("--rounds", type=int, default=3, help="rounds (default 3)")
+    costs_command.add_argument("--shape", choices=list(speed.SHAPES), default="stdlib", help="default: stdlib")
+    for command in (quality, speed_command, costs_command):
+        command.add_argument("--json", type=Path, help="also write the figures to this file")
+    for name, names in (
+        ("run", ["steps", "batch", "dataset", "scratch"]),
+        ("side", ["name", "steps"]),
+        ("cost", ["shape", "scratch", "kind"]),
+    ):
+        hidden = commands.add_parser(name)
+        for argument in names:
+            hidden.add_argument(argument)
+    options = parser.parse_args(arguments)
+    if options.command == "run":
+        print(json.dumps(_run(int(options.steps), int(options.batch), Path(options.dataset), Path(options.scratch))))
+        return
+    if options.command == "side":
+        print(json.dumps(speed.measure_side(options.name, int(options.steps))))
+        return
+    if options.command == "cost":
+        found = costs.run(options.shape, Path(options.scratch), resumed=options.kind == "resumed")
+        print(json.dumps(found))
+        return
+    if options.command == "costs":
+        result = costs.measure(options.shape, options.rounds)
+    elif options.command == "shakespeare":
+        result = compare_shakespeare(
+            options.nanogpt, options.text, options.rounds, options.short, options.long, options.sides
+        )
+        print(describe_shakespeare(result))
+    elif options.gpu:
+        result = speed.compare_gpu(options.nanogpt, options.rounds, options.steps)
+    else:
+        result = speed.compare_cpu(options.rounds, options.steps)
+    result["machine"] = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""HTTP around the routes: keys, body limits, middleware, the OpenAPI description."""

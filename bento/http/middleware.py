@@ -1,0 +1,153 @@
+"""Around every route: a request id, the limit on bodies, keys, admission, one log line, metrics, a span, and an answer
+when anything fails.
+
+A log line says what a request cost, never what it asked: prompts, texts and keys stay out of the log, and everything in
+it comes from fixed sets, numbers and an id of plain characters.
+"""
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from bento.errors import ApiError, server_error
+from bento.http.auth import ApiKeyMiddleware
+from bento.serving.admission import Admission, AdmissionMiddleware
+from bento.serving.models import Models
+from bento.telemetry.metrics import ServiceMetrics
+from bento.telemetry.record import CLIENT_LEFT, RequestRecord
+
+logger = logging.getLogger("bentoml.requests")  # the name decides that the server's log shows it
+CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+REJECTIONS = {429, 503}
+METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"}
+
+
+def surround(
+    app: FastAPI,
+    *,
+    metrics: ServiceMetrics,
+    admission: Admission,
+    models: Models,
+    max_body_bytes: int,
+    api_keys: Sequence[str] = (),
+    cors_origins: Sequence[str] = (),
+) -> None:
+    """Put everything of this module around the routes of `app`; the last added is the outermost."""
+    app.add_middleware(AdmissionMiddleware, admission=admission, models=models)
+    app.add_middleware(ApiKeyMiddleware, keys=api_keys)
+    app.add_middleware(RequestMiddleware, max_body_bytes=max_body_bytes, metrics=metrics)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+
+
+class RequestMiddleware:
+    """Wraps the routes. max_body_bytes: of a body, however it is sent; more is answered 413."""
+
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, metrics: ServiceMetrics) -> None:
+        self.app, self._max_body_bytes, self._metrics = app, max_body_bytes, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        record = RequestRecord(_request_id(headers), self._metrics)
+        scope.setdefault("state", {})["record"] = record
+        stated = headers.get("content-length", "")
+        received_bytes = int(stated) if stated.isdecimal() and int(stated) > self._max_body_bytes else 0
+
+        async def limited_receive() -> Message:
+            nonlocal received_bytes
+            if received_bytes > self._max_body_bytes:
+                raise self._too_large()
+            message = await receive()
+            if message["type"] == "http.request":
+                # Counted besides: a chunked body states no length.
+                received_bytes += len(message.get("body", b""))
+                if received_bytes > self._max_body_bytes:
+                    raise self._too_large()
+            return message
+
+        async def recording_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = record.id
+            await send(message)
+
+        try:
+            await self.app(scope, limited_receive, recording_send)
+        except ApiError as refusal:  # of a middleware inside this one; those of routes are answered there
+            if record.status == CLIENT_LEFT:
+                record.error_code = refusal.content["error"]["code"]
+                await refusal.response()(scope, receive, recording_send)
+        except Exception:
+            # Nothing may leave here: the server around it would leave the client without an answer until its timeout.
+            logger.exception("request %s failed", record.id)
+            if record.status == CLIENT_LEFT:
+                error = server_error(500, "the server failed; its log has the reason", code="internal_error")
+                await error.response()(scope, receive, recording_send)
+        finally:
+            self._account(scope, headers, record)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413, f"the body is larger than {self._max_body_bytes:,} bytes, the most that is read", code="body_too_large"
+        )
+
+    def _account(self, scope: Scope, headers: Headers, record: RequestRecord) -> None:
+        route = scope.get("route")
+        label = route.path if isinstance(route, APIRoute) else "other"
+        seconds = time.monotonic() - record.started
+        self._metrics.requests[label, str(record.status), record.finish_reason] += 1
+        if record.status in REJECTIONS:
+            self._metrics.rejections[record.error_code or str(record.status)] += 1
+        if record.finish_reason != "-":
+            self._metrics.end_to_end.observe(seconds)
+        tracer: Any = getattr(scope["app"].state, "tracer", None)
+        trace_id = tracer.record(label, _method(scope), headers, record, seconds) if tracer else None
+        logger.info(
+            "request id=%s route=%s status=%d prompt_tokens=%d cached_tokens=%d generated_tokens=%d finish_reason=%s "
+            "queue_ms=%s first_token_ms=%s ms=%.0f%s",
+            record.id,
+            label,
+            record.status,
+            record.prompt_tokens,
+            record.cached_tokens,
+            record.generated_tokens,
+            record.finish_reason,
+            _milliseconds(record.queue_s),
+            _milliseconds(record.first_token_s),
+            1000 * seconds,
+            f" trace_id={trace_id}" if trace_id else "",
+        )
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1000 * seconds:.0f}"
+
+
+def _method(scope: Scope) -> str:
+    """A method that is known, so that a made-up one cannot become a name in the traces."""
+    return scope["method"] if scope["method"] in METHODS else "_OTHER"
+
+
+def _request_id(headers: Headers) -> str:
+    """The client's own id where it is short and plain (it ends up in the log), else a new one."""
+    given = headers.get("x-request-id", "")
+    return given if CLIENT_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

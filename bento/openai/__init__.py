@@ -1,0 +1,1 @@
+"""The OpenAI API: routes, request schemas, response formats, chat templates, log-probabilities."""

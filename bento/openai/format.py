@@ -1,0 +1,249 @@
+"""What the engine answers, in the OpenAI API's words: whole answers and the chunks of a stream.
+
+A chunk that carries text and nothing else, which is nearly every one, is put together from two constant parts and the
+text, because JSON is made for each token of each stream.
+"""
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from json.encoder import encode_basestring
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from bento.openai.logprobs import Placed, TokenNames, TokenTrail, chat_logprobs, completion_logprobs, place_prompt
+from bento.serving.answers import Batch, server_sent
+from bento.serving.backend import Prompt
+from model.generation.requests import Event, Finished, PromptScores, TextPiece
+
+if TYPE_CHECKING:
+    from model.generation.engine import Engine
+
+TEXT_GOES_HERE = "a7c3text91f0goes5e2dhere"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a choice shows besides its text.
+
+    is_echoed: the text begins with the prompt. endings: tokens that end a text but are shown, because the engine was told
+    to go on after them.
+    """
+
+    is_scored: bool
+    has_ids: bool
+    is_echoed: bool = False
+    endings: frozenset[int] = frozenset()
+
+
+class Choice:
+    """One text as it grows: its tokens, and where they are in it."""
+
+    def __init__(self, prompt: Prompt, wish: Wish, engine: "Engine") -> None:
+        self.prompt, self._wish = prompt, wish
+        self._token_bytes = engine.token_bytes
+        self._start = ""
+        if wish.is_echoed:
+            self._start = engine.decode(prompt.ids) if prompt.text is None else prompt.text
+        has_tokens = wish.is_scored or wish.has_ids
+        self._trail = TokenTrail(engine.token_bytes, len(self._start)) if has_tokens else None
+        self.is_opened = self.has_shown_prompt = False
+        self.generated_tokens = 0
+        self._last_token = -1
+
+    def read(self, event: Event) -> tuple[str, list[Placed]]:
+        """The text and the tokens that are certain with an event; the first begin with an echoed prompt."""
+        text, self._start = self._start, ""
+        tokens: list[Placed] = []
+        if isinstance(event, PromptScores):
+            if self._wish.is_echoed and self._wish.is_scored:
+                tokens = place_prompt(self.prompt.ids, event.logprobs, self._token_bytes)
+        elif isinstance(event, TextPiece):
+            text += event.text
+            self.generated_tokens += len(event.token_ids)
+            if self._trail:
+                tokens = self._trail.push(event)
+                self._last_token = event.token_ids[-1] if event.token_ids else self._last_token
+        else:
+            self.generated_tokens = event.generated_tokens
+            tokens = self._trail.flush(event.stopped_by) if self._trail else []
+        return text, tokens
+
+    def finish_reason(self, last: Finished) -> str:
+        """Why the text ended."""
+        return "stop" if self._last_token in self._wish.endings else last.finish_reason
+
+
+class Format(ABC):
+    """The answers to one request. number: makes its id; n: choices of each prompt, which follow each other."""
+
+    id_prefix: ClassVar[str]
+    object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    def __init__(
+        self,
+        *,
+        wish: Wish,
+        engine: "Engine",
+        model: str,
+        number: str,
+        prompts: Sequence[Prompt],
+        n: int,
+        has_usage: bool,
+        has_running_usage: bool,
+    ) -> None:
+        self.wish, self.names = wish, TokenNames(engine)
+        self._prompts, self._n = prompts, n
+        self._has_usage, self._has_running_usage = has_usage, has_running_usage
+        self._choices = [Choice(prompt, wish, engine) for prompt in prompts for _ in range(n)]
+        self._head = {"id": f"{self.id_prefix}-{number}", "created": int(time.time()), "model": model}
+        self._cached: list[int | None] = [None] * len(prompts)
+        self._around: list[tuple[str, str]] = []
+
+    def whole(self, results: Sequence[tuple[list[Event], Finished]]) -> dict[str, Any]:
+        """The answer in one piece."""
+        choices = []
+        for index, (events, last) in enumerate(results):
+            choice = self._choices[index]
+            read = [choice.read(event) for event in (*events, last)]
+            tokens = [token for _, some in read for token in some]
+            self._note_cached(index, last)
+            content = self._content("".join(text for text, _ in read))
+            choices.append(
+                {
+                    "index": index,
+                    **content,
+                    "finish_reason": choice.finish_reason(last),
+                    **self._extras(choice, tokens),
+                }
+            )
+        return {**self._head, "object": self.object, "choices": choices, "usage": self._usage()}
+
+    async def stream(self, batches: AsyncGenerator[Batch]) -> AsyncGenerator[str]:
+        """Server-sent events; those that came together are sent together."""
+        is_plain = not (self.wish.is_scored or self.wish.has_ids or self._has_running_usage)
+        self._around = [self._constant_parts(index) for index in range(len(self._choices))]
+        async for batch in batches:
+            out = []
+            for index, event in batch:
+                choice = self._choices[index]
+                if not choice.is_opened:
+                    choice.is_opened = True
+                    out += self._opening(index)
+                if isinstance(event, TextPiece) and is_plain:
+                    text, _ = choice.read(event)
+                    if text:
+                        before, after = self._around[index]
+                        out.append(f"{before}{encode_basestring(text)}{after}")
+                    continue
+                out += self._chunks(index, event)
+            if out:
+                yield "".join(out)
+        if self._has_usage:
+            yield self._event([], self._usage())
+
+    @abstractmethod
+    def _content(self, text: str) -> dict[str, Any]:
+        """A choice's text, of a whole answer."""
+
+    @abstractmethod
+    def _delta(self, text: str) -> dict[str, Any]:
+        """A choice's text, of a chunk."""
+
+    @abstractmethod
+    def _logprobs(self, tokens: Sequence[Placed]) -> dict[str, Any]:
+        """Tokens of a choice with their log-probabilities."""
+
+    def _opening(self, index: int) -> list[str]:
+        """What comes before a choice's first text."""
+        return []
+
+    def _chunks(self, index: int, event: Event) -> list[str]:
+        choice = self._choices[index]
+        text, tokens = choice.read(event)
+        finish_reason = None
+        if isinstance(event, Finished):
+            finish_reason = choice.finish_reason(event)
+            self._note_cached(index, event)
+        elif not (text or tokens):
+            return []
+        extras = self._extras(choice, tokens)
+        shown = {"index": index, **self._delta(text), "finish_reason": finish_reason, **extras}
+        return [self._event([shown], self._usage() if self._has_running_usage else None)]
+
+    def _extras(self, choice: Choice, tokens: Sequence[Placed]) -> dict[str, Any]:
+        extras: dict[str, Any] = {"logprobs": self._logprobs(tokens) if self.wish.is_scored and tokens else None}
+        if self.wish.has_ids:
+            extras["token_ids"] = [token.token_id for token in tokens if not token.is_prompt]
+            if not choice.has_shown_prompt:
+                choice.has_shown_prompt = True
+                extras["prompt_token_ids"] = list(choice.prompt.ids)
+        return extras
+
+    def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> str:
+        chunk = {**self._head, "object": self.chunk_object, "choices": choices}
+        if self._has_usage or self._has_running_usage:
+            chunk["usage"] = usage
+        return server_sent(json.dumps(chunk, ensure_ascii=False, separators=(",", ":")))
+
+    def _constant_parts(self, index: int) -> tuple[str, str]:
+        choice = {"index": index, **self._delta(TEXT_GOES_HERE), "finish_reason": None, "logprobs": None}
+        before, after = self._event([choice], None).split(f'"{TEXT_GOES_HERE}"')
+        return before, after
+
+    def _note_cached(self, index: int, last: Finished) -> None:
+        # Of several choices of one prompt the first to run finds the least.
+        prompt = index // self._n
+        known = self._cached[prompt]
+        self._cached[prompt] = last.cached_tokens if known is None else min(known, last.cached_tokens)
+
+    def _usage(self) -> dict[str, Any]:
+        prompt = sum(len(prompt.ids) for prompt in self._prompts)
+        generated = sum(choice.generated_tokens for choice in self._choices)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+            "prompt_tokens_details": {"cached_tokens": sum(cached or 0 for cached in self._cached)},
+        }
+
+
+class CompletionFormat(Format):
+    """/v1/completions."""
+
+    id_prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def _content(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def _delta(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def _logprobs(self, tokens: Sequence[Placed]) -> dict[str, Any]:
+        return completion_logprobs(tokens, self.names)
+
+
+class ChatFormat(Format):
+    """/v1/chat/completions."""
+
+    id_prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def _content(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _delta(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text} if text else {}}
+
+    def _logprobs(self, tokens: Sequence[Placed]) -> dict[str, Any]:
+        return chat_logprobs(tokens, self.names)
+
+    def _opening(self, index: int) -> list[str]:
+        choice = {
+            "index": index,
+            "delta": {"role": "assistant", "content": ""},
+            "finish_reason": None,
+            "logprobs": None,
+        }
+        return [self._event([choice], self._usage() if self._has_running_usage else None)]

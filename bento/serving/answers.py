@@ -1,0 +1,235 @@
+"""What the engine answers, seen from the event loop: events of one HTTP request's generations, and their stream.
+
+The engine hands events over in its own thread. All that came since the event loop last looked wake it once, however many
+requests they belong to: a wake-up costs more than the event. What the events become is the routes' business.
+"""
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from bento.errors import ApiError, server_error
+from bento.serving.admission import never_started, queue_timeout
+from bento.telemetry.record import CLIENT_LEFT, RequestRecord
+from model.generation.requests import Event, Finished, Generation, GenerationRequest, TextPiece
+
+if TYPE_CHECKING:
+    from model.generation.engine import Engine
+
+Batch = list[tuple[int, Event]]
+"""Events that came together, each with the place of its generation among those of the request."""
+T = TypeVar("T")
+GATHER_S = 0.001
+"""How long the events of one step of several generations are waited for; the clock of an event loop is no finer."""
+
+
+class Mailbox:
+    """Carries events from the engine's thread into one event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._events: deque[tuple[Answers, int, Event]] = deque()
+        self._is_scheduled = False
+        self.running = 0
+        """Generations that events are expected of."""
+
+    def post(self, answers: "Answers", index: int, event: Event) -> None:
+        """Called in the engine's thread. Raises RuntimeError where the loop is closed."""
+        self._events.append((answers, index, event))
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            try:
+                self._loop.call_soon_threadsafe(self._wake)
+            except RuntimeError:
+                self._is_scheduled = False
+                raise
+
+    def _wake(self) -> None:
+        if self.running == 1:
+            self._empty()
+            return
+        # Waking this thread has interrupted the engine at the first event of its step: the others follow now.
+        self._loop.call_later(GATHER_S, self._empty)
+
+    def _empty(self) -> None:
+        # Before the events are taken: one that comes in between schedules again.
+        self._is_scheduled = False
+        while self._events:
+            answers, index, event = self._events.popleft()
+            answers.take(index, event)
+
+
+_mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
+
+
+def _mailbox() -> Mailbox:
+    loop = asyncio.get_running_loop()
+    if loop not in _mailboxes:
+        for closed in [one for one in _mailboxes if one.is_closed()]:
+            del _mailboxes[closed]
+        _mailboxes[loop] = Mailbox(loop)
+    return _mailboxes[loop]
+
+
+class Answers:
+    """The generations of one request under way: all of them were admitted together.
+
+    Raises what `Engine.submit_all` raises.
+    """
+
+    def __init__(self, engine: "Engine", requests: Sequence[GenerationRequest], record: RequestRecord) -> None:
+        self._pending: Batch = []
+        self._waiter: asyncio.Future[None] | None = None
+        mailbox = self._mailbox = _mailbox()
+        self._generations: list[Generation] = engine.submit_all(requests, lambda i, event: mailbox.post(self, i, event))
+        self._clocks = [record.follow(generation) for generation in self._generations]
+        self._running = set(range(len(self._generations)))
+        mailbox.running += len(self._running)
+
+    def take(self, index: int, event: Event) -> None:
+        """One event; called in the event loop."""
+        self._pending.append((index, event))
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def batches(self) -> AsyncGenerator[Batch]:
+        """All events, as they come. Raises ApiError where a generation fails, after what came before."""
+        while self._running:
+            if not self._pending:
+                self._waiter = asyncio.get_running_loop().create_future()
+                await self._waiter
+            batch, self._pending = self._pending, []
+            for place, (index, event) in enumerate(batch):
+                if isinstance(event, TextPiece):
+                    self._clocks[index].tick()
+                elif isinstance(event, Finished):
+                    self._end(index, event)
+                    if failure := self._failure(index, event):
+                        if place:
+                            yield batch[:place]
+                        raise failure
+            yield batch
+
+    async def whole(self, receive: Receive) -> list[tuple[list[Event], Finished]]:
+        """For each generation all events before the last, and the last. Ends when the client leaves.
+
+        Raises ApiError where one fails.
+        """
+        events: list[list[Event]] = [[] for _ in self._generations]
+        last: dict[int, Finished] = {}
+
+        async def collect() -> None:
+            async with aclosing(self.batches()) as batches:
+                async for batch in batches:
+                    for index, event in batch:
+                        if isinstance(event, Finished):
+                            last[index] = event
+                        else:
+                            events[index].append(event)
+
+        try:
+            await until_disconnect(receive, collect())
+        finally:
+            self.close()
+        return [(events[index], last[index]) for index in range(len(events))]
+
+    def close(self) -> None:
+        """Cancel what still runs: nobody waits for it."""
+        for index in list(self._running):
+            self._generations[index].cancel()
+            self._end(index, None)
+
+    def _end(self, index: int, last: Finished | None) -> None:
+        self._running.remove(index)
+        self._mailbox.running -= 1
+        self._clocks[index].stop(last)
+
+    def _failure(self, index: int, last: Finished) -> ApiError | None:
+        """Why a generation did not complete, None where it did."""
+        if last.finish_reason == "timeout" and never_started(self._generations[index]):
+            return queue_timeout()
+        if last.finish_reason == "timeout":
+            return server_error(
+                504,
+                f"the answer was not complete in time; {last.generated_tokens} tokens were generated: ask for fewer",
+                code="timeout",
+            )
+        if last.finish_reason == "cancelled":  # not by this client, who would not be told
+            return server_error(503, "the service is stopping", code="stopped")
+        if last.finish_reason == "error":
+            reason = last.error or "generating failed: the server's log has the reason"
+            return server_error(500, reason, code="internal_error")
+        return None
+
+
+class EventStream(Response):
+    """Server-sent events, which `events` makes of what the engine answers, then [DONE].
+
+    A failure before the first is an ordinary error answer; after it, an event `{"error"}`. A client that leaves ends it.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, answers: Answers, events: Callable[[AsyncGenerator[Batch]], AsyncGenerator[str]]) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._answers, self._events = answers, events
+        self._is_started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        try:
+            await until_disconnect(receive, self._send_events(send))
+        except ApiError:
+            # Before the first piece this still is an answer, and the server around it waits for one.
+            if not self._is_started:
+                raise
+        finally:
+            self._answers.close()
+
+    async def _send_events(self, send: Send) -> None:
+        async def body(text: str, *, more: bool = True) -> None:
+            if not self._is_started:
+                self._is_started = True
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+
+        try:
+            async with aclosing(self._answers.batches()) as batches:
+                async for text in self._events(batches):
+                    await body(text)
+        except ApiError as error:
+            if not self._is_started:
+                raise
+            await body(server_sent(json.dumps(error.content)))
+        await body(server_sent("[DONE]"), more=False)
+
+
+def server_sent(data: str) -> str:
+    """One event; `data` has no line breaks."""
+    return f"data: {data}\n\n"
+
+
+async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client leaves. Raises ApiError 499 then: nobody reads it."""
+
+    async def disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(disconnect())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ApiError(CLIENT_LEFT, "the client left", code="client_left")
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)

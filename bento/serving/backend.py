@@ -1,0 +1,152 @@
+"""The engine behind the routes: what a route needs to turn a checked body into generations, and the limits that depend
+on the model.
+
+A request gets its backend once, and with it one model for its whole life: another may take over meanwhile.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from fastapi import Request
+
+from bento.errors import ApiError, server_error
+from bento.schema import Sampling
+from bento.serving.answers import Answers
+from model.errors import PipelineError
+from model.generation.requests import EngineBusy, EngineStopped, GenerationRequest
+
+if TYPE_CHECKING:
+    from model.generation.engine import Engine
+
+SHORT_TEXT = 4096
+"""Characters that are tokenized faster than another thread is woken."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text's tokens; the text where it was given as such."""
+
+    ids: Sequence[int]
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a route needs of one model and the service's limits.
+
+    request_timeout_s: from a request's arrival to its last token. queue_timeout_s: to its start; None waits on.
+    max_choices: texts that one request may ask for, prompts times choices.
+    """
+
+    engine: "Engine"
+    model_name: str
+    request_timeout_s: float
+    queue_timeout_s: float | None
+    max_choices: int
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError 404 where a request names a model that is not served."""
+        check_model(name, self.model_name)
+
+    async def encode(self, text: str) -> list[int]:
+        """The tokens of a text; special tokens written out in it are ordinary text."""
+        if len(text) <= SHORT_TEXT:
+            return self.engine.encode(text)
+        # A long text takes seconds, and the event loop serves everybody.
+        return await asyncio.to_thread(self.engine.encode, text)
+
+    def check_ids(self, ids: Collection[int], *, param: str) -> None:
+        """Raises ApiError 400 where a token is not in the vocabulary."""
+        size = self.engine.vocab_size
+        if ids and not 0 <= min(ids) <= max(ids) < size:
+            wrong = next(token for token in ids if not 0 <= token < size)
+            raise ApiError(
+                400,
+                f"{param} has the token id {str(wrong)[:20]}: the vocabulary has 0 to {size - 1}",
+                code="invalid_token_id",
+                param=param,
+            )
+
+    def fit(self, prompt: int, wanted: int | None, *, default: int | None, names: tuple[str, str]) -> int:
+        """The number of tokens to generate after `prompt` tokens.
+
+        wanted: None takes the default, or what fits if less; a default of None is all that fits. names: what the request
+        calls the text and the number. Raises ApiError 400 where prompt and answer do not fit into the context.
+        """
+        context = self.engine.context_length
+        text_name, count_name = names
+        free = context - prompt
+        if wanted is None:
+            wanted = max(free if default is None else min(default, free), 1)
+        if wanted > free:
+            too_long = free < 1
+            raise ApiError(
+                400,
+                f"{text_name} has {prompt:,} tokens and {count_name} is {wanted:,}: together {prompt + wanted:,}, but "
+                f"the model's context holds {context:,}; {'shorten the text' if too_long else 'ask for fewer tokens'}",
+                code="context_length_exceeded",
+                param=text_name if too_long else count_name,
+            )
+        return wanted
+
+    def generations(
+        self, body: Sampling, prompts: Sequence[Prompt], counts: Sequence[int], n: int = 1, **scores: int | None
+    ) -> list[GenerationRequest]:
+        """The engine's form of a request: each prompt continued by its count of tokens, n times.
+
+        scores: logprobs, prompt_logprobs. Raises ApiError 400 where they ask for more than there is.
+        """
+        if len(prompts) * n > self.max_choices:
+            raise ApiError(
+                400,
+                f"the request asks for {len(prompts) * n} texts (prompts times n): at most {self.max_choices} at once",
+                code="too_many_choices",
+                param="n" if n > 1 else "prompt",
+            )
+        if body.min_tokens and body.min_tokens > min(counts):
+            raise ApiError(
+                400,
+                f"min_tokens is {body.min_tokens:,}, but at most {min(counts):,} tokens are generated",
+                code="min_tokens",
+                param="min_tokens",
+            )
+        self.check_ids([int(token) for token in body.logit_bias or ()], param="logit_bias")
+        self.check_ids(body.stop_token_ids or (), param="stop_token_ids")
+        return [
+            body.generation(prompt.ids, count, choice, **scores)
+            for prompt, count in zip(prompts, counts, strict=True)
+            for choice in range(n)
+        ]
+
+    def submit(self, request: Request, generations: Sequence[GenerationRequest]) -> Answers:
+        """Start all of `generations`, or none. Raises ApiError where there is no place, or no engine."""
+        record = request.state.record
+        left_s = self.request_timeout_s - (time.monotonic() - record.started)
+        limited = [replace(one, timeout_s=left_s, queue_timeout_s=self.queue_timeout_s) for one in generations]
+        try:
+            return Answers(self.engine, limited, record)
+        except EngineBusy as busy:
+            retry = {"Retry-After": str(busy.retry_after_s)}
+            raise ApiError(429, str(busy), code="queue_full", type="rate_limit_error", headers=retry) from None
+        except EngineStopped:
+            raise server_error(503, "the model has stopped: the service restarts", code="stopped") from None
+        except PipelineError as error:
+            raise ApiError(400, str(error), code="invalid_request") from None
+
+
+BackendOf = Callable[[Request], Backend]
+"""The backend of a request that was admitted."""
+
+
+def check_model(name: str | None, served: str) -> None:
+    """Raises ApiError 404 where a request names another model than the one that is served."""
+    if name is not None and name != served:
+        raise ApiError(
+            404,
+            f"model {name[:100]!r} is not served here: {served!r} is",
+            code="model_not_found",
+            param="model",
+        )

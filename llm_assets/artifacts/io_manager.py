@@ -1,0 +1,84 @@
+"""Hands artifacts from asset to asset: publishes what a stage wrote, gives the next one a verified folder.
+
+A stage returns its sealed directory (`manifest.seal`). Where that lies below the scratch folder, its workspace, the
+directory's parent, is deleted once the version is published.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import dagster as dg
+from pydantic import Field
+
+from llm_assets.artifacts.store import ArtifactStore
+from llm_assets.failures import permanent_failures
+from llm_assets.paths import var_dir
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A sealed directory to publish, and what to call where that fails: Dagster does not tell the asset in time."""
+
+    path: Path
+    on_failure: Callable[[BaseException], None]
+
+
+ArtifactDirectory = dg.DagsterType(
+    name="ArtifactDirectory",
+    type_check_fn=lambda _, value: isinstance(value, Staged),
+    description="A directory with a manifest.",
+)
+
+
+def scratch_dir() -> Path:
+    """Where stages work: `<asset>/<experiment>/<key>/`, on the disk of the default artifact root."""
+    return var_dir() / "scratch"
+
+
+class DirectoryIOManager(dg.ConfigurableIOManager):
+    """Immutable, content-addressed artifact directories in a folder or an object store."""
+
+    root: str = Field(
+        default="",
+        description="Folder or fsspec URL (s3://bucket/prefix) of the artifacts. Empty: LLM_ASSETS_ARTIFACTS, else "
+        "var/artifacts.",
+    )
+    cache_dir: str = Field(
+        default="", description="Local copies of a remote root's artifacts. Empty: var/cache. Safe to delete."
+    )
+    keep_versions: int = Field(default=3, ge=1, description="Versions kept of each asset of each experiment.")
+
+    def store(self) -> ArtifactStore:
+        """The store that the fields describe."""
+        root = self.root or os.environ.get("LLM_ASSETS_ARTIFACTS") or str(var_dir() / "artifacts")
+        return ArtifactStore(root, Path(self.cache_dir or var_dir() / "cache"), self.keep_versions)
+
+    def handle_output(self, context: dg.OutputContext, obj: Staged) -> None:
+        """Publish a sealed directory."""
+        try:
+            with permanent_failures():
+                publication = self.store().publish(obj.path)
+        except BaseException as error:
+            obj.on_failure(error)
+            raise
+        context.add_output_metadata(
+            {
+                "path": dg.MetadataValue.path(publication.path),
+                "version": publication.version,
+                "unchanged": publication.unchanged,
+            }
+        )
+        if publication.unchanged:
+            context.log.info(f"unchanged: {publication.path} had this content already")
+        if not publication.latest:
+            context.log.warning(f"{publication.path} failed a blocking check: the latest good version stays the latest")
+        if obj.path.is_relative_to(scratch_dir()):
+            shutil.rmtree(obj.path.parent, ignore_errors=True)
+
+    def load_input(self, context: dg.InputContext) -> Path:
+        """The verified local folder of the upstream's latest version."""
+        with permanent_failures():
+            return self.store().load(context.asset_key.path[-1], context.partition_key)

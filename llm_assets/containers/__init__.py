@@ -1,0 +1,1 @@
+"""Container images: build context, packages, the composed stack."""

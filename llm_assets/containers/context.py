@@ -1,0 +1,105 @@
+"""What an image is built from: a Bento for one device, the lock of its packages, and the labels.
+
+FOLDER/bento/      the Bento with its model: `src/bento/Dockerfile` has the instructions, `env/python/requirements.txt` the lock
+FOLDER/packages/   the packages themselves, once `unpack` has run
+"""
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from llm_assets.artifacts.manifest import VERSION_DIGITS
+from llm_assets.containers import packages
+from llm_assets.paths import REPOSITORY
+from llm_assets.resources.bentos import BentoBuilder
+from model.progress import Log, silent
+
+# The service's option `device` for each kind of image.
+SERVICE_DEVICE = {"cpu": "cpu", "gpu": "cuda"}
+
+
+@dataclass(frozen=True)
+class ImageContext:
+    """A folder to build an image in, without its packages. device: `cpu` or `gpu`. python: the version of the base's."""
+
+    folder: Path
+    device: str
+    bento: str
+    base_image: str
+    python: str
+
+    @property
+    def lock(self) -> Path:
+        """The file that names every package with its version."""
+        return self.folder / "bento" / "env" / "python" / "requirements.txt"
+
+    def tag(self, base_id: str) -> str:
+        """The image's tag: the model's name, the hash of all that decides the image, the device."""
+        name, content = self.bento.partition(":")[0], [self.bento, base_id, self.lock.read_text()]
+        return f"{name}:{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:VERSION_DIGITS]}-{self.device}"
+
+    def unpack(self, log: Log = silent) -> None:
+        """Bring in the packages."""
+        packages.unpack(self.lock, self.folder / "packages", device=self.device, python=self.python, log=log)
+
+
+def lay_out(
+    folder: Path, bentos: BentoBuilder, packaged: Mapping[str, Any], experiment: str, device: str, log: Log = silent
+) -> ImageContext:
+    """Build the Bento of `device` like the packaged one (`bento.json`), copy it to `folder` and lock its packages.
+
+    Raises PipelineError where the lock is not one for the device.
+    """
+    bento = bentos.build_once(
+        packaged["bento"].partition(":")[0],
+        labels={"experiment": experiment, "device": device},
+        arguments={**packaged["arguments"], "device": SERVICE_DEVICE[device]},
+        log=log,
+    )
+    folder.mkdir(parents=True)
+    says = bentos.export(bento["tag"], folder / "bento", log=log)
+    context = ImageContext(folder, device, bento["tag"], says["base_image"], says["python_version"])
+    wanted, tested = context.lock.with_suffix(".in"), REPOSITORY / "constraints.txt"
+    packages.lock(wanted, tested, context.lock, device=device, python=context.python, log=log)
+    return context
+
+
+def labels(context: ImageContext, *, model: str, experiment: str, base: str) -> dict[str, str]:
+    """The labels of the Open Container Initiative, and `rex.` for what those have no name for."""
+    return {
+        "org.opencontainers.image.title": "REX text generation",
+        "org.opencontainers.image.source": source(_git("remote", "get-url", "origin")),
+        "org.opencontainers.image.revision": revision(),
+        "org.opencontainers.image.version": context.bento.partition(":")[2],
+        "org.opencontainers.image.base.name": base,
+        "rex.model": model,
+        "rex.experiment": experiment,
+        "rex.device": context.device,
+    }
+
+
+def source(remote: str) -> str:
+    """Where the code comes from: git's remote without a user's name or password, else the project's name."""
+    parts = urlsplit(remote)
+    if parts.scheme in ("https", "http", "ssh", "git") and parts.hostname:
+        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return f"rex-pipeline {version('rex-pipeline')}"
+
+
+def revision() -> str:
+    """The commit, with `-dirty` behind it where files differ from it; `unknown` outside a git repository."""
+    return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or "unknown"
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,1 @@
+"""Experiments: composing settings with Hydra, partitions, sweeps, references to artifacts."""

@@ -1,0 +1,1 @@
+"""One materialization: settings, upstream, workspace, tracking, interrupts, metadata."""

@@ -1,0 +1,257 @@
+"""What every stage does around its one call: settings, upstream, a place to work, tracking, and the record it leaves.
+
+    with stage(context, hydra, mlflow, {"corpus": corpus}) as work:
+        summary = build_tokenized_dataset(work.settings.tokenizer, corpus, work.output, log=work.log)
+        yield work.result(work.numbers(summary))
+
+An asset yields inside the block, so that the MLflow run ends FINISHED only once the artifact is published. A resumable stage finds `work.scratch` again after a kill: its key is the configuration, the upstream content and
+the code version, not the run.
+"""
+
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from llm_assets.artifacts.io_manager import Staged, scratch_dir
+from llm_assets.artifacts.manifest import Manifest, assert_compatible, config_hash, flatten, seal, stage_config
+from llm_assets.experiments.compose import to_yaml
+from llm_assets.failures import permanent_failures
+from llm_assets.resources.hydra import HydraConfig
+from llm_assets.resources.mlflow import MlflowTracking, TrackedRun, registered_name
+from llm_assets.stage import metadata as show
+from llm_assets.stage.interrupts import end_with_run, noticed_interrupts
+from model.errors import PipelineError, full_disk_as_error
+from model.progress import Log
+from model.settings import ExperimentSettings
+
+# Each observation is an event for good: a training of days would fill the run storage with those of every step.
+OBSERVATION_EVERY_S = 60.0
+
+
+@dataclass
+class Stage:
+    """One materialization at work.
+
+    output: empty directory for the artifact. scratch: what a killed run may find again. upstream: manifests by asset.
+    """
+
+    context: dg.AssetExecutionContext
+    experiment: str
+    settings: ExperimentSettings
+    config: dict[str, Any]
+    output: Path
+    scratch: Path
+    upstream: dict[str, Manifest]
+    tracked: TrackedRun
+    check_interrupt: Callable[[], None]
+    last_observation_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def asset(self) -> str:
+        """The asset's name."""
+        return self.context.asset_key.path[-1]
+
+    @property
+    def log(self) -> Log:
+        """Progress lines go to the run's log; a termination that got lost is noticed at the next one."""
+
+        def log(message: str) -> None:
+            self.check_interrupt()
+            self.context.log.info(message)
+
+        return log
+
+    def live(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Report progress: to MLflow at once, to the Dagster event log now and then."""
+        self.check_interrupt()
+        self.tracked.log_metrics(metrics, step)
+        now = time.monotonic()
+        if now - self.last_observation_s >= OBSERVATION_EVERY_S:
+            self.last_observation_s = now
+            seen = show.numbers({"step": step, **metrics})
+            self.context.log_event(
+                dg.AssetObservation(self.context.asset_key, partition=self.experiment, metadata=seen)
+            )
+
+    def register(self, *, bits_per_byte: float, yardstick: str, candidate: bool) -> None:
+        """Make the artifact a version of the experiment's registered model, unless a blocking check failed."""
+        if not self.tracked.failed:
+            self.tracked.register(
+                registered_name(self.experiment),
+                self.output,
+                asset=self.asset,
+                bits_per_byte=bits_per_byte,
+                yardstick=yardstick,
+                candidate=candidate,
+            )
+
+    def result(
+        self, metadata: Mapping[str, Any], checks: Sequence[dg.AssetCheckResult] = ()
+    ) -> dg.MaterializeResult[Staged]:
+        """Seal the output and describe it; a version that fails a blocking check is published but not as the latest."""
+        failed = [
+            check.check_name or ""
+            for check in checks
+            if not check.passed and check.severity == dg.AssetCheckSeverity.ERROR
+        ]
+        manifest = seal(
+            self.output,
+            asset=self.asset,
+            experiment=self.experiment,
+            config=self.config,
+            code_version=_code_version(self.context),
+            upstream={name: upstream.content_hash for name, upstream in self.upstream.items()},
+            mlflow_run_id=self.tracked.run_id,
+            dagster_run_id=self.context.run.run_id,
+            failed_checks=failed,
+        )
+        self.tracked.failed = bool(failed)
+        metadata = {**metadata, "step_peak_memory_mb": peak_memory_mb()}
+        self.tracked.log_metrics({name: value for name, value in metadata.items() if isinstance(value, int | float)})
+        return dg.MaterializeResult(
+            value=Staged(self.output, self.tracked.end_after),
+            data_version=dg.DataVersion(manifest.content_hash),
+            metadata={
+                **metadata,
+                "artifact_bytes": manifest.size,
+                "config_hash": manifest.config_hash,
+                "config": dg.MetadataValue.md(show.fenced(to_yaml(self.settings), "yaml")),
+                "mlflow_run": dg.MetadataValue.url(self.tracked.url),
+            },
+            check_results=list(checks),
+        )
+
+
+def peak_memory_mb() -> float:
+    """Megabytes that this process and its largest child, of those that have ended, held at most, each at its own peak.
+
+    A step is a process of its own; one that has one child at a time never held more.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024
+    peaks = [resource.getrusage(who).ru_maxrss * unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return round(sum(peaks) / 1e6, 1)
+
+
+@contextmanager
+def stage(
+    context: dg.AssetExecutionContext,
+    hydra: HydraConfig,
+    mlflow: MlflowTracking,
+    upstream: Mapping[str, Path] | None = None,
+    *,
+    resumable: bool = False,
+    exclusive: bool = False,
+) -> Iterator[Stage]:
+    """Prepare one materialization; bad input becomes a permanent failure, an MLflow run ends with the right status.
+
+    exclusive: wait until no other exclusive stage works on this machine (in this var/ folder).
+    """
+    end_with_run()
+    with permanent_failures(), full_disk_as_error(scratch_dir()), noticed_interrupts() as check_interrupt:
+        experiment, asset = context.partition_key, context.asset_key.path[-1]
+        settings = hydra.settings(experiment)
+        config = stage_config(settings, asset)
+        manifests = {name: Manifest.read(path) for name, path in (upstream or {}).items()}
+        assert_compatible(list(manifests.values()), settings, experiment, hydra.overrides)
+        key = context.run.run_id
+        if resumable:
+            inputs = {name: manifest.content_hash for name, manifest in manifests.items()}
+            key = config_hash({"config": config, "upstream": inputs, "code": _code_version(context)})[:24]
+        workspace = scratch_dir() / asset / experiment / key
+        with _held(workspace, experiment, asset) if resumable else nullcontext(), _alone(context, exclusive):
+            try:
+                workspace.mkdir(parents=True, exist_ok=True)
+                with mlflow.run(
+                    context, parent_run_id=_parent(manifests), resume_run_id=_read(workspace / "mlflow_run_id")
+                ) as tracked:
+                    (workspace / "mlflow_run_id").write_text(tracked.run_id)
+                    tracked.log_params(flatten(config))
+                    work = Stage(
+                        context=context,
+                        experiment=experiment,
+                        settings=settings,
+                        config=config,
+                        output=_emptied(workspace / "artifact"),
+                        scratch=workspace / "work",
+                        upstream=manifests,
+                        tracked=tracked,
+                        check_interrupt=check_interrupt,
+                    )
+                    work.scratch.mkdir(exist_ok=True)
+                    yield work
+            finally:
+                if not resumable:
+                    shutil.rmtree(workspace, ignore_errors=True)
+
+
+@contextmanager
+def _held(workspace: Path, experiment: str, asset: str) -> Iterator[None]:
+    """Hold a workspace that several runs may want; the lock is the operating system's and goes with the process."""
+    from filelock import FileLock, Timeout
+
+    workspace.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the workspace and never removed: who waits for a removed file holds another lock than who makes it anew.
+    lock = FileLock(workspace.with_name(f".{workspace.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise PipelineError(
+            f"another run is making {asset} of {experiment!r} in {workspace}: wait for it or terminate it"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _alone(context: dg.AssetExecutionContext, exclusive: bool) -> Iterator[None]:
+    """Hold the machine's cores and GPU.
+
+    A lock of the operating system and not the limit of a Dagster pool: a run that is killed keeps its pool slot for
+    ever where no daemon frees it, and every later run then waits for it.
+    """
+    if not exclusive:
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    scratch_dir().mkdir(parents=True, exist_ok=True)
+    lock = FileLock(scratch_dir() / ".device.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        context.log.info("waiting for another run's training or benchmark on this machine to end")
+        lock.acquire(poll_interval=1.0)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _emptied(directory: Path) -> Path:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    return directory
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text() if path.is_file() else None
+
+
+def _parent(manifests: Mapping[str, Manifest]) -> str | None:
+    """Everything made from a checkpoint is nested under the run that trained it."""
+    trained = manifests.get("trained_checkpoint")
+    return trained.mlflow_run_id if trained else None
+
+
+def _code_version(context: dg.AssetExecutionContext) -> str:
+    return context.assets_def.code_versions_by_key[context.asset_key] or "0"

@@ -1,0 +1,1 @@
+"""The machine: cores and quota, devices and precision, memory allocator."""

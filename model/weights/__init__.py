@@ -1,0 +1,1 @@
+"""Weights: loading, int8 and packed layers, quantization, export."""

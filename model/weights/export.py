@@ -1,0 +1,102 @@
+"""REX in the layout of an architecture that every serving tool knows: GLM-4-0414, or Llama without post-norms.
+
+The arithmetic is the same; names, the order of query and key rows and the fusion of gate and up projection differ.
+Run: `python -m model.weights.export CHECKPOINT_DIR OUTPUT_DIR`; the output needs no custom code.
+"""
+
+import copy
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import Glm4Config, Glm4ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from model.configuration_rex import RexConfig
+from model.errors import PipelineError
+from model.modeling_rex import RexForCausalLM
+
+
+def export_config(config: RexConfig) -> Glm4Config | LlamaConfig:
+    """The configuration of the same model as Glm4ForCausalLM (`post_norm`) or LlamaForCausalLM."""
+    shared = {
+        name: getattr(config, name)
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "tie_word_embeddings",
+            "initializer_range",
+            "attention_dropout",
+            "bos_token_id",
+            "pad_token_id",
+            "dtype",
+        )
+    }
+    rope = dict(config.rope_parameters or {})
+    exported: Glm4Config | LlamaConfig
+    if config.post_norm:
+        # GLM-4 turns half of each head unless told otherwise, in transformers, vLLM and llama.cpp alike.
+        exported = Glm4Config(**shared, rope_parameters={**rope, "partial_rotary_factor": 1.0}, attention_bias=False)
+    else:
+        exported = LlamaConfig(**shared, rope_parameters=rope, attention_bias=False, mlp_bias=False)
+    exported.eos_token_id = config.eos_token_id  # set afterwards: GLM-4 replaces None by ids of its own
+    return exported
+
+
+def export_state_dict(state_dict: dict[str, Tensor], config: RexConfig) -> dict[str, Tensor]:
+    """The weights of a RexForCausalLM under the names and in the layout of `export_config(config)`'s class."""
+    if not config.post_norm:
+        return dict(state_dict)
+    exported: dict[str, Tensor] = {}
+    for name, weight in state_dict.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            exported[name] = _interleave_pairs(weight, config.hidden_size, config.head_dim)
+        elif name.endswith("gate_proj.weight"):
+            up = state_dict[name.replace("gate_proj", "up_proj")]
+            exported[name.replace("gate_proj", "gate_up_proj")] = torch.cat((weight, up))
+        elif not name.endswith("up_proj.weight"):
+            exported[name] = weight
+    return exported
+
+
+def _interleave_pairs(weight: Tensor, hidden_size: int, head_dim: int | None) -> Tensor:
+    """Rows of each head from (0 .. K/2, K/2 .. K) to (0, K/2, 1, K/2 + 1, ..): GLM-4 turns neighbouring rows."""
+    rows_HK = weight.view(-1, 2, (head_dim or 0) // 2, hidden_size)
+    return rows_HK.transpose(1, 2).reshape(-1, hidden_size)
+
+
+def export_model(model: RexForCausalLM) -> PreTrainedModel:
+    """The same model as Glm4ForCausalLM or LlamaForCausalLM: eval mode, same dtype, on the CPU; weights are copies."""
+    config = export_config(model.config)
+    exported = Glm4ForCausalLM(config) if isinstance(config, Glm4Config) else LlamaForCausalLM(config)
+    # By assignment, which takes the dtype along: casting the model would round the rotary frequencies, too.
+    weights = export_state_dict(model.state_dict(), model.config)
+    exported.load_state_dict({name: weight.clone() for name, weight in weights.items()}, assign=True)
+    exported.tie_weights()
+    exported.generation_config = copy.deepcopy(model.generation_config)
+    return exported.eval()
+
+
+def export_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
+    """Convert a REX checkpoint directory, tokenizer included.
+
+    Raises PipelineError where `checkpoint_dir` is no REX checkpoint.
+    """
+    if not (checkpoint_dir / "config.json").is_file():
+        raise PipelineError(f"no config.json in {checkpoint_dir}: expected a REX checkpoint; train one first")
+    model = RexForCausalLM.from_pretrained(checkpoint_dir)
+    export_model(model).save_pretrained(output_dir)
+    for path in checkpoint_dir.glob("*token*.json"):
+        shutil.copy(path, output_dir / path.name)
+
+
+if __name__ == "__main__":
+    export_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]))

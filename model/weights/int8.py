@@ -1,0 +1,204 @@
+"""Int8 weights: one signed byte per weight and one float32 scale per output channel (per token for the embedding).
+
+`quantize` and `dequantize` swap the layers of a model in memory; files and quality are `model/weights/quantization.py`.
+On x86 CPUs large layers multiply in int8 (FBGEMM, activations quantized to 7 bits per token). Small ones, other devices
+and torch.compile dequantize the weights. Both treat each token alone, so what else is in a batch changes nothing and
+cached logits equal uncached ones; torch's own dynamic quantization (`linear_dynamic`) takes one range for the whole
+batch and breaks both. Numbers behind each choice: `bench/LOG.md`.
+
+Shapes: N output channels (or tokens of the vocabulary), K inputs, M rows of activations.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+SCHEME = "int8 weights, symmetric, one float32 scale per output channel; norms in full precision"
+PACKED_MIN_WEIGHTS = 1 << 19
+"""Below this many weights a float32 product beats int8 at batch 1: quantizing activations costs about 20 us."""
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def quantize_weight(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Int8 weights (N, K) and float32 scales (N,) with weight = int8 * scale; the largest weight of a row is +-127."""
+    weight_NK = weight_NK.detach().float()
+    scale_N = weight_NK.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return (weight_NK / scale_N[:, None]).round().clamp(-127, 127).to(torch.int8), scale_N
+
+
+class Int8Matrix(nn.Module):
+    """An (N, K) matrix in int8 as plain buffers `weight` and `weight_scale`, which is how safetensors stores it."""
+
+    weight: Tensor
+    weight_scale: Tensor
+    like: Tensor
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(n, k, dtype=torch.int8, device=device))
+        self.register_buffer("weight_scale", torch.ones(n, device=device))
+        # Follows .to(dtype), so that embedded tokens come out in the model's dtype.
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        self._packed: Any = None
+        self._float_NK: Tensor | None = None
+
+    def set_weight(self, weight_NK: Tensor) -> None:
+        """Quantize and hold `weight_NK`."""
+        weight, scale = quantize_weight(weight_NK)
+        self.weight.copy_(weight)
+        self.weight_scale.copy_(scale)
+        self._forget()
+
+    def dequantized(self) -> Tensor:
+        """The matrix (N, K) in the model's dtype."""
+        return self._float(self.like.dtype)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the matrix: ids (...) to (..., K)."""
+        return (functional.embedding(ids, self.weight) * self.weight_scale[ids].unsqueeze(-1)).to(self.like.dtype)
+
+    def project(self, x_MK: Tensor) -> Tensor:
+        """Activations (..., K) times the transposed matrix: (..., N), in x's dtype."""
+        if x_MK.device.type != "cpu" or torch.compiler.is_compiling() or x_MK.requires_grad:
+            return functional.linear(x_MK, self._float(x_MK.dtype))
+        if self.weight.numel() >= PACKED_MIN_WEIGHTS and torch.backends.quantized.engine in ("x86", "fbgemm"):
+            return self._project_int8(x_MK)
+        if self._float_NK is None or self._float_NK.dtype != x_MK.dtype:
+            self._float_NK = self._float(x_MK.dtype)
+        return functional.linear(x_MK, self._float_NK)
+
+    def _project_int8(self, x_MK: Tensor) -> Tensor:
+        if self._packed is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # the tensor type is deprecated, the kernels are not
+                weight_NK = torch._make_per_channel_quantized_tensor(
+                    self.weight, self.weight_scale.double(), torch.zeros(len(self.weight), dtype=torch.long), 0
+                )
+            self._packed = torch.ops.quantized.linear_prepack(weight_NK, None)
+        x32_MK = x_MK.float()
+        largest_M = x32_MK.abs().amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+        # Scale 1/63 around 64 leaves 7 bits (1 to 127). With 8 bits FBGEMM's AVX2 kernel saturates where it adds two
+        # products in int16: a row of ones times a row of 127 over K = 256 came out as 257 instead of 32,512.
+        y_MN = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            x32_MK / largest_M, 1 / 63, 64, self._packed
+        )
+        return y_MN.mul_(largest_M).to(x_MK.dtype)
+
+    def _float(self, dtype: torch.dtype) -> Tensor:
+        # Scaled before rounding: in float16, sums over unscaled int8 weights overflow.
+        return (self.weight.float() * self.weight_scale[:, None]).to(dtype)
+
+    def _forget(self) -> None:
+        self._packed = self._float_NK = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Matrix":
+        exact_N = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:  # .to(bfloat16) would round the scales to 3 digits
+            self.weight_scale = exact_N.to(self.weight.device)
+        self._forget()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None, "_float_NK": None}
+
+    def extra_repr(self) -> str:
+        """Shape, as `print(model)` shows it."""
+        return f"{tuple(self.weight.shape)}, int8"
+
+
+class Int8Linear(Int8Matrix):
+    """Takes the place of `nn.Linear` without bias."""
+
+    def forward(self, x_MK: Tensor) -> Tensor:
+        """Shape (..., K) to (..., N)."""
+        return self.project(x_MK)
+
+
+class Int8Embedding(Int8Matrix):
+    """Takes the place of `nn.Embedding`."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids (...) to (..., K)."""
+        return self.rows(ids)
+
+
+class TiedInt8Head(nn.Module):
+    """A language-model head that multiplies with the embedding's table and owns nothing itself."""
+
+    def __init__(self, table: Int8Embedding) -> None:
+        super().__init__()
+        self._table = (table,)  # in a tuple, so that the table is saved and moved once
+
+    def forward(self, x_MK: Tensor) -> Tensor:
+        """Shape (..., K) to (..., V)."""
+        return self._table[0].project(x_MK)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any layer of `model` holds int8 weights."""
+    return any(isinstance(module, Int8Matrix) for module in model.modules())
+
+
+def quantize(model: M, *, values: bool = True) -> M:
+    """Swap every bias-free linear layer and the embedding for int8 ones, in place; tied weights stay one table.
+
+    values=False leaves the weights at zero, for a state dict that follows.
+    Raises ValueError where a linear layer has a bias.
+    """
+    swapped: dict[int, Int8Matrix] = {}
+    # Embeddings come first in a decoder, so a tied head finds its table in `swapped`.
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        if getattr(module, "bias", None) is not None:
+            raise ValueError(f"{name} has a bias: int8 takes linear layers without")
+        weight = module.weight
+        tied = swapped.get(id(weight))
+        if isinstance(tied, Int8Embedding):
+            model.set_submodule(name, TiedInt8Head(tied))
+            continue
+        kind = Int8Embedding if isinstance(module, nn.Embedding) else Int8Linear
+        n, k = weight.shape
+        matrix = kind(n, k, dtype=weight.dtype, device=weight.device)
+        if values:
+            matrix.set_weight(weight)
+        swapped[id(weight)] = matrix
+        model.set_submodule(name, matrix)
+    return model.eval()
+
+
+def dequantize(model: M) -> M:
+    """Swap int8 layers back for float ones in the model's dtype, in place; a tied head shares the embedding again."""
+    tables: dict[int, nn.Parameter] = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Int8Matrix):
+            weight = tables[id(module)] = nn.Parameter(module.dequantized(), requires_grad=False)
+        elif isinstance(module, TiedInt8Head):
+            weight = tables[id(module._table[0])]
+        else:
+            continue
+        n, k = weight.shape
+        plain: nn.Module = (
+            nn.Embedding(n, k, device="meta")
+            if isinstance(module, Int8Embedding)
+            else nn.Linear(k, n, bias=False, device="meta")
+        )
+        plain.weight = weight
+        model.set_submodule(name, plain)
+    return model.eval()
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Weights of a model, quantized or not; tied ones once, scales not counted."""
+    quantized = sum(module.weight.numel() for module in model.modules() if isinstance(module, Int8Matrix))
+    return quantized + sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,201 @@
+"""From a model directory to a model that runs: full precision or int8, checked before anything is trusted.
+
+Reads config.json, model.safetensors and, where there, generation_config.json, quantization.json and manifest.json;
+never a pickle and never code from the directory. `python -m model.weights.loading DIR` checks one and prints a digest of its
+logits, which is how a quantized model proves that a fresh process loads it.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.initialization import no_init_weights
+
+from model.artifact import MANIFEST, verify
+from model.configuration_rex import RexConfig
+from model.errors import PipelineError
+from model.modeling_rex import RexForCausalLM
+from model.system.devices import resolve_device
+from model.weights import int8
+
+WEIGHTS = "model.safetensors"
+QUANTIZATION = "quantization.json"
+FORMAT_VERSION = 1
+METHODS = ("int8", "none")
+
+
+def load_model(
+    model_dir: Path, *, device: str = "cpu", quantized: bool | None = None, dtype: torch.dtype | None = None
+) -> RexForCausalLM:
+    """The model of a checkpoint or of a quantized directory, in eval mode, without gradients.
+
+    quantized: True quantizes a full-precision model to int8, False dequantizes, None takes it as it is stored.
+    dtype: of activations and unquantized weights; None keeps the stored one.
+    Raises PipelineError, one line that names the path, for a directory that is incomplete, altered or not a REX model.
+    """
+    model_dir = Path(model_dir)
+    if (model_dir / MANIFEST).is_file():
+        verify(model_dir)
+    config = read_config(model_dir)
+    method = read_method(model_dir)
+    target = resolve_device(device, setting="device")
+    with no_init_weights():
+        model = RexForCausalLM(config)
+    model.tie_weights()  # skipped with the initialization
+    if method == "int8":
+        int8.quantize(model, values=False)
+    _load_weights(model, model_dir / WEIGHTS)
+    if (model_dir / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(model_dir)
+    model.eval().requires_grad_(False)
+    if quantized is True and method == "none":
+        int8.quantize(model)
+    elif quantized is False:
+        int8.dequantize(model)
+    _move(model, target, dtype or model.dtype)
+    return model
+
+
+def read_config(model_dir: Path) -> RexConfig:
+    """The configuration of a model directory. Raises PipelineError where it is missing or not that of a REX model."""
+    path = model_dir / "config.json"
+    raw = _read_json(path)
+    if raw.get("model_type") != "rex":
+        raise PipelineError(
+            f"{path} has model_type {raw.get('model_type')!r}: expected 'rex'; give the directory of a REX model"
+        )
+    try:
+        config: RexConfig = RexConfig.from_dict(raw)
+    except Exception as error:  # noqa: BLE001  the strict dataclass wraps its reasons in several types of its own
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise PipelineError(f"{path} is not a valid REX configuration: {reason}; materialize the model again") from None
+    return config
+
+
+def read_method(model_dir: Path) -> str:
+    """How the weights are stored, "int8" or "none". Raises PipelineError for what this version cannot read."""
+    path = model_dir / QUANTIZATION
+    if not path.is_file():
+        return "none"
+    raw = _read_json(path)
+    if raw.get("format_version") != FORMAT_VERSION:
+        raise PipelineError(
+            f"{path} has format_version {raw.get('format_version')!r}: expected {FORMAT_VERSION}; quantize the "
+            "checkpoint again with this version"
+        )
+    if raw.get("method") not in METHODS:
+        raise PipelineError(
+            f"{path} has method {raw.get('method')!r}: expected one of {', '.join(METHODS)}; quantize the checkpoint "
+            "again"
+        )
+    return str(raw["method"])
+
+
+def logits_digest(model: RexForCausalLM) -> str:
+    """sha256 over the exact bits of the logits of one fixed input: equal where two processes loaded the same model."""
+    ids = (torch.arange(min(32, model.config.max_position_embeddings)) * 7919 + 1) % model.config.vocab_size
+    with torch.inference_mode():
+        logits: Tensor = model(ids[None].to(model.device)).logits
+    return hashlib.sha256(logits.float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise PipelineError(f"{path} is missing: expected a model directory; materialize the model again")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PipelineError(f"{path} is not JSON ({error}): materialize the model again") from None
+    if not isinstance(raw, dict):
+        raise PipelineError(f"{path} holds a {type(raw).__name__}: expected a JSON object; materialize the model again")
+    return raw
+
+
+def _move(model: RexForCausalLM, device: torch.device, dtype: torch.dtype) -> None:
+    """Like `model.to`, but the rotary frequencies stay float32: rounded to bfloat16, far positions would blur."""
+    rotary = model.model.rotary_emb
+    exact = dict(rotary.named_buffers())
+    torch.nn.Module.to(model, device=device, dtype=dtype)
+    for name, buffer in exact.items():
+        setattr(rotary, name, buffer.to(device))
+
+
+def _load_weights(model: RexForCausalLM, path: Path) -> None:
+    """Copy every tensor of `path` into `model`, whose weights take the stored dtype.
+
+    Copied, not mapped: torch aligns its own memory, so the same file gives the same bits in every process, and the file
+    may be deleted while the model runs.
+    """
+    if not path.is_file():
+        raise PipelineError(f"{path} is missing: expected the weights of a model; materialize the model again")
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            # state_dict lists tied weights twice, the file once, under the embedding's name.
+            tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+            expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+            _check_shapes(found, expected, path)
+            stored = file.get_tensor("model.norm.weight").dtype
+            _move(model, torch.device("cpu"), stored)
+            targets = model.state_dict()
+            with torch.no_grad():
+                for name in expected:
+                    targets[name].copy_(file.get_tensor(name))
+    except SafetensorError as error:
+        raise PipelineError(f"{path} is not a readable safetensors file ({error}): materialize it again") from None
+
+
+def _check_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], path: Path) -> None:
+    for name, shape in expected.items():
+        if name not in found:
+            raise PipelineError(
+                f"{path} has no tensor {name}, which config.json and {QUANTIZATION} call for: materialize the model "
+                "again"
+            )
+        if found[name] != shape:
+            raise PipelineError(
+                f"{path} holds {name} with shape {found[name]}: expected {shape} from config.json; materialize the "
+                "model again"
+            )
+    surplus = sorted(set(found) - set(expected))
+    if surplus:
+        raise PipelineError(
+            f"{path} holds {surplus[0]}, which config.json has no place for: materialize the model again"
+        )
+
+
+def main() -> int:
+    """Check a model directory: `python -m model.weights.loading DIR`; one JSON line, or one line of error and exit status 1."""
+    parser = argparse.ArgumentParser(prog="python -m model.weights.loading", description=main.__doc__)
+    parser.add_argument("model_dir", type=Path, help="a checkpoint or a quantized model")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; default: torch's own choice")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    try:
+        model = load_model(arguments.model_dir)
+    except PipelineError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(
+        json.dumps(
+            {
+                "parameters": int8.count_parameters(model),
+                "quantized": int8.is_quantized(model),
+                "dtype": str(model.dtype),
+                "logits_sha256": logits_digest(model),
+            }
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+from model.errors import PipelineError
+from model.system.devices import has_fast_bfloat16, resolve_device, resolve_precision
+
+CPU = torch.device("cpu")
+
+
+def test_a_gpu_that_is_not_there_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(PipelineError, match=r"^serving.device is 'cuda': .* sees no GPU; set it to 'cpu' or 'auto'$"):
+        resolve_device("cuda", setting="serving.device")
+    assert resolve_device("auto") == CPU
+
+
+def test_auto_takes_the_gpu_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto").type == "cuda"
+    assert resolve_device("cpu") == CPU
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "precision"), [(False, False, "float32"), (True, False, "bfloat16"), (False, True, "bfloat16")]
+)
+def test_auto_takes_bfloat16_only_where_the_processor_has_it(monkeypatch, amx, avx512, precision):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert has_fast_bfloat16(CPU) == (precision == "bfloat16")
+    assert resolve_precision("auto", CPU) == precision
+
+
+def test_a_precision_that_is_asked_for_is_taken():
+    assert resolve_precision("bfloat16", CPU) == "bfloat16"
+    assert resolve_precision("float16", torch.device("cuda")) == "float16"
+    with pytest.raises(PipelineError, match="float16' on the CPU"):
+        resolve_precision("float16", CPU)
+    with pytest.raises(PipelineError, match="'int4': expected"):
+        resolve_precision("int4", CPU)

@@ -214,19 +214,19 @@ class RexAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        kept_tokens: Tensor | None = None,
+        logits_indices: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Output (B, T, D) and, from implementations that give them, attention weights.
 
-        position_embeddings: cosines and sines, each (B, T, K / 2). kept_tokens: as in `RexDecoderLayer.forward`. kwargs go
+        position_embeddings: cosines and sines, each (B, T, K / 2). logits_indices: as in `RexDecoderLayer.forward`. kwargs go
         to the attention implementation as they are.
         """
         heads = (-1, self.head_dim)
         cos, sin = (part.unsqueeze(1) for part in position_embeddings)
         asking, turns = hidden_states, (cos, sin)
-        if kept_tokens is not None:
-            asking, turns = hidden_states[:, kept_tokens], (cos[:, :, kept_tokens], sin[:, :, kept_tokens])
+        if logits_indices is not None:
+            asking, turns = hidden_states[:, logits_indices], (cos[:, :, logits_indices], sin[:, :, logits_indices])
         query_BHTK = self.q_proj(asking).unflatten(-1, heads).transpose(1, 2)
         key_BGTK = self.k_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
         value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
@@ -290,12 +290,12 @@ class RexDecoderLayer(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
-        kept_tokens: Tensor | None = None,
+        logits_indices: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Shape (B, T, D) in and out; `position_embeddings` is always given.
 
-        kept_tokens: indices of the tokens that go on, (R,); out comes (B, R, D). The attention implementation has to know
+        logits_indices: indices of the tokens that go on, (R,); out comes (B, R, D). The attention implementation has to know
         which queries those are.
         """
         branch, _ = self.self_attn(
@@ -303,11 +303,11 @@ class RexDecoderLayer(GradientCheckpointingLayer):
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            kept_tokens=kept_tokens,
+            logits_indices=logits_indices,
             **kwargs,
         )
-        if kept_tokens is not None:
-            hidden_states = hidden_states[:, kept_tokens]
+        if logits_indices is not None:
+            hidden_states = hidden_states[:, logits_indices]
         hidden_states = hidden_states + self.post_self_attn_layernorm(branch)
         branch = self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states + self.post_mlp_layernorm(branch)
@@ -366,14 +366,14 @@ class RexModel(RexPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        kept_tokens: Tensor | None = None,
+        logits_indices: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states (B, T, D) of `input_ids` (B, T) or `inputs_embeds` (B, T, D); exactly one of them is given.
 
         attention_mask: (B, S), 0 for padding, or a mask (B, 1, T, S) for the attention implementation in use.
         position_ids: (B, T); counted on from the cache when left out. Without mask and cache, positions that start over
-        within a row mark packed sequences, which do not see each other. kept_tokens: indices (R,) of the tokens whose
+        within a row mark packed sequences, which do not see each other. logits_indices: indices (R,) of the tokens whose
         hidden states, then (B, R, D), are wanted: the last layer computes no others. For attention implementations that
         can tell which queries those are.
         """
@@ -415,7 +415,7 @@ class RexModel(RexPreTrainedModel):
                 past_key_values=past_key_values,
                 position_ids=position_ids,
                 use_cache=use_cache,
-                kept_tokens=kept_tokens if i == last else None,
+                logits_indices=logits_indices if i == last else None,
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)

@@ -100,16 +100,16 @@ class RaggedForward:
         slot_N = torch.from_numpy(np.concatenate(slots)).to(device)
         calls = last_calls = tuple(self._calls(row))
         kept, counts = _kept(row)
-        kept_tokens = None
+        logits_indices = None
         if len(kept) < len(ids_N):
-            kept_tokens = torch.tensor(kept, dtype=torch.long, device=device)
+            logits_indices = torch.tensor(kept, dtype=torch.long, device=device)
             last_calls = tuple(self._calls([_kept_part(piece) for piece in row if piece.logits != "none"]))
         logits_RV = self.model(
             input_ids=ids_N[None],
             position_ids=position_N[None],
             attention_mask=self._no_mask,
             use_cache=False,
-            kept_tokens=kept_tokens,
+            logits_indices=logits_indices,
             slots=_Plan(self.cache, slot_N, position_N, calls, last_calls),
         ).logits[0]
         by_piece: list[Tensor] = [logits_RV] * len(pieces)

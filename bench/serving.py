@@ -263,9 +263,7 @@ def _overload(server: Server, prompts: Prompts, tokens: int, seconds: float, tur
 
 
 def _memory(server: Server, engine: Engine, weights_bytes: int) -> dict[str, float]:
-    stats, config = engine.stats(), engine.model.config
-    per_token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    cache_bytes = stats.cache_capacity_tokens * per_token
+    cache_bytes = engine.stats().cache_capacity_tokens * engine.cache_bytes_per_token
     held = server.worker().memory_info()
     beside = weights_bytes + cache_bytes
     return {

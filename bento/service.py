@@ -234,6 +234,7 @@ def _listening_host() -> str:
 def _start_engine(options: BentoArgs, model_dir: Path) -> "Engine":
     """Load the model and let it answer once. Raises PipelineError where device, model or tokenizer are not right."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    logging.getLogger("model").setLevel(logging.INFO)  # BentoML shows other loggers from WARNING on
     import torch
 
     from model.generation.engine import Engine
@@ -261,9 +262,11 @@ def _start_engine(options: BentoArgs, model_dir: Path) -> "Engine":
     )
     engine.warm_up()
     logger.info(
-        "serving model=%s device=%s kv_cache=%s quantized=%s mixed_precision=%s threads=%d cache_tokens=%d api_keys=%d",
+        "serving model=%s device=%s step=%s kv_cache=%s quantized=%s mixed_precision=%s threads=%d cache_tokens=%d "
+        "api_keys=%d",
         options.model,
         model.device,
+        engine.step_name,
         options.kv_cache,
         options.quantized,
         options.mixed_precision,

@@ -47,14 +47,14 @@ def verify(directory: Path) -> None:
     """
     manifest = directory / MANIFEST
     if not manifest.is_file():
-        raise PipelineError(f"no {MANIFEST} in {directory}: expected a complete artifact; materialize it again")
+        raise PipelineError(f"no {MANIFEST} in {directory}: expected a complete artifact; make it again")
     expected: dict[str, FileDigest] = json.loads(manifest.read_text())["files"]
     found = file_digests(directory)
     for name, digest in expected.items():
         if name not in found:
-            raise PipelineError(f"{directory / name} is missing, its manifest lists it; materialize the asset again")
+            raise PipelineError(f"{directory / name} is missing, its manifest lists it; make the artifact again")
         if found[name] != digest:
             raise PipelineError(
                 f"{directory / name} was altered: sha256 {found[name]['sha256'][:12]}, its manifest says "
-                f"{digest['sha256'][:12]}; materialize the asset again"
+                f"{digest['sha256'][:12]}; make the artifact again"
             )

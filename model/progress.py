@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 Log = Callable[[str], None]
-"""Where a stage says what it does: `print`, a Dagster logger's `info`, or `silent` in tests."""
+"""Where a stage says what it does: `print`, a logger's `info`, or `silent` in tests."""
 
 
 def silent(message: str) -> None:

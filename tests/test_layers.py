@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,17 @@ def test_a_package_imports_only_what_lies_below_it(package):
     assert files
     crossings = {str(path.relative_to(REPO)): imported_packages(path) & FORBIDDEN[package] for path in files}
     assert not {path: names for path, names in crossings.items() if names}
+
+
+def test_the_model_speaks_of_no_orchestrator_tracker_or_server():
+    foreign = re.compile(r"dagster|bentoml|mlflow|materiali[sz]e", re.IGNORECASE)
+    lines = {
+        f"{path.relative_to(REPO)}:{number}: {line.strip()}"
+        for path in (REPO / "model").rglob("*.py")
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if foreign.search(line)
+    }
+    assert not lines
 
 
 def test_loading_the_definitions_loads_no_heavy_package():

@@ -1,7 +1,6 @@
-"""The slot cache: fixed memory for keys and values, one slot of the whole context for each request at once.
+"""Keys and values of the reference step: fixed memory, one slot of the whole context for each sequence.
 
-A slot that a request leaves keeps its tokens, so that a later prompt that begins alike starts behind them; the slot left
-longest ago is overwritten first. Which request has which slot is the scheduler's business, not known here.
+Which tokens a slot holds, and which sequence has it, is not known here but in `slots.py`.
 
 Shapes: S positions of the context, G key/value heads, K head dimension.
 """
@@ -13,9 +12,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-SHORTEST_REUSE = 16
-"""Tokens below which a shared beginning is computed again: looking after it costs as much."""
-
 
 def bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Bytes that keys and values of one token take over all layers."""
@@ -23,8 +19,8 @@ def bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     return int(2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize)
 
 
-class SlotCache:
-    """Keys and values, for each layer a tensor (slots, G, S, K), and the tokens that they belong to.
+class KeyValueCache:
+    """Keys and values, for each layer a tensor (slots, G, S, K).
 
     Memory is reserved at once and touched as slots fill.
     """
@@ -35,71 +31,20 @@ class SlotCache:
         layers = range(config.num_hidden_layers)
         self.keys = [_zeros(shape, dtype, device) for _ in layers]
         self.values = [_zeros(shape, dtype, device) for _ in layers]
-        self._ids = np.zeros((slots, self.context_length), dtype=np.int64)
-        self._lengths = np.zeros(slots, dtype=np.int64)
-        self._used = np.zeros(slots, dtype=np.int64)
-        self._clock = 0
 
-    def length(self, slot: int) -> int:
-        """Tokens of the slot whose keys and values are held."""
-        return int(self._lengths[slot])
-
-    def append(self, slot: int, ids: np.ndarray) -> None:
-        """Note that keys and values of these tokens now follow those that the slot holds."""
-        start = self._lengths[slot]
-        self._ids[slot, start : start + len(ids)] = ids
-        self._lengths[slot] += len(ids)
-
-    def truncate(self, slot: int, length: int) -> None:
-        """Forget what a slot holds from position `length` on."""
-        self._lengths[slot] = min(self._lengths[slot], length)
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of a slot to another."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :length] = tensor[source, :, :length]
 
     def clear(self, slot: int) -> None:
-        """Forget all that a slot holds, numbers included: a pass that failed may have left some that are not finite."""
-        self.truncate(slot, 0)
+        """Set a slot to zeros: a computation that failed may have left numbers that are not finite."""
         for tensor in (*self.keys, *self.values):
             tensor[slot] = 0
 
-    def take(self, free: list[int], prompt_ids: np.ndarray, *, reuse: bool) -> tuple[int, int]:
-        """One of the `free` slots for a prompt, and how many of its tokens the slot already holds.
-
-        At least the prompt's last token is left to compute: its logits are the answer's first. reuse=False starts empty.
-        """
-        shared = self._shared_beginnings(prompt_ids[:-1])
-        # Where tokens are equally old, the lowest slot: neighbours decode in one call.
-        slot = min(free, key=lambda slot: (self._used[slot], slot))
-        source = int(shared.argmax())
-        length = int(shared[source]) if reuse and shared[source] >= SHORTEST_REUSE else 0
-        if length and source in free and (length >= self._lengths[source] // 2 or source == slot):
-            slot = source
-        elif length:
-            for tensors in (self.keys, self.values):
-                for tensor in tensors:
-                    tensor[slot, :, :length] = tensor[source, :, :length]
-            self._ids[slot, :length] = prompt_ids[:length]
-            self._lengths[slot] = length
-        self.truncate(slot, length)
-        self.touch(slot)
-        return slot, length
-
-    def longest_shared(self, prompt_ids: np.ndarray) -> int:
-        """Tokens at the beginning of a prompt that some slot holds."""
-        return int(self._shared_beginnings(prompt_ids[:-1]).max())
-
-    def touch(self, slot: int) -> None:
-        """Mark a slot as the one used last."""
-        self._clock += 1
-        self._used[slot] = self._clock
-
-    def _shared_beginnings(self, ids: np.ndarray) -> np.ndarray:
-        """For each slot, how many tokens at its beginning equal those of `ids`."""
-        differs = self._ids[:, : len(ids)] != ids
-        equal = np.where(differs.any(axis=1), differs.argmax(axis=1), len(ids)) if len(ids) else 0
-        return np.minimum(equal, self._lengths)
-
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, not whatever was there: attention weighs positions that a text has not reached by 0, and 0 * NaN is NaN."""
+    """Zeros, not uninitialized memory: attention weighs positions beyond a sequence's end by 0, and 0 * NaN is NaN."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     # numpy asks the system for zeroed pages, which take memory when they are written; torch writes all of them at once.

@@ -1,11 +1,11 @@
-"""The generation engine: requests enter a bounded queue, one thread answers them together, events leave as they come.
+"""The generation engine: requests enter a bounded queue, one thread computes them together and emits their events.
 
     engine = Engine(load_model(path), load_tokenizer(path))
     for event in engine.submit(GenerationRequest(engine.encode("def "), max_tokens=20)): ...
 
-`generate()` of transformers is the reference, which greedy decoding matches token for token whatever else runs. This
-module has the thread and its supervision: when it dies, or a step hangs, what is in flight fails, and it is started again
-once. What a step computes is `scheduler.py`. Routes and limits on requests are not here but in `bento/`.
+Greedy decoding gives the tokens of transformers' `generate()`, whatever other requests run. This module has the thread and
+its supervision: when it dies, or a step hangs, requests in flight fail, and it is started again once. `scheduler.py`
+decides what a step computes, `step.py` is the interface of its computation. A server's routes and limits are not here.
 """
 
 import atexit
@@ -19,8 +19,7 @@ from functools import partial
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from model.errors import PipelineError
-from model.generation.cache import SlotCache, bytes_per_token
-from model.generation.forward import RaggedForward
+from model.generation.cache import bytes_per_token
 from model.generation.queue import QueueFull, RequestQueue
 from model.generation.requests import (
     Deliver,
@@ -33,12 +32,13 @@ from model.generation.requests import (
     SamplingParameters,
 )
 from model.generation.scheduler import Scheduler
+from model.generation.step import Step
+from model.generation.steps import choose_step
 from model.system.allocator import keep_freed_memory
 from model.system.cpu import release_worker_threads
 from model.text.tokenizer import FastEncoder, token_bytes
-from model.weights.packed import pack
 
-logger = logging.getLogger("bentoml.engine")  # the name decides that the server's log shows it
+logger = logging.getLogger(__name__)
 LONGEST_RETRY_S = 60
 MIB = 1 << 20
 
@@ -51,7 +51,8 @@ class Engine:
     takes. kv_cache: False computes all earlier tokens again for each new one, for comparison.
     prefill_chunk: tokens of one step with prompts in it, those that decode included.
     max_queue, max_queue_tokens: requests that may wait besides those that run, and tokens of their prompts.
-    step_timeout_s: a step that takes longer hangs. end_of_text_ids: tokens that end a text; None: the model's own.
+    step: how a step is computed, a name of `steps.py` or "auto". step_timeout_s: a step that takes longer is taken to
+    hang. end_of_text_ids: tokens that end a text; None: the model's own.
     Raises PipelineError where the memory does not hold one context.
     """
 
@@ -66,6 +67,7 @@ class Engine:
         prefill_chunk: int = 256,
         max_queue: int = 64,
         max_queue_tokens: int = 65_536,
+        step: str = "auto",
         step_timeout_s: float = 60.0,
         end_of_text_ids: frozenset[int] | None = None,
     ) -> None:
@@ -88,8 +90,7 @@ class Engine:
         self._restarts = 0
         self._step_started: float | None = None
         self._past = EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-        self._forward = RaggedForward(model, self._new_cache(model))
-        pack(self._forward.model)
+        self._step: Step = choose_step(model, step).create(model, self._slots)
         keep_freed_memory()
         release_worker_threads()
         self._scheduler = self._new_scheduler()
@@ -100,9 +101,19 @@ class Engine:
         atexit.register(self.stop)
 
     @property
-    def model(self) -> PreTrainedModel:
-        """The engine's copy of the model's modules, which shares the weights that it does not lay out anew."""
-        return self._forward.model
+    def step_name(self) -> str:
+        """Which implementation computes the steps: "reference" or another of `steps.py`."""
+        return self._step.name
+
+    @property
+    def precision(self) -> str:
+        """What the weights are held in: "float32", "bfloat16" or "int8"."""
+        return self._step.precision
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Memory that keys and values of one token take."""
+        return self._step.bytes_per_token
 
     @property
     def is_alive(self) -> bool:
@@ -161,7 +172,7 @@ class Engine:
         start = min(self.end_of_text_ids, default=0)
         *_, last = self.submit(GenerationRequest([start], 1, SamplingParameters(temperature=0)))
         if last.finish_reason not in ("stop", "length"):  # type: ignore[union-attr]
-            raise PipelineError(f"the model cannot generate a token ({last}): see the log; materialize the model again")
+            raise PipelineError(f"the model cannot generate a token ({last}): see the log; make the model again")
         self._is_warm = True
 
     def stop(self, timeout_s: float = 10.0) -> None:
@@ -219,12 +230,9 @@ class Engine:
                 f"{self._max_queue_tokens:,} together; send fewer at once"
             )
 
-    def _new_cache(self, model: PreTrainedModel) -> SlotCache:
-        return SlotCache(model.config, self._slots, dtype=model.dtype, device=model.device)
-
     def _new_scheduler(self) -> Scheduler:
         return Scheduler(
-            self._forward,
+            self._step,
             self._queue,
             token_bytes=self.token_bytes,
             end_of_text_ids=self.end_of_text_ids,
@@ -279,14 +287,14 @@ class Engine:
             if self._scheduler is not scheduler or self._stopping:
                 return
             self._is_warm, self._step_started = False, None
-            in_flight = [running.generation for running in scheduler.running]
+            in_flight = [sequence.generation for sequence in scheduler.running]
             self._past = self.stats()
             if self._restarts:
                 self._stopping = True
                 scheduler.running.clear()
             else:
                 self._restarts = 1
-                self._forward = self._forward.with_cache(self._new_cache(self.model))
+                self._step = self._step.renewed()
                 self._scheduler = self._new_scheduler()
         for generation in in_flight:
             generation.finish("error", error=reason if not self._stopping else "the engine died")
@@ -296,7 +304,7 @@ class Engine:
             self._thread = self._start()
 
     def _finish_all(self, reason: str, error: str | None = None) -> None:
-        running = [running.generation for running in self._scheduler.running]
+        running = [sequence.generation for sequence in self._scheduler.running]
         self._scheduler.running.clear()
         for generation in [*running, *self._queue.clear()]:
             generation.finish(generation.interruption() or reason, error=error)  # type: ignore[arg-type]

@@ -1,61 +1,29 @@
-"""Continuous batching: which tokens the next pass of the model computes, and what becomes of its logits.
+"""Continuous batching: which tokens the next step computes, and what becomes of its logits.
 
-In each step every running request decodes one token, and tokens of new prompts fill the pass up to `prefill_chunk`, so a
-long prompt delays the others by one chunk at most. Requests join and leave at every step. One that fails fails alone.
+In each step every running sequence decodes one token, and prefill fills the step up to `prefill_chunk` tokens, so a long
+prompt delays the others by one chunk at most. Sequences join and leave at every step. A request that fails fails alone.
 Everything here runs in one thread; queueing, threads and restarts are `engine.py`.
 """
 
+import collections.abc
 import logging
 import math
+import sys
 import time
-from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from model.generation.cache import SHORTEST_REUSE
-from model.generation.detokenizer import Detokenizer
-from model.generation.forward import Piece, RaggedForward
 from model.generation.queue import RequestQueue
 from model.generation.requests import FinishReason, Generation, PromptScores, TextPiece, TokenLogprob
 from model.generation.sampler import Sampler, token_logprobs
-from model.generation.stopping import StopStrings
+from model.generation.sequence import Sequence
+from model.generation.slots import SHORTEST_REUSE, SlotTable
+from model.generation.step import Segment, SegmentOutput, Step
 
-logger = logging.getLogger("bentoml.engine")  # the name decides that the server's log shows it
+logger = logging.getLogger(__name__)
 FAILED = "generating failed: the server's log has the reason"
-
-
-class Running:
-    """A request that has a slot."""
-
-    def __init__(
-        self, generation: Generation, slot: int, cached: int, *, token_bytes: Sequence[bytes], sampler: Sampler
-    ) -> None:
-        request = generation.request
-        self.generation, self.request, self.slot = generation, request, slot
-        self.ids = np.empty(len(request.prompt_ids) + request.max_tokens, dtype=np.int64)
-        self.ids[: len(request.prompt_ids)] = request.prompt_ids
-        self.known = len(request.prompt_ids)
-        """Tokens of `ids` that are set: the prompt's, then those generated."""
-        self.computed = cached
-        """Tokens whose keys and values are in the cache."""
-        self.sampler = sampler
-        self.prompt_scores: list[TokenLogprob | None] = [None]
-        self.text = Detokenizer(token_bytes)
-        self.stops = StopStrings(request.stop)
-
-    @property
-    def is_prefilling(self) -> bool:
-        """Whether tokens of the prompt are still to be computed."""
-        return self.computed < len(self.request.prompt_ids)
-
-    def piece(self, most: int) -> Piece:
-        """The next tokens to compute, `most` at most."""
-        end = min(self.known, self.computed + most)
-        wants_all = self.request.prompt_logprobs is not None and self.is_prefilling
-        kept = "all" if wants_all else "last" if end == self.known else "none"
-        return Piece(self.slot, self.computed, self.ids[self.computed : end], kept)  # type: ignore[arg-type]
+Batch = list[tuple[Sequence, Segment]]
 
 
 class Scheduler:
@@ -66,22 +34,25 @@ class Scheduler:
 
     def __init__(
         self,
-        forward: RaggedForward,
+        step: Step,
         queue: RequestQueue,
         *,
-        token_bytes: Sequence[bytes],
+        token_bytes: collections.abc.Sequence[bytes],
         end_of_text_ids: frozenset[int],
         prefill_chunk: int,
         kv_cache: bool,
     ) -> None:
-        self._forward, self._cache, self._queue = forward, forward.cache, queue
+        self._step, self._queue = step, queue
+        self._slots = SlotTable(step)
         self._token_bytes, self._end_of_text_ids = token_bytes, end_of_text_ids
-        self._prefill_chunk, self._kv_cache = prefill_chunk, kv_cache
-        self._free = list(range(self._cache.slots))
-        self.running: list[Running] = []
+        self._kv_cache = kv_cache
+        # Without a cache there is nothing to continue a chunk from.
+        self._prefill_chunk = prefill_chunk if kv_cache else sys.maxsize
+        self._free = list(range(step.slots))
+        self.running: list[Sequence] = []
         """In the order in which they got their slots."""
         self.request_seconds = 1.0
-        """A request's time in a slot, averaged over those that left last."""
+        """Moving average of the time that a request holds a slot."""
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = self.cancelled = self.answered = 0
 
     @property
@@ -91,203 +62,202 @@ class Scheduler:
 
     @property
     def cache_tokens(self) -> int:
-        """Tokens whose keys and values running requests hold."""
-        return sum(running.computed for running in list(self.running))
+        """Tokens whose keys and values running sequences hold."""
+        return sum(sequence.num_computed_tokens for sequence in list(self.running))
 
     def probe(self) -> None:
-        """One pass over one token in a free slot: raises what the model raises."""
+        """Compute one token in a free slot: raises what the model raises."""
         slot = self._free[0]
-        self._cache.truncate(slot, 0)
-        (logits_RV,) = self._forward([Piece(slot, 0, np.zeros(1, dtype=np.int64))])
-        if not bool(torch.isfinite(logits_RV).all()):
+        self._slots.truncate(slot, 0)
+        (output,) = self._step.compute([Segment(slot, 0, np.zeros(1, dtype=np.int64))])
+        if not bool(torch.isfinite(output.logits_RV).all()):
             raise ValueError("the model's logits are not numbers: its weights are broken")
 
     def step(self) -> bool:
-        """Compute and hand over the next tokens of all running requests; False where there is nothing to do."""
+        """Compute and hand over the next tokens of all running sequences; False where there is nothing to do."""
         self.cancelled += self._queue.finish_interrupted()
-        for running in [r for r in self.running if r.generation.interruption()]:
+        for sequence in [s for s in self.running if s.generation.interruption()]:
             self.cancelled += 1
-            self._leave(running, running.generation.interruption() or "cancelled")
+            self._leave(sequence, sequence.generation.interruption() or "cancelled")
+        if not self._kv_cache:
+            self._forget_computed_tokens()
         batch = self._next_batch()
         if not batch:
             return False
-        pieces = [piece for _, piece in batch]
         try:
-            parts = self._forward(pieces)
+            outputs = self._step.compute([segment for _, segment in batch])
         except Exception:
-            logger.exception("a pass over %d requests failed: each is tried alone", len(batch))
+            logger.exception("a step over %d sequences failed: each is tried alone", len(batch))
             self._step_alone(batch)
             return True
-        for running, piece in batch:
-            self._advance(running, piece)
-        self._choose([(r, p, logits_RV) for (r, p), logits_RV in zip(batch, parts, strict=True) if len(logits_RV)])
+        for sequence, segment in batch:
+            self._advance(sequence, segment)
+        for (sequence, segment), output in zip(batch, outputs, strict=True):
+            self._process(sequence, segment, output)
         return True
 
-    def _next_batch(self) -> list[tuple[Running, Piece]]:
-        if not self._kv_cache:
-            for running in self.running:
-                running.computed = 0
-                self._cache.truncate(running.slot, 0)
-        batch = [(r, r.piece(r.known)) for r in self.running if not self._is_chunked(r)]
-        # A round number of tokens in all: layers compute rows in blocks and would fill up the last one with nothing.
-        # However many decode, a quarter is left for prompts, so that these get done.
+    def _forget_computed_tokens(self) -> None:
+        for sequence in self.running:
+            sequence.num_computed_tokens = 0
+            self._slots.truncate(sequence.slot, 0)
+
+    def _next_batch(self) -> Batch:
+        batch = [(s, self._next_segment(s, s.num_tokens)) for s in self.running if not s.is_prefilling]
+        # Steps are filled to prefill_chunk tokens (whole GEMM tiles); a quarter is reserved for prefill so that it
+        # advances however many sequences decode.
         left = max(self._prefill_chunk - len(batch), math.ceil(self._prefill_chunk / 4))
-        for running in [r for r in self.running if self._is_chunked(r)]:
+        for sequence in [s for s in self.running if s.is_prefilling]:
             if left > 0:
-                piece = running.piece(left)
-                batch.append((running, piece))
-                left -= len(piece.ids)
+                batch.append((sequence, self._next_segment(sequence, left)))
+                left -= len(batch[-1][1].ids)
         while left > 0 and (started := self._start_next()):
-            piece = started.piece(left)
-            batch.append((started, piece))
-            left -= len(piece.ids)
+            batch.append((started, self._next_segment(started, left)))
+            left -= len(batch[-1][1].ids)
         return batch
 
-    def _is_chunked(self, running: Running) -> bool:
-        # Without a cache the prompt is computed with every token: there is nothing to continue a chunk from.
-        return running.is_prefilling and self._kv_cache
+    def _next_segment(self, sequence: Sequence, most: int) -> Segment:
+        return sequence.next_segment(most, self._forbidden(sequence))
 
-    def _start_next(self) -> Running | None:
+    def _start_next(self) -> Sequence | None:
         """Give a free slot to the request that is next; None where none can start in this step."""
         generation = self._queue.first()
         if generation is None or not self._free:
             return None
         prompt_ids = np.array(generation.request.prompt_ids, dtype=np.int64)
-        if self._should_wait(prompt_ids):
+        reuse = self._kv_cache and generation.request.prompt_logprobs is None
+        if reuse and self._should_wait(prompt_ids):
             return None
         self._queue.remove(generation)
-        reuse = self._kv_cache and generation.request.prompt_logprobs is None
-        slot, cached = self._cache.take(self._free, prompt_ids, reuse=reuse)
-        model = self._forward.model
-        sampler = Sampler(generation.request.sampling, prompt_ids.tolist(), model.config.vocab_size, model.device)
-        running = Running(generation, slot, cached, token_bytes=self._token_bytes, sampler=sampler)
+        slot, cached = self._slots.take(self._free, prompt_ids, reuse=reuse)
+        sequence = self._new_sequence(generation, slot, cached)
         self._free.remove(slot)
-        self.running.append(running)
+        self.running.append(sequence)
         generation.start(cached)
         self.prompt_tokens += len(prompt_ids)
         self.cached_tokens += cached
-        return running
+        return sequence
+
+    def _new_sequence(self, generation: Generation, slot: int, cached: int) -> Sequence:
+        request = generation.request
+        sampler = Sampler(request.sampling, request.prompt_ids, self._step.vocab_size, self._step.logits_device)
+        return Sequence(generation, slot, cached, token_bytes=self._token_bytes, sampler=sampler)
 
     def _should_wait(self, prompt_ids: np.ndarray) -> bool:
-        """Whether a prompt now being computed will soon leave a longer beginning of this one in the cache."""
-        held = self._cache.longest_shared(prompt_ids)
-        for running in self.running:
-            if running.is_prefilling and self._kv_cache:
-                most = min(len(prompt_ids) - 1, len(running.request.prompt_ids))
-                differs = running.ids[:most] != prompt_ids[:most]
+        """Whether a prompt now being computed will soon leave a longer prefix of this one in the cache."""
+        held = self._slots.longest_shared(prompt_ids)
+        for sequence in self.running:
+            if sequence.is_prefilling:
+                most = min(len(prompt_ids) - 1, sequence.num_prompt_tokens)
+                differs = sequence.ids[:most] != prompt_ids[:most]
                 if (int(differs.argmax()) if differs.any() else most) >= held + SHORTEST_REUSE:
                     return True
         return False
 
-    def _advance(self, running: Running, piece: Piece) -> None:
-        running.computed += len(piece.ids)
-        self._cache.append(running.slot, piece.ids)
+    def _advance(self, sequence: Sequence, segment: Segment) -> None:
+        sequence.num_computed_tokens += len(segment.ids)
+        self._slots.append(sequence.slot, segment.ids)
 
-    def _step_alone(self, batch: list[tuple[Running, Piece]]) -> None:
-        """Compute each piece by itself, so that only the requests that fail end. Raises where nothing works any more."""
-        for running, piece in batch:
+    def _step_alone(self, batch: Batch) -> None:
+        """Compute each segment by itself, so that only the requests that fail end. Raises where the model itself fails."""
+        for sequence, segment in batch:
             try:
-                (logits_RV,) = self._forward([piece])
+                (output,) = self._step.compute([segment])
             except Exception:
                 logger.exception("a request failed; the others go on")
-                self._leave(running, "error", error=FAILED)
+                self._leave(sequence, "error", error=FAILED)
                 self.probe()
             else:
-                self._advance(running, piece)
-                if len(logits_RV):
-                    self._choose([(running, piece, logits_RV)])
+                self._advance(sequence, segment)
+                self._process(sequence, segment, output)
 
-    def _choose(self, batch: list[tuple[Running, Piece, Tensor]]) -> None:
-        """Choose the next token of each request whose logits (R, V) are here, and hand it over."""
-        if not batch:
+    def _process(self, sequence: Sequence, segment: Segment, output: SegmentOutput) -> None:
+        """Score the prompt and choose the next token, as the request asks; a request that fails here fails alone."""
+        if segment.logits == "none":
             return
-        last_RV = torch.cat([logits_RV[-1:] for _, _, logits_RV in batch])
-        highest, best = (values.tolist() for values in last_RV.max(dim=-1))
-        for row, (running, piece, logits_RV) in enumerate(batch):
-            try:
-                if running.request.prompt_logprobs is not None and not running.generation.generated_tokens:
-                    self._score_prompt(running, piece, logits_RV)
-                if running.computed < running.known:
-                    continue
-                # Most requests are greedy, and one call for all of them is what that costs.
-                is_easy = running.sampler.is_plain_greedy and not self._forbidden(running)
-                token = best[row] if is_easy and math.isfinite(highest[row]) else None
-                self._take_token(running, last_RV, row, token)
-            except Exception:
-                logger.exception("a request failed; the others go on")
-                self._leave(running, "error", error=FAILED)
+        try:
+            if sequence.request.prompt_logprobs is not None and not sequence.generation.generated_tokens:
+                self._score_prompt(sequence, segment, output)
+            if sequence.num_computed_tokens == sequence.num_tokens:
+                self._take_token(sequence, segment, output)
+        except Exception:
+            logger.exception("a request failed; the others go on")
+            self._leave(sequence, "error", error=FAILED)
 
-    def _score_prompt(self, running: Running, piece: Piece, logits_RV: Tensor) -> None:
-        request = running.request
-        following = [int(token) for token in running.ids[piece.start + 1 : piece.start + 1 + len(piece.ids)]]
-        following = following[: len(request.prompt_ids) - piece.start - 1]
+    def _score_prompt(self, sequence: Sequence, segment: Segment, output: SegmentOutput) -> None:
+        following = [int(token) for token in sequence.ids[segment.start + 1 : segment.start + 1 + len(segment.ids)]]
+        following = following[: sequence.num_prompt_tokens - segment.start - 1]
         if following:
-            running.prompt_scores += token_logprobs(
-                logits_RV[: len(following)], following, request.prompt_logprobs or 0
-            )
-        if not running.is_prefilling:
-            running.generation.emit(PromptScores(tuple(running.prompt_scores)))
+            top = sequence.request.prompt_logprobs or 0
+            sequence.prompt_scores += token_logprobs(output.logits_RV[: len(following)], following, top)
+        if not sequence.is_prefilling:
+            sequence.generation.emit(PromptScores(tuple(sequence.prompt_scores)))
 
-    def _take_token(self, running: Running, last_RV: Tensor, row: int, token: int | None) -> None:
-        """Append a token (the sampler's where None is given) and hand over the text that is certain now."""
-        request, generation = running.request, running.generation
+    def _take_token(self, sequence: Sequence, segment: Segment, output: SegmentOutput) -> None:
+        """Append the next token and hand over the text that is certain now."""
+        request, generation = sequence.request, sequence.generation
         if request.max_tokens == 0:
-            self._leave(running, "length")
+            self._leave(sequence, "length")
             return
-        if token is None:
-            token = running.sampler.next(last_RV[row], self._forbidden(running))
-        running.ids[running.known] = token
-        running.known += 1
+        token = self._next_token(sequence, segment, output)
+        sequence.ids[sequence.num_tokens] = token
+        sequence.num_tokens += 1
         generation.generated_tokens += 1
         self.generated_tokens += 1
         self.answered += 1
         is_end = token in self._end_of_text_ids and not request.ignore_eos
         if is_end or token in request.stop_token_ids:
-            self._end_text(running, "stop", stopped_by=None if is_end else token)
+            self._end_text(sequence, "stop", stopped_by=None if is_end else token)
             return
         logprobs: tuple[TokenLogprob, ...] = ()
         if request.logprobs is not None:
-            logprobs = tuple(token_logprobs(last_RV[row : row + 1], [token], request.logprobs))
+            logprobs = tuple(token_logprobs(output.logits_RV[-1:], [token], request.logprobs))
         may_stop = generation.generated_tokens >= request.min_tokens
-        text, stop = running.stops.push(running.text.push(token), may_stop=may_stop)
+        text, stop = sequence.stops.push(sequence.text.push(token), may_stop=may_stop)
         generation.emit(TextPiece(text, (token,), logprobs))
         if stop is not None:
-            self._leave(running, "stop", stopped_by=stop)
+            self._leave(sequence, "stop", stopped_by=stop)
         elif generation.generated_tokens >= request.max_tokens:
-            self._end_text(running, "length")
+            self._end_text(sequence, "length")
 
-    def _forbidden(self, running: Running) -> list[int]:
+    def _next_token(self, sequence: Sequence, segment: Segment, output: SegmentOutput) -> int:
+        if sequence.sampler.is_plain_greedy and output.token is not None and not self._forbidden(sequence):
+            return output.token
+        if segment.logits == "argmax":
+            raise ValueError("the highest logit is not finite: the weights or the cache hold broken numbers")
+        return sequence.sampler.next(output.logits_RV[-1], self._forbidden(sequence))
+
+    def _forbidden(self, sequence: Sequence) -> list[int]:
         """Tokens that would end the text too early."""
-        request = running.request
-        if running.generation.generated_tokens >= request.min_tokens:
+        request = sequence.request
+        if sequence.generation.generated_tokens >= request.min_tokens:
             return []
         return [*request.stop_token_ids, *(() if request.ignore_eos else self._end_of_text_ids)]
 
-    def _end_text(self, running: Running, reason: FinishReason, *, stopped_by: int | None = None) -> None:
+    def _end_text(self, sequence: Sequence, reason: FinishReason, *, stopped_by: int | None = None) -> None:
         """Hand over what was held back, then finish. An unfinished character's bytes are U+FFFD."""
-        rest, stop = running.stops.push(running.text.flush())
+        rest, stop = sequence.stops.push(sequence.text.flush())
         if stop is None:
-            rest += running.stops.flush()
+            rest += sequence.stops.flush()
         if rest:
-            running.generation.emit(TextPiece(rest, ()))
+            sequence.generation.emit(TextPiece(rest, ()))
         if stop is None:
-            self._leave(running, reason, stopped_by=stopped_by)
+            self._leave(sequence, reason, stopped_by=stopped_by)
         else:
-            self._leave(running, "stop", stopped_by=stop)
+            self._leave(sequence, "stop", stopped_by=stop)
 
     def _leave(
         self,
-        running: Running,
+        sequence: Sequence,
         reason: FinishReason,
         *,
         stopped_by: str | int | None = None,
         error: str | None = None,
     ) -> None:
-        self.running.remove(running)
-        self._free.append(running.slot)
+        self.running.remove(sequence)
+        self._free.append(sequence.slot)
         if reason == "error":
-            self._cache.clear(running.slot)
-        self._cache.touch(running.slot)
-        held_s = time.monotonic() - (running.generation.started_at or 0.0)
+            self._slots.clear(sequence.slot)
+        self._slots.touch(sequence.slot)
+        held_s = time.monotonic() - (sequence.generation.started_at or 0.0)
         self.request_seconds += 0.2 * (held_s - self.request_seconds)
-        running.generation.finish(reason, stopped_by=stopped_by, error=error)
+        sequence.generation.finish(reason, stopped_by=stopped_by, error=error)

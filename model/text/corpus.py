@@ -114,7 +114,7 @@ def read_summary(corpus_dir: Path) -> CorpusSummary:
     """The summary of a corpus on disk. Raises PipelineError where there is none."""
     path = corpus_dir / "summary.json"
     if not path.is_file():
-        raise PipelineError(f"no summary.json in {corpus_dir}: expected a corpus; materialize it again")
+        raise PipelineError(f"no summary.json in {corpus_dir}: expected a corpus; make it again")
     return CorpusSummary(**json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -125,7 +125,7 @@ def read_documents(corpus_dir: Path, split: str) -> Iterator[str]:
     """
     shards = sorted(corpus_dir.glob(f"{split}-*.parquet"))
     if not shards:
-        raise PipelineError(f"no {split} shard in {corpus_dir}: expected a corpus; materialize it again")
+        raise PipelineError(f"no {split} shard in {corpus_dir}: expected a corpus; make it again")
     for shard in shards:
         with pq.ParquetFile(shard) as table:
             for group in range(table.num_row_groups):  # the writer bounded their size

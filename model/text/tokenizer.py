@@ -59,7 +59,7 @@ def _train(settings: TokenizerSettings, texts: Iterable[str]) -> PreTrainedToken
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     """Read a tokenizer that `save_pretrained` wrote. Raises PipelineError where there is none."""
     if not (directory / "tokenizer.json").is_file():
-        raise PipelineError(f"no tokenizer.json in {directory}: expected a saved tokenizer; materialize it again")
+        raise PipelineError(f"no tokenizer.json in {directory}: expected a saved tokenizer; make the dataset again")
     return PreTrainedTokenizerFast.from_pretrained(directory)
 
 

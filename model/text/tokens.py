@@ -227,7 +227,7 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         """Raises PipelineError where the split is missing or shorter than one window."""
         path = dataset_dir / f"{split}.bin"
         if not path.is_file():
-            raise PipelineError(f"no {path.name} in {dataset_dir}: expected a tokenized data set; materialize it again")
+            raise PipelineError(f"no {path.name} in {dataset_dir}: expected a tokenized dataset; make it again")
         self._arguments = (dataset_dir, split, sequence_length)
         self.sequence_length = sequence_length
         self.byte_counts = np.load(dataset_dir / "byte_counts.npy")
@@ -325,7 +325,7 @@ def _check_split(
     if spelled != expected:
         raise PipelineError(
             f"the {split} split's tokens stand for {spelled:,} bytes, {corpus_dir / 'summary.json'} says {expected:,}: "
-            "expected the same; materialize the corpus again"
+            "expected the same; make the corpus again"
         )
     if found.tokens < settings.sequence_length:
         raise PipelineError(_too_short(split, found.tokens, settings.sequence_length))

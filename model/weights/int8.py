@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 SCHEME = "int8 weights, symmetric, one float32 scale per output channel; norms in full precision"
 PACKED_MIN_WEIGHTS = 1 << 19
@@ -147,6 +148,14 @@ class TiedInt8Head(nn.Module):
 def is_quantized(model: nn.Module) -> bool:
     """Whether any layer of `model` holds int8 weights."""
     return any(isinstance(module, Int8Matrix) for module in model.modules())
+
+
+def precision_name(model: PreTrainedModel) -> str:
+    """What weights and activations are held in: "float32", "bfloat16", "int8" (activations float32), "int8, bfloat16"."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    if not is_quantized(model):
+        return dtype
+    return "int8" if dtype == "float32" else f"int8, {dtype}"
 
 
 def quantize(model: M, *, values: bool = True) -> M:

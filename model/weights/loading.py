@@ -75,7 +75,7 @@ def read_config(model_dir: Path) -> RexConfig:
         config: RexConfig = RexConfig.from_dict(raw)
     except Exception as error:  # noqa: BLE001  the strict dataclass wraps its reasons in several types of its own
         reason = " ".join(str(error.__cause__ or error).split())
-        raise PipelineError(f"{path} is not a valid REX configuration: {reason}; materialize the model again") from None
+        raise PipelineError(f"{path} is not a valid REX configuration: {reason}; make the model again") from None
     return config
 
 
@@ -108,13 +108,13 @@ def logits_digest(model: RexForCausalLM) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise PipelineError(f"{path} is missing: expected a model directory; materialize the model again")
+        raise PipelineError(f"{path} is missing: expected a model directory; make the model again")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise PipelineError(f"{path} is not JSON ({error}): materialize the model again") from None
+        raise PipelineError(f"{path} is not JSON ({error}): make the model again") from None
     if not isinstance(raw, dict):
-        raise PipelineError(f"{path} holds a {type(raw).__name__}: expected a JSON object; materialize the model again")
+        raise PipelineError(f"{path} holds a {type(raw).__name__}: expected a JSON object; make the model again")
     return raw
 
 
@@ -134,7 +134,7 @@ def _load_weights(model: RexForCausalLM, path: Path) -> None:
     may be deleted while the model runs.
     """
     if not path.is_file():
-        raise PipelineError(f"{path} is missing: expected the weights of a model; materialize the model again")
+        raise PipelineError(f"{path} is missing: expected the weights of a model; make the model again")
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -149,26 +149,22 @@ def _load_weights(model: RexForCausalLM, path: Path) -> None:
                 for name in expected:
                     targets[name].copy_(file.get_tensor(name))
     except SafetensorError as error:
-        raise PipelineError(f"{path} is not a readable safetensors file ({error}): materialize it again") from None
+        raise PipelineError(f"{path} is not a readable safetensors file ({error}): make it again") from None
 
 
 def _check_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], path: Path) -> None:
     for name, shape in expected.items():
         if name not in found:
             raise PipelineError(
-                f"{path} has no tensor {name}, which config.json and {QUANTIZATION} call for: materialize the model "
-                "again"
+                f"{path} has no tensor {name}, which config.json and {QUANTIZATION} call for: make the model again"
             )
         if found[name] != shape:
             raise PipelineError(
-                f"{path} holds {name} with shape {found[name]}: expected {shape} from config.json; materialize the "
-                "model again"
+                f"{path} holds {name} with shape {found[name]}: expected {shape} from config.json; make the model again"
             )
     surplus = sorted(set(found) - set(expected))
     if surplus:
-        raise PipelineError(
-            f"{path} holds {surplus[0]}, which config.json has no place for: materialize the model again"
-        )
+        raise PipelineError(f"{path} holds {surplus[0]}, which config.json has no place for: make the model again")
 
 
 def main() -> int:

@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 from bento.api import create_app
 from model.generation.engine import Engine
 from model.modeling_rex import RexForCausalLM
+from tests.model.generation.engines import StepHook
 from tests.tiny import tiny_model, tiny_tokenizer
 
 MAX_BODY_BYTES = 4096
@@ -31,13 +32,13 @@ class Service:
 
     def __post_init__(self) -> None:
         self.opened.set()
-        self.model.register_forward_pre_hook(self._wait)
+        StepHook(self.engine, before=self._wait)
 
     def close_gate(self) -> None:
         self.reached.clear()
         self.opened.clear()
 
-    def _wait(self, *_: object) -> None:
+    def _wait(self, segments: object) -> None:
         self.steps += 1
         self.reached.set()
         assert self.opened.wait(30)
@@ -51,7 +52,7 @@ def make_service(*, request_timeout_s: float = TIMEOUT_S, max_queue: int = 2, **
     # Random weights stop anywhere, and lengths are to be known.
     engine = Engine(model, tokenizer, max_batch_size=1, max_queue=max_queue, end_of_text_ids=frozenset())
     app.state.models.serve(engine)
-    return Service(app, engine, engine.model)
+    return Service(app, engine, model)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,7 +10,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from bento.api import create_app
+from model.generation.step import Segment
 from tests.bento.conftest import MAX_BODY_BYTES, Service, make_service
+from tests.model.generation.engines import StepHook
 from tests.tiny import CONTEXT
 
 GREEDY = {"prompt": "def main", "max_tokens": 8, "temperature": 0}
@@ -215,15 +217,15 @@ def test_a_stopped_engine_is_503():
     assert error(answer)["type"] == "server_error"
 
 
-def explode(module: object, args: object, kwargs: dict[str, Any]) -> None:
-    """Fail in every pass but the one that asks whether the model works at all: a single token at the beginning."""
-    if kwargs["position_ids"].max() > 0:
+def explode(segments: list[Segment]) -> None:
+    """Fail in every step but the one that asks whether the model works at all: a single token at the beginning."""
+    if any(segment.start + len(segment.ids) > 1 for segment in segments):
         raise RuntimeError("internal detail")
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_failure_while_generating_is_500_without_its_cause(service, client, stream, caplog):
-    handle = service.model.register_forward_pre_hook(explode, with_kwargs=True)
+    handle = StepHook(service.engine, before=explode)
     answer = client.post("/generate", json={**GREEDY, "stream": stream})
     handle.remove()
     assert answer.status_code == 500
@@ -236,12 +238,12 @@ def test_a_failure_while_generating_is_500_without_its_cause(service, client, st
 def test_a_failure_in_mid_stream_is_the_last_event(service, client):
     steps: list[None] = []
 
-    def explode_later(*given: Any) -> None:
+    def explode_later(segments: list[Segment]) -> None:
         steps.append(None)
         if len(steps) >= 6:
-            explode(*given)
+            explode(segments)
 
-    handle = service.model.register_forward_pre_hook(explode_later, with_kwargs=True)
+    handle = StepHook(service.engine, before=explode_later)
     answer = client.post("/generate", json={**GREEDY, "max_tokens": 20, "stream": True})
     handle.remove()
     *pieces, last = events(answer.text)

@@ -8,7 +8,6 @@ from bentoml.exceptions import InvalidArgument
 
 from bento.options import BentoArgs, describe_variables, find_model, origins, with_overrides
 from model.settings import ServingSettings
-from model.weights import int8
 from tests.tiny import save_tiny_model
 
 
@@ -150,12 +149,12 @@ def start_engine(model_dir, monkeypatch):
 def test_switches_do_what_they_say(start_engine):
     plain = start_engine()
     assert plain.is_ready and plain._kv_cache
-    assert not int8.is_quantized(plain.model) and plain.model.dtype == torch.float32
+    assert plain.precision == "float32"
     assert not start_engine(kv_cache=False)._kv_cache
-    assert int8.is_quantized(start_engine(quantized=True).model)
-    assert start_engine(mixed_precision=True).model.dtype == torch.bfloat16
+    assert start_engine(quantized=True).precision == "int8"
+    assert start_engine(mixed_precision=True).precision == "bfloat16"
     both = start_engine(quantized=True, mixed_precision=True)
-    assert both.is_ready and both.model.dtype == torch.bfloat16
+    assert both.is_ready and both.precision == "int8, bfloat16"
 
 
 def test_limits_reach_the_engine(start_engine):

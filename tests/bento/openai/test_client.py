@@ -10,6 +10,7 @@ import pytest
 
 from model.generation.requests import EngineBusy
 from tests.bento.openai_service import CHAT_TEMPLATE, MODEL, Service, on_a_port, running_service
+from tests.model.generation.engines import StepHook
 from tests.tiny import CONTEXT
 
 GREEDY = {"model": MODEL, "max_tokens": 12, "temperature": 0}
@@ -186,7 +187,7 @@ class Gate:
 
     def __init__(self, service: Service) -> None:
         self.reached, self.opened = threading.Event(), threading.Event()
-        self.hook = service.engine.model.register_forward_pre_hook(self.wait)
+        self.hook = StepHook(service.engine, before=self.wait)
 
     def wait(self, *_: object) -> None:
         self.reached.set()
@@ -225,7 +226,7 @@ def test_a_client_that_times_out_has_its_request_cancelled(service, url, gate, s
 def test_a_stream_that_is_left_early_is_cancelled(service, client):
     before = service.engine.stats().cancelled_total
     steps = threading.Semaphore(3)
-    hook = service.engine.model.register_forward_pre_hook(lambda *_: steps.acquire(timeout=30) and None)
+    hook = StepHook(service.engine, before=lambda segments: steps.acquire(timeout=30))
     stream = client.completions.create(prompt="x", stream=True, **{**GREEDY, "max_tokens": 90})
     next(iter(stream))
     stream.close()
@@ -246,7 +247,7 @@ def test_a_failure_in_mid_stream_is_an_api_error_with_its_code(service, client):
         if len(steps) in (6, 7):  # also when it is tried alone, but not when the model is asked whether it lives
             raise RuntimeError("internal detail")
 
-    hook = service.engine.model.register_forward_pre_hook(explode)
+    hook = StepHook(service.engine, before=explode)
     pieces = []
     with pytest.raises(openai.APIError) as caught:
         pieces.extend(client.completions.create(prompt="x", stream=True, **{**GREEDY, "max_tokens": 40}))

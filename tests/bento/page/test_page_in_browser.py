@@ -20,6 +20,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 from bento.api import create_app
 from tests.bento.conftest import Service, make_service
 from tests.bento.page.browser import browser, missing, requested, set_colours, set_viewport
+from tests.model.generation.engines import StepHook
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(bool(missing()), reason=missing())]
 
@@ -135,7 +136,7 @@ def served(tmp_path_factory) -> Iterator[Page]:
     def step(*_: object) -> None:
         assert steps.acquire(timeout=WAIT_S)
 
-    service.model.register_forward_pre_hook(step)
+    StepHook(service.engine, before=step)
     try:
         with listening(service.app) as address, browser(tmp_path_factory.mktemp("profile")) as driver:
             yield Page(driver, service, address, steps)

@@ -176,7 +176,7 @@ def follower(caplog):
             raise PipelineError("no weights")
         tokenizer = tiny_tokenizer()
         engine = Engine(tiny_model(tokenizer), tokenizer, max_batch_size=1)
-        engines.append(weakref.ref(engine.model))
+        engines.append(weakref.ref(engine._step))
         return engine
 
     made = Follower(

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from model.generation.engine import Engine
+from model.generation.steps import available_steps
+from tests.model.generation import engines
 from tests.model.generation.engines import Gate, start
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -17,6 +19,13 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model(tokenizer):
     return tiny_model(tokenizer)
+
+
+@pytest.fixture(params=available_steps(tiny_model(tiny_tokenizer())))
+def each_step(request, monkeypatch) -> str:
+    """The test runs once for each implementation of a step that this machine has."""
+    monkeypatch.setattr(engines, "STEP", request.param)
+    return request.param
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 """Engines for tests: what one is asked, what it says, and what `generate()` would have said."""
 
 import threading
+import weakref
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 
@@ -11,25 +14,63 @@ GREEDY = SamplingParameters(temperature=0)
 PROMPT = [40, 90, 17, 200]
 
 
+STEP = "auto"
+"""The implementation that `start` takes; the fixture `each_step` sets it to one after the other."""
+
+
 def start(model, tokenizer, **options) -> Engine:
     """An engine that no token stops, so that lengths are known: a model with random weights stops anywhere."""
-    return Engine(model, tokenizer, **{"max_batch_size": 4, "end_of_text_ids": frozenset(), **options})
+    defaults = {"max_batch_size": 4, "end_of_text_ids": frozenset(), "step": STEP}
+    return Engine(model, tokenizer, **{**defaults, **options})
+
+
+class StepHook:
+    """Calls `before` and `after` with the segments of each step of an engine, also after a restart, until removed."""
+
+    _active: ClassVar[list["StepHook"]] = []
+
+    def __init__(
+        self, engine: Engine, before: Callable = lambda segments: None, after: Callable = lambda segments: None
+    ):
+        self._engine, self._before, self._after = weakref.ref(engine), before, after
+        StepHook._active.append(self)
+        kind = type(engine._step)
+        if not hasattr(kind.compute, "is_hooked"):
+            kind.compute = self._hooked(kind.compute)
+
+    @staticmethod
+    def _hooked(compute: Callable) -> Callable:
+        def with_hooks(step, segments):
+            mine = [hook for hook in StepHook._active if (engine := hook._engine()) and engine._step is step]
+            for hook in mine:
+                hook._before(segments)
+            outputs = compute(step, segments)
+            for hook in mine:
+                hook._after(segments)
+            return outputs
+
+        with_hooks.is_hooked = True
+        return with_hooks
+
+    def remove(self) -> None:
+        if self in StepHook._active:
+            StepHook._active.remove(self)
 
 
 class Gate:
-    """Holds an engine at each forward pass until it is opened."""
+    """Holds an engine before each step until it is opened."""
 
     def __init__(self, engine: Engine) -> None:
         self.reached, self._opened = threading.Event(), threading.Event()
-        self._handle = engine.model.register_forward_pre_hook(self._wait)
+        self._hook = StepHook(engine, before=self._wait)
 
-    def _wait(self, *_: object) -> None:
+    def _wait(self, segments: object) -> None:
         self.reached.set()
         assert self._opened.wait(30)
 
     def open(self) -> None:
         self._opened.set()
-        self._handle.remove()
+        self._hook.remove()
 
 
 def tokens(generation: Generation) -> list[int]:

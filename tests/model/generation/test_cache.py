@@ -4,83 +4,94 @@ import numpy as np
 import pytest
 import torch
 
-from model.generation.cache import SHORTEST_REUSE, SlotCache, bytes_per_token
+from model.generation.cache import KeyValueCache, bytes_per_token
+from model.generation.reference import ReferenceStep
+from model.generation.slots import SHORTEST_REUSE, SlotTable
 from tests.tiny import tiny_model, tiny_tokenizer
 
 LONG = np.arange(2, 42)
 
 
 @pytest.fixture
-def cache() -> SlotCache:
-    config = tiny_model(tiny_tokenizer()).config
-    made = SlotCache(config, 3, dtype=torch.float32, device=torch.device("cpu"))
+def step() -> ReferenceStep:
+    made = ReferenceStep(tiny_model(tiny_tokenizer()), 3)
     for slot in range(3):
-        for tensor in (*made.keys, *made.values):
+        for tensor in (*made.cache.keys, *made.cache.values):
             tensor[slot] = slot + 1
     return made
 
 
-def hold(cache: SlotCache, slot: int, ids: np.ndarray) -> None:
-    cache.truncate(slot, 0)
-    cache.append(slot, ids)
-    cache.touch(slot)
+@pytest.fixture
+def cache(step) -> KeyValueCache:
+    return step.cache
 
 
-def test_an_empty_cache_gives_the_lowest_slot(cache):
-    assert cache.take([0, 1, 2], LONG, reuse=True) == (0, 0)
+@pytest.fixture
+def table(step) -> SlotTable:
+    return SlotTable(step)
 
 
-def test_a_free_slot_with_the_same_beginning_is_continued_in_place(cache):
-    hold(cache, 1, LONG)
-    assert cache.take([0, 1, 2], np.append(LONG[:30], [7, 7]), reuse=True) == (1, 30)
-    assert cache.length(1) == 30
+def hold(table: SlotTable, slot: int, ids: np.ndarray) -> None:
+    table.truncate(slot, 0)
+    table.append(slot, ids)
+    table.touch(slot)
 
 
-def test_the_last_token_of_a_prompt_is_always_computed(cache):
-    hold(cache, 0, LONG)
-    assert cache.take([0], LONG, reuse=True) == (0, len(LONG) - 1)
+def test_an_empty_cache_gives_the_lowest_slot(table):
+    assert table.take([0, 1, 2], LONG, reuse=True) == (0, 0)
 
 
-def test_the_beginning_of_a_slot_in_use_is_copied(cache):
-    hold(cache, 1, LONG)
-    assert cache.take([0, 2], np.append(LONG, 7), reuse=True) == (0, len(LONG))
+def test_a_free_slot_with_the_same_beginning_is_continued_in_place(table):
+    hold(table, 1, LONG)
+    assert table.take([0, 1, 2], np.append(LONG[:30], [7, 7]), reuse=True) == (1, 30)
+    assert table.length(1) == 30
+
+
+def test_the_last_token_of_a_prompt_is_always_computed(table):
+    hold(table, 0, LONG)
+    assert table.take([0], LONG, reuse=True) == (0, len(LONG) - 1)
+
+
+def test_the_beginning_of_a_slot_in_use_is_copied(cache, table):
+    hold(table, 1, LONG)
+    assert table.take([0, 2], np.append(LONG, 7), reuse=True) == (0, len(LONG))
     for tensor in (*cache.keys, *cache.values):
         assert (tensor[0, :, : len(LONG)] == 2).all()
         assert (tensor[0, :, len(LONG) :] == 1).all()
-    assert cache.take([2], np.append(LONG, 8), reuse=True) == (2, len(LONG))
+    assert table.take([2], np.append(LONG, 8), reuse=True) == (2, len(LONG))
 
 
-def test_a_long_text_is_not_given_up_for_a_short_common_beginning(cache):
-    hold(cache, 0, LONG)
+def test_a_long_text_is_not_given_up_for_a_short_common_beginning(table):
+    hold(table, 0, LONG)
     prompt = np.append(LONG[:SHORTEST_REUSE], [7, 7])
-    assert cache.take([0, 1, 2], prompt, reuse=True) == (1, SHORTEST_REUSE)
-    assert cache.length(0) == len(LONG)
+    assert table.take([0, 1, 2], prompt, reuse=True) == (1, SHORTEST_REUSE)
+    assert table.length(0) == len(LONG)
 
 
-def test_a_common_beginning_that_is_not_worth_it_is_computed_again(cache):
-    hold(cache, 0, LONG)
-    assert cache.take([1, 2], np.append(LONG[: SHORTEST_REUSE - 1], [7, 7]), reuse=True) == (1, 0)
+def test_a_common_beginning_that_is_not_worth_it_is_computed_again(table):
+    hold(table, 0, LONG)
+    assert table.take([1, 2], np.append(LONG[: SHORTEST_REUSE - 1], [7, 7]), reuse=True) == (1, 0)
 
 
-def test_the_slot_left_longest_ago_is_overwritten_first(cache):
+def test_the_slot_left_longest_ago_is_overwritten_first(table):
     for slot in (1, 2, 0):
-        hold(cache, slot, LONG + 100 * slot)
-    assert cache.take([0, 1, 2], LONG + 40, reuse=True) == (1, 0)
-    assert cache.longest_shared(LONG + 100) == 0
-    assert cache.longest_shared(LONG + 200) == len(LONG) - 1
+        hold(table, slot, LONG + 100 * slot)
+    assert table.take([0, 1, 2], LONG + 40, reuse=True) == (1, 0)
+    assert table.longest_shared(LONG + 100) == 0
+    assert table.longest_shared(LONG + 200) == len(LONG) - 1
 
 
-def test_without_reuse_a_slot_starts_empty(cache):
-    hold(cache, 0, LONG)
-    slot, cached = cache.take([0], LONG, reuse=False)
-    assert (slot, cached, cache.length(0)) == (0, 0, 0)
+def test_without_reuse_a_slot_starts_empty(table):
+    hold(table, 0, LONG)
+    slot, cached = table.take([0], LONG, reuse=False)
+    assert (slot, cached, table.length(0)) == (0, 0, 0)
 
 
-def test_a_cleared_slot_holds_no_number_of_before(cache):
-    hold(cache, 1, LONG)
+def test_a_cleared_slot_holds_no_number_of_before(cache, table):
+    hold(table, 1, LONG)
     cache.keys[0][1] = torch.nan
-    cache.clear(1)
-    assert cache.length(1) == 0
+    table.clear(1)
+    assert table.length(1) == 0
     assert all((tensor[1] == 0).all() for tensor in (*cache.keys, *cache.values))
 
 

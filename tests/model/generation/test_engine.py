@@ -14,6 +14,8 @@ from model.weights import int8
 from tests.model.generation.engines import GREEDY, PROMPT, reference, start, tokens
 from tests.tiny import CONTEXT, TEXT, tiny_model
 
+pytestmark = pytest.mark.usefixtures("each_step")
+
 
 def random_prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
     numbers = random.Random(seed)

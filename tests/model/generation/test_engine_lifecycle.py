@@ -8,8 +8,11 @@ import torch
 
 from model.errors import PipelineError
 from model.generation.requests import EngineBusy, EngineStopped, Finished, GenerationRequest, TextPiece
-from tests.model.generation.engines import GREEDY, PROMPT, last, reference, start, tokens
+from model.generation.step import Segment
+from tests.model.generation.engines import GREEDY, PROMPT, StepHook, last, reference, start, tokens
 from tests.tiny import tiny_model
+
+pytestmark = pytest.mark.usefixtures("each_step")
 
 
 def test_several_requests_are_admitted_together_or_not_at_all(model, tokenizer, gate):
@@ -103,11 +106,11 @@ def test_a_request_that_fails_fails_alone(model, engine):
     """The model fails wherever one token is in its input; the neighbours of that request do not notice."""
     poison = 123
 
-    def explode(module: object, args: object, kwargs: dict) -> None:
-        if (kwargs["input_ids"] == poison).any():
+    def explode(segments: list[Segment]) -> None:
+        if any((segment.ids == poison).any() for segment in segments):
             raise RuntimeError("broken")
 
-    handle = engine.model.register_forward_pre_hook(explode, with_kwargs=True)
+    handle = StepHook(engine, before=explode)
     prompts = [PROMPT, [poison, 5], [9, 8, 7]]
     generations = [engine.submit(GenerationRequest(prompt, 8, GREEDY)) for prompt in prompts]
     assert tokens(generations[0]) == reference(model, PROMPT, 8)
@@ -137,7 +140,7 @@ def test_an_engine_that_dies_fails_what_is_in_flight_and_starts_again_once(model
     held = gate(engine)
     running = engine.submit(GenerationRequest(PROMPT, 5, GREEDY))
     assert held.reached.wait(30)
-    handle = engine.model.register_forward_hook(die)
+    handle = StepHook(engine, after=die)
     held.open()
     failed = last(running)
     assert failed.finish_reason == "error" and "starts again" in failed.error
@@ -147,7 +150,7 @@ def test_an_engine_that_dies_fails_what_is_in_flight_and_starts_again_once(model
         time.sleep(0.01)
     assert engine.stats().restarts_total == 1
     assert tokens(engine.submit(GenerationRequest(PROMPT, 5, GREEDY))) == reference(model, PROMPT, 5)
-    engine.model.register_forward_hook(die)
+    StepHook(engine, after=die)
     assert last(engine.submit(GenerationRequest(PROMPT, 5, GREEDY))).finish_reason == "error"
     assert not engine.is_alive and not engine.is_ready
     with pytest.raises(EngineStopped):
@@ -163,7 +166,7 @@ def test_an_engine_whose_model_cannot_work_any_more_is_dead_and_answers_everybod
     def explode(*_: object) -> None:
         raise RuntimeError("the device is lost")
 
-    engine.model.register_forward_pre_hook(explode)
+    StepHook(engine, before=explode)
     held.open()
     assert {last(generation).finish_reason for generation in generations} == {"error"}
     assert not engine.is_alive

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from model.generation.cache import SlotCache
-from model.generation.forward import Piece, RaggedForward
 from model.generation.queue import QueueFull, RequestQueue
+from model.generation.reference import ReferenceStep
 from model.generation.requests import Finished, Generation, GenerationRequest, SamplingParameters, TextPiece
 from model.generation.scheduler import Scheduler
+from model.generation.step import Segment
 from model.text.tokenizer import token_bytes
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -15,23 +15,22 @@ GREEDY = SamplingParameters(temperature=0)
 CHUNK = 8
 
 
-class Recorder(RaggedForward):
-    """Remembers the pieces of each pass."""
+class Recorder(ReferenceStep):
+    """Remembers the segments of each step."""
 
-    def __call__(self, pieces):
-        self.passes = [*getattr(self, "passes", []), list(pieces)]
-        return super().__call__(pieces)
+    def compute(self, segments):
+        self.steps = [*getattr(self, "steps", []), list(segments)]
+        return super().compute(segments)
 
 
 @pytest.fixture
-def forward() -> Recorder:
-    model = tiny_model(tiny_tokenizer())
-    return Recorder(model, SlotCache(model.config, 4, dtype=torch.float32, device=torch.device("cpu")))
+def recorder() -> Recorder:
+    return Recorder(tiny_model(tiny_tokenizer()), 4)
 
 
-def schedule(forward: RaggedForward, **options) -> Scheduler:
+def schedule(step: ReferenceStep, **options) -> Scheduler:
     return Scheduler(
-        forward,
+        step,
         RequestQueue(16, 1000),
         token_bytes=token_bytes(tiny_tokenizer()),
         end_of_text_ids=frozenset(),
@@ -40,8 +39,8 @@ def schedule(forward: RaggedForward, **options) -> Scheduler:
 
 
 @pytest.fixture
-def scheduler(forward) -> Scheduler:
-    return schedule(forward)
+def scheduler(recorder) -> Scheduler:
+    return schedule(recorder)
 
 
 def add(scheduler: Scheduler, prompt: list[int], count: int = 20, **options) -> tuple[Generation, list]:
@@ -51,42 +50,42 @@ def add(scheduler: Scheduler, prompt: list[int], count: int = 20, **options) -> 
     return generation, events
 
 
-def sizes(pieces: list[Piece]) -> list[int]:
-    return [len(piece.ids) for piece in pieces]
+def sizes(segments: list[Segment]) -> list[int]:
+    return [len(segment.ids) for segment in segments]
 
 
-def test_a_long_prompt_delays_running_streams_by_one_chunk_at_most(scheduler, forward):
+def test_a_long_prompt_delays_running_streams_by_one_chunk_at_most(scheduler, recorder):
     _, events = add(scheduler, [5, 6])
     scheduler.step()
     _, long_events = add(scheduler, list(range(2, 32)))
     for done in range(2, 6):
         scheduler.step()
-        assert sizes(forward.passes[-1]) == [1, CHUNK - 1]  # the running stream's token, and a chunk with it
+        assert sizes(recorder.steps[-1]) == [1, CHUNK - 1]  # the running stream's token, and a chunk with it
         assert len(events) == done and not long_events
     scheduler.step()
-    assert sizes(forward.passes[-1]) == [1, 30 - 4 * (CHUNK - 1)]
+    assert sizes(recorder.steps[-1]) == [1, 30 - 4 * (CHUNK - 1)]
     assert len(long_events) == 1
 
 
-def test_short_prompts_share_a_step_up_to_the_chunk(scheduler, forward):
+def test_short_prompts_share_a_step_up_to_the_chunk(scheduler, recorder):
     for start in (2, 50, 100):
         add(scheduler, list(range(start, start + 3)))
     scheduler.step()
-    assert sizes(forward.passes[-1]) == [3, 3, 2]
+    assert sizes(recorder.steps[-1]) == [3, 3, 2]
 
 
-def test_prompts_get_a_quarter_of_a_step_however_many_decode(forward):
-    scheduler = schedule(forward, prefill_chunk=2)
+def test_prompts_get_a_quarter_of_a_step_however_many_decode(recorder):
+    scheduler = schedule(recorder, prefill_chunk=2)
     for start in (2, 3, 4):
         add(scheduler, [start])
         scheduler.step()
     add(scheduler, list(range(10, 20)))
     for _ in range(3):
         scheduler.step()
-        assert sizes(forward.passes[-1]) == [1, 1, 1, 1]
+        assert sizes(recorder.steps[-1]) == [1, 1, 1, 1]
 
 
-def test_requests_join_and_leave_at_every_step(scheduler, forward):
+def test_requests_join_and_leave_at_every_step(scheduler, recorder):
     _, short = add(scheduler, [5], count=2)
     _, long = add(scheduler, [6], count=4)
     scheduler.step()
@@ -95,21 +94,21 @@ def test_requests_join_and_leave_at_every_step(scheduler, forward):
     _, late = add(scheduler, [7], count=1)
     scheduler.step()
     assert isinstance(late[-1], Finished)
-    assert sizes(forward.passes[-1]) == [1, 1]
+    assert sizes(recorder.steps[-1]) == [1, 1]
 
 
-def test_a_cancelled_request_leaves_before_the_next_pass(scheduler, forward):
+def test_a_cancelled_request_leaves_before_the_next_pass(scheduler, recorder):
     generation, events = add(scheduler, [5])
     add(scheduler, [6])
     scheduler.step()
     generation.cancel()
     scheduler.step()
     assert events[-1] == Finished("cancelled", 1, 1)
-    assert sizes(forward.passes[-1]) == [1]
+    assert sizes(recorder.steps[-1]) == [1]
     assert scheduler.free_slots == 3
 
 
-def test_a_prompt_waits_for_another_that_computes_its_beginning(scheduler, forward):
+def test_a_prompt_waits_for_another_that_computes_its_beginning(scheduler, recorder):
     shared = list(range(2, 42))
     add(scheduler, [*shared, 100])
     follower, _ = add(scheduler, [*shared, 101])
@@ -119,15 +118,15 @@ def test_a_prompt_waits_for_another_that_computes_its_beginning(scheduler, forwa
     scheduler.step()  # the first prompt's last token; then its beginning is there
     scheduler.step()
     assert follower.cached_tokens == len(shared)
-    assert sizes(forward.passes[-1]) == [1, 1]
+    assert sizes(recorder.steps[-1]) == [1, 1]
 
 
-def test_what_a_failed_pass_left_behind_reaches_nobody(scheduler, forward):
+def test_what_a_failed_pass_left_behind_reaches_nobody(scheduler, recorder):
     """A slot whose numbers are not finite is emptied before another request gets it."""
     _, events = add(scheduler, list(range(2, 10)))
     scheduler.step()
     slot = scheduler.running[0].slot
-    for tensor in (*forward.cache.keys, *forward.cache.values):
+    for tensor in (*recorder.cache.keys, *recorder.cache.values):
         tensor[slot] = torch.nan
     scheduler.step()
     assert events[-1].finish_reason == "error"
@@ -146,12 +145,12 @@ def test_pieces_of_text_carry_their_tokens(scheduler):
     assert sum(len(event.token_ids) for event in events[:-1]) == 5
 
 
-def test_without_cache_all_tokens_are_computed_in_each_step(forward):
-    scheduler = schedule(forward, kv_cache=False)
+def test_without_cache_all_tokens_are_computed_in_each_step(recorder):
+    scheduler = schedule(recorder, kv_cache=False)
     add(scheduler, list(range(2, 22)), count=3)
     while scheduler.step():
         pass
-    assert [sizes(pieces) for pieces in forward.passes[-2:]] == [[21], [22]]
+    assert [sizes(segments) for segments in recorder.steps[-2:]] == [[21], [22]]
 
 
 def test_the_queue_counts_requests_and_tokens_and_what_starts_at_once():

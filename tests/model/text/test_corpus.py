@@ -330,9 +330,9 @@ def test_a_split_without_documents_says_what_to_change(tmp_path: Path) -> None:
 
 
 def test_reading_a_folder_without_a_corpus_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PipelineError, match="materialize it again"):
+    with pytest.raises(PipelineError, match="make it again"):
         list(read_documents(tmp_path, "train"))
-    with pytest.raises(PipelineError, match="materialize it again"):
+    with pytest.raises(PipelineError, match="make it again"):
         read_summary(tmp_path)
 
 

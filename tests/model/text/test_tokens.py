@@ -177,9 +177,7 @@ def test_missing_and_damaged_input_is_named(built, corpus_dir, tmp_path: Path) -
         build_tokenized_dataset(settings_of("bpe"), tmp_path, tmp_path / "out")
     damaged = shutil.copytree(corpus_dir, tmp_path / "damaged")
     max(damaged.glob("train-*.parquet")).unlink()
-    with pytest.raises(
-        PipelineError, match=r"train split's tokens stand for [\d,]+ bytes, .*materialize the corpus again"
-    ):
+    with pytest.raises(PipelineError, match=r"train split's tokens stand for [\d,]+ bytes, .*make the corpus again"):
         build_tokenized_dataset(settings_of("bpe"), damaged, tmp_path / "out")
 
 

@@ -1,0 +1,64 @@
+"""One request on its way through the engine: its tokens, how far they are computed, and the text made of them."""
+
+import collections.abc
+
+import numpy as np
+
+from model.generation.detokenizer import Detokenizer
+from model.generation.requests import Generation, TokenLogprob
+from model.generation.sampler import Sampler
+from model.generation.step import Segment, Wanted
+from model.generation.stopping import StopStrings
+
+
+class Sequence:
+    """A request that has a slot.
+
+    num_cached_tokens: tokens of the prompt whose keys and values the slot held from the start.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        slot: int,
+        num_cached_tokens: int,
+        *,
+        token_bytes: collections.abc.Sequence[bytes],
+        sampler: Sampler,
+    ) -> None:
+        request = generation.request
+        self.generation, self.request, self.slot = generation, request, slot
+        self.num_prompt_tokens = len(request.prompt_ids)
+        self.ids = np.empty(self.num_prompt_tokens + request.max_tokens, dtype=np.int64)
+        self.ids[: self.num_prompt_tokens] = request.prompt_ids
+        self.num_tokens = self.num_prompt_tokens
+        """Tokens of `ids` that are set: the prompt's, then those generated."""
+        self.num_computed_tokens = num_cached_tokens
+        """Tokens whose keys and values are in the cache."""
+        self.sampler = sampler
+        self.prompt_scores: list[TokenLogprob | None] = [None]
+        self.text = Detokenizer(token_bytes)
+        self.stops = StopStrings(request.stop)
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether tokens of the prompt are still to be computed."""
+        return self.num_computed_tokens < self.num_prompt_tokens
+
+    def next_segment(self, most: int, forbidden: collections.abc.Sequence[int]) -> Segment:
+        """The next tokens to compute, `most` at most. forbidden: tokens that must not come next."""
+        end = min(self.num_tokens, self.num_computed_tokens + most)
+        return Segment(
+            self.slot,
+            self.num_computed_tokens,
+            self.ids[self.num_computed_tokens : end],
+            self._wanted(end, is_free=not forbidden),
+        )
+
+    def _wanted(self, end: int, *, is_free: bool) -> Wanted:
+        if self.request.prompt_logprobs is not None and self.is_prefilling:
+            return "all"
+        if end < self.num_tokens:
+            return "none"
+        is_argmax = is_free and self.sampler.is_plain_greedy and self.request.logprobs is None
+        return "argmax" if is_argmax else "last"

@@ -1,0 +1,98 @@
+"""The interface between the engine and the computation of one step: segments of sequences in, logits and tokens out.
+
+Scheduling, prefix reuse, sampling and failure isolation know only this. A step owns the model's weights in whatever layout
+it computes with and the storage of keys and values, one slot for each sequence. `steps.py` chooses among the
+implementations; `reference.py` is the one that the others are held to.
+
+Shapes: R rows of logits of one segment, V vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+Wanted = Literal["none", "argmax", "last", "all"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens scheduled for one sequence in one step: they follow the first `start` positions of its slot.
+
+    ids: int64, at least one. logits: which rows the step computes: none, the last token's arg-max alone, the last token's
+    logits, or the logits of all tokens.
+    """
+
+    slot: int
+    start: int
+    ids: np.ndarray
+    logits: Wanted = "last"
+
+
+@dataclass(frozen=True)
+class SegmentOutput:
+    """What a step computed for one segment.
+
+    logits_RV: float32, R = 1 for "last", len(ids) for "all", 0 for "none"; for "argmax" 0 or 1, as the step likes.
+    token: the most likely token after the segment, the lowest id among equals; None for "none" and where the highest logit
+    is not finite.
+    """
+
+    logits_RV: Tensor
+    token: int | None
+
+
+class Step(ABC):
+    """Computes steps of one model over `slots` sequences of up to `context_length` tokens.
+
+    All methods are called from one thread at a time. Each slot's positions below `start` of a segment have been computed
+    by earlier calls or copied; computing a segment again is harmless.
+    """
+
+    name: ClassVar[str]
+    slots: int
+    context_length: int
+    vocab_size: int
+    precision: str
+    """Of the weights and, where they differ, of activations: "float32", "bfloat16", "int8"."""
+    logits_device: torch.device
+    bytes_per_token: int
+    """Memory that keys and values of one token take over all layers."""
+
+    @classmethod
+    def unavailable(cls, model: PreTrainedModel) -> str | None:
+        """Why this step cannot run the model on this machine, in one line; None where it can."""
+        return None
+
+    @classmethod
+    @abstractmethod
+    def create(cls, model: PreTrainedModel, slots: int) -> "Step":
+        """The step for a model, with memory for keys and values of `slots` sequences, empty. The model stays as it is."""
+
+    @abstractmethod
+    def compute(self, segments: Sequence[Segment]) -> list[SegmentOutput]:
+        """Compute all segments, at most one for each slot, and keep their keys and values.
+
+        The outputs stand in the order of the segments. Logits are valid until the next call. Raises whatever the model
+        raises; a failed call may leave any numbers in the positions from `start` on.
+        """
+
+    @abstractmethod
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy keys and values of the first `length` tokens of a slot to another."""
+
+    @abstractmethod
+    def clear(self, slot: int) -> None:
+        """Empty a slot so that no number in it, not even NaN, reaches a later sequence."""
+
+    def truncate(self, slot: int, length: int) -> None:  # noqa: B027  a step with fixed memory has nothing to do
+        """Keys and values from position `length` on are not needed any more; a step may free their memory."""
+
+    @abstractmethod
+    def renewed(self) -> "Step":
+        """The same weights with empty slots of its own: a thread that hangs may still write to those of this one."""

@@ -1,4 +1,4 @@
-"""What a new champion costs those who are being answered: a real MLflow server, a real service, a steady load.
+"""The cost of a new champion for running requests: a real MLflow server, a real service, a steady load.
 
     python -m bench.rollover [MODEL_DIR] [--clients 4] [--tokens 64] [--seconds 10] [--promotions 3]
 
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from bench.server import HOST, Answer, Server, free_port, serve
+from bench.server import HOST, Answer, Server, free_port, run_bench, serve
 from bench.serving import PROMPT_TOKENS, Prompts, save_random_30m
 from model.artifact import MANIFEST, file_digests
 from model.errors import PipelineError
@@ -38,7 +38,7 @@ AFTER_S = 2.0
 """From the moment that the new version serves: its former one is freed, which is part of the cost."""
 
 
-class Registry:
+class RegisteredModel:
     """A tracking server and the registered model in it, over MLflow's REST API."""
 
     def __init__(self, address: str) -> None:
@@ -112,7 +112,7 @@ class Sent:
 
 
 class Load:
-    """Clients who each ask again as soon as they are answered."""
+    """Closed-loop clients: each sends its next request as soon as it is answered."""
 
     def __init__(self, server: Server, prompts: Prompts, clients: int, tokens: int) -> None:
         self._server, self._prompts, self._tokens = server, prompts, tokens
@@ -147,7 +147,7 @@ def measure(model_dir: Path, *, clients: int, tokens: int, seconds: float, promo
         (sealed / MANIFEST).unlink(missing_ok=True)
         (sealed / MANIFEST).write_text(json.dumps({"files": file_digests(sealed)}))
         with tracking_server(folder) as address:
-            registry = Registry(address)
+            registered = RegisteredModel(address)
             variables = {"REX_CHAMPION": NAME, "MLFLOW_TRACKING_URI": address, "REX_CHAMPION_POLL_S": "1"}
             with serve(sealed, folder, **variables) as server:
                 load = Load(server, prompts, clients, tokens)
@@ -156,7 +156,7 @@ def measure(model_dir: Path, *, clients: int, tokens: int, seconds: float, promo
                     time.sleep(seconds)
                     for _ in range(promotions):
                         began = time.perf_counter()
-                        version = registry.promote(sealed)
+                        version = registered.promote(sealed)
                         while _version(server) != version:
                             time.sleep(0.05)
                         windows.append((began, time.perf_counter() + AFTER_S))
@@ -219,25 +219,11 @@ def _answers(address: str) -> bool:
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model_dir", type=Path, nargs="?")
     parser.add_argument("--clients", type=int, default=4, help="who ask again as soon as they are answered")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--seconds", type=float, default=10.0, help="before the first promotion and after each")
     parser.add_argument("--promotions", type=int, default=3)
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            result = measure(
-                given.model_dir or save_random_30m(Path(folder)),
-                clients=given.clients,
-                tokens=given.tokens,
-                seconds=given.seconds,
-                promotions=given.promotions,
-            )
-        except PipelineError as error:
-            sys.exit(f"error: {error}")
-    print(table(result))
-    print(json.dumps(result))
+    run_bench(parser, save_random_30m, measure, table)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,21 @@
 The client reads raw sockets: parsing a stream would take more of the machine than serving it.
 """
 
+import argparse
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -119,8 +122,30 @@ def serve(model_dir: Path, folder: Path, **variables: str) -> Iterator[Server]:
         process.wait(60)
 
 
+def run_bench(
+    parser: argparse.ArgumentParser,
+    make_model: Callable[[Path], Path],
+    measure: Callable[..., dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+) -> None:
+    """Parse the command line, measure and print the table and a JSON line.
+
+    parser: its options are keywords of `measure`. make_model: makes a model in a folder if the command line names none.
+    """
+    parser.add_argument("model_dir", type=Path, nargs="?")
+    options = vars(parser.parse_args())
+    model_dir = options.pop("model_dir")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            result = measure(model_dir or make_model(Path(folder)), **options)
+        except PipelineError as error:
+            sys.exit(f"error: {error}")
+    print(table(result))
+    print(json.dumps(result))
+
+
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]

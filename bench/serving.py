@@ -19,7 +19,6 @@ neighbours take part, and the seconds of a core (CPU) say more. Prints a table, 
 """
 
 import argparse
-import json
 import os
 import random
 import statistics
@@ -35,13 +34,12 @@ import torch
 from transformers import PreTrainedModel
 
 from bench.hardware import describe
-from bench.server import Answer, Server, serve
+from bench.server import Answer, Server, run_bench, serve
 from bench.settings import read_settings
 from model.build import build_config, build_model
 from model.errors import PipelineError
 from model.generation.engine import Engine
 from model.generation.requests import GenerationRequest, SamplingParameters, TextPiece
-from model.progress import Log
 from model.settings import ModelSettings, TokenizerSettings
 from model.system.cpu import decoding_threads, usable_cores
 from model.text.tokenizer import load_tokenizer, train_tokenizer
@@ -130,7 +128,7 @@ def _check(answers: list[Answer]) -> None:
 
 
 def capacity(server: Server, prompts: Prompts, tokens: int, clients: int, seconds: float) -> float:
-    """Requests of `tokens` per second that `clients` who ask again at once get answered."""
+    """Completed requests of `tokens` per second with `clients` closed-loop clients."""
     end, done = time.perf_counter() + seconds, []
 
     def ask_again() -> None:
@@ -150,7 +148,7 @@ def capacity(server: Server, prompts: Prompts, tokens: int, clients: int, second
 def offered(
     server: Server, prompts: Prompts, tokens: int, per_second: float, seconds: float, seed: int
 ) -> list[Answer]:
-    """Answers to requests of `tokens` that come at random times, on average `per_second`, whoever is still served."""
+    """Answers to an open-loop Poisson load: requests of `tokens` at `per_second` on average."""
     numbers, answers, threads = random.Random(seed), [], []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -181,7 +179,7 @@ def summary(answers: list[Answer]) -> dict[str, Any]:
 
 
 def measure(
-    model_dir: Path, *, rounds: int, seconds: float, turns: int, load_tokens: int, starts: int, log: Log
+    model_dir: Path, *, rounds: int, seconds: float, turns: int, load_tokens: int, starts: int
 ) -> dict[str, Any]:
     """Everything, as a dictionary; its names end in their unit."""
     model = load_model(model_dir, device="cpu")
@@ -194,30 +192,34 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(starts - 1):
             with serve(model_dir, Path(folder)) as server:
-                _note_start(result, server, log)
+                _note_start(result, server)
         with serve(model_dir, Path(folder)) as server:
-            _note_start(result, server, log)
+            _note_start(result, server)
             engine_streams(engine, prompts), server_streams(server, prompts)  # warm
-            result |= _take_turns(engine, server, prompts, rounds, log)
+            result |= _take_turns(engine, server, prompts, rounds)
             engine.stop()
             result["memory"] = _memory(server, engine, weights_bytes)
-            result["overload"] = _overload(server, prompts, load_tokens, seconds, turns, log)
+            result["overload"] = _overload(server, prompts, load_tokens, seconds, turns)
             result["memory_after_load"] = _memory(server, engine, weights_bytes)
     result["machine"] = describe(torch.device("cpu"))
     return result
+
+
+def _log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _threads_of_the_service(model: PreTrainedModel) -> int:
     return decoding_threads(count_parameters(model), usable_cores())
 
 
-def _note_start(result: dict[str, Any], server: Server, log: Log) -> None:
+def _note_start(result: dict[str, Any], server: Server) -> None:
     result["start_s"].append(round(server.start_s, 2))
     result["start_cpu_s"].append(round(server.start_cpu_s, 2))
-    log(f"ready after {server.start_s:.1f} s, of which a core worked {server.start_cpu_s:.1f} s")
+    _log(f"ready after {server.start_s:.1f} s, of which a core worked {server.start_cpu_s:.1f} s")
 
 
-def _take_turns(engine: Engine, server: Server, prompts: Prompts, rounds: int, log: Log) -> dict[str, Any]:
+def _take_turns(engine: Engine, server: Server, prompts: Prompts, rounds: int) -> dict[str, Any]:
     streams: dict[str, list[float]] = {"engine": [], "server": []}
     first: dict[str, list[float]] = {"engine": [], "server": []}
     loop_s = worker_s = 0.0
@@ -232,8 +234,8 @@ def _take_turns(engine: Engine, server: Server, prompts: Prompts, rounds: int, l
             answer = server.ask(prompts(IDLE_PROMPT_TOKENS), 8)
             _check([answer])
             first["server"].append(answer.first_s)
-        log(f"round {number + 1} of {rounds}: {streams['engine'][-1]:.0f} and {streams['server'][-1]:.0f} tokens/s")
-    # Each round's own ratio: the machine's mood changes from one round to the next.
+        _log(f"round {number + 1} of {rounds}: {streams['engine'][-1]:.0f} and {streams['server'][-1]:.0f} tokens/s")
+    # A ratio per round: the machine's speed drifts between rounds.
     costs = [1 - over / inside for over, inside in zip(streams["server"], streams["engine"], strict=True)]
     return {
         "streams_engine_tokens_per_s": statistics.median(streams["engine"]),
@@ -245,14 +247,14 @@ def _take_turns(engine: Engine, server: Server, prompts: Prompts, rounds: int, l
     }
 
 
-def _overload(server: Server, prompts: Prompts, tokens: int, seconds: float, turns: int, log: Log) -> dict[str, Any]:
+def _overload(server: Server, prompts: Prompts, tokens: int, seconds: float, turns: int) -> dict[str, Any]:
     per_second = capacity(server, prompts, tokens, 16, seconds)
-    log(f"capacity: {per_second:.2f} requests/s of {PROMPT_TOKENS} + {tokens} tokens")
+    _log(f"capacity: {per_second:.2f} requests/s of {PROMPT_TOKENS} + {tokens} tokens")
     at: dict[int, list[Answer]] = {1: [], 2: []}
     for turn in range(turns):
         for load, answers in at.items():
             answers += offered(server, prompts, tokens, load * per_second, seconds, seed=turn)
-            log(f"turn {turn + 1} of {turns} at {load} times the capacity: {summary(answers)}")
+            _log(f"turn {turn + 1} of {turns} at {load} times the capacity: {summary(answers)}")
     once, twice = summary(at[1]), summary(at[2])
     return {
         "capacity_per_s": per_second,
@@ -302,33 +304,12 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model_dir", type=Path, nargs="?")
     parser.add_argument("--rounds", type=int, default=15, help="of streams and first tokens")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
     parser.add_argument("--turns", type=int, default=4, help="of the load at the capacity and at twice it")
     parser.add_argument("--load-tokens", type=int, default=64, help="of each answer under load")
     parser.add_argument("--starts", type=int, default=3, help="of the service")
-    given = parser.parse_args()
-
-    def log(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            model_dir = given.model_dir or save_random_30m(Path(folder))
-            result = measure(
-                model_dir,
-                rounds=given.rounds,
-                seconds=given.seconds,
-                turns=given.turns,
-                load_tokens=given.load_tokens,
-                starts=given.starts,
-                log=log,
-            )
-        except PipelineError as error:
-            sys.exit(f"error: {error}")
-    print(table(result))
-    print(json.dumps(result))
+    run_bench(parser, save_random_30m, measure, table)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The routes: an ASGI app that BentoML mounts, and that a test can call without a server.
 
-Here are the app itself and the service's own routes; the OpenAI API's are in `openai_api.py`. A route checks a request,
-hands it to the engine and passes the engine's events on, as one JSON answer or as server-sent events. When the client
-leaves, the generation is cancelled. Whoever loads a model lets it serve: `app.state.models`.
+This module has the app and the service's own routes; those of the OpenAI API are in `openai/routes.py`. A route validates
+a request, submits it to the engine and returns the engine's events as one JSON answer or as server-sent events. When the
+client disconnects, the generation is cancelled. The loader of a model makes it serve through `app.state.models`.
 """
 
 import json
@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from bento.errors import ApiError, validation_error
 from bento.http.body import JsonRoute
-from bento.http.middleware import surround
+from bento.http.middleware import add_middleware
 from bento.http.openapi import GENERATING, READING, describe, stream_of, without
 from bento.openai.logprobs import TokenNames
 from bento.openai.routes import openai_routes
@@ -58,15 +58,15 @@ def create_app(
 ) -> FastAPI:
     """The service's routes.
 
-    request_timeout_s: from a request's arrival to its last token. queue_timeout_s: to its start.
-    max_choices: texts that one request may ask for; more than the engine's queue holds would never be admitted.
-    api_keys: any of them opens every route; none lets anybody in. cors_origins: web sites whose pages may call.
+    request_timeout_s: from a request's arrival to its last token. queue_timeout_s: from its arrival to its start.
+    max_choices: most texts that one request may ask for. api_keys: each grants access to every route; without any the
+    service is open. cors_origins: web sites whose pages may call.
     """
     app = FastAPI(title="REX text generation", description="Continues text with a REX language model.", version="1")
     models = app.state.models = Models(model_name)
-    metrics = ServiceMetrics(models)
+    metrics = ServiceMetrics(models.stats, model_name=model_name, version=models.version)
     admission = app.state.admission = Admission(models)
-    surround(
+    add_middleware(
         app,
         metrics=metrics,
         admission=admission,

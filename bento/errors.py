@@ -42,7 +42,7 @@ def error_content(message: str, *, type: str, param: str | None, code: str) -> d
 
 
 def server_error(status: int, message: str, *, code: str, headers: Mapping[str, str] | None = None) -> ApiError:
-    """A refusal that is not the client's fault."""
+    """An error of the server, not of the request."""
     return ApiError(status, message, code=code, type="server_error", headers=headers)
 
 

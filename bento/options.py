@@ -13,6 +13,8 @@ import bentoml
 from bentoml.exceptions import BentoMLException, InvalidArgument, NotFound
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from bento.bentoml_internals import model_store
+
 PREFIX = "REX_"
 M = TypeVar("M", bound=BaseModel)
 
@@ -127,7 +129,7 @@ def find_model(model: str) -> Path:
         return Path(bentoml.models.get(model).path)
     except (NotFound, ValueError) as error:
         raise InvalidArgument(
-            f"model {model!r} is not in the BentoML model store ({_store()}): `bentoml models list` shows what is; make it "
+            f"model {model!r} is not in the BentoML model store ({model_store()}): `bentoml models list` shows what is; make it "
             "with the pipeline or import it with `bentoml models import`"
         ) from error
     except BentoMLException as error:
@@ -141,9 +143,3 @@ def describe_variables() -> str:
         default: Any = field.default if field.default != "" else "none"
         lines.append(f"- `{PREFIX}{name.upper()}` (default `{str(default).lower()}`): {field.description}")
     return "\n".join(lines)
-
-
-def _store() -> str:
-    from bentoml._internal.configuration.containers import BentoMLContainer
-
-    return str(BentoMLContainer.model_store.get()._path)

@@ -1,8 +1,8 @@
-"""Bodies of requests and answers: what the OpenAPI document shows and what is checked before anything runs.
+"""Schemas of request and response bodies, for validation and for the OpenAPI document.
 
 A field is supported exactly or refused: types are strict, unknown fields and numbers that are not finite are errors.
-null means what leaving the field out means. Limits that depend on the model (tokens that fit into its context, ids that
-are in its vocabulary) are checked in `backend.py`. The OpenAI API's own bodies are in `openai_schema.py`.
+null means the same as an absent field. Limits that depend on the model (tokens that fit into its context, ids that
+are in its vocabulary) are checked in `serving/backend.py`. The OpenAI API's bodies are in `openai/schema.py`.
 """
 
 from typing import Annotated, Any, Literal
@@ -52,8 +52,8 @@ def _biases(value: Any) -> Any:
 
 
 def forms(*schemas: dict[str, Any]) -> WithJsonSchema:
-    """What the document says of a field that takes several forms, which a function tells apart: pydantic's own unions
-    answer a wrong value with an error for each form.
+    """The JSON schema of a field with several forms, which a validator function tells apart: pydantic's own unions report
+    one error per form for a wrong value.
     """
     return WithJsonSchema({"anyOf": list(schemas)})
 
@@ -90,7 +90,7 @@ class StrictRequest(BaseModel):
 
 
 class Sampling(StrictRequest):
-    """How the next token is chosen and what ends the text; the same for every route that generates."""
+    """Sampling and stopping parameters, shared by every route that generates."""
 
     temperature: float | None = Field(
         None, ge=0, le=100, description="0 takes the most likely token each time. Default: 1."
@@ -194,7 +194,7 @@ class GenerateTextRequest(StrictRequest):
     )
 
     def text(self) -> str:
-        """What the model continues."""
+        """The text to continue."""
         return f"{self.context}\n{self.prompt}" if self.context else self.prompt
 
 
@@ -261,7 +261,7 @@ class GenerateTextResponse(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """What was wrong, in one line; `param` names the field where one was."""
+    """The error in one line; `param` names the wrong field, where one field is wrong."""
 
     message: str
     type: str

@@ -6,18 +6,14 @@
 
 The options are the fields of `bento.options.BentoArgs`; a variable REX_<NAME> overrides each when the service starts.
 API keys: `bento/http/auth.py`. A start that cannot work (a device, a model or a file that is not there, an open address
-without a key) ends with one line and exit status 1. SIGTERM drains: `bento/serving/admission.py`.
+without a key) ends with one line and exit status 1. SIGTERM drains: `bento/serving/admission.py`. The module has effects
+at import because BentoML builds a service from decorators; the internals that it needs are in `bentoml_internals.py`.
 """
 
 import asyncio
-import atexit
 import gc
 import logging
 import os
-import signal
-import socket
-import sys
-import tempfile
 import threading
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -30,10 +26,12 @@ from bentoml.models import BentoModel
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bento.api import MAX_CHOICES, create_app
+from bento.bentoml_internals import end_service, listening_host, report_start_failures
 from bento.http.auth import HEALTH_PATHS, read_api_keys, refuse_open_address
 from bento.options import BentoArgs, describe_variables, find_model, is_path, origins, with_overrides
 from bento.serving.admission import drain_on_signal
-from bento.serving.champion import Follower, Registry
+from bento.serving.champion import ChampionWatcher, ModelRegistry
+from bento.serving.loading import release_load_memory, start_engine
 from bento.telemetry.tracing import start_tracing
 from model.errors import PipelineError
 
@@ -41,7 +39,6 @@ if TYPE_CHECKING:
     from model.generation.engine import Engine
 
 logger = logging.getLogger("bentoml.service")
-FAILURE_FILE = "REX_START_FAILURE_FILE"
 PACKAGES = (
     "fastapi",
     "httptools",
@@ -58,25 +55,25 @@ PYTORCH = "2.13.0"
 
 
 def is_installed(package: str) -> bool:
-    """Whether this environment has an optional package; the image then has it as well."""
+    """Whether this environment has an optional package, so that the image gets it too."""
     with suppress(PackageNotFoundError):
         return bool(version(package))
     return package not in OPTIONAL_PACKAGES
 
 
 args = bentoml.use_arguments(BentoArgs)
-# Checked here, where `bentoml serve` and `bentoml build` still end with one line: later BentoML looks for a model that
-# is not in the store on its cloud.
+# Checked at import, where `bentoml serve` and `bentoml build` still end with one line: later, BentoML would look for a
+# missing model on its cloud.
 packed_model = None if not args.model or is_path(args.model) else str(BentoModel(args.model).tag)
 if packed_model:
     find_model(packed_model)
 options = with_overrides(args)
-# With a champion to follow, a packed model only serves until the first one has come.
+# With a champion to watch, a packed model only serves until the first champion is loaded.
 MODEL_DIR = find_model(options.model) if options.model or not options.champion else None
-REGISTRY = Registry(os.environ.get("MLFLOW_TRACKING_URI", "")) if options.champion else None
+REGISTRY = ModelRegistry(os.environ.get("MLFLOW_TRACKING_URI", "")) if options.champion else None
 API_KEYS = read_api_keys()
 
-# distro "": the default adds compilers and git to the image, which wheels never need. Versions are those that run here.
+# distro "": the default adds compilers and git, which wheels do not need. Versions are those of this environment.
 image = bentoml.images.Image(
     base_image="python:3.11-slim", distro="", python_version="3.11", lock_python_packages=False
 ).python_packages(
@@ -103,7 +100,7 @@ app.state.tracer = None
 
 
 class OnlyOurRoutes:
-    """Leaves health to BentoML and gives everything else to our app, keys and all: BentoML's own pages know no key."""
+    """Routes every path but health to our app, with its keys: BentoML's own pages check no key."""
 
     def __init__(self, inner: ASGIApp) -> None:
         self._inner = inner
@@ -118,14 +115,14 @@ class OnlyOurRoutes:
     image=image,
     envs=[{"name": name, "value": value} for name, value in IMAGE_VARIABLES.items()],
     description=f"# REX text generation\n\nOpen `/docs` for the routes. Variables read at start:\n\n{describe_variables()}\n",
-    workers=1,  # one model, one engine thread: a second worker would take the same cores and hold the weights again
-    # BentoML's own default is every address. In a container the host decides which ports others reach.
+    workers=1,  # a second worker would use the same cores and hold the weights twice
+    # BentoML's default is every address. In a container the published ports decide what others can reach.
     http={"host": "0.0.0.0" if "BENTOML_CONTAINERIZED" in os.environ else "127.0.0.1"},
-    # BentoML's timeout only covers the time to the first byte; the engine keeps the deadline of the whole answer.
+    # BentoML's timeout ends at the first byte; the engine enforces the deadline of the whole answer.
     traffic={"timeout": options.request_timeout_s + 30},
-    metrics={"enabled": False},  # labels each path that anybody asks for; /metrics is our own
+    metrics={"enabled": False},  # uses each requested path as a label; /metrics is our own
     logging={"access": {"enabled": False}},
-    tracing={"excluded_urls": ".*"},  # one span for each chunk of a stream; ours are in bento/telemetry/tracing.py
+    tracing={"excluded_urls": ".*"},  # one span per chunk of a stream; ours: telemetry/tracing.py
 )
 @bentoml.asgi_app(app)
 class RexService:
@@ -135,41 +132,26 @@ class RexService:
         model = BentoModel(packed_model)
 
     def __init__(self) -> None:
-        self._follower: Follower | None = None
+        self._watcher: ChampionWatcher | None = None
         try:
-            refuse_open_address(_listening_host(), API_KEYS, allow_anonymous=options.allow_anonymous)
+            refuse_open_address(listening_host(), API_KEYS, allow_anonymous=options.allow_anonymous)
             app.state.tracer = start_tracing()
         except BentoMLException as error:
             app.state.admission.has_failed = True
             _end_service(str(error))
             return
-        # In a thread, so that /livez and /readyz answer while a large model loads.
+        # In a thread, so that /livez and /readyz answer while the model loads.
         threading.Thread(target=self._load, name="model-loading", daemon=True).start()
 
     @bentoml.on_deployment
     @staticmethod
     def watch_for_failure() -> None:
-        """In the parent process, before the worker starts: agree on where the worker says why it cannot start.
-
-        BentoML starts a worker that ends again and again; this ends the whole with the reason and exit status 1.
-        """
-        handle, name = tempfile.mkstemp(prefix="rex-start-")
-        os.close(handle)
-        os.environ[FAILURE_FILE] = f"{os.getpid()}:{name}"
-
-        def report() -> None:
-            reason = Path(name).read_text()
-            Path(name).unlink()
-            if reason:
-                sys.stdout.flush()
-                print(f"Error: {reason}", file=sys.stderr, flush=True)
-                os._exit(1)
-
-        atexit.register(report)
+        """In the parent process, before the worker starts."""
+        report_start_failures()
 
     @bentoml.on_startup
     async def drain_when_asked(self) -> None:
-        """In the server's event loop, before it takes requests: SIGTERM lets running ones finish."""
+        """In the server's event loop, before the first request: SIGTERM lets running requests finish."""
 
         async def cancel() -> None:
             await asyncio.to_thread(app.state.models.stop)
@@ -178,30 +160,31 @@ class RexService:
 
     @bentoml.on_shutdown
     def stop(self) -> None:
-        """End the engines' threads; hand over the last spans."""
-        if self._follower:
-            self._follower.stop()
+        """End the engines' threads and flush the last spans."""
+        if self._watcher:
+            self._watcher.stop()
         app.state.models.stop()
         if app.state.tracer:
             app.state.tracer.stop()
 
     async def __is_ready__(self) -> bool:
-        """Whether the model has answered and new requests are taken: /readyz."""
+        """/readyz: whether the model has generated a token and new requests are accepted."""
         served = app.state.models.current
         return served is not None and served.engine.is_ready and not app.state.admission.is_draining
 
     async def __is_alive__(self) -> bool:
-        """Whether the engine lives or is on its way: /livez. False is final."""
+        """/livez: whether the engine runs, starts or restarts. False is final."""
         served = app.state.models.current
         return not app.state.admission.has_failed and (served is None or served.engine.is_alive)
 
     def _load(self) -> None:
-        gc.disable()  # a sixth of the time that importing the libraries takes
+        gc.disable()  # garbage collection takes a sixth of the time of the imports
         try:
             if MODEL_DIR:
-                engine = _start_engine(options, MODEL_DIR)
-                _settle()
+                engine = start_engine(options, MODEL_DIR)
+                release_load_memory()
                 app.state.models.serve(engine, _packed_version())
+                logger.info("API keys: %d", len(API_KEYS))
         except Exception as error:
             app.state.admission.has_failed = True
             if not isinstance(error, PipelineError):
@@ -211,87 +194,28 @@ class RexService:
         finally:
             gc.enable()
         if REGISTRY:
-            self._follower = _follow(REGISTRY)
-            self._follower.start()
+            self._watcher = _watch_champion(REGISTRY)
+            self._watcher.start()
 
 
 RexService.add_asgi_middleware(OnlyOurRoutes)  # type: ignore[attr-defined]
 
 
-def _listening_host() -> str:
-    """The address of the socket that BentoML gave this worker: command line, configuration and variables all end there.
-
-    Empty where there is none: a test, or another server around the app.
-    """
-    with suppress(ValueError, IndexError, OSError):
-        descriptor = int(sys.argv[sys.argv.index("--fd") + 1])
-        with socket.socket(fileno=os.dup(descriptor)) as listening:
-            name = listening.getsockname()
-            return name[0] if isinstance(name, tuple) else ""
-    return ""
-
-
-def _start_engine(options: BentoArgs, model_dir: Path) -> "Engine":
-    """Load the model and let it answer once. Raises PipelineError where device, model or tokenizer are not right."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    logging.getLogger("model").setLevel(logging.INFO)  # BentoML shows other loggers from WARNING on
-    import torch
-
-    from model.generation.engine import Engine
-    from model.system.cpu import decoding_threads, usable_cores
-    from model.text.tokenizer import load_tokenizer
-    from model.weights.int8 import count_parameters
-    from model.weights.loading import load_model
-
-    torch.set_num_threads(options.threads or usable_cores())
-    quantized = None if options.quantized == "auto" else options.quantized
-    dtype = torch.bfloat16 if options.mixed_precision else None
-    model = load_model(model_dir, device=options.device, quantized=quantized, dtype=dtype)
-    # Before the engine's thread starts: a thread takes the number over once.
-    torch.set_num_threads(options.threads or decoding_threads(count_parameters(model), usable_cores()))
-    engine = Engine(
-        model,
-        load_tokenizer(model_dir),
-        kv_cache=options.kv_cache,
-        max_batch_size=options.max_batch_size,
-        kv_cache_mib=options.kv_cache_mib,
-        prefill_chunk=options.prefill_chunk,
-        max_queue=options.max_queue,
-        max_queue_tokens=options.max_queue_tokens,
-        step_timeout_s=options.step_timeout_s,
-    )
-    engine.warm_up()
-    logger.info(
-        "serving model=%s device=%s step=%s kv_cache=%s quantized=%s mixed_precision=%s threads=%d cache_tokens=%d "
-        "api_keys=%d",
-        options.model,
-        model.device,
-        engine.step_name,
-        options.kv_cache,
-        options.quantized,
-        options.mixed_precision,
-        torch.get_num_threads(),
-        engine.stats().cache_capacity_tokens,
-        len(API_KEYS),
-    )
-    return engine
-
-
-def _follow(registry: Registry) -> Follower:
-    """Let the champion serve from now on, with the options that a packed model has."""
+def _watch_champion(registry: ModelRegistry) -> ChampionWatcher:
+    """A watcher that loads each champion with the options of a packed model."""
 
     def load(model_dir: Path, version: str) -> "Engine":
-        return _start_engine(options.model_copy(update={"model": f"{options.champion}/{version}"}), model_dir)
+        return start_engine(options.model_copy(update={"model": f"{options.champion}/{version}"}), model_dir)
 
     def wait(reason: str) -> None:
         app.state.admission.waits_for = reason
 
-    return Follower(
+    return ChampionWatcher(
         registry,
         options.champion,
         app.state.models,
         load=load,
-        settle=_settle,
+        settle=release_load_memory,
         waits=wait,
         poll_s=options.champion_poll_s,
         drain_s=options.request_timeout_s + options.drain_timeout_s,
@@ -302,25 +226,8 @@ def _packed_version() -> str | None:
     return None if is_path(options.model) else options.model.partition(":")[2]
 
 
-def _settle() -> None:
-    """Give back the memory that only loading needed, and let the garbage collector pass over what stays.
-
-    A whole collection looks at the million objects of the imported libraries: 0.2 s in which nobody gets a token.
-    """
-    gc.unfreeze()  # a former model is among what stayed
-    gc.collect()
-    gc.freeze()
-    from model.system.allocator import trim
-
-    trim()
-
-
 def _end_service(reason: str) -> None:
-    """Say why to the parent process and ask it to end; without one (a test, another server) log it."""
+    """End the whole service with `reason`; under another server than BentoML's, log it."""
     reason = " ".join(reason.split())
-    parent, _, name = os.environ.get(FAILURE_FILE, "").partition(":")
-    if parent != str(os.getppid()):
+    if not end_service(reason):
         logger.error("cannot serve: %s", reason)
-        return
-    Path(name).write_text(reason)
-    os.kill(int(parent), signal.SIGTERM)

@@ -1,8 +1,7 @@
-"""API keys: who may use the service.
+"""API keys: access control of the service.
 
-Keys come from the variable LLM_API_KEYS (comma separated) and from a file named by LLM_API_KEYS_FILE (one a line); any
-of them opens every route. Without one the service answers anybody, and therefore only starts on a loopback address
-unless REX_ALLOW_ANONYMOUS is true.
+Keys come from the variable LLM_API_KEYS (comma separated) and from a file named by LLM_API_KEYS_FILE (one a line); each
+grants access to every route. Without keys the service is open, so it only starts on a loopback address unless REX_ALLOW_ANONYMOUS is true.
 """
 
 import hashlib
@@ -53,17 +52,17 @@ def read_api_keys(environment: Mapping[str, str] | None = None) -> tuple[str, ..
 
 
 def refuse_open_address(host: str, keys: Iterable[str], *, allow_anonymous: bool) -> None:
-    """Raises InvalidArgument where anybody in the network could use the service and nobody said that they may."""
+    """Raises InvalidArgument for an address that other hosts can reach, without a key and without `allow_anonymous`."""
     if tuple(keys) or allow_anonymous or is_loopback(host):
         return
     raise InvalidArgument(
         f"no API key is set and the service would listen on {host}, where others can reach it: set {KEYS} or "
-        f"{KEYS_FILE}, listen on 127.0.0.1, or allow everybody with REX_ALLOW_ANONYMOUS=true"
+        f"{KEYS_FILE}, listen on 127.0.0.1, or allow every client with REX_ALLOW_ANONYMOUS=true"
     )
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`; an empty one (a socket in the file system) is."""
+    """Whether only this machine can reach `host`; true for an empty host (a Unix socket)."""
     try:
         return not host or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -71,11 +70,11 @@ def is_loopback(host: str) -> bool:
 
 
 class ApiKeyMiddleware:
-    """Answers 401 to requests without one of `keys`; with none configured it lets everything through."""
+    """Answers 401 to requests without one of `keys`; without configured keys every request passes."""
 
     def __init__(self, app: ASGIApp, *, keys: Iterable[str]) -> None:
         self.app = app
-        # Digests have one length, so that comparing them takes the same time for every key that is tried.
+        # Digests have equal length, so the comparison takes the same time for every key.
         self._digests = [_digest(key) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,13 +91,13 @@ class ApiKeyMiddleware:
     def _knows(self, scope: Scope) -> bool:
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         given = _digest(key.strip())
-        # Every key is compared: stopping at the first that fits would tell which.
+        # Compare with every key: stopping at the first match would leak its position through timing.
         found = [hmac.compare_digest(given, digest) for digest in self._digests]
         return scheme.lower() == "bearer" and any(found)
 
 
 def _is_open(scope: Scope) -> bool:
-    if scope["method"] == "OPTIONS":  # a browser asks without the key whether it may send it
+    if scope["method"] == "OPTIONS":  # a CORS preflight carries no key
         return True
     path: str = scope["path"]
     return scope["method"] in ("GET", "HEAD") and (path in OPEN_PATHS or path.startswith(OPEN_PREFIX))

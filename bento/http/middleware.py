@@ -1,8 +1,6 @@
-"""Around every route: a request id, the limit on bodies, keys, admission, one log line, metrics, a span, and an answer
-when anything fails.
+"""The middleware of every route: request id, body limit, keys, admission, log line, metrics, span and error answers.
 
-A log line says what a request cost, never what it asked: prompts, texts and keys stay out of the log, and everything in
-it comes from fixed sets, numbers and an id of plain characters.
+A log line holds numbers, values from fixed sets and an id of plain characters; never prompts, texts or keys.
 """
 
 import logging
@@ -25,13 +23,13 @@ from bento.serving.models import Models
 from bento.telemetry.metrics import ServiceMetrics
 from bento.telemetry.record import CLIENT_LEFT, RequestRecord
 
-logger = logging.getLogger("bentoml.requests")  # the name decides that the server's log shows it
+logger = logging.getLogger("bentoml.requests")  # BentoML's log configuration shows loggers below `bentoml`
 CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 REJECTIONS = {429, 503}
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"}
 
 
-def surround(
+def add_middleware(
     app: FastAPI,
     *,
     metrics: ServiceMetrics,
@@ -41,7 +39,7 @@ def surround(
     api_keys: Sequence[str] = (),
     cors_origins: Sequence[str] = (),
 ) -> None:
-    """Put everything of this module around the routes of `app`; the last added is the outermost."""
+    """Add the middleware of this module to `app`; the last one added is the outermost."""
     app.add_middleware(AdmissionMiddleware, admission=admission, models=models)
     app.add_middleware(ApiKeyMiddleware, keys=api_keys)
     app.add_middleware(RequestMiddleware, max_body_bytes=max_body_bytes, metrics=metrics)
@@ -56,7 +54,7 @@ def surround(
 
 
 class RequestMiddleware:
-    """Wraps the routes. max_body_bytes: of a body, however it is sent; more is answered 413."""
+    """Outermost middleware but CORS. max_body_bytes: most bytes of a body, chunked or not; more is answered 413."""
 
     def __init__(self, app: ASGIApp, *, max_body_bytes: int, metrics: ServiceMetrics) -> None:
         self.app, self._max_body_bytes, self._metrics = app, max_body_bytes, metrics
@@ -78,7 +76,7 @@ class RequestMiddleware:
                 raise self._too_large()
             message = await receive()
             if message["type"] == "http.request":
-                # Counted besides: a chunked body states no length.
+                # A chunked body has no Content-Length, so count.
                 received_bytes += len(message.get("body", b""))
                 if received_bytes > self._max_body_bytes:
                     raise self._too_large()
@@ -92,12 +90,12 @@ class RequestMiddleware:
 
         try:
             await self.app(scope, limited_receive, recording_send)
-        except ApiError as refusal:  # of a middleware inside this one; those of routes are answered there
+        except ApiError as refusal:  # from an inner middleware; route errors have FastAPI's handlers
             if record.status == CLIENT_LEFT:
                 record.error_code = refusal.content["error"]["code"]
                 await refusal.response()(scope, receive, recording_send)
         except Exception:
-            # Nothing may leave here: the server around it would leave the client without an answer until its timeout.
+            # Catch everything: on an exception BentoML's middleware would leave the client waiting until its timeout.
             logger.exception("request %s failed", record.id)
             if record.status == CLIENT_LEFT:
                 error = server_error(500, "the server failed; its log has the reason", code="internal_error")
@@ -143,7 +141,7 @@ def _milliseconds(seconds: float | None) -> str:
 
 
 def _method(scope: Scope) -> str:
-    """A method that is known, so that a made-up one cannot become a name in the traces."""
+    """The method if it is a known one: invented methods must not become span names."""
     return scope["method"] if scope["method"] in METHODS else "_OTHER"
 
 

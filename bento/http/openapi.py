@@ -1,6 +1,5 @@
 """The OpenAPI document: every status that a route can answer, with its body."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -16,7 +15,7 @@ def _errors(**meanings: str) -> Responses:
 
 
 LISTING = _errors(_401="The service has API keys and the request has none of them.", _500="The server failed.")
-"""What any route can answer besides its own."""
+"""Error answers of every route."""
 READING = {
     **LISTING,
     **_errors(
@@ -26,7 +25,7 @@ READING = {
         _503="No model answers now or no place became free in time; Retry-After says when to try again, where that helps.",
     ),
 }
-"""What a route with a body can answer besides its own."""
+"""Error answers of a route with a body."""
 GENERATING = {
     **READING,
     **_errors(
@@ -34,11 +33,11 @@ GENERATING = {
         _504="The answer was not complete in time.",
     ),
 }
-"""What a route that generates can answer besides its own."""
+"""Error answers of a route that generates."""
 
 
 def stream_of(kind: str) -> dict[str, Any]:
-    """The 200 of a route that can stream. kind: what an event's data is."""
+    """The 200 of a route that can stream. kind: object type of an event's data."""
     data = {"type": "string", "description": f"JSON of a {kind}, an error object or, at last, [DONE]."}
     event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     example = 'data: {"object": "' + kind + '", ...}\n\ndata: [DONE]\n\n'
@@ -49,18 +48,16 @@ def stream_of(kind: str) -> dict[str, Any]:
 
 
 def without(responses: Responses, *statuses: int) -> Responses:
-    """`responses` but for these."""
+    """`responses` without these statuses."""
     return {status: response for status, response in responses.items() if status not in statuses}
 
 
-def describe(app: FastAPI, tags: Sequence[dict[str, str]] = ()) -> None:
-    """Make the document, without the 422 that FastAPI lists for every body: wrong ones get a 400."""
+def describe(app: FastAPI) -> None:
+    """Set the app's OpenAPI document, without the 422 that FastAPI lists for every body: the service answers 400."""
 
     def openapi() -> dict[str, Any]:
         if not app.openapi_schema:
-            document = get_openapi(
-                title=app.title, version=app.version, description=app.description, routes=app.routes, tags=list(tags)
-            )
+            document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             for path in document["paths"].values():
                 for operation in path.values():
                     operation["responses"].pop("422", None)

@@ -1,9 +1,9 @@
 """From a conversation to tokens, with the model's own chat template.
 
-A template puts special tokens around what people say, so what they say must not be able to spell one: the template is
-rendered with unguessable words in place of the contents, and only special tokens that are in that text count as such.
-The contents are put in afterwards, and everything between the template's special tokens is encoded as ordinary text, in
-one piece, so that the tokens are those of `apply_chat_template` wherever a content spells no special token.
+A template puts special tokens around messages, and no message may be able to spell one. So the template is rendered with
+unguessable words in place of the contents, and only the special tokens of that text count as such. The contents are put
+in afterwards. The text between two special tokens is encoded as ordinary text in one piece, so the tokens equal those of
+`apply_chat_template` for every content that spells no special token.
 """
 
 import re
@@ -25,11 +25,11 @@ class Turn(Protocol):
 
     @property
     def role(self) -> str:
-        """Who speaks."""
+        """The speaker's role."""
 
     @property
     def content(self) -> str:
-        """What is said."""
+        """The message's text."""
 
     @property
     def name(self) -> str | None:
@@ -54,7 +54,7 @@ def encode_chat(
     contents: dict[str, str] = {}
 
     def hide(text: str) -> str:
-        # White space stays in sight: templates strip it. So does an empty content: templates ask for it.
+        # White space and empty contents stay visible: templates strip or test for them.
         core = text.strip()
         if not core:
             return text
@@ -72,7 +72,7 @@ def encode_chat(
         if part in specials:
             ids.append(specials[part])
         elif part:
-            # In one pass: a content may spell anything.
+            # In one pass: a content may spell another content's word.
             ids += encode(HIDDEN.sub(lambda found: contents.get(found[0], found[0]), part))
     if not ids:
         raise ApiError(400, "messages: there is nothing to continue", code="empty_prompt", param="messages")

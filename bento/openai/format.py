@@ -1,7 +1,7 @@
-"""What the engine answers, in the OpenAI API's words: whole answers and the chunks of a stream.
+"""The engine's events in the OpenAI API's form: whole answers and the chunks of a stream.
 
-A chunk that carries text and nothing else, which is nearly every one, is put together from two constant parts and the
-text, because JSON is made for each token of each stream.
+Nearly every chunk carries text and nothing else. Such a chunk is joined from two constant parts and the text: encoding
+its whole JSON would cost more, for each token of each stream.
 """
 
 import json
@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bento.openai.logprobs import Placed, TokenNames, TokenTrail, chat_logprobs, completion_logprobs, place_prompt
+from bento.openai.logprobs import (
+    PositionedToken,
+    TokenAligner,
+    TokenNames,
+    chat_logprobs,
+    completion_logprobs,
+    position_prompt,
+)
 from bento.serving.answers import Batch, server_sent
 from bento.serving.backend import Prompt
 from model.generation.requests import Event, Finished, PromptScores, TextPiece
@@ -24,8 +31,8 @@ TEXT_GOES_HERE = "a7c3text91f0goes5e2dhere"
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a choice shows besides its text.
+class ChoiceOptions:
+    """The parts of a choice besides its text.
 
     is_echoed: the text begins with the prompt. endings: tokens that end a text but are shown, because the engine was told
     to go on after them.
@@ -40,39 +47,39 @@ class Wish:
 class Choice:
     """One text as it grows: its tokens, and where they are in it."""
 
-    def __init__(self, prompt: Prompt, wish: Wish, engine: "Engine") -> None:
-        self.prompt, self._wish = prompt, wish
+    def __init__(self, prompt: Prompt, shown: ChoiceOptions, engine: "Engine") -> None:
+        self.prompt, self._shown = prompt, shown
         self._token_bytes = engine.token_bytes
         self._start = ""
-        if wish.is_echoed:
+        if shown.is_echoed:
             self._start = engine.decode(prompt.ids) if prompt.text is None else prompt.text
-        has_tokens = wish.is_scored or wish.has_ids
-        self._trail = TokenTrail(engine.token_bytes, len(self._start)) if has_tokens else None
+        has_tokens = shown.is_scored or shown.has_ids
+        self._aligner = TokenAligner(engine.token_bytes, len(self._start)) if has_tokens else None
         self.is_opened = self.has_shown_prompt = False
         self.generated_tokens = 0
         self._last_token = -1
 
-    def read(self, event: Event) -> tuple[str, list[Placed]]:
-        """The text and the tokens that are certain with an event; the first begin with an echoed prompt."""
+    def read(self, event: Event) -> tuple[str, list[PositionedToken]]:
+        """The text and tokens that became certain with an event; the first ones begin with an echoed prompt."""
         text, self._start = self._start, ""
-        tokens: list[Placed] = []
+        tokens: list[PositionedToken] = []
         if isinstance(event, PromptScores):
-            if self._wish.is_echoed and self._wish.is_scored:
-                tokens = place_prompt(self.prompt.ids, event.logprobs, self._token_bytes)
+            if self._shown.is_echoed and self._shown.is_scored:
+                tokens = position_prompt(self.prompt.ids, event.logprobs, self._token_bytes)
         elif isinstance(event, TextPiece):
             text += event.text
             self.generated_tokens += len(event.token_ids)
-            if self._trail:
-                tokens = self._trail.push(event)
+            if self._aligner:
+                tokens = self._aligner.push(event)
                 self._last_token = event.token_ids[-1] if event.token_ids else self._last_token
         else:
             self.generated_tokens = event.generated_tokens
-            tokens = self._trail.flush(event.stopped_by) if self._trail else []
+            tokens = self._aligner.flush(event.stopped_by) if self._aligner else []
         return text, tokens
 
     def finish_reason(self, last: Finished) -> str:
-        """Why the text ended."""
-        return "stop" if self._last_token in self._wish.endings else last.finish_reason
+        """The OpenAI API's reason for the end of the text."""
+        return "stop" if self._last_token in self._shown.endings else last.finish_reason
 
 
 class Format(ABC):
@@ -85,7 +92,7 @@ class Format(ABC):
     def __init__(
         self,
         *,
-        wish: Wish,
+        shown: ChoiceOptions,
         engine: "Engine",
         model: str,
         number: str,
@@ -94,10 +101,10 @@ class Format(ABC):
         has_usage: bool,
         has_running_usage: bool,
     ) -> None:
-        self.wish, self.names = wish, TokenNames(engine)
+        self.shown, self.names = shown, TokenNames(engine)
         self._prompts, self._n = prompts, n
         self._has_usage, self._has_running_usage = has_usage, has_running_usage
-        self._choices = [Choice(prompt, wish, engine) for prompt in prompts for _ in range(n)]
+        self._choices = [Choice(prompt, shown, engine) for prompt in prompts for _ in range(n)]
         self._head = {"id": f"{self.id_prefix}-{number}", "created": int(time.time()), "model": model}
         self._cached: list[int | None] = [None] * len(prompts)
         self._around: list[tuple[str, str]] = []
@@ -123,7 +130,7 @@ class Format(ABC):
 
     async def stream(self, batches: AsyncGenerator[Batch]) -> AsyncGenerator[str]:
         """Server-sent events; those that came together are sent together."""
-        is_plain = not (self.wish.is_scored or self.wish.has_ids or self._has_running_usage)
+        is_plain = not (self.shown.is_scored or self.shown.has_ids or self._has_running_usage)
         self._around = [self._constant_parts(index) for index in range(len(self._choices))]
         async for batch in batches:
             out = []
@@ -153,11 +160,11 @@ class Format(ABC):
         """A choice's text, of a chunk."""
 
     @abstractmethod
-    def _logprobs(self, tokens: Sequence[Placed]) -> dict[str, Any]:
+    def _logprobs(self, tokens: Sequence[PositionedToken]) -> dict[str, Any]:
         """Tokens of a choice with their log-probabilities."""
 
     def _opening(self, index: int) -> list[str]:
-        """What comes before a choice's first text."""
+        """Chunks before a choice's first text."""
         return []
 
     def _chunks(self, index: int, event: Event) -> list[str]:
@@ -173,9 +180,9 @@ class Format(ABC):
         shown = {"index": index, **self._delta(text), "finish_reason": finish_reason, **extras}
         return [self._event([shown], self._usage() if self._has_running_usage else None)]
 
-    def _extras(self, choice: Choice, tokens: Sequence[Placed]) -> dict[str, Any]:
-        extras: dict[str, Any] = {"logprobs": self._logprobs(tokens) if self.wish.is_scored and tokens else None}
-        if self.wish.has_ids:
+    def _extras(self, choice: Choice, tokens: Sequence[PositionedToken]) -> dict[str, Any]:
+        extras: dict[str, Any] = {"logprobs": self._logprobs(tokens) if self.shown.is_scored and tokens else None}
+        if self.shown.has_ids:
             extras["token_ids"] = [token.token_id for token in tokens if not token.is_prompt]
             if not choice.has_shown_prompt:
                 choice.has_shown_prompt = True
@@ -194,7 +201,7 @@ class Format(ABC):
         return before, after
 
     def _note_cached(self, index: int, last: Finished) -> None:
-        # Of several choices of one prompt the first to run finds the least.
+        # Of several choices of one prompt, the first to run finds the fewest cached tokens.
         prompt = index // self._n
         known = self._cached[prompt]
         self._cached[prompt] = last.cached_tokens if known is None else min(known, last.cached_tokens)
@@ -221,7 +228,7 @@ class CompletionFormat(Format):
     def _delta(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
-    def _logprobs(self, tokens: Sequence[Placed]) -> dict[str, Any]:
+    def _logprobs(self, tokens: Sequence[PositionedToken]) -> dict[str, Any]:
         return completion_logprobs(tokens, self.names)
 
 
@@ -236,7 +243,7 @@ class ChatFormat(Format):
     def _delta(self, text: str) -> dict[str, Any]:
         return {"delta": {"content": text} if text else {}}
 
-    def _logprobs(self, tokens: Sequence[Placed]) -> dict[str, Any]:
+    def _logprobs(self, tokens: Sequence[PositionedToken]) -> dict[str, Any]:
         return chat_logprobs(tokens, self.names)
 
     def _opening(self, index: int) -> list[str]:

@@ -1,7 +1,7 @@
-"""Log-probabilities as the OpenAI API writes them: which tokens a text consists of, where they begin, what they are named.
+"""Log-probabilities in the OpenAI API's form: the tokens of a text with their names and offsets.
 
-The engine hands over a token when it is chosen, but its text only when that is certain: a stop string may take it back,
-a character may be incomplete. `TokenTrail` brings them together again.
+The engine reports a token when it is sampled, but its text only once that is certain: a stop string may remove it, a
+character may be incomplete. `TokenAligner` aligns the two.
 """
 
 import codecs
@@ -40,7 +40,7 @@ class TokenNames:
 
 
 @dataclass(frozen=True)
-class Placed:
+class PositionedToken:
     """A token of a text. offset: where its text begins, in characters."""
 
     offset: int
@@ -49,59 +49,59 @@ class Placed:
     is_prompt: bool = False
 
 
-class Places:
-    """Where tokens that follow each other begin in their text, which is what a `Detokenizer` makes of them."""
+class TokenOffsets:
+    """Character offsets of consecutive tokens in the text that `Detokenizer` makes of them."""
 
     def __init__(self, token_bytes: Sequence[bytes], start: int = 0) -> None:
         self._token_bytes, self._end = token_bytes, start
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def next(self, token_id: int) -> int:
-        """The character that a token begins in: one that an earlier token began where it completes that."""
+        """Offset of the character that the next token begins in; an earlier token may have begun that character."""
         data = self._token_bytes[token_id] if token_id < len(self._token_bytes) else b""
         was_inside = bool(self._decoder.getstate()[0])
         first = self._decoder.decode(data[:1])
-        # A byte that cannot go on with an incomplete character makes that one U+FFFD and begins behind it.
+        # A byte that cannot continue an incomplete character turns that one into U+FFFD and begins after it.
         is_broken = was_inside and first.startswith("\ufffd") and (len(first) > 1 or bool(self._decoder.getstate()[0]))
         place = self._end + is_broken
         self._end += len(first) + len(self._decoder.decode(data[1:]))
         return place
 
 
-def place_prompt(
+def position_prompt(
     ids: Iterable[int], scores: Iterable[TokenLogprob | None], token_bytes: Sequence[bytes]
-) -> list[Placed]:
-    """The tokens of a prompt that is part of the text."""
-    places = Places(token_bytes)
-    return [Placed(places.next(i), i, score, is_prompt=True) for i, score in zip(ids, scores, strict=True)]
+) -> list[PositionedToken]:
+    """The tokens of an echoed prompt with their offsets."""
+    offsets = TokenOffsets(token_bytes)
+    return [PositionedToken(offsets.next(i), i, score, is_prompt=True) for i, score in zip(ids, scores, strict=True)]
 
 
-class TokenTrail:
+class TokenAligner:
     """The tokens of one generated text. start: characters of the text before it."""
 
     def __init__(self, token_bytes: Sequence[bytes], start: int = 0) -> None:
-        self._places, self._certain = Places(token_bytes, start), start
-        self._held: deque[Placed] = deque()
+        self._offsets, self._certain = TokenOffsets(token_bytes, start), start
+        self._held: deque[PositionedToken] = deque()
 
-    def push(self, piece: TextPiece) -> list[Placed]:
-        """The tokens whose text is certain with this piece."""
+    def push(self, piece: TextPiece) -> list[PositionedToken]:
+        """The tokens whose text became certain with this piece."""
         for number, token_id in enumerate(piece.token_ids):
             score = piece.logprobs[number] if piece.logprobs else None
-            self._held.append(Placed(self._places.next(token_id), token_id, score))
+            self._held.append(PositionedToken(self._offsets.next(token_id), token_id, score))
         self._certain += len(piece.text)
         certain = []
         while self._held and self._held[0].offset < self._certain:
             certain.append(self._held.popleft())
         return certain
 
-    def flush(self, stopped_by: str | int | None) -> list[Placed]:
-        """The end: the tokens that are left, none where a stop string took their text back."""
+    def flush(self, stopped_by: str | int | None) -> list[PositionedToken]:
+        """The remaining tokens at the end; none if a stop string removed their text."""
         rest = [] if isinstance(stopped_by, str) else list(self._held)
         self._held.clear()
         return rest
 
 
-def completion_logprobs(tokens: Sequence[Placed], names: TokenNames) -> dict[str, Any]:
+def completion_logprobs(tokens: Sequence[PositionedToken], names: TokenNames) -> dict[str, Any]:
     """The format of /v1/completions."""
     return {
         "tokens": [names[token.token_id] for token in tokens],
@@ -111,7 +111,7 @@ def completion_logprobs(tokens: Sequence[Placed], names: TokenNames) -> dict[str
     }
 
 
-def chat_logprobs(tokens: Sequence[Placed], names: TokenNames) -> dict[str, Any]:
+def chat_logprobs(tokens: Sequence[PositionedToken], names: TokenNames) -> dict[str, Any]:
     """The format of /v1/chat/completions."""
     content = []
     for token in tokens:

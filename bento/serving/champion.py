@@ -1,11 +1,11 @@
-"""The champion of a registered model: which version of it serves is decided in MLflow, and this follows.
+"""Serves the champion of a registered model: MLflow decides which version that is, and a watcher follows it.
 
-A thread asks the tracking server now and then which version has the alias `champion`. Another than the one that serves
-is downloaded through the server's artifact proxy, checked against its own manifest, loaded and warmed up beside the one
-that serves, and only then do new requests get it; the former one finishes what it began, is stopped and freed. So two
-models are in memory for that long, and never three. What goes wrong is one line in the log and changes nothing.
+A thread polls the tracking server for the version with the alias `champion`. A new champion is downloaded through the
+server's artifact proxy, verified against its manifest, loaded and warmed up beside the served model. Then new requests
+go to it; the former model finishes its requests and is freed. So two models are in memory for a while, never three. An
+error is one line in the log and leaves the served model in place.
 
-Three calls of MLflow's REST API are all that is needed; its client package would take more memory than the model.
+Three calls of MLflow's REST API suffice; its client package would take more memory than the model.
 """
 
 import json
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
     from model.generation.engine import Engine
 
-logger = logging.getLogger("bentoml.champion")  # the name decides that the server's log shows it
+logger = logging.getLogger("bentoml.champion")  # BentoML's log configuration shows loggers below `bentoml`
 ALIAS = "champion"
 NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-"""MLflow's errors for a model that nobody registered, and for one without the alias."""
+"""MLflow's error codes for a model that is not registered, and for one without the alias."""
 TIMEOUT_S = 30.0
 IDLE_CHECK_S = 0.1
 
@@ -48,8 +48,8 @@ class Version:
     source: str
 
 
-class Registry:
-    """A tracking server, asked over its REST API.
+class ModelRegistry:
+    """A tracking server's registered models, over its REST API.
 
     uri: http or https. MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, are sent along
     where set, as MLflow's own client does. Raises InvalidArgument, one line, for another URI.
@@ -97,7 +97,7 @@ class Registry:
 
     @cached_property
     def _client(self) -> "httpx.Client":
-        import httpx  # where nothing is followed it costs nothing
+        import httpx  # only imported if a champion is watched
 
         return httpx.Client(
             base_url=self._uri,
@@ -138,17 +138,17 @@ def _error_code(answer: "httpx.Response") -> str:
     return str(body.get("error_code", "")) if isinstance(body, dict) else ""
 
 
-class Follower:
-    """Keeps the champion of `name` serving, in a thread of its own.
+class ChampionWatcher:
+    """Keeps the champion of `name` serving, in its own thread.
 
-    load: an engine, warm, from a model's directory and a version's number. settle: called when memory became free.
-    waits: told what is missing while there is no model. poll_s: seconds from one question to the next.
-    drain_s: most seconds that a former model has to finish; its requests' own deadlines end them sooner.
+    load: makes a warm engine from a model directory and a version number. settle: called when memory became free.
+    waits: receives the reason while no model is loaded. poll_s: seconds between polls. drain_s: most seconds for a former
+    model's requests, whose own deadlines may end them sooner.
     """
 
     def __init__(
         self,
-        registry: Registry,
+        registry: ModelRegistry,
         name: str,
         models: Models,
         *,
@@ -168,11 +168,11 @@ class Follower:
         self._thread = threading.Thread(target=self._run, name="champion", daemon=True)
 
     def start(self) -> None:
-        """Ask for the first time now."""
+        """Start polling."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Ask no more. A model that is being loaded does not take over."""
+        """Stop polling. A model that is still loading will not take over."""
         self._stopping.set()
 
     def _run(self) -> None:
@@ -193,7 +193,7 @@ class Follower:
             self._say(
                 f"the tracking server does not answer ({_one_line(error)}): asking again every {self._poll_s:g} s"
             )
-        except Exception as error:  # noqa: BLE001 - whatever it is, what serves goes on
+        except Exception as error:  # noqa: BLE001 - any failure must leave the served model in place
             self._say(f"the {ALIAS} of {self._name!r} cannot be followed: {_one_line(error)}")
 
     def _take_over(self, champion: Version) -> None:
@@ -204,8 +204,8 @@ class Follower:
             with tempfile.TemporaryDirectory(prefix="rex-champion-") as folder:
                 engine = self._load(self._registry.download(champion, Path(folder)), champion.number)
         except httpx.HTTPError:
-            raise  # to be asked again
-        except Exception as error:  # noqa: BLE001 - an out of memory, say
+            raise  # the next poll tries again
+        except Exception as error:  # noqa: BLE001 - out of memory, for example
             self._refused = champion
             self._say(f"version {champion.number} of {self._name!r} cannot be loaded: {_one_line(error)}")
             return
@@ -228,7 +228,7 @@ class Follower:
         logger.info("the former version%s has ended", f" {former.version}" if former.version else "")
 
     def _say(self, line: str) -> None:
-        """Log a line once, however often its reason is met; tell it to those who ask while there is no model."""
+        """Log a line once per occurrence of its reason, and show it to clients while no model is loaded."""
         if self._models.current is None:
             self._waits(line)
         if line != self._said:

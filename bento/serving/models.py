@@ -1,7 +1,7 @@
-"""The model that serves, and those that still finish what they began when another took over.
+"""The served model, and former models that still finish their requests after a rollover.
 
-A request holds the model that it began with until its last byte, tokenizer and all: `hold` counts it, `serve` swaps the
-pointer for those that come later, and nobody else looks at a model's engine twice.
+A request keeps the model (engine and tokenizer) that it started with until its last byte: `hold` counts the requests of
+each model, and `serve` swaps the pointer for later requests.
 """
 
 import threading
@@ -15,12 +15,12 @@ from model.generation.requests import EngineStats
 if TYPE_CHECKING:
     from model.generation.engine import Engine
 
-NOTHING_DONE = EngineStats(*[0] * len(fields(EngineStats)))
+NO_ACTIVITY = EngineStats(*[0] * len(fields(EngineStats)))
 
 
 @dataclass(eq=False)
 class Served:
-    """One loaded model. version: what names it beside the service's model name. under_way: requests that hold it."""
+    """One loaded model. version: distinguishes it from other versions of the same name. under_way: requests that hold it."""
 
     engine: "Engine"
     version: str | None = None
@@ -28,18 +28,18 @@ class Served:
 
 
 class Models:
-    """Which model serves; every method is safe to call from any thread. name: what clients call the model."""
+    """The served model and its predecessors. Thread-safe. name: the model's name for clients."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.current: Served | None = None
         """None until a model is loaded."""
         self._former: list[Served] = []
-        self._past = NOTHING_DONE
+        self._past = NO_ACTIVITY
         self._lock = threading.Lock()
 
     def serve(self, engine: "Engine", version: str | None = None) -> Served | None:
-        """From now on requests get this engine; returns the model that they got before, to be retired."""
+        """Serve new requests with this engine. Returns the former model, to be passed to `retire`."""
         with self._lock:
             former, self.current = self.current, Served(engine, version)
             if former:
@@ -48,7 +48,7 @@ class Models:
 
     @contextmanager
     def hold(self) -> Iterator[Served]:
-        """The model that serves, which is not retired meanwhile. There must be one."""
+        """The served model, which is not retired inside this context. Raises AssertionError if none is loaded."""
         with self._lock:
             served = self.current
             assert served
@@ -60,14 +60,19 @@ class Models:
                 served.under_way -= 1
 
     def retire(self, former: Served) -> None:
-        """Stop the engine of a model that another took over from, and forget it; what it counted stays counted."""
+        """Stop a former model's engine and drop it. Its totals stay in `stats`."""
         former.engine.stop()
         with self._lock:
             self._past = _sum(self._past, _totals(former.engine.stats()))
             self._former.remove(former)
 
+    def version(self) -> str | None:
+        """Version of the served model, empty for one without; None while no model is loaded."""
+        served = self.current
+        return (served.version or "") if served else None
+
     def stats(self) -> EngineStats:
-        """What all models do now and have done."""
+        """The sum over all models: current activity, and totals since the start."""
         with self._lock:
             total = self._past
             for served in (*self._former, *([self.current] if self.current else [])):
@@ -75,7 +80,7 @@ class Models:
         return total
 
     def stop(self) -> None:
-        """End every engine."""
+        """Stop every engine."""
         with self._lock:
             served = (*self._former, *([self.current] if self.current else []))
         for one in served:
@@ -87,5 +92,5 @@ def _sum(first: EngineStats, second: EngineStats) -> EngineStats:
 
 
 def _totals(stats: EngineStats) -> EngineStats:
-    """What was done, without what is going on."""
+    """Totals only, current activity zeroed."""
     return replace(stats, **{f.name: 0 for f in fields(EngineStats) if not f.name.endswith("_total")})

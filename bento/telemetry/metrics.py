@@ -1,14 +1,13 @@
 """Prometheus metrics of the service, in a registry of their own, named like vLLM's with `rex_` in front.
 
-Labels come from fixed sets: BentoML's own metrics take the requested path as a label, so anyone could make them grow.
-Everything is counted in plain numbers by the event loop's thread alone, so a token costs neither a lock nor a memory map
-(BentoML's PROMETHEUS_MULTIPROC_DIR would give prometheus_client's own counters both); what the engine knows is asked of
-it when the metrics are read.
+Label values come from fixed sets: BentoML's own metrics use the requested path as a label, so any client could grow them
+without bound. Only the event loop's thread counts, in plain numbers: prometheus_client's counters would take a lock and
+a memory map per token (because of BentoML's PROMETHEUS_MULTIPROC_DIR). The engine's numbers are read at each scrape.
 """
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -17,15 +16,15 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from bento.serving.models import Models
+from model.generation.requests import EngineStats
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 
 
-class Distribution:
-    """A histogram: how many values fell below each bound. Not for several threads."""
+class Histogram:
+    """A histogram: the number of values below each bound. Not thread-safe."""
 
     def __init__(self, name: str, meaning: str, bounds: Sequence[float]) -> None:
         self._name, self._meaning, self._bounds = name, meaning, bounds
@@ -38,7 +37,7 @@ class Distribution:
         self._sum += value
 
     def family(self) -> Metric:
-        """As Prometheus reads it."""
+        """The metric family for Prometheus."""
         below, buckets = 0, []
         for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
             below += count
@@ -47,24 +46,34 @@ class Distribution:
 
 
 class ServiceMetrics(Collector):
-    """What is counted. models: whose engines' numbers are shown."""
+    """All metrics of the service.
 
-    def __init__(self, models: Models) -> None:
-        self._models = models
+    stats: the engines' numbers now. model_name: label of the served model. version: of the served model; None while
+    no model is loaded, an empty text for one without a version.
+    """
+
+    def __init__(
+        self,
+        stats: Callable[[], EngineStats],
+        *,
+        model_name: str = "",
+        version: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self._stats, self._model_name, self._version = stats, model_name, version
         self.requests: Counter[tuple[str, str, str]] = Counter()
         """By route, status and finish reason; "-" where nothing was generated."""
         self.rejections: Counter[str] = Counter()
-        """By the code of the refusal: the service had no place or was not there."""
-        self.time_to_first_token = Distribution(
+        """By error code, of requests that the service had no capacity or no model for."""
+        self.time_to_first_token = Histogram(
             "rex_time_to_first_token_seconds", "From a request's arrival to its first token.", SECONDS
         )
-        self.inter_token_latency = Distribution(
+        self.inter_token_latency = Histogram(
             "rex_inter_token_latency_seconds", "From a token to the next of the same text.", TOKEN_SECONDS
         )
-        self.queue_time = Distribution(
+        self.queue_time = Histogram(
             "rex_request_queue_time_seconds", "From a request's submission to its start.", SECONDS
         )
-        self.end_to_end = Distribution(
+        self.end_to_end = Histogram(
             "rex_e2e_request_latency_seconds", "From the arrival to the end of a request that generated.", SECONDS
         )
         self._registry = CollectorRegistry()
@@ -82,25 +91,27 @@ class ServiceMetrics(Collector):
         for labels, count in self.requests.items():
             requests.add_metric(labels, count)
         rejections = CounterMetricFamily(
-            "rex_requests_rejected", "Requests refused for want of a place or a model.", labels=["reason"]
+            "rex_requests_rejected",
+            "Requests refused because the queue was full or no model was ready.",
+            labels=["reason"],
         )
         for reason, count in self.rejections.items():
             rejections.add_metric([reason], count)
         yield from (requests, rejections)
-        for distribution in (self.time_to_first_token, self.inter_token_latency, self.queue_time, self.end_to_end):
-            yield distribution.family()
+        for histogram in (self.time_to_first_token, self.inter_token_latency, self.queue_time, self.end_to_end):
+            yield histogram.family()
         yield from self._engine_families()
 
     def _engine_families(self) -> Iterator[Metric]:
-        stats, served = self._models.stats(), self._models.current
+        stats, version = self._stats(), self._version()
         used = stats.cache_tokens / stats.cache_capacity_tokens if stats.cache_capacity_tokens else 0.0
-        # One series at a time, however many versions come: a label of its own for each would stay for ever.
-        info = GaugeMetricFamily("rex_model_info", "1 for the version that serves.", labels=["model", "version"])
-        if served:
-            info.add_metric([self._models.name, served.version or ""], 1)
+        # A single series: one series per version would accumulate with every rollover.
+        info = GaugeMetricFamily("rex_model_info", "1 for the served version.", labels=["model", "version"])
+        if version is not None:
+            info.add_metric([self._model_name, version], 1)
         yield info
         for name, meaning, value in (
-            ("rex_num_requests_running", "Requests that generate.", stats.running),
+            ("rex_num_requests_running", "Requests that are generating.", stats.running),
             ("rex_num_requests_waiting", "Requests in the queue.", stats.waiting),
             ("rex_num_tokens_waiting", "Prompt tokens of the requests in the queue.", stats.waiting_tokens),
             ("rex_kv_cache_usage_perc", "Part of the cache that running requests hold; 1 is all of it.", used),

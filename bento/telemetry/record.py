@@ -1,4 +1,4 @@
-"""What is known about one request: filled in by its route, read by the log, the metrics and the trace when it ends."""
+"""The record of one request: its route fills it in; the log, the metrics and the trace read it when the request ends."""
 
 import time
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ class RequestRecord:
     """One request; routes find it in `request.state.record`.
 
     started: seconds of `time.monotonic()`; started_ns: the same moment by the clock. error_code: of the refusal, where it
-    was refused. submitted_s, first_token_s: from `started` to the first submission and token; queue_s: that it waited.
+    was refused. submitted_s, first_token_s: seconds from `started` to the first submission and token. queue_s: seconds in the queue.
     """
 
     id: str
@@ -37,7 +37,7 @@ class RequestRecord:
 
 
 class TokenClock:
-    """Times the tokens of one generation as they reach the event loop; called for each, so it does next to nothing."""
+    """Times the tokens of one generation as they reach the event loop. Called once per token, so it must stay cheap."""
 
     __slots__ = ("_generation", "_last", "_record")
 
@@ -48,7 +48,7 @@ class TokenClock:
         self._last: float | None = None
 
     def tick(self) -> None:
-        """A piece of text is here."""
+        """Note the arrival of a piece of text."""
         now = time.monotonic()
         record = self._record
         if self._last is not None:
@@ -61,7 +61,7 @@ class TokenClock:
         self._last = now
 
     def stop(self, last: Finished | None) -> None:
-        """The generation is over, once; `last` is None where its client left before the last event."""
+        """Note the end of the generation; called once. `last` is None if the client left before the last event."""
         record, generation = self._record, self._generation
         record.cached_tokens += generation.cached_tokens
         record.generated_tokens += generation.generated_tokens

@@ -1,7 +1,7 @@
 """OpenTelemetry: one span for each request, sent to a collector where OTEL_EXPORTER_OTLP_ENDPOINT names one.
 
-A span is made when its request has ended, out of what is known then, so that tracing costs a token nothing. It continues
-the trace of a `traceparent` header (W3C). The SDK's own variables apply: OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER, ...
+A span is made from the request's record when the request has ended, so tracing adds no cost per token. It continues the
+trace of a `traceparent` header (W3C). The SDK's own variables apply: OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER, ...
 """
 
 import os
@@ -44,20 +44,20 @@ def start_tracing(environment: Mapping[str, str] | None = None) -> "Tracer | Non
 
 
 class Tracer:
-    """Makes spans and hands them to `exporter` in batches, in a thread of its own; a collector that is away costs spans."""
+    """Sends spans to `exporter` in batches, in its own thread; spans are dropped while the collector is unreachable."""
 
     def __init__(self, exporter: SpanExporter) -> None:
-        # Read here: the SDK keeps the `os.environ` of its import, which `datasets` replaces by a copy.
+        # Read here because the SDK keeps the `os.environ` that it saw at import, and `datasets` replaces that by a copy.
         named = Resource.create({SERVICE_NAME: os.environ.get("OTEL_SERVICE_NAME") or "rex"})
-        # Ended by `stop`: the hook at the interpreter's exit would wait for a collector that is away.
+        # `stop` shuts it down: the exit hook would block on an unreachable collector.
         self._provider = TracerProvider(resource=named, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("rex")
         self._propagator = TraceContextTextMapPropagator()
 
     def record(self, route: str, method: str, headers: Mapping[str, str], record: RequestRecord, seconds: float) -> str:
-        """Note a request that ended after `seconds`; the id of its trace, in hexadecimal."""
-        # Only this header and its companion: nothing else that a client sends gets into a trace.
+        """Record a request that took `seconds`. Returns the id of its trace in hexadecimal."""
+        # Only the two W3C headers are read: no other client data may enter a trace.
         carrier = {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}
 
         def at(seconds: float) -> int:
@@ -91,5 +91,5 @@ class Tracer:
         return format(span.get_span_context().trace_id, "032x")
 
     def stop(self) -> None:
-        """Send what is left, and end the thread."""
+        """Flush the remaining spans and end the thread."""
         self._provider.shutdown()

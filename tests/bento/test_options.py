@@ -132,12 +132,12 @@ def model_dir(tmp_path_factory) -> Path:
 @pytest.fixture
 def start_engine(model_dir, monkeypatch):
     monkeypatch.setenv("REX_MODEL", str(model_dir))
-    from bento.service import _start_engine
+    from bento.serving.loading import start_engine as start_one
 
     threads, engines = torch.get_num_threads(), []
 
     def start(**options):
-        engines.append(_start_engine(BentoArgs(model=str(model_dir), device="cpu", **options), model_dir))
+        engines.append(start_one(BentoArgs(model=str(model_dir), device="cpu", **options), model_dir))
         return engines[-1]
 
     yield start

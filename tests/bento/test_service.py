@@ -28,7 +28,7 @@ import sys
 from _bentoml_impl.loader import load
 load(sys.argv[1], standalone_load=True)
 service = sys.modules["bento.service"]
-engine = service._start_engine(service.options, service.MODEL_DIR)
+engine = service.start_engine(service.options, service.MODEL_DIR)
 engine.stop()
 print(*(module.__file__ for name, module in sys.modules.items() if name.split(".")[0] in ("bento", "model")), sep="\\n")
 """

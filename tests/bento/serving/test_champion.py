@@ -14,7 +14,7 @@ import httpx
 import pytest
 from bentoml.exceptions import InvalidArgument
 
-from bento.serving.champion import Follower, Registry, Version
+from bento.serving.champion import ChampionWatcher, ModelRegistry, Version
 from bento.serving.models import Models
 from model.errors import PipelineError
 from model.generation.engine import Engine
@@ -179,7 +179,7 @@ def follower(caplog):
         engines.append(weakref.ref(engine._step))
         return engine
 
-    made = Follower(
+    made = ChampionWatcher(
         shelf, NAME, models, load=load, settle=gc.collect, waits=waits.append, poll_s=0.01, drain_s=30
     )  # fmt: skip
     made.start()
@@ -218,11 +218,11 @@ def test_a_server_that_does_not_answer_is_asked_again_and_named_once(follower, c
 @pytest.mark.parametrize("uri", ["", "sqlite:///mlflow.db", "mlflow:5000"])
 def test_only_a_server_can_be_followed(uri):
     with pytest.raises(InvalidArgument, match=r"^MLFLOW_TRACKING_URI is"):
-        Registry(uri, {})
+        ModelRegistry(uri, {})
 
 
 def test_files_outside_the_model_and_files_that_no_server_hands_out_are_refused(tmp_path, monkeypatch):
-    registry = Registry("http://127.0.0.1:1", {})
+    registry = ModelRegistry("http://127.0.0.1:1", {})
     with pytest.raises(PipelineError, match="which the server does not hand out"):
         registry.download(Version("1", "file:///somewhere/model"), tmp_path)
     monkeypatch.setattr(registry, "_fetch", lambda path, target: target.write_text('{"files": {"../../evil": {}}}'))

@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 import bento
 from bento.serving.models import Models
-from bento.telemetry.metrics import Distribution, ServiceMetrics
+from bento.telemetry.metrics import Histogram, ServiceMetrics
 from bento.telemetry.record import RequestRecord
 from model.generation.requests import EngineStats, Finished, Generation, GenerationRequest
 from tests.bento.conftest import make_service
@@ -44,7 +44,7 @@ def samples(metrics: ServiceMetrics) -> dict[str, float]:
 def metrics() -> ServiceMetrics:
     models = Models("rex-tiny")
     models.serve(Engine(), "7")
-    return ServiceMetrics(models)
+    return ServiceMetrics(models.stats, model_name=models.name, version=models.version)
 
 
 def test_the_engines_numbers_are_shown(metrics):
@@ -69,14 +69,14 @@ def test_the_version_that_serves_is_named(metrics):
 
 
 def test_metrics_are_readable_before_there_is_an_engine():
-    assert samples(ServiceMetrics(Models("rex-tiny")))["rex_num_requests_running"] == 0
+    assert samples(ServiceMetrics(Models("rex-tiny").stats))["rex_num_requests_running"] == 0
 
 
 def test_a_distribution_counts_each_value_below_its_bounds():
-    distribution = Distribution("rex_test_seconds", "Test.", (0.1, 1.0))
+    histogram = Histogram("rex_test_seconds", "Test.", (0.1, 1.0))
     for value in (0.05, 0.1, 0.5, 7.0):
-        distribution.observe(value)
-    found = {sample.labels["le"]: sample.value for sample in distribution.family().samples if "le" in sample.labels}
+        histogram.observe(value)
+    found = {sample.labels["le"]: sample.value for sample in histogram.family().samples if "le" in sample.labels}
     assert found == {"0.1": 2, "1.0": 3, "+Inf": 4}
 
 

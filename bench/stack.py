@@ -7,7 +7,7 @@ of its own, beside any other: its project, ports and volumes are new, and gone a
 outside.
 
 - up: seconds of `make up` until the stack is healthy, with empty volumes;
-- in the stack: seconds from a launch on Dagster's webserver to the end of the run, all six assets;
+- in the stack: seconds from a launch on Dagster's webserver to the end of the run, every asset of `llm_pipeline`;
 - outside: seconds of `make pipeline`, the stack idle beside it. The two take turns.
 
 Prints a table, and a JSON line for machines.
@@ -31,7 +31,6 @@ from bench.server import free_port
 from model.errors import PipelineError, ends_in_one_line
 
 PROJECT = "rex-bench"
-ASSETS = ("corpus", "tokenized_dataset", "trained_checkpoint", "quantized_model", "benchmark_report", "packaged_bento")
 LAUNCH = """
 mutation Launch($params: ExecutionParams!) {
   launchRun(executionParams: $params) {
@@ -74,8 +73,7 @@ def run_inside(address: str, experiment: str) -> float:
         "selector": {
             "repositoryLocationName": "llm_assets",
             "repositoryName": "__repository__",
-            "pipelineName": "__ASSET_JOB",
-            "assetSelection": [{"path": [name]} for name in ASSETS],
+            "pipelineName": "llm_pipeline",
         },
         "executionMetadata": {"tags": [{"key": "dagster/partition", "value": experiment}]},
     }

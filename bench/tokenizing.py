@@ -1,7 +1,7 @@
 """Tokenizing speed against `datasets.map` with the same Hugging Face tokenizer, and peak memory at two corpus sizes.
 
 Both sides run in turn, on Python source of this machine (standard library, then installed packages): ours reads Parquet
-shards, encodes and writes token files; the yardstick is `datasets.map(batched=True, num_proc=2)`, which reads and writes
+shards, encodes and writes token files; the baseline is `datasets.map(batched=True, num_proc=2)`, which reads and writes
 Arrow. The ids of every document must be equal. Run: `python -m bench.tokenizing`, about five minutes on two cores.
 """
 

@@ -13,37 +13,16 @@ from typing import Any
 
 import dagster as dg
 
-ROUND_TRIP_DOCUMENTS = 64
-UNIGRAM_TOKENS = 20_000_000
-QUANTIZATION_ERROR, QUANTIZATION_WARNING = 0.05, 0.02
-IMAGE_GB = {"cpu": 1.7, "gpu": 6.5}
+from llm_assets.registry import IMAGE_GB, QUANTIZATION_ERROR, QUANTIZATION_WARNING, stage_spec
 
-_DESCRIPTIONS = {
-    ("corpus", "splits_are_disjoint"): "Both splits hold documents, and none is in both.",
-    ("tokenized_dataset", "round_trip_is_exact"): "Decoding gives back the bytes of the documents.",
-    ("trained_checkpoint", "beats_yardsticks"): "The loss is finite and bits per byte are below those of a model that "
-    "finds all tokens alike (else an error) and of one that knows how frequent each is (else a warning).",
-    ("quantized_model", "keeps_quality"): f"Bits per byte are at most {QUANTIZATION_ERROR:.0%} above full precision's "
-    f"(else an error), or {QUANTIZATION_WARNING:.0%} (else a warning).",
-    ("packaged_bento", "is_in_store"): "The Bento and its model are in BentoML's stores.",
-    **{
-        (f"container_image_{device}", name): description
-        for device, gigabytes in IMAGE_GB.items()
-        for name, description in {
-            "fits_the_device": "torch is a CUDA build and CUDA's libraries are there if and only if it is a GPU image; the "
-            "user is not root.",
-            "is_small": f"The image has at most {gigabytes} GB (else a warning).",
-        }.items()
-    },
-}
+ROUND_TRIP_DOCUMENTS = 64
 
 
 def specs(asset: str) -> Sequence[dg.AssetCheckSpec]:
     """The checks that `asset` reports, all blocking."""
     return [
         dg.AssetCheckSpec(name, asset=asset, description=description, blocking=True)
-        for (of, name), description in _DESCRIPTIONS.items()
-        if of == asset
+        for name, description in stage_spec(asset).checks.items()
     ]
 
 
@@ -92,34 +71,19 @@ def round_trip_is_exact(corpus_dir: Path, dataset_dir: Path, sequence_length: in
     )
 
 
-def yardsticks(dataset_dir: Path, sequence_length: int) -> dict[str, float]:
-    """Bits per byte of the validation split for a uniform and for a unigram model (train counts, add-one)."""
-    import numpy as np
-
-    from model.text.tokens import TokenDataset
-
-    train = TokenDataset(dataset_dir, "train", sequence_length)
-    validation = TokenDataset(dataset_dir, "validation", sequence_length)
-    vocabulary = len(validation.byte_counts)
-    counts = np.bincount(train.tokens[:UNIGRAM_TOKENS], minlength=vocabulary) + 1
-    held_out = np.bincount(validation.tokens, minlength=vocabulary)
-    size = float((held_out * validation.byte_counts).sum())
-    bits = -np.log2(counts / counts.sum())
-    return {
-        "uniform": float(held_out.sum()) * math.log2(vocabulary) / size,
-        "unigram": float((held_out * bits).sum()) / size,
-    }
-
-
-def beats_yardsticks(loss: float, bits_per_byte: float, measured: dict[str, float]) -> dg.AssetCheckResult:
-    """Compare a model's bits per byte with `yardsticks`."""
-    sound = math.isfinite(loss) and bits_per_byte < measured["uniform"]
-    metadata: dict[str, Any] = {f"{name}_bits_per_byte": value for name, value in measured.items()}
+def beats_baselines(loss: float, bits_per_byte: float, *, uniform: float, unigram: float) -> dg.AssetCheckResult:
+    """Compare a model's bits per byte with those of the baselines of `model/baselines.py` on the same text."""
+    sound = math.isfinite(loss) and bits_per_byte < uniform
     return dg.AssetCheckResult(
-        check_name="beats_yardsticks",
-        passed=sound and bits_per_byte < measured["unigram"],
+        check_name="beats_baselines",
+        passed=sound and bits_per_byte < unigram,
         severity=dg.AssetCheckSeverity.WARN if sound else dg.AssetCheckSeverity.ERROR,
-        metadata={**metadata, "loss": str(loss), "bits_per_byte": str(bits_per_byte)},
+        metadata={
+            "uniform_bits_per_byte": uniform,
+            "unigram_bits_per_byte": unigram,
+            "loss": str(loss),
+            "bits_per_byte": str(bits_per_byte),
+        },
     )
 
 

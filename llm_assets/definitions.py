@@ -1,4 +1,4 @@
-"""The code location: six assets, their jobs and resources.
+"""The code location: the assets of the registry, their jobs and resources.
 
     dagster dev                                                               in the repository (workspace.yaml)
     dagster job execute -m llm_assets.definitions -j llm_pipeline             the default experiment
@@ -14,18 +14,14 @@ from typing import Any
 import dagster as dg
 
 from llm_assets.artifacts.io_manager import DirectoryIOManager
-from llm_assets.assets.benchmark_report import benchmark_report
-from llm_assets.assets.corpus import corpus
-from llm_assets.assets.packaged_bento import packaged_bento
-from llm_assets.assets.quantized_model import quantized_model
-from llm_assets.assets.tokenized_dataset import tokenized_dataset
-from llm_assets.assets.trained_checkpoint import trained_checkpoint
+from llm_assets.assets import load_asset
 from llm_assets.jobs import build_jobs, executor
+from llm_assets.registry import PIPELINE
 from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 
-ASSETS = [corpus, tokenized_dataset, trained_checkpoint, quantized_model, benchmark_report, packaged_bento]
+ASSETS = [load_asset(stage) for stage in PIPELINE]
 
 
 def build_defs(resource_overrides: Mapping[str, Any] | None = None) -> dg.Definitions:

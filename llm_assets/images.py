@@ -12,19 +12,19 @@ from typing import Any
 import dagster as dg
 
 from llm_assets.artifacts.io_manager import DirectoryIOManager
-from llm_assets.assets.container_image import build_container_image
+from llm_assets.assets import load_asset
 from llm_assets.experiments.partitions import experiments
 from llm_assets.jobs import EVERY_STEP, build_executor, stage_jobs
+from llm_assets.registry import IMAGES
 from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.containers import ContainerEngine
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 
-ASSETS = [build_container_image("cpu"), build_container_image("gpu")]
+ASSETS = [load_asset(stage) for stage in IMAGES]
 # The pipeline makes these; here they are read.
 UPSTREAM = [
-    dg.AssetSpec(name, partitions_def=experiments).with_io_manager_key("artifacts")
-    for name in ("trained_checkpoint", "packaged_bento")
+    dg.AssetSpec(name, partitions_def=experiments).with_io_manager_key("artifacts") for name in IMAGES[0].upstream
 ]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import dagster as dg
 
 from llm_assets.experiments.compose import DEFAULT_EXPERIMENT
+from llm_assets.registry import PIPELINE
 
 MAX_CONCURRENT_STEPS = 2
 EVERY_STEP = ("llm_assets.definitions", "mlflow")
@@ -29,7 +30,7 @@ def preloaded_modules(gpu_drivers: Sequence[str] = GPU_DRIVERS) -> list[str]:
     """
     modules = [*EVERY_STEP]
     if not any(Path(driver).exists() for driver in gpu_drivers):
-        modules += ["model.training.train", "model.weights.quantization", "bench.report.report"]
+        modules += [module for stage in PIPELINE for module in stage.preload]
     return modules
 
 

@@ -13,15 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm_assets.artifacts.io_manager import DirectoryIOManager
-from llm_assets.artifacts.manifest import refresh_command, stage_assets
+from llm_assets.artifacts.manifest import refresh_command
 from llm_assets.experiments.compose import DEFAULT_EXPERIMENT
+from llm_assets.registry import PIPELINE
 from model.errors import PipelineError, ends_in_one_line
+
+STAGES = [stage.name for stage in PIPELINE]
 
 
 def latest_artifacts(experiment: str) -> dict[str, Path]:
     """The verified folder of each asset's newest version, in the order of the pipeline; PipelineError for a missing one."""
     store = DirectoryIOManager().store()
-    return {asset: store.load(asset, experiment) for asset in stage_assets()}
+    return {asset: store.load(asset, experiment) for asset in STAGES}
 
 
 def bento_tag(experiment: str) -> str:
@@ -52,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--bento", action="store_true", help="print the Bento's tag alone")
     only.add_argument("--image", choices=("cpu", "gpu"), help="print the container image's tag alone")
-    only.add_argument("--asset", choices=stage_assets(), help="print this artifact's folder alone")
+    only.add_argument("--asset", choices=STAGES, help="print this artifact's folder alone")
     arguments = parser.parse_args(argv)
     if arguments.bento:
         print(bento_tag(arguments.experiment))

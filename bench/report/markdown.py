@@ -51,13 +51,13 @@ batch, {lost:+.4f} bits per byte."""
 
 def _quality(report: dict[str, Any]) -> str:
     quality = report["quality"]
-    yardsticks = quality["yardsticks"]
+    baselines = quality["baselines"]
     rows = [(name, score["bits_per_byte"], f"{score['perplexity']:.2f}") for name, score in quality["models"].items()]
     rows += [
-        ("`xz -9e`, the same text", yardsticks["xz"], ""),
-        (f"`xz -9e`, {quality['xz_whole_split_bytes']:,} bytes of the split", yardsticks["xz_whole_split"], ""),
-        ("token frequencies of the train split", yardsticks["unigram"], ""),
-        ("every token equally likely", yardsticks["uniform"], ""),
+        ("`xz -9e`, the same text", baselines["xz"], ""),
+        (f"`xz -9e`, {quality['xz_whole_split_bytes']:,} bytes of the split", baselines["xz_whole_split"], ""),
+        ("token frequencies of the train split", baselines["unigram"], ""),
+        ("every token equally likely", baselines["uniform"], ""),
     ]
     agreement = "\n\n".join(
         f"{_capital(name)} finds the same top token as full precision at {100 * values['top1_agreement']:.2f} % of "

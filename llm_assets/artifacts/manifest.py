@@ -13,23 +13,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from llm_assets.registry import IMAGES, settings_groups
 from model.artifact import MANIFEST, FileDigest, content_hash, file_digests
 from model.errors import PipelineError
 from model.settings import ExperimentSettings
 
 SCHEMA_VERSION = 1
 VERSION_DIGITS = 16
-
-# Each asset is decided by its own groups and by those of everything upstream of it.
-_PIPELINE = {
-    "corpus": ["corpus"],
-    "tokenized_dataset": ["corpus", "tokenizer"],
-    "trained_checkpoint": ["corpus", "tokenizer", "model", "training"],
-    "quantized_model": ["corpus", "tokenizer", "model", "training", "quantization"],
-    "benchmark_report": ["corpus", "tokenizer", "model", "training", "quantization", "benchmark"],
-    "packaged_bento": ["corpus", "tokenizer", "model", "training", "quantization", "benchmark", "serving"],
-}
-_GROUPS = _PIPELINE | {f"container_image_{device}": _PIPELINE["packaged_bento"] for device in ("cpu", "gpu")}
 
 
 @dataclass(frozen=True)
@@ -126,14 +116,9 @@ def seal(
     return manifest
 
 
-def stage_assets() -> list[str]:
-    """The assets of the pipeline in its order; the container images are none of them."""
-    return list(_PIPELINE)
-
-
 def stage_config(settings: ExperimentSettings, asset: str) -> dict[str, Any]:
     """The groups of the settings that decide `asset`, as plain data (what JSON gives back)."""
-    groups = {group: dataclasses.asdict(getattr(settings, group)) for group in _GROUPS[asset]}
+    groups = {group: dataclasses.asdict(getattr(settings, group)) for group in settings_groups(asset)}
     plain: dict[str, Any] = json.loads(json.dumps(groups))
     return plain
 
@@ -156,7 +141,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def refresh_command(asset: str, experiment: str, overrides: Sequence[str] = ()) -> str:
     """The command that materializes `asset` and all that is made from it."""
-    module = "llm_assets.definitions" if asset in _PIPELINE else "llm_assets.images"
+    module = "llm_assets.images" if asset in {stage.name for stage in IMAGES} else "llm_assets.definitions"
     command = f"dagster asset materialize -m {module} --select '{asset}+' --partition {experiment}"
     if overrides:
         config = {"resources": {"hydra": {"config": {"overrides": list(overrides)}}}}

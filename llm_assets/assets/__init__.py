@@ -1,14 +1,45 @@
-"""The six assets, one module each: settings -> one call into `model` or `bench` -> metadata."""
+"""The assets, one module each: settings -> one call into `model` or `bench` -> metadata.
 
+Their names, upstream, versions and checks are entries of `llm_assets/registry.py`.
+"""
+
+import importlib
 from typing import Any
 
+import dagster as dg
+
+from llm_assets import checks
 from llm_assets.artifacts.io_manager import ArtifactDirectory
 from llm_assets.experiments.partitions import experiments
+from llm_assets.registry import StageSpec, stage_spec
 
-# What all assets have in common.
-COMMON: dict[str, Any] = {
-    "partitions_def": experiments,
-    "owners": ["team:llm"],
-    "io_manager_key": "artifacts",
-    "dagster_type": ArtifactDirectory,
-}
+
+def asset_arguments(name: str) -> dict[str, Any]:
+    """The keyword arguments of `dg.asset` for the registry's stage `name`."""
+    spec = stage_spec(name)
+    return {
+        "name": spec.name,
+        "description": spec.description,
+        "group_name": spec.group,
+        "kinds": set(spec.kinds),
+        "code_version": spec.code_version,
+        "pool": spec.pool,
+        "check_specs": checks.specs(name),
+        "partitions_def": experiments,
+        "owners": ["team:llm"],
+        "io_manager_key": "artifacts",
+        "dagster_type": ArtifactDirectory,
+    }
+
+
+def load_asset(spec: StageSpec) -> dg.AssetsDefinition:
+    """Import a stage's module and take the asset of its name; its inputs must be the upstream that the registry says.
+
+    Raises TypeError where they are not.
+    """
+    module = importlib.import_module(spec.module or f"{__name__}.{spec.name}")
+    asset: dg.AssetsDefinition = getattr(module, spec.name)
+    inputs = {key.path[-1] for key in asset.dependency_keys}
+    if inputs != set(spec.upstream):
+        raise TypeError(f"{spec.name} takes {sorted(inputs)}: its entry in the registry says {sorted(spec.upstream)}")
+    return asset

@@ -6,20 +6,14 @@ from pathlib import Path
 
 import dagster as dg
 
-from llm_assets.assets import COMMON
+from llm_assets.assets import asset_arguments
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.stage import metadata as show
 from llm_assets.stage.stage import stage
 
 
-@dg.asset(
-    **COMMON,
-    group_name="release",
-    kinds={"pytorch", "markdown"},
-    code_version="2",
-    pool="device",
-)
+@dg.asset(**asset_arguments("benchmark_report"))
 def benchmark_report(
     context: dg.AssetExecutionContext,
     hydra: HydraConfig,

@@ -13,7 +13,7 @@ from pathlib import Path
 import dagster as dg
 
 from llm_assets import checks
-from llm_assets.assets import COMMON
+from llm_assets.assets import asset_arguments
 from llm_assets.containers.context import labels, lay_out
 from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.containers import ContainerEngine
@@ -26,16 +26,7 @@ def build_container_image(device: str) -> dg.AssetsDefinition:
     """The asset `container_image_cpu` or `container_image_gpu`."""
     name = f"container_image_{device}"
 
-    @dg.asset(
-        name=name,
-        **COMMON,
-        group_name="images",
-        kinds={"docker"},
-        code_version="1",
-        check_specs=checks.specs(name),
-        description=f"An image of the generation service for {device.upper()}s, tagged by its content. The artifact is "
-        "`image.json` (tag, size, labels, the command that runs it) and the lock of its packages.",
-    )
+    @dg.asset(**asset_arguments(name))
     def container_image(
         context: dg.AssetExecutionContext,
         hydra: HydraConfig,
@@ -82,3 +73,6 @@ def build_container_image(device: str) -> dg.AssetsDefinition:
             )
 
     return container_image
+
+
+container_image_cpu, container_image_gpu = (build_container_image(device) for device in ("cpu", "gpu"))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import dagster as dg
 
 from llm_assets import checks
-from llm_assets.assets import COMMON
+from llm_assets.assets import asset_arguments
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.stage import metadata as show
@@ -13,11 +13,7 @@ from llm_assets.stage.stage import stage
 
 
 @dg.asset(
-    **COMMON,
-    group_name="data",
-    kinds={"parquet", "python"},
-    code_version="1",
-    check_specs=checks.specs("corpus"),
+    **asset_arguments("corpus"),
     retry_policy=dg.RetryPolicy(max_retries=1, delay=5),  # a source may be a URL
 )
 def corpus(

@@ -8,20 +8,15 @@ from pathlib import Path
 import dagster as dg
 
 from llm_assets import checks
-from llm_assets.assets import COMMON
+from llm_assets.assets import asset_arguments
+from llm_assets.registry import model_name
 from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.stage.stage import stage
 
 
-@dg.asset(
-    **COMMON,
-    group_name="release",
-    kinds={"bentoml"},
-    code_version="1",
-    check_specs=checks.specs("packaged_bento"),
-)
+@dg.asset(**asset_arguments("packaged_bento"))
 def packaged_bento(
     context: dg.AssetExecutionContext,
     hydra: HydraConfig,
@@ -43,7 +38,7 @@ def packaged_bento(
     with stage(context, hydra, mlflow, upstream) as work:
         serving = work.settings.serving
         served = "quantized_model" if serving.quantized else "trained_checkpoint"
-        name = f"rex-{work.experiment.replace('_', '-').lower()}"
+        name = model_name(work.experiment)
         labels = {"experiment": work.experiment, "asset": served, "config_hash": work.upstream[served].config_hash[:16]}
         model = bentos.import_model(f"{name}:{work.upstream[served].version}", upstream[served], labels, log=work.log)
         arguments = {

@@ -6,20 +6,14 @@ from pathlib import Path
 import dagster as dg
 
 from llm_assets import checks
-from llm_assets.assets import COMMON
+from llm_assets.assets import asset_arguments
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.stage import metadata as show
 from llm_assets.stage.stage import stage
 
 
-@dg.asset(
-    **COMMON,
-    group_name="model",
-    kinds={"pytorch"},
-    code_version="1",
-    check_specs=checks.specs("quantized_model"),
-)
+@dg.asset(**asset_arguments("quantized_model"))
 def quantized_model(
     context: dg.AssetExecutionContext,
     hydra: HydraConfig,
@@ -46,7 +40,7 @@ def quantized_model(
         )
         work.register(
             bits_per_byte=summary.bits_per_byte_after,
-            yardstick=f"{work.upstream['tokenized_dataset'].content_hash} {summary.evaluated_tokens} tokens",
+            evaluation_text=f"{work.upstream['tokenized_dataset'].content_hash} {summary.evaluated_tokens} tokens",
             candidate=work.settings.serving.quantized,
         )
         yield result

@@ -6,20 +6,14 @@ from pathlib import Path
 import dagster as dg
 
 from llm_assets import checks
-from llm_assets.assets import COMMON
+from llm_assets.assets import asset_arguments
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.stage import metadata as show
 from llm_assets.stage.stage import stage
 
 
-@dg.asset(
-    **COMMON,
-    group_name="data",
-    kinds={"huggingface", "numpy"},
-    code_version="1",
-    check_specs=checks.specs("tokenized_dataset"),
-)
+@dg.asset(**asset_arguments("tokenized_dataset"))
 def tokenized_dataset(
     context: dg.AssetExecutionContext, hydra: HydraConfig, mlflow: MlflowTracking, corpus: Path
 ) -> Iterator[dg.MaterializeResult]:

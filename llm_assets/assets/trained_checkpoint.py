@@ -6,7 +6,7 @@ from pathlib import Path
 import dagster as dg
 
 from llm_assets import checks
-from llm_assets.assets import COMMON
+from llm_assets.assets import asset_arguments
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.stage import metadata as show
@@ -14,12 +14,7 @@ from llm_assets.stage.stage import stage
 
 
 @dg.asset(
-    **COMMON,
-    group_name="model",
-    kinds={"pytorch", "huggingface"},
-    code_version="3",
-    check_specs=checks.specs("trained_checkpoint"),
-    pool="device",
+    **asset_arguments("trained_checkpoint"),
     retry_policy=dg.RetryPolicy(max_retries=1, delay=10),  # continues at the last checkpoint
 )
 def trained_checkpoint(
@@ -29,13 +24,14 @@ def trained_checkpoint(
 
     A run that was killed, retried or executed again continues at its last checkpoint.
     """
+    from model.baselines import token_baselines
     from model.training.train import train
 
     with stage(
         context, hydra, mlflow, {"tokenized_dataset": tokenized_dataset}, resumable=True, exclusive=True
     ) as work:
         summary = train(work.settings, tokenized_dataset, work.output, work.scratch, log=work.log, on_metrics=work.live)
-        measured = checks.yardsticks(tokenized_dataset, work.settings.tokenizer.sequence_length)
+        baselines = token_baselines(tokenized_dataset, work.settings.tokenizer.sequence_length)
         result = work.result(
             {
                 **show.numbers(summary),
@@ -45,13 +41,20 @@ def trained_checkpoint(
                 "samples": show.samples(summary.samples),
                 "progress": show.text(work.output / "progress.md"),
             },
-            [checks.beats_yardsticks(summary.validation_loss, summary.bits_per_byte, measured)],
+            [
+                checks.beats_baselines(
+                    summary.validation_loss,
+                    summary.bits_per_byte,
+                    uniform=baselines.uniform,
+                    unigram=baselines.unigram,
+                )
+            ],
         )
         for name in ("loss.png", "README.md", "curves.json", "progress.md"):
             work.tracked.log_artifact(work.output / name)
         work.register(
             bits_per_byte=summary.bits_per_byte,
-            yardstick=work.upstream["tokenized_dataset"].upstream["corpus"],
+            evaluation_text=work.upstream["tokenized_dataset"].upstream["corpus"],
             candidate=not work.settings.serving.quantized,
         )
         yield result

@@ -29,11 +29,6 @@ _BATCH = 100  # MLflow's limit of parameters in one call
 _VALUE_CHARACTERS = 6000  # and of a parameter's length
 
 
-def registered_name(experiment: str) -> str:
-    """The registered model of an experiment."""
-    return f"rex-{experiment}"
-
-
 class TrackedRun:
     """An open MLflow run. Once it is open, a failure to log is a warning: tracking must not end a training."""
 
@@ -81,13 +76,13 @@ class TrackedRun:
                 self._client.log_artifact(self.run_id, str(path), folder)
 
     def register(
-        self, name: str, model_dir: Path, *, asset: str, bits_per_byte: float, yardstick: str, candidate: bool
+        self, name: str, model_dir: Path, *, asset: str, bits_per_byte: float, evaluation_text: str, candidate: bool
     ) -> None:
         """Register a model directory as a version of `name`; the best candidate gets the alias `champion`.
 
         candidate: whether this is the kind of model that is served, full precision or quantized: a quantized model never
-        beats the one it was made from. Of the candidates with the same yardstick (the text that the bits per byte were
-        measured on) the best is champion; where the champion has another yardstick, the new version takes over.
+        beats the one it was made from. evaluation_text identifies the text that the bits per byte were measured on: of the
+        candidates with the same text the best is champion; where the champion has another, the new version takes over.
         The version holds its own copy of the directory: the artifact store keeps only the newest versions, and a
         tracking server refuses local paths.
         """
@@ -101,14 +96,14 @@ class TrackedRun:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-            tags = {"asset": asset, "bits_per_byte": repr(bits_per_byte), "yardstick": yardstick}
+            tags = {"asset": asset, "bits_per_byte": repr(bits_per_byte), "evaluation_text": evaluation_text}
             source = f"{client.get_run(self.run_id).info.artifact_uri}/model"
             client.create_model_version(name, source, self.run_id, tags=tags, await_creation_for=0)
             if candidate:
                 rivals = [
                     version
                     for version in client.search_model_versions(f"name = '{name}'")
-                    if version.tags.get("asset") == asset and version.tags.get("yardstick") == yardstick
+                    if version.tags.get("asset") == asset and _evaluation_text(version.tags) == evaluation_text
                 ]
                 best = min(rivals, key=lambda version: (float(version.tags["bits_per_byte"]), -int(version.version)))
                 client.set_registered_model_alias(name, "champion", best.version)
@@ -241,3 +236,8 @@ def _resumable(client: "MlflowClient", run_id: str | None) -> str | None:
     except MlflowException:
         return None
     return run_id if run.info.lifecycle_stage == "active" else None
+
+
+def _evaluation_text(tags: Mapping[str, str]) -> str | None:
+    """The tag `evaluation_text` of a model version, or its name in older versions, `yardstick`."""
+    return tags.get("evaluation_text", tags.get("yardstick"))

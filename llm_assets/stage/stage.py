@@ -24,8 +24,9 @@ from llm_assets.artifacts.io_manager import Staged, scratch_dir
 from llm_assets.artifacts.manifest import Manifest, assert_compatible, config_hash, flatten, seal, stage_config
 from llm_assets.experiments.compose import to_yaml
 from llm_assets.failures import permanent_failures
+from llm_assets.registry import model_name
 from llm_assets.resources.hydra import HydraConfig
-from llm_assets.resources.mlflow import MlflowTracking, TrackedRun, registered_name
+from llm_assets.resources.mlflow import MlflowTracking, TrackedRun
 from llm_assets.stage import metadata as show
 from llm_assets.stage.interrupts import end_with_run, noticed_interrupts
 from model.errors import PipelineError, full_disk_as_error
@@ -81,15 +82,15 @@ class Stage:
                 dg.AssetObservation(self.context.asset_key, partition=self.experiment, metadata=seen)
             )
 
-    def register(self, *, bits_per_byte: float, yardstick: str, candidate: bool) -> None:
+    def register(self, *, bits_per_byte: float, evaluation_text: str, candidate: bool) -> None:
         """Make the artifact a version of the experiment's registered model, unless a blocking check failed."""
         if not self.tracked.failed:
             self.tracked.register(
-                registered_name(self.experiment),
+                model_name(self.experiment),
                 self.output,
                 asset=self.asset,
                 bits_per_byte=bits_per_byte,
-                yardstick=yardstick,
+                evaluation_text=evaluation_text,
                 candidate=candidate,
             )
 

@@ -10,9 +10,9 @@ import torch
 from bench.decode import decode, measure_kv_cache, prompt
 from bench.report.memory import Configuration, measure_peaks
 from bench.report.plots import running_median
-from bench.report.quality import held_out, token_counts, unigram_bits, xz_bits
 from bench.report.report import build_report, settings_of
 from bench.report.speed import _middles, _total, common_length, uncached_every
+from model.baselines import held_out, token_counts, unigram_bits, xz_bits
 from model.build import build_config, build_model
 from model.errors import PipelineError
 from model.evaluation import evaluate
@@ -137,9 +137,7 @@ def test_quality_is_that_of_the_evaluation(report, directories, dataset):
     expected = evaluate(load_model(directories["checkpoint"]), dataset, max_windows=3)
     assert report["quality"]["models"]["full precision"]["bits_per_byte"] == pytest.approx(expected.bits_per_byte)
     assert report["quality"]["tokens"] == expected.tokens
-    assert report["quality"]["yardsticks"]["uniform"] == pytest.approx(
-        expected.tokens * math.log2(300) / expected.bytes
-    )
+    assert report["quality"]["baselines"]["uniform"] == pytest.approx(expected.tokens * math.log2(300) / expected.bytes)
 
 
 def test_the_page_names_every_number_that_people_look_for(report, directories):
@@ -211,7 +209,7 @@ def test_the_kv_cache_measurement_keeps_its_rounds(directories):
         measure_kv_cache(directories["checkpoint"], 65, 1)
 
 
-def test_the_yardsticks_see_exactly_the_text_that_the_models_predict(dataset):
+def test_the_baselines_see_exactly_the_text_that_the_models_predict(dataset):
     model = build_model(build_config(experiment().model, 300, bos_token_id=0, eos_token_id=0, pad_token_id=1), 0)
     for windows in (1, 3, len(dataset), len(dataset) + 1):
         ids_T, text = held_out(dataset, windows)
@@ -219,7 +217,7 @@ def test_the_yardsticks_see_exactly_the_text_that_the_models_predict(dataset):
         assert (len(ids_T), len(text)) == (scored.tokens, scored.bytes)
 
 
-def test_of_conversations_the_yardsticks_see_the_responses(tmp_path):
+def test_of_conversations_the_baselines_see_the_responses(tmp_path):
     build_corpus(CorpusSettings(source="docstrings", max_bytes=20_000, split_by="position"), tmp_path / "corpus")
     tokenizer = TokenizerSettings(vocab_size=300, sequence_length=64, chat=True)
     build_tokenized_dataset(tokenizer, tmp_path / "corpus", tmp_path / "dataset")

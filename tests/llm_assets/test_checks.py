@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llm_assets import checks
+from model.baselines import token_baselines
 from model.settings import CorpusSettings, TokenizerSettings
 from model.text.corpus import build_corpus
 from model.text.tokens import build_tokenized_dataset
@@ -60,8 +61,8 @@ def test_tokens_of_another_text_fail(data: tuple[Path, Path], tmp_path: Path) ->
 
 
 def test_knowing_frequencies_is_better_than_knowing_nothing(data: tuple[Path, Path]) -> None:
-    measured = checks.yardsticks(data[1], 16)
-    assert 0 < measured["unigram"] < measured["uniform"]
+    measured = token_baselines(data[1], 16)
+    assert 0 < measured.unigram < measured.uniform
 
 
 @pytest.mark.parametrize(
@@ -74,10 +75,10 @@ def test_knowing_frequencies_is_better_than_knowing_nothing(data: tuple[Path, Pa
         (float("inf"), 1.0, False, ERROR),
     ],
 )
-def test_a_model_must_beat_the_yardsticks(
+def test_a_model_must_beat_the_baselines(
     loss: float, bits: float, passed: bool, severity: dg.AssetCheckSeverity
 ) -> None:
-    result = checks.beats_yardsticks(loss, bits, {"uniform": 3.0, "unigram": 2.0})
+    result = checks.beats_baselines(loss, bits, uniform=3.0, unigram=2.0)
     assert (result.passed, result.severity) == (passed, severity)
 
 

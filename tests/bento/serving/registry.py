@@ -75,7 +75,7 @@ class Registered:
             directory,
             asset="quantized_model",
             bits_per_byte=self._score,
-            yardstick="text",
+            evaluation_text="text",
             candidate=True,
         )
         return str(self._client.get_model_version_by_alias(self.name, "champion").version)

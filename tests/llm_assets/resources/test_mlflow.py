@@ -87,13 +87,13 @@ def test_long_parameters_and_many_of_them_are_logged(pipeline: Pipeline) -> None
     assert {len(value) for name, value in pipeline.tracked("corpus")[0].data.params.items() if name[0] == "p"} == {6000}
 
 
-def test_the_best_candidate_on_the_same_yardstick_is_champion(pipeline: Pipeline) -> None:
+def test_the_best_candidate_on_the_same_text_is_champion(pipeline: Pipeline) -> None:
     champions: list[str] = []
 
     def body(work: Stage) -> None:
         (work.output / "data.txt").write_text("weights")
         client, _ = pipeline.mlflow.client()
-        for asset, score, yardstick, candidate in [
+        for asset, score, evaluation_text, candidate in [
             ("trained_checkpoint", 1.0, "a", False),
             ("quantized_model", 2.0, "a", True),
             ("quantized_model", 1.5, "a", True),
@@ -101,7 +101,12 @@ def test_the_best_candidate_on_the_same_yardstick_is_champion(pipeline: Pipeline
             ("quantized_model", 9.0, "b", True),
         ]:
             work.tracked.register(
-                "rex-champions", work.output, asset=asset, bits_per_byte=score, yardstick=yardstick, candidate=candidate
+                "rex-champions",
+                work.output,
+                asset=asset,
+                bits_per_byte=score,
+                evaluation_text=evaluation_text,
+                candidate=candidate,
             )
             aliases = client.get_registered_model("rex-champions").aliases
             champions.append(str(aliases.get("champion", "none")))
@@ -119,7 +124,7 @@ def test_a_registered_version_holds_its_own_copy_of_the_files(
     def body(work: Stage) -> None:
         (work.output / "data.txt").write_text("weights")
         work.tracked.register(
-            "rex-copy", work.output, asset="quantized_model", bits_per_byte=1.0, yardstick="a", candidate=True
+            "rex-copy", work.output, asset="quantized_model", bits_per_byte=1.0, evaluation_text="a", candidate=True
         )
 
     pipeline.bodies["corpus"] = body

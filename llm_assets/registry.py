@@ -1,0 +1,156 @@
+"""The registry of stages: one entry for each asset, read by everything that lists or orders them.
+
+The definitions, jobs, checks, manifests and `python -m llm_assets.latest` read it, so that a new stage is one entry here
+and one module in `llm_assets/assets/`. Plain data: imports no Dagster and none of the modules it names.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+IMAGE_GB = {"cpu": 1.7, "gpu": 6.5}
+"""Largest size of a container image, 1e9 bytes, by device."""
+QUANTIZATION_ERROR, QUANTIZATION_WARNING = 0.05, 0.02
+"""Relative loss in bits per byte above which a quantized model is refused, or warned about."""
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage of the pipeline: the asset `name`.
+
+    upstream: assets it is made from. settings: groups of the experiment's settings that it reads itself.
+    checks: description by check name; all block. preload: modules that its steps import, loaded once per run.
+    module: where the asset of this name is defined; empty: `llm_assets.assets.<name>`.
+    """
+
+    name: str
+    description: str
+    group: str
+    kinds: tuple[str, ...]
+    code_version: str
+    settings: tuple[str, ...] = ()
+    upstream: tuple[str, ...] = ()
+    checks: Mapping[str, str] = field(default_factory=dict)
+    pool: str | None = None
+    preload: tuple[str, ...] = ()
+    module: str = ""
+
+
+PIPELINE = (
+    StageSpec(
+        "corpus",
+        "Documents as Parquet shards (id, text, source, split): cleaned, exact duplicates dropped, split by their "
+        "content. From local files, URLs, a Hugging Face dataset or, by default, the Python standard library of the "
+        "interpreter.",
+        group="data",
+        kinds=("parquet", "python"),
+        code_version="1",
+        settings=("corpus",),
+        checks={"splits_are_disjoint": "Both splits hold documents, and none is in both."},
+    ),
+    StageSpec(
+        "tokenized_dataset",
+        "A tokenizer trained on the train split, and both splits as memory-mapped tokens with document boundaries. Holds "
+        "the bytes that each token stands for, so that bits per byte are exact.",
+        group="data",
+        kinds=("huggingface", "numpy"),
+        code_version="1",
+        settings=("tokenizer",),
+        upstream=("corpus",),
+        checks={"round_trip_is_exact": "Decoding gives back the bytes of the documents."},
+    ),
+    StageSpec(
+        "trained_checkpoint",
+        "`RexForCausalLM` in safetensors with its tokenizer, code, model card, curves and samples. A run that was killed, "
+        "retried or executed again continues at its last checkpoint.",
+        group="model",
+        kinds=("pytorch", "huggingface"),
+        code_version="3",
+        settings=("model", "training"),
+        upstream=("tokenized_dataset",),
+        checks={
+            "beats_baselines": "The loss is finite, and bits per byte are below those of a uniform distribution over "
+            "tokens (else an error) and of token frequencies (else a warning)."
+        },
+        pool="device",
+        preload=("model.training.train",),
+    ),
+    StageSpec(
+        "quantized_model",
+        "The checkpoint's weights in int8 (or unchanged, method `none`), with the measured loss in quality.",
+        group="model",
+        kinds=("pytorch",),
+        code_version="1",
+        settings=("quantization",),
+        upstream=("trained_checkpoint", "tokenized_dataset"),
+        checks={
+            "keeps_quality": f"Bits per byte are at most {QUANTIZATION_ERROR:.0%} above full precision's (else an error), "
+            f"or {QUANTIZATION_WARNING:.0%} (else a warning)."
+        },
+        preload=("model.weights.quantization",),
+    ),
+    StageSpec(
+        "benchmark_report",
+        "Quality, latency, throughput and memory of both models, with and without KV cache: JSON, Markdown and plots.",
+        group="release",
+        kinds=("pytorch", "markdown"),
+        code_version="2",
+        settings=("benchmark",),
+        upstream=("trained_checkpoint", "quantized_model", "tokenized_dataset"),
+        pool="device",
+        preload=("bench.report.report",),
+    ),
+    StageSpec(
+        "packaged_bento",
+        "The served model in BentoML's model store, and a Bento built from `bento/`, both versioned by their content. The "
+        "artifact is `bento.json`: the tags, their sizes and the command that serves the Bento.",
+        group="release",
+        kinds=("bentoml",),
+        code_version="1",
+        settings=("serving",),
+        upstream=("trained_checkpoint", "quantized_model", "benchmark_report"),
+        checks={"is_in_store": "The Bento and its model are in BentoML's stores."},
+    ),
+)
+"""The stages of `llm_pipeline`, each after the ones it is made from."""
+
+IMAGES = tuple(
+    StageSpec(
+        f"container_image_{device}",
+        f"An image of the generation service for {device.upper()}s, tagged by its content. The artifact is `image.json` "
+        "(tag, size, labels, the command that runs it) and the lock of its packages.",
+        group="images",
+        kinds=("docker",),
+        code_version="1",
+        upstream=("trained_checkpoint", "packaged_bento"),
+        checks={
+            "fits_the_device": "torch is a CUDA build and CUDA's libraries are there if and only if it is a GPU image; "
+            "the user is not root.",
+            "is_small": f"The image has at most {gigabytes} GB (else a warning).",
+        },
+        module="llm_assets.assets.container_image",
+    )
+    for device, gigabytes in IMAGE_GB.items()
+)
+"""Stages that need a container engine."""
+
+_BY_NAME = {stage.name: stage for stage in (*PIPELINE, *IMAGES)}
+
+
+def stage_spec(name: str) -> StageSpec:
+    """The entry of asset `name`; KeyError where there is none."""
+    return _BY_NAME[name]
+
+
+def settings_groups(name: str) -> list[str]:
+    """The groups of settings that decide asset `name`: its own and those of everything upstream, in pipeline order."""
+    spec = stage_spec(name)
+    groups = [group for upstream in spec.upstream for group in settings_groups(upstream)]
+    return list(dict.fromkeys([*groups, *spec.settings]))
+
+
+def model_name(experiment: str) -> str:
+    """The one name of an experiment's model: in MLflow's registry, BentoML's stores and as image repository.
+
+    Lower case, as BentoML and container engines require.
+    """
+    return f"rex-{experiment.lower()}"

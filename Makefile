@@ -101,6 +101,7 @@ lint: setup  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/deptry .
 
 bench: setup  ## Measure tokenizing, orchestration, decoding, training, the engine, serving and roll-over (needs `make pipeline` first)
 	$(BIN)/python -m bench.tokenizing

@@ -1,4 +1,4 @@
-"""The README's examples of the service, run as they stand against a real `bentoml serve`."""
+"""The documentation's examples of the service, run as they stand against a real `bentoml serve`."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.e2e
 
 
 def examples(language: str) -> list[str]:
-    section = (REPO / "README.md").read_text().split("\n## The service\n")[1].split("\n## ")[0]
+    section = (REPO / "docs" / "serving.md").read_text().split("\n## Routes\n")[1].split("\n## ")[0]
     return re.findall(rf"^```{language}\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
 
 

@@ -19,7 +19,6 @@ import json
 import os
 import re
 import statistics
-import subprocess
 import sys
 import time
 import urllib.error
@@ -27,22 +26,14 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from bench.container import HARDENED, IMAGE_GB
 from model.errors import PipelineError, ends_in_one_line
+from model.system import commands
 
 MB = 1e6
 LOOK_EVERY_S = 2.0
 """From one look at a starting container's state to the next: asked for in every turn of the loop, it slowed the start."""
 REPOSITORY = Path(__file__).resolve().parent.parent
-# As the README runs it.
-HARDENED = (
-    "--read-only",
-    "--tmpfs",
-    "/tmp",
-    "--cap-drop",
-    "ALL",
-    "--security-opt",
-    "no-new-privileges",
-)
 # Run by the image's Python inside the container: processes, and bytes of their own and of mapped files, shared ones once.
 HELD = """
 import glob, os, re
@@ -65,16 +56,7 @@ print(weights, 2 * 4 * config["num_hidden_layers"] * config["num_key_value_heads
 def run(*command: str, **variables: str) -> str:
     """Standard output of a command with further environment variables; PipelineError with its reason where it fails."""
     environment = {**os.environ, **variables}
-    try:
-        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise PipelineError(f"there is no command {command[0]!r}: install it and run again") from None
-    if done.returncode:
-        # make's own last word is that it failed; the reason stands before.
-        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip() and line[:4] != "make"]
-        reason = said[-1] if said else "it said nothing"
-        raise PipelineError(f"{' '.join(command[:3])} failed (exit status {done.returncode}): {reason}")
-    return done.stdout
+    return commands.run(command, " ".join(command[:3]), cwd=str(REPOSITORY), environment=environment)
 
 
 def build(experiment: str, device: str) -> tuple[str, float]:
@@ -142,7 +124,7 @@ def measure(tag: str, port: int) -> dict[str, float]:
 
 def table(result: dict[str, Any]) -> str:
     """Figures with the ones to reach."""
-    limit = {"cpu": "1.7", "gpu": "6.5"}[result["device"]]
+    limit = IMAGE_GB[result["device"]]
     rows = [
         ("make image, warm", f"{result['build_s']:.0f} s", "at most 60 s"),
         ("size", f"{result['image_bytes'] / 1e9:.2f} GB", f"at most {limit} GB"),

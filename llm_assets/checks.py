@@ -13,7 +13,8 @@ from typing import Any
 
 import dagster as dg
 
-from llm_assets.registry import IMAGE_GB, QUANTIZATION_ERROR, QUANTIZATION_WARNING, stage_spec
+from bench.container import IMAGE_GB
+from llm_assets.registry import QUANTIZATION_ERROR, QUANTIZATION_WARNING, stage_spec
 
 ROUND_TRIP_DOCUMENTS = 64
 

@@ -7,8 +7,8 @@ and one module in `llm_assets/assets/`. Plain data: imports no Dagster and none 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-IMAGE_GB = {"cpu": 1.7, "gpu": 6.5}
-"""Largest size of a container image, 1e9 bytes, by device."""
+from bench.container import IMAGE_GB
+
 QUANTIZATION_ERROR, QUANTIZATION_WARNING = 0.05, 0.02
 """Relative loss in bits per byte above which a quantized model is refused, or warned about."""
 

@@ -58,3 +58,78 @@ def test_no_source_file_is_longer_than_one_idea():
     long = {str(path.relative_to(REPO)): count for package in FORBIDDEN for path in (REPO / package).rglob("*.py")
             if (count := len(path.read_text().splitlines())) > 500}  # fmt: skip
     assert not long
+
+
+def imported_files(path: Path, modules: dict[str, Path]) -> set[Path]:
+    """The project's files that a file imports, inside functions too; imports for types alone are left out."""
+    tree = ast.parse(path.read_text())
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            base = node.module if not node.level else f"{'.'.join(path.relative_to(REPO).parent.parts)}.{node.module}"
+            # `from package import module` imports the module, `from module import name` the module that has the name.
+            names |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base for alias in node.names}
+    return {modules[name] for name in names if name in modules} - {path}
+
+
+def circles(graph: dict) -> list[list[str]]:
+    """The groups of nodes that reach each other, by repeated search from each node."""
+
+    def reached(start):
+        seen, waiting = set(), [start]
+        while waiting:
+            for following in graph.get(waiting.pop(), ()):
+                if following not in seen:
+                    seen.add(following)
+                    waiting.append(following)
+        return seen
+
+    reach = {node: reached(node) for node in graph}
+    groups = {frozenset(other for other in reach[node] if node in reach.get(other, ())) for node in graph}
+    return sorted(sorted(str(node) for node in group) for group in groups if group)
+
+
+def import_graph() -> dict[Path, set[Path]]:
+    files = [path for package in FORBIDDEN for path in (REPO / package).rglob("*.py")]
+    modules = {".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+    return {path: imported_files(path, modules) for path in files}
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = import_graph()
+    assert sum(map(len, graph.values())) > 300
+    assert circles(graph) == []
+
+
+def test_no_folders_import_each_other_in_a_circle():
+    folders: dict[Path, set[Path]] = {}
+    for path, imported in import_graph().items():
+        folders.setdefault(path.parent, set()).update(found.parent for found in imported if found.parent != path.parent)
+    # A package's own files stand above and below its folders (settings below, the door above): only folders count.
+    packages = {REPO / package for package in FORBIDDEN}
+    inner = {folder: imported - packages for folder, imported in folders.items() if folder not in packages}
+    assert circles(inner) == []
+
+
+def test_a_circle_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+
+
+def test_private_modules_of_dagster_are_imported_in_one_place():
+    private = {
+        str(path.relative_to(REPO))
+        for path in (REPO / "llm_assets").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dagster._")
+    }
+    assert private == {"llm_assets/run_launcher.py"}

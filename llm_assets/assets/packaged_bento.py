@@ -1,6 +1,5 @@
 """The service with its model, ready to run."""
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,16 +37,10 @@ def packaged_bento(
     with stage(context, hydra, mlflow, upstream) as work:
         serving = work.settings.serving
         served = "quantized_model" if serving.quantized else "trained_checkpoint"
-        name = model_name(work.experiment)
         labels = {"experiment": work.experiment, "asset": served, "config_hash": work.upstream[served].config_hash[:16]}
-        model = bentos.import_model(f"{name}:{work.upstream[served].version}", upstream[served], labels, log=work.log)
-        arguments = {
-            **dataclasses.asdict(serving),
-            "model": model["tag"],
-            # As the artifact has it: quantization.method none makes a quantized_model in full precision.
-            "quantized": "auto" if serving.quantized else False,
-        }
-        bento = bentos.build_once(name, labels=labels, arguments=arguments, log=work.log)
+        bento, model = bentos.package(
+            model_name(work.experiment), upstream[served], work.upstream[served].version, serving, labels, log=work.log
+        )
         command = f"bentoml serve {bento['tag']}"
         record = {
             "bento": bento["tag"],
@@ -55,7 +48,7 @@ def packaged_bento(
             "model": model["tag"],
             "model_bytes": model["bytes"],
             "serve": command,
-            "arguments": arguments,
+            "arguments": bento["arguments"],
         }
         (work.output / "bento.json").write_text(json.dumps(record, indent=2) + "\n")
         work.log(f"serve it: {command}")

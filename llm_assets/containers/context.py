@@ -49,7 +49,7 @@ class ImageContext:
         packages.unpack(self.lock, self.folder / "packages", device=self.device, python=self.python, log=log)
 
 
-def lay_out(
+def prepare_context(
     folder: Path, bentos: BentoBuilder, packaged: Mapping[str, Any], experiment: str, device: str, log: Log = silent
 ) -> ImageContext:
     """Build the Bento of `device` like the packaged one (`bento.json`), copy it to `folder` and lock its packages.
@@ -63,8 +63,8 @@ def lay_out(
         log=log,
     )
     folder.mkdir(parents=True)
-    says = bentos.export(bento["tag"], folder / "bento", log=log)
-    context = ImageContext(folder, device, bento["tag"], says["base_image"], says["python_version"])
+    metadata = bentos.export(bento["tag"], folder / "bento", log=log)
+    context = ImageContext(folder, device, bento["tag"], metadata["base_image"], metadata["python_version"])
     wanted, tested = context.lock.with_suffix(".in"), REPOSITORY / "constraints.txt"
     packages.lock(wanted, tested, context.lock, device=device, python=context.python, log=log)
     return context

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from llm_assets.commands import run
 from model.errors import PipelineError
 from model.progress import Log, silent
+from model.system.commands import run
 
 # What only a CUDA build of torch needs; BentoML needs nvidia-ml-py everywhere.
 CUDA_PACKAGES = ("nvidia-cu", "cuda-", "triton")
@@ -81,9 +81,9 @@ def unpack(locked: Path, folder: Path, *, device: str, python: str, log: Log = s
     """Unpack the packages of a lock into `folder`, which the image has on its PYTHONPATH."""
     command = [*_uv("install", python), "--quiet", "--no-deps", "--target", str(folder), "--requirement", str(locked)]
     run(command, "unpacking the image's packages", environment=_environment(device), log=log, name="uv")
-    # Commands that start this machine's Python; ten thousand headers for a compiler that the image does not have.
-    for useless in ("bin", "torch/include"):
-        shutil.rmtree(folder / useless, ignore_errors=True)
+    # Scripts in bin/ start this host's Python; torch/include is 10,000 headers, and the image has no compiler.
+    for unused in ("bin", "torch/include"):
+        shutil.rmtree(folder / unused, ignore_errors=True)
 
 
 def _uv(command: str, python: str) -> list[str]:

@@ -32,7 +32,7 @@ def requirements(device: str) -> list[str]:
     return [f"{one}+cpu" if device == "cpu" and one.startswith("torch==") else one for one in wanted]
 
 
-def lay_out(device: str) -> None:
+def prepare_packages(device: str) -> None:
     """Fill `PACKAGES`. Raises PipelineError where a package is not found."""
     PACKAGES.parent.mkdir(parents=True, exist_ok=True)
     wanted, locked, done = (PACKAGES.parent / name for name in ("requirements.in", "requirements.txt", "unpacked"))
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tag = given.tag or f"rex-pipeline:{given.device}"
     if shutil.which("docker") is None:
         raise PipelineError("no command 'docker': an image needs a container engine; install Docker and run again")
-    lay_out(given.device)
+    prepare_packages(given.device)
     command = ["docker", "build", "--network", "none", "--tag", tag]
     if base := os.environ.get("LLM_ASSETS_BASE_IMAGE"):
         command += ["--build-arg", f"BASE_IMAGE={base}"]

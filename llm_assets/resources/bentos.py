@@ -5,6 +5,7 @@ then hold another model than its arguments say. Commands run in their own proces
 `bento_store.py` beside this file is the program that reads and fills the stores.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,10 +18,11 @@ import dagster as dg
 from pydantic import Field
 
 from llm_assets.artifacts.manifest import VERSION_DIGITS
-from llm_assets.commands import run
 from llm_assets.paths import REPOSITORY
 from model.errors import PipelineError
 from model.progress import Log, silent
+from model.settings import ServingSettings
+from model.system.commands import run
 
 
 class BentoBuilder(dg.ConfigurableResource):
@@ -75,6 +77,26 @@ class BentoBuilder(dg.ConfigurableResource):
         found = self.find_bento(tag)
         bento = self.build(tag, labels=labels, arguments=arguments, log=log) if found is None else found
         return {**bento, "created": found is None}
+
+    def package(
+        self,
+        name: str,
+        model_dir: Path,
+        version: str,
+        serving: ServingSettings,
+        labels: Mapping[str, str],
+        log: Log = silent,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Import a model directory as `name:version` and build the Bento that serves it; returns both, as found."""
+        model = self.import_model(f"{name}:{version}", model_dir, labels, log=log)
+        arguments = {
+            **dataclasses.asdict(serving),
+            "model": model["tag"],
+            # As the artifact has it: quantization.method none makes a quantized_model in full precision.
+            "quantized": "auto" if serving.quantized else False,
+        }
+        bento = self.build_once(name, labels=labels, arguments=arguments, log=log)
+        return {**bento, "arguments": arguments}, model
 
     def export(self, tag: str, folder: Path, log: Log = silent) -> dict[str, Any]:
         """Copy a Bento with its models into a new folder, as an image holds it.

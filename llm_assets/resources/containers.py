@@ -1,7 +1,7 @@
 """The container engine, by its command line: Docker, with or without BuildKit, or what takes Docker's arguments.
 
-Each command runs in a process of its own, which is ended with the step. What goes into an image is laid out by
-`llm_assets/containers/context.py`; the instructions are `bento/Dockerfile`.
+Each command runs in a process of its own, which is ended with the step. `llm_assets/containers/context.py` prepares
+the build context; the instructions are `bento/Dockerfile`.
 """
 
 import json
@@ -15,12 +15,10 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from llm_assets.commands import run
+from bench.container import HARDENED
 from model.errors import PipelineError
 from model.progress import Log, silent
-
-# Without a root that can be written to, capabilities or a way to get more rights: the service needs none of them.
-HARDENED = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
+from model.system.commands import run
 
 # Without importing torch, which takes seconds.
 _PROBE = """

@@ -1,7 +1,7 @@
-"""Termination that is not lost, and that reaches a step whose run was killed.
+"""Signals in steps: re-raises a termination that Python dropped; ends a step whose run process died.
 
-Dagster ends a step with an exception that a signal handler raises, once. Python drops an exception that comes up in a
-finalizer or in a weak reference's callback, and training runs both all the time: the step would then run on to its end.
+Dagster ends a step with an exception that a signal handler raises, once. Python drops an exception raised in a finalizer
+or in a weak reference's callback, and training runs both all the time: the step would then run to its end.
 """
 
 import multiprocessing
@@ -19,7 +19,7 @@ import dagster as dg
 def end_with_run() -> None:
     """From now on this step is terminated when its run's process is gone.
 
-    A killed run would otherwise leave a training behind that works on for nobody and keeps the machine from the next run.
+    A killed run would otherwise leave an orphaned training that blocks the next run.
     Does nothing in a step that runs in its run's own process.
     """
     run = multiprocessing.parent_process()
@@ -35,7 +35,7 @@ def end_with_run() -> None:
 
 @contextmanager
 def noticed_interrupts() -> Iterator[Callable[[], None]]:
-    """Give a function that raises DagsterExecutionInterruptedError if a signal came since and the step still runs.
+    """Yield a function that raises DagsterExecutionInterruptedError if a signal has arrived and the step still runs.
 
     The handlers that are in place are called as before. In a thread other than the main one, which gets no signals, the
     function does nothing.

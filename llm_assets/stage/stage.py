@@ -1,11 +1,12 @@
-"""What every stage does around its one call: settings, upstream, a place to work, tracking, and the record it leaves.
+"""What every stage does around its one call: settings, upstream, workspace, tracking and manifest.
 
     with stage(context, hydra, mlflow, {"corpus": corpus}) as work:
         summary = build_tokenized_dataset(work.settings.tokenizer, corpus, work.output, log=work.log)
         yield work.result(work.numbers(summary))
 
-An asset yields inside the block, so that the MLflow run ends FINISHED only once the artifact is published. A resumable stage finds `work.scratch` again after a kill: its key is the configuration, the upstream content and
-the code version, not the run.
+An asset yields inside the block, so that the MLflow run ends FINISHED only once the artifact is published. A resumable
+stage finds `work.scratch` again after a kill: its key is the configuration, the upstream content and the code version,
+not the run.
 """
 
 import resource
@@ -33,7 +34,7 @@ from model.errors import PipelineError, full_disk_as_error
 from model.progress import Log
 from model.settings import ExperimentSettings
 
-# Each observation is an event for good: a training of days would fill the run storage with those of every step.
+# Observations are kept for good: one for each step of a training of days would fill the run storage.
 OBSERVATION_EVERY_S = 60.0
 
 
@@ -167,7 +168,10 @@ def stage(
             inputs = {name: manifest.content_hash for name, manifest in manifests.items()}
             key = config_hash({"config": config, "upstream": inputs, "code": _code_version(context)})[:24]
         workspace = scratch_dir() / asset / experiment / key
-        with _held(workspace, experiment, asset) if resumable else nullcontext(), _alone(context, exclusive):
+        with (
+            workspace_lock(workspace, experiment, asset) if resumable else nullcontext(),
+            device_lock(context, exclusive),
+        ):
             try:
                 workspace.mkdir(parents=True, exist_ok=True)
                 with mlflow.run(
@@ -194,12 +198,12 @@ def stage(
 
 
 @contextmanager
-def _held(workspace: Path, experiment: str, asset: str) -> Iterator[None]:
-    """Hold a workspace that several runs may want; the lock is the operating system's and goes with the process."""
+def workspace_lock(workspace: Path, experiment: str, asset: str) -> Iterator[None]:
+    """Lock a workspace that several runs may share; the operating system releases the lock with the process."""
     from filelock import FileLock, Timeout
 
     workspace.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the workspace and never removed: who waits for a removed file holds another lock than who makes it anew.
+    # Beside the workspace and never deleted: a process waiting on a deleted file would not exclude one that re-creates it.
     lock = FileLock(workspace.with_name(f".{workspace.name}.lock"))
     try:
         lock.acquire(timeout=0)
@@ -214,11 +218,11 @@ def _held(workspace: Path, experiment: str, asset: str) -> Iterator[None]:
 
 
 @contextmanager
-def _alone(context: dg.AssetExecutionContext, exclusive: bool) -> Iterator[None]:
+def device_lock(context: dg.AssetExecutionContext, exclusive: bool) -> Iterator[None]:
     """Hold the machine's cores and GPU.
 
-    A lock of the operating system and not the limit of a Dagster pool: a run that is killed keeps its pool slot for
-    ever where no daemon frees it, and every later run then waits for it.
+    A file lock instead of a Dagster pool's limit: a killed run keeps its pool slot forever unless a daemon frees it, and
+    every later run would wait for that slot.
     """
     if not exclusive:
         yield

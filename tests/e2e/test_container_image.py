@@ -13,7 +13,7 @@ import pytest
 from openai import OpenAI
 
 from bench.image import HELD
-from llm_assets.containers.context import lay_out
+from llm_assets.containers.context import prepare_context
 from llm_assets.resources.bentos import BentoBuilder
 from tests.e2e.engine import Container, docker, require_engine, start
 from tests.e2e.workplace import BIN, REPO, new_workplace
@@ -191,7 +191,7 @@ def test_a_device_that_is_not_there_ends_the_start_in_one_line(image):
 
 def test_the_gpu_image_is_laid_out_with_cuda_packages(smoke, tmp_path):
     packaged = json.loads((smoke.latest("packaged_bento") / "bento.json").read_text())
-    context = lay_out(tmp_path / "context", BentoBuilder(home=str(smoke.bentoml)), packaged, "smoke", "gpu")
+    context = prepare_context(tmp_path / "context", BentoBuilder(home=str(smoke.bentoml)), packaged, "smoke", "gpu")
     lock = context.lock.read_text().splitlines()
     assert any(line.startswith("nvidia-cudnn") for line in lock) and any(line.startswith("triton==") for line in lock)
     assert [line for line in lock if line.startswith("torch==")] == ["torch==2.13.0"]

@@ -1,4 +1,4 @@
-"""Runs other programs for a stage: each in a process group of its own, which ends with the step; its output is logged."""
+"""Runs other programs, each in a process group of its own, which ends with the caller; their output is logged."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ def run(
     """Standard output of a command; its standard error goes to the log line by line, each behind `name`.
 
     logs_output: standard output is progress as well.
-    Raises PipelineError with the command's last line where it fails or is not there; `what` says what it was for.
+    Raises PipelineError with the command's last line where it fails or does not exist; `what` names its purpose.
     """
     lines: list[str] = []
     printed: list[str] = []
@@ -65,7 +65,8 @@ def run(
             raise
         reader.join()
     if process.returncode:
-        said = [line for line in ([*printed, *lines] if logs_output else [*lines, *printed]) if line.strip()]
-        reason = said[-1].strip() if said else "it said nothing"
+        # make's own last line only says that it failed.
+        output = [line.strip() for line in [*printed, *lines] if line.strip() and not line.startswith("make")]
+        reason = output[-1] if output else "no output"
         raise PipelineError(f"{what} failed (exit status {process.returncode}): {reason}")
     return "".join(printed)

@@ -1,0 +1,9 @@
+"""How a container of the service's image is run, and what the image may weigh.
+
+Shared by the image assets, which check and print it, and by the benchmark and tests, which run it.
+"""
+
+HARDENED = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
+"""Options of `docker run`: no writable root, no capabilities and no way to gain privileges; the service needs none."""
+IMAGE_GB = {"cpu": 1.7, "gpu": 6.5}
+"""Largest size of an image, 1e9 bytes, by device."""

@@ -1,0 +1,70 @@
+"""Builds the service's image for one device from a packaged Bento, and looks into it."""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_assets.containers.context import labels, prepare_context
+from llm_assets.resources.bentos import BentoBuilder
+from llm_assets.resources.containers import ContainerEngine
+from model.progress import Log, silent
+
+
+@dataclass(frozen=True)
+class BuiltImage:
+    """An image of the engine's store. inside: what `ContainerEngine.look_into` found. run: the command that starts it.
+
+    reused: an image of the same content was there already.
+    """
+
+    tag: str
+    bytes: int
+    layers: int
+    labels: dict[str, str]
+    bento: str
+    inside: dict[str, Any]
+    run: str
+    reused: bool
+    seconds: float
+
+
+def build_image(
+    engine: ContainerEngine,
+    bentos: BentoBuilder,
+    packaged: Mapping[str, Any],
+    experiment: str,
+    device: str,
+    workspace: Path,
+    output: Path,
+    log: Log = silent,
+) -> BuiltImage:
+    """Build the image of `packaged` (a `bento.json`) unless the engine has it; write its record and lock to `output`.
+
+    device: `cpu` or `gpu`. workspace: a folder for the build context.
+    Raises PipelineError where no engine answers or a build fails.
+    """
+    started = time.monotonic()
+    engine.require()
+    context = prepare_context(workspace / "context", bentos, packaged, experiment, device, log=log)
+    base, base_id = engine.base(context.base_image, log=log)
+    tag = context.tag(base_id)
+    found = engine.find_image(tag)
+    reused = found is not None
+    if found is None:
+        context.unpack(log=log)
+        named = labels(context, model=packaged["model"], experiment=experiment, base=base)
+        found = engine.build(tag, context.folder, base, named, log=log)
+    inside, run = engine.look_into(tag), engine.run_command(tag, device)
+    record = {"image": tag, **found, "bento": context.bento, "inside": inside, "run": run}
+    (output / "image.json").write_text(json.dumps(record, indent=2) + "\n")
+    shutil.copy(context.lock, output)
+    seconds = round(time.monotonic() - started, 1)
+    log(f"{tag}: {found['bytes'] / 1e9:.2f} GB, {'found' if reused else 'built'} in {seconds} s")
+    log(f"run it: {run}")
+    return BuiltImage(
+        tag, found["bytes"], found["layers"], found["labels"], context.bento, inside, run, reused, seconds
+    )

@@ -1,0 +1,62 @@
+"""Where documents come from and how they are split (`configs/corpus/`)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from model.settings.option import Settings, expect, option
+
+
+@dataclass
+class CorpusSettings(Settings, group="corpus"):
+    """Where documents come from and how they are split (`configs/corpus/`)."""
+
+    source: Literal["stdlib", "docstrings", "files", "huggingface"] = option(
+        "stdlib",
+        "stdlib: the standard library of the running Python; docstrings: the same as prompts and responses; files: "
+        "`paths`; huggingface: `dataset`.",
+    )
+    paths: list[str] = option(
+        [],
+        "Files, globs or URLs (s3://, https://, ...). .jsonl and .parquet are read as records, all else as plain text, "
+        "each also as .gz or .zst.",
+    )
+    text_field: str = option("text", "Field or column of a record that holds its text, or what the user says.")
+    response_field: str = option(
+        "", "Field of a record that holds what the assistant says; empty: documents are plain text."
+    )
+    dataset: str = option("", "Dataset on the Hugging Face hub, or a local folder that datasets.load_dataset reads.")
+    dataset_config: str | None = option(None, "Configuration of that dataset; null: its only one.")
+    dataset_split: str = option("train", "The dataset's own split to read.")
+    document_bytes: int = option(
+        0,
+        "Plain text files are split at line ends into documents of about this size; 0: a file is one document.",
+        unit="bytes",
+        minimum=0,
+        maximum=2**30,
+    )
+    split_by: Literal["hash", "position"] = option(
+        "hash",
+        "hash: a document's hash decides its split, so it never moves; position: the last part of the text validates.",
+    )
+    validation_fraction: float = option(0.1, "Part of the documents (or of the text) that validates.", above=0, below=1)
+    max_bytes: int = option(
+        0, "Reading stops after this much text; 0: all is read.", unit="bytes", minimum=0, maximum=10**15
+    )
+    shard_bytes: int = option(
+        67_108_864, "Text in one Parquet file; a document may not be larger.", unit="bytes", above=0, maximum=2**30
+    )
+    licence: str = option("unknown", "Noted in the summary and the model card.")
+
+    @property
+    def holds_conversations(self) -> bool:
+        """Whether documents are prompts with responses, of which a part would be worth nothing."""
+        return self.source == "docstrings" or bool(self.response_field)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.source == "files":
+            expect(bool(self.paths), "corpus.paths", self.paths, "at least one path, glob or URL for source 'files'")
+        if self.response_field:
+            expect(self.source == "files", "corpus.response_field", self.response_field, "source 'files' (JSON Lines)")
+        if self.source == "huggingface":
+            expect(bool(self.dataset), "corpus.dataset", self.dataset, "a dataset's name for source 'huggingface'")

@@ -1,0 +1,58 @@
+"""One experiment: everything that decides what the pipeline makes (`configs/experiment/`)."""
+
+from dataclasses import dataclass, field
+
+from model.settings.architecture import ModelSettings
+from model.settings.benchmark import BenchmarkSettings
+from model.settings.corpus import CorpusSettings
+from model.settings.option import Settings, expect
+from model.settings.quantization import QuantizationSettings
+from model.settings.serving import ServingSettings
+from model.settings.tokenizer import TokenizerSettings
+from model.settings.training import TrainingSettings
+
+GROUPS: dict[str, type[Settings]] = {
+    settings.group: settings
+    for settings in (
+        CorpusSettings,
+        TokenizerSettings,
+        ModelSettings,
+        TrainingSettings,
+        QuantizationSettings,
+        BenchmarkSettings,
+        ServingSettings,
+    )
+}
+"""The settings class of each folder of `configs/`, in the order of the pipeline."""
+
+_MOST_TOKENS_IN_A_PASS = 2**26
+
+
+@dataclass
+class ExperimentSettings:
+    """One experiment: everything that decides what the pipeline makes (`configs/experiment/`)."""
+
+    name: str
+    description: str = ""
+    corpus: CorpusSettings = field(default_factory=CorpusSettings)
+    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    quantization: QuantizationSettings = field(default_factory=QuantizationSettings)
+    benchmark: BenchmarkSettings = field(default_factory=BenchmarkSettings)
+    serving: ServingSettings = field(default_factory=ServingSettings)
+
+    def __post_init__(self) -> None:
+        context = self.model.max_position_embeddings
+        within_context = f"at most model.max_position_embeddings ({context})"
+        length = self.tokenizer.sequence_length
+        expect(length <= context, "tokenizer.sequence_length", length, within_context)
+        for name in ("generated_tokens", "prefill_tokens"):
+            longest = max(getattr(self.benchmark, name))
+            expect(longest <= context, f"benchmark.{name}", longest, f"{within_context} tokens")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            windows = getattr(self.training, name)
+            most = _MOST_TOKENS_IN_A_PASS // length
+            expect(
+                windows <= most, f"training.{name}", windows, f"at most {most:,} windows of {length:,} tokens in a pass"
+            )

@@ -1,0 +1,22 @@
+"""The weights that are served (`configs/quantization/`)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from model.settings.option import Settings, option
+
+
+@dataclass
+class QuantizationSettings(Settings, group="quantization"):
+    """The weights that are served (`configs/quantization/`)."""
+
+    method: Literal["int8", "none"] = option(
+        "int8", "int8: weights with a scale for each output channel; none: the full-precision weights are served."
+    )
+    evaluation_windows: int = option(
+        32,
+        "Validation windows on which the loss in quality is measured.",
+        unit="windows",
+        above=0,
+        maximum=10**9,
+    )

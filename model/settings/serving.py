@@ -1,0 +1,77 @@
+"""How the generation service runs (`configs/serving/`)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from model.settings.option import Settings, option
+
+_DAY_S = 86_400
+
+
+@dataclass
+class ServingSettings(Settings, group="serving"):
+    """How the generation service runs (`configs/serving/`); fixed in the Bento, overridden at start by environment."""
+
+    kv_cache: bool = option(
+        True, "Keep keys and values of earlier tokens; false: recompute them for each token, for comparison."
+    )
+    quantized: bool = option(True, "Serve the quantized weights; false: those in full precision.")
+    mixed_precision: bool = option(
+        False,
+        "Hold activations, and weights that are not int8, in bfloat16: for GPUs and processors with AMX or AVX512-BF16.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU where there is one.")
+    max_batch_size: int = option(
+        16,
+        "Requests that generate at once; each has room for the whole context.",
+        unit="requests",
+        above=0,
+        maximum=4096,
+    )
+    kv_cache_mib: int = option(
+        0,
+        "Most memory for keys and values; fewer requests then generate at once. 0: as max_batch_size needs.",
+        unit="MiB",
+        minimum=0,
+        maximum=2**24,
+    )
+    prefill_chunk: int = option(
+        256,
+        "Tokens of one step with prompts in it, those of running texts included: bounds how long a prompt delays them.",
+        unit="tokens",
+        above=0,
+        maximum=2**20,
+    )
+    max_queue: int = option(16, "Requests that wait; more are answered 429.", unit="requests", above=0, maximum=65_536)
+    max_queue_tokens: int = option(
+        65_536, "Prompt tokens that wait; more are answered 429.", unit="tokens", above=0, maximum=2**30
+    )
+    queue_timeout_s: float = option(
+        60.0, "From a request's arrival to its start; later is answered 503.", unit="seconds", above=0, maximum=_DAY_S
+    )
+    request_timeout_s: float = option(
+        300.0,
+        "From a request's arrival to its last token; later is answered 504, or ends the stream with an error.",
+        unit="seconds",
+        above=0,
+        maximum=_DAY_S,
+    )
+    step_timeout_s: float = option(
+        60.0,
+        "Of one step of the model; a longer one hangs, and the engine starts again, once.",
+        unit="seconds",
+        above=0,
+        maximum=_DAY_S,
+    )
+    drain_timeout_s: float = option(
+        30.0, "That running requests have to finish after SIGTERM.", unit="seconds", minimum=0, maximum=_DAY_S
+    )
+    max_body_bytes: int = option(
+        1_048_576, "Of a request's body; more is answered 413.", unit="bytes", above=0, maximum=2**30
+    )
+    cors_origins: str = option(
+        "", "Web sites whose pages may call the service, comma separated; * for all; empty: none."
+    )
+    allow_anonymous: bool = option(
+        False, "Where no API key is set, let in everyone who reaches the service, on all addresses."
+    )

@@ -1,0 +1,51 @@
+"""The vocabulary and the length of a training window (`configs/tokenizer/`)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from model.settings.option import Settings, expect, option
+
+_SMALLEST_BPE = 258
+
+
+@dataclass
+class TokenizerSettings(Settings, group="tokenizer"):
+    """The vocabulary and the length of a training window (`configs/tokenizer/`)."""
+
+    kind: Literal["bpe", "char", "pretrained"] = option(
+        "bpe",
+        "bpe: byte-level BPE; char: every character of the train split, others as bytes; pretrained: that of `path`.",
+    )
+    path: str = option("", "Checkpoint whose tokenizer is taken (kind pretrained): its folder, or latest:EXPERIMENT.")
+    chat: bool = option(
+        False, "Documents are prompts and responses (corpus.response_field); the tokenizer gets a chat template."
+    )
+    vocab_size: int = option(
+        4096,
+        "Tokens, the two special ones included; kind char takes what the text has.",
+        unit="tokens",
+        above=0,
+        maximum=2**20,
+    )
+    training_bytes: int = option(
+        33_554_432,
+        "Text of the train split that merges are learned from; 0: all of it.",
+        unit="bytes",
+        minimum=0,
+        maximum=10**11,
+    )
+    sequence_length: int = option(
+        1024,
+        "Tokens in one training window; at most model.max_position_embeddings.",
+        unit="tokens",
+        minimum=8,
+        maximum=2**20,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind == "bpe":
+            enough = self.vocab_size >= _SMALLEST_BPE
+            expect(enough, "tokenizer.vocab_size", self.vocab_size, "at least 258 (256 bytes, 2 specials) for kind bpe")
+        if self.kind == "pretrained":
+            expect(bool(self.path), "tokenizer.path", self.path, "a checkpoint's folder for kind 'pretrained'")

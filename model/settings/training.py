@@ -1,0 +1,135 @@
+"""How the model is trained (`configs/training/`)."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from model.settings.option import Settings, expect, option
+
+_MOST_STEPS = 10**9
+
+
+@dataclass
+class TrainingSettings(Settings, group="training"):
+    """How the model is trained (`configs/training/`); names are those of transformers.TrainingArguments."""
+
+    max_steps: int = option(500, "Optimizer steps.", unit="steps", above=0, maximum=_MOST_STEPS)
+    per_device_train_batch_size: int = option(
+        2, "Windows in one forward and backward pass of a process.", unit="windows", above=0, maximum=65_536
+    )
+    per_device_eval_batch_size: int = option(
+        4, "Windows in one evaluation pass of a process.", unit="windows", above=0, maximum=65_536
+    )
+    gradient_accumulation_steps: int = option(
+        1, "Passes summed into one optimizer step.", unit="passes", above=0, maximum=65_536
+    )
+    optim: Literal["muon", "adamw"] = option(
+        "muon", "muon: Muon for the matrices, AdamW for embeddings and norms; adamw: AdamW for all."
+    )
+    learning_rate: float = option(1e-2, "Peak learning rate of AdamW.", above=0, maximum=100.0)
+    muon_learning_rate: float = option(2e-2, "Peak learning rate of Muon.", above=0, maximum=100.0)
+    muon_momentum: float = option(0.95, "Decay of Muon's momentum.", minimum=0, below=1)
+    newton_schulz_steps: int = option(
+        5,
+        "Newton-Schulz steps that orthogonalize an update of Muon; more are closer to orthogonal and cost more.",
+        unit="steps",
+        above=0,
+        maximum=100,
+    )
+    weight_decay: float = option(
+        0.1, "Decoupled weight decay of matrices and embeddings; norms have none.", minimum=0, maximum=100.0
+    )
+    adam_beta1: float = option(0.9, "Decay of AdamW's first moment.", minimum=0, below=1)
+    adam_beta2: float = option(0.95, "Decay of AdamW's second moment.", minimum=0, below=1)
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0: never.", minimum=0, maximum=1e9)
+    z_loss: float = option(
+        0.0,
+        "Weight in the loss of the squared log of the softmax denominator; 1e-4 keeps logits from drifting.",
+        minimum=0,
+        maximum=100.0,
+    )
+    init_from: str = option(
+        "", "Checkpoint whose weights training starts from: its folder, or latest:EXPERIMENT; empty: random weights."
+    )
+    distill_from: str = option(
+        "", "Teacher whose predictions training follows too: a checkpoint's folder, or latest:EXPERIMENT; empty: none."
+    )
+    distill_weight: float = option(
+        0.5, "Part of the loss that is the divergence from the teacher.", minimum=0, maximum=1
+    )
+    distill_temperature: float = option(
+        1.0,
+        "Divides both models' logits in the divergence; higher gives unlikely tokens more weight.",
+        above=0,
+        maximum=1000.0,
+    )
+    distill_top_k: int = option(
+        0,
+        "The teacher's most likely tokens that are followed one by one, the others as their sum; 0: all one by one.",
+        unit="tokens",
+        minimum=0,
+        maximum=2**20,
+    )
+    warmup_steps: int = option(
+        20,
+        "Steps from zero to the peak learning rate; at most max_steps.",
+        unit="steps",
+        minimum=0,
+        maximum=_MOST_STEPS,
+    )
+    decay_fraction: float = option(
+        0.4, "Last part of the steps, in which the learning rate falls linearly to zero.", minimum=0, maximum=1
+    )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "Of the forward and backward pass; auto: bfloat16 where the hardware computes it fast."
+    )
+    torch_compile: bool = option(False, "Compile the model; pays from about ten minutes of training on.")
+    activation_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass: less memory, a third more work."
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU where there is one.")
+    eval_steps: int = option(100, "From one evaluation to the next.", unit="steps", above=0, maximum=_MOST_STEPS)
+    eval_windows: int = option(
+        64,
+        "Validation windows of an evaluation during training; the last one reads the whole split.",
+        unit="windows",
+        above=0,
+        maximum=10**9,
+    )
+    early_stopping_patience: int = option(
+        0,
+        "Evaluations without progress before training stops; 0: never.",
+        unit="evaluations",
+        minimum=0,
+        maximum=10**9,
+    )
+    save_steps: int = option(
+        100,
+        "From one checkpoint to the next; a multiple of eval_steps.",
+        unit="steps",
+        above=0,
+        maximum=_MOST_STEPS,
+    )
+    save_total_limit: int = option(
+        2, "Checkpoints kept beside the best one.", unit="checkpoints", above=0, maximum=1000
+    )
+    logging_steps: int = option(
+        10, "From one log line with tracked metrics to the next.", unit="steps", above=0, maximum=_MOST_STEPS
+    )
+    seed: int = option(0, "Of the initial weights and the data order.", minimum=0, maximum=2**32 - 1)
+    sample_prompts: list[str] = option(
+        ["def", "class", "import"], "Prompts that the model continues at each evaluation, shown with the run."
+    )
+    sample_tokens: int = option(96, "Length of each continuation.", unit="tokens", minimum=0, maximum=2**20)
+    arguments: dict[str, Any] = option({}, "Any further transformers.TrainingArguments, by name.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect(
+            self.warmup_steps <= self.max_steps,
+            "training.warmup_steps",
+            self.warmup_steps,
+            f"at most training.max_steps ({self.max_steps})",
+        )
+        expect(
+            len(self.sample_prompts) <= 64, "training.sample_prompts", self.sample_prompts, "a list of at most 64 texts"
+        )

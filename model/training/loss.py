@@ -35,53 +35,67 @@ class Teaching:
     top_k: int
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum over rows of the loss; the gradients are taken in the forward pass, chunk by chunk."""
+@torch.library.custom_op("rex::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    hidden_RD: Tensor,
+    weight_VD: Tensor,
+    labels_R: Tensor,
+    z_loss: float,
+    rows: int,
+    teacher_RE: Tensor | None,
+    teacher_VE: Tensor | None,
+    share: float,
+    temperature: float,
+    top_k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum over rows of the loss, and its gradients: (), (R, D), (V, D) in float32; chunk by chunk.
 
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        hidden_RD: Tensor,
-        weight_VD: Tensor,
-        labels_R: Tensor,
-        z_loss: float,
-        rows: int,
-        teacher_RE: Tensor | None,
-        teacher_VE: Tensor | None,
-        share: float,
-        temperature: float,
-        top_k: int,
-    ) -> Tensor:
-        grad_hidden_RD = torch.empty_like(hidden_RD)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        total = torch.zeros((), dtype=torch.float32, device=hidden_RD.device)
-        for start in range(0, len(hidden_RD), rows):
-            part_RD, labels = hidden_RD[start : start + rows], labels_R[start : start + rows, None]
-            counted = labels != IGNORED
-            logits_RV = (part_RD @ weight_VD.t()).float()
-            loss, slope_RV = _cross_entropy(logits_RV, labels.clamp(min=0), z_loss)
-            if teacher_RE is not None and teacher_VE is not None:
-                expected_RV = (teacher_RE[start : start + rows] @ teacher_VE.t()).float()
-                divergence, towards_RV = _divergence(logits_RV, expected_RV, temperature, top_k)
-                loss, slope_RV = loss.lerp(divergence, share), slope_RV.lerp_(towards_RV, share)
-            total += (loss * counted).sum()
-            slope_RV *= counted
-            slope_RV = slope_RV.to(hidden_RD.dtype)
-            grad_hidden_RD[start : start + rows] = slope_RV @ weight_VD
-            if slope_RV.dtype == torch.float32:
-                grad_weight_VD.addmm_(slope_RV.t(), part_RD)
-            else:
-                grad_weight_VD += slope_RV.t() @ part_RD
-        ctx.save_for_backward(grad_hidden_RD, grad_weight_VD)
-        ctx.weight_dtype = weight_VD.dtype
-        return total
+    An operator of its own, not an autograd.Function: compilers see one opaque call with a registered gradient. Traced
+    into a compiled graph on a GPU, the writes into slices below were lost and every gradient was exactly 0.
+    """
+    grad_hidden_RD = torch.empty_like(hidden_RD)
+    grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+    total = torch.zeros((), dtype=torch.float32, device=hidden_RD.device)
+    for start in range(0, len(hidden_RD), rows):
+        part_RD, labels = hidden_RD[start : start + rows], labels_R[start : start + rows, None]
+        counted = labels != IGNORED
+        logits_RV = (part_RD @ weight_VD.t()).float()
+        loss, slope_RV = _cross_entropy(logits_RV, labels.clamp(min=0), z_loss)
+        if teacher_RE is not None and teacher_VE is not None:
+            expected_RV = (teacher_RE[start : start + rows] @ teacher_VE.t()).float()
+            divergence, towards_RV = _divergence(logits_RV, expected_RV, temperature, top_k)
+            loss, slope_RV = loss.lerp(divergence, share), slope_RV.lerp_(towards_RV, share)
+        total += (loss * counted).sum()
+        slope_RV *= counted
+        slope_RV = slope_RV.to(hidden_RD.dtype)
+        grad_hidden_RD[start : start + rows] = slope_RV @ weight_VD
+        if slope_RV.dtype == torch.float32:
+            grad_weight_VD.addmm_(slope_RV.t(), part_RD)
+        else:
+            grad_weight_VD += slope_RV.t() @ part_RD
+    return total, grad_hidden_RD, grad_weight_VD
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grad_hidden_RD, grad_weight_VD = ctx.saved_tensors
-        # The factor comes last and in float32: 1 / tokens times a probability would be 0 in float16.
-        scaled = (grad_hidden_RD.float() * grad).to(grad_hidden_RD.dtype)
-        return scaled, (grad_weight_VD * grad).to(ctx.weight_dtype), *[None] * 8
+
+@_linear_cross_entropy.register_fake
+def _(hidden_RD: Tensor, weight_VD: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    total = hidden_RD.new_empty((), dtype=torch.float32)
+    return total, torch.empty_like(hidden_RD), torch.empty_like(weight_VD, dtype=torch.float32)
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+    ctx.weight_dtype = inputs[1].dtype
+
+
+def _scale_gradients(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    grad_hidden_RD, grad_weight_VD = ctx.saved_tensors
+    # The factor comes last and in float32: 1 / tokens times a probability would be 0 in float16.
+    scaled = (grad_hidden_RD.float() * grad).to(grad_hidden_RD.dtype)
+    return scaled, (grad_weight_VD * grad).to(ctx.weight_dtype), *[None] * 8
+
+
+_linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 
 
 def _cross_entropy(logits_RV: Tensor, labels_R1: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
@@ -156,7 +170,7 @@ def linear_cross_entropy(
         hidden_RD, weight_VD = hidden_RD.to(dtype), weight_VD.to(dtype)
         teacher = tuple(value.to(dtype) if isinstance(value, Tensor) else value for value in teacher)
     with torch.autocast(device, enabled=False):
-        total: Tensor = _LinearCrossEntropy.apply(
+        total, _, _ = _linear_cross_entropy(
             hidden_RD, weight_VD, labels_R, z_loss, rows or rows_at_once(len(weight_VD), weight_VD.device), *teacher
         )
     return total / num_items_in_batch

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from model.errors import PipelineError
-from model.logits import IGNORED
+from model.logits import CHUNK_BYTES, IGNORED
 from model.settings import ExperimentSettings, TokenizerSettings
 from model.text.tokenizer import train_tokenizer
 from model.training import checkpoints, loss
@@ -168,7 +168,7 @@ def test_a_whole_vocabulary_of_logits_exists_neither_for_the_student_nor_for_the
         return divergence(logits_RV, teacher_RV, *how)
 
     monkeypatch.setattr(loss, "_divergence", watched)
-    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 16 * 4 * V)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 16 * 4 * V)
     *tensors, teaching = example(weight=0.5, temperature=1.0, top_k=0)
     linear_cross_entropy(*tensors, teaching=teaching)
     assert largest == 16 < B * (T - 1)

@@ -1,10 +1,14 @@
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional
 
 from model.build import build_config, build_model
@@ -128,3 +132,42 @@ def test_the_logits_of_a_large_vocabulary_never_exist_whole():
     done = subprocess.run([sys.executable, "-c", PEAK_OF_A_STEP], cwd=REPO, capture_output=True, text=True, check=True)
     whole = 2 * 1024 * 60_000 * 4  # bytes: 492 MB
     assert int(done.stdout) * unit < whole / 4
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_the_operator_keeps_what_compilers_ask_of_one(taught):
+    hidden_BTD, weight_VD, labels_BT = example()
+    hidden_RD = hidden_BTD.detach().flatten(0, 1).requires_grad_()
+    teacher = (torch.randn(B * T, 5), torch.randn(V, 5), 0.5, 2.0, 3) if taught else (None, None, 0.0, 1.0, 0)
+    arguments = (hidden_RD, weight_VD.detach().requires_grad_(), labels_BT.flatten(), 0.01, 7, *teacher)
+    torch.library.opcheck(torch.ops.rex.linear_cross_entropy.default, arguments)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_compiled_training_step_has_the_gradients_of_an_eager_one(bfloat16):
+    config = build_config(experiment().model, 300, bos_token_id=0, eos_token_id=0, pad_token_id=1)
+    config.attention_dropout = 0.0
+    ids_BT = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))
+    graphs: list[torch.fx.GraphModule] = []
+
+    def recorded(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    def gradients(compiled: bool) -> dict[str, Tensor]:
+        model = build_model(config, seed=0).train()
+        model.linear_loss = lambda hidden, weight, labels, items, ids: linear_cross_entropy(
+            hidden, weight, labels, items
+        )
+        run = torch.compile(model, backend=aot_autograd(fw_compiler=recorded), fullgraph=True) if compiled else model
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = run(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+        loss.backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    eager, compiled = gradients(False), gradients(True)
+    for name, expected in eager.items():
+        assert expected.norm() > 0
+        error = (compiled[name] - expected).norm() / expected.norm()
+        assert error < (0.05 if bfloat16 else 1e-4), name
+    assert sum(node.target is torch.ops.rex.linear_cross_entropy.default for node in graphs[0].graph.nodes) == 1

@@ -52,6 +52,7 @@ def create_app(
     request_timeout_s: float,
     max_body_bytes: int,
     queue_timeout_s: float | None = None,
+    receive_timeout_s: float = 30.0,
     max_choices: int = MAX_CHOICES,
     api_keys: Sequence[str] = (),
     cors_origins: Sequence[str] = (),
@@ -59,6 +60,7 @@ def create_app(
     """The service's routes.
 
     request_timeout_s: from a request's arrival to its last token. queue_timeout_s: from its arrival to its start.
+    receive_timeout_s: from a request's first byte to its last.
     max_choices: most texts that one request may ask for. api_keys: each grants access to every route; without any the
     service is open. cors_origins: web sites whose pages may call.
     """
@@ -72,6 +74,7 @@ def create_app(
         admission=admission,
         models=models,
         max_body_bytes=max_body_bytes,
+        receive_timeout_s=min(receive_timeout_s, request_timeout_s),
         api_keys=api_keys,
         cors_origins=cors_origins,
     )

@@ -64,6 +64,18 @@ class BentoArgs(BaseModel):
     drain_timeout_s: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="That running requests have to finish after SIGTERM."
     )
+    receive_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="From a connection or a request's first byte to its last; then 408.",
+    )
+    keep_alive_s: float = Field(
+        75.0, gt=0, allow_inf_nan=False, description="That an idle connection stays open for the next request."
+    )
+    max_connections: int = Field(
+        4096, ge=1, description="Open connections; beyond it the one that is idle longest is closed for a new one."
+    )
     max_body_bytes: int = Field(1_048_576, ge=1, description="Of a request's body; more is answered 413.")
     cors_origins: str = Field(
         "", description="Web sites whose pages may call the service, comma separated; * for all. None by default."

@@ -26,8 +26,9 @@ from bentoml.models import BentoModel
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bento.api import MAX_CHOICES, create_app
-from bento.bentoml_internals import end_service, listening_host, report_start_failures
+from bento.bentoml_internals import end_service, listening_host, report_start_failures, uvicorn_server
 from bento.http.auth import HEALTH_PATHS, read_api_keys, refuse_open_address
+from bento.http.protocol import ConnectionLimits, protocol_class, usable_connections
 from bento.options import BentoArgs, describe_variables, find_model, is_path, origins, with_overrides
 from bento.serving.admission import drain_on_signal
 from bento.serving.champion import ChampionWatcher, ModelRegistry
@@ -92,6 +93,7 @@ app = create_app(
     request_timeout_s=options.request_timeout_s,
     max_body_bytes=options.max_body_bytes,
     queue_timeout_s=options.queue_timeout_s,
+    receive_timeout_s=options.receive_timeout_s,
     max_choices=min(MAX_CHOICES, options.max_queue),
     api_keys=API_KEYS,
     cors_origins=origins(options.cors_origins),
@@ -150,8 +152,16 @@ class RexService:
         report_start_failures()
 
     @bentoml.on_startup
-    async def drain_when_asked(self) -> None:
-        """In the server's event loop, before the first request: SIGTERM lets running requests finish."""
+    async def configure_server(self) -> None:
+        """In the server's event loop, before the first connection: its protocol, and the handling of SIGTERM."""
+        if server := uvicorn_server():
+            server.config.http_protocol_class = protocol_class(  # type: ignore[assignment]
+                ConnectionLimits(
+                    receive_timeout_s=min(options.receive_timeout_s, options.request_timeout_s),
+                    keep_alive_s=options.keep_alive_s,
+                    max_connections=usable_connections(options.max_connections),
+                )
+            )
 
         async def cancel() -> None:
             await asyncio.to_thread(app.state.models.stop)

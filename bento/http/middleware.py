@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bento.errors import ApiError, server_error
 from bento.http.auth import ApiKeyMiddleware
+from bento.http.upload import UploadMiddleware
 from bento.serving.admission import Admission, AdmissionMiddleware
 from bento.serving.models import Models
 from bento.telemetry.metrics import ServiceMetrics
@@ -36,13 +37,21 @@ def add_middleware(
     admission: Admission,
     models: Models,
     max_body_bytes: int,
+    receive_timeout_s: float,
     api_keys: Sequence[str] = (),
     cors_origins: Sequence[str] = (),
 ) -> None:
     """Add the middleware of this module to `app`; the last one added is the outermost."""
     app.add_middleware(AdmissionMiddleware, admission=admission, models=models)
+    app.add_middleware(
+        UploadMiddleware,
+        max_body_bytes=max_body_bytes,
+        timeout_s=receive_timeout_s,
+        refusal=admission.refusal,
+        uploads=admission.uploads,
+    )
     app.add_middleware(ApiKeyMiddleware, keys=api_keys)
-    app.add_middleware(RequestMiddleware, max_body_bytes=max_body_bytes, metrics=metrics)
+    app.add_middleware(RequestMiddleware, metrics=metrics)
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -54,33 +63,21 @@ def add_middleware(
 
 
 class RequestMiddleware:
-    """Outermost middleware but CORS. max_body_bytes: most bytes of a body, chunked or not; more is answered 413."""
+    """Outermost middleware but CORS: the request's record, its log line, and answers to failures."""
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int, metrics: ServiceMetrics) -> None:
-        self.app, self._max_body_bytes, self._metrics = app, max_body_bytes, metrics
+    def __init__(self, app: ASGIApp, *, metrics: ServiceMetrics) -> None:
+        self.app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        # A copy: the server goes by its own scope's method where it drops the body of an answer to HEAD.
+        inner = {**scope, **_as_routed(scope)}
         headers = Headers(scope=scope)
         record = RequestRecord(_request_id(headers), self._metrics)
-        scope.setdefault("state", {})["record"] = record
-        stated = headers.get("content-length", "")
-        received_bytes = int(stated) if stated.isdecimal() and int(stated) > self._max_body_bytes else 0
-
-        async def limited_receive() -> Message:
-            nonlocal received_bytes
-            if received_bytes > self._max_body_bytes:
-                raise self._too_large()
-            message = await receive()
-            if message["type"] == "http.request":
-                # A chunked body has no Content-Length, so count.
-                received_bytes += len(message.get("body", b""))
-                if received_bytes > self._max_body_bytes:
-                    raise self._too_large()
-            return message
+        inner.setdefault("state", {})["record"] = record
 
         async def recording_send(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -89,7 +86,7 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            await self.app(scope, limited_receive, recording_send)
+            await self.app(inner, receive, recording_send)
         except ApiError as refusal:  # from an inner middleware; route errors have FastAPI's handlers
             if record.status == CLIENT_LEFT:
                 record.error_code = refusal.content["error"]["code"]
@@ -101,12 +98,7 @@ class RequestMiddleware:
                 error = server_error(500, "the server failed; its log has the reason", code="internal_error")
                 await error.response()(scope, receive, recording_send)
         finally:
-            self._account(scope, headers, record)
-
-    def _too_large(self) -> ApiError:
-        return ApiError(
-            413, f"the body is larger than {self._max_body_bytes:,} bytes, the most that is read", code="body_too_large"
-        )
+            self._account(inner, headers, record)
 
     def _account(self, scope: Scope, headers: Headers, record: RequestRecord) -> None:
         route = scope.get("route")
@@ -134,6 +126,15 @@ class RequestMiddleware:
             1000 * seconds,
             f" trace_id={trace_id}" if trace_id else "",
         )
+
+
+def _as_routed(scope: Scope) -> dict[str, Any]:
+    """The method and path that the routes see: HEAD is answered as GET is, and needless slashes do not count."""
+    path = re.sub("//+", "/", scope["path"])
+    return {
+        "path": path.rstrip("/") or "/" if path != "*" else path,
+        "method": "GET" if scope["method"] == "HEAD" else scope["method"],
+    }
 
 
 def _milliseconds(seconds: float | None) -> str:

@@ -1,8 +1,7 @@
-"""Whether the service takes requests now: no while it starts, when it is broken and while it drains.
+"""Whether the service accepts requests: not while it loads, after a failure, or while it drains.
 
-The queue itself, with its bounds and deadlines, is the engine's. Draining is what SIGTERM starts: the port stays open,
-new requests are answered 503, those under way finish, and the process ends when the last has or the grace period is
-over.
+SIGTERM starts draining: the port stays open, new requests are answered 503, running ones finish, and the process ends
+after the last of them or after the grace period.
 """
 
 import asyncio
@@ -13,9 +12,9 @@ import time
 from collections.abc import Awaitable, Callable
 from types import FrameType
 
-import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from bento.bentoml_internals import uvicorn_server
 from bento.errors import ApiError, server_error
 from bento.serving.models import Models
 from model.generation.requests import Generation
@@ -23,11 +22,13 @@ from model.generation.requests import Generation
 logger = logging.getLogger("bentoml.admission")
 RETRY_AFTER_S = 5
 LAST_ANSWERS_S = 5.0
-"""After the grace period: time for those that were cancelled to be told, and for clients to read what is left."""
+"""After the grace period: time to send the errors of cancelled requests, and for clients to read their answers."""
+UPLOAD_GRACE_S = 2.0
+"""While draining: time for uploads in progress to complete. They are not work in flight."""
 
 
 class Admission:
-    """The service's state, and how many requests are under way."""
+    """The service's state and its number of requests in flight."""
 
     def __init__(self, models: Models) -> None:
         self._models = models
@@ -35,11 +36,13 @@ class Admission:
         self.has_failed = False
         """The model could not be loaded."""
         self.waits_for = "the model is being loaded: try again"
-        """What requests are told while there is no model."""
+        """The reason given to requests while no model is loaded."""
         self.under_way = 0
+        self.uploads: set[asyncio.Timeout] = set()
+        """Deadlines of request bodies that are still arriving."""
 
     def refusal(self) -> ApiError | None:
-        """Why no request is taken, None where one is. An engine that restarts refuses by itself."""
+        """Why the service accepts no request now; None if it does. A restarting engine refuses by itself."""
         served = self._models.current
         if self.is_draining:
             return unavailable("the service is stopping: another instance or the next one answers", "draining")
@@ -50,9 +53,12 @@ class Admission:
         return None
 
     async def drain(self, timeout_s: float, cancel: Callable[[], Awaitable[None]]) -> None:
-        """Take nothing more and wait until nothing is under way, calling `cancel` when `timeout_s` are over."""
+        """Accept nothing more and wait for the requests in flight; after `timeout_s` call `cancel`."""
         self.is_draining = True
         logger.info("draining: %d requests under way, at most %g s", self.under_way, timeout_s)
+        last = asyncio.get_running_loop().time() + UPLOAD_GRACE_S
+        for upload in self.uploads:
+            upload.reschedule(min(last, upload.when() or last))
         await self._wait_for_last(timeout_s)
         if self.under_way:
             logger.warning("the grace period is over: %d requests are cancelled", self.under_way)
@@ -67,13 +73,13 @@ class Admission:
 
 
 def never_started(generation: Generation) -> bool:
-    """Whether a generation that timed out did so in the queue, and not by the deadline of the whole answer."""
+    """Whether a generation timed out in the queue and not by the deadline of the whole answer."""
     limit_s, waited_s = generation.request.timeout_s, time.monotonic() - generation.submitted_at
     return generation.started_at is None and (limit_s is None or waited_s < limit_s)
 
 
 def unavailable(message: str, code: str) -> ApiError:
-    """A 503 that says when to try again."""
+    """A 503 with a Retry-After header."""
     return server_error(503, message, code=code, headers={"Retry-After": str(RETRY_AFTER_S)})
 
 
@@ -83,8 +89,8 @@ def queue_timeout() -> ApiError:
 
 
 class AdmissionMiddleware:
-    """Refuses requests that would need the model (all but GET and HEAD) where the model takes none; counts the others,
-    each of which holds the model that serves when it comes: `request.state.served`.
+    """Refuses requests that need the model (all but GET and HEAD) while it accepts none, and counts the others. Each
+    holds the model that was served at its arrival: `request.state.served`.
     """
 
     def __init__(self, app: ASGIApp, *, admission: Admission, models: Models) -> None:
@@ -109,13 +115,13 @@ class AdmissionMiddleware:
 def drain_on_signal(admission: Admission, timeout_s: float, cancel: Callable[[], Awaitable[None]]) -> None:
     """From now on SIGTERM and SIGINT drain before the server ends; a second SIGINT does not wait.
 
-    Called in the event loop of a uvicorn server, which has installed its own handlers: they close the port at once, and
-    a request that comes a moment later would find nobody. Does nothing in another thread (a test's client).
+    Called in the event loop of a uvicorn server, whose own handlers would close the port at once and refuse later
+    connections. Does nothing in another thread (a test's client).
     """
     if threading.current_thread() is not threading.main_thread():
         return
-    loop = asyncio.get_running_loop()
-    tasks: list[asyncio.Task[None]] = []  # a task that nobody holds may be collected before it ends
+    loop, server = asyncio.get_running_loop(), uvicorn_server()
+    tasks: list[asyncio.Task[None]] = []  # keeps a reference: the loop holds tasks weakly
 
     for number in (signal.SIGTERM, signal.SIGINT):
         end_server = signal.getsignal(number)
@@ -131,7 +137,8 @@ def drain_on_signal(admission: Admission, timeout_s: float, cancel: Callable[[],
                 try:
                     await admission.drain(timeout_s, cancel)
                 finally:
-                    _bound_the_end(end_server)
+                    if server:  # uvicorn would wait for ever for a client that does not read its answer
+                        server.config.timeout_graceful_shutdown = int(LAST_ANSWERS_S)
                     end_server(number, None)
 
             if not admission.is_draining:
@@ -141,10 +148,3 @@ def drain_on_signal(admission: Admission, timeout_s: float, cancel: Callable[[],
                 end_server(number, frame)
 
         signal.signal(number, handle)
-
-
-def _bound_the_end(end_server: object) -> None:
-    """Give a client that does not read its answer a few seconds: uvicorn would wait for it for ever."""
-    server = getattr(end_server, "__self__", None)
-    if isinstance(server, uvicorn.Server):
-        server.config.timeout_graceful_shutdown = int(LAST_ANSWERS_S)

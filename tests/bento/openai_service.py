@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 from transformers import PreTrainedTokenizerFast
 
 from bento.api import create_app
+from bento.http.protocol import ConnectionLimits, protocol_class
 from model.generation.engine import Engine
 from model.modeling_rex import RexForCausalLM
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -53,14 +54,19 @@ class Service:
 
 @contextmanager
 def running_service(
-    *, chat_template: str | None = None, stops: bool = False, max_batch_size: int = 8, max_queue: int = 64
+    *,
+    chat_template: str | None = None,
+    stops: bool = False,
+    max_batch_size: int = 8,
+    max_queue: int = 64,
+    **options: Any,
 ) -> Iterator[Service]:
     """A service; its random weights end a text anywhere, so by default no token does."""
     torch.set_num_threads(1)  # two on busy cores wait for each other
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = chat_template
     model = tiny_model(tokenizer)
-    app = create_app(model_name=MODEL, request_timeout_s=60, max_body_bytes=MAX_BODY_BYTES)
+    app = create_app(model_name=MODEL, request_timeout_s=60, max_body_bytes=MAX_BODY_BYTES, **options)
     ends = {} if stops else {"end_of_text_ids": frozenset()}
     engine = Engine(model, tokenizer, max_batch_size=max_batch_size, max_queue=max_queue, **ends)
     app.state.models.serve(engine)
@@ -72,9 +78,16 @@ def running_service(
 
 
 @contextmanager
-def on_a_port(app: FastAPI) -> Iterator[str]:
+def on_a_port(app: FastAPI, limits: ConnectionLimits | None = None) -> Iterator[str]:
     """The address of a real HTTP server of `app` on this machine."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
+    config = uvicorn.Config(
+        app,
+        host="127.0.0.1",
+        port=0,
+        log_level="warning",
+        http=protocol_class(limits or ConnectionLimits()),  # type: ignore[arg-type]
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, name="server")
     thread.start()
     try:

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -159,3 +160,32 @@ def test_wrong_keys_and_origins_end_the_start_in_one_line(model_dir, tmp_path, v
     assert done.stderr.count("\n") == 1
     assert variable in done.stderr
     assert "s e c r e t" not in done.stderr
+
+
+def test_an_upload_that_is_not_complete_does_not_hold_up_the_end(model_dir, tmp_path):
+    with serve(tmp_path, model_dir) as server:
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEA\r\n"
+        head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%b\r\n"
+        body = json.dumps(GREEDY).encode()
+        with socket.create_connection(address, timeout=60) as upgrading:
+            upgrading.sendall(head % (len(body), offer) + body)
+            assert upgrading.recv(12) == b"HTTP/1.1 200"  # so BentoML's worker runs our protocol
+        with (
+            socket.create_connection(address, timeout=60) as idle,
+            socket.create_connection(address, timeout=60) as upload,
+        ):
+            idle.sendall(b"GET /v1/mod")
+            upload.sendall(head % (len(body), b"") + body[:5])
+            generating = Asking(server, max_tokens=400)
+            wait_until(lambda: running(server) == 1)
+            server.process.send_signal(signal.SIGTERM)
+            answer = b""
+            while chunk := upload.recv(65536):
+                answer += chunk
+            assert answer.startswith(b"HTTP/1.1 503")
+            assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "draining"
+            assert generating.result().json()["usage"]["generated_tokens"] == 400
+            assert server.process.wait(30) == 0
+        assert "Traceback" not in server.log
+        assert "requests are cancelled" not in server.log

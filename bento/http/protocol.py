@@ -1,0 +1,370 @@
+"""HTTP/1 on a connection: uvicorn's httptools protocol with the limits and the tolerance of a server on an open port.
+
+uvicorn sets no bounds for headers, for idle connections or for requests that arrive slowly, takes an offer to upgrade as
+the end of HTTP and drops the body, and answers malformed requests in plain text. This class adds:
+
+- bounds: bytes and number of headers (431), seconds until a request has arrived (408), connections, idle time, pipelining;
+- offers to upgrade (h2c, websocket) are ignored, as RFC 9110 section 7.8 allows, and the body is read;
+- a client that has closed its sending side (a half-closed connection) still gets its answer;
+- HTTP/1.0 clients get streams without chunks; malformed requests get the service's error object.
+
+httptools is kept because h11 costs 6 to 9 microseconds for each streamed chunk against 1.7 (bench/LOG.md). Seen to work
+with uvicorn 0.54.0 and httptools 0.9.0. The body's deadline is in `upload.py`.
+"""
+
+import asyncio
+import json
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import unquote
+
+import httptools
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from bento.errors import error_content
+
+MAX_HEAD_BYTES = 65_536
+MAX_HEADERS = 200
+MAX_PIPELINED = 16
+FEED_BYTES = 4096
+"""Bytes that the parser gets at once, so that one read holds few requests."""
+HOP_BY_HOP = {b"upgrade", b"http2-settings"}
+MESSAGE_BEGAN = "message_began"
+"""Key of the scope's state: seconds of `time.monotonic()` at the first byte of the request."""
+PEER_CHECK_S = 0.5
+SPARE_FILES = 128
+"""Files besides connections: libraries, the model, logs."""
+TCP_CLOSED = 7
+"""TCP_CLOSE of Linux's tcp_states.h."""
+
+
+@dataclass
+class ConnectionLimits:
+    """Bounds on all connections of one server.
+
+    receive_timeout_s: from a connection's or a request's first moment until the request has arrived.
+    keep_alive_s: idle time between two requests. max_connections: beyond it, the connection that is idle longest is
+    closed for each new one.
+    """
+
+    receive_timeout_s: float = 30.0
+    keep_alive_s: float = 75.0
+    max_connections: int = 4096
+    idle: "dict[Http1Protocol, None]" = field(default_factory=dict)
+    """Connections without a request in progress, the longest idle first."""
+
+    def make_room(self, connections: int) -> bool:
+        """Close idle connections until one more fits. False where none is idle."""
+        if connections <= self.max_connections:
+            return True
+        for protocol in self.idle:
+            del self.idle[protocol]
+            protocol.transport.abort()
+            return True
+        return False
+
+
+def protocol_class(limits: ConnectionLimits) -> Callable[..., "Http1Protocol"]:
+    """For uvicorn's setting `http`."""
+    return partial(Http1Protocol, limits=limits)
+
+
+class Http1Protocol(HttpToolsProtocol):
+    """One connection."""
+
+    def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._limits = limits
+        self.timeout_keep_alive = limits.keep_alive_s  # type: ignore[assignment]
+        self._received = bytearray()
+        self._is_feeding = self._is_in_head = self._is_in_message = self._is_refused = False
+        self._has_upgrade_offer = False
+        self._head_bytes = 0
+        self._began = 0.0
+        self._deadline: asyncio.TimerHandle | None = None
+        self._refusal: tuple[int, str, str] | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the deadline of the first request; refuse the connection where there are too many."""
+        super().connection_made(transport)
+        self.flow = _Flow(transport, self._received)
+        if not self._limits.make_room(len(self.connections)):
+            self._refuse(503, "too many connections: try again", "too_many_connections")
+            return
+        self._limits.idle[self] = None
+        self._start_deadline()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._limits.idle.pop(self, None)
+        self._stop_deadline()
+        self._received.clear()
+        for cycle, _ in self.pipeline:
+            cycle.disconnected = True
+        self.pipeline.clear()
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what arrived, a few requests at a time."""
+        self._unset_keepalive_if_required()
+        if self._is_refused:
+            return
+        if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
+            self._start_deadline()
+        self._received += data
+        self._feed()
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        """Keep a half-closed connection open for the answers that are due."""
+        due = self.cycle is not None and not self.cycle.response_complete and not self._is_in_message
+        sock = self.transport.get_extra_info("socket")
+        if not due or self.scheme == "https" or sock is None or not _watch_peer(sock):
+            return None
+        self.cycle.keep_alive = False
+        self.loop.call_later(PEER_CHECK_S, self._check_peer, sock)
+        return True
+
+    def _check_peer(self, sock: socket.socket) -> None:
+        """Cancel the request of a client that has closed its connection and not just its sending side.
+
+        Both look alike until something is sent. TCP's keepalive probes tell them apart: only a peer that still reads
+        answers them.
+        """
+        if self.transport.is_closing() or self.cycle is None or self.cycle.response_complete:
+            return
+        if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSED:
+            self.transport.abort()
+            return
+        self.loop.call_later(PEER_CHECK_S, self._check_peer, sock)
+
+    def _feed(self) -> None:
+        if self._is_feeding:  # a response that completes while the parser runs
+            return
+        self._is_feeding = True
+        try:
+            while self._received and len(self.pipeline) < MAX_PIPELINED and not self.transport.is_closing():
+                piece = bytes(self._received[:FEED_BYTES])
+                del self._received[:FEED_BYTES]
+                self._parse(piece)
+                if self._is_refused:
+                    self._received.clear()
+        finally:
+            self._is_feeding = False
+        if self._received:
+            self.flow.pause_reading()
+
+    def _parse(self, piece: bytes) -> None:
+        try:
+            self.parser.feed_data(piece)
+        except httptools.HttpParserUpgrade as pause:
+            rest = piece[pause.args[0] :]
+            if self._has_upgrade_offer:
+                self._parse_without_offer(rest)
+            else:  # CONNECT: what follows would be a tunnel's
+                self._refuse(405, "CONNECT is not a method of this service", "http_405")
+            return
+        except httptools.HttpParserError:
+            self._refuse(*(self._refusal or (400, "the request is not valid HTTP/1.1", "invalid_http")))
+            return
+        if self._is_in_head:
+            self._head_bytes += len(piece)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._refuse(431, f"the headers are longer than {MAX_HEAD_BYTES:,} bytes", "headers_too_large")
+
+    def _parse_without_offer(self, rest: bytes) -> None:
+        """Parse the request again without its offer to upgrade, then the bytes after its head."""
+        self._has_upgrade_offer = False
+        head = [self.scope["method"].encode(), b" ", self.url, b" HTTP/", self.scope["http_version"].encode(), b"\r\n"]
+        for name, value in self.headers:
+            if name == b"connection":
+                tokens = [token.strip() for token in value.split(b",")]
+                value = b", ".join(token for token in tokens if token.lower() not in HOP_BY_HOP)
+            if name not in HOP_BY_HOP:
+                head += [name, b": ", value, b"\r\n"]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._parse(b"".join([*head, b"\r\n"]))
+        self._head_bytes = 0
+        self._received[:0] = rest
+
+    def on_message_begin(self) -> None:
+        """Parser: the first byte of a request."""
+        super().on_message_begin()
+        self._is_in_head = self._is_in_message = True
+        self._head_bytes = 0
+        if self._deadline is None:
+            self._start_deadline()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Parser: a header."""
+        super().on_header(name, value)
+        if len(self.headers) > MAX_HEADERS:
+            self._refusal = (431, f"the request has more than {MAX_HEADERS} headers", "too_many_headers")
+            raise ValueError
+
+    def on_headers_complete(self) -> None:
+        """Parser: the head is complete. Start the app, or queue the request behind the one that runs."""
+        self._is_in_head = False
+        self.scope["method"] = self.parser.get_method().decode("ascii")
+        self.scope["http_version"] = self.parser.get_http_version()
+        if self.parser.should_upgrade():
+            self._has_upgrade_offer = self.scope["method"] != "CONNECT"
+            return
+        if self.url == b"*":  # OPTIONS * asks about the server as a whole
+            raw_path, query = b"*", b""
+        else:
+            parsed = httptools.parse_url(self.url)
+            raw_path, query = parsed.path or b"/", parsed.query or b""
+        self.scope["path"] = self.root_path + unquote(raw_path.decode("ascii"))
+        self.scope["raw_path"] = self.root_path.encode("ascii") + raw_path
+        self.scope["query_string"] = query
+        self.scope["state"][MESSAGE_BEGAN] = self._began
+        self._stop_deadline()
+        self._limits.idle.pop(self, None)
+        earlier = self.cycle
+        is_old = self.scope["http_version"] == "1.0"
+        self.cycle = (_Http10Cycle if is_old else RequestResponseCycle)(
+            scope=self.scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=self.access_log,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue,
+            keep_alive=not is_old and self.parser.should_keep_alive(),
+            on_response=self.on_response_complete,
+        )
+        if earlier is None or earlier.response_complete:
+            self._start_asgi_task(self.cycle, self.app)
+        else:
+            self.pipeline.appendleft((self.cycle, self.app))
+
+    def on_message_complete(self) -> None:
+        """Parser: the body is complete."""
+        self._is_in_message = False
+        if self._has_upgrade_offer or self.cycle is None:
+            return
+        if self.cycle.response_complete:
+            self._stop_deadline()  # of a body that was answered before it had arrived
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """The app has answered: go on with the next request."""
+        super().on_response_complete()
+        if self.transport.is_closing():
+            return
+        if self._refusal and not self.pipeline and self.cycle.response_complete:
+            self._refuse(*self._refusal)
+        elif self.cycle.response_complete:
+            self._limits.idle[self] = None
+            if self._is_in_message:  # the rest of the body is still to come
+                self._start_deadline()
+        self._feed()
+
+    def send_400_response(self, msg: str) -> None:
+        """Uvicorn's own refusal, in the service's error shape."""
+        self._refuse(400, msg, "invalid_http")
+
+    def _refuse(self, status: int, message: str, code: str) -> None:
+        """Answer without the app and close. Waits for the answers of earlier requests of this connection."""
+        self._is_refused = True
+        self._stop_deadline()
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            if not self._is_in_message or self._is_in_head or self.pipeline:
+                self._refusal = (status, message, code)  # a later request is wrong: answer the earlier ones first
+                return
+            cycle.disconnected = True  # its own body is wrong: the app gives up
+            cycle.message_event.set()
+            if cycle.response_started:
+                self.transport.close()
+                return
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        body = json.dumps(error_content(message, type=kind, param=None, code=code)).encode()
+        phrase = HTTPStatus(status).phrase
+        head = f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        if not self.transport.is_closing():
+            self.transport.write(f"{head}connection: close\r\n\r\n".encode() + body)
+            self.transport.close()
+
+    def _start_deadline(self) -> None:
+        self._stop_deadline()
+        self._began = time.monotonic()
+        self._deadline = self.loop.call_later(self._limits.receive_timeout_s, self._miss_deadline)
+
+    def _stop_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _miss_deadline(self) -> None:
+        self._deadline = None
+        if self.cycle is not None and self._is_in_message and not self._is_in_head:
+            self.transport.abort()  # answered long ago, and the body still has no end
+            return
+        self._refuse(408, f"no request arrived in {self._limits.receive_timeout_s:g} s", "request_timeout")
+
+
+class _Flow(FlowControl):
+    """Reads nothing more while received bytes wait to be parsed."""
+
+    def __init__(self, transport: asyncio.Transport, received: bytearray) -> None:
+        super().__init__(transport)
+        self._received = received
+
+    def resume_reading(self) -> None:
+        """Called by uvicorn's request cycle and by the protocol."""
+        if not self._received:
+            super().resume_reading()
+
+
+class _Http10Cycle(RequestResponseCycle):
+    """A response to HTTP/1.0, which has no chunks: a body of unknown length ends with the connection."""
+
+    async def send(self, message: Any) -> None:
+        """ASGI."""
+        if message["type"] == "http.response.start":
+            names = {name.lower() for name, _ in message.get("headers", ())}
+            self._is_unbounded = b"content-length" not in names and message["status"] not in (204, 304)
+            if self._is_unbounded:
+                self.chunked_encoding = False
+        elif self._is_unbounded and self.scope["method"] != "HEAD":
+            self.expected_content_length = len(message.get("body", b"")) + bool(message.get("more_body"))
+        await super().send(message)
+
+
+def usable_connections(wanted: int) -> int:
+    """`wanted`, or as many as the process may open files for; raises the process's limit as far as it may."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + SPARE_FILES
+    limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return max(1, min(wanted, limit - SPARE_FILES))
+
+
+def _watch_peer(sock: socket.socket) -> bool:
+    """Let TCP probe the peer each second; it is gone after two probes without an answer. False where that is unknown."""
+    if sys.platform != "linux" or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return False
+    for option, value in (
+        (socket.TCP_KEEPIDLE, 1),
+        (socket.TCP_KEEPINTVL, 1),
+        (socket.TCP_KEEPCNT, 2),
+    ):
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    return True

@@ -1,0 +1,441 @@
+"""HTTP as clients, proxies and broken peers speak it, over raw sockets against a real server."""
+
+import gzip
+import json
+import shutil
+import socket
+import struct
+import subprocess
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from bento.http.protocol import MAX_HEAD_BYTES, MAX_HEADERS, ConnectionLimits
+from tests.bento.conftest import make_service
+from tests.bento.openai_service import GOOD, MAX_BODY_BYTES, Service, on_a_port, running_service
+
+LIMITS = ConnectionLimits(receive_timeout_s=1.0, keep_alive_s=60.0, max_connections=1000)
+BODY = json.dumps({**GOOD["/v1/completions"], "temperature": 0}).encode()
+LONG = json.dumps({"prompt": "x", "max_tokens": 80, "temperature": 0, "ignore_eos": True}).encode()
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with running_service(receive_timeout_s=1.0) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def address(service) -> Iterator[tuple[str, int]]:
+    with on_a_port(service.app, LIMITS) as url:
+        yield _host_and_port(url)
+
+
+def _host_and_port(url: str) -> tuple[str, int]:
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    return host, int(port)
+
+
+def post(body: bytes, *headers: str, path: str = "/v1/completions", version: str = "1.1") -> bytes:
+    lines = [f"POST {path} HTTP/{version}", "Host: x", "Content-Type: application/json", *headers]
+    if not any(line.lower().startswith("transfer-encoding") for line in headers):
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+@contextmanager
+def connection(address: tuple[str, int]) -> Iterator[socket.socket]:
+    with socket.create_connection(address, timeout=30) as made:
+        yield made
+
+
+def read_all(made: socket.socket) -> bytes:
+    received = bytearray()
+    while chunk := made.recv(65536):
+        received += chunk
+    return bytes(received)
+
+
+def read_answer(made: socket.socket) -> tuple[int, dict[str, str], bytes]:
+    """One answer of a stated length: status, headers, body."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        chunk = made.recv(1)
+        assert chunk, f"the connection was closed after {received!r}"
+        received += chunk
+    lines = received.decode().split("\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:-2])}
+    body = b""
+    while missing := int(headers.get("content-length", 0)) - len(body):
+        body += made.recv(missing)
+    return int(lines[0].split()[1]), headers, body
+
+
+def ask(address: tuple[str, int], request: bytes) -> tuple[int, dict[str, str], bytes]:
+    with connection(address) as made:
+        made.sendall(request)
+        return read_answer(made)
+
+
+def error(answer: tuple[int, dict[str, str], bytes], status: int) -> dict[str, str]:
+    assert answer[0] == status, answer
+    assert answer[1]["content-type"] == "application/json"
+    body = json.loads(answer[2])
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    return body["error"]
+
+
+UPGRADES = {
+    "Java's HttpClient and curl --http2": [
+        "Connection: Upgrade, HTTP2-Settings",
+        "Upgrade: h2c",
+        "HTTP2-Settings: AAEAAEAA",
+    ],
+    "websocket": [
+        "Connection: keep-alive, Upgrade",
+        "Upgrade: websocket",
+        "Sec-WebSocket-Key: x",
+        "Sec-WebSocket-Version: 13",
+    ],
+    "TLS": ["connection: upgrade", "upgrade: TLS/1.0, HTTP/1.1"],
+}
+
+
+@pytest.mark.parametrize("headers", UPGRADES.values(), ids=UPGRADES.keys())
+def test_an_offer_to_upgrade_is_ignored_and_the_body_is_read(address, headers):
+    with connection(address) as made:
+        for _ in range(2):
+            made.sendall(post(BODY, *headers))
+            status, got, body = read_answer(made)
+            assert status == 200, body
+            assert json.loads(body)["choices"][0]["finish_reason"] == "length"
+            assert "upgrade" not in got
+        made.sendall(post(BODY))  # the connection goes on
+        assert read_answer(made)[0] == 200
+
+
+def test_an_offer_to_upgrade_is_ignored_wherever_the_packets_are_cut(address):
+    request = post(BODY, *UPGRADES["Java's HttpClient and curl --http2"])
+    for size in (1, 7, 100):
+        with connection(address) as made:
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for start in range(0, len(request), size):
+                made.sendall(request[start : start + size])
+            assert read_answer(made)[0] == 200
+
+
+def test_an_offer_with_a_chunked_body_and_one_without_a_body_are_answered(address):
+    offer = UPGRADES["websocket"]
+    chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
+    assert ask(address, post(chunked, *offer, "Transfer-Encoding: chunked"))[0] == 200
+    head = "\r\n".join(["GET /v1/models HTTP/1.1", "Host: x", *offer])
+    assert ask(address, head.encode() + b"\r\n\r\n")[0] == 200
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+@pytest.mark.parametrize("options", [["--http2"], ["--http1.0"], ["--http1.1", "-H", "Expect: 100-continue"]], ids=str)
+def test_curl_is_answered(address, options, tmp_path):
+    body = tmp_path / "body"
+    body.write_bytes(BODY)
+    url = f"http://{address[0]}:{address[1]}/v1/completions"
+    command = [
+        "curl",
+        "-sS",
+        "--max-time",
+        "20",
+        *options,
+        "-H",
+        "Content-Type: application/json",
+        "-d",
+        f"@{body}",
+        url,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["choices"]
+
+
+@pytest.mark.skipif(not shutil.which("java"), reason="no Java is installed")
+def test_javas_http_client_is_answered(address, tmp_path):
+    program = Path(tmp_path / "Ask.java")
+    program.write_text(
+        """
+        import java.net.URI;
+        import java.net.http.*;
+        public class Ask {
+            public static void main(String[] given) throws Exception {
+                HttpClient client = HttpClient.newHttpClient();
+                for (int i = 0; i < 2; i++) {
+                    HttpRequest request = HttpRequest.newBuilder(URI.create(given[0]))
+                        .header("Content-Type", "application/json")
+                        .POST(HttpRequest.BodyPublishers.ofString(given[1])).build();
+                    HttpResponse<String> answer = client.send(request, HttpResponse.BodyHandlers.ofString());
+                    System.out.println(answer.statusCode() + " " + answer.body().contains("choices"));
+                }
+            }
+        }
+        """
+    )
+    url = f"http://{address[0]}:{address[1]}/v1/completions"
+    done = subprocess.run(
+        ["java", str(program), url, BODY.decode()], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.split() == ["200", "true"] * 2, done.stderr
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"X-Long: " + b"a" * (MAX_HEAD_BYTES + 10_000),
+        b"\r\n".join(b"X-%d: %b" % (i, b"b" * 1000) for i in range(100)),
+        b"\r\n".join(b"X-%d: 1" % i for i in range(MAX_HEADERS + 1)),
+    ],
+    ids=["one long", "many bytes", "many"],
+)
+def test_headers_are_bounded_before_anything_else(address, head):
+    with connection(address) as made:
+        made.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n\r\n")
+        assert error(read_answer(made), 431)["message"]
+
+
+def test_a_url_without_an_end_is_refused_and_the_connection_closed(address):
+    with connection(address) as made:
+        made.sendall(b"GET /" + b"a" * (2 * MAX_HEAD_BYTES))
+        assert error(read_answer(made), 431)
+
+
+def test_headers_that_proxies_add_are_no_trouble(address):
+    extra = [f"X-Proxy-{i}: {'v' * 100}" for i in range(100)]
+    assert ask(address, post(BODY, *extra))[0] == 200
+
+
+MALFORMED = [
+    b"nonsense\r\n\r\n",
+    b"GET / HTTP/9.9\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost : x\r\n\r\n",
+    b"POST / HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+    b"POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+    b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+    b"GET /\xff HTTP/1.1\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+]
+
+
+@pytest.mark.parametrize("request_bytes", MALFORMED, ids=lambda value: str(value)[:40])
+def test_malformed_requests_get_the_error_object_and_the_connection_is_closed(address, request_bytes):
+    with connection(address) as made:
+        made.sendall(request_bytes)
+        answer = read_answer(made)
+        assert error(answer, 400)["code"] == "invalid_http"
+        assert answer[1]["connection"] == "close"
+        assert made.recv(1) == b""
+
+
+def test_a_tunnel_and_a_question_about_the_server_are_answered(address):
+    assert error(ask(address, b"CONNECT example.org:443 HTTP/1.1\r\nHost: x\r\n\r\n"), 405)
+    assert error(ask(address, b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n"), 404)
+
+
+def test_head_is_answered_where_get_is_and_has_no_body(address):
+    for path in ("/v1/models", "/metrics", "/openapi.json", "/", "/v1/nothing"):
+        with connection(address) as made:
+            made.sendall(f"HEAD {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            made.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            received = read_all(made)
+        head, _, rest = received.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 404" if "nothing" in path else b"HTTP/1.1 200"), head
+        assert rest.startswith(b"HTTP/1.1 200")
+
+
+def test_needless_slashes_do_not_count(address):
+    for path in ("/v1/models/", "//v1/models", "/v1//models"):
+        status, _, body = ask(address, f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert status == 200
+        assert json.loads(body)["object"] == "list"
+    for path in ("/v1/completions/", "//v1/completions"):
+        assert ask(address, post(BODY, path=path))[0] == 200
+
+
+def test_http_1_0_gets_whole_answers_and_streams_without_chunks(address):
+    for stream in (False, True):
+        body = json.dumps({**json.loads(BODY), "stream": stream}).encode()
+        with connection(address) as made:
+            made.sendall(post(body, version="1.0"))
+            head, _, content = read_all(made).partition(b"\r\n\r\n")
+        assert b"transfer-encoding" not in head.lower()
+        if stream:
+            assert content.startswith(b"data: {") and content.endswith(b"data: [DONE]\n\n")
+        else:
+            assert json.loads(content)["choices"]
+
+
+def test_a_half_closed_client_gets_its_answer(address):
+    for stream in (False, True):
+        body = json.dumps({**json.loads(LONG), "stream": stream}).encode()
+        with connection(address) as made:
+            made.sendall(post(body))
+            made.shutdown(socket.SHUT_WR)
+            received = read_all(made)
+        assert received.startswith(b"HTTP/1.1 200 OK")
+        assert b"length" in received
+
+
+@pytest.mark.parametrize("how", ["closed", "reset"])
+def test_a_client_that_is_gone_is_no_half_closed_one(how):
+    service = make_service()
+    try:
+        with on_a_port(service.app) as url:
+            service.close_gate()
+            made = socket.create_connection(_host_and_port(url))
+            made.sendall(post(LONG, path="/generate"))
+            assert service.reached.wait(30)
+            if how == "reset":
+                made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            made.close()
+            service.opened.set()
+            deadline = time.monotonic() + 30
+            while service.app.state.admission.under_way:
+                service.close_gate()  # a step at a time, so that the text cannot end before the client is missed
+                time.sleep(0.1)
+                service.opened.set()
+                time.sleep(0.01)
+                assert time.monotonic() < deadline
+            assert service.engine.stats().cancelled_total == 1 or service.steps < 90
+    finally:
+        service.opened.set()
+        service.engine.stop()
+
+
+def test_pipelined_requests_are_answered_in_order(address):
+    count = 500
+    paths = ["/v1/models" if i % 2 else "/v1/nothing" for i in range(count)]
+    requests = [f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for path in paths]
+    with connection(address) as made:
+        made.sendall(b"".join(requests))
+        assert [read_answer(made)[0] for _ in range(count)] == [200 if i % 2 else 404 for i in range(count)]
+
+
+def test_what_follows_good_requests_is_refused_after_their_answers(address):
+    with connection(address) as made:
+        made.sendall(post(BODY) + b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\nnonsense\r\n\r\n")
+        assert read_answer(made)[0] == 200
+        assert read_answer(made)[0] == 200
+        assert error(read_answer(made), 400)["code"] == "invalid_http"
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        b"",
+        b"\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost",
+        post(BODY)[:-1],
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhe",
+    ],
+    ids=["nothing", "empty lines", "headers", "body", "chunked body"],
+)
+def test_a_request_that_does_not_arrive_is_answered_408(address, begun):
+    with connection(address) as made:
+        made.sendall(begun)
+        answer = read_answer(made)
+        assert error(answer, 408)["code"] == "request_timeout"
+        assert answer[1]["connection"] == "close"
+        assert made.recv(1) == b""
+
+
+def test_a_request_that_arrives_byte_by_byte_has_the_same_deadline(address):
+    with connection(address) as made:
+        made.settimeout(0.05)
+        answer = b""
+        for byte in post(BODY + b" " * 500):
+            try:
+                made.sendall(bytes([byte]))
+                answer = made.recv(4096)
+                break
+            except TimeoutError:
+                continue
+        assert answer.startswith(b"HTTP/1.1 408")
+
+
+def test_the_rest_of_a_refused_body_is_read_so_that_the_refusal_arrives(address):
+    with connection(address) as made:
+        made.sendall(post(b" " * (20 * MAX_BODY_BYTES)))
+        assert error(read_answer(made), 413)["code"] == "body_too_large"
+        made.sendall(post(BODY))
+        assert read_answer(made)[0] == 200
+
+
+COMPRESSED = {
+    "gzip": gzip.compress(BODY),
+    "x-gzip": gzip.compress(BODY),
+    "GZIP": gzip.compress(BODY[:9]) + gzip.compress(BODY[9:]),
+    "deflate": zlib.compress(BODY),
+    "Deflate": zlib.compress(BODY)[2:-4],
+    "identity": BODY,
+}
+
+
+@pytest.mark.parametrize("encoding", COMPRESSED)
+def test_compressed_bodies_are_read(address, encoding):
+    assert ask(address, post(COMPRESSED[encoding], f"Content-Encoding: {encoding}"))[0] == 200
+
+
+def test_compressed_bodies_are_within_the_same_limit(address):
+    for size in (MAX_BODY_BYTES + 1, 500 * MAX_BODY_BYTES):
+        bomb = gzip.compress(b" " * size)
+        assert len(bomb) < MAX_BODY_BYTES
+        assert error(ask(address, post(bomb, "Content-Encoding: gzip")), 413)["code"] == "body_too_large"
+
+
+@pytest.mark.parametrize("encoding", ["br", "zstd", "compress", "gzip, gzip"])
+def test_another_compression_is_refused_by_name(address, encoding):
+    answer = ask(address, post(BODY, f"Content-Encoding: {encoding}"))
+    assert encoding in error(answer, 415)["message"]
+    assert answer[1]["accept-encoding"] == "gzip, deflate"
+
+
+@pytest.mark.parametrize("body", [BODY, gzip.compress(BODY)[:-9], gzip.compress(BODY)[:12] + b"xxxxxxxx"], ids=str)
+def test_a_body_that_is_not_what_its_encoding_says_is_refused(address, body):
+    assert error(ask(address, post(body, "Content-Encoding: gzip")), 400)["code"] == "invalid_encoding"
+
+
+def test_beyond_the_limit_the_longest_idle_connection_makes_room(service):
+    with on_a_port(service.app, ConnectionLimits(max_connections=5)) as url:
+        address = _host_and_port(url)
+        first = [socket.create_connection(address, timeout=30) for _ in range(5)]
+        try:
+            first[0].sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert read_answer(first[0])[0] == 200  # so that the second is idle for longest
+            assert ask(address, post(BODY))[0] == 200
+            assert first[1].recv(1) == b""
+            first[0].sendall(post(BODY))
+            assert read_answer(first[0])[0] == 200
+        finally:
+            for made in first:
+                made.close()
+
+
+def test_an_idle_connection_is_kept_for_as_long_as_is_said(service):
+    limits = ConnectionLimits(receive_timeout_s=0.2, keep_alive_s=1.0)
+    with on_a_port(service.app, limits) as url, connection(_host_and_port(url)) as made:
+        made.sendall(post(BODY))
+        assert read_answer(made)[0] == 200
+        time.sleep(0.5)  # beyond the deadline of a request, which has not begun
+        made.sendall(post(BODY))
+        assert read_answer(made)[0] == 200
+        assert made.recv(1) == b""  # closed without an answer
+
+
+def test_a_client_that_leaves_during_its_upload_is_no_wrong_request(service, address):
+    with connection(address) as made:
+        made.sendall(post(BODY)[:-1])
+    deadline = time.monotonic() + 30
+    while 'status="499"' not in TestClient(service.app).get("/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

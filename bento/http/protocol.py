@@ -15,7 +15,6 @@ with uvicorn 0.54.0 and httptools 0.9.0. The body's deadline is in `upload.py`.
 import asyncio
 import json
 import socket
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,7 +37,10 @@ FEED_BYTES = 4096
 HOP_BY_HOP = {b"upgrade", b"http2-settings"}
 MESSAGE_BEGAN = "message_began"
 """Key of the scope's state: seconds of `time.monotonic()` at the first byte of the request."""
-PEER_CHECK_S = 0.5
+HALF_CLOSE_S = 0.2
+"""The end of a client's data within this time of its request belongs to the request."""
+FIRST_PROBE_S, PROBE_S = 1.0, 5.0
+RESET_S = 0.02
 SPARE_FILES = 128
 """Files besides connections: libraries, the model, logs."""
 TCP_CLOSED = 7
@@ -87,7 +89,7 @@ class Http1Protocol(HttpToolsProtocol):
         self._is_feeding = self._is_in_head = self._is_in_message = self._is_refused = False
         self._has_upgrade_offer = False
         self._head_bytes = 0
-        self._began = 0.0
+        self._began = self._completed_at = 0.0
         self._deadline: asyncio.TimerHandle | None = None
         self._refusal: tuple[int, str, str] | None = None
 
@@ -123,27 +125,37 @@ class Http1Protocol(HttpToolsProtocol):
         self._feed()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
-        """Keep a half-closed connection open for the answers that are due."""
+        """Keep a half-closed connection open for the answers that are due.
+
+        The end of the client's data looks the same whether it closed its sending side or left. Where it comes with the
+        request, it is taken for the former. Later, and again and again while the answer is not ready, the client gets
+        an interim response, which clients skip (RFC 9110 section 15.2): one that has left answers with a reset.
+        """
         due = self.cycle is not None and not self.cycle.response_complete and not self._is_in_message
-        sock = self.transport.get_extra_info("socket")
-        if not due or self.scheme == "https" or sock is None or not _watch_peer(sock):
+        if not due or self.scheme == "https" or not hasattr(socket, "TCP_INFO"):
+            return None
+        came_with_request = self.loop.time() - self._completed_at < HALF_CLOSE_S
+        is_old = self.scope["http_version"] == "1.0"  # which knows no interim responses
+        if is_old and not came_with_request:
             return None
         self.cycle.keep_alive = False
-        self.loop.call_later(PEER_CHECK_S, self._check_peer, sock)
+        if not is_old:
+            self.loop.call_later(FIRST_PROBE_S if came_with_request else 0, self._probe)
         return True
 
-    def _check_peer(self, sock: socket.socket) -> None:
-        """Cancel the request of a client that has closed its connection and not just its sending side.
+    def _probe(self) -> None:
+        if self.transport.is_closing() or self.pipeline or self.cycle.response_started:
+            return  # writing the answers shows whether the client is there
+        self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.loop.call_later(RESET_S, self._abort_if_reset)
+        self.loop.call_later(PROBE_S, self._probe)
 
-        Both look alike until something is sent. TCP's keepalive probes tell them apart: only a peer that still reads
-        answers them.
-        """
-        if self.transport.is_closing() or self.cycle is None or self.cycle.response_complete:
+    def _abort_if_reset(self) -> None:
+        sock = self.transport.get_extra_info("socket")
+        if self.transport.is_closing() or sock is None:
             return
         if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSED:
             self.transport.abort()
-            return
-        self.loop.call_later(PEER_CHECK_S, self._check_peer, sock)
 
     def _feed(self) -> None:
         if self._is_feeding:  # a response that completes while the parser runs
@@ -252,6 +264,7 @@ class Http1Protocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """Parser: the body is complete."""
         self._is_in_message = False
+        self._completed_at = self.loop.time()
         if self._has_upgrade_offer or self.cycle is None:
             return
         if self.cycle.response_complete:
@@ -354,17 +367,3 @@ def usable_connections(wanted: int) -> int:
     if soft != resource.RLIM_INFINITY and soft < limit:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     return max(1, min(wanted, limit - SPARE_FILES))
-
-
-def _watch_peer(sock: socket.socket) -> bool:
-    """Let TCP probe the peer each second; it is gone after two probes without an answer. False where that is unknown."""
-    if sys.platform != "linux" or sock.family not in (socket.AF_INET, socket.AF_INET6):
-        return False
-    for option, value in (
-        (socket.TCP_KEEPIDLE, 1),
-        (socket.TCP_KEEPINTVL, 1),
-        (socket.TCP_KEEPCNT, 2),
-    ):
-        sock.setsockopt(socket.IPPROTO_TCP, option, value)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    return True

@@ -9,112 +9,28 @@ A killed process cannot say so. The next run of the same asset and experiment cl
 training continues its MLflow run.
 """
 
+import errno
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 import dagster as dg
 from pydantic import Field
 
 from llm_assets.paths import var_dir
-from model.progress import Log
+from llm_assets.resources import tracking_database
+from llm_assets.resources.tracked_run import TrackedRun, one_line, send_unsent
+from model.errors import PipelineError
+from model.progress import Log, silent
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-_BATCH = 100  # MLflow's limit of parameters in one call
-_VALUE_CHARACTERS = 6000  # and of a parameter's length
-
-
-class TrackedRun:
-    """An open MLflow run. Once it is open, a failure to log is a warning: tracking must not end a training."""
-
-    def __init__(self, client: "MlflowClient", run_id: str, url: str, warn: Log) -> None:
-        self._client, self._warn = client, warn
-        self.run_id, self.url, self.failed = run_id, url, False
-        self._ended = False
-
-    def end_after(self, error: BaseException | None) -> None:
-        """End the run, the first time this is called: KILLED after a termination, FAILED after another error."""
-        if self._ended:
-            return
-        self._ended = True
-        status = "FAILED" if error or self.failed else "FINISHED"
-        if isinstance(error, dg.DagsterExecutionInterruptedError | KeyboardInterrupt):
-            status = "KILLED"
-        with self.tolerated(f"status {status}"):
-            self._client.set_terminated(self.run_id, status)
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Log numbers at `step`."""
-        from mlflow.entities import Metric
-        from mlflow.utils.time import get_current_time_millis
-
-        now = get_current_time_millis()
-        entities = [Metric(name, float(value), now, step) for name, value in metrics.items()]
-        with self.tolerated("metrics"):
-            self._client.log_batch(self.run_id, metrics=entities)
-
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log flat parameters; long values are cut to MLflow's limit."""
-        from mlflow.entities import Param
-
-        entities = [Param(name, str(value)[:_VALUE_CHARACTERS]) for name, value in params.items()]
-        with self.tolerated("parameters"):
-            for start in range(0, len(entities), _BATCH):
-                self._client.log_batch(self.run_id, params=entities[start : start + _BATCH])
-
-    def log_artifact(self, path: Path, folder: str | None = None) -> None:
-        """Upload a file, or a folder's content."""
-        with self.tolerated(path.name):
-            if path.is_dir():
-                self._client.log_artifacts(self.run_id, str(path), folder)
-            else:
-                self._client.log_artifact(self.run_id, str(path), folder)
-
-    def register(
-        self, name: str, model_dir: Path, *, asset: str, bits_per_byte: float, evaluation_text: str, candidate: bool
-    ) -> None:
-        """Register a model directory as a version of `name`; the best candidate gets the alias `champion`.
-
-        candidate: whether this is the kind of model that is served, full precision or quantized: a quantized model never
-        beats the one it was made from. evaluation_text identifies the text that the bits per byte were measured on: of the
-        candidates with the same text the best is champion; where the champion has another, the new version takes over.
-        The version holds its own copy of the directory: the artifact store keeps only the newest versions, and a
-        tracking server refuses local paths.
-        """
-        from mlflow.exceptions import MlflowException
-
-        client = self._client
-        with self.tolerated("model version"):
-            client.log_artifacts(self.run_id, str(model_dir), "model")
-            try:
-                client.create_registered_model(name)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-            tags = {"asset": asset, "bits_per_byte": repr(bits_per_byte), "evaluation_text": evaluation_text}
-            source = f"{client.get_run(self.run_id).info.artifact_uri}/model"
-            client.create_model_version(name, source, self.run_id, tags=tags, await_creation_for=0)
-            if candidate:
-                rivals = [
-                    version
-                    for version in client.search_model_versions(f"name = '{name}'")
-                    if version.tags.get("asset") == asset and _evaluation_text(version.tags) == evaluation_text
-                ]
-                best = min(rivals, key=lambda version: (float(version.tags["bits_per_byte"]), -int(version.version)))
-                client.set_registered_model_alias(name, "champion", best.version)
-
-    @contextmanager
-    def tolerated(self, what: str) -> Iterator[None]:
-        """Turn an error of the tracking store into a warning."""
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001 - whatever a tracking store raises
-            self._warn(f"MLflow did not take the {what}: {str(error).splitlines()[0] if str(error) else error!r}")
+DATABASE_TIMEOUT_S = 600
+"""Longest wait of a call for another writer of an SQLite database."""
 
 
 class MlflowTracking(dg.ConfigurableResource):
@@ -143,7 +59,9 @@ class MlflowTracking(dg.ConfigurableResource):
         Ends it FINISHED, FAILED (any exception, `failed` set, or a generator that is closed before it ends) or KILLED
         (Dagster's termination, Ctrl-C).
         """
-        client, experiment_id = self.client()
+        client, experiment_id = self.client(context.log.info)
+        unsent = var_dir() / "mlflow-unsent"
+        send_unsent(client, unsent, context.log.info)
         asset, partition = context.asset_key.to_user_string(), context.partition_key
         tags = {
             "dagster_run_id": context.run.run_id,
@@ -163,7 +81,7 @@ class MlflowTracking(dg.ConfigurableResource):
             run_id = client.create_run(experiment_id, tags=tags, run_name=f"{partition} {asset}").info.run_id
         self._close_abandoned(context, client, experiment_id, run_id)
         url = f"{self._ui_address()}/#/experiments/{experiment_id}/runs/{run_id}"
-        tracked = TrackedRun(client, run_id, url, context.log.warning)
+        tracked = TrackedRun(client, run_id, url, context.log.warning, unsent=unsent, log=context.log.info)
         context.log.info(f"MLflow run: {url}")
         try:
             yield tracked
@@ -172,30 +90,51 @@ class MlflowTracking(dg.ConfigurableResource):
             raise
         tracked.end_after(None)
 
-    def client(self) -> tuple["MlflowClient", str]:
-        """A client whose store is ready, and the experiment's id.
+    def client(self, log: Log = silent) -> tuple["MlflowClient", str]:
+        """A client whose store is ready, and the experiment's id. An experiment deleted in MLflow's page is restored.
 
-        Two processes that open a fresh SQLite file at once race in its migrations and one dies, hence the lock.
+        A lock keeps processes from opening a fresh store at once: they would race in its migrations.
+        Raises PipelineError, one line, where the store cannot be opened.
         """
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        # MLflow's own 7 retries with back-off keep a call that fails waiting for four minutes.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
         from filelock import FileLock
-        from mlflow import MlflowClient
 
         uri = self._uri()
-        lock = var_dir() / "mlflow.lock"
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        artifacts = None
-        if uri.startswith("sqlite:///"):
-            lock = Path(uri.removeprefix("sqlite:///") + ".lock")
+        database = _sqlite_file(uri)
+        lock = database.with_name(database.name + ".lock") if database else var_dir() / "mlflow.lock"
+        try:
             lock.parent.mkdir(parents=True, exist_ok=True)
-            artifacts = (lock.parent / "mlartifacts").as_uri()
-        with FileLock(lock):
-            client = MlflowClient(uri, uri)
-            found = client.get_experiment_by_name(self.experiment)
-            experiment_id = (
-                found.experiment_id if found else client.create_experiment(self.experiment, artifact_location=artifacts)
-            )
-        return client, experiment_id
+            with FileLock(lock):
+                if database:
+                    tracking_database.prepare(database, log)
+                return self._open(uri, database, log)
+        except PipelineError:
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise PipelineError(
+                f"the tracking store {uri} cannot be used: {one_line(error)}; mend it, or name another with "
+                "MLFLOW_TRACKING_URI"
+            ) from error
+
+    def _open(self, uri: str, database: Path | None, log: Log) -> tuple["MlflowClient", str]:
+        from mlflow import MlflowClient
+
+        if database:
+            uri = f"sqlite:///{database}?timeout={DATABASE_TIMEOUT_S}"  # SQLite's own default is 5 s
+        client = MlflowClient(uri, uri)
+        found = client.get_experiment_by_name(self.experiment)
+        if found is None:
+            place = (database.parent / tracking_database.ARTIFACTS).as_uri() if database else None
+            return client, client.create_experiment(self.experiment, artifact_location=place)
+        if found.lifecycle_stage == "deleted":
+            client.restore_experiment(found.experiment_id)
+            log(f"the MLflow experiment {self.experiment!r} was deleted: it is restored")
+        return client, found.experiment_id
 
     def _uri(self) -> str:
         return self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{var_dir() / 'mlflow.db'}"
@@ -238,6 +177,6 @@ def _resumable(client: "MlflowClient", run_id: str | None) -> str | None:
     return run_id if run.info.lifecycle_stage == "active" else None
 
 
-def _evaluation_text(tags: Mapping[str, str]) -> str | None:
-    """The tag `evaluation_text` of a model version, or its name in older versions, `yardstick`."""
-    return tags.get("evaluation_text", tags.get("yardstick"))
+def _sqlite_file(uri: str) -> Path | None:
+    """The file of an SQLite URI, None for another store."""
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None

@@ -27,7 +27,8 @@ from llm_assets.experiments.compose import to_yaml
 from llm_assets.failures import permanent_failures
 from llm_assets.registry import model_name
 from llm_assets.resources.hydra import HydraConfig
-from llm_assets.resources.mlflow import MlflowTracking, TrackedRun
+from llm_assets.resources.mlflow import MlflowTracking
+from llm_assets.resources.tracked_run import TrackedRun
 from llm_assets.stage import metadata as show
 from llm_assets.stage.interrupts import end_with_run, noticed_interrupts
 from model.errors import PipelineError, full_disk_as_error
@@ -93,6 +94,7 @@ class Stage:
                 bits_per_byte=bits_per_byte,
                 evaluation_text=evaluation_text,
                 candidate=candidate,
+                content_hash=Manifest.read(self.output).content_hash,
             )
 
     def result(

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llm_assets.artifacts.manifest import seal
-from llm_assets.resources.mlflow import TrackedRun
+from llm_assets.resources.tracked_run import TrackedRun
 from model.generation.engine import Engine
 from model.generation.requests import GenerationRequest, SamplingParameters, TextPiece
 from model.settings import TokenizerSettings

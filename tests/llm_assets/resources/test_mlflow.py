@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from llm_assets.experiments.compose import compose
-from llm_assets.resources.mlflow import MlflowTracking, TrackedRun
+from llm_assets.resources.mlflow import MlflowTracking
+from llm_assets.resources.tracked_run import TrackedRun
 from llm_assets.stage.stage import Stage
 
 Pipeline = Any  # conftest's
@@ -71,6 +72,7 @@ def test_a_tracking_store_that_fails_is_a_warning_and_not_an_error(pipeline: Pip
         lost.log_metrics({"loss": 1.0})
         lost.log_params({"a": 1})
         lost.log_artifact(work.output)
+        lost.close()
 
     pipeline.bodies["corpus"] = body
     assert pipeline.run("corpus").success

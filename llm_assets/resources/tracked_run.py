@@ -1,0 +1,257 @@
+"""One open MLflow run: what a stage logs to it, sent by a thread of its own.
+
+A training must not wait for its tracking server. What it logs goes into a queue; a thread sends it in order and tries
+again while the server does not answer. What could not be sent when the run ends is kept in a file below var/, and the
+next run that finds the server answering sends it (`send_unsent`).
+"""
+
+import json
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+
+from llm_assets.resources.model_versions import register_version
+from model.progress import Log, silent
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_BATCH = 100  # MLflow's limit of parameters in one call
+_VALUE_CHARACTERS = 6000  # and of a parameter's length
+RETRY_EVERY_S = 5.0
+FINAL_WAIT_S = 15.0
+"""Longest wait at the end of a run for a server that does not answer."""
+_PERMANENT = {
+    "BAD_REQUEST",
+    "INVALID_PARAMETER_VALUE",
+    "INVALID_STATE",
+    "PERMISSION_DENIED",
+    "RESOURCE_ALREADY_EXISTS",
+    "RESOURCE_DOES_NOT_EXIST",
+}
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's text."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else repr(error)
+
+
+def send(client: "MlflowClient", run_id: str, entry: Mapping[str, Any]) -> None:
+    """Send one entry of the queue, or of a file of unsent ones."""
+    from mlflow.entities import Metric, Param
+
+    match entry["kind"]:
+        case "metrics":
+            client.log_batch(run_id, metrics=[Metric(*metric) for metric in entry["values"]])
+        case "params":
+            client.log_batch(run_id, params=[Param(*param) for param in entry["values"]])
+        case "file":
+            client.log_artifact(run_id, entry["path"], entry["folder"])
+        case "folder":
+            client.log_artifacts(run_id, entry["path"], entry["folder"])
+        case "status":
+            client.set_terminated(run_id, entry["status"], entry["time"])
+
+
+def send_unsent(client: "MlflowClient", folder: Path, log: Log) -> None:
+    """Send what earlier runs could not, and delete it; what still fails is left for the next run."""
+    for path in sorted(folder.glob("*.jsonl")):
+        try:
+            for line in path.read_text().splitlines():
+                _send_or_drop(client, path.stem, json.loads(line), log)
+        except Exception as error:  # noqa: BLE001 - whatever a tracking store raises
+            log(f"MLflow did not take what is kept in {path}: {one_line(error)}")
+            return
+        path.unlink(missing_ok=True)
+        shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+        log(f"sent to MLflow what run {path.stem} had logged while the server was away")
+
+
+def _send_or_drop(client: "MlflowClient", run_id: str, entry: Mapping[str, Any], warn: Log) -> None:
+    """Send; drop with a warning what the store refuses for good. Raises what may pass when tried again."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        send(client, run_id, entry)
+    except MlflowException as error:
+        if error.error_code not in _PERMANENT:
+            raise
+        warn(f"MLflow did not take the {entry['name']}: {one_line(error)}")
+    except FileNotFoundError as error:
+        warn(f"MLflow did not get the {entry['name']}: {one_line(error)}")
+
+
+class TrackedRun:
+    """An open MLflow run. Once it is open, a failure to log is a warning: tracking must not end a training.
+
+    unsent: folder for what cannot be sent. Messages of the sending thread are logged by the calls of this object.
+    """
+
+    def __init__(
+        self,
+        client: "MlflowClient",
+        run_id: str,
+        url: str,
+        warn: Log,
+        unsent: Path | None = None,
+        log: Log = silent,
+    ) -> None:
+        self._client, self._warn, self._log, self._unsent = client, warn, log, unsent
+        self.run_id, self.url, self.failed = run_id, url, False
+        self._ended = False
+        self._queue: deque[dict[str, Any]] = deque()
+        self._messages: deque[str] = deque()
+        self._changed = threading.Condition()
+        self._is_failing = self._is_closed = False
+        self._thread: threading.Thread | None = None
+
+    def end_after(self, error: BaseException | None) -> None:
+        """End the run, the first time this is called: KILLED after a termination, FAILED after another error."""
+        if self._ended:
+            return
+        self._ended = True
+        status = "FAILED" if error or self.failed else "FINISHED"
+        if isinstance(error, dg.DagsterExecutionInterruptedError | KeyboardInterrupt):
+            status = "KILLED"
+        self._put(kind="status", name=f"status {status}", status=status, time=int(time.time() * 1000))
+        self.close()
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Log numbers at `step`."""
+        now = int(time.time() * 1000)
+        values = [[name, float(value), now, step] for name, value in metrics.items()]
+        self._put(kind="metrics", name="metrics", values=values)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log flat parameters; long values are cut to MLflow's limit."""
+        values = [[name, str(value)[:_VALUE_CHARACTERS]] for name, value in params.items()]
+        for start in range(0, len(values), _BATCH):
+            self._put(kind="params", name="parameters", values=values[start : start + _BATCH])
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """Upload a file, or a folder's content; it must stay until the run has ended."""
+        self._put(kind="folder" if path.is_dir() else "file", name=path.name, path=str(path), folder=folder)
+
+    def register(
+        self,
+        name: str,
+        model_dir: Path,
+        *,
+        asset: str,
+        bits_per_byte: float,
+        evaluation_text: str,
+        candidate: bool,
+        content_hash: str = "",
+    ) -> None:
+        """Register a model directory as a version of `name`: see `register_version`. A failure is a warning."""
+        with self.tolerated("model version"):
+            register_version(
+                self._client,
+                self.run_id,
+                name,
+                model_dir,
+                asset=asset,
+                bits_per_byte=bits_per_byte,
+                evaluation_text=evaluation_text,
+                candidate=candidate,
+                content_hash=content_hash,
+                log=self._log,
+            )
+
+    @contextmanager
+    def tolerated(self, what: str) -> Iterator[None]:
+        """Turn an error of the tracking store into a warning."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - whatever a tracking store raises
+            self._warn(f"MLflow did not take the {what}: {one_line(error)}")
+
+    def close(self) -> None:
+        """Wait until all is sent, or until a server that does not answer has been given time; keep what is left."""
+        deadline = None
+        with self._changed:
+            while self._queue:
+                now = time.monotonic()
+                deadline = (deadline or now + FINAL_WAIT_S) if self._is_failing else None
+                if deadline and now > deadline:
+                    break
+                self._changed.wait(0.1)
+            self._is_closed = True
+            left = list(self._queue)
+            self._changed.notify_all()
+        self._say()
+        if left:
+            self._keep(left)
+
+    def _put(self, **entry: Any) -> None:
+        self._say()
+        with self._changed:
+            self._queue.append(entry)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def _send_all(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue and not self._is_closed:
+                    self._changed.wait()
+                if self._is_closed:
+                    return
+                entry = self._queue[0]
+            try:
+                _send_or_drop(self._client, self.run_id, entry, self._messages.append)
+            except Exception as error:  # noqa: BLE001 - whatever a tracking store raises
+                if not self._is_failing:
+                    self._messages.append(
+                        f"MLflow did not take the {entry['name']}: {one_line(error)}; it is kept and sent once the store answers"
+                    )
+                with self._changed:
+                    self._is_failing = True
+                    self._changed.notify_all()
+                    self._changed.wait_for(lambda: self._is_closed, RETRY_EVERY_S)
+                continue
+            with self._changed:
+                if not self._is_closed:
+                    self._queue.popleft()
+                if self._is_failing:
+                    self._messages.append("MLflow answers again: what was kept is being sent")
+                self._is_failing = False
+                self._changed.notify_all()
+
+    def _say(self) -> None:
+        """Log the sending thread's messages: Dagster's log belongs to the step's own thread."""
+        while self._messages:
+            self._warn(self._messages.popleft())
+
+    def _keep(self, left: list[dict[str, Any]]) -> None:
+        """Write the entries that were not sent to a file, with copies of the files that they upload."""
+        if self._unsent is None:
+            self._warn(f"MLflow did not take {len(left)} entries: they are lost")
+            return
+        try:
+            self._unsent.mkdir(parents=True, exist_ok=True)
+            lines = []
+            for number, entry in enumerate(left):
+                if entry["kind"] in ("file", "folder"):
+                    source = Path(entry["path"])
+                    copy = self._unsent / self.run_id / str(number) / source.name
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copytree(source, copy) if source.is_dir() else shutil.copy(source, copy)
+                    entry = {**entry, "path": str(copy)}
+                lines.append(json.dumps(entry) + "\n")
+            with (self._unsent / f"{self.run_id}.jsonl").open("a") as file:
+                file.writelines(lines)
+        except OSError as error:
+            self._warn(f"MLflow did not take {len(left)} entries, and they cannot be kept: {one_line(error)}")
+            return
+        self._warn(f"MLflow does not answer: {len(left)} entries are kept in {self._unsent} and sent by the next run")

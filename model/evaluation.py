@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.errors import PipelineError
-from model.logits import IGNORED, rows_at_once
+from model.logits import IGNORE_INDEX, rows_at_once
 from model.modeling_rex import RexForCausalLM
 from model.progress import Log, Progress, silent
 from model.text.tokens import TokenDataset
@@ -67,7 +67,7 @@ def evaluate(
     nats, tokens, text_bytes = 0.0, 0, 0
     for labels_BT, (hidden_BTD,) in _forward([model], _batches(dataset, batch_size, max_windows)):
         labels_BT = labels_BT[:, 1:]
-        counted = labels_BT != IGNORED  # only the responses of conversations count
+        counted = labels_BT != IGNORE_INDEX  # only the responses of conversations count
         labels_R = labels_BT[counted]
         for start, (logits_RV,) in _chunks([model], [hidden_BTD[:, :-1][counted.to(hidden_BTD.device)]]):
             targets = labels_R[start : start + len(logits_RV)].to(logits_RV.device)

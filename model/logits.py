@@ -1,10 +1,10 @@
-"""Logits a chunk of rows at a time, in training and in evaluation alike; the label of tokens that are not predicted."""
+"""How many rows of logits exist at a time, in training and in evaluation; the label of tokens that are not predicted."""
 
 import torch
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """Label of a token that is not predicted: Hugging Face's number."""
-# Float32 logits held at once: what a processor's cache takes, and what keeps a GPU busy.
+# Float32 logits held at once: as much as fits a CPU's cache, and enough rows to occupy a GPU.
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 30}
 
 

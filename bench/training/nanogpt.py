@@ -1,4 +1,4 @@
-"""nanoGPT as a peer: its published CPU run on a text, and its own GPU benchmark; fetched by whoever measures, never kept.
+"""nanoGPT as a peer: its published CPU run on a text, and its own GPU benchmark; cloned by the user, never kept.
 
 The folder that is given is copied before anything runs in it, so it stays as it was. nanoGPT prints its own evaluations
 on a few random batches; for a comparison its final weights are scored here on the whole validation part.
@@ -60,7 +60,7 @@ print(json.dumps({"loss": nats / count, "iterations": saved["iter_num"]}))
 class Run:
     """process_s: wall time from start to end of the process; loop_s: from the first evaluation to the last.
 
-    cpu_s: processor time of the process, which other work on the machine does not stretch; with OMP_NUM_THREADS=1 it is
+    cpu_s: CPU time of the process, which other work on the machine does not stretch; with OMP_NUM_THREADS=1 it is
     the wall time of an idle core.
     loss: nats per character on the whole validation part. printed: what nanoGPT itself printed for its last step.
     """

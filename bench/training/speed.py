@@ -27,7 +27,7 @@ from model.errors import PipelineError
 from model.settings import ModelSettings, TrainingSettings
 from model.system.devices import has_fast_bfloat16, resolve_device, resolve_precision
 from model.text.tokens import TokenDataset
-from model.training.arguments import training_arguments
+from model.training.run import prepare_run
 from model.training.throughput import flops_per_token, matmul_peak
 from model.training.trainer import RexTrainer
 
@@ -79,21 +79,11 @@ class _Steps(RexTrainer):
 def build_trainer(kind: type[AnyTrainer], shape: str, scratch: Path, settings: TrainingSettings) -> AnyTrainer:
     """The trainer of one of SHAPES on random ids."""
     model_file, _, vocabulary, length = SHAPES[shape]
-    device = resolve_device(settings.device)
     dataset = _random_dataset(scratch, vocabulary, length, 4096)
-    model = build_model(build_config(read_settings(ModelSettings, model_file), vocabulary, 0, 0, 1), 0)
+    config = build_config(read_settings(ModelSettings, model_file), vocabulary, 0, 0, 1)
+    model = build_model(config, 0)
     model.config.use_cache = False
-    return kind(
-        model,
-        training_arguments(settings, scratch, device, resolve_precision(settings.precision, device)),
-        settings,
-        (dataset, dataset),
-        scratch,
-        log=lambda line: None,
-        on_metrics=None,
-        sample=None,
-        peak_flops=1.0,
-    )
+    return kind(prepare_run(settings, config, (dataset, dataset), scratch), model)
 
 
 def measure_side(side: str, steps: int) -> dict[str, float]:
@@ -156,7 +146,7 @@ def measure_side(side: str, steps: int) -> dict[str, float]:
 
 
 def compare_cpu(rounds: int, steps: int) -> dict[str, Any]:
-    """`stdlib_30m` against the Trainer as it comes, in float32 and, where the processor multiplies it, in bfloat16."""
+    """`stdlib_30m` against the Trainer as it comes, in float32 and, where the CPU multiplies it, in bfloat16."""
     sides = ["ours", "llama"]
     if has_fast_bfloat16(torch.device("cpu")):
         sides.append("llama_bf16")
@@ -180,7 +170,7 @@ def compare_cpu(rounds: int, steps: int) -> dict[str, Any]:
 def compare_gpu(folder: Path | None, rounds: int, steps: int) -> dict[str, Any]:
     """`gpt2_124m` (bfloat16, compiled) against nanoGPT's own benchmark, compiled, on the same GPU."""
     if not torch.cuda.is_available():
-        raise PipelineError("--gpu: PyTorch sees no GPU; leave the option out to measure the processor")
+        raise PipelineError("--gpu: PyTorch sees no GPU; leave the option out to measure the CPU")
     if folder is None:
         raise PipelineError("--gpu needs --nanogpt DIR: a work tree of https://github.com/karpathy/nanoGPT")
     batch = read_settings(TrainingSettings, SHAPES["gpt2_124m"][1]).per_device_train_batch_size

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 
 from model.errors import PipelineError, full_disk_as_error
+from model.logits import IGNORE_INDEX
 from model.progress import Log, Progress, silent
 from model.settings import TokenizerSettings
 from model.text.chat import response_start
@@ -217,7 +218,7 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     Item i is {"input_ids": int64 (T,), "labels": the same}; the model shifts labels itself. Neighbours share one token,
     so every token of the windows but the first is predicted exactly once; up to T - 2 tokens at the end are left out.
     Conversations (`responses`, the token at which each document's response starts; None for other text) are packed whole:
-    a window starts with one and takes as many as fit, and labels are -100 wherever no response of those is: only what
+    a window starts with one and takes as many as fit, and labels are IGNORE_INDEX wherever no response of those is: only what
     the assistant says is learned, its end-of-text token included. Of one longer than T, the first T tokens count.
     tokens: memory-mapped ids, shape (N,). byte_counts: bytes each id stands for, 0 for specials, shape (V,).
     document_offsets: start of each document in `tokens`, and the end.
@@ -268,14 +269,14 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         documents = self.documents(index)
         start = int(self.document_offsets[documents[0]])
         ids_T = torch.from_numpy(self.tokens[start : start + self.sequence_length].astype(np.int64))
-        labels_T = torch.full_like(ids_T, -100)
+        labels_T = torch.full_like(ids_T, IGNORE_INDEX)
         for document in documents:
             low, high = self.responses[document] - start, self.document_offsets[document + 1] - start
             labels_T[low:high] = ids_T[low:high]
         # The last window may reach the end of the split: what follows no label needs is any token at all.
         missing = self.sequence_length - len(ids_T)
         pad = torch.nn.functional.pad
-        return {"input_ids": pad(ids_T, (0, missing)), "labels": pad(labels_T, (0, missing), value=-100)}
+        return {"input_ids": pad(ids_T, (0, missing)), "labels": pad(labels_T, (0, missing), value=IGNORE_INDEX)}
 
     def __reduce__(self) -> tuple[type["TokenDataset"], tuple[Path, str, int]]:
         # A worker process opens the files again; pickling the map would send it the whole split.

@@ -1,4 +1,7 @@
-"""TrainingSettings as transformers.TrainingArguments: what is ours, what passes through, what is refused."""
+"""TrainingSettings as transformers.TrainingArguments: what is ours, what passes through, what is refused.
+
+The options of the optimizer are not among them: they reach it from TrainingSettings alone (optim/optimizer.py).
+"""
 
 import dataclasses
 import os
@@ -9,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from model.errors import PipelineError
-from model.settings import ExperimentSettings, TrainingSettings
+from model.settings import TrainingSettings
 from model.system.devices import Precision
 
 # These hold the loop together (resume, evaluation, logging): a value from outside would break it silently.
@@ -38,38 +41,40 @@ _FIXED = frozenset(
 )
 
 
-def processes() -> int:
-    """How many processes train together, as whoever started them says."""
+def world_size() -> int:
+    """How many processes train together, as their launcher says."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def accumulation_steps(settings: ExperimentSettings, first: int, now: int) -> int:
-    """Passes a process sums into a step where `first` processes began the training and `now` go on: the same batch.
+def accumulation_steps(
+    settings: TrainingSettings, initial_world_size: int, world_size: int, *, dropout: float = 0.0
+) -> int:
+    """Passes that each process accumulates, so that `world_size` processes take the batch of `initial_world_size`.
 
-    Raises PipelineError where that is no whole number, and for a model with dropout: each process draws from a random
-    state of its own.
+    dropout: the model's. Raises PipelineError where that is no whole number, and for a model with dropout: each process
+    draws from a random state of its own.
     """
-    if first == now:
-        return settings.training.gradient_accumulation_steps
-    passes, rest = divmod(settings.training.gradient_accumulation_steps * first, now)
-    began = f"{first} processes began this training and {now} would go on"
-    if settings.model.attention_dropout:
+    if initial_world_size == world_size:
+        return settings.gradient_accumulation_steps
+    total = settings.gradient_accumulation_steps * initial_world_size
+    accumulation, remainder = divmod(total, world_size)
+    began = f"{initial_world_size} processes began this training and {world_size} would go on"
+    if dropout:
         raise PipelineError(
-            f"{began}, with model.attention_dropout {settings.model.attention_dropout:g} and a random state for each of "
-            f"{first}: start {first} processes, or delete the scratch folder to start afresh"
+            f"{began}, with model.attention_dropout {dropout:g} and a random state for each of {initial_world_size}: "
+            f"start {initial_world_size} processes, or delete the scratch folder to start afresh"
         )
-    if rest:
+    if remainder:
         raise PipelineError(
-            f"{began}: {settings.training.gradient_accumulation_steps * first} passes a step "
-            f"(training.gradient_accumulation_steps times {first}) do not share out among {now}; start {first} processes, "
-            "or a number that divides them"
+            f"{began}: {total} passes a step (training.gradient_accumulation_steps times {initial_world_size}) do not "
+            f"share out among {world_size}; start {initial_world_size} processes, or a number that divides them"
         )
-    return passes
+    return accumulation
 
 
 def _distributed(device: torch.device) -> dict[str, Any]:
-    """Options of a training of several processes: transformers refuses the backend in one that is alone."""
-    if processes() < 2:
+    """Options of a training of several processes; transformers refuses `ddp_backend` in a single one."""
+    if world_size() < 2:
         return {}
     return {"ddp_backend": "nccl" if device.type == "cuda" else "gloo", "ddp_find_unused_parameters": False}
 
@@ -98,10 +103,6 @@ def training_arguments(
         "per_device_train_batch_size": settings.per_device_train_batch_size,
         "per_device_eval_batch_size": settings.per_device_eval_batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation_steps,
-        "learning_rate": settings.learning_rate,
-        "weight_decay": settings.weight_decay,
-        "adam_beta1": settings.adam_beta1,
-        "adam_beta2": settings.adam_beta2,
         "max_grad_norm": settings.max_grad_norm,
         "warmup_steps": settings.warmup_steps,
         "bf16": precision == "bfloat16",

@@ -1,7 +1,7 @@
-"""Checkpoints of a training that is under way: complete or not there, so that a kill at any moment loses nothing.
+"""Checkpoints of a running training: complete or absent, so that a kill at any moment loses nothing.
 
 A checkpoint is written under `incomplete/`, flushed to disk, marked `committed`, and moved into place with one rename;
-removing one starts with a rename back. What is in `incomplete/` or lacks the marker is never read. `run.json` says which
+removing one starts with a rename back. Folders in `incomplete/` or without the marker are never read. `run.json` says which
 training the folder belongs to.
 """
 
@@ -25,7 +25,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def staging(scratch_dir: Path) -> Path:
-    """Where a checkpoint is written before it counts."""
+    """Where a checkpoint is written before it is committed."""
     return scratch_dir / "incomplete"
 
 
@@ -49,11 +49,11 @@ def last_good(scratch_dir: Path) -> str:
 
 
 def commit(scratch_dir: Path, step: int) -> None:
-    """Make the staged checkpoint of `step` count: flush its files, then rename the folder into place."""
+    """Publish the staged checkpoint of `step`: flush its files, then rename the folder into place."""
     staged = staging(scratch_dir) / f"checkpoint-{step}"
     for path in staged.iterdir():
         _flush(path)
-    # Last and after the others: on storage where a rename is not one act (an object store), the marker is what counts.
+    # The marker comes last: on storage whose rename is not atomic (an object store), it decides.
     (staged / COMMITTED).touch()
     _flush(staged / COMMITTED)
     _flush(staged)
@@ -82,9 +82,9 @@ def prune(scratch_dir: Path, keep: int, best_step: int | None) -> None:
 
 
 def open_scratch(scratch_dir: Path, identity: dict[str, Any]) -> int | None:
-    """Step to resume from, None for a fresh start; whatever a kill left half-written is removed.
+    """Step to resume from, None for a fresh start; half-written files of a killed run are removed.
 
-    identity: everything that decides the training's result. Raises PipelineError where `scratch_dir` holds another
+    identity: all settings and data that decide the result. Raises PipelineError where `scratch_dir` holds another
     training: continuing it would mix two.
     """
     scratch_dir.mkdir(parents=True, exist_ok=True)
@@ -105,8 +105,8 @@ def open_scratch(scratch_dir: Path, identity: dict[str, Any]) -> int | None:
     return steps[-1] if steps else None
 
 
-def first_processes(scratch_dir: Path) -> int | None:
-    """How many processes began the training in `scratch_dir`; None where none did."""
+def initial_world_size(scratch_dir: Path) -> int | None:
+    """How many processes began the training in `scratch_dir`; None where no training began."""
     record = scratch_dir / RECORD
     return json.loads(record.read_text())["processes"] if record.is_file() else None
 
@@ -123,6 +123,6 @@ def _differences(found: dict[str, Any], expected: dict[str, Any], prefix: str = 
 
 
 def is_finished(state: TrainerState) -> bool:
-    """Whether the training whose state this is had nothing left to do: all steps done, or stopped early."""
+    """Whether a training with this state is finished: all steps done, or stopped early."""
     saved: Any = state.stateful_callbacks  # as JSON: the Trainer's control flags are among them
     return saved["TrainerControl"]["args"]["should_training_stop"] or state.global_step >= state.max_steps

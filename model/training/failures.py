@@ -1,4 +1,4 @@
-"""What a training says when it cannot go on: one line with the step, the documents, what is left and what to change."""
+"""Errors of a training that cannot go on: one line with the step, the documents, the last checkpoint and what to change."""
 
 import re
 import shutil
@@ -13,6 +13,7 @@ from model.modeling_rex import RexForCausalLM
 from model.settings import TrainingSettings
 from model.text.tokens import TokenDataset
 from model.training import checkpoints
+from model.training.run import TrainingRun
 
 _SHOWN = 8
 
@@ -35,7 +36,7 @@ def documents_of(dataset: TokenDataset, windows: Sequence[int]) -> list[int]:
 def diverged(
     what: str, value: float, step: int, documents: Sequence[int], settings: TrainingSettings, scratch_dir: Path
 ) -> PipelineError:
-    """The error for a loss or gradient that is not finite. documents: those of the batch; none where it was no batch."""
+    """The error for a loss or gradient that is not finite. documents: those of the batch, if any."""
     rates = f"training.learning_rate ({settings.learning_rate:g})"
     if settings.optim == "muon":
         rates += f" or training.muon_learning_rate ({settings.muon_learning_rate:g})"
@@ -51,7 +52,7 @@ def diverged(
 
 
 def cannot_write(step: int, directory: Path, error: Exception) -> PipelineError:
-    """The error for a disk that takes no more."""
+    """The error for a full disk."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     free_mb = shutil.disk_usage(directory if directory.exists() else directory.parent).free / 1e6
     return PipelineError(
@@ -67,13 +68,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def out_of_memory(
-    model: RexForCausalLM, settings: TrainingSettings, sequence_length: int, *, bfloat16: bool
-) -> PipelineError:
+def out_of_memory(model: RexForCausalLM, run: TrainingRun) -> PipelineError:
     """The error for a batch that does not fit, with the size that does: found by trying halves on the same model."""
-    size = settings.per_device_train_batch_size
+    size, accumulation = run.settings.per_device_train_batch_size, run.settings.gradient_accumulation_steps
     fits = size // 2
-    while fits and not _fits(model, fits, sequence_length, bfloat16):
+    while fits and not _fits(model, fits, run):
         fits //= 2
     message = f"training.per_device_train_batch_size is {size}: out of memory on {model.device.type}; "
     if not fits:
@@ -81,21 +80,22 @@ def out_of_memory(
             message + "one window does not fit either: lower tokenizer.sequence_length or the model's size, or set "
             "training.activation_checkpointing=true"
         )
-    accumulation = settings.gradient_accumulation_steps * size // fits
-    same = "the same batch" if fits * accumulation == settings.gradient_accumulation_steps * size else "nearly as large"
+    # Of this run, not of the experiment: after a resume on another number of processes, each accumulates differently.
+    passes = accumulation * size // fits
+    same = "the same batch" if fits * passes == accumulation * size else "nearly as large"
     return PipelineError(
         message + f"{fits} would have fitted: set it to {fits}, and training.gradient_accumulation_steps to "
-        f"{accumulation} for {same}"
+        f"{passes} for {same}"
     )
 
 
-def _fits(model: RexForCausalLM, size: int, sequence_length: int, bfloat16: bool) -> bool:
+def _fits(model: RexForCausalLM, size: int, run: TrainingRun) -> bool:
     model.zero_grad(set_to_none=True)
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
     try:
-        ids_BT = torch.zeros(size, sequence_length, dtype=torch.long, device=model.device)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16):
+        ids_BT = torch.zeros(size, run.sequence_length, dtype=torch.long, device=model.device)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=run.arguments.bf16):
             loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
         loss.backward()
     except (RuntimeError, MemoryError) as error:

@@ -1,7 +1,7 @@
-"""Finished checkpoints that a training builds on: the weights it starts from, and the teacher it follows (distillation).
+"""Finished checkpoints that a training builds on: the initial weights, and the teacher of a distillation.
 
-The teacher reads each batch beside the student, without gradients and in the training's precision; `loss.py` turns both
-models' hidden states into the loss. Either must have the training's own vocabulary: the same ids would mean other tokens.
+The teacher runs on each batch beside the student, without gradients and in the training's precision; `loss.py` turns both
+models' hidden states into the loss. Both must have the training's own vocabulary: the same ids would mean other tokens.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from model.weights.loading import load_model
 
 
 def start_from(model: RexForCausalLM, checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Take over the weights of `training.init_from`.
+    """Load the weights of `training.init_from`.
 
     Raises PipelineError where they are missing, of another shape, or of another vocabulary than `tokenizer`.
     """

@@ -1,7 +1,7 @@
-"""Termination that waits for the end of a step: what is half done cannot be saved, what is done can.
+"""Defers SIGTERM and SIGINT to the end of the optimizer step, where a checkpoint can be saved.
 
-A SIGTERM (an orchestrator's or a scheduler's) or a SIGINT (Ctrl-C) is noted; the training loop saves at the end of the
-running step and then delivers it to whoever had the handler before. A second signal is delivered at once.
+The training loop saves at the end of the running step and then delivers the signal to the handler that was there before.
+A second signal is delivered at once.
 """
 
 import signal
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class DeferredSignals:
-    """Signals that arrived and were not delivered yet."""
+    """Signals that arrived and are not delivered yet."""
 
     def __init__(self) -> None:
         self._arrived: int | None = None
@@ -21,11 +21,11 @@ class DeferredSignals:
 
     @property
     def pending(self) -> bool:
-        """Whether a signal waits to be delivered."""
+        """Whether a signal is deferred."""
         return self._arrived is not None
 
     def deliver(self) -> None:
-        """Put the earlier handlers back and send them the signal that waits, if there is one."""
+        """Restore the earlier handlers and raise the deferred signal, if there is one."""
         self._restore()
         if self._arrived is not None:
             number, self._arrived = self._arrived, None
@@ -53,9 +53,9 @@ class DeferredSignals:
 
 @contextmanager
 def deferred_signals() -> Iterator[DeferredSignals]:
-    """Hold SIGTERM and SIGINT back inside the block; one that was not delivered inside is delivered at its end.
+    """Defer SIGTERM and SIGINT inside the block; one that was not delivered inside is delivered at its end.
 
-    In a thread other than the main one, which gets no signals, nothing is held.
+    In a thread other than the main one, which gets no signals, this does nothing.
     """
     deferred = DeferredSignals()
     if threading.current_thread() is threading.main_thread():
@@ -63,6 +63,6 @@ def deferred_signals() -> Iterator[DeferredSignals]:
     try:
         yield deferred
     except BaseException:
-        deferred._restore()  # the error that is on its way ends the training as well
+        deferred._restore()  # the error ends the training as well
         raise
     deferred.deliver()

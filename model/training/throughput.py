@@ -1,7 +1,7 @@
-"""What a training costs the machine: model FLOP/s, and the share of what its matrix multiplication reaches.
+"""Model FLOP/s of a training, and its share of the measured matrix-multiplication peak.
 
 Model FLOP/s utilization (MFU; PaLM, appendix B) = tokens/s * FLOPs per token / peak. The peak is measured, in the dtype
-of the run, on the machine of the run: a data sheet's number says little about two cores of a shared processor.
+of the run, on the machine of the run: a data sheet says little about two cores of a shared CPU.
 """
 
 import resource
@@ -19,7 +19,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def flops_per_token(model: RexForCausalLM, sequence_length: int) -> int:
     """Floating point operations of forward and backward per token: 6 N + 6 L T H K.
 
-    N: parameters that are multiplied with (all but an untied input embedding); L layers, T tokens, H heads of size K.
+    N: parameters of matrix products (all but an untied input embedding); L layers, T tokens, H heads of size K.
     The attention term counts the causal half of 12 L T H K (PaLM, appendix B).
     """
     config = model.config
@@ -34,19 +34,22 @@ def flops_per_token(model: RexForCausalLM, sequence_length: int) -> int:
 def matmul_peak(device: torch.device, precision: Precision, *, size: int | None = None, rounds: int = 8) -> float:
     """FLOP/s of a square matrix product in `precision` on `device`: the best of `rounds`.
 
-    size: rows and columns; 1,024 on a processor (0.01 s for each round on two cores), 8,192 on a GPU. bfloat16 on a
-    processor that emulates it is measured on fewer rows.
+    The operands are random: a GPU multiplies constants with less power and so at higher clocks, 832 to 874 TFLOP/s on an
+    H100 that reaches 733 with random numbers.
+    size: rows and columns; 1,024 on a CPU (0.01 s for each round on two cores), 8,192 on a GPU. bfloat16 on a CPU that
+    emulates it is measured on fewer rows.
     """
     dtype = _DTYPES[precision]
     if size is None:
         size = 8192 if device.type == "cuda" else 1024 if precision == "float32" else 512
-    a = torch.ones(size, size, dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(0)  # its own: the training's random state stays
+    a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for _ in range(rounds):
             _wait(device)
             started = time.perf_counter()
-            torch.mm(a, a)
+            torch.mm(a, b)
             _wait(device)
             best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
@@ -58,7 +61,7 @@ def _wait(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: by PyTorch on the GPU, or by this process (its resident set)."""
+    """Peak memory so far: allocated by PyTorch on the GPU, or the resident set of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

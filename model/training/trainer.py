@@ -3,7 +3,8 @@
 What differs from the stock Trainer, and why: windows come in an order that depends on the seed alone (a resumed run
 skips to its place without reading data); evaluation gives bits per byte; a checkpoint appears complete or not at all,
 and holds the sum of losses that the next log line will report; a termination waits for the end of the step and saves
-first; a loss that is not finite stops the run before anything is saved.
+first; a loss that is not finite stops the run before anything is saved. docs/architecture.md lists the private methods
+and attributes of the Trainer that this relies on, with the versions of transformers seen to work.
 """
 
 import json
@@ -26,19 +27,18 @@ from transformers.trainer_callback import PrinterCallback, TrainerControl, Train
 
 from model.errors import PipelineError
 from model.evaluation import evaluate
+from model.kernels.attention import ATTENTION
 from model.modeling_rex import RexForCausalLM
-from model.progress import Log, format_duration
+from model.progress import format_duration
 from model.settings import TrainingSettings
 from model.system.allocator import keep_freed_memory
-from model.text.tokens import TokenDataset
 from model.training import checkpoints, failures
-from model.training.attention import ATTENTION
 from model.training.loss import TrainingLoss
-from model.training.optimizer import build_optimizer, warmup_stable_decay
+from model.training.optim.optimizer import build_optimizer
+from model.training.optim.schedule import warmup_stable_decay
+from model.training.run import TrainingRun
 from model.training.signals import DeferredSignals, deferred_signals
 from model.training.throughput import flops_per_token, peak_memory_bytes
-
-OnMetrics = Callable[[int, dict[str, float]], None]
 
 _LOG_EVERY_S = 5.0
 
@@ -74,47 +74,39 @@ class RexTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(
         self,
+        run: TrainingRun,
         model: RexForCausalLM,
-        arguments: TrainingArguments,
-        settings: TrainingSettings,
-        datasets: tuple[TokenDataset, TokenDataset],
-        scratch_dir: Path,
         *,
-        log: Log,
-        on_metrics: OnMetrics | None,
-        sample: Callable[[RexForCausalLM], str] | None,
-        peak_flops: float,
         teacher: RexForCausalLM | None = None,
+        sample: Callable[[RexForCausalLM], str] | None = None,
+        peak_flops: float = 1.0,
     ) -> None:
-        """datasets: training and validation. sample: a short text of the model, logged at each evaluation.
+        """teacher: on the run's device. sample: a short text of the model, logged at each evaluation.
 
-        peak_flops: what `model_flops_utilization` is a share of, in FLOP/s of one process. teacher: on the same device.
+        peak_flops: what `model_flops_utilization` is a share of, in FLOP/s of one process.
         """
-        self.settings, self.scratch_dir = settings, scratch_dir
-        self._log_line, self._on_metrics, self._sample = log, on_metrics, sample
-        train_dataset, self.validation = datasets
-        self._network, self._train = model, train_dataset
-        model.linear_loss = TrainingLoss(settings, teacher)
-        if arguments.device.type == "cpu":
+        self.run, self.settings = run, run.settings
+        self._sample, self._network = sample, model
+        model.linear_loss = TrainingLoss(run.settings, teacher)
+        if run.device.type == "cpu":
             keep_freed_memory()
-            if not settings.torch_compile:
+            if not run.settings.torch_compile:
                 model.config._attn_implementation = ATTENTION
         callbacks: list[TrainerCallback] = []
-        if settings.early_stopping_patience:
-            callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
-        callbacks += [_Schedule(settings), _Bookkeeping(self)]
+        if run.settings.early_stopping_patience:
+            callbacks.append(EarlyStoppingCallback(run.settings.early_stopping_patience))
+        callbacks += [_Schedule(run.settings), _Bookkeeping(self)]
         super().__init__(
             model=model,
-            args=arguments,
+            args=run.arguments,
             data_collator=collate,
-            train_dataset=train_dataset,
-            eval_dataset=self.validation,
+            train_dataset=run.train,
+            eval_dataset=run.validation,
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)  # it prints every log to stdout
-        self._tokens_per_step = self.get_total_train_batch_size(arguments) * train_dataset.sequence_length
-        self._flops_per_token = flops_per_token(model, train_dataset.sequence_length)
-        self._peak_flops = peak_flops * arguments.world_size
+        self._flops_per_token = flops_per_token(model, run.sequence_length)
+        self._peak_flops = peak_flops * run.world_size
         self.interrupts = DeferredSignals()
         self.trained_s = 0.0
         """Seconds of optimizer steps in this process: no evaluation, no saving."""
@@ -125,18 +117,18 @@ class RexTrainer(Trainer):  # type: ignore[misc]
     # -- data, optimizer, schedule ------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        samples = self.args.max_steps * self.get_total_train_batch_size(self.args)
-        return WindowSampler(len(self._train), samples, self.args.seed)
+        samples = self.args.max_steps * self.run.windows_per_step
+        return WindowSampler(len(self.run.train), samples, self.args.seed)
 
     def _windows(self, step: int) -> list[int]:
         """Windows of the whole batch of the 1-based `step`, over all processes."""
-        batch = self.get_total_train_batch_size(self.args)
+        batch = self.run.windows_per_step
         return list(islice(iter(self._get_train_sampler()), (step - 1) * batch, step * batch))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer of `settings.optim`."""
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self._network, self.settings)
+            self.optimizer = build_optimizer(self._network, self.settings, self.run.precision)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -163,16 +155,16 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         with self.accelerator.autocast():
             result = evaluate(
                 self._network,
-                self.validation,
+                self.run.validation,
                 batch_size=self.args.per_device_eval_batch_size,
                 max_windows=self.settings.eval_windows,
             )
         step = self.state.global_step
         if not math.isfinite(result.loss):
-            raise failures.diverged("validation loss", result.loss, step, [], self.settings, self.scratch_dir)
+            raise failures.diverged("validation loss", result.loss, step, [], self.settings, self.run.scratch_dir)
         metrics = {"eval_loss": result.loss, "bits_per_byte": result.bits_per_byte}
         text = self._sample(self._network) if self._sample is not None and step and self.args.should_save else ""
-        self._log_line(
+        self.run.log(
             f"step {step:,}: validation loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte"
             + (f", {text!r}" if text else "")
         )
@@ -204,11 +196,11 @@ class RexTrainer(Trainer):  # type: ignore[misc]
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def restore_loss_sum(self) -> None:
-        """Take up the sum of losses since the last log line where the checkpoint left it."""
+        """Restore the sum of losses since the last log line from the checkpoint."""
         if isinstance(self._resumed_from, str):
             held = json.loads((Path(self._resumed_from) / checkpoints.LOSS_SUM).read_text())
             sums = held["sums"]
-            # A log line reports the mean over processes: where another number of them goes on, each takes that.
+            # A log line reports the mean over processes: after a resume on another number of them, each starts from the mean.
             own = sums[self.args.process_index] if len(sums) == self.args.world_size else sum(sums) / len(sums)
             self._tr_loss = torch.tensor(own, device=self.args.device)
             self._globalstep_last_logged = held["last_logged_step"]
@@ -220,7 +212,7 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         now, step = time.monotonic(), self.state.global_step
         if "loss" in logs:
             busy_s = now - self._last_log_s - self._paused_s
-            tokens_per_second = (step - self._last_log_step) * self._tokens_per_step / max(busy_s, 1e-9)
+            tokens_per_second = (step - self._last_log_step) * self.run.tokens_per_step / max(busy_s, 1e-9)
             logs["tokens_per_second"] = tokens_per_second
             logs["model_flops_per_second"] = tokens_per_second * self._flops_per_token
             logs["model_flops_utilization"] = logs["model_flops_per_second"] / self._peak_flops
@@ -230,18 +222,18 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         logs["seconds"] = self._earlier_s + now - self._started_s
         self.state.log_history.append({"step": step, **logs})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
-        if self._on_metrics is not None:
-            self._on_metrics(step, dict(logs))
+        if self.run.on_metrics is not None:
+            self.run.on_metrics(step, dict(logs))
         if "loss" in logs and (now - self._last_line_s >= _LOG_EVERY_S or step == self.state.max_steps):
             self._last_line_s = now
             left_s = (now - self._started_s) / (step - self._first_step) * (self.state.max_steps - step)
-            self._log_line(
+            self.run.log(
                 f"step {step:,} of {self.state.max_steps:,} ({100 * step / self.state.max_steps:.0f} %): loss "
                 f"{logs['loss']:.4f}, {logs['tokens_per_second']:,.0f} tokens/s, {format_duration(left_s)} left"
             )
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
-        # The sum of losses since the last log keeps a NaN. Reading it waits for a GPU, so there only when due anyway.
+        # A NaN stays in the sum of losses since the last log. Reading it synchronizes a GPU, so there only when due anyway.
         due = self.control.should_log or self.control.should_evaluate or self.control.should_save
         if due or not tr_loss.is_cuda:
             if not math.isfinite(loss := tr_loss.item()):
@@ -253,19 +245,21 @@ class RexTrainer(Trainer):  # type: ignore[misc]
 
     def _diverged(self, what: str, value: float) -> PipelineError:
         step = self.state.global_step
-        documents = failures.documents_of(self._train, self._windows(step))
-        return failures.diverged(what, value, step, documents, self.settings, self.scratch_dir)
+        documents = failures.documents_of(self.run.train, self._windows(step))
+        return failures.diverged(what, value, step, documents, self.settings, self.run.scratch_dir)
 
     def stop(self, step: int) -> None:
-        """Pass on the termination that was held back: the checkpoint of `step` is written."""
-        self._log_line(f"stopping after a signal: step {step:,} is saved")
+        """Deliver the deferred termination; the checkpoint of `step` is written."""
+        self.run.log(f"stopping after a signal: step {step:,} is saved")
         self.interrupts.deliver()
-        raise KeyboardInterrupt(f"stopped by a signal after step {step}")  # another process's signal, or a mild handler
+        raise KeyboardInterrupt(
+            f"stopped by a signal after step {step}"
+        )  # the signal went to another rank, or its handler returned
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(checkpoints.staging(self.scratch_dir))
+        return str(checkpoints.staging(self.run.scratch_dir))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         started, step = time.monotonic(), self.state.global_step
@@ -277,20 +271,20 @@ class RexTrainer(Trainer):  # type: ignore[misc]
                 dist.all_gather_object(sums, self._tr_loss.item())
             if self.args.should_save:
                 held = {"sums": sums, "last_logged_step": self._globalstep_last_logged}
-                staged = checkpoints.staging(self.scratch_dir) / f"checkpoint-{step}"
+                staged = checkpoints.staging(self.run.scratch_dir) / f"checkpoint-{step}"
                 (staged / checkpoints.LOSS_SUM).write_text(json.dumps(held))
-                checkpoints.commit(self.scratch_dir, step)
-                checkpoints.prune(self.scratch_dir, self.settings.save_total_limit, self.state.best_global_step)
+                checkpoints.commit(self.run.scratch_dir, step)
+                checkpoints.prune(self.run.scratch_dir, self.settings.save_total_limit, self.state.best_global_step)
         except (OSError, RuntimeError, SafetensorError) as error:
             if type(error) is RuntimeError and "PytorchStreamWriter" not in str(error):  # torch.save on a full disk
                 raise
-            shutil.rmtree(checkpoints.staging(self.scratch_dir), ignore_errors=True)
-            raise failures.cannot_write(step, self.scratch_dir, error) from error
+            shutil.rmtree(checkpoints.staging(self.run.scratch_dir), ignore_errors=True)
+            raise failures.cannot_write(step, self.run.scratch_dir, error) from error
         self._paused_s += time.monotonic() - started
 
 
 class _Schedule(TrainerCallback):  # type: ignore[misc]
-    """When to evaluate and log beyond the regular steps: early numbers, the last step, and wherever a save is due."""
+    """Evaluates early and at the last step, and logs at every evaluation and save."""
 
     def __init__(self, settings: TrainingSettings) -> None:
         self._evaluate_at = {settings.eval_steps // 10, settings.eval_steps // 3, settings.max_steps}
@@ -306,7 +300,7 @@ class _Schedule(TrainerCallback):  # type: ignore[misc]
 
 
 class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
-    """Takes up what a checkpoint held, and saves at the end of the step in which a termination arrived."""
+    """Restores the loss sum of a checkpoint, and saves at the end of the step in which a termination arrived."""
 
     def __init__(self, trainer: RexTrainer) -> None:
         self._trainer = trainer
@@ -321,14 +315,14 @@ class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         self._ends = self._trainer.interrupts.pending
-        # All processes save the same step, whichever got the signal first. On GPUs asking waits for the device.
+        # All ranks must save the same step, though only one may have got the signal. On GPUs this synchronizes the device.
         if dist.is_initialized() and (args.device.type == "cpu" or state.global_step % args.logging_steps == 0):
             ends = torch.tensor(int(self._ends), device=args.device)
             dist.all_reduce(ends, dist.ReduceOp.MAX)
             self._ends = bool(ends.item())
         elif dist.is_initialized():
             self._ends = False
-        # Nothing is logged for it: the curve is that of a run that nobody stopped.
+        # No log entry for this forced save, so the loss curve equals that of an uninterrupted run.
         control.should_save = control.should_save or self._ends
         return control
 

@@ -8,50 +8,52 @@ import pytest
 import torch
 from torch.nn import functional
 
+from model import logits
 from model.errors import PipelineError
-from model.logits import CHUNK_BYTES, IGNORED
+from model.kernels import linear_cross_entropy as kernel
+from model.logits import IGNORE_INDEX
 from model.settings import ExperimentSettings, TokenizerSettings
 from model.text.tokenizer import train_tokenizer
-from model.training import checkpoints, loss
-from model.training.loss import Teaching, linear_cross_entropy
+from model.training import checkpoints
+from model.training.loss import DistillationTargets, linear_cross_entropy
 from model.training.train import train
 from tests.model.training.tiny import experiment
 
 B, T, D, E, V = 3, 9, 24, 16, 61
 
 
-def example(**how: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Teaching]:
+def example(**how: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, DistillationTargets]:
     generator = torch.Generator().manual_seed(0)
     hidden_BTD = torch.randn(B, T, D, generator=generator, requires_grad=True)
     weight_VD = torch.randn(V, D, generator=generator, requires_grad=True)
     labels_BT = torch.randint(0, V, (B, T), generator=generator)
-    labels_BT[0, :5] = IGNORED
+    labels_BT[0, :5] = IGNORE_INDEX
     teacher = torch.randn(B, T, E, generator=generator), torch.randn(V, E, generator=generator)
-    return hidden_BTD, weight_VD, labels_BT, Teaching(*teacher, **how)  # type: ignore[arg-type]
+    return hidden_BTD, weight_VD, labels_BT, DistillationTargets(*teacher, **how)  # type: ignore[arg-type]
 
 
-def whole_logits(hidden_BTD, weight_VD, labels_BT, teaching) -> torch.Tensor:
+def whole_logits(hidden_BTD, weight_VD, labels_BT, targets) -> torch.Tensor:
     """The definition, with all logits of both models at once and PyTorch's own gradients."""
     labels_R = labels_BT[:, 1:].flatten()
     logits_RV = (hidden_BTD[:, :-1] @ weight_VD.t()).flatten(0, 1)
-    expected_RV = (teaching.hidden_BTE[:, :-1] @ teaching.weight_VE.t()).flatten(0, 1)
-    q_RV, p_RV = ((logits / teaching.temperature).softmax(1) for logits in (logits_RV, expected_RV))
-    if teaching.top_k:
-        rest = torch.ones_like(p_RV).scatter(1, p_RV.topk(teaching.top_k, dim=1).indices, 0.0)
+    expected_RV = (targets.hidden_BTE[:, :-1] @ targets.weight_VE.t()).flatten(0, 1)
+    q_RV, p_RV = ((logits / targets.temperature).softmax(1) for logits in (logits_RV, expected_RV))
+    if targets.top_k:
+        rest = torch.ones_like(p_RV).scatter(1, p_RV.topk(targets.top_k, dim=1).indices, 0.0)
         q_RV, p_RV = (torch.cat([x[rest == 0].view(len(x), -1), (x * rest).sum(1, True)], 1) for x in (q_RV, p_RV))
-    kl_R = teaching.temperature**2 * (p_RV * (p_RV / q_RV).log()).sum(1)
-    plain_R = functional.cross_entropy(logits_RV, labels_R, reduction="none", ignore_index=IGNORED)
-    counted = labels_R != IGNORED
-    return ((1 - teaching.weight) * plain_R + teaching.weight * kl_R)[counted].mean()
+    kl_R = targets.temperature**2 * (p_RV * (p_RV / q_RV).log()).sum(1)
+    plain_R = functional.cross_entropy(logits_RV, labels_R, reduction="none", ignore_index=IGNORE_INDEX)
+    counted = labels_R != IGNORE_INDEX
+    return ((1 - targets.weight) * plain_R + targets.weight * kl_R)[counted].mean()
 
 
 @pytest.mark.parametrize("rows", [5, 1000])
 @pytest.mark.parametrize("top_k", [0, 1, 8])
 @pytest.mark.parametrize(("weight", "temperature"), [(0.5, 1.0), (1.0, 3.0)])
 def test_loss_and_gradients_are_those_of_whole_logits(rows, top_k, weight, temperature):
-    *tensors, teaching = example(weight=weight, temperature=temperature, top_k=top_k)
-    ours = linear_cross_entropy(*tensors, teaching=teaching, rows=rows)
-    expected = whole_logits(*tensors, teaching)
+    *tensors, targets = example(weight=weight, temperature=temperature, top_k=top_k)
+    ours = linear_cross_entropy(*tensors, targets=targets, rows=rows)
+    expected = whole_logits(*tensors, targets)
     assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
     for mine, theirs in zip(
         torch.autograd.grad(ours, tensors[:2]), torch.autograd.grad(expected, tensors[:2]), strict=True
@@ -62,16 +64,16 @@ def test_loss_and_gradients_are_those_of_whole_logits(rows, top_k, weight, tempe
 @pytest.mark.parametrize("top_k", [0, 4])
 def test_a_student_that_predicts_as_its_teacher_has_nothing_to_learn(top_k):
     hidden_BTD, weight_VD, labels_BT, _ = example(weight=1.0, temperature=2.0, top_k=top_k)
-    same = Teaching(hidden_BTD.detach(), weight_VD.detach(), weight=1.0, temperature=2.0, top_k=top_k)
-    loss = linear_cross_entropy(hidden_BTD, weight_VD, labels_BT, teaching=same)
+    same = DistillationTargets(hidden_BTD.detach(), weight_VD.detach(), weight=1.0, temperature=2.0, top_k=top_k)
+    loss = linear_cross_entropy(hidden_BTD, weight_VD, labels_BT, targets=same)
     assert loss.item() == pytest.approx(0, abs=1e-6)
     assert torch.autograd.grad(loss, weight_VD)[0].abs().max() < 1e-6
 
 
 def test_a_student_that_rules_out_what_its_teacher_expects_has_a_finite_loss_and_gradient():
     hidden_BTD, weight_VD = torch.full((1, 2, 1), 100.0, requires_grad=True), torch.tensor([[2.0], [0.0], [0.0]])
-    teaching = Teaching(torch.full((1, 2, 1), 3.0), torch.zeros(3, 1), weight=1.0, temperature=1.0, top_k=1)
-    loss = linear_cross_entropy(hidden_BTD, weight_VD, torch.tensor([[0, 1]]), teaching=teaching)
+    targets = DistillationTargets(torch.full((1, 2, 1), 3.0), torch.zeros(3, 1), weight=1.0, temperature=1.0, top_k=1)
+    loss = linear_cross_entropy(hidden_BTD, weight_VD, torch.tensor([[0, 1]]), targets=targets)
     assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss, hidden_BTD)[0]).all()
 
 
@@ -160,15 +162,15 @@ def test_a_teacher_of_another_tokenizer_or_a_shorter_context_is_refused_in_one_l
 
 def test_a_whole_vocabulary_of_logits_exists_neither_for_the_student_nor_for_the_teacher(monkeypatch):
     largest = 0
-    divergence = loss._divergence
+    divergence = kernel._divergence
 
     def watched(logits_RV, teacher_RV, *how):
         nonlocal largest
         largest = max(largest, len(logits_RV), len(teacher_RV))
         return divergence(logits_RV, teacher_RV, *how)
 
-    monkeypatch.setattr(loss, "_divergence", watched)
-    monkeypatch.setitem(CHUNK_BYTES, "cpu", 16 * 4 * V)
-    *tensors, teaching = example(weight=0.5, temperature=1.0, top_k=0)
-    linear_cross_entropy(*tensors, teaching=teaching)
+    monkeypatch.setattr(kernel, "_divergence", watched)
+    monkeypatch.setitem(logits.CHUNK_BYTES, "cpu", 16 * 4 * V)
+    *tensors, targets = example(weight=0.5, temperature=1.0, top_k=0)
+    linear_cross_entropy(*tensors, targets=targets)
     assert largest == 16 < B * (T - 1)

@@ -80,20 +80,18 @@ def test_a_termination_of_one_process_ends_both_and_the_run_resumes_bit_exact(tw
     assert_same_curve(curve(tmp_path / "output of one"), curve(two_processes / "output"))
 
 
-@pytest.mark.parametrize(("first", "now", "passes"), [(2, 1, 8), (1, 2, 2), (4, 8, 2), (3, 2, 6), (8, 8, 4)])
-def test_another_number_of_processes_keeps_the_batch(first, now, passes):
+@pytest.mark.parametrize(("initial", "now", "passes"), [(2, 1, 8), (1, 2, 2), (4, 8, 2), (3, 2, 6), (8, 8, 4)])
+def test_another_number_of_processes_keeps_the_batch(initial, now, passes):
     settings = experiment(gradient_accumulation_steps=4)
-    settings.model.attention_dropout = 0.0
-    assert accumulation_steps(settings, first, now) == passes
+    assert accumulation_steps(settings.training, initial, now) == passes
 
 
 def test_a_number_of_processes_that_cannot_go_on_is_told_which_can():
     settings = experiment(gradient_accumulation_steps=4)
     with pytest.raises(PipelineError, match=r"2 processes began this training and 1 would go on, with .*dropout 0.1"):
-        accumulation_steps(settings, 2, 1)
-    settings.model.attention_dropout = 0.0
+        accumulation_steps(settings.training, 2, 1, dropout=0.1)
     with pytest.raises(PipelineError, match=r"8 passes a step .* do not share out among 3; start 2 processes"):
-        accumulation_steps(settings, 2, 3)
+        accumulation_steps(settings.training, 2, 3)
 
 
 def _command(process: psutil.Process) -> list[str]:

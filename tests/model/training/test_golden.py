@@ -1,8 +1,8 @@
-"""A short training whose losses are recorded: a change of the arithmetic that nobody meant does not pass unseen.
+"""A short training whose losses are recorded: an unintended change of the arithmetic fails.
 
-After a change that is meant to alter the losses, record them again and say so in the commit:
-`python -m tests.model.training.test_golden`. The text is made here and the vocabulary is its characters, so that neither
-the Python version nor the tokenizer library has a part in it. Rounding differs between processors: with AVX2, with
+After a change that alters the losses on purpose, record them again and say so in the commit:
+`python -m tests.model.training.test_golden`. The text is made here and the vocabulary is its characters, so that the
+result depends on neither the Python version nor the tokenizer library. Rounding differs between CPUs: with AVX2, with
 AVX-512, with the vector units switched off (ATEN_CPU_CAPABILITY=default) and with two threads, a loss moved by at most
 1.3e-6 of itself, a norm by 6e-5, both with Muon; 3e-7 and 2e-6 without.
 """

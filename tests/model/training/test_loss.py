@@ -12,7 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional
 
 from model.build import build_config, build_model
-from model.logits import IGNORED
+from model.logits import IGNORE_INDEX
 from model.training.loss import linear_cross_entropy
 from tests.model.training.tiny import experiment
 
@@ -25,7 +25,7 @@ def example(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     hidden_BTD = torch.randn(B, T, D, generator=generator, requires_grad=True)
     weight_VD = torch.randn(V, D, generator=generator, requires_grad=True)
     labels_BT = torch.randint(0, V, (B, T), generator=generator)
-    labels_BT[0, :9] = IGNORED
+    labels_BT[0, :9] = IGNORE_INDEX
     return hidden_BTD, weight_VD, labels_BT
 
 
@@ -33,9 +33,9 @@ def whole_logits(hidden_BTD, weight_VD, labels_BT, z_loss=0.0, items=None):
     """The definition, with all logits at once."""
     logits_RV = (hidden_BTD[:, :-1] @ weight_VD.t()).flatten(0, 1)
     labels_R = labels_BT[:, 1:].flatten()
-    loss = functional.cross_entropy(logits_RV, labels_R, reduction="sum", ignore_index=IGNORED)
-    loss = loss + z_loss * (logits_RV.logsumexp(1).square() * (labels_R != IGNORED)).sum()
-    return loss / ((labels_R != IGNORED).sum() if items is None else items)
+    loss = functional.cross_entropy(logits_RV, labels_R, reduction="sum", ignore_index=IGNORE_INDEX)
+    loss = loss + z_loss * (logits_RV.logsumexp(1).square() * (labels_R != IGNORE_INDEX)).sum()
+    return loss / ((labels_R != IGNORE_INDEX).sum() if items is None else items)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 1000])
@@ -62,8 +62,8 @@ def test_a_token_that_is_nearly_impossible_has_a_finite_loss():
 
 def test_ragged_batches_add_up_to_one_large_batch():
     hidden_BTD, weight_VD, labels_BT = example()
-    labels_BT[1, 3:] = IGNORED
-    items = (labels_BT[:, 1:] != IGNORED).sum()
+    labels_BT[1, 3:] = IGNORE_INDEX
+    items = (labels_BT[:, 1:] != IGNORE_INDEX).sum()
     parts = [linear_cross_entropy(hidden_BTD[i : i + 1], weight_VD, labels_BT[i : i + 1], items) for i in range(B)]
     whole = linear_cross_entropy(hidden_BTD, weight_VD, labels_BT)
     torch.testing.assert_close(sum(parts), whole)
@@ -80,7 +80,7 @@ def test_under_autocast_the_loss_is_float32_and_close():
     assert weight_VD.grad.dtype == hidden_BTD.grad.dtype == torch.float32
 
 
-def test_gradients_written_out_for_the_processor_are_those_that_pytorch_derives(monkeypatch):
+def test_gradients_written_out_for_the_cpu_are_those_that_pytorch_derives(monkeypatch):
     config = build_config(experiment().model, 300, bos_token_id=0, eos_token_id=0, pad_token_id=1)
     config.attention_dropout = 0.0
     ids_BT = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from model.build import build_config, build_model
 from model.modeling_rex import RexForCausalLM
 from model.settings import TrainingSettings
-from model.training.optimizer import MuonAdamW, build_optimizer, orthogonalize, parameter_groups, warmup_stable_decay
+from model.system.devices import resolve_precision
+from model.training.optim.newton_schulz import orthogonalize
+from model.training.optim.optimizer import MuonAdamW, build_optimizer, parameter_groups
+from model.training.optim.schedule import warmup_stable_decay
 from tests.model.training.tiny import experiment
 
 
@@ -33,7 +36,9 @@ def assert_same_weights(one: RexForCausalLM, other: RexForCausalLM) -> None:
 
 def test_the_options_of_muon_reach_its_matrices():
     settings = TrainingSettings(muon_learning_rate=0.3, muon_momentum=0.7, newton_schulz_steps=4)
-    (muon,) = [group for group in build_optimizer(make_model(), settings).param_groups if group["kind"] == "muon"]
+    (muon,) = [
+        group for group in build_optimizer(make_model(), settings, "float32").param_groups if group["kind"] == "muon"
+    ]
     assert (muon["lr"], muon["momentum"], muon["newton_schulz_steps"]) == (0.3, 0.7, 4)
 
 
@@ -46,7 +51,7 @@ def test_the_options_of_muon_reach_its_matrices():
         (False, "bfloat16", torch.float32),
     ],
 )
-def test_muon_orthogonalises_in_bfloat16_where_the_training_takes_it_and_it_is_fast(
+def test_muon_orthogonalizes_in_bfloat16_where_the_training_takes_it_and_it_is_fast(
     monkeypatch, has_bfloat16, precision, dtype
 ):
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: has_bfloat16)
@@ -57,14 +62,14 @@ def test_muon_orthogonalises_in_bfloat16_where_the_training_takes_it_and_it_is_f
         dtypes.append(matrices_NRC.dtype)
         return orthogonalize(matrices_NRC, steps)
 
-    monkeypatch.setattr("model.training.optimizer.orthogonalize", recording)
+    monkeypatch.setattr("model.training.optim.optimizer.orthogonalize", recording)
     model = make_model()
-    take_steps(model, build_optimizer(model, TrainingSettings(precision=precision)), 1)
+    take_steps(model, build_optimizer(model, TrainingSettings(), resolve_precision(precision, model.device)), 1)
     assert set(dtypes) == {dtype}
     assert all(parameter.dtype == torch.float32 and parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_orthogonalising_in_bfloat16_comes_near_to_float32():
+def test_orthogonalizing_in_bfloat16_comes_near_to_float32():
     matrices_NRC = torch.randn((3, 48, 96), generator=torch.Generator().manual_seed(0))
     exact_NRC = orthogonalize(matrices_NRC)
     rough_NRC = orthogonalize(matrices_NRC.bfloat16())
@@ -121,7 +126,7 @@ def test_muon_steps_as_torchs_does_though_it_takes_fewer_products():
 def test_adamw_is_the_one_of_torch_to_the_last_bit():
     settings = TrainingSettings(optim="adamw")
     model, reference = make_model(), make_model()
-    ours = build_optimizer(model, settings)
+    ours = build_optimizer(model, settings, "float32")
     groups = [{k: v for k, v in group.items() if k != "kind"} for group in parameter_groups(reference, settings)]
     torchs = torch.optim.AdamW(groups, betas=(settings.adam_beta1, settings.adam_beta2), fused=True)
     take_steps(model, ours, 3)
@@ -133,14 +138,14 @@ def test_adamw_is_the_one_of_torch_to_the_last_bit():
 def test_a_saved_optimizer_goes_on_bit_exact(optim):
     settings = TrainingSettings(optim=optim)
     model = make_model()
-    optimizer = build_optimizer(model, settings)
+    optimizer = build_optimizer(model, settings, "float32")
     take_steps(model, optimizer, 2)
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     copied = copy.deepcopy(model)
     take_steps(model, optimizer, 2, first=2)
 
-    restored = build_optimizer(copied, settings)
+    restored = build_optimizer(copied, settings, "float32")
     file.seek(0)
     restored.load_state_dict(torch.load(file, weights_only=True))
     take_steps(copied, restored, 2, first=2)
@@ -162,7 +167,7 @@ def test_every_parameter_is_in_one_group_and_only_norms_do_not_decay():
 
 def test_one_scheduler_drives_both_learning_rates_in_their_ratio():
     settings = TrainingSettings(learning_rate=0.01, muon_learning_rate=0.03)
-    optimizer = build_optimizer(make_model(), settings)
+    optimizer = build_optimizer(make_model(), settings, "float32")
     scheduler = LambdaLR(optimizer, lambda step: warmup_stable_decay(step, warmup_steps=2, decay_steps=4, max_steps=10))
     for _ in range(9):
         optimizer.step()

@@ -8,7 +8,7 @@ import pytest
 
 from model.errors import PipelineError
 from model.training import checkpoints
-from model.training.summary import TrainingSummary
+from model.training.outputs.summary import TrainingSummary
 from model.training.train import train
 from tests.model.training.tiny import experiment
 

@@ -18,7 +18,7 @@ from model.text.corpus import build_corpus, read_documents
 from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset, build_tokenized_dataset
 from model.training.failures import documents_of
-from model.training.summary import TrainingSummary
+from model.training.outputs.summary import TrainingSummary
 from model.training.train import train
 from tests.model.training.tiny import experiment
 

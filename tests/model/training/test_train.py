@@ -13,9 +13,9 @@ from model.modeling_rex import RexForCausalLM
 from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset
 from model.training import checkpoints, loss, trainer
-from model.training.optimizer import MuonAdamW, parameter_groups
-from model.training.outputs import CLOCK
-from model.training.summary import TrainingSummary
+from model.training.optim.optimizer import MuonAdamW, parameter_groups
+from model.training.outputs.files import TIMING_FIELDS
+from model.training.outputs.summary import TrainingSummary
 from model.training.train import train
 from tests.model.training.tiny import TOKENIZER, experiment
 
@@ -50,7 +50,9 @@ def test_the_loss_falls_on_real_text(run):
 def test_every_log_reaches_the_caller_and_the_curves(run):
     output, _, metrics, lines = run
     curve = json.loads((output / "curves.json").read_text())
-    assert curve == [{"step": step, **{k: v for k, v in values.items() if k not in CLOCK}} for step, values in metrics]
+    assert curve == [
+        {"step": step, **{k: v for k, v in values.items() if k not in TIMING_FIELDS}} for step, values in metrics
+    ]
     training = [values for _, values in metrics if "loss" in values]
     live = {"tokens_per_second", "model_flops_per_second", "model_flops_utilization", "peak_memory_bytes", "seconds"}
     assert {"loss", "learning_rate", "grad_norm"} | live == set(training[0])
@@ -98,7 +100,7 @@ def test_the_best_weights_are_kept_when_later_ones_are_worse(dataset_dir, tmp_pa
                         parameter.data.neg_()
 
     monkeypatch.setattr(
-        trainer, "build_optimizer", lambda model, settings: Worsening(parameter_groups(model, settings))
+        trainer, "build_optimizer", lambda model, settings, precision: Worsening(parameter_groups(model, settings))
     )
     summary = train(experiment(max_steps=31, eval_steps=15), dataset_dir, tmp_path / "output", tmp_path / "scratch")
     curve = json.loads((tmp_path / "output" / "curves.json").read_text())
@@ -145,7 +147,9 @@ def test_poisoned_weights_stop_the_run_and_the_last_good_checkpoint_stays(datase
             if self.steps == 6:
                 self.param_groups[0]["params"][0].data[0, 0] = math.nan
 
-    monkeypatch.setattr(trainer, "build_optimizer", lambda model, settings: Poisoned(parameter_groups(model, settings)))
+    monkeypatch.setattr(
+        trainer, "build_optimizer", lambda model, settings, precision: Poisoned(parameter_groups(model, settings))
+    )
     scratch = tmp_path / "scratch"
     with pytest.raises(
         PipelineError,

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -11,12 +11,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from model.errors import full_disk_as_error
 from model.modeling_rex import RexForCausalLM
 from model.settings import ExperimentSettings
-from model.training.curves import plot_loss
+from model.training.outputs.curves import plot_loss
+from model.training.outputs.summary import TrainingSummary
 
-if TYPE_CHECKING:
-    from model.training.summary import TrainingSummary
-
-CLOCK = frozenset(
+TIMING_FIELDS = frozenset(
     {
         "seconds",
         "tokens_per_second",
@@ -27,7 +25,7 @@ CLOCK = frozenset(
         "resumed_from_step",
     }
 )
-"""What the machine and the moment decide: reported live and by `TrainingSummary`, not kept in the artifact."""
+"""Reported, but kept out of the artifact so that identical trainings hash alike."""
 
 
 def sample_texts(
@@ -69,11 +67,11 @@ def write_outputs(
     model: RexForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     history: list[dict[str, Any]],
-    summary: "TrainingSummary",
+    summary: TrainingSummary,
     dataset_dir: Path,
     output_dir: Path,
 ) -> None:
-    """Write the checkpoint directory. Raises PipelineError where the disk takes no more."""
+    """Write the checkpoint directory. Raises PipelineError for a full disk."""
     with full_disk_as_error(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         model.generation_config = GenerationConfig(
@@ -84,16 +82,16 @@ def write_outputs(
         model.save_pretrained(output_dir)
         (output_dir / "model.safetensors").chmod(0o644)  # safetensors leaves it readable to its owner alone
         tokenizer.save_pretrained(output_dir)
-        _write_json(output_dir / "curves.json", [_without_clock(entry) for entry in history])
+        _write_json(output_dir / "curves.json", [_without_timing(entry) for entry in history])
         (output_dir / "progress.md").write_text(progress(history), encoding="utf-8")
         _write_json(output_dir / "samples.json", summary.samples)
-        _write_json(output_dir / "summary.json", _without_clock(dataclasses.asdict(summary)))
+        _write_json(output_dir / "summary.json", _without_timing(dataclasses.asdict(summary)))
         (output_dir / "README.md").write_text(model_card(settings, model, summary, dataset_dir), encoding="utf-8")
         plot_loss(history, output_dir / "loss.png", title=f"{settings.name}: loss")
 
 
 def progress(history: list[dict[str, Any]]) -> str:
-    """What the model wrote at each evaluation, as Markdown: it shows learning where a number does not."""
+    """The sample text of each evaluation, as Markdown."""
     fence = "`" * 4
     parts = [
         f"Step {entry['step']:,}, {entry['bits_per_byte']:.4f} bits per byte:\n\n{fence}\n{entry['sample']}\n{fence}\n"
@@ -103,18 +101,16 @@ def progress(history: list[dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
-def _without_clock(record: dict[str, Any]) -> dict[str, Any]:
-    """What depends on the data and the seed alone: the same training then gives the same files, and the same version."""
-    return {key: value for key, value in record.items() if key not in CLOCK and key != "sample"}
+def _without_timing(record: dict[str, Any]) -> dict[str, Any]:
+    """Without the fields that differ between identical trainings."""
+    return {key: value for key, value in record.items() if key not in TIMING_FIELDS and key != "sample"}
 
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def model_card(
-    settings: ExperimentSettings, model: RexForCausalLM, summary: "TrainingSummary", dataset_dir: Path
-) -> str:
+def model_card(settings: ExperimentSettings, model: RexForCausalLM, summary: TrainingSummary, dataset_dir: Path) -> str:
     """The model's README: what it is, what it was trained on, what it scores, how to load it."""
     config = model.config
     dataset_file = dataset_dir / "summary.json"

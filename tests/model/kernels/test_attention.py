@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.build import build_config, build_model
+from model.kernels.attention import ATTENTION, BLOCK, causal_blocks_forward
 from model.settings import ModelSettings
-from model.training.attention import ATTENTION, BLOCK, causal_blocks_forward
 
 
 def heads(count: int, length: int, dtype: torch.dtype, seed: int) -> Tensor:

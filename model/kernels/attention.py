@@ -1,9 +1,9 @@
-"""Causal attention for training on a processor, in blocks of queries: the implementation "rex_causal_blocks".
+"""Causal attention for training on a CPU, in blocks of queries: the attention implementation "rex_causal_blocks".
 
 Each block is two products with the keys and values up to its end, so that half of all scores are never computed; query
-heads that share a key/value head are rows of one product. The backward pass computes the weights again rather than keep
-them: memory grows with the length, not with its square. PyTorch's flash kernel does the same and takes 1.2 to 2.4 times as
-long here (`bench/LOG.md`). What this does not cover (a mask, dropout, a cache) goes to that kernel.
+heads that share a key/value head are rows of one product. The backward pass recomputes the attention weights: memory
+grows with the length, not with its square. PyTorch's flash kernel does the same and takes 1.2 to 2.4 times as long here
+(`bench/LOG.md`); calls with a mask, dropout or a cache fall back to it.
 
 Shapes: B windows, T tokens, H query heads, G key/value heads, r = H / G, K head dimension, n tokens of a block, S tokens
 up to its end.
@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 ATTENTION = "rex_causal_blocks"
 BLOCK = 128
-"""Queries of a block: fewer skip more scores, more make larger products."""
+"""Queries of a block: smaller blocks skip more scores, larger ones make larger products."""
 
 
 class _CausalBlocks(torch.autograd.Function):
@@ -36,8 +36,8 @@ class _CausalBlocks(torch.autograd.Function):
         for start in range(0, length, BLOCK):
             block = slice(start, start + BLOCK)
             weights = _weights(_rows(q_BGrTK, block), k_XTK, start)
-            mixed = weights @ v_XTK[:, : start + BLOCK]
-            out_BGrTK[..., block, :] = mixed.view_as(out_BGrTK[..., block, :])
+            attn_output = weights @ v_XTK[:, : start + BLOCK]
+            out_BGrTK[..., block, :] = attn_output.view_as(out_BGrTK[..., block, :])
         ctx.save_for_backward(q_BGrTK, k_XTK, v_XTK)
         ctx.scaling = scaling
         return out_BTHK
@@ -48,18 +48,18 @@ class _CausalBlocks(torch.autograd.Function):
         batch, groups, _, length, size = q_BGrTK.shape
         grad_BGrTK = _by_group(grad_BTHK, groups)
         grad_q_BGrTK = torch.empty_like(q_BGrTK)
-        # Each block adds to what the ones before it gave: in float32 at least.
-        exact = torch.promote_types(k_XTK.dtype, torch.float32)
-        grad_k_XTK, grad_v_XTK = torch.zeros_like(k_XTK, dtype=exact), torch.zeros_like(v_XTK, dtype=exact)
+        # Sums over blocks, so accumulated in float32 at least.
+        accumulate = torch.promote_types(k_XTK.dtype, torch.float32)
+        grad_k_XTK, grad_v_XTK = torch.zeros_like(k_XTK, dtype=accumulate), torch.zeros_like(v_XTK, dtype=accumulate)
         for start in range(0, length, BLOCK):
             block, seen = slice(start, start + BLOCK), slice(start + BLOCK)
             q_rows, grad_rows = _rows(q_BGrTK, block), _rows(grad_BGrTK, block)
             weights = _weights(q_rows, k_XTK, start)
             grad_v_XTK[:, seen] += weights.mT @ grad_rows
             grad_weights = grad_rows @ v_XTK[:, seen].mT
-            slope = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_k_XTK[:, seen] += slope.mT @ q_rows
-            grad_q_BGrTK[..., block, :] = (slope @ k_XTK[:, seen]).view_as(grad_q_BGrTK[..., block, :])
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_k_XTK[:, seen] += grad_scores.mT @ q_rows
+            grad_q_BGrTK[..., block, :] = (grad_scores @ k_XTK[:, seen]).view_as(grad_q_BGrTK[..., block, :])
         shape = (batch, groups, length, size)
         return (
             grad_q_BGrTK.mul_(ctx.scaling).reshape(batch, -1, length, size),
@@ -70,17 +70,17 @@ class _CausalBlocks(torch.autograd.Function):
 
 
 def _by_group(x_BTHK: Tensor, groups: int) -> Tensor:
-    """The same numbers, (B, G, r, T, K)."""
+    """A view with query heads grouped by key/value head, (B, G, r, T, K)."""
     return x_BTHK.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
 
 
 def _rows(x_BGrTK: Tensor, block: slice) -> Tensor:
-    """A block's tokens of all heads of a group, one after the other: (B * G, r * n, K)."""
+    """The tokens of a block of all heads of a group, concatenated: (B * G, r * n, K)."""
     return x_BGrTK[..., block, :].flatten(0, 1).flatten(1, 2)
 
 
 def _weights(q_rows: Tensor, k_XTK: Tensor, start: int) -> Tensor:
-    """What each row of a block gives to the S tokens up to the block's end, (B * G, r * n, S)."""
+    """Attention weights of the rows of a block over the S tokens up to its end, (B * G, r * n, S)."""
     k_XSK = k_XTK[:, : start + BLOCK]
     scores = q_rows @ k_XSK.mT
     tokens = k_XSK.shape[1] - start
@@ -112,5 +112,5 @@ def causal_blocks_forward(
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, causal_blocks_forward)
-# No mask where plain causal attention is meant, the flash kernel's else.
+# The masks of SDPA: none for plain causal attention.
 ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

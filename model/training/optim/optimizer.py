@@ -1,8 +1,8 @@
 """Muon for the hidden matrices and AdamW for embeddings and norms, behind one torch.optim.Optimizer.
 
 One optimizer means one state_dict and one scheduler; the two base learning rates keep their ratio over the schedule.
-torch.optim.Muon is not used: it always orthogonalises in bfloat16, which takes 0.5 s for a 256 x 256 matrix on a
-processor without bfloat16 units against 6 ms in float32, and it goes matrix by matrix. The arithmetic is the same.
+torch.optim.Muon is not used: it always orthogonalizes in bfloat16, which takes 0.5 s for a 256 x 256 matrix on a CPU
+without bfloat16 units against 6 ms in float32, and it goes matrix by matrix. The arithmetic is the same.
 Legend: `N` matrices of one shape, `R` rows, `C` columns.
 """
 
@@ -16,57 +16,8 @@ from torch.optim.adamw import adamw
 from transformers import PreTrainedModel
 
 from model.settings import TrainingSettings
-from model.system.devices import has_fast_bfloat16, resolve_precision
-
-# Quintic coefficients of Keller Jordan, "Muon: an optimizer for hidden layers in neural networks" (2024).
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-WIDE = 2
-"""Columns to a row from which on the steps work on X X^T alone: there the numbers of products are even at 1.5."""
-
-
-def orthogonalize(matrices_NRC: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly: singular values end between 0.7 and 1.2 (Newton-Schulz).
-
-    matrices_NRC: shape (N, R, C); works in their dtype and returns it.
-    The first step needs X X^T anyway, and the root of that product's norm bounds the largest singular value much more
-    closely than the norm of X does: 3.4 times for 128 equal ones, which is what one step gains.
-
-    In float32, steps on matrices much wider than high work on X X^T alone: each multiplies X by a polynomial of it, so the
-    polynomials are multiplied first and X once, which saves a quarter to a third of the products (`bench/LOG.md`).
-    """
-    a, b, c = COEFFICIENTS
-    x_NRC = matrices_NRC
-    tall = x_NRC.size(-2) > x_NRC.size(-1)
-    if tall:  # the product below is square in the first dimension: keep it the smaller one
-        x_NRC = x_NRC.mT.contiguous()
-    # To a size of one first: the square of a large or small gradient would leave bfloat16's or float32's range.
-    x_NRC = x_NRC / x_NRC.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    gram_NRR = x_NRC @ x_NRC.mT
-    bound = gram_NRR.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-14)
-    x_NRC, gram_NRR = x_NRC / bound.sqrt(), gram_NRR / bound
-    if x_NRC.dtype != torch.bfloat16 and x_NRC.size(-1) >= WIDE * x_NRC.size(-2):
-        x_NRC = _polynomial(gram_NRR, steps) @ x_NRC
-    else:
-        for step in range(steps):
-            if step:
-                gram_NRR = x_NRC @ x_NRC.mT
-            update_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
-            x_NRC = torch.baddbmm(x_NRC, update_NRR, x_NRC, beta=a)
-    return x_NRC.mT if tall else x_NRC
-
-
-def _polynomial(gram_NRR: Tensor, steps: int) -> Tensor:
-    """What the steps multiply X by, from G = X X^T: all of it commutes, so each step takes G to P P G, with its own P."""
-    a, b, c = COEFFICIENTS
-    product_NRR = None
-    for step in range(steps):
-        factor_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
-        factor_NRR.diagonal(dim1=-2, dim2=-1).add_(a)
-        product_NRR = factor_NRR if product_NRR is None else factor_NRR @ product_NRR
-        if step < steps - 1:
-            gram_NRR = factor_NRR @ (factor_NRR @ gram_NRR)
-    assert product_NRR is not None
-    return product_NRR
+from model.system.devices import Precision, has_fast_bfloat16
+from model.training.optim.newton_schulz import orthogonalize
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -94,7 +45,7 @@ class MuonAdamW(torch.optim.Optimizer):
             "fused": True,  # read by load_state_dict too: AdamW's step counter then stays a float32 tensor
         }
         super().__init__(groups, defaults)
-        # No default of the groups: a checkpoint would carry one machine's choice to another.
+        # Not a default of the groups: a checkpoint would carry one machine's choice to another.
         self._newton_schulz_dtype = newton_schulz_dtype
 
     @torch.no_grad()
@@ -177,30 +128,19 @@ def parameter_groups(model: PreTrainedModel, settings: TrainingSettings) -> list
     ]
 
 
-def build_optimizer(model: PreTrainedModel, settings: TrainingSettings) -> MuonAdamW:
+def build_optimizer(model: PreTrainedModel, settings: TrainingSettings, precision: Precision) -> MuonAdamW:
     """The optimizer of `settings.optim`: "muon" (Muon and AdamW) or "adamw" (fused AdamW for every parameter).
 
-    Its first group has the base learning rate `settings.learning_rate`: that is the one the schedule reports.
-    Muon orthogonalises in bfloat16 on a GPU, and on a processor that has it where the training takes it; else in float32.
+    precision: the training's. Muon orthogonalizes in bfloat16 on a GPU, and on a CPU with bfloat16 units where the
+    training computes in it; else in float32.
+    The first group has the base learning rate `settings.learning_rate`: that is the one the schedule reports.
     """
     device = model.device
-    takes_bfloat16 = device.type == "cuda" or (
-        has_fast_bfloat16(device) and resolve_precision(settings.precision, device) == "bfloat16"
-    )
+    use_bfloat16 = device.type == "cuda" or (has_fast_bfloat16(device) and precision == "bfloat16")
     return MuonAdamW(
         parameter_groups(model, settings),
         betas=(settings.adam_beta1, settings.adam_beta2),
         momentum=settings.muon_momentum,
         newton_schulz_steps=settings.newton_schulz_steps,
-        newton_schulz_dtype=torch.bfloat16 if takes_bfloat16 else torch.float32,
+        newton_schulz_dtype=torch.bfloat16 if use_bfloat16 else torch.float32,
     )
-
-
-def warmup_stable_decay(step: int, *, warmup_steps: int, decay_steps: int, max_steps: int) -> float:
-    """Factor on the base learning rate at 0-based `step`: linear up, constant, linear down to 0 at `max_steps`.
-
-    The first step already learns (factor 1 / warmup_steps) and the last one still does (1 / decay_steps).
-    """
-    up = (step + 1) / warmup_steps if step < warmup_steps else 1.0
-    down = (max_steps - step) / decay_steps if step > max_steps - decay_steps else 1.0
-    return max(0.0, min(up, down))

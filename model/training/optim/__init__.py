@@ -1,0 +1,1 @@
+"""The optimizer: Muon's orthogonalization, Muon with AdamW behind one torch optimizer, the learning-rate schedule."""

@@ -1,0 +1,1 @@
+"""What a training leaves behind: checkpoint files, model card, curves, summary."""

@@ -1,0 +1,104 @@
+"""One training as it runs here: data, model shape, device, precision, processes and batch, decided once.
+
+`train` builds it (`prepare_run`); the Trainer, the self-check and the error messages read it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from model.configuration_rex import RexConfig
+from model.progress import Log, silent
+from model.settings import TrainingSettings
+from model.system.devices import Precision, resolve_device, resolve_precision
+from model.text.tokens import TokenDataset
+from model.training import checkpoints
+from model.training.arguments import accumulation_steps, training_arguments, world_size
+
+OnMetrics = Callable[[int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What holds for the whole of a training in this process.
+
+    settings.gradient_accumulation_steps is what each of the `world_size` processes accumulates now: after a resume on
+    another number of processes it differs from the experiment's, and the batch is the same.
+    """
+
+    settings: TrainingSettings
+    config: RexConfig
+    train: TokenDataset
+    validation: TokenDataset
+    scratch_dir: Path
+    arguments: TrainingArguments
+    device: torch.device
+    precision: Precision
+    initial_world_size: int
+    """Processes that began this training."""
+    log: Log = silent
+    on_metrics: OnMetrics | None = None
+
+    @property
+    def world_size(self) -> int:
+        """Processes that train now."""
+        return int(self.arguments.world_size)
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this process writes and reports."""
+        return bool(self.arguments.process_index == 0)
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a window."""
+        return self.train.sequence_length
+
+    @property
+    def windows_per_step(self) -> int:
+        """Windows of one optimizer step, over all passes and processes."""
+        settings = self.settings
+        return settings.per_device_train_batch_size * settings.gradient_accumulation_steps * self.world_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step, over all passes and processes."""
+        return self.windows_per_step * self.sequence_length
+
+
+def prepare_run(
+    settings: TrainingSettings,
+    config: RexConfig,
+    datasets: tuple[TokenDataset, TokenDataset],
+    scratch_dir: Path,
+    *,
+    log: Log = silent,
+    on_metrics: OnMetrics | None = None,
+) -> TrainingRun:
+    """Decide device, precision and accumulation, and build the TrainingArguments. datasets: training and validation.
+
+    Raises PipelineError for a device that is not there, refused arguments, and a number of processes that cannot go on.
+    """
+    device = resolve_device(settings.device)
+    precision = resolve_precision(settings.precision, device)
+    initial = checkpoints.initial_world_size(scratch_dir) or world_size()
+    accumulation = accumulation_steps(settings, initial, world_size(), dropout=config.attention_dropout)
+    settings = replace(settings, gradient_accumulation_steps=accumulation)
+    arguments = training_arguments(settings, scratch_dir, device, precision)  # joins the other processes
+    is_main_process = arguments.process_index == 0
+    return TrainingRun(
+        settings=settings,
+        config=config,
+        train=datasets[0],
+        validation=datasets[1],
+        scratch_dir=scratch_dir,
+        arguments=arguments,
+        device=device,
+        precision=precision,
+        initial_world_size=initial,
+        log=log if is_main_process else silent,
+        on_metrics=on_metrics if is_main_process else None,
+    )

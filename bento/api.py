@@ -38,11 +38,14 @@ from bento.schema import (
 from bento.serving.admission import Admission
 from bento.serving.answers import Answers, Batch, EventStream, server_sent
 from bento.serving.backend import Backend, BackendOf, Prompt
+from bento.serving.heavy import HeavyWork
 from bento.serving.models import Models
 from bento.telemetry.metrics import CONTENT_TYPE, ServiceMetrics
 from model.generation.requests import Finished, TextPiece
 
 MAX_CHOICES = 64
+FEW_TOKENS = 4096
+"""Tokens whose answer is rendered in the event loop."""
 PLAIN = Sampling.model_validate({})
 
 
@@ -68,6 +71,7 @@ def create_app(
     models = app.state.models = Models(model_name)
     metrics = ServiceMetrics(models.stats, model_name=model_name, version=models.version)
     admission = app.state.admission = Admission(models)
+    heavy = app.state.heavy = HeavyWork()
     add_middleware(
         app,
         metrics=metrics,
@@ -82,7 +86,7 @@ def create_app(
     app.add_exception_handler(HTTPException, _refuse)
 
     def backend_of(request: Request) -> Backend:
-        return Backend(request.state.served.engine, model_name, request_timeout_s, queue_timeout_s, max_choices)
+        return Backend(request.state.served.engine, model_name, request_timeout_s, queue_timeout_s, max_choices, heavy)
 
     app.include_router(openai_routes(backend_of, models))
     app.include_router(own_routes(backend_of))
@@ -166,18 +170,25 @@ def token_routes(backend_of: BackendOf) -> APIRouter:
         backend.check_model(body.model)
         ids = await backend.encode(body.prompt)
         engine = backend.engine
-        content: dict[str, Any] = {"count": len(ids), "max_model_len": engine.context_length, "tokens": ids}
-        if body.return_token_strs:
-            names = TokenNames(engine)
-            content["token_strs"] = [names[token] for token in ids]
-        return JSONResponse(content)
+
+        def render() -> Response:
+            content: dict[str, Any] = {"count": len(ids), "max_model_len": engine.context_length, "tokens": ids}
+            if body.return_token_strs:
+                names = TokenNames(engine)
+                content["token_strs"] = [names[token] for token in ids]
+            return JSONResponse(content)
+
+        return render() if len(ids) <= FEW_TOKENS else await backend.heavy.run(render)
 
     @router.post("/detokenize", response_model=DetokenizeResponse, responses=READING, summary="The text of tokens")
     async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         backend = backend_of(request)
         backend.check_model(body.model)
         backend.check_ids(body.tokens, param="tokens")
-        return JSONResponse({"prompt": backend.engine.decode(body.tokens)})
+        decode = backend.engine.decode
+        is_short = len(body.tokens) <= FEW_TOKENS
+        text = decode(body.tokens) if is_short else await backend.heavy.run(decode, body.tokens)
+        return JSONResponse({"prompt": text})
 
     return router
 

@@ -52,8 +52,8 @@ class BentoArgs(BaseModel):
         ge=1,
         description="Tokens of one step with prompts in it, so that a long prompt does not hold up running texts.",
     )
-    max_queue: int = Field(16, ge=1, description="Requests that wait; more are answered 429.")
-    max_queue_tokens: int = Field(65_536, ge=1, description="Prompt tokens that wait; more are answered 429.")
+    max_queue: int = Field(128, ge=1, description="Requests that wait; more are answered 429.")
+    max_queue_tokens: int = Field(262_144, ge=1, description="Prompt tokens that wait; more are answered 429.")
     queue_timeout_s: float = Field(
         60.0, gt=0, allow_inf_nan=False, description="From arrival to the start; later is answered 503."
     )

@@ -158,8 +158,16 @@ class Sampling(StrictRequest):
             seed=None if self.seed is None else (self.seed + choice) % (MAX_SEED + 1),
         )
 
-    def generation(self, prompt_ids: Any, max_tokens: int, choice: int = 0, **scores: int | None) -> GenerationRequest:
-        """The engine's form of the request for one prompt. scores: logprobs, prompt_logprobs."""
+    def generation(
+        self,
+        prompt_ids: Any,
+        max_tokens: int,
+        choice: int = 0,
+        *,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+    ) -> GenerationRequest:
+        """The engine's form of the request for one prompt. See `GenerationRequest` for the other arguments."""
         return GenerationRequest(
             prompt_ids,
             max_tokens,
@@ -168,7 +176,8 @@ class Sampling(StrictRequest):
             stop=tuple(self.stop or ()),
             stop_token_ids=frozenset(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
-            **scores,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
 
 

@@ -79,7 +79,8 @@ class ApiKeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if self._digests and scope["type"] == "http" and not _is_open(scope) and not self._knows(scope):
+        is_closed = bool(self._digests) and scope["type"] == "http" and not _is_open(scope)
+        if is_closed and not self._knows(scope):
             raise ApiError(
                 401,
                 "this service needs an API key: send a valid one in the header Authorization: Bearer KEY",
@@ -93,6 +94,7 @@ class ApiKeyMiddleware:
         given = _digest(key.strip())
         # Compare with every key: stopping at the first match would leak its position through timing.
         found = [hmac.compare_digest(given, digest) for digest in self._digests]
+        scope.setdefault("state", {})["api_key"] = given.hex()
         return scheme.lower() == "bearer" and any(found)
 
 

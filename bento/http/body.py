@@ -1,10 +1,12 @@
-r"""Reading a request's body: JSON and nothing that only looks like it, refused before any field is looked at.
+r"""Parses a request's body: strict JSON, bounded in its cost before it is parsed.
 
-Python's parser takes more than JSON allows or than a program behind it can carry: names given twice, half characters
-(`\ud800`), any depth. NaN and Infinity pass here and are refused with the name of their field.
+Python's parser takes more than JSON allows or than the routes can bear: duplicate names, half characters (`\ud800`), any
+depth, and any number of values, each of which costs more than its byte. NaN and Infinity pass here and are refused with
+the name of their field. Long bodies are parsed in another thread, one at a time (`heavy.py`).
 """
 
 import json
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -14,6 +16,12 @@ from fastapi.routing import APIRoute
 from bento.errors import ApiError
 
 DEEPEST = 16
+MOST_VALUES = 131_072
+"""Values of a body in all: 64 prompts of 2,000 token ids."""
+MOST_NAMES = 8_192
+"""Names, objects and lists of a body: a thousand messages and a thousand biases."""
+LONG_BODY = 16_384
+_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 class JsonRoute(APIRoute):
@@ -32,12 +40,17 @@ class JsonRoute(APIRoute):
 class _JsonRequest(Request):
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
-            self._json = parse(await self.body())
+            body = await self.body()
+            if len(body) <= LONG_BODY:
+                self._json = parse(body)
+            else:
+                self._json = await self.app.state.heavy.run(parse, body)
         return self._json
 
 
 def parse(body: bytes) -> Any:
     """The value of a JSON text. Raises ApiError 400."""
+    check_cost(body)
     try:
         value = json.loads(body.decode(), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
@@ -52,6 +65,24 @@ def parse(body: bytes) -> Any:
     if b"\\ud" in body or b"\\uD" in body:  # the only way to write half a character in valid UTF-8
         _check_characters(value)
     return value
+
+
+def check_cost(body: bytes) -> None:
+    """Bound the values that a parser would make of a body. Raises ApiError 400."""
+    if len(body) <= MOST_NAMES:
+        return
+    # Only a quote after a backslash is no end of a string, or at most every second one is: half of them is a bound.
+    if body.count(b'"') - body.count(b'\\"') > 2 * MOST_VALUES:
+        raise _too_many("values", MOST_VALUES)
+    skeleton = _STRINGS.sub(b"", body)
+    if skeleton.count(b",") > MOST_VALUES:
+        raise _too_many("values", MOST_VALUES)
+    if skeleton.count(b":") + skeleton.count(b"[") + skeleton.count(b"{") > MOST_NAMES:
+        raise _too_many("names, objects and lists", MOST_NAMES)
+
+
+def _too_many(what: str, most: int) -> ApiError:
+    return _refusal(f"the body has more than {most:,} {what}", "too_many_values")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -118,14 +118,8 @@ class Format(ABC):
             tokens = [token for _, some in read for token in some]
             self._note_cached(index, last)
             content = self._content("".join(text for text, _ in read))
-            choices.append(
-                {
-                    "index": index,
-                    **content,
-                    "finish_reason": choice.finish_reason(last),
-                    **self._extras(choice, tokens),
-                }
-            )
+            extras = self._extras(choice, tokens, is_whole=True)
+            choices.append({"index": index, **content, "finish_reason": choice.finish_reason(last), **extras})
         return {**self._head, "object": self.object, "choices": choices, "usage": self._usage()}
 
     async def stream(self, batches: AsyncGenerator[Batch]) -> AsyncGenerator[str]:
@@ -180,8 +174,9 @@ class Format(ABC):
         shown = {"index": index, **self._delta(text), "finish_reason": finish_reason, **extras}
         return [self._event([shown], self._usage() if self._has_running_usage else None)]
 
-    def _extras(self, choice: Choice, tokens: Sequence[PositionedToken]) -> dict[str, Any]:
-        extras: dict[str, Any] = {"logprobs": self._logprobs(tokens) if self.shown.is_scored and tokens else None}
+    def _extras(self, choice: Choice, tokens: Sequence[PositionedToken], *, is_whole: bool = False) -> dict[str, Any]:
+        is_scored = self.shown.is_scored and bool(tokens or is_whole)  # a text without tokens has an empty list
+        extras: dict[str, Any] = {"logprobs": self._logprobs(tokens) if is_scored else None}
         if self.shown.has_ids:
             extras["token_ids"] = [token.token_id for token in tokens if not token.is_prompt]
             if not choice.has_shown_prompt:

@@ -4,7 +4,6 @@ The two generating routes differ in how a body becomes prompts. They share `_ans
 formats of `format.py`, which turn the engine's events into choices.
 """
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,6 +30,11 @@ from bento.openai.schema import (
 from bento.serving.answers import EventStream
 from bento.serving.backend import SHORT_TEXT, Backend, BackendOf, Prompt, check_model
 from bento.serving.models import Models
+
+MESSAGE_COST = 64
+"""Characters of text that take as long as a message does besides its text."""
+FEW_EVENTS = 4096
+"""Events, times log-probabilities of each, whose answer is rendered in the event loop."""
 
 
 def openai_routes(backend_of: BackendOf, models: Models) -> APIRouter:
@@ -112,10 +116,9 @@ async def _complete(backend: Backend, body: CompletionRequest, request: Request)
 async def _chat(backend: Backend, body: ChatRequest, request: Request) -> Response:
     backend.check_model(body.model)
     engine = backend.engine
-    if sum(len(message.content) for message in body.messages) <= SHORT_TEXT:
-        ids = encode_chat(engine.tokenizer, body.messages, engine.encode)
-    else:
-        ids = await asyncio.to_thread(encode_chat, engine.tokenizer, body.messages, engine.encode)
+    size = sum(len(message.content) + MESSAGE_COST for message in body.messages)
+    encode = partial(encode_chat, engine.tokenizer, body.messages, engine.encode)
+    ids = encode() if size <= SHORT_TEXT else await backend.heavy.run(encode)
     asked = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     name = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
     count = backend.fit(len(ids), asked, default=None, names=("messages", name))
@@ -150,7 +153,13 @@ async def _answer(
     answers = backend.submit(request, generations)
     if body.stream:
         return EventStream(answers, form.stream)
-    return JSONResponse(form.whole(await answers.whole(request.receive)))
+    results = await answers.whole(request.receive)
+
+    def render() -> Response:
+        return JSONResponse(form.whole(results))
+
+    size = sum(len(events) for events, _ in results) * (1 + max((s or 0 for s in scores.values()), default=0))
+    return render() if size <= FEW_EVENTS else await backend.heavy.run(render)
 
 
 async def _read(backend: Backend, prompt: str | list[int]) -> Prompt:

@@ -4,7 +4,6 @@ on the model.
 A request gets its backend once, and with it one model for its whole life: another may take over meanwhile.
 """
 
-import asyncio
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from fastapi import Request
 from bento.errors import ApiError, server_error
 from bento.schema import Sampling
 from bento.serving.answers import Answers
+from bento.serving.heavy import HeavyWork
 from model.errors import PipelineError
 from model.generation.requests import EngineBusy, EngineStopped, GenerationRequest
 
@@ -38,7 +38,7 @@ class Backend:
     """What a route needs of one model and the service's limits.
 
     request_timeout_s: from a request's arrival to its last token. queue_timeout_s: to its start; None waits on.
-    max_choices: texts that one request may ask for, prompts times choices.
+    max_choices: texts that one request may ask for, prompts times choices. heavy: runs what would hold up the event loop.
     """
 
     engine: "Engine"
@@ -46,6 +46,7 @@ class Backend:
     request_timeout_s: float
     queue_timeout_s: float | None
     max_choices: int
+    heavy: HeavyWork
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404 where a request names a model that is not served."""
@@ -55,8 +56,8 @@ class Backend:
         """The tokens of a text; special tokens written out in it are ordinary text."""
         if len(text) <= SHORT_TEXT:
             return self.engine.encode(text)
-        # A long text takes seconds, and the event loop serves everybody.
-        return await asyncio.to_thread(self.engine.encode, text)
+        # Tokenizing a long text takes seconds, and the event loop serves every request.
+        return await self.heavy.run(self.engine.encode, text, holds_lock=False)
 
     def check_ids(self, ids: Collection[int], *, param: str) -> None:
         """Raises ApiError 400 where a token is not in the vocabulary."""
@@ -125,7 +126,17 @@ class Backend:
         """Start all of `generations`, or none. Raises ApiError where there is no place, or no engine."""
         record = request.state.record
         left_s = self.request_timeout_s - (time.monotonic() - record.started)
-        limited = [replace(one, timeout_s=left_s, queue_timeout_s=self.queue_timeout_s) for one in generations]
+        client, connection = _sender(request)
+        limited = [
+            replace(
+                one,
+                timeout_s=left_s,
+                queue_timeout_s=self.queue_timeout_s,
+                client=client,
+                connection=connection,
+            )
+            for one in generations
+        ]
         try:
             return Answers(self.engine, limited, record)
         except EngineBusy as busy:
@@ -139,6 +150,12 @@ class Backend:
 
 BackendOf = Callable[[Request], Backend]
 """The backend of a request that was admitted."""
+
+
+def _sender(request: Request) -> tuple[str, str]:
+    """Whose request it is, by API key or address, and on which connection."""
+    host, port = request.client or ("", 0)
+    return getattr(request.state, "api_key", None) or host, f"{host}:{port}"
 
 
 def check_model(name: str | None, served: str) -> None:

@@ -1,10 +1,13 @@
-"""The queue of requests that wait for a slot: bounded by requests and by prompt tokens, first come, first served."""
+"""The queue of requests that wait for a slot: bounded by requests and by prompt tokens, in turns of its clients."""
 
 import threading
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from model.generation.requests import Generation
+from model.generation.turns import Turns
+
+SHORT_ANSWER = 64
+"""Tokens of an answer that may use the slots kept for short ones."""
 
 
 class QueueFull(Exception):
@@ -15,12 +18,12 @@ class RequestQueue:
     """Every method is safe to call from any thread.
 
     max_requests, max_tokens: requests that wait and prompt tokens of theirs, at most. An empty queue takes one request,
-    however long its prompt.
+    however long its prompt. A named client that has less than its share of a full queue may exceed its bounds, up to twice.
     """
 
     def __init__(self, max_requests: int, max_tokens: int) -> None:
         self._max_requests, self._max_tokens = max_requests, max_tokens
-        self._waiting: deque[Generation] = deque()
+        self._waiting = Turns()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -44,22 +47,22 @@ class RequestQueue:
                 dropped = self._take_interrupted()
                 fits = self._fits(generations, room)
             if fits:
-                self._waiting.extend(generations)
+                for generation in generations:
+                    self._waiting.append(generation)
         for generation in dropped:
             _finish(generation)
         if not fits:
             raise QueueFull
 
-    def first(self) -> Generation | None:
-        """The request that is next, which stays; None where none waits."""
+    def first(self, *, only_short: bool = False) -> Generation | None:
+        """The request that is next, which stays; None where none waits. only_short: of at most SHORT_ANSWER tokens."""
         with self._lock:
-            return self._waiting[0] if self._waiting else None
+            return self._waiting.first(is_short if only_short else lambda _: True)
 
     def remove(self, generation: Generation) -> None:
         """Take a request out; nothing happens where it has gone."""
         with self._lock:
-            if generation in self._waiting:
-                self._waiting.remove(generation)
+            self._waiting.remove(generation, was_served=True)
 
     def finish_interrupted(self) -> int:
         """Finish those that were cancelled or whose time is up, without waiting for their turn; how many they were."""
@@ -74,23 +77,33 @@ class RequestQueue:
     def clear(self) -> list[Generation]:
         """Take all requests out."""
         with self._lock:
-            taken = list(self._waiting)
-            self._waiting.clear()
-        return taken
+            return self._waiting.clear()
 
     def _fits(self, generations: Sequence[Generation], room: int) -> bool:
         requests = len(self._waiting) + len(generations)
         tokens = _tokens(self._waiting) + _tokens(generations)
-        return requests <= self._max_requests + room and (tokens <= self._max_tokens or requests <= max(room, 1))
+        share = self._share(generations[0].request.client) if generations else 1
+        fits = tokens <= share * self._max_tokens or requests <= max(room, 1)
+        return requests <= share * self._max_requests + room and fits
+
+    def _share(self, client: str) -> int:
+        """2 for a named client that waits with less than its share of the queue beside others, else 1."""
+        others = self._waiting.clients - {client}
+        return 2 if client and others and self._waiting.count(client) < self._max_requests // (len(others) + 1) else 1
 
     def _take_interrupted(self) -> list[Generation]:
         interrupted = [generation for generation in self._waiting if generation.interruption()]
         for generation in interrupted:
-            self._waiting.remove(generation)
+            self._waiting.remove(generation, was_served=False)
         return interrupted
 
 
-def _tokens(generations: Sequence[Generation] | deque[Generation]) -> int:
+def is_short(generation: Generation) -> bool:
+    """Whether a request may use the slots kept for short answers."""
+    return generation.request.max_tokens <= SHORT_ANSWER
+
+
+def _tokens(generations: Iterable[Generation]) -> int:
     return sum(len(generation.request.prompt_ids) for generation in generations)
 
 

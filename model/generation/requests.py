@@ -87,6 +87,7 @@ class GenerationRequest:
     logprobs: log-probabilities of each generated token and of this many most likely ones beside it; None for none.
     prompt_logprobs: the same for the tokens of the prompt, in one `PromptScores` event before the first piece.
     queue_timeout_s: from submission to the start. timeout_s: from submission to the last token. None waits on.
+    client, connection: the sender. Clients take turns at free slots, and so do the connections of one client.
     """
 
     prompt_ids: Sequence[int]
@@ -100,6 +101,8 @@ class GenerationRequest:
     prompt_logprobs: int | None = None
     queue_timeout_s: float | None = None
     timeout_s: float | None = None
+    client: str = ""
+    connection: str = ""
 
 
 @dataclass(frozen=True)

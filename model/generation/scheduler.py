@@ -14,7 +14,7 @@ import time
 import numpy as np
 import torch
 
-from model.generation.queue import RequestQueue
+from model.generation.queue import RequestQueue, is_short
 from model.generation.requests import FinishReason, Generation, PromptScores, TextPiece, TokenLogprob
 from model.generation.sampler import Sampler, token_logprobs
 from model.generation.sequence import Sequence
@@ -22,6 +22,8 @@ from model.generation.slots import SHORTEST_REUSE, SlotTable
 from model.generation.step import Segment, SegmentOutput, Step
 
 logger = logging.getLogger(__name__)
+SLOTS_PER_KEPT = 16
+"""One slot in so many is kept for short answers, so that long ones cannot make a short one wait for their end."""
 FAILED = "generating failed: the server's log has the reason"
 Batch = list[tuple[Sequence, Segment]]
 
@@ -120,8 +122,13 @@ class Scheduler:
 
     def _start_next(self) -> Sequence | None:
         """Give a free slot to the request that is next; None where none can start in this step."""
-        generation = self._queue.first()
-        if generation is None or not self._free:
+        if not self._free:
+            return None
+        slots = len(self._free) + len(self.running)
+        most_long = slots - slots // SLOTS_PER_KEPT
+        long = sum(not is_short(sequence.generation) for sequence in self.running)
+        generation = self._queue.first(only_short=long >= most_long)
+        if generation is None:
             return None
         prompt_ids = np.array(generation.request.prompt_ids, dtype=np.int64)
         reuse = self._kv_cache and generation.request.prompt_logprobs is None

@@ -42,9 +42,9 @@ class ServingSettings(Settings, group="serving"):
         above=0,
         maximum=2**20,
     )
-    max_queue: int = option(16, "Requests that wait; more are answered 429.", unit="requests", above=0, maximum=65_536)
+    max_queue: int = option(128, "Requests that wait; more are answered 429.", unit="requests", above=0, maximum=65_536)
     max_queue_tokens: int = option(
-        65_536, "Prompt tokens that wait; more are answered 429.", unit="tokens", above=0, maximum=2**30
+        262_144, "Prompt tokens that wait; more are answered 429.", unit="tokens", above=0, maximum=2**30
     )
     queue_timeout_s: float = option(
         60.0, "From a request's arrival to its start; later is answered 503.", unit="seconds", above=0, maximum=_DAY_S

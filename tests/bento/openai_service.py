@@ -66,7 +66,9 @@ def running_service(
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = chat_template
     model = tiny_model(tokenizer)
-    app = create_app(model_name=MODEL, request_timeout_s=60, max_body_bytes=MAX_BODY_BYTES, **options)
+    app = create_app(
+        **{"model_name": MODEL, "request_timeout_s": 60, "max_body_bytes": MAX_BODY_BYTES, **options}  # type: ignore[arg-type]
+    )
     ends = {} if stops else {"end_of_text_ids": frozenset()}
     engine = Engine(model, tokenizer, max_batch_size=max_batch_size, max_queue=max_queue, **ends)
     app.state.models.serve(engine)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.bento.openai_service import Service, events, running_service
+from tests.bento.openai_service import CHAT_TEMPLATE, Service, events, running_service
 
 TEXTS = ["def main():\n    return 'größer'", "日本語 🦖 if print", "x" * 40, "else None\n"]
 
@@ -77,3 +77,16 @@ def test_generated_tokens_are_scored_before_penalties_and_temperature(service):
     expected_TV = log_probabilities(service, [*ids, *generated])[len(ids) - 1 :]
     expected = expected_TV.gather(1, torch.tensor(generated)[:, None])[:, 0].tolist()
     assert choice["logprobs"]["token_logprobs"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_log_probabilities_that_were_asked_for_are_never_null(n):
+    with running_service(chat_template=CHAT_TEMPLATE, stops=True) as service:
+        end = str(min(service.engine.end_of_text_ids))
+        ended = {"n": n, "logit_bias": {end: 100}, "max_tokens": 3, "presence_penalty": -100, "temperature": 0}
+        texts = service.post("/v1/completions", prompt="x", logprobs=2, **ended).json()["choices"]
+        empty: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        assert [(one["text"], one["logprobs"]) for one in texts] == [("", empty)] * n
+        messages = [{"role": "user", "content": "x"}]
+        answer = service.post("/v1/chat/completions", messages=messages, logprobs=True, top_logprobs=2, **ended)
+        assert [one["logprobs"] for one in answer.json()["choices"]] == [{"content": [], "refusal": None}] * n

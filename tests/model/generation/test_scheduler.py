@@ -170,3 +170,88 @@ def test_the_queue_counts_requests_and_tokens_and_what_starts_at_once():
     first.cancel()
     queue.put([make(1)], room=0)  # what was cancelled makes room at once
     assert first.is_finished and queue.tokens == 1
+
+
+def waiting(client: str, connection: str = "", count: int = 1) -> Generation:
+    return Generation(GenerationRequest([1], count, client=client, connection=connection))
+
+
+def in_order(queue: RequestQueue) -> list[Generation]:
+    served = []
+    while (generation := queue.first()) is not None:
+        queue.remove(generation)
+        served.append(generation)
+    return served
+
+
+def test_clients_take_turns_however_many_requests_each_sent():
+    queue = RequestQueue(100, 1000)
+    many = [waiting("a") for _ in range(5)]
+    queue.put(many, room=0)
+    later = [waiting("b"), waiting("b"), waiting("c")]
+    for generation in later:
+        queue.put([generation], room=0)
+    assert in_order(queue) == [many[0], later[0], later[2], many[1], later[1], *many[2:]]
+
+
+def test_connections_of_one_client_take_turns_and_gain_nothing_over_other_clients():
+    queue = RequestQueue(100, 1000)
+    first = [waiting("a", "1") for _ in range(3)]
+    queue.put(first, room=0)
+    second, other = waiting("a", "2"), [waiting("b"), waiting("b")]
+    for generation in (second, *other):
+        queue.put([generation], room=0)
+    assert in_order(queue) == [first[0], other[0], second, other[1], *first[1:]]
+
+
+def test_an_idle_client_saves_up_no_turns_and_a_new_connection_is_no_advantage():
+    queue = RequestQueue(100, 1000)
+    queue.put([waiting("a", str(i)) for i in range(4)], room=0)
+    old = queue.first()
+    queue.remove(old)
+    for i in range(4, 8):
+        queue.put([waiting("a", str(i))], room=0)
+    late = waiting("a", "0")
+    queue.put([late], room=0)
+    order = in_order(queue)
+    assert order[-1] is late
+    assert [g.request.connection for g in order[:3]] == ["1", "2", "3"]
+
+
+def test_a_cancelled_request_gives_its_turn_to_the_next_of_its_client():
+    queue = RequestQueue(100, 1000)
+    mine = [waiting("a"), waiting("a")]
+    queue.put(mine, room=0)
+    queue.put([waiting("b")], room=0)
+    mine[0].cancel()
+    assert queue.finish_interrupted() == 1
+    assert queue.first() is mine[1]
+
+
+def test_a_full_queue_still_takes_a_client_that_has_less_than_its_share():
+    queue = RequestQueue(4, 1000)
+    queue.put([waiting("a") for _ in range(4)], room=0)
+    with pytest.raises(QueueFull):
+        queue.put([waiting("a")], room=0)
+    queue.put([waiting("b")], room=0)
+    queue.put([waiting("b")], room=0)
+    with pytest.raises(QueueFull):
+        queue.put([waiting("b")], room=0)
+    with pytest.raises(QueueFull):
+        queue.put([waiting("")], room=0)
+
+
+def test_long_answers_leave_a_slot_to_short_ones(recorder):
+    step = Recorder(tiny_model(tiny_tokenizer()), 16)
+    scheduler = schedule(step, prefill_chunk=256)
+    for number in range(16):
+        add(scheduler, [5, number + 2], count=70)
+    short, events = add(scheduler, [7, 8], count=2)
+    scheduler.step()
+    assert len(scheduler.running) == 16
+    assert short in [sequence.generation for sequence in scheduler.running]
+    while not short.is_finished:
+        scheduler.step()
+    scheduler.step()
+    assert len(scheduler.running) == 15  # the slot stays free for the next short one
+    assert isinstance(events[-1], Finished)

@@ -1,0 +1,94 @@
+"""What a body may cost is bounded before it is parsed, and long work takes turns off the event loop."""
+
+import asyncio
+import json
+import threading
+import time
+
+import pytest
+
+from bento.errors import ApiError
+from bento.http.body import DEEPEST, MOST_NAMES, MOST_VALUES, check_cost, parse
+from bento.serving.heavy import HeavyWork
+from tests.bento.openai_service import refusal, running_service
+
+COSTLY = {
+    "fields": json.dumps({f"field{i}": 1 for i in range(MOST_NAMES + 1)}),
+    "lists": "[" + ",".join(["[]"] * (MOST_NAMES + 1)) + "]",
+    "objects": "[" + ",".join(["{}"] * (MOST_NAMES + 1)) + "]",
+    "numbers": "[" + ",".join(["1"] * (MOST_VALUES + 2)) + "]",
+    "texts": "[" + ",".join(['""'] * (MOST_VALUES + 2)) + "]",
+    "escaped texts": "[" + ",".join(['"\\\\"'] * (2 * MOST_VALUES)) + "]",
+    "depth": "[" * (MOST_NAMES + 10) + "]" * (MOST_NAMES + 10),
+    "a text that hides them": '{"a": "' + '\\"' * 20_000 + '", "b": [' + ",".join(["[]"] * (MOST_NAMES + 1)) + "]}",
+}
+
+
+@pytest.mark.parametrize("body", COSTLY.values(), ids=COSTLY.keys())
+def test_a_body_of_many_values_is_refused_before_it_is_parsed(body, monkeypatch):
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("it was parsed"))
+    with pytest.raises(ApiError, match="more than") as caught:
+        parse(body.encode())
+    assert caught.value.status_code == 400
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": 'f(a[0], {\'b\': "c"}, [[[{{{\\" ' * 20_000},
+        {"prompt": [[7] * 1000] * 64},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}] * 1000},
+        {"logit_bias": {str(i): 1.0 for i in range(1024)}, "prompt": 'x"\\' * 10_000},
+        {"prompt": "\\" * 10_001},
+    ],
+    ids=["code", "ids", "messages", "biases", "backslashes"],
+)
+def test_large_bodies_that_people_send_are_within_the_bounds(body):
+    for text in (json.dumps(body), json.dumps(body, indent=1)):
+        check_cost(text.encode())
+        assert parse(text.encode()) == body
+
+
+def test_depth_keeps_its_own_refusal():
+    with pytest.raises(ApiError, match="nested"):
+        parse(b"[" * (DEEPEST + 2) + b"]" * (DEEPEST + 2))
+
+
+def test_a_costly_body_is_refused_over_http():
+    with running_service(max_body_bytes=1 << 20) as service:
+        for path in ("/v1/completions", "/v1/chat/completions", "/generate", "/tokenize"):
+            error = refusal(service.post(path, **json.loads(COSTLY["fields"])))
+            assert error["code"] == "too_many_values"
+
+
+def test_heavy_work_runs_one_piece_at_a_time_beside_the_event_loop():
+    running, most, loop_thread = 0, 0, threading.get_ident()
+    lock = threading.Lock()
+
+    def piece(number: int) -> int:
+        nonlocal running, most
+        assert threading.get_ident() != loop_thread
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.005)
+        with lock:
+            running -= 1
+        return number
+
+    async def play() -> list[int]:
+        heavy = HeavyWork()
+        return await asyncio.gather(*(heavy.run(piece, number) for number in range(8)))
+
+    assert asyncio.run(play()) == list(range(8))
+    assert most == 1
+
+
+def test_a_failure_of_heavy_work_is_the_callers_and_the_next_piece_runs():
+    async def play() -> bytes:
+        heavy = HeavyWork()
+        with pytest.raises(ApiError):
+            await heavy.run(parse, b"{")
+        return await heavy.run(bytes, 3)
+
+    assert asyncio.run(play()) == bytes(3)

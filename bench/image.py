@@ -2,14 +2,15 @@
 
     python -m bench.image [--experiment smoke] [--device cpu] [--rounds 3]
 
-Needs a container engine and a packaged Bento of the experiment (`make pipeline EXPERIMENT=smoke`). The image is built with
-`make image` once, removed by its name, and built again on a clock: warm, with the packages in uv's cache and the layers
-in the engine's. Then, in each round, a container is run as the README says, without a network but the loopback address.
+Needs a container engine and a packaged Bento of the experiment (`make pipeline EXPERIMENT=smoke`). The image is built
+with `make image` once, removed by its name, and built again on a clock: warm, with the packages in uv's cache and the
+layers in the engine's. Then, in each round, a container is run as the README says, without a network but the loopback
+address.
 
 - ready: seconds from `docker run` to a /readyz of 200;
 - memory: MB of their own that the container's processes hold, which nothing can take back from them (anonymous memory),
-  when it is ready and after 16 texts, without weights (the bytes of the model's safetensors files) and without the cache of
-  keys and values. The files of libraries that they have mapped come on top; those are the system's to drop.
+  when it is ready and after 16 texts, without weights (the bytes of the model's safetensors files) and without the
+  cache of keys and values. The files of libraries that they have mapped come on top; those are the system's to drop.
 
 Prints a table, and a JSON line for machines.
 """
@@ -32,9 +33,10 @@ from model.system import commands
 
 MB = 1e6
 LOOK_EVERY_S = 2.0
-"""From one look at a starting container's state to the next: asked for in every turn of the loop, it slowed the start."""
+"""Seconds between polls of a starting container's state: polling in every iteration slowed the start."""
 REPOSITORY = Path(__file__).resolve().parent.parent
-# Run by the image's Python inside the container: processes, and bytes of their own and of mapped files, shared ones once.
+# Run by the image's Python inside the container: processes, and bytes of their own and of mapped files, shared ones
+# once.
 HELD = """
 import glob, os, re
 own = f"/proc/{os.getpid()}/smaps_rollup"

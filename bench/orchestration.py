@@ -107,7 +107,8 @@ def main() -> None:
         plain_s, dagster_s = measure(arguments.experiment)
         costs.append((dagster_s - plain_s) / len(STAGES))
         print(
-            f"round {number + 1}: scripts {plain_s:.1f} s, Dagster {dagster_s:.1f} s, a step costs {costs[-1]:.2f} s more"
+            f"round {number + 1}: scripts {plain_s:.1f} s, Dagster {dagster_s:.1f} s, "
+            f"a step costs {costs[-1]:.2f} s more"
         )
     print(f"median: a step costs {statistics.median(costs):.2f} s more")
 

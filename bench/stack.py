@@ -2,9 +2,9 @@
 
     python -m bench.stack [--experiment smoke] [--rounds 3]
 
-Needs a container engine with compose and the images of the stack (`make stack-image`; what `.env` names). The stack is one
-of its own, beside any other: its project, ports and volumes are new, and gone at the end, as is the state of the runs
-outside.
+Needs a container engine with compose and the images of the stack (`make stack-image`; what `.env` names). The stack is
+one of its own, beside any other: its project, ports and volumes are new, and gone at the end, as is the state of the
+runs outside.
 
 - up: seconds of `make up` until the stack is healthy, with empty volumes;
 - in the stack: seconds from a launch on Dagster's webserver to the end of the run, every asset of `llm_pipeline`;

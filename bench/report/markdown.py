@@ -39,8 +39,8 @@ def _summary(report: dict[str, Any]) -> str:
 - **Quality:** {numbers["bits_per_byte"]:.3f} bits per byte of held-out text; `xz -9e` needs \
 {numbers["bits_per_byte_xz"]:.3f} ({numbers["bits_per_byte_xz_whole_split"]:.3f} given the whole split at once), \
 token frequencies alone {numbers["bits_per_byte_unigram"]:.3f}.
-- **KV cache:** {numbers["kv_cache_tokens"]:,} tokens are generated {numbers["kv_cache_speedup"]:.1f} times as fast with \
-it as without.
+- **KV cache:** {numbers["kv_cache_tokens"]:,} tokens are generated {numbers["kv_cache_speedup"]:.1f} times as fast \
+with it as without.
 - **Speed:** {numbers["decode_tokens_per_second"]:,.0f} tokens/s for one sequence of {numbers["decode_tokens"]:,} \
 tokens, {numbers["largest_batch_tokens_per_second"]:,.0f} in a batch.
 - **{_capital(quantized["label"])}:** {full["weights_bytes"] / quantized["weights_bytes"]:.2f} times smaller, \
@@ -66,9 +66,9 @@ def _quality(report: dict[str, Any]) -> str:
     )
     return f"""## Quality
 
-Bits per byte of raw text, lower is better; on {quality["windows"]:,} windows of {quality["sequence_length"]:,} tokens, \
-evenly spread over the validation split ({quality["tokens"]:,} tokens, {quality["bytes"]:,} bytes). The cost of telling \
-where documents end is included for all but `xz`, which gets the text in one piece.
+Bits per byte of raw text, lower is better; on {quality["windows"]:,} windows of {quality["sequence_length"]:,} \
+tokens, evenly spread over the validation split ({quality["tokens"]:,} tokens, {quality["bytes"]:,} bytes). The cost \
+of predicting where documents end is included for all but `xz`, which gets the text in one piece.
 
 {table(["", "bits per byte", "perplexity per token"], [(name, f"{bits:.4f}", extra) for name, bits, extra in rows])}
 
@@ -101,9 +101,9 @@ def _decode(report: dict[str, Any]) -> str:
     header = ["", "tokens", "tokens/s", "ms per token", "spread", "repeats"]
     return f"""## Decoding one sequence
 
-Greedy, from a prompt of one token. Medians of interleaved rounds; spread is (slowest - fastest) / median. With the cache \
-every token is timed. Without it a token costs what the number of tokens before it costs, so one of \
-{report["settings"]["uncached_every"]} positions is timed and stands for its neighbours; the command under Conditions \
+Greedy, from a prompt of one token. Medians of interleaved rounds; spread is (slowest - fastest) / median. With the \
+cache every token is timed. Without it the time of a token depends on the number of tokens before it, so one of \
+{report["settings"]["uncached_every"]} positions is timed and stands for its neighbors; the command under Conditions \
 times them all.
 
 {table(header, rows)}

@@ -1,7 +1,7 @@
 """Peak memory of decoding, each configuration in a process of its own.
 
-A process's peak never falls, so configurations cannot share one. `python -m bench.report.memory` imports once, then forks a
-child for every configuration: the child loads the model, decodes and reports its peak.
+A process's peak never falls, so configurations cannot share one. `python -m bench.report.memory` imports once, then
+forks a child for every configuration: the child loads the model, decodes and reports its peak.
 """
 
 import argparse

@@ -7,6 +7,7 @@ PORT       ?= 3000
 UI_PORT    ?= 3001
 MLFLOW_PORT ?= 5000
 DEVICE     ?= cpu
+WORKERS    ?= 2
 
 BIN       := .venv/bin
 INSTALLED := .venv/.installed
@@ -21,14 +22,16 @@ export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 export GOMP_SPINCOUNT ?= 20000
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_UI_URL ?= http://127.0.0.1:$(MLFLOW_PORT)
+# Tests of one file stay in one process, as they share fixtures.
+SHARED := --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 # Compose v2 is a plugin of docker's command line; the first version was a command of its own.
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test lint bench clean
+.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-e2e coverage lint bench clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) $(DAGSTER_HOME)/dagster.yaml  ## Make the virtual environment and install the pinned packages
 
@@ -94,8 +97,17 @@ else
 endif
 	@$(BIN)/python -m llm_assets.latest $(EXPERIMENT) --image $(DEVICE)
 
-test: setup  ## Run the tests
-	$(BIN)/pytest
+test: setup  ## Run all tests on WORKERS=2 processes; one of them runs the images and the stack
+	$(BIN)/pytest $(SHARED)
+
+test-fast: setup  ## Run the tests that are not slow and start no process
+	$(BIN)/pytest $(SHARED) -m 'not slow and not processes'
+
+test-e2e: setup  ## Run the end-to-end tests: Dagster, bentoml serve, containers, a browser
+	$(BIN)/pytest $(SHARED) -m e2e
+
+coverage: setup  ## Run all other tests with coverage; fails below the floor in pyproject.toml
+	$(BIN)/pytest $(SHARED) -m 'not e2e' --cov --cov-report=term:skip-covered
 
 lint: setup  ## Check style and types
 	$(BIN)/ruff check .

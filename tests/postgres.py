@@ -60,7 +60,7 @@ def postgres_server() -> Iterator[Postgres]:
     def run(program: str, *arguments: str) -> None:
         done = subprocess.run(
             [programs / program, "-D", folder / "data", *arguments], cwd=folder, check=False, capture_output=True,
-            text=True, timeout=60, **account,
+            text=True, timeout=300, **account,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
 

@@ -14,6 +14,7 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 127, "", f"{command[0]} is not there")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("version", "compose"), [("2", ["docker", "compose"]), ("1", ["docker-compose"])])
 def test_compose_reads_the_file_with_the_settings_of_the_example(version: str, compose: list[str]) -> None:
     if not _run(*compose, "version", "--short").stdout.lstrip("v").startswith(version):

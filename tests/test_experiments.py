@@ -89,7 +89,11 @@ def test_the_model_has_the_size_it_claims(name):
     assert low < count_parameters(build_config(settings.model, vocabulary(settings), 0, 0, 1)) / 1e6 < high
 
 
-@pytest.mark.parametrize("name", experiment_names())
+LARGE = {"gpt2_124m", "llama_350m"}  # the vocabularies of GPT-2's and Llama's size take most of the time
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in experiment_names()]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_shrunken_copy_takes_two_steps_on_cpu(name, base, tmp_path):
     settings = shrunken(name, tmp_path, base)
     summary = train(settings, tmp_path / "dataset", tmp_path / "checkpoint", tmp_path / "scratch")

@@ -48,8 +48,10 @@ def test_the_model_speaks_of_no_orchestrator_tracker_or_server():
     assert not lines
 
 
+@pytest.mark.processes
 def test_loading_the_definitions_loads_no_heavy_package():
-    program = f"import sys, json, llm_assets.definitions as d; d.defs(); print(json.dumps(sorted({HEAVY!r} & set(sys.modules))))"
+    program = "import sys, json, llm_assets.definitions as d; d.defs(); "
+    program += f"print(json.dumps(sorted({HEAVY!r} & set(sys.modules))))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1]) == []
 

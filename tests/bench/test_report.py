@@ -167,11 +167,13 @@ def test_each_memory_peak_covers_the_imports_and_the_model(report):
         assert row["peak_bytes"] > row["baseline_bytes"] > 50_000_000
 
 
+@pytest.mark.processes
 def test_a_child_that_fails_says_why(tmp_path):
     with pytest.raises(PipelineError, match=r"measuring peak memory failed: .*config.json is missing"):
         measure_peaks([Configuration("x", str(tmp_path), True, 4, "cpu", 1)])
 
 
+@pytest.mark.processes
 def test_a_length_beyond_the_context_is_refused(directories, settings, tmp_path):
     shorter = experiment()
     shorter.model.max_position_embeddings = 1024
@@ -182,6 +184,7 @@ def test_a_length_beyond_the_context_is_refused(directories, settings, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.processes
 def test_artifact_directories_are_enough_for_the_command(directories):
     options = type("Options", (), {**vars(BENCHMARK), "name": "x", "device": "cpu"})
     settings = settings_of(directories["checkpoint"], directories["dataset"], options)

@@ -8,6 +8,7 @@ from bench.tokenizing import check_ids, compare_speed, main
 from model.errors import PipelineError
 
 
+@pytest.mark.processes
 def test_both_sides_give_equal_ids_and_a_difference_is_refused(tmp_path: Path) -> None:
     result = compare_speed(0.4, 1, 600, tmp_path)
     assert result["bytes"] == 400_000 and result["tokens"] > 100_000

@@ -54,7 +54,7 @@ class Server:
     def ask(self, **body: Any) -> httpx.Response:
         return httpx.post(f"{self.url}/generate", json={**GREEDY, **body}, timeout=60)
 
-    def wait_until_ready(self, seconds: float = 120) -> None:
+    def wait_until_ready(self, seconds: float = 300) -> None:
         wait_for(f"{self.url}/readyz", self.process, self.log_file, seconds)
 
 

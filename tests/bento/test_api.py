@@ -284,7 +284,7 @@ def test_an_answer_that_is_not_complete_in_time_is_504(stream):
 
 
 def call_and_leave(service: Service, body: dict[str, Any]) -> list[dict[str, Any]]:
-    """Send a request, leave once the model works on it, and return what was sent to the client until the engine idles."""
+    """Send a request, disconnect once the model computes it, and return what was sent before the engine became idle."""
     sent: list[dict[str, Any]] = []
 
     async def play() -> None:

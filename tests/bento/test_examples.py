@@ -27,6 +27,6 @@ def test_the_examples_of_the_service_work(tmp_path: Path):
         assert commands and programs
         for command in [*commands, *programs]:
             here = [part.replace("http://127.0.0.1:3000", server.url) for part in command]
-            done = subprocess.run(here, check=False, capture_output=True, text=True, timeout=120)
+            done = subprocess.run(here, check=False, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, done.stderr
             assert done.stdout.strip() and '"error"' not in done.stdout, done.stdout

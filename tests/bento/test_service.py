@@ -61,7 +61,7 @@ def run(command: list, home: Path, *, cwd: Path | None = None, check: bool = Tru
         env=environment(home, **variables),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=check,
     )
 

@@ -57,7 +57,7 @@ class Container:
         assert done.returncode == 0, done.stdout
         return done.stdout.strip()
 
-    def wait_until_ready(self, seconds: float = 120) -> None:
+    def wait_until_ready(self, seconds: float = 300) -> None:
         """Fail with the container's log if it ends for good or never answers."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

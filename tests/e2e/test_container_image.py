@@ -16,7 +16,7 @@ from bench.image import HELD
 from llm_assets.containers.context import prepare_context
 from llm_assets.resources.bentos import BentoBuilder
 from tests.e2e.engine import Container, docker, require_engine, start
-from tests.e2e.workplace import BIN, REPO, new_workplace
+from tests.e2e.workplace import REPO, new_workplace
 
 pytestmark = pytest.mark.e2e
 # What the service holds in bytes beyond its weights and its cache, which are tiny here.
@@ -42,7 +42,7 @@ def image(workplace):
     require_engine()
     before = images()
     done = subprocess.run(
-        ["make", "--no-print-directory", "--old-file=.venv/.installed", "image", "EXPERIMENT=smoke", f"BIN={BIN}", f"DAGSTER_HOME={workplace.root / 'dagster'}"],
+        workplace.make("image", "EXPERIMENT=smoke"),
         cwd=REPO,
         env=workplace.env,
         stdout=subprocess.PIPE,

@@ -22,7 +22,9 @@ LONG_S = 500.0
 STEPS = """
 query Steps($id: ID!) { runOrError(runId: $id) { ... on Run { status stepStats { stepKey status } } } }"""
 EVENTS = """
-query Events($id: ID!) { logsForRun(runId: $id) { ... on EventConnection { events { ... on MessageEvent { message } } } } }"""
+query Events($id: ID!) {
+  logsForRun(runId: $id) { ... on EventConnection { events { ... on MessageEvent { message } } } }
+}"""
 RUNS = "query Runs { runsOrError { ... on Runs { results { runId status } } } }"
 
 

@@ -1,4 +1,4 @@
-"""Runs launched and cancelled from the Dagster webserver, as the UI does it: over GraphQL, through the daemon's queue."""
+"""Runs launched and canceled from the Dagster webserver as the UI does it: over GraphQL, through the daemon's queue."""
 
 import contextlib
 import subprocess

@@ -35,7 +35,9 @@ class Workplace:
 
     @property
     def env(self) -> dict[str, str]:
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("DAGSTER", "MLFLOW", "BENTOML", "REX_"))}
+        inherited = {
+            k: v for k, v in os.environ.items() if not k.startswith(("DAGSTER", "MLFLOW", "BENTOML", "OMP_", "REX_"))
+        }
         return {
             **inherited,
             "LLM_ASSETS_VAR": str(self.var),
@@ -46,7 +48,7 @@ class Workplace:
             **self.variables,
         }
 
-    def run(self, *command: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         """Run one of the environment's commands in the repository, as a user would; stdout and stderr come together."""
         return subprocess.run(
             [str(BIN / command[0]), *command[1:]],
@@ -58,6 +60,11 @@ class Workplace:
             timeout=timeout,
             check=False,
         )
+
+    def make(self, *arguments: str) -> list[str]:
+        """The command that runs a make target with this environment and state, in the repository."""
+        here = [f"BIN={BIN}", f"DAGSTER_HOME={self.root / 'dagster'}"]
+        return ["make", "--no-print-directory", "--old-file=.venv/.installed", *arguments, *here]
 
     def latest(self, asset: str, experiment: str = "smoke") -> Path:
         """The directory of the newest artifact."""
@@ -80,7 +87,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_for(url: str, process: subprocess.Popen, log: Path, seconds: float = 120) -> None:
+def wait_for(url: str, process: subprocess.Popen, log: Path, seconds: float = 300) -> None:
     """Wait until `url` answers 200; fail with the process's log if it ends or never answers."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -95,7 +102,7 @@ def wait_for(url: str, process: subprocess.Popen, log: Path, seconds: float = 12
     pytest.fail(f"{url} did not answer within {seconds} s:\n{log.read_text()[-3000:]}")
 
 
-def stop(process: subprocess.Popen, sig: int = signal.SIGTERM, seconds: float = 60) -> int:
+def stop(process: subprocess.Popen, sig: int = signal.SIGTERM, seconds: float = 120) -> int:
     """Send a signal to a process that the test started and return its exit status."""
     process.send_signal(sig)
     return process.wait(seconds)

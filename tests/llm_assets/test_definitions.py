@@ -11,6 +11,7 @@ from llm_assets.experiments.compose import DEFAULT_EXPERIMENT, experiment_names
 from llm_assets.experiments.partitions import ExperimentPartitions, experiments
 
 
+@pytest.mark.processes
 def test_importing_the_definitions_imports_nothing_heavy() -> None:
     program = (
         "import sys, llm_assets.definitions; "

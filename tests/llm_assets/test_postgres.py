@@ -11,6 +11,8 @@ from model.errors import PipelineError
 from tests.e2e.workplace import BIN, REPO, Workplace
 from tests.postgres import postgres_server
 
+LIMIT = pytest.mark.timeout(1200)  # a busy machine takes minutes to make both databases and run two pipelines
+
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
@@ -46,10 +48,13 @@ def two_runs(workplace: Workplace) -> list[tuple[int, str]]:
         )
         for _ in range(2)
     ]
-    said = [process.communicate(timeout=200)[0] for process in processes]
+    said = [process.communicate()[0] for process in processes]  # the limit is the test's own
     return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
 
 
+@LIMIT
+@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_write_runs_and_events_at_once(
     workplace: Workplace, two_runs: list[tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,6 +75,9 @@ def test_two_processes_write_runs_and_events_at_once(
     assert not (workplace.root / "dagster" / "history").exists()  # nothing went to SQLite
 
 
+@LIMIT
+@pytest.mark.slow
+@pytest.mark.processes
 def test_mlflow_has_one_experiment_and_both_runs(workplace: Workplace, two_runs: list[tuple[int, str]]) -> None:
     import mlflow
 
@@ -80,12 +88,18 @@ def test_mlflow_has_one_experiment_and_both_runs(workplace: Workplace, two_runs:
     assert not (workplace.var / "mlflow.db").exists()
 
 
+@LIMIT
+@pytest.mark.slow
+@pytest.mark.processes
 def test_preparing_again_changes_nothing(workplace: Workplace) -> None:
     done = workplace.run("python", "-m", "llm_assets.containers.prepare")
     assert done.returncode == 0, done.stdout
     assert "databases: none created" in done.stdout
 
 
+@LIMIT
+@pytest.mark.slow
+@pytest.mark.processes
 def test_a_wrong_password_is_one_line(workplace: Workplace) -> None:
     guessing = Workplace(workplace.root, workplace.bentoml, {**workplace.variables, "POSTGRES_PASSWORD": "guessed"})
     done = guessing.run("python", "-m", "llm_assets.containers.prepare")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
 BENTOML = Path(sys.executable).with_name("bentoml")
 
 

@@ -38,6 +38,8 @@ def saved_names(directory: Path) -> set[str]:
 
 
 @torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.processes
 def test_a_clean_process_loads_a_checkpoint_with_the_code_saved_beside_it(tmp_path: Path) -> None:
     model, ids, saved = tiny_model(), tokens(2, 7), tmp_path / "checkpoint"
     model.save_pretrained(saved)
@@ -53,7 +55,7 @@ def test_a_clean_process_loads_a_checkpoint_with_the_code_saved_beside_it(tmp_pa
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -63,7 +63,7 @@ def set_viewport(driver: Chrome, width: int, height: int, *, phone: bool = False
     driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": phone})
 
 
-def set_colours(driver: Chrome, scheme: str) -> None:
+def set_colors(driver: Chrome, scheme: str) -> None:
     """`light` or `dark`, as the system would say."""
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})

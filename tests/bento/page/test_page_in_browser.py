@@ -19,7 +19,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from bento.api import create_app
 from tests.bento.conftest import Service, make_service
-from tests.bento.page.browser import browser, missing, requested, set_colours, set_viewport
+from tests.bento.page.browser import browser, missing, requested, set_colors, set_viewport
 from tests.model.generation.engines import StepHook
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(bool(missing()), reason=missing())]
@@ -28,18 +28,20 @@ WAIT_S = 30
 GAUGES = ("rex_num_requests_running", "rex_num_requests_waiting")
 MARKUP = "<img src=x onerror=document.title='broken'>"
 CONTRAST = """
-const parse = (colour) => colour.match(/[\\d.]+/g).map(Number);
-const light = (colour) => {
-  const [r, g, b] = parse(colour).slice(0, 3).map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+const parse = (color) => color.match(/[\\d.]+/g).map(Number);
+const light = (color) => {
+  const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  const [r, g, b] = parse(color).slice(0, 3).map((v) => linear(v / 255));
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 };
 const ground = (element) => {
   for (; element; element = element.parentElement) {
-    const colour = getComputedStyle(element).backgroundColor;
-    if (parse(colour)[3] !== 0) return colour;
+    const color = getComputedStyle(element).backgroundColor;
+    if (parse(color)[3] !== 0) return color;
   }
 };
-return [...document.querySelectorAll("h1, h2, p, label, small, dt, dd, button:enabled, a, summary, input, textarea, #given, #generated, #error")]
+const texts = "h1, h2, p, label, small, dt, dd, button:enabled, a, summary, input, textarea, #given, #generated";
+return [...document.querySelectorAll(texts + ", #error")]
   .filter((element) => element.checkVisibility())
   .map((element) => {
     const [a, b] = [light(getComputedStyle(element).color), light(ground(element))].sort((x, y) => y - x);
@@ -332,7 +334,7 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(page, width):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_in_light_and_dark(page, scheme):
-    set_colours(page.driver, scheme)
+    set_colors(page.driver, scheme)
     page.fill(prompt="def", top_p="7")
     page["generate"].click()
     page.wait(lambda: page["error"].is_displayed())

@@ -1,4 +1,4 @@
-"""From the engine's thread to the event loop: one wake-up for a step, nothing lost, nothing held for a loop that is gone."""
+"""From the engine's thread to the event loop: one wake-up per step, nothing lost, nothing kept for a closed loop."""
 
 import asyncio
 import threading

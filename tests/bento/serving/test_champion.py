@@ -55,8 +55,10 @@ def stack(tmp_path_factory):
     assert len(set(texts)) == 3
     with (
         mlflow_server(folder) as uri,
-        serve(folder, None, is_ready=False, REX_CHAMPION=NAME, MLFLOW_TRACKING_URI=uri, REX_CHAMPION_POLL_S="0.2") as server,
-    ):  # fmt: skip
+        serve(
+            folder, None, is_ready=False, REX_CHAMPION=NAME, MLFLOW_TRACKING_URI=uri, REX_CHAMPION_POLL_S="0.2"
+        ) as server,
+    ):
         yield Stack(server, Registered(uri, NAME), directories, texts)
 
 

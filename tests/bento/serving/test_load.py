@@ -57,7 +57,8 @@ def test_after_a_storm_of_clients_that_leave_one_more_is_answered_and_nothing_is
         body = json.dumps({**GREEDY, "max_tokens": 4000, "stream": number % 2 == 0}).encode()
         address = httpx.URL(server.url)
         _, writer = await asyncio.open_connection(address.host, address.port)
-        head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = "POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + body)
         await asyncio.sleep(0.5)
         writer.close()

@@ -71,6 +71,7 @@ def test_an_override_reaches_the_settings():
     assert settings.training.arguments == {"tf32": False}
 
 
+@pytest.mark.processes
 def test_the_command_prints_the_settings_and_fails_in_one_line():
     command = [sys.executable, "-m", "llm_assets.experiments"]
     good = subprocess.run([*command, "smoke", "training.seed=5"], capture_output=True, text=True, check=True)

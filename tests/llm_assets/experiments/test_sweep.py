@@ -6,6 +6,7 @@ import sys
 import pytest
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

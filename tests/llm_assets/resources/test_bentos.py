@@ -39,6 +39,7 @@ def builder(tmp_path: Path) -> BentoBuilder:
     return BentoBuilder(home=str(tmp_path / "home"), service="bento.service:Tiny", source_dir=str(tmp_path / "source"))
 
 
+@pytest.mark.processes
 def test_a_model_is_imported_once_and_a_bento_is_built_from_it(
     builder: BentoBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,6 +66,7 @@ def test_a_model_is_imported_once_and_a_bento_is_built_from_it(
     assert "kv_cache: false" in description.replace("'", "")
 
 
+@pytest.mark.processes
 def test_a_failed_build_is_one_line(builder: BentoBuilder) -> None:
     with pytest.raises(PipelineError) as failed:
         builder.build("rex-smoke:def", labels={}, arguments={"model": "no-such-model:abc"})
@@ -86,6 +88,7 @@ def test_the_source_digest_follows_what_is_packed(builder: BentoBuilder) -> None
     assert builder.source_digest() != pinned
 
 
+@pytest.mark.processes
 def test_an_interrupted_command_leaves_no_process(builder: BentoBuilder, tmp_path: Path) -> None:
     import signal
 

@@ -31,15 +31,18 @@ def test_a_machine_without_docker_is_told_what_to_install() -> None:
     assert "apt install docker.io" in refusal(ContainerEngine(command="no-such-engine"))
 
 
+@pytest.mark.processes
 def test_an_engine_that_does_not_answer_is_told_apart(tmp_path: Path) -> None:
     said = refusal(ContainerEngine(command=command(tmp_path, "echo Cannot connect to the daemon. >&2; exit 1")))
     assert "start it" in said and "Cannot connect to the daemon." in said
 
 
+@pytest.mark.processes
 def test_an_engine_that_answers_is_good_enough(tmp_path: Path) -> None:
     ContainerEngine(command=command(tmp_path, "echo 20.10.24")).require()
 
 
+@pytest.mark.processes
 def test_a_base_that_is_not_there_and_cannot_be_pulled_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,6 +54,7 @@ def test_a_base_that_is_not_there_and_cannot_be_pulled_is_named(
     assert "no such host" in str(refused.value) and "LLM_ASSETS_BASE_IMAGE" in str(refused.value)
 
 
+@pytest.mark.processes
 def test_a_failed_build_is_one_line(tmp_path: Path) -> None:
     engine = ContainerEngine(command=command(tmp_path, "echo Step 1; echo BuildKit is broken >&2; exit 1"))
     lines: list[str] = []

@@ -83,6 +83,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.processes
 def test_a_step_ends_with_the_run_that_was_killed(tmp_path):
     (tmp_path / "parent.py").write_text(PARENT)
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
@@ -93,4 +94,4 @@ def test_a_step_ends_with_the_run_that_was_killed(tmp_path):
     step = psutil.Process(int(parent.stdout.readline()))
     parent.kill()
     parent.wait()
-    step.wait(30)
+    step.wait(120)

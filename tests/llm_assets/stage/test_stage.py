@@ -239,7 +239,8 @@ def test_two_runs_do_not_share_a_resumable_workspace(pipeline: Pipeline) -> None
 def test_an_exclusive_stage_waits_for_another_and_a_dead_one_holds_nothing(pipeline: Pipeline, var: Path) -> None:
     lock = var / "scratch" / ".device.lock"
     holder = (
-        f"import sys; from filelock import FileLock; lock = FileLock({str(lock)!r}); lock.acquire(); print('held', flush=True); "
+        f"import sys; from filelock import FileLock; lock = FileLock({str(lock)!r}); "
+        "lock.acquire(); print('held', flush=True); "
         "sys.stdin.read()"
     )
     lock.parent.mkdir(parents=True)

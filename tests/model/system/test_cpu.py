@@ -89,6 +89,7 @@ print(started, left, count() - before)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in Linux's /proc")
 def test_threads_that_wait_for_products_end_and_start_again():
     done = subprocess.run([sys.executable, "-c", WAITING_THREADS], capture_output=True, text=True, check=True)

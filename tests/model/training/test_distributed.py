@@ -29,7 +29,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=800,
     )
 
 
@@ -53,6 +53,8 @@ def two_processes(dataset_dir, tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_train_as_one_with_the_same_batch(two_processes, dataset_dir, tmp_path):
     settings = experiment(per_device_train_batch_size=2)
     settings.model.attention_dropout = 0.0
@@ -60,6 +62,8 @@ def test_two_processes_train_as_one_with_the_same_batch(two_processes, dataset_d
     assert_same_curve(curve(two_processes / "output"), curve(tmp_path / "output"))
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_a_termination_of_one_process_ends_both_and_the_run_resumes_bit_exact(two_processes, dataset_dir, tmp_path):
     stopped = torchrun(dataset_dir, tmp_path / "output", tmp_path / "scratch", 6)
     assert stopped.returncode != 0

@@ -127,6 +127,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_the_logits_of_a_large_vocabulary_never_exist_whole():
     unit = 1 if sys.platform == "darwin" else 1024
     done = subprocess.run([sys.executable, "-c", PEAK_OF_A_STEP], cwd=REPO, capture_output=True, text=True, check=True)

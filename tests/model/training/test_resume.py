@@ -72,6 +72,8 @@ def assert_same_result(output_dir: Path, expected_dir: Path) -> None:
         assert (output_dir / name).read_bytes() == (expected_dir / name).read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("sabotage", "resumed_from"),
     [

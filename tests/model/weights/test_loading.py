@@ -184,6 +184,7 @@ def test_code_in_the_directory_is_never_run(model_dir):
     assert not witness.exists()
 
 
+@pytest.mark.processes
 def test_the_command_prints_the_digest_of_the_logits(original):
     done = subprocess.run(
         [sys.executable, "-m", "model.weights.loading", str(original), "--threads", str(torch.get_num_threads())],

@@ -38,7 +38,8 @@ import torch
 from model.weights.packed import PackedLinear
 
 def held_mb():
-    return sum(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in line) / 1024
+    status = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in status if "RssAnon" in line) / 1024
 
 layer = PackedLinear(torch.randn(1280, 512))
 with torch.inference_mode():
@@ -51,6 +52,7 @@ print(held_mb() - before)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from Linux's /proc")
 def test_prompts_of_every_length_do_not_grow_the_memory():
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)

@@ -256,6 +256,7 @@ def test_transformers_says_that_it_does_not_know_the_format(int8_dir, caplog):
     assert "Unknown quantization type, got rex_int8" in caplog.text
 
 
+@pytest.mark.processes
 def test_method_none_copies_the_weights_as_they_are(tmp_path, checkpoint_dir, dataset_dir):
     summary = quantize_checkpoint(
         QuantizationSettings("none", evaluation_windows=2),
@@ -275,6 +276,7 @@ def test_a_quantized_directory_is_not_quantized_again(tmp_path, int8_dir, datase
         quantize_checkpoint(QuantizationSettings(), int8_dir[0], dataset_dir, tmp_path, sequence_length=64)
 
 
+@pytest.mark.processes
 def test_files_that_load_as_another_model_elsewhere_are_not_published(
     tmp_path, checkpoint_dir, dataset_dir, monkeypatch
 ):

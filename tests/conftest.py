@@ -1,0 +1,99 @@
+"""What holds for every test: one thread of arithmetic, markers that tell the truth, and groups for pytest-xdist.
+
+`make test-fast` selects by marker, so a test that starts a process and does not say so fails here, and tests over ten
+seconds without the marker `slow` are listed at the end of a run.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Before any test imports torch. Models of tests are too small for two threads, and threads that wait for each other on
+# a busy machine take minutes. Tests that measure or compare thread counts set their own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+import pytest
+
+SLOW_S = 10.0
+PROGRAMS = (
+    "bash",
+    "bentoml",
+    "chromedriver",
+    "dagster",
+    "docker",
+    "initdb",
+    "make",
+    "mlflow",
+    "pg_ctl",
+    "python",
+    "uv",
+)
+"""Programs that count as a process of a test: libraries look at the machine with others, such as `file` and `lscpu`."""
+MARKS_OF_FIXTURES = {"opened_at_once": ["processes"], "int8_dir": ["processes"], "report": ["processes", "slow"]}
+"""What shared fixtures cost: their tests get the markers, whichever of them comes first and pays."""
+
+_started: list[str] = []
+_durations: dict[str, float] = {}
+_marked_slow: set[str] = set()
+
+
+def _note_process(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "subprocess.Popen" and Path(os.fsdecode(arguments[0])).name.startswith(PROGRAMS):
+        _started.append(os.fsdecode(arguments[0]))
+
+
+sys.addaudithook(_note_process)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker runs all of `tests/e2e`, first: it shares one pipeline run and the container engine."""
+    items.sort(key=lambda item: "e2e" not in item.path.parts)  # stable: the order within a file stays
+    for item in items:
+        for fixture in MARKS_OF_FIXTURES.keys() & set(getattr(item, "fixturenames", ())):
+            for name in MARKS_OF_FIXTURES[fixture]:
+                item.add_marker(name)
+        if item.get_closest_marker("e2e"):
+            item.add_marker("processes")
+        item.add_marker(pytest.mark.xdist_group("e2e" if "e2e" in item.path.parts else item.path.stem))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Forget the processes of earlier tests."""
+    _started.clear()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """Fail a test that started a process, in a fixture or by itself, without saying so."""
+    result = yield
+    if _started and not item.get_closest_marker("processes"):
+        pytest.fail(f"it starts a process ({_started[0]}): give it the marker `processes`, or `e2e` with a whole tool")
+    return result
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add up setup, call and teardown."""
+    _durations[report.nodeid] = _durations.get(report.nodeid, 0.0) + report.duration
+    if "slow" in report.keywords:
+        _marked_slow.add(report.nodeid)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """List what took long and does not say so; a busy machine makes this list longer."""
+    unmarked = sorted(
+        (name for name, s in _durations.items() if s > SLOW_S and name not in _marked_slow), key=_durations.get
+    )
+    if unmarked:
+        terminalreporter.section(f"over {SLOW_S:.0f} s without the marker `slow`")
+        for name in reversed(unmarked):
+            terminalreporter.write_line(f"{_durations[name]:6.1f} s  {name}")

@@ -2,6 +2,7 @@
 PYTHON     ?= python3
 EXPERIMENT ?= stdlib
 OVERRIDES  ?=
+FORCE      ?= false
 HOST       ?= 127.0.0.1
 PORT       ?= 3000
 UI_PORT    ?= 3001
@@ -47,9 +48,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(DAGSTER_HOME)/dagster.yaml: dagster.yaml
 	@mkdir -p $(@D) && cp $< $@
 
-pipeline: setup  ## Materialize all six assets of EXPERIMENT (default stdlib), with Hydra OVERRIDES if given
+pipeline: setup  ## Materialize all six assets of EXPERIMENT (default stdlib), with Hydra OVERRIDES if given; FORCE=true computes unchanged ones too
 ifeq ($(strip $(OVERRIDES)),)
-	$(BIN)/dagster job execute -m llm_assets.definitions -j llm_pipeline --tags '{"dagster/partition": "$(EXPERIMENT)"}'
+	$(BIN)/dagster job execute -m llm_assets.definitions -j llm_pipeline --tags '{"dagster/partition": "$(EXPERIMENT)", "rex/force": "$(FORCE)"}'
 else
 	$(BIN)/python -m llm_assets.experiments.sweep experiment=$(EXPERIMENT) $(OVERRIDES)
 endif

@@ -75,7 +75,12 @@ def run_inside(address: str, experiment: str) -> float:
             "repositoryName": "__repository__",
             "pipelineName": "llm_pipeline",
         },
-        "executionMetadata": {"tags": [{"key": "dagster/partition", "value": experiment}]},
+        "executionMetadata": {
+            "tags": [
+                {"key": "dagster/partition", "value": experiment},
+                {"key": "rex/force", "value": "true"},
+            ]
+        },
     }
     started = time.monotonic()
     launched = ask(address, LAUNCH, params=params)["launchRun"]
@@ -92,7 +97,7 @@ def run_outside(folder: Path, experiment: str) -> float:
     """Seconds of `make pipeline` with its state in `folder`."""
     state = {"LLM_ASSETS_VAR": str(folder / "var"), "BENTOML_HOME": str(folder / "bentoml")}
     started = time.monotonic()
-    run("make", "pipeline", f"EXPERIMENT={experiment}", f"DAGSTER_HOME={folder / 'dagster'}", **state)
+    run("make", "pipeline", f"EXPERIMENT={experiment}", "FORCE=true", f"DAGSTER_HOME={folder / 'dagster'}", **state)
     return time.monotonic() - started
 
 

@@ -19,6 +19,7 @@ class StageSpec:
 
     upstream: assets it is made from. settings: groups of the experiment's settings that it reads itself.
     checks: description by check name; all block. preload: modules that its steps import, loaded once per run.
+    code: folders besides `model/` whose files decide what it makes.
     module: where the asset of this name is defined; empty: `llm_assets.assets.<name>`.
     """
 
@@ -32,6 +33,7 @@ class StageSpec:
     checks: Mapping[str, str] = field(default_factory=dict)
     pool: str | None = None
     preload: tuple[str, ...] = ()
+    code: tuple[str, ...] = ()
     module: str = ""
 
 
@@ -98,6 +100,7 @@ PIPELINE = (
         upstream=("trained_checkpoint", "quantized_model", "tokenized_dataset"),
         pool="device",
         preload=("bench.report.report",),
+        code=("bench/report",),
     ),
     StageSpec(
         "packaged_bento",

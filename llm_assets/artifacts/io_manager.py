@@ -26,9 +26,17 @@ class Staged:
     on_failure: Callable[[BaseException], None]
 
 
+@dataclass(frozen=True)
+class Reused:
+    """A version that is published already."""
+
+    path: str
+    version: str
+
+
 ArtifactDirectory = dg.DagsterType(
     name="ArtifactDirectory",
-    type_check_fn=lambda _, value: isinstance(value, Staged),
+    type_check_fn=lambda _, value: isinstance(value, Staged | Reused),
     description="A directory with a manifest.",
 )
 
@@ -56,8 +64,12 @@ class DirectoryIOManager(dg.ConfigurableIOManager):
         root = self.root or os.environ.get("LLM_ASSETS_ARTIFACTS") or str(var_dir() / "artifacts")
         return ArtifactStore(root, Path(self.cache_dir or var_dir() / "cache"), self.keep_versions)
 
-    def handle_output(self, context: dg.OutputContext, obj: Staged) -> None:
-        """Publish a sealed directory."""
+    def handle_output(self, context: dg.OutputContext, obj: Staged | Reused) -> None:
+        """Publish a sealed directory, or name a version that is reused."""
+        if isinstance(obj, Reused):
+            path = dg.MetadataValue.path(obj.path)
+            context.add_output_metadata({"path": path, "version": obj.version, "unchanged": True})
+            return
         try:
             with permanent_failures():
                 publication = self.store().publish(obj.path)

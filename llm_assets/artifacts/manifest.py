@@ -7,6 +7,7 @@ part of an experiment's settings that decides an asset; a stage refuses an upstr
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,6 +21,7 @@ from model.settings import ExperimentSettings
 
 SCHEMA_VERSION = 1
 VERSION_DIGITS = 16
+_CHECKPOINT = re.compile(rf"/.*/(trained_checkpoint/[^/]+/[0-9a-f]{{{VERSION_DIGITS}}})/?")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,9 @@ class Manifest:
 
     files: digest by path relative to the artifact. config: the part of the settings that decided it.
     upstream: content hash by asset. failed_checks: the blocking checks it did not pass; such a version is kept for a
-    look but never becomes the latest.
+    look but never becomes the latest. warned_checks: those it passed with a warning.
+    code, source: hashes of the code that made it and of what it was made from besides its upstream; empty: unknown.
+    registration: what the model registry was told of a model (`register_version`).
     """
 
     asset: str
@@ -43,6 +47,10 @@ class Manifest:
     dagster_run_id: str
     created: str
     failed_checks: list[str] = field(default_factory=list)
+    warned_checks: list[str] = field(default_factory=list)
+    code: str = ""
+    source: str = ""
+    registration: dict[str, Any] | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -63,8 +71,9 @@ class Manifest:
     def from_json(cls, text: str, source: object) -> "Manifest":
         """Parse a manifest; `source` is named in the PipelineError for one that this code cannot read."""
         try:
-            manifest = cls(**json.loads(text))
-        except (TypeError, ValueError) as error:
+            fields = json.loads(text)
+            manifest = cls(**{**fields, "config": _portable(fields["config"])})
+        except (KeyError, TypeError, ValueError) as error:
             raise PipelineError(f"{source} is not a manifest ({error}); materialize the asset again") from error
         if manifest.schema_version != SCHEMA_VERSION:
             raise PipelineError(
@@ -93,6 +102,10 @@ def seal(
     mlflow_run_id: str | None,
     dagster_run_id: str,
     failed_checks: Sequence[str] = (),
+    warned_checks: Sequence[str] = (),
+    code: str = "",
+    source: str = "",
+    registration: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Write the manifest of a finished directory: the last file that goes into it."""
     files = file_digests(directory)
@@ -111,6 +124,10 @@ def seal(
         dagster_run_id=dagster_run_id,
         created=datetime.now(UTC).isoformat(timespec="milliseconds"),
         failed_checks=list(failed_checks),
+        warned_checks=list(warned_checks),
+        code=code,
+        source=source,
+        registration=dict(registration) if registration else None,
     )
     (directory / MANIFEST).write_text(manifest.to_json())
     return manifest
@@ -119,8 +136,20 @@ def seal(
 def stage_config(settings: ExperimentSettings, asset: str) -> dict[str, Any]:
     """The groups of the settings that decide `asset`, as plain data (what JSON gives back)."""
     groups = {group: dataclasses.asdict(getattr(settings, group)) for group in settings_groups(asset)}
-    plain: dict[str, Any] = json.loads(json.dumps(groups))
+    plain: dict[str, Any] = _portable(json.loads(json.dumps(groups)))
     return plain
+
+
+def _portable(config: Any) -> Any:
+    """Plain data with published checkpoints named by asset, experiment and version in place of their folders.
+
+    `latest:NAME` is resolved to a folder of this machine: an artifact must stay what it is when the checkout moves.
+    """
+    if isinstance(config, Mapping):
+        return {key: _portable(value) for key, value in config.items()}
+    if isinstance(config, str) and (found := _CHECKPOINT.fullmatch(config)):
+        return found[1]
+    return config
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

@@ -67,6 +67,18 @@ class ArtifactStore:
         self._prune(base)
         return Publication(str(target), manifest.version, unchanged, latest)
 
+    def latest_manifest(self, asset: str, experiment: str) -> Manifest | None:
+        """The manifest of the latest version; None where there is none or it cannot be read."""
+        base = self.root / asset / experiment
+        version = self._read_text(base / LATEST)
+        text = self._read_text(base / version.strip() / MANIFEST) if version else None
+        if text is None:
+            return None
+        try:
+            return Manifest.from_json(text, base)
+        except PipelineError:
+            return None
+
     def load(self, asset: str, experiment: str) -> Path:
         """The verified local folder of the latest version.
 

@@ -9,13 +9,23 @@ from llm_assets.assets import asset_arguments
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.stage import metadata as show
+from llm_assets.stage.once import reuses_unchanged
 from llm_assets.stage.stage import stage
+from model.settings import ExperimentSettings
+
+
+def source_fingerprint(settings: ExperimentSettings) -> str:
+    """Hash of the files that the corpus is made from."""
+    from model.text.sources import fingerprint
+
+    return fingerprint(settings.corpus)
 
 
 @dg.asset(
     **asset_arguments("corpus"),
     retry_policy=dg.RetryPolicy(max_retries=1, delay=5),  # a source may be a URL
 )
+@reuses_unchanged(source_fingerprint)
 def corpus(
     context: dg.AssetExecutionContext, hydra: HydraConfig, mlflow: MlflowTracking
 ) -> Iterator[dg.MaterializeResult]:
@@ -25,7 +35,7 @@ def corpus(
     """
     from model.text.corpus import build_corpus
 
-    with stage(context, hydra, mlflow) as work:
+    with stage(context, hydra, mlflow, fingerprint=source_fingerprint) as work:
         summary = build_corpus(work.settings.corpus, work.output, log=work.log)
         yield work.result(
             {

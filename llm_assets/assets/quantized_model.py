@@ -10,10 +10,12 @@ from llm_assets.assets import asset_arguments
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.stage import metadata as show
-from llm_assets.stage.stage import stage
+from llm_assets.stage.once import reuses_unchanged
+from llm_assets.stage.stage import Registration, stage
 
 
 @dg.asset(**asset_arguments("quantized_model"))
+@reuses_unchanged()
 def quantized_model(
     context: dg.AssetExecutionContext,
     hydra: HydraConfig,
@@ -34,13 +36,12 @@ def quantized_model(
             sequence_length=work.settings.tokenizer.sequence_length,
             log=work.log,
         )
-        result = work.result(
+        yield work.result(
             {**show.numbers(summary), "method": summary.method, "scheme": summary.scheme},
             [checks.keeps_quality(summary.bits_per_byte_after, summary.bits_per_byte_before)],
+            registration=Registration(
+                bits_per_byte=summary.bits_per_byte_after,
+                evaluation_text=f"{work.upstream['tokenized_dataset'].content_hash} {summary.evaluated_tokens} tokens",
+                candidate=work.settings.serving.quantized,
+            ),
         )
-        work.register(
-            bits_per_byte=summary.bits_per_byte_after,
-            evaluation_text=f"{work.upstream['tokenized_dataset'].content_hash} {summary.evaluated_tokens} tokens",
-            candidate=work.settings.serving.quantized,
-        )
-        yield result

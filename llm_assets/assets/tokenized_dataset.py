@@ -10,10 +10,12 @@ from llm_assets.assets import asset_arguments
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.stage import metadata as show
+from llm_assets.stage.once import reuses_unchanged
 from llm_assets.stage.stage import stage
 
 
 @dg.asset(**asset_arguments("tokenized_dataset"))
+@reuses_unchanged()
 def tokenized_dataset(
     context: dg.AssetExecutionContext, hydra: HydraConfig, mlflow: MlflowTracking, corpus: Path
 ) -> Iterator[dg.MaterializeResult]:

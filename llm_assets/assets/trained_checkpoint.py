@@ -10,13 +10,15 @@ from llm_assets.assets import asset_arguments
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.stage import metadata as show
-from llm_assets.stage.stage import stage
+from llm_assets.stage.once import reuses_unchanged
+from llm_assets.stage.stage import Registration, stage
 
 
 @dg.asset(
     **asset_arguments("trained_checkpoint"),
     retry_policy=dg.RetryPolicy(max_retries=1, delay=10),  # continues at the last checkpoint
 )
+@reuses_unchanged()
 def trained_checkpoint(
     context: dg.AssetExecutionContext, hydra: HydraConfig, mlflow: MlflowTracking, tokenized_dataset: Path
 ) -> Iterator[dg.MaterializeResult]:
@@ -32,7 +34,9 @@ def trained_checkpoint(
     ) as work:
         summary = train(work.settings, tokenized_dataset, work.output, work.scratch, log=work.log, on_metrics=work.live)
         baselines = token_baselines(tokenized_dataset, work.settings.tokenizer.sequence_length)
-        result = work.result(
+        for name in ("loss.png", "README.md", "curves.json", "progress.md"):
+            work.tracked.log_artifact(work.output / name)
+        yield work.result(
             {
                 **show.numbers(summary),
                 "precision": summary.precision,
@@ -49,12 +53,9 @@ def trained_checkpoint(
                     unigram=baselines.unigram,
                 )
             ],
+            registration=Registration(
+                bits_per_byte=summary.bits_per_byte,
+                evaluation_text=work.upstream["tokenized_dataset"].upstream["corpus"],
+                candidate=not work.settings.serving.quantized,
+            ),
         )
-        for name in ("loss.png", "README.md", "curves.json", "progress.md"):
-            work.tracked.log_artifact(work.output / name)
-        work.register(
-            bits_per_byte=summary.bits_per_byte,
-            evaluation_text=work.upstream["tokenized_dataset"].upstream["corpus"],
-            candidate=not work.settings.serving.quantized,
-        )
-        yield result

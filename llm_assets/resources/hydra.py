@@ -27,6 +27,11 @@ class HydraConfig(dg.ConfigurableResource):
         "A stage refuses an upstream that was made with other values.",
     )
 
+    force: bool = Field(
+        default=False,
+        description="Compute every selected stage again, unchanged ones too. As the run tag rex/force=true.",
+    )
+
     def settings(self, experiment: str) -> ExperimentSettings:
         """Compose `experiment`, with the newest checkpoints of the experiments that it names.
 

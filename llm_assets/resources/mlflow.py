@@ -20,8 +20,11 @@ from urllib.parse import urlparse
 import dagster as dg
 from pydantic import Field
 
+from llm_assets.artifacts.manifest import Manifest
 from llm_assets.paths import var_dir
+from llm_assets.registry import model_name
 from llm_assets.resources import tracking_database
+from llm_assets.resources.model_versions import is_registered
 from llm_assets.resources.tracked_run import TrackedRun, one_line, send_unsent
 from model.errors import PipelineError
 from model.progress import Log, silent
@@ -89,6 +92,14 @@ class MlflowTracking(dg.ConfigurableResource):
             tracked.end_after(error)
             raise
         tracked.end_after(None)
+
+    def register_again(self, context: dg.AssetExecutionContext, manifest: Manifest, path: Path) -> None:
+        """Register a published model that the registry lost or never got; does nothing where it is a version there."""
+        name, tags = model_name(manifest.experiment), dict(manifest.registration or {})
+        client, _ = self.client(context.log.info)
+        if not is_registered(client, name, manifest.asset, manifest.content_hash):
+            with self.run(context) as tracked:
+                tracked.register(name, path, asset=manifest.asset, content_hash=manifest.content_hash, **tags)
 
     def client(self, log: Log = silent) -> tuple["MlflowClient", str]:
         """A client whose store is ready, and the experiment's id. An experiment deleted in MLflow's page is restored.

@@ -43,14 +43,7 @@ def register_version(
     """
     _create_model(client, name)
     versions = _versions(client, name)
-    version = next(
-        (
-            known
-            for known in versions
-            if content_hash and (known.tags.get("content_hash"), known.tags.get("asset")) == (content_hash, asset)
-        ),
-        None,
-    )
+    version = _with_content(versions, asset, content_hash)
     if version is None:
         client.log_artifacts(run_id, str(model_dir), "model")
         source = f"{client.get_run(run_id).info.artifact_uri}/model"
@@ -63,6 +56,17 @@ def register_version(
     if candidate and DECISION not in version.tags:  # what was decided once stays: a person may have gone back since
         _decide_champion(client, name, version, versions, log)
     return str(version.version)
+
+
+def is_registered(client: "MlflowClient", name: str, asset: str, content_hash: str) -> bool:
+    """Whether an artifact's content is a version of the registered model `name`."""
+    return _with_content(_versions(client, name), asset, content_hash) is not None
+
+
+def _with_content(versions: list[Any], asset: str, content_hash: str) -> Any:
+    wanted = (content_hash, asset)
+    found = (known for known in versions if (known.tags.get("content_hash"), known.tags.get("asset")) == wanted)
+    return next(found, None) if content_hash else None
 
 
 def _decide_champion(client: "MlflowClient", name: str, version: Any, versions: list[Any], log: Log) -> None:

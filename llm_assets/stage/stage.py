@@ -9,6 +9,7 @@ stage finds `work.scratch` again after a kill: its key is the configuration, the
 not the run.
 """
 
+import dataclasses
 import resource
 import shutil
 import sys
@@ -30,6 +31,7 @@ from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.resources.tracked_run import TrackedRun
 from llm_assets.stage import metadata as show
+from llm_assets.stage.code import code_digest, code_version
 from llm_assets.stage.interrupts import end_with_run, noticed_interrupts
 from model.errors import PipelineError, full_disk_as_error
 from model.progress import Log
@@ -37,6 +39,15 @@ from model.settings import ExperimentSettings
 
 # Observations are kept for good: one for each step of a training of days would fill the run storage.
 OBSERVATION_EVERY_S = 60.0
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What the model registry is told of a model: see `register_version`."""
+
+    bits_per_byte: float
+    evaluation_text: str
+    candidate: bool
 
 
 @dataclass
@@ -55,6 +66,8 @@ class Stage:
     upstream: dict[str, Manifest]
     tracked: TrackedRun
     check_interrupt: Callable[[], None]
+    source: str = ""
+    """Fingerprint of what the stage reads besides its upstream."""
     last_observation_s: float = field(default_factory=time.monotonic)
 
     @property
@@ -84,40 +97,42 @@ class Stage:
                 dg.AssetObservation(self.context.asset_key, partition=self.experiment, metadata=seen)
             )
 
-    def register(self, *, bits_per_byte: float, evaluation_text: str, candidate: bool) -> None:
-        """Make the artifact a version of the experiment's registered model, unless a blocking check failed."""
-        if not self.tracked.failed:
-            self.tracked.register(
-                model_name(self.experiment),
-                self.output,
-                asset=self.asset,
-                bits_per_byte=bits_per_byte,
-                evaluation_text=evaluation_text,
-                candidate=candidate,
-                content_hash=Manifest.read(self.output).content_hash,
-            )
-
     def result(
-        self, metadata: Mapping[str, Any], checks: Sequence[dg.AssetCheckResult] = ()
+        self,
+        metadata: Mapping[str, Any],
+        checks: Sequence[dg.AssetCheckResult] = (),
+        *,
+        registration: Registration | None = None,
     ) -> dg.MaterializeResult[Staged]:
-        """Seal the output and describe it; a version that fails a blocking check is published but not as the latest."""
-        failed = [
-            check.check_name or ""
-            for check in checks
-            if not check.passed and check.severity == dg.AssetCheckSeverity.ERROR
-        ]
+        """Seal the output and describe it; a version that fails a blocking check is published but not as the latest.
+
+        registration: makes the artifact a version of the experiment's registered model, unless a blocking check failed.
+        """
+        missed = {
+            severity: [check.check_name or "" for check in checks if not check.passed and check.severity == severity]
+            for severity in dg.AssetCheckSeverity
+        }
+        failed = missed[dg.AssetCheckSeverity.ERROR]
         manifest = seal(
             self.output,
             asset=self.asset,
             experiment=self.experiment,
             config=self.config,
-            code_version=_code_version(self.context),
+            code_version=code_version(self.context),
             upstream={name: upstream.content_hash for name, upstream in self.upstream.items()},
             mlflow_run_id=self.tracked.run_id,
             dagster_run_id=self.context.run.run_id,
             failed_checks=failed,
+            warned_checks=missed[dg.AssetCheckSeverity.WARN],
+            code=code_digest(self.asset),
+            source=self.source,
+            registration=dataclasses.asdict(registration) if registration else None,
         )
         self.tracked.failed = bool(failed)
+        if registration and not failed:
+            name = model_name(self.experiment)
+            tags = dataclasses.asdict(registration)
+            self.tracked.register(name, self.output, asset=self.asset, content_hash=manifest.content_hash, **tags)
         metadata = {**metadata, "step_peak_memory_mb": peak_memory_mb()}
         self.tracked.log_metrics({name: value for name, value in metadata.items() if isinstance(value, int | float)})
         return dg.MaterializeResult(
@@ -153,10 +168,12 @@ def stage(
     *,
     resumable: bool = False,
     exclusive: bool = False,
+    fingerprint: Callable[[ExperimentSettings], str] | None = None,
 ) -> Iterator[Stage]:
     """Prepare one materialization; bad input becomes a permanent failure, an MLflow run ends with the right status.
 
     exclusive: wait until no other exclusive stage works on this machine (in this var/ folder).
+    fingerprint: of what the stage reads besides its upstream.
     """
     end_with_run()
     with permanent_failures(), full_disk_as_error(scratch_dir()), noticed_interrupts() as check_interrupt:
@@ -168,7 +185,7 @@ def stage(
         key = context.run.run_id
         if resumable:
             inputs = {name: manifest.content_hash for name, manifest in manifests.items()}
-            key = config_hash({"config": config, "upstream": inputs, "code": _code_version(context)})[:24]
+            key = config_hash({"config": config, "upstream": inputs, "code": code_version(context)})[:24]
         workspace = scratch_dir() / asset / experiment / key
         with (
             workspace_lock(workspace, experiment, asset) if resumable else nullcontext(),
@@ -191,6 +208,7 @@ def stage(
                         upstream=manifests,
                         tracked=tracked,
                         check_interrupt=check_interrupt,
+                        source=fingerprint(settings) if fingerprint else "",
                     )
                     work.scratch.mkdir(exist_ok=True)
                     yield work
@@ -258,7 +276,3 @@ def _parent(manifests: Mapping[str, Manifest]) -> str | None:
     """Everything made from a checkpoint is nested under the run that trained it."""
     trained = manifests.get("trained_checkpoint")
     return trained.mlflow_run_id if trained else None
-
-
-def _code_version(context: dg.AssetExecutionContext) -> str:
-    return context.assets_def.code_versions_by_key[context.asset_key] or "0"

@@ -5,6 +5,7 @@ It neither cleans nor splits: that is `model.text.corpus`. Broken input raises P
 there are lines, the line.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -217,6 +218,22 @@ class Sources:
                 yield source, _encode(row[field], f"{source}, row {number}", field)
         except (ValueError, datasets.exceptions.DatasetsError) as error:
             raise PipelineError(f"{source}: broken data ({_line(error)}); fetch or write the data set again") from error
+
+
+def fingerprint(settings: CorpusSettings) -> str:
+    """Hash of the names, sizes and times of change of the files behind `settings`, 64 hex digits.
+
+    Of files elsewhere it takes what their file system tells (an ETag, a checksum). A Hugging Face dataset has no files
+    here: the settings alone decide it. Raises PipelineError where a pattern matches nothing.
+    """
+    total = hashlib.sha256()
+    for file in Sources(settings)._files:
+        if isinstance(file.fs, LocalFileSystem):
+            changed: object = Path(file.path).stat().st_mtime_ns
+        else:
+            changed = file.fs.ukey(file.path)
+        total.update(f"{file.source}\0{file.size}\0{changed}\n".encode(errors="surrogateescape"))
+    return total.hexdigest()
 
 
 def whole_characters(data: bytes, length: int) -> int:

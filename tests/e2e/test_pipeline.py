@@ -84,10 +84,25 @@ def test_a_part_of_the_pipeline_is_materialized_by_name_and_gives_the_same_bits(
     result = smoke.run(
         "dagster", "asset", "materialize", "-m", "llm_assets.definitions",
         "--select", "trained_checkpoint+", "--partition", "smoke",
+        "--config-json", '{"resources": {"hydra": {"config": {"force": true}}}}',
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-4000:]
     assert {asset: smoke.manifest(asset)["content_hash"] for asset in before} == before
     assert result.stdout.count("unchanged: ") == 3  # all but the report, whose timings are new
+
+
+def test_an_unchanged_pipeline_is_neither_computed_nor_registered_again(smoke):
+    before = {asset: smoke.manifest(asset) for asset in ASSETS if asset != "packaged_bento"}
+    runs = len(mlflow_runs(smoke))
+    result = smoke.run(
+        "dagster", "job", "execute", "-m", "llm_assets.definitions", "-j", "llm_pipeline",
+        "--tags", '{"dagster/partition": "smoke"}',
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert result.stdout.count("unchanged: ") == len(ASSETS)
+    assert {asset: smoke.manifest(asset) for asset in before} == before
+    assert len(mlflow_runs(smoke)) == runs + 1  # the Bento looks into BentoML's stores
+    assert len(mlflow_client(smoke).search_model_versions("name='rex-smoke'")) == 2
 
 
 @pytest.mark.parametrize(

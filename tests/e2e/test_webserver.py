@@ -57,7 +57,7 @@ def launch(client: httpx.Client, overrides: list[str], assets: tuple[str, ...] =
             "pipelineName": "__ASSET_JOB",
             "assetSelection": [{"path": [name]} for name in assets],
         },
-        "runConfigData": {"resources": {"hydra": {"config": {"overrides": overrides}}}},
+        "runConfigData": {"resources": {"hydra": {"config": {"overrides": overrides, "force": True}}}},
         "executionMetadata": {"tags": [{"key": "dagster/partition", "value": "smoke"}]},
     }
     started = ask(client, LAUNCH, params=params)["launchRun"]

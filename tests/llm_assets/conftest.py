@@ -12,7 +12,9 @@ import pytest
 from llm_assets.artifacts.io_manager import ArtifactDirectory, DirectoryIOManager
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
-from llm_assets.stage.stage import Stage, stage
+from llm_assets.stage.once import reuses_unchanged
+from llm_assets.stage.stage import Registration, Stage, stage
+from model.settings import ExperimentSettings
 
 COMMON: dict[str, Any] = {
     "partitions_def": dg.StaticPartitionsDefinition(["smoke", "stdlib"]),
@@ -30,8 +32,12 @@ class Pipeline:
         self.instance = dg.DagsterInstance.ephemeral()
         self.bodies: dict[str, Callable[[Stage], Any]] = {}
         self.resumable = self.exclusive = False
+        self.reuses = False
         self.retries = 0
-        self.experiment = "smoke"
+        self.tags: dict[str, str] = {}
+        self.code_version = "1"
+        self.experiment, self.source = "smoke", ""
+        self.registration: Registration | None = None
 
     def run(self, *names: str) -> dg.ExecuteInProcessResult:
         """Materialize the named assets, or both; an error in one is a failed result."""
@@ -41,6 +47,7 @@ class Pipeline:
             list(assets.values()),
             selection=dg.AssetSelection.assets(*[assets[name] for name in names]),
             partition_key=self.experiment,
+            tags=self.tags,
             instance=self.instance,
             resources={"artifacts": self.artifacts, "hydra": self.hydra, "mlflow": self.mlflow},
             raise_on_error=False,
@@ -58,23 +65,35 @@ class Pipeline:
             (work.output / "data.txt").write_text(default)
         return (returned if isinstance(returned, list) else []), {"characters": 3}
 
+    def fingerprint(self, settings: ExperimentSettings) -> str:
+        return self.source
+
+    def _once(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        fingerprint = self.fingerprint if compute.__name__ == "corpus" else None
+        return reuses_unchanged(fingerprint)(compute) if self.reuses else compute
+
     def _corpus(self) -> dg.AssetsDefinition:
         @dg.asset(
-            **COMMON,
+            **COMMON | {"code_version": self.code_version},
             check_specs=[dg.AssetCheckSpec("is_good", asset="corpus", blocking=True)],
             retry_policy=dg.RetryPolicy(max_retries=self.retries),
         )
+        @self._once
         def corpus(
             context: dg.AssetExecutionContext, hydra: HydraConfig, mlflow: MlflowTracking
         ) -> Iterator[dg.MaterializeResult]:
-            with stage(context, hydra, mlflow, resumable=self.resumable, exclusive=self.exclusive) as work:
+            with stage(
+                context, hydra, mlflow, fingerprint=self.fingerprint, resumable=self.resumable, exclusive=self.exclusive
+            ) as work:
                 checks, metadata = self._write(work, "one")
-                yield work.result(metadata, checks or [dg.AssetCheckResult(check_name="is_good", passed=True)])
+                checks = checks or [dg.AssetCheckResult(check_name="is_good", passed=True)]
+                yield work.result(metadata, checks, registration=self.registration)
 
         return corpus
 
     def _tokenized_dataset(self) -> dg.AssetsDefinition:
         @dg.asset(**COMMON)
+        @self._once
         def tokenized_dataset(
             context: dg.AssetExecutionContext, hydra: HydraConfig, mlflow: MlflowTracking, corpus: Path
         ) -> Iterator[dg.MaterializeResult]:

@@ -129,3 +129,17 @@ def test_a_manifest_of_a_later_schema_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(PipelineError, match="schema version 2, this code reads 1"):
         Manifest.read(tmp_path)
+
+
+def test_a_checkpoint_named_by_experiment_is_recorded_without_the_place_of_this_machine(tmp_path: Path) -> None:
+    version = "0123456789abcdef"
+    places = [f"/{place}/var/artifacts/trained_checkpoint/stdlib/{version}" for place in ("old/place", "new")]
+    overrides = [(f"training.init_from={place}", "tokenizer=pretrained", f"tokenizer.path={place}") for place in places]
+    before, after = (stage_config(compose("smoke", options), "trained_checkpoint") for options in overrides)
+    assert before == after
+    assert before["training"]["init_from"] == f"trained_checkpoint/stdlib/{version}"
+    # As earlier versions recorded it.
+    config = {**before, "training": {**before["training"], "init_from": places[0]}}
+    old = sealed(tmp_path / "old", "trained_checkpoint", config=config)
+    assert old.config["training"]["init_from"] == places[0]
+    assert_compatible([Manifest.read(tmp_path / "old")], compose("smoke", overrides[1]), "smoke")

@@ -1,0 +1,123 @@
+"""Nothing is computed twice: a stage whose settings, upstream, source files and code are unchanged is reused.
+
+`pipeline_asset` makes an asset of a stage. Before a step computes, it compares the latest artifact's manifest with what
+this run would record; where all is the same, the materialization names that artifact again, with its numbers and checks.
+The run tag `rex/force: true`, or the field `force` of the resource `hydra`, computes all the same.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from llm_assets.artifacts.io_manager import DirectoryIOManager, Reused
+from llm_assets.artifacts.manifest import Manifest, stage_config
+from llm_assets.failures import permanent_failures
+from llm_assets.resources.hydra import HydraConfig
+from llm_assets.resources.mlflow import MlflowTracking
+from llm_assets.stage.code import code_digest, code_version
+from model.errors import PipelineError
+from model.settings import ExperimentSettings
+
+FORCE_TAG = "rex/force"
+SourceFingerprint = Callable[[ExperimentSettings], str]
+_Compute = Callable[..., Iterator[dg.MaterializeResult]]
+
+
+def reuses_unchanged(fingerprint: SourceFingerprint | None = None) -> Callable[[_Compute], _Compute]:
+    """Decorate an asset's function: it is called only where the latest artifact differs from what it would make.
+
+    fingerprint: of what a stage reads besides its upstream, as files that settings name.
+    """
+
+    def decorate(compute: _Compute) -> _Compute:
+        @functools.wraps(compute)
+        def once(context: dg.AssetExecutionContext, **arguments: Any) -> Iterator[dg.MaterializeResult]:
+            hydra: HydraConfig = arguments["hydra"]
+            if not (hydra.force or context.run.tags.get(FORCE_TAG) == "true"):
+                upstream = {name: path for name, path in arguments.items() if isinstance(path, Path)}
+                with permanent_failures():
+                    found = _find_unchanged(context, hydra, upstream, fingerprint)
+                if found:
+                    yield _materialize_again(context, arguments["mlflow"], *found)
+                    return
+            yield from compute(context, **arguments)
+
+        return once
+
+    return decorate
+
+
+def _find_unchanged(
+    context: dg.AssetExecutionContext,
+    hydra: HydraConfig,
+    upstream: Mapping[str, Path],
+    fingerprint: SourceFingerprint | None,
+) -> tuple[Path, Manifest] | None:
+    """The latest artifact, verified, and its manifest, where this run would make the same; None where it would not."""
+    asset, experiment = context.asset_key.path[-1], context.partition_key
+    settings = hydra.settings(experiment)
+    store = DirectoryIOManager().store()
+    latest = store.latest_manifest(asset, experiment)
+    if latest is None or latest.failed_checks:
+        return None
+    hashes = {name: Manifest.read(path).content_hash for name, path in upstream.items()}
+    expected = {
+        "the settings": (latest.config, stage_config(settings, asset)),
+        "the upstream": (latest.upstream, hashes),
+        "the code version": (latest.code_version, code_version(context)),
+        "the code": (latest.code, code_digest(asset)),
+        "the source": (latest.source, fingerprint(settings) if fingerprint else ""),
+    }
+    changed = [name for name, (before, now) in expected.items() if before != now]
+    if changed:
+        context.log.info(
+            f"{asset} of {experiment!r} is made anew: changed since version {latest.version}: {', '.join(changed)}"
+        )
+        return None
+    try:
+        return store.load(asset, experiment), latest
+    except PipelineError as error:
+        context.log.warning(f"{asset} of {experiment!r} is made anew: {error}")
+        return None
+
+
+def _materialize_again(
+    context: dg.AssetExecutionContext, mlflow: MlflowTracking, path: Path, manifest: Manifest
+) -> dg.MaterializeResult:
+    """A materialization that names a published artifact, with the metadata of the one that made it."""
+    context.log.info(
+        f"unchanged: {manifest.asset} of {manifest.experiment!r} has version {manifest.version} already "
+        f"(tag {FORCE_TAG}=true computes it again)"
+    )
+    if manifest.registration:
+        mlflow.register_again(context, manifest, path)
+    checks = [
+        # The artifact passed its blocking checks when it was made.
+        dg.AssetCheckResult(
+            check_name=name,
+            passed=name not in manifest.warned_checks,
+            severity=dg.AssetCheckSeverity.WARN if name in manifest.warned_checks else dg.AssetCheckSeverity.ERROR,
+            metadata={"version": manifest.version},
+        )
+        for name in (spec.name for spec in context.assets_def.check_specs)
+    ]
+    return dg.MaterializeResult(
+        value=Reused(str(path), manifest.version),
+        data_version=dg.DataVersion(manifest.content_hash),
+        metadata=_earlier_metadata(context, manifest),
+        check_results=checks,
+    )
+
+
+def _earlier_metadata(context: dg.AssetExecutionContext, manifest: Manifest) -> dict[str, Any]:
+    """What the asset's page showed of this version, without what the IO manager adds; empty on another instance."""
+    records = context.instance.fetch_materializations(
+        dg.AssetRecordsFilter(asset_key=context.asset_key, asset_partitions=[manifest.experiment]), limit=1
+    ).records
+    event = records[0].asset_materialization if records else None
+    if event is None or (event.tags or {}).get("dagster/data_version") != manifest.content_hash:
+        return {}
+    return {name: value for name, value in event.metadata.items() if name not in ("path", "version", "unchanged")}

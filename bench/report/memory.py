@@ -18,6 +18,7 @@ import torch
 
 from bench.decode import decode, prompt
 from model.errors import PipelineError
+from model.system.commands import ending_with_parent
 from model.weights.loading import load_model
 
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
@@ -45,7 +46,7 @@ def measure_peaks(configurations: list[Configuration]) -> list[dict[str, Any]]:
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path])}
     result = subprocess.run(
-        [sys.executable, "-m", "bench.report.memory", request],
+        ending_with_parent([sys.executable, "-m", "bench.report.memory", request]),
         capture_output=True,
         text=True,
         env=environment,

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,20 +16,28 @@ from typing import Any
 
 import dagster as dg
 
+WATCH_EVERY_S, GRACE_S = 1.0, 60.0
+"""How often a step looks for its run and its fork server, and what it has to save its work before it is killed."""
+
 
 def end_with_run() -> None:
-    """From now on this step is terminated when its run's process is gone.
+    """From now on this step is terminated when its run's process is gone, or the fork server that started it.
 
-    A killed run would otherwise leave an orphaned training that blocks the next run.
+    A killed run would otherwise leave an orphaned training that blocks the next run. Without its fork server a step is
+    lost to its run, which retries it: the two would then wait for each other.
     Does nothing in a step that runs in its run's own process.
     """
     run = multiprocessing.parent_process()
     if run is None:
         return
+    fork_server = os.getppid()
 
     def watch() -> None:
-        run.join()
+        while os.getppid() == fork_server and run.is_alive():
+            run.join(WATCH_EVERY_S)
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE_S)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="run-watch", daemon=True).start()
 

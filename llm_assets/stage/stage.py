@@ -39,6 +39,8 @@ from model.settings import ExperimentSettings
 
 # Observations are kept for good: one for each step of a training of days would fill the run storage.
 OBSERVATION_EVERY_S = 60.0
+WORKSPACE_WAIT_S = 30.0
+"""How long a retry waits for the step before it, whose run or fork server was killed, to save its work and end."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,7 @@ def workspace_lock(workspace: Path, experiment: str, asset: str) -> Iterator[Non
     # Beside the workspace and never deleted: a process waiting on a deleted file would not exclude one that re-creates it.
     lock = FileLock(workspace.with_name(f".{workspace.name}.lock"))
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=WORKSPACE_WAIT_S)
     except Timeout:
         raise PipelineError(
             f"another run is making {asset} of {experiment!r} in {workspace}: wait for it or terminate it"

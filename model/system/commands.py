@@ -1,6 +1,7 @@
 """Runs other programs, each in a process group of its own, which ends with the caller; their output is logged."""
 
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,15 @@ from typing import IO
 
 from model.errors import PipelineError
 from model.progress import Log, silent
+
+
+def ending_with_parent(command: Sequence[str]) -> list[str]:
+    """The command, killed by the kernel when the thread that starts it ends, also by SIGKILL; as it is without setpriv.
+
+    By a program instead of `preexec_fn`, which is unsafe in a process with threads.
+    """
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "KILL", *command] if setpriv else list(command)
 
 
 def run(
@@ -36,20 +46,18 @@ def run(
             lines.append(line.strip())
             log(prefix + line.rstrip())
 
-    try:
-        process = subprocess.Popen(
-            command,
-            cwd=cwd,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-    except FileNotFoundError:
-        raise PipelineError(f"{what} failed: there is no command {command[0]!r}") from None
-    with process:
+    if shutil.which(command[0], path=(environment or os.environ).get("PATH")) is None:
+        raise PipelineError(f"{what} failed: there is no command {command[0]!r}")
+    with subprocess.Popen(
+        ending_with_parent(command),
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
         assert process.stdout is not None and process.stderr is not None
         reader = Thread(target=relay, args=(process.stderr,), daemon=True)
         reader.start()

@@ -21,6 +21,7 @@ from model.evaluation import Agreement, compare, evaluate
 from model.modeling_rex import RexForCausalLM
 from model.progress import Log, silent
 from model.settings import QuantizationSettings
+from model.system.commands import ending_with_parent
 from model.text.tokens import TokenDataset
 from model.weights import int8
 from model.weights.int8 import dequantize, quantize
@@ -141,7 +142,9 @@ def _load_in_a_fresh_process(model_dir: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "model.weights.loading", str(model_dir), "--threads", str(torch.get_num_threads())]
     # The child finds this package wherever the parent did.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        ending_with_parent(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def _check_fresh(process: subprocess.Popen[str], model_dir: Path, expected_digest: str) -> None:

@@ -84,7 +84,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.processes
-def test_a_step_ends_with_the_run_that_was_killed(tmp_path):
+@pytest.mark.parametrize("killed", ["the run", "the fork server"])
+def test_a_step_ends_with_the_process_that_was_killed(tmp_path, killed):
     (tmp_path / "parent.py").write_text(PARENT)
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     parent = subprocess.Popen(
@@ -92,6 +93,11 @@ def test_a_step_ends_with_the_run_that_was_killed(tmp_path):
     )
     assert parent.stdout
     step = psutil.Process(int(parent.stdout.readline()))
+    if killed == "the run":
+        parent.kill()
+        parent.wait()
+    else:
+        step.parent().kill()
+    step.wait(120)
     parent.kill()
     parent.wait()
-    step.wait(120)

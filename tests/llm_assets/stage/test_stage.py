@@ -223,7 +223,8 @@ def test_a_resumable_stage_with_other_settings_starts_afresh(pipeline: Pipeline)
         assert "the loss is not a number" in failure(pipeline.run("corpus")).message
 
 
-def test_two_runs_do_not_share_a_resumable_workspace(pipeline: Pipeline) -> None:
+def test_two_runs_do_not_share_a_resumable_workspace(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_module, "WORKSPACE_WAIT_S", 0.1)
     pipeline.resumable = True
     messages = []
 

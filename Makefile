@@ -60,10 +60,7 @@ sweep: setup  ## One run for each point of a Hydra sweep: make sweep EXPERIMENT=
 	$(BIN)/python -m llm_assets.experiments.sweep --multirun experiment=$(EXPERIMENT) $(OVERRIDES)
 
 ui: setup  ## Start Dagster (UI_PORT=3001, webserver and daemon) and the MLflow UI (MLFLOW_PORT=5000)
-	@$(BIN)/python -c 'from llm_assets.resources.mlflow import MlflowTracking; MlflowTracking().client()'
-	@$(BIN)/mlflow server --backend-store-uri sqlite:///$(CURDIR)/var/mlflow.db --default-artifact-root $(CURDIR)/var/mlartifacts \
-		--host 127.0.0.1 --port $(MLFLOW_PORT) & mlflow=$$!; trap 'kill $$mlflow 2>/dev/null' EXIT INT TERM; \
-	$(BIN)/dagster dev --workspace workspace.yaml --host 127.0.0.1 --port $(UI_PORT)
+	@exec $(BIN)/python -m llm_assets.ui --port $(UI_PORT) --mlflow-port $(MLFLOW_PORT)
 
 serve: setup  ## Serve the packaged Bento of EXPERIMENT, or BENTO=NAME:VERSION, on HOST (127.0.0.1) and PORT (3000)
 	@tag=$(or $(BENTO),$$($(BIN)/python -m llm_assets.latest $(EXPERIMENT) --bento)) && exec $(BIN)/bentoml serve "$$tag" --host $(HOST) --port $(PORT)

@@ -1,0 +1,62 @@
+"""`make ui` as a person and as a script start it: two addresses, and no process left when it ends."""
+
+import os
+import signal
+import subprocess
+import time
+import urllib.request
+
+import psutil
+import pytest
+
+from tests.e2e.workplace import BIN, REPO, free_port, new_workplace
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    return new_workplace(tmp_path)
+
+
+def processes(workplace) -> set[psutil.Process]:
+    """All processes that work on this state: their environment names its folder."""
+    found = set()
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("LLM_ASSETS_VAR") == str(workplace.var):
+                found.add(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda sent: sent.name)
+def test_make_ui_prints_two_addresses_and_leaves_no_process(workplace, sent):
+    ports = free_port(), free_port()
+    make = ["make", "--no-print-directory", "--old-file=.venv/.installed", "ui", f"UI_PORT={ports[0]}"]
+    make += [f"MLFLOW_PORT={ports[1]}", f"BIN={BIN}", f"DAGSTER_HOME={workplace.root / 'dagster'}"]
+    ui = subprocess.Popen(
+        # As `script &` starts it: SIGINT is ignored.
+        ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *make],
+        cwd=REPO,
+        env={**workplace.env, "MLFLOW_UI_URL": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert ui.stdout
+    lines = [ui.stdout.readline() for _ in range(2)]
+    assert lines == [f"Dagster  http://127.0.0.1:{ports[0]}\n", f"MLflow   http://127.0.0.1:{ports[1]}\n"]
+    for port in ports:
+        assert urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=30).status == 200
+    if sent == signal.SIGTERM:
+        ui.send_signal(sent)
+    else:
+        os.killpg(ui.pid, sent)
+    ui.wait(60)
+    deadline = time.monotonic() + 30
+    while processes(workplace) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not processes(workplace)

@@ -33,6 +33,7 @@ PROGRAMS = (
     "mlflow",
     "pg_ctl",
     "python",
+    "setpriv",
     "uv",
 )
 """Programs that count as a process of a test: libraries look at the machine with others, such as `file` and `lscpu`."""

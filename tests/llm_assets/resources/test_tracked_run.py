@@ -19,6 +19,8 @@ import pytest
 from llm_assets.resources import tracked_run
 from llm_assets.resources.tracked_run import TrackedRun, send_unsent
 
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
+
 
 class Server:
     """`mlflow server` with one worker, in a process group of its own."""

@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 from threading import Timer
-from typing import Any
 
 import pytest
 
@@ -15,7 +14,7 @@ from llm_assets.resources import tracking_database
 from llm_assets.resources.mlflow import MlflowTracking
 from model.errors import PipelineError
 
-Pipeline = Any  # conftest's
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ import pytest
 from model.errors import PipelineError
 from model.system.commands import run
 
+pytestmark = pytest.mark.processes
+
 REPO = Path(__file__).resolve().parents[3]
 
 

@@ -1,0 +1,162 @@
+// Attention of a few queries over the pages of one slot's head, and writing keys and values into pages.
+//
+// A page holds, for each layer and head, keys as blocks of BLOCK positions (head_dim lines of one number from each
+// position, in bfloat16 two numbers) and then values, position by position; a head is filled up to a multiple of BLOCK.
+#include "kernels.h"
+#include "simd.h"
+
+namespace {
+
+using namespace rex;
+
+struct Cache32 {
+    typedef float Element;
+    static constexpr int pair = 1;  // numbers of a head that stand together in a line of keys
+    template <int Q>
+    static INLINE void keys(const uint8_t* line, const float* const (&q)[Q], int64_t i, int part, Vf (&sum)[Q]) {
+        const Vf key = load<Vf>(line + part * 4 * W);
+        for (int j = 0; j < Q; j++) sum[j] = fma(splat(q[j][i]), key, sum[j]);
+    }
+    static INLINE Vf value(const Element* from) { return load<Vf>(from); }
+    static INLINE Element element(float x) { return x; }
+};
+
+struct Cache16 {
+    typedef uint16_t Element;
+    static constexpr int pair = 2;
+    template <int Q>
+    static INLINE void keys(const uint8_t* line, const float* const (&q)[Q], int64_t i, int part, Vf (&sum)[Q]) {
+        const Vi both = load<Vi>(line + part * 4 * W);
+        const Vf even = (Vf)(both << 16), odd = (Vf)(both & splat_int((int32_t)0xffff0000));
+        for (int j = 0; j < Q; j++) sum[j] = fma(splat(q[j][2 * i + 1]), odd, fma(splat(q[j][2 * i]), even, sum[j]));
+    }
+    static INLINE Vf value(const Element* from) { return from_bf16(from); }
+    static INLINE Element element(float x) { return to_bf16(x); }
+};
+
+constexpr int BLOCK_PARTS = BLOCK / W;
+
+// Scores of Q queries at the positions of one page.
+template <class C, int Q, int B>
+INLINE void score_blocks(const uint8_t* keys, const float* const (&q)[Q], int64_t lines, float* const (&scores)[Q]) {
+    Vf sum[B * BLOCK_PARTS][Q] = {};
+    for (int64_t i = 0; i < lines; i++)
+#pragma GCC unroll 16
+        for (int b = 0; b < B * BLOCK_PARTS; b++)
+            C::template keys<Q>(keys + (b / BLOCK_PARTS * lines + i) * 64, q, i, b % BLOCK_PARTS, sum[b]);
+#pragma GCC unroll 16
+    for (int b = 0; b < B * BLOCK_PARTS; b++)
+#pragma GCC unroll 4
+        for (int j = 0; j < Q; j++) store(scores[j] + b * W, sum[b][j]);
+}
+
+template <class C, int Q, int V>
+INLINE void mix_values(const Attention& a, int64_t values, int64_t stride, int64_t at, float* const (&weights)[Q],
+                       const int32_t (&seen)[Q], int32_t most, Vf (&sum)[Q][V]) {
+    typedef typename C::Element Element;
+    for (int32_t first = 0; first < most; first += PAGE) {
+        const Element* page = (const Element*)(a.pages[first / PAGE] + a.offset + values) + at;
+        const int32_t count = most - first < PAGE ? most - first : PAGE;
+        for (int32_t s = 0; s < count; s++) {
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) {
+                const Vf value = C::value(page + s * stride + v * W);
+#pragma GCC unroll 4
+                for (int j = 0; j < Q; j++) sum[j][v] = fma(splat(weights[j][first + s]), value, sum[j][v]);
+            }
+        }
+    }
+    (void)seen;
+}
+
+template <class C, int Q>
+void attend_queries(const Attention& a, int32_t first_query) {
+    typedef typename C::Element Element;
+    const int64_t stride = round_up(a.head_dim, BLOCK), lines = stride / C::pair;
+    const int64_t values = PAGE * stride * (int64_t)sizeof(Element);
+    const float* q[Q];
+    float* scores[Q];
+    int32_t seen[Q], most = 0;
+    for (int j = 0; j < Q; j++) {
+        seen[j] = a.seen[first_query + j];
+        most = seen[j] > most ? seen[j] : most;
+    }
+    const int64_t width = round_up(most, PAGE);
+    for (int j = 0; j < Q; j++) {
+        q[j] = a.q[first_query + j];
+        scores[j] = a.scores + j * width;
+    }
+    constexpr int together = W == 16 ? 4 : W == 8 ? (Q > 2 ? 1 : 2) : 1;  // blocks whose sums fit into registers
+    for (int32_t first = 0; first < most; first += PAGE) {
+        const uint8_t* keys = a.pages[first / PAGE] + a.offset;
+        for (int32_t at = 0; at < PAGE && first + at < most; at += together * BLOCK) {
+            float* to[Q];
+            for (int j = 0; j < Q; j++) to[j] = scores[j] + first + at;
+            score_blocks<C, Q, together>(keys + at / BLOCK * lines * 64, q, lines, to);
+        }
+    }
+    float share[Q];
+    for (int j = 0; j < Q; j++) {
+        Vi position;
+        for (int lane = 0; lane < W; lane++) position[lane] = lane;
+        const Vi limit = splat_int(seen[j]);
+        const Vf never = splat(-__builtin_inff());
+        Vf top = never;
+        for (int32_t s = 0; s < seen[j]; s += W)
+            top = larger(position + splat_int(s) < limit ? load<Vf>(scores[j] + s) : never, top);
+        const Vf most_j = splat(largest_lane(top));
+        Vf total = {};
+        // Up to the furthest query of this call: positions that this one does not see weigh nothing.
+        for (int32_t s = 0; s < round_up(most, W); s += W) {
+            const Vf weight = exponential(load<Vf>(scores[j] + s) - most_j);
+            const Vf kept = position + splat_int(s) < limit ? weight : Vf{};
+            store(scores[j] + s, kept);
+            total += kept;
+        }
+        share[j] = 1.0f / sum_lanes(total);
+    }
+    constexpr int V = W == 16 ? 4 : W == 8 ? (Q > 2 ? 2 : 4) : 2;
+    int64_t at = 0;
+    for (; at + V * W <= stride; at += V * W) {
+        Vf sum[Q][V] = {};
+        mix_values<C, Q, V>(a, values, stride, at, scores, seen, most, sum);
+        for (int j = 0; j < Q; j++)
+            for (int v = 0; v < V; v++) store(a.out[first_query + j] + at + v * W, sum[j][v] * splat(share[j]));
+    }
+    for (; at < stride; at += W) {
+        Vf sum[Q][1] = {};
+        mix_values<C, Q, 1>(a, values, stride, at, scores, seen, most, sum);
+        for (int j = 0; j < Q; j++) store(a.out[first_query + j] + at, sum[j][0] * splat(share[j]));
+    }
+}
+
+template <class C>
+void attend(const Attention& a) {
+    int32_t first = 0;
+    for (; first + 4 <= a.queries; first += 4) attend_queries<C, 4>(a, first);
+    if (a.queries - first == 3) attend_queries<C, 3>(a, first);
+    if (a.queries - first == 2) attend_queries<C, 2>(a, first);
+    if (a.queries - first == 1) attend_queries<C, 1>(a, first);
+}
+
+template <class C>
+void store_position(const float* key, const float* value, int32_t head_dim, int64_t stride, uint8_t* page, int32_t at) {
+    typedef typename C::Element Element;
+    Element* keys = (Element*)page + at / BLOCK * BLOCK * stride;
+    Element* values = (Element*)page + PAGE * stride + at * stride;
+    for (int32_t i = 0; i < head_dim; i++) {
+        keys[i / C::pair * BLOCK * C::pair + at % BLOCK * C::pair + i % C::pair] = C::element(key[i]);
+        values[i] = C::element(value[i]);
+    }
+}
+
+void attend_f32(const Attention& a) { attend<Cache32>(a); }
+void attend_bf16(const Attention& a) { attend<Cache16>(a); }
+void store_f32(const float* key, const float* value, int32_t head_dim, int64_t stride, uint8_t* page, int32_t at) {
+    store_position<Cache32>(key, value, head_dim, stride, page, at);
+}
+void store_bf16(const float* key, const float* value, int32_t head_dim, int64_t stride, uint8_t* page, int32_t at) {
+    store_position<Cache16>(key, value, head_dim, stride, page, at);
+}
+
+}  // namespace

@@ -1,0 +1,328 @@
+"""The compiled library from Python: a model's weights handed over once, sessions, and passes over segments of slots.
+
+    model = NativeModel(load_model(path))
+    session = NativeSession(model, slots=16)
+    logits_RV, best_R, highest_R = session.step([Segment(slot=0, start=0, ids=ids, wanted=1)])
+
+Numpy in and out; ctypes lets go of the interpreter while a pass runs. What the library computes is `rex_native.h`; how it
+is compiled, `build.py`. REX_NATIVE_INSTRUCTIONS in the environment names an instruction set other than the processor's best.
+
+Shapes: R rows of logits, V vocabulary.
+"""
+
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from model.errors import PipelineError
+from model.native.build import LIBRARY
+from model.weights.int8 import Int8Matrix, TiedInt8Head
+
+ABI = 1
+INSTRUCTIONS = ("portable", "avx2", "avxvnni", "avx512", "amx", "dotprod")
+"""By their numbers in the library; of those that a processor has, the last is the fastest."""
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+LIBRARY_VARIABLE, INSTRUCTIONS_VARIABLE = "REX_NATIVE_LIBRARY", "REX_NATIVE_INSTRUCTIONS"
+ACTIVATION_LEVELS = 127
+"""Activations of int8 layers go from -127 to 127: no kernel here saturates, unlike FBGEMM's (`model/weights/int8.py`)."""
+_ERROR_SIZE = 256
+
+
+class _Config(ctypes.Structure):
+    _fields_ = [  # noqa: RUF012
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                *("layers", "hidden_size", "intermediate_size", "heads", "groups", "head_dim", "vocab_size"),
+                *("context_length", "post_norm", "activation_levels", "instructions"),
+            )
+        ),
+        ("eps", ctypes.c_float),
+    ]
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("dtype", ctypes.c_int32)]  # noqa: RUF012
+
+
+_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+_NORMS = ("input_norm", "post_attention_norm", "attention_branch_norm", "mlp_branch_norm")
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [*((name, _Matrix) for name in _MATRICES), *((name, ctypes.c_void_p) for name in _NORMS)]  # noqa: RUF012
+
+
+class _Weights(ctypes.Structure):
+    _fields_ = [  # noqa: RUF012
+        *(("embedding", _Matrix), ("head", _Matrix), ("layers", ctypes.POINTER(_Layer))),
+        *((name, ctypes.c_void_p) for name in ("final_norm", "cos", "sin")),
+    ]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens `ids` that follow the first `start` of a slot; the last `wanted` of them get logits."""
+
+    slot: int
+    start: int
+    ids: np.ndarray
+    wanted: int
+
+
+@lru_cache
+def open_library(path: Path | None = None) -> ctypes.CDLL | None:
+    """The library at `path`, default REX_NATIVE_LIBRARY or beside this file; None where there is none that loads."""
+    path = path or Path(os.environ.get(LIBRARY_VARIABLE) or LIBRARY)
+    try:
+        library = ctypes.CDLL(str(path))
+        if library.rex_abi() != ABI:
+            return None
+    except (OSError, AttributeError):
+        return None
+    pointer, whole, long, text = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_char_p
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "rex_supports": (whole, [whole]),
+        "rex_model_create": (pointer, [ctypes.POINTER(_Config), ctypes.POINTER(_Weights), text]),
+        "rex_model_bytes": (long, [pointer]),
+        "rex_model_destroy": (None, [pointer]),
+        "rex_session_create": (pointer, [pointer, whole, whole, long, whole, text]),
+        "rex_session_destroy": (None, [pointer]),
+        "rex_session_step": (whole, [pointer, whole, *[pointer] * 8, text]),
+        "rex_session_copy_prefix": (whole, [pointer, whole, whole, whole, text]),
+        "rex_session_truncate": (whole, [pointer, whole, whole, text]),
+        "rex_session_cache_bytes": (long, [pointer]),
+    }
+    for name, (returned, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = returned, arguments
+    return library
+
+
+def available_instructions() -> list[str]:
+    """Instruction sets that this processor and the library have, the fastest last; none without the library."""
+    library = open_library()
+    if library is None:
+        return []
+    return [name for number, name in enumerate(INSTRUCTIONS) if library.rex_supports(number)]
+
+
+def choose_instructions(named: str | None = None) -> str:
+    """`named`, else REX_NATIVE_INSTRUCTIONS, else the fastest. Raises PipelineError for one that is not available."""
+    available = available_instructions()
+    wanted = named or os.environ.get(INSTRUCTIONS_VARIABLE)
+    if wanted is None and available:
+        return available[-1]
+    if wanted not in available:
+        raise PipelineError(
+            f"instruction set {wanted!r} is not available: expected one of {', '.join(available) or 'none'}; "
+            f"leave {INSTRUCTIONS_VARIABLE} unset for the fastest"
+        )
+    return wanted
+
+
+def unsupported(model: PreTrainedModel) -> str | None:
+    """Why the library cannot compute this model; None where it can."""
+    rope = model.config.rope_parameters["rope_type"]
+    if open_library() is None:
+        return "the native library is not built: run python -m model.native.build, which needs a C++ compiler"
+    if model.device.type != "cpu":
+        return f"the model is on {model.device}"
+    if rope in ("dynamic", "longrope"):
+        return f"rotary embeddings of the type {rope} depend on the length of a text"
+    kinds = {type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and m.bias is not None}
+    dtypes = {w.dtype for w in (_weight(model, name) for name in _matrix_names(model)) if w is not None} - set(DTYPES)
+    if kinds or dtypes:
+        return f"its layers are of a kind that the library has no kernel for ({', '.join(map(str, kinds or dtypes))})"
+    return None
+
+
+class NativeModel:
+    """A model's weights, laid out for the processor; the given model is not needed after.
+
+    instructions: see `choose_instructions`. Raises PipelineError for a model that the library cannot compute.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, instructions: str | None = None) -> None:
+        reason = unsupported(model)
+        if reason:
+            raise PipelineError(f"the native step cannot run: {reason}; use the step 'reference'")
+        library = open_library()
+        assert library is not None
+        self._library, config = library, model.config
+        self.instructions = choose_instructions(instructions)
+        self.vocab_size: int = config.vocab_size
+        self.context_length: int = config.max_position_embeddings
+        self.weights = str(_weight(model, "model.layers.0.mlp.up_proj").dtype).removeprefix("torch.")
+        """What layers hold: "float32", "bfloat16" or "int8"."""
+        kept: list[Tensor] = []
+        weights = _gather(model, kept)
+        numbers = _Config(
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.vocab_size,
+            config.max_position_embeddings,
+            int(config.post_norm),
+            ACTIVATION_LEVELS,
+            INSTRUCTIONS.index(self.instructions),
+            config.rms_norm_eps,
+        )
+        error = ctypes.create_string_buffer(_ERROR_SIZE)
+        self.handle = library.rex_model_create(ctypes.byref(numbers), ctypes.byref(weights), error)
+        if not self.handle:
+            raise PipelineError(f"the native step cannot take the model: {error.value.decode()}")
+        del kept  # the library has its own copy
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the weights."""
+        return int(self._library.rex_model_bytes(self.handle))
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None):
+            self._library.rex_model_destroy(self.handle)
+
+
+class NativeSession:
+    """Slots with their keys and values, and threads that compute; used by one thread at a time.
+
+    cache_dtype: of keys and values, float32 or bfloat16; default float32 for a model in float32, else bfloat16.
+    cache_tokens: most tokens over all slots, 0 for no limit; memory is taken as texts need it.
+    """
+
+    def __init__(
+        self,
+        model: NativeModel,
+        slots: int,
+        *,
+        threads: int = 1,
+        cache_dtype: torch.dtype | None = None,
+        cache_tokens: int = 0,
+    ) -> None:
+        self.model, self._library = model, model._library
+        dtype = cache_dtype or (torch.float32 if model.weights == "float32" else torch.bfloat16)
+        error = ctypes.create_string_buffer(_ERROR_SIZE)
+        self._handle = self._library.rex_session_create(
+            model.handle, slots, DTYPES[dtype], cache_tokens, max(1, threads), error
+        )
+        if not self._handle:
+            raise PipelineError(f"the native step cannot start: {error.value.decode()}")
+
+    def step(
+        self, segments: Sequence[Segment], *, logits: bool = True
+    ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+        """One pass: logits (R, V) float32 or None, and for each row the highest logit's first index (R,) and itself (R,).
+
+        Rows follow the segments. A highest logit of NaN: some logit of the row is no number. Running a segment again is
+        harmless. Raises PipelineError for a segment that does not fit, and where memory or the cache's limit is reached.
+        """
+        table = np.array([(s.slot, s.start, len(s.ids), s.wanted) for s in segments], dtype=np.int32).T.copy()
+        ids = np.ascontiguousarray(np.concatenate([s.ids for s in segments]), dtype=np.int64)
+        rows = int(table[3].sum())
+        logits_RV = np.empty((rows, self.model.vocab_size), dtype=np.float32) if logits else None
+        best, highest = np.empty(rows, dtype=np.int32), np.empty(rows, dtype=np.float32)
+        error = ctypes.create_string_buffer(_ERROR_SIZE)
+        failed = self._library.rex_session_step(
+            self._handle,
+            len(segments),
+            *(row.ctypes.data for row in table),
+            ids.ctypes.data,
+            None if logits_RV is None else logits_RV.ctypes.data,
+            best.ctypes.data,
+            highest.ctypes.data,
+            error,
+        )
+        _check(failed, error)
+        return logits_RV, best, highest
+
+    def copy_prefix(self, source: int, target: int, tokens: int) -> None:
+        """Let slot `target` begin with the first `tokens` of `source`, without copying whole pages."""
+        error = ctypes.create_string_buffer(_ERROR_SIZE)
+        _check(self._library.rex_session_copy_prefix(self._handle, source, target, tokens, error), error)
+
+    def truncate(self, slot: int, tokens: int) -> None:
+        """Forget a slot's tokens from position `tokens` on, and give back pages that hold no others."""
+        error = ctypes.create_string_buffer(_ERROR_SIZE)
+        _check(self._library.rex_session_truncate(self._handle, slot, tokens, error), error)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the keys and values that slots hold."""
+        return int(self._library.rex_session_cache_bytes(self._handle))
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._library.rex_session_destroy(self._handle)
+
+
+def _check(failed: int, error: Any) -> None:
+    if failed:
+        raise PipelineError(f"the native step failed: {error.value.decode()}")
+
+
+def _matrix_names(model: PreTrainedModel) -> list[str]:
+    layers = range(model.config.num_hidden_layers)
+    parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    parts += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    inside = [f"model.layers.{i}.{part}" for i in layers for part in parts]
+    return ["model.embed_tokens", *inside, "lm_head"]
+
+
+def _weight(model: PreTrainedModel, name: str) -> Any:
+    """A layer's weight as it is stored; None for a head that is the embedding's table."""
+    module = model.get_submodule(name)
+    if isinstance(module, TiedInt8Head):
+        return None
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if name == "lm_head" and weight is model.get_submodule("model.embed_tokens").weight:
+        return None
+    return weight
+
+
+def _gather(model: PreTrainedModel, kept: list[Tensor]) -> _Weights:
+    """Addresses of all weights; `kept` holds what must stay in memory until they are read."""
+
+    def address(tensor: Tensor) -> int:
+        kept.append(tensor.detach().contiguous())
+        return kept[-1].data_ptr()
+
+    def matrix(name: str) -> _Matrix:
+        weight = _weight(model, name)
+        if weight is None:
+            return _Matrix()
+        module = model.get_submodule(name)
+        scale = address(module.weight_scale) if isinstance(module, Int8Matrix) else None
+        return _Matrix(address(weight), scale, DTYPES[weight.dtype])
+
+    def norm(name: str) -> int | None:
+        module = model.get_submodule(name)
+        return None if isinstance(module, nn.Identity) else address(module.weight.float())  # type: ignore[operator]
+
+    config = model.config
+    layers = (_Layer * config.num_hidden_layers)()
+    names = _matrix_names(model)
+    for i, layer in enumerate(layers):
+        for field, name in zip(_MATRICES, names[1 + 7 * i :], strict=False):
+            setattr(layer, field, matrix(name))
+        norms = ("input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm")
+        for field, name in zip(_NORMS, norms, strict=True):
+            setattr(layer, field, norm(f"model.layers.{i}.{name}"))
+    positions = torch.arange(config.max_position_embeddings)[None]
+    with torch.inference_mode():
+        cos, sin = model.get_submodule("model.rotary_emb")(torch.empty(0), positions)
+    return _Weights(
+        matrix("model.embed_tokens"), matrix("lm_head"), layers, norm("model.norm"), address(cos), address(sin)
+    )

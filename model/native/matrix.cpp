@@ -1,0 +1,58 @@
+#include "matrix.h"
+
+#include <cstring>
+
+namespace rex {
+
+Matrix::Matrix(int32_t dtype, int64_t n, int64_t k, bool unsigned_weights)
+    : dtype_(dtype), unsigned_(dtype == REX_INT8 && unsigned_weights), k_(round_up(k, ROW_UNIT)),
+      panels_((n + PANEL - 1) / PANEL), data_(panels_ * k_ * PANEL * (4 / inputs())) {
+    if (dtype == REX_INT8) {
+        scale_ = Lines<float>(panels_ * PANEL);
+        if (unsigned_) std::memset(data_.data(), 128, (size_t)data_.count());
+    }
+}
+
+// Where an element stands, counted in elements.
+int64_t Matrix::place(int64_t output, int64_t input) const {
+    const int64_t g = inputs();
+    return (output / PANEL * (k_ / g) + input / g) * PANEL * g + output % PANEL * g + input % g;
+}
+
+void Matrix::set(int64_t output, int64_t input, const RexMatrix& from, int64_t row, int64_t from_k, int64_t from_input, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t to = place(output, input + i), at = row * from_k + from_input + i;
+        if (dtype_ == REX_FLOAT32)
+            ((float*)data_.data())[to] = ((const float*)from.data)[at];
+        else if (dtype_ == REX_BFLOAT16)
+            ((uint16_t*)data_.data())[to] = ((const uint16_t*)from.data)[at];
+        else
+            data_.data()[to] = (uint8_t)(((const int8_t*)from.data)[at] + (unsigned_ ? 128 : 0));
+    }
+    if (dtype_ == REX_INT8) scale_.data()[output] = from.scale[row];
+}
+
+void Matrix::row(int64_t output, int64_t count, float* to) const {
+    const float scale = dtype_ == REX_INT8 ? scale_.data()[output] : 1.0f;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t at = place(output, i);
+        if (dtype_ == REX_FLOAT32) {
+            to[i] = ((const float*)data_.data())[at];
+        } else if (dtype_ == REX_BFLOAT16) {
+            const uint32_t bits = (uint32_t)((const uint16_t*)data_.data())[at] << 16;
+            std::memcpy(to + i, &bits, 4);
+        } else {
+            to[i] = (float)((int)data_.data()[at] - (unsigned_ ? 128 : (data_.data()[at] >= 128 ? 256 : 0))) * scale;
+        }
+    }
+}
+
+Product Matrix::product() const {
+    Product product = {};
+    product.panels = data_.data();
+    product.scale = scale_.data();
+    product.k = k_;
+    return product;
+}
+
+}  // namespace rex

@@ -1,0 +1,39 @@
+// A model's weights as the kernels want them.
+#pragma once
+#include <vector>
+
+#include "kernels.h"
+#include "matrix.h"
+#include "rex_native.h"
+
+namespace rex {
+
+struct Layer {
+    Matrix qkv, o, gate_up, down;
+    Lines<float> input_norm, post_attention_norm, attention_branch_norm, mlp_branch_norm;
+};
+
+// Sizes of rows, filled up.
+struct Strides {
+    int64_t hidden, head, qkv, mixed, intermediate, gate_up, vocab;
+};
+
+struct Model {
+    Model(const RexConfig& config, const RexWeights& weights, const Kernels& kernels);
+
+    int64_t bytes() const;
+    const Matrix& head() const { return is_tied ? embedding : own_head; }
+
+    RexConfig config;
+    const Kernels& kernels;
+    Strides strides;
+    bool is_tied;
+    Matrix embedding, own_head;
+    std::vector<Layer> layers;
+    Lines<float> final_norm, cos, sin;
+};
+
+// The kernels for one of RexInstructions; null where the processor or this file lacks them.
+const Kernels* find_kernels(int32_t instructions);
+
+}  // namespace rex

@@ -1,0 +1,75 @@
+// The library's C interface, which `library.py` calls through ctypes.
+//
+// A model holds weights, laid out once for the processor's instructions, and never changes: sessions may share it.
+// A session holds a cache of keys and values, buffers and threads, and is used by one thread at a time.
+// Functions that can fail return 0 for success, and else write one line to `error` (ERROR_SIZE bytes).
+#pragma once
+#include <cstdint>
+
+#ifdef _WIN32
+#define REX_API extern "C" __declspec(dllexport)
+#else
+#define REX_API extern "C" __attribute__((visibility("default")))
+#endif
+
+enum { REX_ABI = 1, REX_ERROR_SIZE = 256 };
+enum RexDtype { REX_FLOAT32 = 0, REX_BFLOAT16 = 1, REX_INT8 = 2 };
+enum RexInstructions { REX_PORTABLE = 0, REX_AVX2 = 1, REX_AVXVNNI = 2, REX_AVX512 = 3, REX_AMX = 4, REX_DOTPROD = 5 };
+
+struct RexConfig {
+    int32_t layers, hidden_size, intermediate_size, heads, groups, head_dim, vocab_size, context_length;
+    int32_t post_norm;
+    int32_t activation_levels;  // int8: activations are whole numbers from -levels to levels, 127 at most
+    int32_t instructions;       // one of RexInstructions
+    float eps;
+};
+
+// A matrix (n, k), row by row. scale: n factors of int8 weights, else null.
+struct RexMatrix {
+    const void* data;
+    const float* scale;
+    int32_t dtype;
+};
+
+struct RexLayer {
+    RexMatrix q, k, v, o, gate, up, down;
+    // Float32, hidden_size numbers each; the two after the branches are null without post_norm.
+    const float *input_norm, *post_attention_norm, *attention_branch_norm, *mlp_branch_norm;
+};
+
+struct RexWeights {
+    RexMatrix embedding, head;  // head.data null: the embedding's table
+    const RexLayer* layers;
+    const float* final_norm;
+    const float *cos, *sin;  // (context_length, head_dim / 2)
+};
+
+struct RexModel;
+struct RexSession;
+
+REX_API int32_t rex_abi();
+// Whether this processor can run the instructions and this file has them.
+REX_API int32_t rex_supports(int32_t instructions);
+// Copies all that it needs of the weights.
+REX_API RexModel* rex_model_create(const RexConfig* config, const RexWeights* weights, char* error);
+REX_API int64_t rex_model_bytes(const RexModel* model);
+REX_API void rex_model_destroy(RexModel* model);
+
+// cache_dtype: float32 or bfloat16. cache_tokens: most positions held over all slots, 0 for no limit.
+REX_API RexSession* rex_session_create(const RexModel* model, int32_t slots, int32_t cache_dtype, int64_t cache_tokens,
+                                       int32_t threads, char* error);
+REX_API void rex_session_destroy(RexSession* session);
+
+// One pass over segments of many slots. Segment i: `length[i]` tokens that follow the first `start[i]` of `slot[i]`; the
+// last `wanted[i]` of them (0 to length) get logits. ids: the tokens of all segments, one after the other.
+// For each wanted row, in order: logits (rows, vocab_size) unless null, the first index of the highest logit, and that
+// logit, NaN where any is.
+REX_API int32_t rex_session_step(RexSession* session, int32_t segments, const int32_t* slot, const int32_t* start,
+                                 const int32_t* length, const int32_t* wanted, const int64_t* ids, float* logits,
+                                 int32_t* best, float* highest, char* error);
+// Let `target` begin with the first `tokens` of `source`: whole pages are shared until one of the two writes.
+REX_API int32_t rex_session_copy_prefix(RexSession* session, int32_t source, int32_t target, int32_t tokens, char* error);
+// Forget a slot's positions from `tokens` on.
+REX_API int32_t rex_session_truncate(RexSession* session, int32_t slot, int32_t tokens, char* error);
+// Bytes of the pages that slots hold now.
+REX_API int64_t rex_session_cache_bytes(const RexSession* session);

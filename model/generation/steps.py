@@ -14,6 +14,7 @@ from model.generation.step import Step
 logger = logging.getLogger(__name__)
 
 STEPS = {
+    "native": "model.generation.native_step:NativeStep",
     "reference": "model.generation.reference:ReferenceStep",
 }
 """Where each implementation stands, the preferred one first."""

@@ -42,28 +42,28 @@ def find_compiler() -> str | None:
     return next((path for name in ([named] if named else COMPILERS) if (path := shutil.which(name))), None)
 
 
-def build(output: Path = LIBRARY, *, sanitizers: str = "") -> Path:
+def build(output: Path = LIBRARY, *, sanitizers: str = "", program: Path | None = None) -> Path:
     """Compile the library to `output`, which is replaced only once it is whole; nothing is done where it is up to date.
 
-    sanitizers: what `-fsanitize=` takes, for tests. Raises RuntimeError, one line, without a compiler or where it fails.
+    sanitizers: what `-fsanitize=` takes, for tests. program: a source with a `main`, which makes a program of it. Raises RuntimeError, one line, without a compiler or where it fails.
     """
     compiler = find_compiler()
     if compiler is None:
         raise RuntimeError(f"no C++ compiler ({', '.join(COMPILERS)}, or CXX): {WITHOUT}; install g++")
-    flags = [*FLAGS, *([f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g"] if sanitizers else [])]
+    flags = [*FLAGS, *([f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g", "-O1"] if sanitizers else [])]
     stamp = output.with_suffix(".stamp")
-    digest = _digest([compiler, *flags])
+    digest = _digest([compiler, *flags, program.read_text() if program else ""])
     if output.is_file() and stamp.is_file() and stamp.read_text() == digest:
         return output
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".build-") as scratch:
         made = Path(scratch, output.name)
-        _compile(compiler, flags, Path(scratch), made)
+        _compile(compiler, flags, Path(scratch), made, program)
         made.replace(output)
     stamp.write_text(digest)
     return output
 
 
-def _compile(compiler: str, flags: list[str], scratch: Path, made: Path) -> None:
+def _compile(compiler: str, flags: list[str], scratch: Path, made: Path, program: Path | None) -> None:
     kernels = {name: extra for name, extra in _kernels().items() if _accepts(compiler, extra)}
     known = [f"-DHAS_{name}" for name in kernels]
     jobs = [(source.stem, source, known) for source in sorted(SOURCES.glob("*.cpp")) if source.stem != "kernels"]
@@ -71,12 +71,14 @@ def _compile(compiler: str, flags: list[str], scratch: Path, made: Path) -> None
         unsigned = "true" if name in ("avxvnni", "avx512", "amx") else "false"
         defined = [f"-DKERNELS={name}", f"-DUNSIGNED_WEIGHTS={unsigned}"]
         jobs.append((f"kernels_{name}", SOURCES / "kernels.cpp", [*extra, *defined]))
+    if program:
+        jobs.append((program.stem, program, [f"-I{SOURCES}"]))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = pool.map(
             lambda job: _run([compiler, *flags, *job[2], "-c", str(job[1]), "-o", str(scratch / f"{job[0]}.o")]), jobs
         )
         list(objects)
-    _run([compiler, *flags, "-shared", "-o", str(made), *(str(scratch / f"{name}.o") for name, _, _ in jobs)])
+    _run([compiler, *flags, *([] if program else ["-shared"]), "-o", str(made), *(str(scratch / f"{name}.o") for name, _, _ in jobs)])
 
 
 def _kernels() -> dict[str, list[str]]:

@@ -35,6 +35,8 @@ LIBRARY_VARIABLE, INSTRUCTIONS_VARIABLE = "REX_NATIVE_LIBRARY", "REX_NATIVE_INST
 ACTIVATION_LEVELS = 127
 """Activations of int8 layers go from -127 to 127: no kernel here saturates, unlike FBGEMM's (`model/weights/int8.py`)."""
 _ERROR_SIZE = 256
+_HEAD_UNIT = 16
+"""Numbers that a head is filled up to, BLOCK in kernels.h."""
 
 
 class _Config(ctypes.Structure):
@@ -132,17 +134,21 @@ def choose_instructions(named: str | None = None) -> str:
 
 def unsupported(model: PreTrainedModel) -> str | None:
     """Why the library cannot compute this model; None where it can."""
-    rope = model.config.rope_parameters["rope_type"]
     if open_library() is None:
         return "the native library is not built: run python -m model.native.build, which needs a C++ compiler"
+    if model.config.model_type != "rex":
+        return f"it knows models of the type 'rex', not {model.config.model_type!r}"
+    rope = model.config.rope_parameters["rope_type"]
     if model.device.type != "cpu":
         return f"the model is on {model.device}"
     if rope in ("dynamic", "longrope"):
         return f"rotary embeddings of the type {rope} depend on the length of a text"
-    kinds = {type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and m.bias is not None}
-    dtypes = {w.dtype for w in (_weight(model, name) for name in _matrix_names(model)) if w is not None} - set(DTYPES)
-    if kinds or dtypes:
-        return f"its layers are of a kind that the library has no kernel for ({', '.join(map(str, kinds or dtypes))})"
+    if any(isinstance(module, nn.Linear) and module.bias is not None for module in model.modules()):
+        return "a linear layer has a bias"
+    dtypes = {w.dtype for w in (_weight(model, name) for name in _matrix_names(model)) if w is not None}
+    if len(dtypes) != 1 or not dtypes <= set(DTYPES):
+        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        return f"its layers are in {found}: expected one of float32, bfloat16 and int8"
     return None
 
 
@@ -164,6 +170,8 @@ class NativeModel:
         self.context_length: int = config.max_position_embeddings
         self.weights = str(_weight(model, "model.layers.0.mlp.up_proj").dtype).removeprefix("torch.")
         """What layers hold: "float32", "bfloat16" or "int8"."""
+        head = -(-config.head_dim // _HEAD_UNIT) * _HEAD_UNIT
+        self.cached_numbers_per_token: int = 2 * config.num_hidden_layers * config.num_key_value_heads * head
         kept: list[Tensor] = []
         weights = _gather(model, kept)
         numbers = _Config(
@@ -220,6 +228,7 @@ class NativeSession:
         )
         if not self._handle:
             raise PipelineError(f"the native step cannot start: {error.value.decode()}")
+        self.bytes_per_token: int = model.cached_numbers_per_token * dtype.itemsize
 
     def step(
         self, segments: Sequence[Segment], *, logits: bool = True

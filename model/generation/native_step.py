@@ -1,0 +1,74 @@
+"""The step in C++, for processors (`model/native/`): int8, bfloat16 and float32 weights, one call for a whole step.
+
+A sequence's numbers do not depend, to the last bit, on what else is in the step. Keys and values stand in pages that a
+slot takes as its text grows; sequences that begin alike share them.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from model.generation.step import Segment, SegmentOutput, Step
+from model.native import library
+from model.native.library import NativeModel, NativeSession, unsupported
+
+
+class NativeStep(Step):
+    """Computes with the native library; threads are as many as torch has when it is made."""
+
+    name = "native"
+    logits_device = torch.device("cpu")
+
+    def __init__(self, model: NativeModel, slots: int, threads: int) -> None:
+        self._model, self._threads = model, threads
+        self._session = NativeSession(model, slots, threads=threads)
+        self.slots, self.context_length, self.vocab_size = slots, model.context_length, model.vocab_size
+        self.precision = model.weights
+        self.bytes_per_token = self._session.bytes_per_token
+
+    @classmethod
+    def unavailable(cls, model: PreTrainedModel) -> str | None:
+        """Why the library cannot run the model, in one line; None where it can."""
+        return unsupported(model)
+
+    @classmethod
+    def create(cls, model: PreTrainedModel, slots: int) -> Self:
+        """The step for a model; the library has its own copy of the weights, so the model may go."""
+        return cls(NativeModel(model), slots, torch.get_num_threads())
+
+    def compute(self, segments: Sequence[Segment]) -> list[SegmentOutput]:
+        """As `Step.compute`; raises PipelineError where a segment does not fit or memory ends."""
+        wanted = [{"none": 0, "argmax": 1, "last": 1, "all": len(s.ids)}[s.logits] for s in segments]
+        has_logits = any(s.logits in ("last", "all") for s in segments)
+        logits_RV, best_R, highest_R = self._session.step(
+            [library.Segment(s.slot, s.start, s.ids, rows) for s, rows in zip(segments, wanted, strict=True)],
+            logits=has_logits,
+        )
+        if logits_RV is None:
+            logits_RV = np.empty((0, self.vocab_size), dtype=np.float32)
+        outputs, all_RV, end = [], torch.from_numpy(logits_RV), 0
+        for rows in wanted:
+            start, end = end, end + rows
+            token = int(best_R[end - 1]) if rows and math.isfinite(highest_R[end - 1]) else None
+            outputs.append(SegmentOutput(all_RV[start:end], token))
+        return outputs
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let a slot begin with the tokens of another; whole pages are shared, not copied."""
+        self._session.copy_prefix(source, target, length)
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot. Positions that a sequence has not written never count, so its numbers may stay."""
+        self._session.truncate(slot, 0)
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Give back the pages behind position `length`."""
+        self._session.truncate(slot, length)
+
+    def renewed(self) -> "NativeStep":
+        """The same weights with empty slots and threads of its own."""
+        return NativeStep(self._model, self.slots, self._threads)

@@ -1,0 +1,25 @@
+"""The native library, compiled before its tests where there is a compiler."""
+
+import pytest
+
+from model.native.build import LIBRARY, build, find_compiler
+from model.native.library import available_instructions
+
+if find_compiler():
+    build()
+INSTRUCTIONS = available_instructions()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `instructions` runs once for each instruction set of this processor."""
+    if "instructions" in metafunc.fixturenames:
+        missing = pytest.mark.skip(reason=f"no C++ compiler and no {LIBRARY.name}: nothing to test")
+        metafunc.parametrize("instructions", INSTRUCTIONS or [pytest.param("none", marks=missing)])
+
+
+@pytest.fixture
+def fastest() -> str:
+    """The instruction set that a user of this machine gets."""
+    if not INSTRUCTIONS:
+        pytest.skip(f"no C++ compiler and no {LIBRARY.name}: nothing to test")
+    return INSTRUCTIONS[-1]

@@ -1,0 +1,121 @@
+// Runs every kernel that the processor has on random weights, for builds with sanitizers: no Python, no torch.
+//
+// Each sequence is computed whole, and in chunks beside others on several threads: the bits must be the same.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "rex_native.h"
+
+static uint32_t state = 1;
+
+static float random_number() {
+    state = state * 1664525u + 1013904223u;
+    return (float)(int32_t)state / 2147483648.0f;
+}
+
+struct Store {
+    std::vector<std::vector<uint8_t>> bytes;
+    std::vector<std::vector<float>> floats;
+
+    const float* numbers(size_t count, float size, float middle) {
+        std::vector<float> made(count);
+        for (float& x : made) x = middle + size * random_number();
+        floats.push_back(std::move(made));
+        return floats.back().data();
+    }
+    RexMatrix matrix(int32_t dtype, size_t n, size_t k) {
+        const float* from = numbers(n * k, 0.2f, 0);
+        if (dtype == REX_FLOAT32) return {from, nullptr, dtype};
+        std::vector<uint8_t> made(n * k * (dtype == REX_INT8 ? 1 : 2));
+        for (size_t i = 0; i < n * k; i++) {
+            if (dtype == REX_INT8) made[i] = (uint8_t)(int8_t)(from[i] * 635.0f);
+            else std::memcpy(&made[2 * i], (const char*)(from + i) + 2, 2);
+        }
+        bytes.push_back(std::move(made));
+        return {bytes.back().data(), dtype == REX_INT8 ? numbers(n, 0.0001f, 0.0015f) : nullptr, dtype};
+    }
+};
+
+static void require(bool is_so, const char* what) {
+    if (is_so) return;
+    std::fprintf(stderr, "failed: %s\n", what);
+    std::exit(1);
+}
+
+static void exercise(int32_t instructions, int32_t dtype, bool post_norm) {
+    char error[REX_ERROR_SIZE] = "";
+    const int32_t layers = 2, hidden = 72, inner = 104, heads = 6, groups = 2, head_dim = 20, vocab = 151, context = 200;
+    const RexConfig config = {layers, hidden, inner, heads, groups, head_dim, vocab, context, post_norm, 127, instructions, 1e-5f};
+    Store store;
+    std::vector<RexLayer> each;
+    for (int i = 0; i < layers; i++) {
+        RexLayer layer = {};
+        layer.q = store.matrix(dtype, heads * head_dim, hidden);
+        layer.k = store.matrix(dtype, groups * head_dim, hidden);
+        layer.v = store.matrix(dtype, groups * head_dim, hidden);
+        layer.o = store.matrix(dtype, hidden, heads * head_dim);
+        layer.gate = store.matrix(dtype, inner, hidden);
+        layer.up = store.matrix(dtype, inner, hidden);
+        layer.down = store.matrix(dtype, hidden, inner);
+        layer.input_norm = store.numbers(hidden, 0.1f, 1);
+        layer.post_attention_norm = store.numbers(hidden, 0.1f, 1);
+        layer.attention_branch_norm = post_norm ? store.numbers(hidden, 0.1f, 1) : nullptr;
+        layer.mlp_branch_norm = post_norm ? store.numbers(hidden, 0.1f, 1) : nullptr;
+        each.push_back(layer);
+    }
+    RexWeights weights = {};
+    weights.embedding = store.matrix(dtype, vocab, hidden);
+    if (post_norm) weights.head = store.matrix(dtype, vocab, hidden);
+    weights.layers = each.data();
+    weights.final_norm = store.numbers(hidden, 0.1f, 1);
+    weights.cos = store.numbers(context * head_dim / 2, 1, 0);
+    weights.sin = store.numbers(context * head_dim / 2, 1, 0);
+
+    RexModel* model = rex_model_create(&config, &weights, error);
+    require(model, error);
+    const int32_t tokens = 150;
+    std::vector<int64_t> ids(tokens);
+    for (int32_t i = 0; i < tokens; i++) ids[i] = (i * 37 + 5) % vocab;
+    std::vector<float> whole(tokens * vocab), highest(3 * tokens);
+    std::vector<int32_t> best(3 * tokens);
+    const int32_t zero = 0;
+    RexSession* session = rex_session_create(model, 1, REX_FLOAT32, 0, 1, error);
+    require(session, error);
+    require(!rex_session_step(session, 1, &zero, &zero, &tokens, &tokens, ids.data(), whole.data(), best.data(), highest.data(), error), error);
+    rex_session_destroy(session);
+
+    session = rex_session_create(model, 3, REX_FLOAT32, 0, 3, error);
+    require(session, error);
+    int32_t done = 0;
+    for (int32_t size : {40, 1, 1, 23, 9, 1, 75}) {
+        const int32_t slot[] = {2, 0, 1}, start[] = {0, done, 0}, length[] = {7, size, 1}, wanted[] = {1, size, 0};
+        std::vector<int64_t> row(ids.begin(), ids.begin() + 7);
+        row.insert(row.end(), ids.begin() + done, ids.begin() + done + size);
+        row.push_back(3);
+        std::vector<float> logits((1 + size) * vocab);
+        require(!rex_session_step(session, 3, slot, start, length, wanted, row.data(), logits.data(), best.data(), highest.data(), error), error);
+        require(!std::memcmp(logits.data() + vocab, whole.data() + done * vocab, (size_t)size * vocab * 4), "other bits in company");
+        done += size;
+    }
+    require(!rex_session_copy_prefix(session, 0, 1, 130, error), error);
+    const int32_t one = 1, at = 130, slot = 1;
+    std::vector<float> logits(vocab);
+    require(!rex_session_step(session, 1, &slot, &at, &one, &one, ids.data() + at, logits.data(), best.data(), highest.data(), error), error);
+    require(!std::memcmp(logits.data(), whole.data() + at * vocab, vocab * 4), "other bits after a copied prefix");
+    require(!rex_session_truncate(session, 0, 0, error) && !rex_session_truncate(session, 1, 70, error), error);
+    rex_session_destroy(session);
+    rex_model_destroy(model);
+}
+
+int main() {
+    const char* names[] = {"portable", "avx2", "avxvnni", "avx512", "amx", "dotprod"};
+    for (int32_t instructions = 0; instructions < 6; instructions++) {
+        if (!rex_supports(instructions)) continue;
+        for (int32_t dtype : {REX_FLOAT32, REX_BFLOAT16, REX_INT8})
+            for (bool post_norm : {false, true}) exercise(instructions, dtype, post_norm);
+        std::printf("%s: the same bits\n", names[instructions]);
+    }
+}

@@ -43,6 +43,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@# compiling twenty thousand files here takes a minute or more, and most are never imported.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
+	@# Generation in C++; without a compiler, one line says what is missed.
+	@$(BIN)/python -m model.native.build
 	@touch $@
 
 $(DAGSTER_HOME)/dagster.yaml: dagster.yaml

@@ -41,6 +41,9 @@ class BentoArgs(BaseModel):
     mixed_precision: bool = Field(
         False, description="true holds weights that are not int8, and activations, in bfloat16."
     )
+    step: Literal["auto", "reference", "native"] = Field(
+        "auto", description="What computes a step of the engine; auto takes the fastest that runs the model here."
+    )
     max_batch_size: int = Field(16, ge=1, description="Requests that generate at once.")
     kv_cache_mib: int = Field(
         0,

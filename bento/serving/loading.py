@@ -41,6 +41,7 @@ def start_engine(options: BentoArgs, model_dir: Path) -> "Engine":
         prefill_chunk=options.prefill_chunk,
         max_queue=options.max_queue,
         max_queue_tokens=options.max_queue_tokens,
+        step=options.step,
         step_timeout_s=options.step_timeout_s,
     )
     engine.warm_up()

@@ -110,7 +110,7 @@ class BentoBuilder(dg.ConfigurableResource):
         root, total = Path(self.source_dir), hashlib.sha256()
         files = [path for folder in ("bento", "model") for path in (root / folder).rglob("*") if path.is_file()]
         for path in sorted([*files, root / "bentofile.yaml", root / "constraints.txt"]):
-            if "__pycache__" not in path.parts and path.is_file():
+            if "__pycache__" not in path.parts and path.suffix != ".stamp" and path.is_file():
                 total.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\n")
         return total.hexdigest()
 

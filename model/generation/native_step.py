@@ -27,7 +27,7 @@ class NativeStep(Step):
         self._model, self._threads = model, threads
         self._session = NativeSession(model, slots, threads=threads)
         self.slots, self.context_length, self.vocab_size = slots, model.context_length, model.vocab_size
-        self.precision = model.weights
+        self.precision = model.precision
         self.bytes_per_token = self._session.bytes_per_token
 
     @classmethod

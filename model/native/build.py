@@ -78,7 +78,19 @@ def _compile(compiler: str, flags: list[str], scratch: Path, made: Path, program
             lambda job: _run([compiler, *flags, *job[2], "-c", str(job[1]), "-o", str(scratch / f"{job[0]}.o")]), jobs
         )
         list(objects)
-    _run([compiler, *flags, *([] if program else ["-shared"]), "-o", str(made), *(str(scratch / f"{name}.o") for name, _, _ in jobs)])
+    # The C++ runtime goes in: a Bento's image may have an older one.
+    whole = ["-static-libstdc++", "-static-libgcc"] if sys.platform == "linux" and "-g" not in flags else []
+    _run(
+        [
+            compiler,
+            *flags,
+            *whole,
+            *([] if program else ["-shared"]),
+            "-o",
+            str(made),
+            *(str(scratch / f"{name}.o") for name, _, _ in jobs),
+        ]
+    )
 
 
 def _kernels() -> dict[str, list[str]]:

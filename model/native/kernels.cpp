@@ -29,15 +29,21 @@ void add(float* x, const float* branch, int64_t stride) {
 
 void quantize(const float* x, int64_t stride, float levels, int8_t* q, float* scale, int32_t* sum) {
     Vf most[4] = {};
+    Vi bad = {};
     for (int64_t i = 0; i < stride; i += 4 * W)
-        for (int j = 0; j < 4; j++) most[j] = larger(absolute(load<Vf>(x + i + j * W)), most[j]);
+        for (int j = 0; j < 4; j++) {
+            const Vf a = absolute(load<Vf>(x + i + j * W));
+            bad |= a != a;
+            most[j] = larger(a, most[j]);
+        }
     float largest = largest_lane(larger(larger(most[0], most[1]), larger(most[2], most[3])));
-    if (!(largest > 1.17549435e-38f)) largest = 1.17549435e-38f;
+    if (largest < 1.17549435e-38f) largest = 1.17549435e-38f;
+    if (any_lane(bad)) largest = __builtin_nanf("");  // whole numbers cannot say so: the row's scale does
     const Vf down = splat(levels / largest), highest = splat(levels), lowest = splat(-levels);
     Vi sums = {};
     for (int64_t i = 0; i < stride; i += W) {
         Vf scaled = load<Vf>(x + i) * down;
-        scaled = scaled < highest ? scaled : highest;  // also for NaN, which then shows in the scale
+        scaled = scaled < highest ? scaled : highest;
         scaled = scaled > lowest ? scaled : lowest;
         const Vi whole = to_int(scaled);
         sums += whole;
@@ -80,10 +86,7 @@ int32_t arg_max(const float* x, int64_t n, float* highest) {
             best[j] = larger(a, best[j]);
         }
     float most = largest_lane(larger(larger(best[0], best[1]), larger(best[2], best[3])));
-    bool is_nan = false;
-    int32_t lanes[W];
-    store(lanes, bad);
-    for (int j = 0; j < W; j++) is_nan |= lanes[j] != 0;
+    bool is_nan = any_lane(bad);
     for (; i < n; i++) {
         is_nan |= x[i] != x[i];
         most = x[i] > most ? x[i] : most;

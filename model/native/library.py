@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from model.errors import PipelineError
 from model.native.build import LIBRARY
-from model.weights.int8 import Int8Matrix, TiedInt8Head
+from model.weights.int8 import Int8Matrix, TiedInt8Head, precision_name
 
 ABI = 1
 INSTRUCTIONS = ("portable", "avx2", "avxvnni", "avx512", "amx", "dotprod")
@@ -40,7 +40,7 @@ _HEAD_UNIT = 16
 
 
 class _Config(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *(
             (name, ctypes.c_int32)
             for name in (
@@ -53,7 +53,7 @@ class _Config(ctypes.Structure):
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("dtype", ctypes.c_int32)]  # noqa: RUF012
+    _fields_ = [("data", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("dtype", ctypes.c_int32)]
 
 
 _MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -61,11 +61,11 @@ _NORMS = ("input_norm", "post_attention_norm", "attention_branch_norm", "mlp_bra
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [*((name, _Matrix) for name in _MATRICES), *((name, ctypes.c_void_p) for name in _NORMS)]  # noqa: RUF012
+    _fields_ = [*((name, _Matrix) for name in _MATRICES), *((name, ctypes.c_void_p) for name in _NORMS)]
 
 
 class _Weights(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *(("embedding", _Matrix), ("head", _Matrix), ("layers", ctypes.POINTER(_Layer))),
         *((name, ctypes.c_void_p) for name in ("final_norm", "cos", "sin")),
     ]
@@ -168,8 +168,8 @@ class NativeModel:
         self.instructions = choose_instructions(instructions)
         self.vocab_size: int = config.vocab_size
         self.context_length: int = config.max_position_embeddings
-        self.weights = str(_weight(model, "model.layers.0.mlp.up_proj").dtype).removeprefix("torch.")
-        """What layers hold: "float32", "bfloat16" or "int8"."""
+        self.precision = precision_name(model)
+        """Of the model as it was given: "float32", "bfloat16" or "int8"; sums are float32 in all of them."""
         head = -(-config.head_dim // _HEAD_UNIT) * _HEAD_UNIT
         self.cached_numbers_per_token: int = 2 * config.num_hidden_layers * config.num_key_value_heads * head
         kept: list[Tensor] = []
@@ -221,7 +221,7 @@ class NativeSession:
         cache_tokens: int = 0,
     ) -> None:
         self.model, self._library = model, model._library
-        dtype = cache_dtype or (torch.float32 if model.weights == "float32" else torch.bfloat16)
+        dtype = cache_dtype or (torch.float32 if model.precision == "float32" else torch.bfloat16)
         error = ctypes.create_string_buffer(_ERROR_SIZE)
         self._handle = self._library.rex_session_create(
             model.handle, slots, DTYPES[dtype], cache_tokens, max(1, threads), error
@@ -284,8 +284,8 @@ def _check(failed: int, error: Any) -> None:
 
 def _matrix_names(model: PreTrainedModel) -> list[str]:
     layers = range(model.config.num_hidden_layers)
-    parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-    parts += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    attention = [f"self_attn.{name}_proj" for name in "qkvo"]
+    parts = [*attention, *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))]
     inside = [f"model.layers.{i}.{part}" for i in layers for part in parts]
     return ["model.embed_tokens", *inside, "lm_head"]
 
@@ -317,8 +317,8 @@ def _gather(model: PreTrainedModel, kept: list[Tensor]) -> _Weights:
         return _Matrix(address(weight), scale, DTYPES[weight.dtype])
 
     def norm(name: str) -> int | None:
-        module = model.get_submodule(name)
-        return None if isinstance(module, nn.Identity) else address(module.weight.float())  # type: ignore[operator]
+        module: Any = model.get_submodule(name)
+        return None if isinstance(module, nn.Identity) else address(module.weight.float())
 
     config = model.config
     layers = (_Layer * config.num_hidden_layers)()

@@ -99,7 +99,10 @@ void Session::quantize(int64_t row, const float* x, int64_t stride) {
 
 void Session::embed(const Row* rows, int64_t count) {
     each_row(count, [&](int64_t row) {
-        model_.embedding.row(rows[row].id, config_.hidden_size, hidden_.data() + row * strides_.hidden);
+        float* x = hidden_.data() + row * strides_.hidden;
+        model_.embedding.row(rows[row].id, config_.hidden_size, x);
+        // What a row is filled up with may be NaN, after a row that was.
+        std::fill(x + config_.hidden_size, x + strides_.hidden, 0.0f);
     });
 }
 
@@ -199,9 +202,10 @@ void Session::pass(const Row* rows, int64_t count, Outputs& out) {
         if (row.is_wanted) kept_.push_back(row);
     // x += norm(branch), then the norm and the whole numbers that the next product takes.
     const auto add_branch = [&](int64_t row, const Lines<float>& weight) {
-        float* branch = branch_.data() + row * hidden;
-        if (weight.data()) kernels_.rms_norm(branch, weight.data(), config_.eps, config_.hidden_size, hidden, branch);
-        kernels_.add(hidden_.data() + row * hidden, branch, hidden);
+        const float* branch = branch_.data() + row * hidden;
+        float* normed = normed_.data() + row * hidden;
+        if (weight.data()) kernels_.rms_norm(branch, weight.data(), config_.eps, config_.hidden_size, hidden, normed);
+        kernels_.add(hidden_.data() + row * hidden, weight.data() ? normed : branch, hidden);
     };
     const auto enter_branch = [&](int64_t row, const Lines<float>& weight, const Matrix& next) {
         float* normed = normed_.data() + row * hidden;

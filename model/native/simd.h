@@ -111,6 +111,13 @@ INLINE float sum_lanes(Vf a) {
     return lanes[0];
 }
 
+INLINE bool any_lane(Vi a) {
+    int32_t lanes[W], any = 0;
+    store(lanes, a);
+    for (int i = 0; i < W; i++) any |= lanes[i];
+    return any != 0;
+}
+
 INLINE float largest_lane(Vf a) {
     float lanes[W], best;
     store(lanes, a);

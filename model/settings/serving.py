@@ -21,6 +21,9 @@ class ServingSettings(Settings, group="serving"):
         "Hold activations, and weights that are not int8, in bfloat16: for GPUs and processors with AMX or AVX512-BF16.",
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU where there is one.")
+    step: Literal["auto", "reference", "native"] = option(
+        "auto", "What computes a step of the engine; auto: the fastest that runs the model on the machine that serves."
+    )
     max_batch_size: int = option(
         16,
         "Requests that generate at once; each has room for the whole context.",

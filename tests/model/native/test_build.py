@@ -51,7 +51,7 @@ def test_without_the_library_models_run_by_the_reference(monkeypatch, tmp_path):
     try:
         assert available_instructions() == []
         assert choose_step(model).name == "reference"
-        with pytest.raises(PipelineError, match="run python -m model.native.build"):
+        with pytest.raises(PipelineError, match=r"run python -m model\.native\.build"):
             choose_step(model, "native")
     finally:
         monkeypatch.undo()

@@ -103,10 +103,15 @@ def test_a_shared_prefix_takes_no_memory_and_neither_text_disturbs_the_other(mod
     assert np.array_equal(logits, alone(native, branch)[199:])
 
 
-def test_numbers_of_a_broken_pass_do_not_reach_the_next_text(fastest):
-    model = tiny_model(tiny_tokenizer(), **SHAPE)
-    with torch.no_grad():
-        model.model.embed_tokens.weight[7] = torch.nan
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("shape", [SHAPE, {**SHAPE, "post_norm": False, "head_dim": 10}])
+def test_numbers_of_a_broken_pass_do_not_reach_the_next_text(fastest, shape, quantized):
+    model = tiny_model(tiny_tokenizer(), **shape)
+    if quantized:
+        int8.quantize(model).model.embed_tokens.weight_scale[7] = torch.nan
+    else:
+        with torch.no_grad():
+            model.model.embed_tokens.weight[7] = torch.nan
     native = NativeModel(model, instructions=fastest)
     session, ids = NativeSession(native, 1), np.where(text(8) == 7, 8, text(8))
     session.step([Segment(0, 0, np.full(200, 7), 1)])

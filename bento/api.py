@@ -7,6 +7,7 @@ client disconnects, the generation is cancelled. The loader of a model makes it 
 
 import json
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -44,6 +45,8 @@ from bento.telemetry.metrics import CONTENT_TYPE, ServiceMetrics
 from model.generation.requests import Finished, TextPiece
 
 MAX_CHOICES = 64
+EXACT_COUNT = "num_of_token_generated"
+"""Asks for a number of tokens, where max_tokens is a bound."""
 FEW_TOKENS = 4096
 """Tokens whose answer is rendered in the event loop."""
 PLAIN = Sampling.model_validate({})
@@ -57,6 +60,7 @@ def create_app(
     queue_timeout_s: float | None = None,
     receive_timeout_s: float = 30.0,
     max_choices: int = MAX_CHOICES,
+    clamp_max_tokens: bool = True,
     api_keys: Sequence[str] = (),
     cors_origins: Sequence[str] = (),
 ) -> FastAPI:
@@ -64,7 +68,7 @@ def create_app(
 
     request_timeout_s: from a request's arrival to its last token. queue_timeout_s: from its arrival to its start.
     receive_timeout_s: from a request's first byte to its last.
-    max_choices: most texts that one request may ask for. api_keys: each grants access to every route; without any the
+    max_choices: most texts that one request may ask for. clamp_max_tokens: see `Backend`. api_keys: each grants access to every route; without any the
     service is open. cors_origins: web sites whose pages may call.
     """
     app = FastAPI(title="REX text generation", description="Continues text with a REX language model.", version="1")
@@ -86,7 +90,15 @@ def create_app(
     app.add_exception_handler(HTTPException, _refuse)
 
     def backend_of(request: Request) -> Backend:
-        return Backend(request.state.served.engine, model_name, request_timeout_s, queue_timeout_s, max_choices, heavy)
+        return Backend(
+            request.state.served.engine,
+            model_name,
+            request_timeout_s,
+            queue_timeout_s,
+            max_choices,
+            heavy,
+            clamp_max_tokens,
+        )
 
     app.include_router(openai_routes(backend_of, models))
     app.include_router(own_routes(backend_of))
@@ -113,6 +125,8 @@ def own_routes(backend_of: BackendOf) -> APIRouter:
             prompt = Prompt([min(backend.engine.end_of_text_ids, default=0)])
         else:
             prompt = Prompt(await backend.encode(text), text)
+        if names[1] == EXACT_COUNT:
+            backend = replace(backend, clamp_max_tokens=False)
         count = backend.fit(len(prompt.ids), max_tokens, default=DEFAULT_MAX_TOKENS, names=names)
         generations = backend.generations(body, [prompt], [count])
         request.state.record.prompt_tokens = len(prompt.ids)
@@ -142,7 +156,7 @@ def own_routes(backend_of: BackendOf) -> APIRouter:
         summary="Continue a text by n tokens",
     )
     async def generate_text(body: GenerateTextRequest, request: Request) -> Response:
-        names = ("prompt", "num_of_token_generated")
+        names = ("prompt", EXACT_COUNT)
         text, _ = await whole(request, await start(request, body.text(), PLAIN, body.num_of_token_generated, names))
         return JSONResponse({"generated_text": text})
 
@@ -153,7 +167,7 @@ def own_routes(backend_of: BackendOf) -> APIRouter:
         summary="Begin a text of n tokens",
     )
     async def generate_text_without_prompt(body: GenerateTextWithoutPromptRequest, request: Request) -> Response:
-        names = ("num_of_token_generated", "num_of_token_generated")
+        names = (EXACT_COUNT, EXACT_COUNT)
         text, _ = await whole(request, await start(request, None, PLAIN, body.num_of_token_generated, names))
         return JSONResponse({"generated_text": text})
 

@@ -67,6 +67,9 @@ class BentoArgs(BaseModel):
     drain_timeout_s: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="That running requests have to finish after SIGTERM."
     )
+    clamp_max_tokens: bool = Field(
+        True, description="true generates as many tokens as fit where more are asked for; false refuses with a 400."
+    )
     receive_timeout_s: float = Field(
         30.0,
         gt=0,

@@ -7,9 +7,10 @@ are in its vocabulary) are checked in `serving/backend.py`. The OpenAI API's bod
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from bento.neutral import asks_for_nothing
 from model.generation.requests import LARGEST_LOGIT_BIAS, MAX_SEED, GenerationRequest, SamplingParameters
 
 DEFAULT_MAX_TOKENS = 128
@@ -18,10 +19,29 @@ MOST_STOPS, LONGEST_STOP = 16, 256
 MOST_STOP_IDS = 64
 MOST_BIASES = 1024
 LARGEST_PENALTY = 100.0
+SMALLEST_TOP_P = 1e-9
+DRAWN_SEED = -1
 SMALLEST_REPETITION_PENALTY = 0.01
 """Logits are divided by it, and must stay numbers."""
 
-Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
+
+def _whole(value: Any) -> Any:
+    """4.0 is an integer in JSON Schema."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
+ALL_THAT_FITS = -1
+"""As a number of tokens: up to the end of the context."""
+
+
+def _count(value: Any) -> Any:
+    if type(value) is int and (value == 0 or value < ALL_THAT_FITS):
+        raise PydanticCustomError("greater_than_equal", "expected 1 or more, or -1 for all that fits")
+    return value
+
+
+Count = Annotated[int, AfterValidator(_count), WHOLE, Field(ge=ALL_THAT_FITS, le=LARGEST_COUNT)]
 TokenId = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 
 
@@ -84,9 +104,17 @@ OnlyFalse = Annotated[bool, AfterValidator(_only_false), WithJsonSchema({"type":
 
 
 class StrictRequest(BaseModel):
-    """A body: types as JSON has them, no field that is not named here, no NaN and no infinity."""
+    """A body: types as JSON has them, no NaN and no infinity, and no unknown field unless its value asks for nothing."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        known = cls.model_fields
+        return {name: one for name, one in value.items() if name in known or not asks_for_nothing(name, one)}
 
 
 class Sampling(StrictRequest):
@@ -95,14 +123,17 @@ class Sampling(StrictRequest):
     temperature: float | None = Field(
         None, ge=0, le=100, description="0 takes the most likely token each time. Default: 1."
     )
-    top_k: int | None = Field(
-        None, ge=0, le=LARGEST_COUNT, description="Draw from the k most likely tokens; 0, the default, keeps all."
+    top_k: Annotated[int, WHOLE] | None = Field(
+        None,
+        ge=-1,
+        le=LARGEST_COUNT,
+        description="Draw from the k most likely tokens; 0, the default, and -1 keep all.",
     )
     top_p: float | None = Field(
         None,
-        gt=0,
+        ge=0,
         le=1,
-        description="Draw from the most likely tokens that hold this probability together. Default: 1.",
+        description="Draw from the most likely tokens that hold this probability together; 0 keeps one. Default: 1.",
     )
     min_p: float | None = Field(
         None,
@@ -125,11 +156,11 @@ class Sampling(StrictRequest):
     logit_bias: Biases | None = Field(
         None, description=f"Added to the logits of these token ids, at most {MOST_BIASES} of them."
     )
-    seed: int | None = Field(
+    seed: Annotated[int, WHOLE] | None = Field(
         None,
-        ge=0,
+        ge=-MAX_SEED - 1,
         le=MAX_SEED,
-        description="The same seed gives the same text for the same request; the default draws one.",
+        description="The same seed gives the same text for the same request; the default and -1 draw one.",
     )
     stop: Stops = Field(
         None,
@@ -139,7 +170,7 @@ class Sampling(StrictRequest):
     stop_token_ids: list[TokenId] | None = Field(
         None, max_length=MOST_STOP_IDS, description="End the text at one of these tokens, which is not part of it."
     )
-    min_tokens: int | None = Field(
+    min_tokens: Annotated[int, WHOLE] | None = Field(
         None, ge=0, le=LARGEST_COUNT, description="Nothing ends the text before this many tokens. Default: 0."
     )
     ignore_eos: bool | None = Field(None, description="Go on after the end-of-text token. Default: false.")
@@ -148,14 +179,14 @@ class Sampling(StrictRequest):
         """The engine's form of these fields. choice: of several texts for one prompt; each has its own random numbers."""
         return SamplingParameters(
             temperature=1.0 if self.temperature is None else self.temperature,
-            top_k=self.top_k or 0,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=max(self.top_k or 0, 0),
+            top_p=1.0 if self.top_p is None else max(self.top_p, SMALLEST_TOP_P),
             min_p=self.min_p or 0.0,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
-            seed=None if self.seed is None else (self.seed + choice) % (MAX_SEED + 1),
+            seed=None if self.seed in (None, DRAWN_SEED) else (self.seed + choice) % (MAX_SEED + 1),
         )
 
     def generation(

@@ -94,6 +94,7 @@ app = create_app(
     max_body_bytes=options.max_body_bytes,
     queue_timeout_s=options.queue_timeout_s,
     receive_timeout_s=options.receive_timeout_s,
+    clamp_max_tokens=options.clamp_max_tokens,
     max_choices=min(MAX_CHOICES, options.max_queue + options.max_batch_size),
     api_keys=API_KEYS,
     cors_origins=origins(options.cors_origins),

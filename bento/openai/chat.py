@@ -37,12 +37,18 @@ class Turn(Protocol):
 
 
 def encode_chat(
-    tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Turn], encode: Callable[[str], list[int]]
+    tokenizer: "PreTrainedTokenizerFast",
+    messages: Sequence[Turn],
+    encode: Callable[[str], list[int]],
+    *,
+    opens_turn: bool = True,
+    continues: bool = False,
 ) -> list[int]:
     """The tokens of a conversation, up to where the assistant speaks.
 
-    encode: tokens of ordinary text. Raises ApiError 400 where the model has no template or where its template refuses
-    the conversation (its order of roles, say).
+    encode: tokens of ordinary text. opens_turn: render the heading of the assistant's turn. continues: end inside the last
+    message instead. Raises ApiError 400 where the model has no template, where its template refuses the conversation
+    (its order of roles, say) or where the text would not end where the assistant speaks.
     """
     if not tokenizer.chat_template:
         raise ApiError(
@@ -58,7 +64,7 @@ def encode_chat(
         core = text.strip()
         if not core:
             return text
-        word = f"content{secrets.token_hex(16)}"
+        word = _new_word()
         contents[word] = core
         return text.replace(core, word, 1)
 
@@ -66,9 +72,15 @@ def encode_chat(
         {"role": turn.role, "content": hide(turn.content), **({"name": hide(turn.name)} if turn.name else {})}
         for turn in messages
     ]
+    if continues:
+        text = _open_last_message(tokenizer, hidden, messages[-1].content, contents)
+    else:
+        text = _render(tokenizer, hidden, opens_turn=opens_turn)
+        if text and not _ends_where_the_assistant_speaks(tokenizer, hidden, text):
+            raise _no_turn(messages[-1].role, opens_turn=opens_turn)
     ids: list[int] = []
     specials = _special_tokens(tokenizer)
-    for part in _split(_render(tokenizer, hidden), specials):
+    for part in _split(text, specials):
         if part in specials:
             ids.append(specials[part])
         elif part:
@@ -79,11 +91,64 @@ def encode_chat(
     return ids
 
 
-def _render(tokenizer: "PreTrainedTokenizerFast", messages: list[dict[str, str]]) -> str:
+def _new_word() -> str:
+    return f"content{secrets.token_hex(16)}"
+
+
+def _open_last_message(
+    tokenizer: "PreTrainedTokenizerFast", hidden: list[dict[str, str]], content: str, contents: dict[str, str]
+) -> str:
+    """The conversation up to the end of its last message's content."""
+    word = _new_word()
+    contents[word] = content
+    text = _render(tokenizer, [*hidden[:-1], {**hidden[-1], "content": word}], opens_turn=False)
+    before, found, _ = text.rpartition(word)
+    if not found:
+        raise ApiError(
+            400,
+            "messages: the model's chat template does not show the last message, so it cannot be continued",
+            code="chat_template",
+            param="messages",
+        )
+    return before + word
+
+
+def _ends_where_the_assistant_speaks(
+    tokenizer: "PreTrainedTokenizerFast", hidden: list[dict[str, str]], text: str
+) -> bool:
+    """Whether `text` opens the assistant's turn.
+
+    It does where the template adds a generation prompt when asked to. A template without one must have put the heading
+    after the user's last turn: the next message of the assistant then begins right there.
+    """
+    word = _new_word()
+    try:
+        plain = _render(tokenizer, hidden, opens_turn=False)
+        if text != plain:
+            return text.startswith(plain)
+        answered = _render(tokenizer, [*hidden, {"role": "assistant", "content": word}], opens_turn=False)
+    except ApiError:  # the template refuses one of them
+        return False
+    return hidden[-1]["role"] == "user" and answered.startswith(text + word)
+
+
+def _no_turn(role: str, *, opens_turn: bool) -> ApiError:
+    if role == "assistant":
+        reason = (
+            "the last message is the assistant's: continue it with continue_final_message=true, or end with a user's"
+        )
+    elif not opens_turn:
+        reason = "add_generation_prompt=false leaves the text without the assistant's turn, which it has to end with"
+    else:
+        reason = f"the model's chat template opens no turn of the assistant after a message of the role {role!r}"
+    return ApiError(400, f"messages: {reason}", code="no_assistant_turn", param="messages")
+
+
+def _render(tokenizer: "PreTrainedTokenizerFast", messages: list[dict[str, str]], *, opens_turn: bool) -> str:
     from jinja2 import TemplateError, TemplateSyntaxError
 
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_turn))
     except TemplateSyntaxError:
         raise server_error(500, "the model's chat template is broken", code="chat_template") from None
     except (TemplateError, TypeError, ValueError) as error:

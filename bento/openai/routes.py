@@ -96,18 +96,18 @@ async def _complete(backend: Backend, body: CompletionRequest, request: Request)
     backend.check_model(body.model)
     prompts = [await _read(backend, prompt) for prompt in body.prompt]
     counts = [
-        backend.fit(len(p.ids), body.max_tokens, default=DEFAULT_COMPLETION_TOKENS, names=("prompt", "max_tokens"))
+        backend.fit(len(p.ids), body.count(), default=DEFAULT_COMPLETION_TOKENS, names=("prompt", body.count_name()))
         for p in prompts
     ]
     shown = ChoiceOptions(
         is_scored=body.logprobs is not None, has_ids=bool(body.return_token_ids), is_echoed=bool(body.echo)
     )
-    if shown.is_scored and shown.is_echoed and body.max_tokens == 1 and not (body.min_tokens or body.ignore_eos):
+    if shown.is_scored and shown.is_echoed and body.count() == 1 and not (body.min_tokens or body.ignore_eos):
         # Clients that score a prompt must ask for one token and drop it, so show it even if it ends the text.
         shown = replace(shown, endings=backend.engine.end_of_text_ids.union(body.stop_token_ids or ()))
         body = body.model_copy(update={"ignore_eos": True, "stop_token_ids": None})
     prompt_scores = body.logprobs if body.echo else None
-    if body.max_tokens == 0:
+    if body.count() == 0:
         prompt_scores = body.logprobs or 0  # the engine then scores the prompt instead of generating
     scores = {"logprobs": body.logprobs, "prompt_logprobs": prompt_scores}
     return await _answer(backend, body, request, prompts, counts, scores, partial(CompletionFormat, shown=shown))
@@ -117,7 +117,14 @@ async def _chat(backend: Backend, body: ChatRequest, request: Request) -> Respon
     backend.check_model(body.model)
     engine = backend.engine
     size = sum(len(message.content) + MESSAGE_COST for message in body.messages)
-    encode = partial(encode_chat, engine.tokenizer, body.messages, engine.encode)
+    encode = partial(
+        encode_chat,
+        engine.tokenizer,
+        body.messages,
+        engine.encode,
+        opens_turn=body.add_generation_prompt is not False,
+        continues=bool(body.continue_final_message),
+    )
     ids = encode() if size <= SHORT_TEXT else await backend.heavy.run(encode)
     asked = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     name = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
@@ -163,6 +170,8 @@ async def _answer(
 
 
 async def _read(backend: Backend, prompt: str | list[int]) -> Prompt:
+    if prompt == "":  # a new text
+        return Prompt([min(backend.engine.end_of_text_ids, default=0)], "")
     if isinstance(prompt, str):
         return Prompt(await backend.encode(prompt), prompt)
     backend.check_ids(prompt, param="prompt")

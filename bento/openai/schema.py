@@ -7,10 +7,11 @@ are labels of the caller: they change no text, are not kept and are not logged.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from bento.schema import LARGEST_COUNT, Count, OnlyFalse, Sampling, StrictRequest, forms
+from bento.neutral import asks_for_nothing
+from bento.schema import ALL_THAT_FITS, LARGEST_COUNT, WHOLE, Count, OnlyFalse, Sampling, StrictRequest, forms
 
 DEFAULT_COMPLETION_TOKENS = 16
 MOST_CHOICES = 64
@@ -19,8 +20,27 @@ MOST_LOGPROBS = 20
 MOST_MESSAGES = 1024
 LONGEST_LABEL = 512
 
+MESSAGE_LABELS = {
+    "annotations", "cache_control", "created", "id", "metadata", "model", "phase", "provider_specific_fields", "reasoning",
+    "reasoning_content", "reasoning_details", "refusal", "status", "thinking", "thinking_blocks", "timestamp",
+}  # fmt: skip
+"""Fields of a message that clients send back from other servers' answers and no chat template here reads."""
+PART_LABELS = {"annotations", "cache_control", "id"}
+
+
+def _nothing(value: list[Any]) -> list[Any]:
+    if value:
+        raise PydanticCustomError("none_required", "only an empty list")
+    return value
+
+
+EmptyList = Annotated[list[Any], AfterValidator(_nothing), Field(json_schema_extra={"maxItems": 0})]
 Label = Annotated[str, Field(max_length=LONGEST_LABEL)]
-Logprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
+Logprobs = Annotated[int, WHOLE, Field(ge=0, le=MOST_LOGPROBS)]
+
+
+def _false_is_none(value: Any) -> Any:
+    return None if value is False else value
 
 
 def _prompts(value: Any) -> list[str] | list[list[int]]:
@@ -35,8 +55,8 @@ def _prompts(value: Any) -> list[str] | list[list[int]]:
         value = [value]
     if len(value) > MOST_PROMPTS:
         raise PydanticCustomError("too_many_prompts", f"{len(value)} prompts: at most {MOST_PROMPTS} in a request")
-    if not value or not all(value):
-        raise PydanticCustomError("empty_prompt", "a prompt is empty: the model continues at least one token")
+    if not value or any(prompt == [] for prompt in value):
+        raise PydanticCustomError("empty_prompt", "a prompt is an empty list: expected a text, empty or not, or tokens")
     if all(isinstance(prompt, str) for prompt in value):
         return value
     if all(isinstance(prompt, list) and _are_ids(prompt) for prompt in value):
@@ -48,7 +68,7 @@ def _are_ids(value: list[Any]) -> bool:
     return all(type(token) is int for token in value)  # a bool is an int
 
 
-_TEXT = {"type": "string", "minLength": 1}
+_TEXT = {"type": "string"}
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": LARGEST_COUNT}, "minItems": 1}
 Prompts = Annotated[
     Any,
@@ -80,7 +100,7 @@ class OpenAIRequest(Sampling):
     """What both routes of the OpenAI API take."""
 
     model: str | None = Field(None, description="The served model, the only one; /v1/models names it.")
-    n: int | None = Field(
+    n: Annotated[int, WHOLE] | None = Field(
         None,
         ge=1,
         le=MOST_CHOICES,
@@ -98,7 +118,7 @@ class OpenAIRequest(Sampling):
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "OpenAIRequest":
-        if self.stream_options is not None and not self.stream:
+        if self.stream_options is not None and self.stream_options.model_fields_set and not self.stream:
             raise PydanticCustomError("stream_options", "only with stream=true", {"param": "stream_options"})
         return self
 
@@ -110,42 +130,72 @@ class CompletionRequest(OpenAIRequest):
         description=f"A text, a list of texts, the tokens of a text or a list of these; at most {MOST_PROMPTS}.",
         examples=["def main():\n"],
     )
-    max_tokens: int | None = Field(
+    max_tokens: Annotated[int, WHOLE] | None = Field(
         None,
-        ge=0,
+        ge=ALL_THAT_FITS,
         le=LARGEST_COUNT,
         description=f"Most tokens to generate. Default: {DEFAULT_COMPLETION_TOKENS}, or what fits after the prompt if "
-        "less. 0 is for echo, which then only repeats and scores the prompt.",
+        "less; -1 for all that fits. 0 is for echo, which then only repeats and scores the prompt.",
         examples=[16],
     )
+    max_completion_tokens: Annotated[int, WHOLE] | None = Field(
+        None, ge=ALL_THAT_FITS, le=LARGEST_COUNT, description="Another name of max_tokens."
+    )
     echo: bool | None = Field(None, description="Begin the text with the prompt. Default: false.")
-    logprobs: Logprobs | None = Field(
+    logprobs: Annotated[Logprobs | None, BeforeValidator(_false_is_none)] = Field(
         None, description="Show the log-probability of each token, and of this many most likely ones beside it."
     )
-    best_of: int | None = Field(None, ge=1, le=MOST_CHOICES, description="Only as many as n: all are returned.")
+    best_of: Annotated[int, WHOLE] | None = Field(
+        None, ge=1, le=MOST_CHOICES, description="Only as many as n: all are returned."
+    )
     suffix: Literal[""] | None = unsupported('""')
 
     @model_validator(mode="after")
     def _check_together(self) -> "CompletionRequest":
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise PydanticCustomError("unsupported_parameter", "only as many as n", {"param": "best_of"})
-        if self.max_tokens == 0 and not self.echo:
+        _check_one_count(self.max_tokens, self.max_completion_tokens)
+        if self.count() == 0 and not self.echo:
             raise PydanticCustomError(
-                "max_tokens", "0 needs echo=true: there would be no text", {"param": "max_tokens"}
+                "max_tokens", "0 needs echo=true: there would be no text", {"param": self.count_name()}
             )
         return self
+
+    def count(self) -> int | None:
+        """Most tokens to generate, under either name."""
+        return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+
+    def count_name(self) -> str:
+        """The name that the request gave the number; the more usual one where it gave none."""
+        return (
+            "max_completion_tokens"
+            if self.max_completion_tokens is not None and self.max_tokens is None
+            else "max_tokens"
+        )
+
+
+def _check_one_count(max_tokens: int | None, max_completion_tokens: int | None) -> None:
+    if None not in (max_tokens, max_completion_tokens) and max_tokens != max_completion_tokens:
+        raise PydanticCustomError("max_tokens", "max_completion_tokens says otherwise", {"param": "max_tokens"})
 
 
 def _content(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value:
-        if all(isinstance(part, dict) and set(part) == {"type", "text"} for part in value):
+        if all(isinstance(part, dict) and _is_text_part(part) for part in value):
             texts = [part["text"] for part in value if part["type"] == "text"]
             if len(texts) == len(value) and all(isinstance(text, str) for text in texts):
                 return "\n".join(texts)
         raise PydanticCustomError("content_part", 'the model reads text: expected parts {"type": "text", "text": ...}')
     raise PydanticCustomError("content_type", "expected a string or a list of text parts")
+
+
+def _is_text_part(part: dict[str, Any]) -> bool:
+    extras = part.keys() - {"type", "text"}
+    return {"type", "text"} <= part.keys() and all(
+        name in PART_LABELS or asks_for_nothing(name, part[name]) for name in extras
+    )
 
 
 _PART = {
@@ -162,13 +212,21 @@ Content = Annotated[
 class Message(StrictRequest):
     """One turn of a conversation."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_no_template_reads(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        kept = {name: one for name, one in value.items() if name not in MESSAGE_LABELS}
+        if kept.get("role") == "assistant" and "content" in kept and kept["content"] is None:
+            kept["content"] = ""
+        return kept
+
     role: Literal["system", "developer", "user", "assistant"] = Field(description="Who speaks.")
     content: Content = Field(description="What is said: a text, or parts that are texts.")
     name: Label | None = Field(None, description="Given to the chat template, which may use it.")
-    refusal: None = unsupported()
     audio: None = unsupported()
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = unsupported("[]")
-    tool_calls: None = unsupported()
+    tool_calls: EmptyList | None = unsupported("[]")
     function_call: None = unsupported()
 
 
@@ -195,12 +253,18 @@ class ChatRequest(OpenAIRequest):
     top_logprobs: Logprobs | None = Field(
         None, description="Of this many most likely tokens at each place; with logprobs."
     )
+    add_generation_prompt: bool | None = Field(
+        None, description="Open the assistant's turn. Default: true, but for continue_final_message."
+    )
+    continue_final_message: bool | None = Field(
+        None, description="Continue the last message, which is the assistant's, instead of a new one. Default: false."
+    )
     response_format: TextFormat | None = unsupported('{"type": "text"}')
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = unsupported('["text"]')
     tool_choice: Literal["none"] | None = unsupported('"none"')
     function_call: Literal["none"] | None = unsupported('"none"')
-    tools: None = unsupported()
-    functions: None = unsupported()
+    tools: EmptyList | None = unsupported("[]")
+    functions: EmptyList | None = unsupported("[]")
     parallel_tool_calls: None = unsupported()
     audio: None = unsupported()
     prediction: None = unsupported()
@@ -210,9 +274,20 @@ class ChatRequest(OpenAIRequest):
 
     @model_validator(mode="after")
     def _check_together(self) -> "ChatRequest":
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise PydanticCustomError("max_tokens", "max_completion_tokens says otherwise", {"param": "max_tokens"})
-        if self.top_logprobs is not None and not self.logprobs:
+        _check_one_count(self.max_tokens, self.max_completion_tokens)
+        if self.continue_final_message and self.add_generation_prompt:
+            raise PydanticCustomError(
+                "continue_final_message",
+                "add_generation_prompt opens another turn: only one of them can be true",
+                {"param": "continue_final_message"},
+            )
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise PydanticCustomError(
+                "continue_final_message",
+                "the last message is not the assistant's",
+                {"param": "continue_final_message"},
+            )
+        if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("top_logprobs", "only with logprobs=true", {"param": "top_logprobs"})
         return self
 

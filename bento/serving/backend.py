@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fastapi import Request
 
 from bento.errors import ApiError, server_error
-from bento.schema import Sampling
+from bento.schema import ALL_THAT_FITS, Sampling
 from bento.serving.answers import Answers
 from bento.serving.heavy import HeavyWork
 from model.errors import PipelineError
@@ -39,6 +39,7 @@ class Backend:
 
     request_timeout_s: from a request's arrival to its last token. queue_timeout_s: to its start; None waits on.
     max_choices: texts that one request may ask for, prompts times choices. heavy: runs what would hold up the event loop.
+    clamp_max_tokens: give as many tokens as fit where more are asked for (finish_reason "length"), instead of a refusal.
     """
 
     engine: "Engine"
@@ -47,6 +48,7 @@ class Backend:
     queue_timeout_s: float | None
     max_choices: int
     heavy: HeavyWork
+    clamp_max_tokens: bool = True
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404 where a request names a model that is not served."""
@@ -74,24 +76,39 @@ class Backend:
     def fit(self, prompt: int, wanted: int | None, *, default: int | None, names: tuple[str, str]) -> int:
         """The number of tokens to generate after `prompt` tokens.
 
-        wanted: None takes the default, or what fits if less; a default of None is all that fits. names: what the request
-        calls the text and the number. Raises ApiError 400 where prompt and answer do not fit into the context.
+        wanted: None takes the default, or what fits if less; a default of None and ALL_THAT_FITS are all that fits. names:
+        the request's fields of the text and of the number. Raises ApiError 400 where the text leaves no room for a token
+        or, with `clamp_max_tokens` off, less room than wanted. The sentence is OpenAI's, which clients look for.
         """
         context = self.engine.context_length
         text_name, count_name = names
         free = context - prompt
+        is_given = wanted is not None and wanted != ALL_THAT_FITS
         if wanted is None:
             wanted = max(free if default is None else min(default, free), 1)
-        if wanted > free:
-            too_long = free < 1
+        elif wanted == ALL_THAT_FITS:
+            wanted = max(free, 1)
+        is_too_long = free < min(wanted, 1)
+        if is_too_long or (wanted > free and not self.clamp_max_tokens):
+            limit = f"This model's maximum context length is {context} tokens. However, "
+            if is_given:
+                message = (
+                    f"you requested {prompt + wanted} tokens: {prompt} tokens in the {text_name} and {wanted} in the "
+                    f"completion ({count_name}). "
+                    f"Please reduce the length of the {text_name if is_too_long else 'completion'}."
+                )
+            else:
+                message = (
+                    f"your {text_name} resulted in {prompt} tokens. Please reduce the length of the {text_name}; "
+                    "the completion needs one token at least."
+                )
             raise ApiError(
                 400,
-                f"{text_name} has {prompt:,} tokens and {count_name} is {wanted:,}: together {prompt + wanted:,}, but "
-                f"the model's context holds {context:,}; {'shorten the text' if too_long else 'ask for fewer tokens'}",
+                limit + message,
                 code="context_length_exceeded",
-                param=text_name if too_long else count_name,
+                param=text_name if is_too_long else count_name,
             )
-        return wanted
+        return min(wanted, free)
 
     def generations(
         self, body: Sampling, prompts: Sequence[Prompt], counts: Sequence[int], n: int = 1, **scores: int | None

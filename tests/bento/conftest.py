@@ -47,7 +47,12 @@ class Service:
 def make_service(*, request_timeout_s: float = TIMEOUT_S, max_queue: int = 2, **options: Any) -> Service:
     tokenizer = tiny_tokenizer()
     model = tiny_model(tokenizer)
-    limits = {"request_timeout_s": request_timeout_s, "max_body_bytes": MAX_BODY_BYTES, **options}
+    limits = {
+        "request_timeout_s": request_timeout_s,
+        "max_body_bytes": MAX_BODY_BYTES,
+        "clamp_max_tokens": False,
+        **options,
+    }
     app = create_app(model_name="rex-tiny:1", **limits)
     # Random weights stop anywhere, and lengths are to be known.
     engine = Engine(model, tokenizer, max_batch_size=1, max_queue=max_queue, end_of_text_ids=frozenset())

@@ -16,7 +16,7 @@ NAN, INFINITY = float("nan"), float("inf")
 
 @pytest.fixture(scope="module")
 def service():
-    with running_service(chat_template=CHAT_TEMPLATE) as running:
+    with running_service(chat_template=CHAT_TEMPLATE, clamp_max_tokens=False) as running:
         yield running
 
 
@@ -28,13 +28,13 @@ def nothing_is_submitted(monkeypatch) -> None:
 
 BAD_SAMPLING = [
     *[{"temperature": value} for value in (-1, 101, NAN, INFINITY, "1", True, [], 10**400)],
-    *[{"top_p": value} for value in (0, -0.5, 1.01, NAN, True)],
-    *[{"top_k": value} for value in (-1, 1.5, True, 2**31, 10**400, "3")],
+    *[{"top_p": value} for value in (-0.5, 1.01, NAN, True)],
+    *[{"top_k": value} for value in (-2, 1.5, True, 2**31, 10**400, "3")],
     *[{"min_p": value} for value in (-0.1, 1.1, NAN)],
     *[{"repetition_penalty": value} for value in (0, -1, 101, 5e-324, INFINITY)],
     *[{"presence_penalty": value} for value in (-101, 101, NAN, "0")],
     *[{"frequency_penalty": value} for value in (-101, 101, NAN, False)],
-    *[{"seed": value} for value in (-1, 2**63, 1.0, "7", True)],
+    *[{"seed": value} for value in (-(2**63) - 1, 2**63, 1.5, "7", True)],
     *[{"min_tokens": value} for value in (-1, 3, 2**31, 0.5)],
     *[{"ignore_eos": value} for value in (1, "true")],
     *[{"stop": value} for value in ("", [""], 5, [5], [None], {"a": 1}, ["x"] * (MOST_STOPS + 1))],
@@ -43,7 +43,7 @@ BAD_SAMPLING = [
     *[{"logit_bias": value} for value in ({"x": 1}, {"-1": 1}, {"2": 101}, {"2": NAN}, {"2": "1"}, {"2": True}, [])],
     *[{"logit_bias": value} for value in ({"10000": 1}, {"2": 1, "02": 1}, {"9" * 30: 1}, {"²": 1}, {"": 1})],
     {"logit_bias": {str(token): 0 for token in range(MOST_BIASES + 1)}},
-    *[{"max_tokens": value} for value in (-1, 0, CONTEXT, 2**31, 10**400, 1.5, True, "2")],
+    *[{"max_tokens": value} for value in (-2, 0, CONTEXT, 2**31, 10**400, 1.5, True, "2")],
     *[{"stream": value} for value in (1, "true", [])],
     {"colour": "red"},
     {"x" * 500: 1},
@@ -64,10 +64,7 @@ def test_a_wrong_parameter_is_refused_by_name_on_every_route(service, path, bad)
 @pytest.mark.parametrize(
     ("bad", "param"),
     [
-        *[
-            ({"prompt": value}, "prompt")
-            for value in (None, 5, {}, [], "", [[]], [""], ["x", ""], [[2], []], [True], [1.5])
-        ],
+        *[({"prompt": value}, "prompt") for value in (None, 5, {}, [], [[]], [[2], []], [True], [1.5])],
         *[
             ({"prompt": value}, "prompt")
             for value in (["x", 2], [[2], "x"], [[["x"]]], [-1], [10_000], [[2], [10**30]])
@@ -76,7 +73,7 @@ def test_a_wrong_parameter_is_refused_by_name_on_every_route(service, path, bad)
         ({"prompt": ["x"] * MOST_PROMPTS, "n": 2}, "n"),
         ({"prompt": [2] * CONTEXT}, "prompt"),
         ({"prompt": "x" * 2 * CONTEXT}, "prompt"),
-        *[({"n": value}, "n") for value in (0, -1, MOST_CHOICES + 1, 1_000_000, 1.0, True, "2")],
+        *[({"n": value}, "n") for value in (0, -1, MOST_CHOICES + 1, 1_000_000, 1.5, True, "2")],
         *[({"logprobs": value}, "logprobs") for value in (-1, MOST_LOGPROBS + 1, True, 1.5)],
         *[({"best_of": value}, "best_of") for value in (0, 2, MOST_CHOICES + 1)],
         *[({"echo": value}, "echo") for value in (1, "yes")],
@@ -90,7 +87,7 @@ def test_a_wrong_parameter_is_refused_by_name_on_every_route(service, path, bad)
         ({"user": 5}, "user"),
         ({"metadata": {"a": 1}}, "metadata"),
         ({"service_tier": "priority"}, "service_tier"),
-        ({"tools": []}, "tools"),
+        ({"tools": [{}]}, "tools"),
         ({"messages": []}, "messages"),
         ({"model": 5}, "model"),
     ],

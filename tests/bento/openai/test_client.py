@@ -19,7 +19,7 @@ MESSAGES = [{"role": "user", "content": "größer?"}]
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    with running_service(chat_template=CHAT_TEMPLATE) as running:
+    with running_service(chat_template=CHAT_TEMPLATE, clamp_max_tokens=False) as running:
         yield running
 
 

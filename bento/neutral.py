@@ -1,0 +1,69 @@
+"""Values that ask for nothing: defaults that other servers' clients spell out, and labels.
+
+A field that this service does not have is refused by name, unless its value would change no answer. Null, an empty list
+and an empty object ask for nothing whatever the field is; other values are listed with their fields.
+"""
+
+from typing import Any
+
+TEXTS = {"context", "input", "messages", "prompt"}
+"""The text itself, of this route or another: an empty one is a mistake."""
+LABELS = {"cache_salt", "keep_alive", "prompt_cache_retention", "request_id", "rid"}
+"""Texts or numbers that name a request or concern caches."""
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    # vLLM and SGLang, and the routers in front of them
+    "add_special_tokens": (True, False),  # the tokenizer has none to add
+    "allowed_token_ids": (),
+    "best_of": (1,),
+    "cache_prompt": (True, False),  # common prefixes are always reused, and change no answer
+    "data_parallel_rank": (0,),
+    "detokenize": (True,),
+    "early_stopping": (False,),
+    "echo": (False,),
+    "include_reasoning": (True, False),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1, 1.0),
+    "logprob_start_len": (-1,),
+    "no_stop_trim": (False,),
+    "priority": (0,),
+    "prompt_logprobs": (False,),
+    "return_hidden_states": (False,),
+    "return_logprob": (False,),
+    "return_prompt_token_ids": (False,),
+    "return_text_in_logprobs": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "separate_reasoning": (True, False),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True, False),
+    "stream_reasoning": (True, False),
+    "top_logprobs_num": (0,),
+    "use_beam_search": (False,),
+    # llama.cpp, Ollama and pages in front of them
+    "dry_multiplier": (0, 0.0),
+    "dynatemp_range": (0, 0.0),
+    "mirostat": (0,),
+    "n_keep": (0,),
+    "n_probs": (0,),
+    "repeat_penalty": (1, 1.0),
+    "return_progress": (False,),
+    "tfs_z": (1, 1.0),
+    "timings_per_token": (False,),
+    "typical_p": (1, 1.0),
+    "xtc_probability": (0, 0.0),
+    # OpenAI
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "parallel_tool_calls": (),
+    "suffix": ("",),
+}
+
+
+def asks_for_nothing(name: str, value: Any) -> bool:
+    """Whether a field with this value would change no answer."""
+    if name in TEXTS:
+        return False
+    if value is None or (isinstance(value, list | dict) and not value):
+        return True
+    if name in LABELS:
+        return isinstance(value, str | int | float)
+    return any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL.get(name, ()))

@@ -1,0 +1,171 @@
+"""What asks for nothing is taken: defaults spelled out, empty values, labels, and values that mean "off" elsewhere."""
+
+from typing import Any
+
+import pytest
+
+from bento.neutral import NEUTRAL
+from tests.bento.openai_service import CHAT_TEMPLATE, refusal, running_service
+from tests.tiny import CONTEXT
+
+PATHS = {
+    "/v1/completions": {"prompt": "x", "max_tokens": 4, "seed": 3},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4, "seed": 3},
+    "/generate": {"prompt": "x", "max_tokens": 4, "seed": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def service():
+    with running_service(chat_template=CHAT_TEMPLATE) as running:
+        yield running
+
+
+def answer(service, path: str, **more: Any) -> list[str]:
+    """Texts of an answer of status 200."""
+    got = service.post(path, **{**PATHS[path], **more})
+    assert got.status_code == 200, got.text
+    body = got.json()
+    if "choices" not in body:
+        return [body["text"]]
+    return [one.get("text") if "text" in one else one["message"]["content"] for one in body["choices"]]
+
+
+SAME: list[dict[str, Any]] = [
+    {"top_k": -1},
+    {"top_k": 0},
+    {"top_k": 0.0},
+    {"top_p": 1.0},
+    {"top_p": 1},
+    {"min_p": 0},
+    {"temperature": 1},
+    {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0.0},
+    {"max_tokens": 4.0},
+    {"seed": 3.0},
+    {"min_tokens": 0.0},
+    {"stop": None, "stop_token_ids": [], "logit_bias": {}},
+    {"stop": []},
+    {"ignore_eos": False},
+    {"something": None},
+    {"something": []},
+    {"something": {}},
+    {"guided_json": None, "guided_choice": None, "structured_outputs": None, "bad_words": []},
+    {"no_stop_trim": False, "separate_reasoning": True, "stream_reasoning": True, "skip_special_tokens": True},
+    {"rid": "abc", "request_id": "x", "priority": 0, "lora_path": None},
+    {"mirostat": 0, "typical_p": 1.0, "repeat_penalty": 1.0, "cache_prompt": True},
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("more", SAME, ids=str)
+def test_a_value_that_asks_for_nothing_changes_nothing_on_any_route(service, path, more):
+    assert answer(service, path, **more) == answer(service, path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_each_neutral_value_is_taken_and_another_is_refused_by_name(service, path, name):
+    for value in NEUTRAL[name]:
+        assert answer(service, path, **{name: value}) == answer(service, path)
+    if name not in ("add_special_tokens", "cache_prompt", "echo", "logprobs", "top_logprobs", "best_of"):
+        assert refusal(service.post(path, **PATHS[path], **{name: "other"}))["param"] == name
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"best_of": 1, "n": 1, "suffix": "", "echo": False, "logprobs": False, "stream": False},
+        {"max_completion_tokens": 4},
+        {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "safety_identifier": "s"},
+        {"stream_options": {}},
+        {"tools": [], "messages_of_nobody": None},
+    ],
+    ids=str,
+)
+def test_what_completions_spell_out_is_taken(service, more):
+    assert answer(service, "/v1/completions", **more) == answer(service, "/v1/completions")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tools": [], "functions": [], "tool_choice": "none", "parallel_tool_calls": None},
+        {"response_format": {"type": "text"}, "modalities": ["text"], "top_logprobs": 0, "logprobs": False},
+        {"add_generation_prompt": True, "continue_final_message": False, "best_of": 1, "echo": False},
+        {"chat_template_kwargs": {}, "documents": [], "chat_template": None},
+    ],
+    ids=str,
+)
+def test_what_chats_spell_out_is_taken(service, more):
+    assert answer(service, "/v1/chat/completions", **more) == answer(service, "/v1/chat/completions")
+
+
+HISTORY = [
+    {"refusal": None, "audio": None, "annotations": [], "tool_calls": [], "function_call": None},
+    {"reasoning_content": "because", "reasoning": None, "id": "msg_1", "timestamp": 1, "type": None},
+    {"name": "bot", "provider_specific_fields": {"a": 1}, "cache_control": {"type": "ephemeral"}},
+]
+
+
+@pytest.mark.parametrize("extra", HISTORY, ids=str)
+def test_a_history_from_another_server_is_taken(service, extra):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    plain = answer(service, "/v1/chat/completions", messages=turns)
+    turns[1] = {**turns[1], **extra}
+    assert answer(service, "/v1/chat/completions", messages=turns) == plain
+    turns[2] = {"role": "user", "content": [{"type": "text", "text": "c", "cache_control": {"type": "ephemeral"}}]}
+    assert answer(service, "/v1/chat/completions", messages=turns) == plain
+
+
+def test_an_answer_without_content_is_an_empty_one(service):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}, {"role": "user", "content": "c"}]
+    empty = [turns[0], {"role": "assistant", "content": ""}, turns[2]]
+    path = "/v1/chat/completions"
+    assert answer(service, path, messages=turns) == answer(service, path, messages=empty)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_top_p_of_zero_takes_the_most_likely_token(service, path):
+    assert answer(service, path, top_p=0) == answer(service, path, temperature=0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_seed_of_minus_one_draws_one_and_other_negative_seeds_are_seeds(service, path):
+    assert len({tuple(answer(service, path, seed=-1)) for _ in range(8)}) > 1
+    assert answer(service, path, seed=-5) == answer(service, path, seed=-5)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("wanted", [-1, CONTEXT, 10 * CONTEXT])
+def test_more_tokens_than_fit_are_as_many_as_fit(service, path, wanted):
+    body = service.post(path, **{**PATHS[path], "max_tokens": wanted}).json()
+    assert body["usage"]["total_tokens"] == CONTEXT
+    assert (body["choices"][0] if "choices" in body else body)["finish_reason"] == "length"
+
+
+def test_by_an_option_more_tokens_than_fit_are_refused_in_openais_sentence():
+    with running_service(chat_template=CHAT_TEMPLATE, clamp_max_tokens=False) as strict:
+        for path, body in PATHS.items():
+            error = refusal(strict.post(path, **{**body, "max_tokens": CONTEXT}))
+            assert error["code"] == "context_length_exceeded" and error["param"] == "max_tokens"
+            assert error["message"].startswith(f"This model's maximum context length is {CONTEXT} tokens. However, you")
+            assert answer(strict, path, max_tokens=-1)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_text_that_is_too_long_is_refused_without_a_name_that_was_not_sent(service, path):
+    long = "x" * 5 * CONTEXT
+    body = {"messages": [{"role": "user", "content": long}]} if "chat" in path else {"prompt": long}
+    for more in ({}, {"max_tokens": 3}):
+        error = refusal(service.post(path, **body, **more))
+        assert error["message"].startswith(f"This model's maximum context length is {CONTEXT} tokens. However, ")
+        assert "max_completion_tokens" not in error["message"]
+        assert error["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("prompt", ["", ["", "x"]])
+def test_an_empty_prompt_begins_a_text(service, prompt):
+    texts = answer(service, "/v1/completions", prompt=prompt)
+    start = min(service.engine.end_of_text_ids, default=0)
+    assert texts[0] == answer(service, "/v1/completions", prompt=[start])[0]
+    assert answer(service, "/v1/completions", prompt="", echo=True)[0] == texts[0]

@@ -1,0 +1,84 @@
+"""Every rendered conversation ends where the assistant speaks, continues its last turn, or is refused with the reason."""
+
+import itertools
+
+import pytest
+
+from model.text.chat import TEMPLATE
+from tests.bento.openai_service import CHAT_TEMPLATE, refusal, running_service
+
+PATH = "/v1/chat/completions"
+SYSTEM, USER, ASSISTANT = (
+    {"role": "system", "content": "Be terse."},
+    {"role": "user", "content": "Why?"},
+    {"role": "assistant", "content": "Because"},
+)
+TEMPLATES = {"the project's own": TEMPLATE, "with a generation prompt": CHAT_TEMPLATE}
+
+
+@pytest.fixture(scope="module", params=TEMPLATES.values(), ids=TEMPLATES.keys())
+def service(request):
+    with running_service(chat_template=request.param) as running:
+        yield running
+
+
+def prompt_of(service, messages, **more) -> str:
+    answer = service.post(PATH, messages=messages, max_tokens=1, return_token_ids=True, **more)
+    assert answer.status_code == 200, answer.text
+    return service.tokenizer.decode(answer.json()["choices"][0]["prompt_token_ids"])
+
+
+def conversations():
+    for length in (1, 2, 3):
+        yield from itertools.product((SYSTEM, USER, ASSISTANT), repeat=length)
+
+
+@pytest.mark.parametrize("messages", conversations(), ids=lambda turns: "".join(turn["role"][0] for turn in turns))
+def test_every_order_of_roles_is_defined(service, messages):
+    answer = service.post(PATH, messages=list(messages), max_tokens=1, return_token_ids=True)
+    if answer.status_code == 400:
+        error = refusal(answer)
+        assert error["code"] in ("no_assistant_turn", "chat_template") and error["param"] == "messages"
+        assert messages[-1]["role"] != "user", "a conversation that ends with the user can be answered"
+        return
+    prompt = service.tokenizer.decode(answer.json()["choices"][0]["prompt_token_ids"])
+    render = service.tokenizer.apply_chat_template
+    whole = render([*messages, {"role": "assistant", "content": "ANSWER"}], tokenize=False)
+    assert whole.startswith(prompt + "ANSWER")
+
+
+def test_the_last_message_of_the_assistant_can_be_continued(service):
+    prompt = prompt_of(service, [USER, ASSISTANT], continue_final_message=True)
+    assert prompt.endswith("Because")
+    assert prompt_of(service, [USER, ASSISTANT], continue_final_message=True, add_generation_prompt=False) == prompt
+    spaced = [USER, {**ASSISTANT, "content": "Because "}]
+    assert prompt_of(service, spaced, continue_final_message=True) == prompt + " "
+    started = prompt_of(service, [USER])
+    assert prompt == started + "Because"
+
+
+def test_an_empty_turn_can_be_continued_and_is_the_opened_one(service):
+    assert prompt_of(service, [USER, {**ASSISTANT, "content": ""}], continue_final_message=True) == prompt_of(
+        service, [USER]
+    )
+
+
+@pytest.mark.parametrize(
+    ("messages", "more", "param"),
+    [
+        ([USER], {"continue_final_message": True}, "continue_final_message"),
+        ([USER, ASSISTANT], {"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ([USER, ASSISTANT], {"add_generation_prompt": False}, "messages"),
+        ([USER], {"continue_final_message": "yes"}, "continue_final_message"),
+    ],
+    ids=str,
+)
+def test_what_leaves_no_place_to_speak_is_refused(service, messages, more, param):
+    assert refusal(service.post(PATH, messages=messages, **more))["param"] == param
+
+
+def test_a_template_without_the_assistants_turn_is_refused_and_not_answered_with_junk():
+    with running_service(chat_template="{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}") as service:
+        error = refusal(service.post(PATH, messages=[USER]))
+        assert error["code"] == "no_assistant_turn" and "'user'" in error["message"]
+        assert prompt_of(service, [USER, ASSISTANT], continue_final_message=True).endswith("[assistant]Because")

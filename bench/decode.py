@@ -46,8 +46,9 @@ def decode(
 ) -> tuple[Tensor, list[float]]:
     """Greedy tokens (B, new_tokens) and the seconds that each position took, the first one with the prompt's pass.
 
-    on_token: called with the number of tokens made so far. End-of-text does not stop it, so that every run does the same work. Without the cache each token recomputes all that
-    came before it; logits are computed for the last position only, in both cases.
+    on_token: called with the number of tokens made so far. End-of-text does not stop it, so that every run does the
+    same work. Without the cache each token recomputes all that came before it; logits are computed for the last
+    position only, in both cases.
     """
     cache = DynamicCache(config=model.config) if use_cache else None
     ids_BT, tokens, seconds = prompt_BT, [], []

@@ -3,10 +3,11 @@
     python -m bench.rollover [MODEL_DIR] [--clients 4] [--tokens 64] [--seconds 10] [--promotions 3]
 
 Clients stream one answer after the other, each from a new prompt. Meanwhile the model is registered again and again and
-becomes champion each time: the service downloads, checks, loads and warms it, lets it serve and frees the former one. Of
-the requests that began before a promotion and of those under way during one: how many, how many failed (another status
-than 200, or a stream without its end), and the median and 99th percentile of the seconds to the first token and to the
-last. Without a directory it makes a model of the shape of `stdlib_30m` with random weights. Prints a table and JSON.
+becomes champion each time: the service downloads, checks, loads and warms it, lets it serve and frees the former one.
+Of the requests that began before a promotion and of those under way during one: how many, how many failed (another
+status than 200, or a stream without its end), and the median and 99th percentile of the seconds to the first token and
+to the last. Without a directory it makes a model of the shape of `stdlib_30m` with random weights. Prints a table and
+JSON.
 """
 
 import argparse

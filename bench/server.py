@@ -43,7 +43,7 @@ class Answer:
 
 @dataclass
 class Server:
-    """A running `bentoml serve`; start_s, start_cpu_s: seconds from the command to ready, and of a core in that time."""
+    """A running `bentoml serve`; start_s, start_cpu_s: seconds and CPU seconds from the command to ready."""
 
     port: int
     process: subprocess.Popen
@@ -94,7 +94,7 @@ class Server:
 
 @contextmanager
 def serve(model_dir: Path, folder: Path, **variables: str) -> Iterator[Server]:
-    """The service from this checkout, with the options of the environment (REX_...) and `variables`, ended at the end."""
+    """The service from this checkout, with the options of the environment (REX_...) and `variables`; ends it."""
     port = free_port()
     environment = {**os.environ, "REX_MODEL": str(model_dir.absolute()), "BENTOML_DO_NOT_TRACK": "True", **variables}
     environment.setdefault("BENTOML_HOME", str(folder / "bentoml"))

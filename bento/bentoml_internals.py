@@ -52,7 +52,8 @@ def model_store() -> str:
 def report_start_failures() -> None:
     """In the parent process, before the worker starts: name a file in which the worker can say why it cannot start.
 
-    BentoML would restart such a worker for ever. At the parent's exit a reason in the file becomes one line and status 1.
+    BentoML would restart such a worker for ever. At the parent's exit a reason in the file becomes one line and status
+    1.
     """
     handle, name = tempfile.mkstemp(prefix="rex-start-")
     os.close(handle)

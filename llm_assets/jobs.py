@@ -24,9 +24,9 @@ GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 def preloaded_modules(gpu_drivers: Sequence[str] = GPU_DRIVERS) -> list[str]:
     """What the process that steps are forked from imports, once a run, in place of each step.
 
-    A fresh interpreter takes 4 s to Dagster and MLflow and 4 s more to torch and transformers. Importing these starts no
-    threads that a step needs, but a GPU that they touched could not be used after the fork: where there is one, each step
-    imports them itself.
+    A fresh interpreter takes 4 s to Dagster and MLflow and 4 s more to torch and transformers. Importing these starts
+    no threads that a step needs, but a GPU that they touched could not be used after the fork: where there is one, each
+    step imports them itself.
     """
     modules = [*EVERY_STEP]
     if not any(Path(driver).exists() for driver in gpu_drivers):

@@ -22,7 +22,9 @@ STAGES = [stage.name for stage in PIPELINE]
 
 
 def latest_artifacts(experiment: str) -> dict[str, Path]:
-    """The verified folder of each asset's newest version, in the order of the pipeline; PipelineError for a missing one."""
+    """The verified folder of each asset's newest version, in the order of the pipeline; PipelineError for a missing
+    one.
+    """
     store = DirectoryIOManager().store()
     return {asset: store.load(asset, experiment) for asset in STAGES}
 

@@ -1,7 +1,8 @@
 """Starts runs beside the code location's server, as Dagster does by default, and reports runs whose process died.
 
 Dagster's own launcher leaves a run STARTED forever when the server went down with it (a restart, out of memory). The
-server knows which of its processes live: run monitoring asks it, marks the other runs failed and frees their pool slots.
+server knows which of its processes live: run monitoring asks it, marks the other runs failed and frees their pool
+slots.
 
 The one place of this project that uses Dagster's private modules; seen to work on dagster 1.13.27:
 `dagster._core.launcher` (CheckRunHealthResult, DefaultRunLauncher and its `_get_grpc_client_for_termination`,

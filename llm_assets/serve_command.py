@@ -1,8 +1,8 @@
 """`bentoml serve`, which says in one line that a Bento is not there.
 
-BentoML's command line takes commands from the packages of the environment (entry points of the group `bentoml.commands`,
-see `pyproject.toml`); one of a known name takes the place of BentoML's own. This one is BentoML's own, but for the answer
-to a tag that is neither in the store nor a module, which there has four lines and no next step.
+BentoML's command line takes commands from the packages of the environment (entry points of the group
+`bentoml.commands`, see `pyproject.toml`); one of a known name takes the place of BentoML's own. This one is BentoML's
+own, but for the answer to a tag that is neither in the store nor a module, which there has four lines and no next step.
 
 Not in the package `bento`: the command line would import that from here before a Bento's own copy.
 """

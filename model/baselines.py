@@ -47,7 +47,7 @@ def token_baselines(dataset_dir: Path, sequence_length: int, max_windows: int | 
 
 
 def held_out(dataset: TokenDataset, max_windows: int) -> tuple[np.ndarray, bytes]:
-    """The tokens that `evaluate` predicts, shape (T,), and the bytes they stand for: of conversations, the responses."""
+    """The tokens that `evaluate` predicts, shape (T,), and their bytes: of conversations, the responses."""
     step, count = dataset.sequence_length - 1, min(max_windows, len(dataset))
     labels = [dataset[i * len(dataset) // count]["labels"][1:].numpy() for i in range(count)]
     if dataset.responses is None and max_windows > len(dataset):  # the shorter window at the end

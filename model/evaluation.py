@@ -137,7 +137,9 @@ def _batches(dataset: TokenDataset, batch_size: int, max_windows: int | None) ->
 def _forward(
     models: list[RexForCausalLM], batches: Iterator[tuple[Tensor, Tensor]]
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """(labels (B, T), each model's final hidden states (B, T, D)) per batch; leaves the models in the mode they were in."""
+    """(labels (B, T), each model's final hidden states (B, T, D)) per batch; leaves the models in the mode they were
+    in.
+    """
     modes = [model.training for model in models]
     try:
         for model in models:

@@ -1,4 +1,4 @@
-"""How many rows of logits exist at a time, in training and in evaluation; the label of tokens that are not predicted."""
+"""How many rows of logits exist at a time, in training and evaluation; the label of tokens that are not predicted."""
 
 import torch
 

@@ -6,8 +6,8 @@
     python -m bench.training speed --gpu --nanogpt DIR    # the shape of gpt2_124m against nanoGPT compiled
 
 Sides run in turn on the same machine, every run in a process of its own. The user clones nanoGPT. For the
-first comparison both sides have the same text, split (first 90 % of the characters train), shape (4 layers, 4 heads, 128
-wide, context 64), and are scored alike: mean nats per character over the whole validation part.
+first comparison both sides have the same text, split (first 90 % of the characters train), shape (4 layers, 4 heads,
+128 wide, context 64), and are scored alike: mean nats per character over the whole validation part.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def character_dataset(text: str, directory: Path) -> Path:
 
 
 def shakespeare_settings(steps: int, batch: int) -> ExperimentSettings:
-    """The experiment `shakespeare_char` with its steps and batch changed; windows predict 64 characters, as nanoGPT's."""
+    """The experiment `shakespeare_char` with other steps and batches; windows predict 64 characters, as nanoGPT's."""
     model = read_settings(ModelSettings, "model/rex_char.yaml")
     training = read_settings(TrainingSettings, "training/char_minutes.yaml")
     length = nanogpt.CONTEXT + 1
@@ -144,7 +144,8 @@ def describe_shakespeare(result: dict[str, Any]) -> str:
     for name in SIDES:
         if f"{name}_loss" in result:
             line = f"{name}: {result[f'{name}_loss']:.3f} nats per character after {result[f'{name}_process_s']:.1f} s"
-            line += f" ({result[f'{name}_loop_s']:.1f} s without start and end, {result[f'{name}_cpu_s']:.1f} s of CPU time)"
+            line += f" ({result[f'{name}_loop_s']:.1f} s without start and end, "
+            line += f"{result[f'{name}_cpu_s']:.1f} s of CPU time)"
             if f"{name}_loop_s_share" in result:
                 shares = [f"{result[f'{name}_{clock}_share']:.2f}" for clock in ("process_s", "loop_s", "cpu_s")]
                 line += f", {shares[0]} of nanoGPT's ({shares[1]}, {shares[2]})"

@@ -1,10 +1,11 @@
-"""What a training pays beside its steps: reading data, saving a checkpoint, resuming; each as a share of what it interrupts.
+"""What a training pays beside its steps: reading data, saving a checkpoint, resuming; each as a share of what it
+interrupts.
 
     python -m bench.training costs [--shape stdlib]
 
-RexTrainer with the experiment's own settings on random ids, first afresh and then from its checkpoint in a process of its
-own, which is given the age of a training's last checkpoint: the whole data order is skipped. Saving includes the flush to
-disk; evaluating is not part of it.
+RexTrainer with the experiment's own settings on random ids, first afresh and then from its checkpoint in a process of
+its own, which is given the age of a training's last checkpoint: the whole data order is skipped. Saving includes the
+flush to disk; evaluating is not part of it.
 """
 
 import dataclasses
@@ -96,9 +97,9 @@ def measure(shape: str, rounds: int) -> dict[str, Any]:
         print(f"round {number + 1}: {json.dumps(rows[-1])}", flush=True)
     found = {name: median(row[name] for row in rows) for name in rows[0]}
     print(
-        f"{shape}: reading a batch takes {found['reading_share']:.2%} of a step of {found['step_s']:.3f} s, saving every "
-        f"{fresh['save_steps']} steps {found['saving_share']:.2%} of the time ({found['saving_s']:.2f} s each); a resumed run "
-        f"takes {found['resuming_s']:.2f} s more to its first step, its checkpoint's files included"
+        f"{shape}: reading a batch takes {found['reading_share']:.2%} of a step of {found['step_s']:.3f} s, saving "
+        f"every {fresh['save_steps']} steps {found['saving_share']:.2%} of the time ({found['saving_s']:.2f} s each); "
+        f"a resumed run takes {found['resuming_s']:.2f} s more to its first step, its checkpoint's files included"
     )
     return {"shape": shape, "rounds": rows, **found}
 

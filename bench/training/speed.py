@@ -1,8 +1,8 @@
 """Tokens/s of a training step through each trainer, and what share of the measured matrix-multiplication peak that is.
 
 `ours` is RexTrainer with the experiment's own settings; `llama` is transformers' Trainer as it comes, with a
-LlamaForCausalLM of the same sizes, float32, the same windows and batch; `llama_bf16` is the same with `bf16=True`, where
-the device multiplies bfloat16. Data are random ids: reading is not measured. The first step of a run is left out.
+LlamaForCausalLM of the same sizes, float32, the same windows and batch; `llama_bf16` is the same with `bf16=True`,
+where the device multiplies bfloat16. Data are random ids: reading is not measured. The first step of a run is left out.
 `bench.training` starts each side in a process of its own.
 """
 

@@ -1,7 +1,8 @@
 """API keys: access control of the service.
 
 Keys come from the variable LLM_API_KEYS (comma separated) and from a file named by LLM_API_KEYS_FILE (one a line); each
-grants access to every route. Without keys the service is open, so it only starts on a loopback address unless REX_ALLOW_ANONYMOUS is true.
+grants access to every route. Without keys the service is open, so it only starts on a loopback address unless
+REX_ALLOW_ANONYMOUS is true.
 """
 
 import hashlib

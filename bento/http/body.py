@@ -1,8 +1,8 @@
 r"""Parses a request's body: strict JSON, bounded in its cost before it is parsed.
 
-Python's parser takes more than JSON allows or than the routes can bear: duplicate names, half characters (`\ud800`), any
-depth, and any number of values, each of which costs more than its byte. NaN and Infinity pass here and are refused with
-the name of their field. Long bodies are parsed in another thread, one at a time (`heavy.py`).
+Python's parser takes more than JSON allows or than the routes can bear: duplicate names, half characters (`\ud800`),
+any depth, and any number of values, each of which costs more than its byte. NaN and Infinity pass here and are refused
+with the name of their field. Long bodies are parsed in another thread, one at a time (`heavy.py`).
 """
 
 import json

@@ -22,7 +22,8 @@ READING = {
         _400="The request is wrong; the message names the field.",
         _404="The named model is not served.",
         _413="The body is too large.",
-        _503="No model answers now or no place became free in time; Retry-After says when to try again, where that helps.",
+        _503="No model answers now or no place became free in time; Retry-After says when to try again, where that "
+        "helps.",
     ),
 }
 """Error answers of a route with a body."""

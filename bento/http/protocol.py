@@ -1,9 +1,10 @@
 """HTTP/1 on a connection: uvicorn's httptools protocol with the limits and the tolerance of a server on an open port.
 
-uvicorn sets no bounds for headers, for idle connections or for requests that arrive slowly, takes an offer to upgrade as
-the end of HTTP and drops the body, and answers malformed requests in plain text. This class adds:
+uvicorn sets no bounds for headers, for idle connections or for requests that arrive slowly, takes an offer to upgrade
+as the end of HTTP and drops the body, and answers malformed requests in plain text. This class adds:
 
-- bounds: bytes and number of headers (431), seconds until a request has arrived (408), connections, idle time, pipelining;
+- bounds: bytes and number of headers (431), seconds until a request has arrived (408), connections, idle time,
+  pipelining;
 - offers to upgrade (h2c, websocket) are ignored, as RFC 9110 section 7.8 allows, and the body is read;
 - a client that has closed its sending side (a half-closed connection) still gets its answer;
 - HTTP/1.0 clients get streams without chunks; malformed requests get the service's error object.

@@ -34,8 +34,8 @@ TEXT_GOES_HERE = "a7c3text91f0goes5e2dhere"
 class ChoiceOptions:
     """The parts of a choice besides its text.
 
-    is_echoed: the text begins with the prompt. endings: tokens that end a text but are shown, because the engine was told
-    to go on after them.
+    is_echoed: the text begins with the prompt. endings: tokens that end a text but are shown, because the engine was
+    told to go on after them.
     """
 
     is_scored: bool

@@ -1,8 +1,8 @@
 """The page at `/` on which a person tries the model: plain HTML, CSS and JavaScript modules that lie beside this file.
 
 A browser asks for nothing else: no other host, no inline script, and the page's policy forbids both. The text of models
-and users is only ever inserted as text. The page and its files carry no secret and need no key; what it sends to the API
-does.
+and users is only ever inserted as text. The page and its files carry no secret and need no key; what it sends to the
+API does.
 """
 
 import hashlib

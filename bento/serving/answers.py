@@ -1,7 +1,7 @@
 """What the engine answers, seen from the event loop: events of one HTTP request's generations, and their stream.
 
-The engine hands events over in its own thread. All that came since the event loop last looked wake it once, however many
-requests they belong to: a wake-up costs more than the event. What the events become is the routes' business.
+The engine hands events over in its own thread. All that came since the event loop last looked wake it once, however
+many requests they belong to: a wake-up costs more than the event. What the events become is the routes' business.
 """
 
 import asyncio
@@ -171,7 +171,8 @@ class Answers:
 class EventStream(Response):
     """Server-sent events, which `events` makes of what the engine answers, then [DONE].
 
-    A failure before the first is an ordinary error answer; after it, an event `{"error"}`. A client that leaves ends it.
+    A failure before the first is an ordinary error answer; after it, an event `{"error"}`. A client that leaves ends
+    it.
     """
 
     media_type = "text/event-stream"

@@ -59,7 +59,8 @@ class ModelRegistry:
         environment = os.environ if environment is None else environment
         if urlsplit(uri).scheme not in ("http", "https"):
             raise InvalidArgument(
-                f"MLFLOW_TRACKING_URI is {uri!r}: expected http://HOST:PORT of an MLflow server, which REX_CHAMPION follows"
+                f"MLFLOW_TRACKING_URI is {uri!r}: expected http://HOST:PORT of an MLflow server, which REX_CHAMPION "
+                "follows"
             )
         self._uri = uri.rstrip("/")
         self._user = environment.get("MLFLOW_TRACKING_USERNAME", "")
@@ -83,8 +84,8 @@ class ModelRegistry:
         source = urlsplit(version.source)
         if source.scheme != "mlflow-artifacts":
             raise PipelineError(
-                f"its files are at {version.source!r}, which the server does not hand out: expected mlflow-artifacts:/...; "
-                "start it with --artifacts-destination"
+                f"its files are at {version.source!r}, which the server does not hand out: expected "
+                "mlflow-artifacts:/...; start it with --artifacts-destination"
             )
         root = source.path.strip("/")
         incoming = Path(tempfile.mkdtemp(prefix="incoming-", dir=folder))
@@ -142,8 +143,8 @@ class ChampionWatcher:
     """Keeps the champion of `name` serving, in its own thread.
 
     load: makes a warm engine from a model directory and a version number. settle: called when memory became free.
-    waits: receives the reason while no model is loaded. poll_s: seconds between polls. drain_s: most seconds for a former
-    model's requests, whose own deadlines may end them sooner.
+    waits: receives the reason while no model is loaded. poll_s: seconds between polls. drain_s: most seconds for a
+    former model's requests, whose own deadlines may end them sooner.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ class HeavyWork:
         self._free_at = 0.0
 
     async def run(self, work: Callable[..., T], *arguments: Any, holds_lock: bool = True) -> T:
-        """The result of `work(*arguments)`. holds_lock: whether it holds the interpreter's lock; Rust and zlib do not."""
+        """The result of `work(*arguments)`. holds_lock: whether it holds the interpreter lock; Rust and zlib do not."""
         async with self._turn:
             pause_s = self._free_at - time.monotonic()
             if pause_s > 0:

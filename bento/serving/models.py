@@ -20,7 +20,9 @@ NO_ACTIVITY = EngineStats(*[0] * len(fields(EngineStats)))
 
 @dataclass(eq=False)
 class Served:
-    """One loaded model. version: distinguishes it from other versions of the same name. under_way: requests that hold it."""
+    """One loaded model. version: distinguishes it from other versions of the same name. under_way: requests that hold
+    it.
+    """
 
     engine: "Engine"
     version: str | None = None

@@ -1,8 +1,9 @@
 """Prometheus metrics of the service, in a registry of their own, named like vLLM's with `rex_` in front.
 
-Label values come from fixed sets: BentoML's own metrics use the requested path as a label, so any client could grow them
-without bound. Only the event loop's thread counts, in plain numbers: prometheus_client's counters would take a lock and
-a memory map per token (because of BentoML's PROMETHEUS_MULTIPROC_DIR). The engine's numbers are read at each scrape.
+Label values come from fixed sets: BentoML's own metrics use the requested path as a label, so any client could grow
+them without bound. Only the event loop's thread counts, in plain numbers: prometheus_client's counters would take a
+lock and a memory map per token (because of BentoML's PROMETHEUS_MULTIPROC_DIR). The engine's numbers are read at each
+scrape.
 """
 
 from bisect import bisect_left

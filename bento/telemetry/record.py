@@ -1,4 +1,4 @@
-"""The record of one request: its route fills it in; the log, the metrics and the trace read it when the request ends."""
+"""The record of one request: its route fills it in; log, metrics and trace read it when the request ends."""
 
 import time
 from dataclasses import dataclass, field
@@ -13,8 +13,9 @@ CLIENT_LEFT = 499
 class RequestRecord:
     """One request; routes find it in `request.state.record`.
 
-    started: seconds of `time.monotonic()`; started_ns: the same moment by the clock. error_code: of the refusal, where it
-    was refused. submitted_s, first_token_s: seconds from `started` to the first submission and token. queue_s: seconds in the queue.
+    started: seconds of `time.monotonic()`; started_ns: the same moment by the clock. error_code: of the refusal, where
+    it was refused. submitted_s, first_token_s: seconds from `started` to the first submission and token. queue_s:
+    seconds in the queue.
     """
 
     id: str

@@ -36,7 +36,8 @@ def start_tracing(environment: Mapping[str, str] | None = None) -> "Tracer | Non
         found = None
     if not found:
         raise InvalidArgument(
-            f"{ENDPOINTS[0]} is set, but the exporter is not installed: pip install opentelemetry-exporter-otlp-proto-http"
+            f"{ENDPOINTS[0]} is set, but the exporter is not installed: pip install "
+            "opentelemetry-exporter-otlp-proto-http"
         )
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
@@ -47,7 +48,8 @@ class Tracer:
     """Sends spans to `exporter` in batches, in its own thread; spans are dropped while the collector is unreachable."""
 
     def __init__(self, exporter: SpanExporter) -> None:
-        # Read here because the SDK keeps the `os.environ` that it saw at import, and `datasets` replaces that by a copy.
+        # Read here because the SDK keeps the `os.environ` that it saw at import, and `datasets` replaces that by a
+        # copy.
         named = Resource.create({SERVICE_NAME: os.environ.get("OTEL_SERVICE_NAME") or "rex"})
         # `stop` shuts it down: the exit hook would block on an unreachable collector.
         self._provider = TracerProvider(resource=named, shutdown_on_exit=False)

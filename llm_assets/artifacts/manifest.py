@@ -209,7 +209,7 @@ def assert_compatible(
         for asset, version in manifest.upstream.items():
             if latest.get(asset, version) != version:
                 raise PipelineError(
-                    f"{manifest.asset} of {experiment!r} was made from {asset} {version[:VERSION_DIGITS]}, the latest is "
-                    f"{latest[asset][:VERSION_DIGITS]}; refresh it: "
+                    f"{manifest.asset} of {experiment!r} was made from {asset} {version[:VERSION_DIGITS]}, the latest "
+                    f"is {latest[asset][:VERSION_DIGITS]}; refresh it: "
                     f"{refresh_command(manifest.asset, experiment, overrides)}"
                 )

@@ -1,6 +1,7 @@
 """What an image is built from: a Bento for one device, the lock of its packages, and the labels.
 
-FOLDER/bento/      the Bento with its model: `src/bento/Dockerfile` has the instructions, `env/python/requirements.txt` the lock
+FOLDER/bento/      the Bento with its model: `src/bento/Dockerfile` has the instructions,
+                   `env/python/requirements.txt` the lock
 FOLDER/packages/   the packages themselves, once `unpack` has run
 """
 
@@ -26,7 +27,7 @@ SERVICE_DEVICE = {"cpu": "cpu", "gpu": "cuda"}
 
 @dataclass(frozen=True)
 class ImageContext:
-    """A folder to build an image in, without its packages. device: `cpu` or `gpu`. python: the version of the base's."""
+    """A folder to build an image in, without its packages. device: `cpu` or `gpu`. python: the base's version."""
 
     folder: Path
     device: str

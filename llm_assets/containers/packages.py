@@ -24,8 +24,8 @@ _PIP_OPTIONS = {"index-url": "UV_DEFAULT_INDEX", "cert": "SSL_CERT_FILE"}
 def uv_environment(device: str, pip: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
     """The environment for uv: `environment`, and what it leaves open from pip's options by name.
 
-    device: `cpu` or `gpu`. Folders of wheels count for `cpu` alone, and where they hold a CPU build of torch: it would end
-    in a GPU image as well, as `torch==X` is met by `X+cpu`.
+    device: `cpu` or `gpu`. Folders of wheels count for `cpu` alone, and where they hold a CPU build of torch: it would
+    end in a GPU image as well, as `torch==X` is met by `X+cpu`.
     """
     found = {variable: pip[option] for option, variable in _PIP_OPTIONS.items() if pip.get(option)}
     if "UV_INDEX_URL" in environment:
@@ -61,14 +61,14 @@ def lock(requirements: Path, constraints: Path, target: Path, *, device: str, py
 
 
 def refuse_other_device(locked: str, device: str) -> None:
-    """Raise PipelineError where a lock for `cpu` has CUDA packages, or one for `gpu` has none or a CPU build of torch."""
+    """Raise PipelineError where a lock for `cpu` has CUDA packages, or one for `gpu` none or a CPU build of torch."""
     names = [line.split("==")[0] for line in locked.splitlines()]
     cuda = [name for name in names if name.startswith(CUDA_PACKAGES)]
     torch = next((line for line in locked.splitlines() if line.startswith("torch==")), "no torch")
     if device == "cpu" and cuda:
         raise PipelineError(
-            f"the lock of a CPU image has {len(cuda)} packages for CUDA ({cuda[0]} first) and {torch}: expected none; is "
-            "UV_TORCH_BACKEND=cpu or a folder with the CPU build of torch in UV_FIND_LINKS?"
+            f"the lock of a CPU image has {len(cuda)} packages for CUDA ({cuda[0]} first) and {torch}: expected none; "
+            "is UV_TORCH_BACKEND=cpu or a folder with the CPU build of torch in UV_FIND_LINKS?"
         )
     if device == "gpu" and (not cuda or "+cpu" in torch):
         raise PipelineError(

@@ -33,14 +33,14 @@ def check_settings(environment: Mapping[str, str]) -> None:
         address = environment.get(name) or "127.0.0.1"
         if password == EXAMPLE_PASSWORD and not _is_loopback(address):
             raise PipelineError(
-                f"POSTGRES_PASSWORD is the example's and {name} is {address}, where others reach the stack: set a password "
-                f"of your own in .env, or {name}=127.0.0.1"
+                f"POSTGRES_PASSWORD is the example's and {name} is {address}, where others reach the stack: set a "
+                f"password of your own in .env, or {name}=127.0.0.1"
             )
     address = environment.get("REX_BIND") or "127.0.0.1"
     if not _is_loopback(address) and not environment.get("LLM_API_KEYS"):
         raise PipelineError(
-            f"REX_BIND is {address}, where others reach the generation service, and LLM_API_KEYS is empty: set a key in "
-            ".env, or REX_BIND=127.0.0.1"
+            f"REX_BIND is {address}, where others reach the generation service, and LLM_API_KEYS is empty: set a key "
+            "in .env, or REX_BIND=127.0.0.1"
         )
 
 
@@ -58,7 +58,8 @@ def create_databases(environment: Mapping[str, str]) -> list[str]:
         )
     except psycopg2.OperationalError as error:
         raise PipelineError(
-            f"the database server refuses: {' '.join(str(error).split())}; a volume keeps the password that it was made with"
+            f"the database server refuses: {' '.join(str(error).split())}; a volume keeps the password that it was "
+            "made with"
         ) from None
     connection.autocommit = True  # CREATE DATABASE is no part of a transaction
     try:

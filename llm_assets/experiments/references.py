@@ -1,7 +1,8 @@
 """Checkpoints that settings name by experiment: `latest:NAME` is the newest trained_checkpoint of experiment NAME.
 
 Resolved when a stage begins and not when an experiment is composed, which reads only files of `configs/`. What a stage
-records is the folder, whose name is the checkpoint's content hash: made from a newer checkpoint, an artifact is another.
+records is the folder, whose name is the checkpoint's content hash: made from a newer checkpoint, an artifact is
+another.
 """
 
 from collections.abc import Callable

@@ -5,7 +5,8 @@
     python -m llm_assets.experiments.sweep --module llm_assets.images --job container_image_cpu_job experiment=smoke
 
 Each point is one Dagster run of `llm_pipeline`, or of another job of a code location: the experiment is its partition,
-the other overrides go to the `hydra` resource. A sweep over experiments alone is a Dagster backfill as well: select the partitions in the UI.
+the other overrides go to the `hydra` resource. A sweep over experiments alone is a Dagster backfill as well: select the
+partitions in the UI.
 """
 
 import argparse

@@ -41,8 +41,8 @@ class ContainerEngine(dg.ConfigurableResource):
     command: str = Field(default="docker", description="Docker's command line, or one that takes the same arguments.")
     base_image: str = Field(
         default="",
-        description="Image that images are built on: a slim Debian with the Bento's Python. Empty: LLM_ASSETS_BASE_IMAGE, "
-        "else the one that the Bento names.",
+        description="Image that images are built on: a slim Debian with the Bento's Python. Empty: "
+        "LLM_ASSETS_BASE_IMAGE, else the one that the Bento names.",
     )
 
     def require(self) -> None:
@@ -104,7 +104,9 @@ class ContainerEngine(dg.ConfigurableResource):
         return found
 
     def look_into(self, tag: str) -> dict[str, Any]:
-        """`{"torch", "cuda", "cuda_packages", "uid"}` as a container of the image finds them; cuda is "" in a CPU build."""
+        """`{"torch", "cuda", "cuda_packages", "uid"}` as a container of the image finds them; cuda is "" in a CPU
+        build.
+        """
         command = [
             self.command,
             "run",

@@ -1,9 +1,10 @@
 """One MLflow run per materialization, with the terminal status that the Dagster step had.
 
-The package dagster-mlflow is not used: it ends runs in an `atexit` handler and in a hook, and on MLflow 3 it unregisters
-another function than the one that MLflow registered, so that a failed run reads FINISHED and a canceled one FAILED. Its
-conventions are kept: the tag `dagster_run_id`, and parameters logged in batches. Here every call goes through an
-MlflowClient with an explicit run id: no active run, no exit handler, no autologging, and one place that ends a run.
+The package dagster-mlflow is not used: it ends runs in an `atexit` handler and in a hook, and on MLflow 3 it
+unregisters another function than the one that MLflow registered, so that a failed run reads FINISHED and a canceled one
+FAILED. Its conventions are kept: the tag `dagster_run_id`, and parameters logged in batches. Here every call goes
+through an MlflowClient with an explicit run id: no active run, no exit handler, no autologging, and one place that ends
+a run.
 
 A killed process cannot say so. The next run of the same asset and experiment closes what it left RUNNING, and a resumed
 training continues its MLflow run.

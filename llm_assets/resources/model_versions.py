@@ -93,12 +93,14 @@ def _decide_champion(client: "MlflowClient", name: str, version: Any, versions: 
     elif champion is None and not is_by_hand:
         reason = f"promoted: the first candidate, {bits:.4f} bits per byte"
     elif champion is not None and _kind(champion) == _kind(version):
-        reason = f"promoted: {bits:.4f} bits per byte, the champion, version {current}, has {_bits(champion):.4f} on the same text"
+        reason = f"promoted: {bits:.4f} bits per byte, "
+        reason += f"the champion, version {current}, has {_bits(champion):.4f} on the same text"
     elif is_by_hand:
         promoted = False
         reason = f"not promoted: a person set the champion ({current or 'none'}), and it was measured on another text"
     else:
-        reason = f"promoted: {bits:.4f} bits per byte, the best on a text that the champion, version {current}, was not measured on"
+        reason = f"promoted: {bits:.4f} bits per byte, "
+        reason += f"the best on a text that the champion, version {current}, was not measured on"
     client.set_model_version_tag(name, str(version.version), DECISION, reason)
     if promoted:
         # The decision first: a process killed in between leaves an alias that the next run treats as set by hand.

@@ -124,7 +124,8 @@ def _relocate(path: Path, log: Log) -> None:
                 continue  # chosen on purpose: the files are there and not here
             for table, column in columns:
                 database.execute(
-                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR {column} LIKE ? || '/%'",
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR {column} LIKE ? || "
+                    "'/%'",
                     (here, len(place) + 1, place, place),
                 )
             log(f"{path}: the tracked files of {folder} are read from {path.parent} now")

@@ -1,7 +1,7 @@
 """Signals in steps: re-raises a termination that Python dropped; ends a step whose run process died.
 
-Dagster ends a step with an exception that a signal handler raises, once. Python drops an exception raised in a finalizer
-or in a weak reference's callback, and training runs both all the time: the step would then run to its end.
+Dagster ends a step with an exception that a signal handler raises, once. Python drops an exception raised in a
+finalizer or in a weak reference's callback, and training runs both all the time: the step would then run to its end.
 """
 
 import multiprocessing

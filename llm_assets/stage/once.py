@@ -1,8 +1,8 @@
 """Nothing is computed twice: a stage whose settings, upstream, source files and code are unchanged is reused.
 
 `pipeline_asset` makes an asset of a stage. Before a step computes, it compares the latest artifact's manifest with what
-this run would record; where all is the same, the materialization names that artifact again, with its numbers and checks.
-The run tag `rex/force: true`, or the field `force` of the resource `hydra`, computes all the same.
+this run would record; where all is the same, the materialization names that artifact again, with its numbers and
+checks. The run tag `rex/force: true`, or the field `force` of the resource `hydra`, computes all the same.
 """
 
 import functools

@@ -18,7 +18,8 @@ class RequestQueue:
     """Every method is safe to call from any thread.
 
     max_requests, max_tokens: requests that wait and prompt tokens of theirs, at most. An empty queue takes one request,
-    however long its prompt. A named client that has less than its share of a full queue may exceed its bounds, up to twice.
+    however long its prompt. A named client that has less than its share of a full queue may exceed its bounds, up to
+    twice.
     """
 
     def __init__(self, max_requests: int, max_tokens: int) -> None:

@@ -40,10 +40,10 @@ class SamplingParameters:
     temperature: 0 takes the most likely token. top_k: 0 keeps all. top_p: in (0, 1], 1 keeps all.
     min_p: drops tokens less likely than this part of the most likely one's probability; 0 keeps all.
     repetition_penalty: above 1 makes tokens of the prompt and of the text so far less likely; also when greedy.
-    presence_penalty, frequency_penalty: taken off the logit of a token that was generated before, once and for each time
-    (OpenAI's definition, prompt not counted). logit_bias: added to the logits of these token ids.
-    seed: the same seed gives the same tokens for the same request; None draws one.
-    Raises PipelineError naming the parameter that is out of range.
+    presence_penalty, frequency_penalty: taken off the logit of a token that was generated before, once and for each
+    time (OpenAI's definition, prompt not counted). logit_bias: added to the logits of these token ids. seed: the same
+    seed gives the same tokens for the same request; None draws one. Raises PipelineError naming the parameter that is
+    out of range.
     """
 
     temperature: float = 1.0
@@ -83,11 +83,11 @@ class GenerationRequest:
     prompt_ids: the prompt's tokens, at least one. max_tokens: 0 only scores the prompt.
     min_tokens: no end-of-text token, stop token or stop string ends the text before this many tokens.
     stop: strings that end the text where they appear, also across tokens; they are not part of it.
-    stop_token_ids: tokens that end the text like the end-of-text token. ignore_eos: the end-of-text token does not end it.
-    logprobs: log-probabilities of each generated token and of this many most likely ones beside it; None for none.
+    stop_token_ids: tokens that end the text like the end-of-text token. ignore_eos: the end-of-text token does not end
+    it. logprobs: log-probabilities of each generated token and of this many most likely ones beside it; None for none.
     prompt_logprobs: the same for the tokens of the prompt, in one `PromptScores` event before the first piece.
-    queue_timeout_s: from submission to the start. timeout_s: from submission to the last token. None waits on.
-    client, connection: the sender. Clients take turns at free slots, and so do the connections of one client.
+    queue_timeout_s: from submission to the start. timeout_s: from submission to the last token. None waits on. client,
+    connection: the sender. Clients take turns at free slots, and so do the connections of one client.
     """
 
     prompt_ids: Sequence[int]

@@ -1,4 +1,5 @@
-"""Choosing the next token of one request: penalties, bias, temperature, top-k, top-p, min-p, in the order of `generate()`.
+"""Choosing the next token of one request: penalties, bias, temperature, top-k, top-p, min-p, in the order of
+`generate()`.
 
 Each request draws from random numbers of its own, one for each token, so a seed gives the same text whatever else runs.
 A draw is the token under which the sum of the kept probabilities passes the random number: unlike

@@ -1,8 +1,8 @@
 """Continuous batching: which tokens the next step computes, and what becomes of its logits.
 
-In each step every running sequence decodes one token, and prefill fills the step up to `prefill_chunk` tokens, so a long
-prompt delays the others by one chunk at most. Sequences join and leave at every step. A request that fails fails alone.
-Everything here runs in one thread; queueing, threads and restarts are `engine.py`.
+In each step every running sequence decodes one token, and prefill fills the step up to `prefill_chunk` tokens, so a
+long prompt delays the others by one chunk at most. Sequences join and leave at every step. A request that fails fails
+alone. Everything here runs in one thread; queueing, threads and restarts are `engine.py`.
 """
 
 import collections.abc
@@ -165,7 +165,7 @@ class Scheduler:
         self._slots.append(sequence.slot, segment.ids)
 
     def _step_alone(self, batch: Batch) -> None:
-        """Compute each segment by itself, so that only the requests that fail end. Raises where the model itself fails."""
+        """Compute each segment alone, so that only the requests that fail end. Raises where the model itself fails."""
         for sequence, segment in batch:
             try:
                 (output,) = self._step.compute([segment])

@@ -40,14 +40,15 @@ class SlotTable:
             self._step.truncate(slot, length)
 
     def clear(self, slot: int) -> None:
-        """Forget all that a slot holds, numbers included: a failed computation may have left some that are not finite."""
+        """Forget all that a slot holds, numbers included: a failed computation may have left non-finite ones."""
         self._lengths[slot] = 0
         self._step.clear(slot)
 
     def take(self, free: list[int], prompt_ids: np.ndarray, *, reuse: bool) -> tuple[int, int]:
         """One of the `free` slots for a prompt, and how many of its tokens the slot already holds.
 
-        At least the prompt's last token is left to compute: its logits are the answer's first. reuse=False starts empty.
+        At least the prompt's last token is left to compute: its logits are the answer's first. reuse=False starts
+        empty.
         """
         shared = self._shared_prefixes(prompt_ids[:-1])
         # Among equally old slots the lowest: neighboring slots decode in one call of attention.

@@ -1,7 +1,7 @@
 """The interface between the engine and the computation of one step: segments of sequences in, logits and tokens out.
 
-Scheduling, prefix reuse, sampling and failure isolation know only this. A step owns the model's weights in whatever layout
-it computes with and the storage of keys and values, one slot for each sequence. `steps.py` chooses among the
+Scheduling, prefix reuse, sampling and failure isolation know only this. A step owns the model's weights in whatever
+layout it computes with and the storage of keys and values, one slot for each sequence. `steps.py` chooses among the
 implementations; `reference.py` is the one that the others are held to.
 
 Shapes: R rows of logits of one segment, V vocabulary.
@@ -24,8 +24,8 @@ Wanted = Literal["none", "argmax", "last", "all"]
 class Segment:
     """Tokens scheduled for one sequence in one step: they follow the first `start` positions of its slot.
 
-    ids: int64, at least one. logits: which rows the step computes: none, the last token's arg-max alone, the last token's
-    logits, or the logits of all tokens.
+    ids: int64, at least one. logits: which rows the step computes: none, the last token's arg-max alone, the last
+    token's logits, or the logits of all tokens.
     """
 
     slot: int
@@ -39,8 +39,8 @@ class SegmentOutput:
     """What a step computed for one segment.
 
     logits_RV: float32, R = 1 for "last", len(ids) for "all", 0 for "none"; for "argmax" 0 or 1, as the step likes.
-    token: the most likely token after the segment, the lowest id among equals; None for "none" and where the highest logit
-    is not finite.
+    token: the most likely token after the segment, the lowest id among equals; None for "none" and where the highest
+    logit is not finite.
     """
 
     logits_RV: Tensor
@@ -50,8 +50,8 @@ class SegmentOutput:
 class Step(ABC):
     """Computes steps of one model over `slots` sequences of up to `context_length` tokens.
 
-    All methods are called from one thread at a time. Each slot's positions below `start` of a segment have been computed
-    by earlier calls or copied; computing a segment again is harmless.
+    All methods are called from one thread at a time. Each slot's positions below `start` of a segment have been
+    computed by earlier calls or copied; computing a segment again is harmless.
     """
 
     name: ClassVar[str]
@@ -72,7 +72,7 @@ class Step(ABC):
     @classmethod
     @abstractmethod
     def create(cls, model: PreTrainedModel, slots: int) -> "Step":
-        """The step for a model, with memory for keys and values of `slots` sequences, empty. The model stays as it is."""
+        """The step for a model, with memory for keys and values of `slots` sequences; the model stays as it is."""
 
     @abstractmethod
     def compute(self, segments: Sequence[Segment]) -> list[SegmentOutput]:

@@ -1,4 +1,5 @@
-"""Whose request is next: start-time fair queueing (Goyal, Vin and Cheng, 1996) over clients, and over connections of each.
+"""Whose request is next: start-time fair queueing (Goyal, Vin and Cheng, 1996) over clients, and over connections of
+each.
 
 A request's tag is the larger of the tag that was served last and its sender's latest tag plus one; the smallest tag is
 served first, equal ones by arrival. So a sender of many requests at once waits behind others for all but the first, and

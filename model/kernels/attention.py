@@ -5,8 +5,8 @@ heads that share a key/value head are rows of one product. The backward pass rec
 grows with the length, not with its square. PyTorch's flash kernel does the same and takes 1.2 to 2.4 times as long here
 (`bench/LOG.md`); calls with a mask, dropout or a cache fall back to it.
 
-Shapes: B windows, T tokens, H query heads, G key/value heads, r = H / G, K head dimension, n tokens of a block, S tokens
-up to its end.
+Shapes: B windows, T tokens, H query heads, G key/value heads, r = H / G, K head dimension, n tokens of a block, S
+tokens up to its end.
 """
 
 from typing import Any

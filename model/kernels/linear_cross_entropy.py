@@ -33,7 +33,8 @@ def linear_cross_entropy_sum(
     temperature: float,
     top_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss summed over rows, a float32 scalar, and its gradients: (R, D) in hidden_RD's dtype and (V, D) in float32.
+    """The loss summed over rows, a float32 scalar, and its gradients: (R, D) in hidden_RD's dtype and (V, D) in
+    float32.
 
     rows: how many go through the vocabulary at once. Only the first output is differentiable.
     """
@@ -102,9 +103,10 @@ def _cross_entropy(logits_RV: Tensor, labels_R1: Tensor, z_loss: float) -> tuple
 def _divergence(logits_RV: Tensor, teacher_RV: Tensor, temperature: float, top_k: int) -> tuple[Tensor, Tensor]:
     """temperature^2 * KL(teacher || student), (R, 1), and its gradient with respect to the student's logits, (R, V).
 
-    The factor keeps gradients at one size over temperatures (Hinton et al. 2015, https://arxiv.org/abs/1503.02531). With
-    top_k, the tokens that are not followed one by one are one event, so that this stays a divergence of distributions:
-    0 where they agree, never negative. The student shares the teacher's probability of that event out as it would itself.
+    The factor keeps gradients at one size over temperatures (Hinton et al. 2015, https://arxiv.org/abs/1503.02531).
+    With top_k, the tokens that are not followed one by one are one event, so that this stays a divergence of
+    distributions: 0 where they agree, never negative. The student shares the teacher's probability of that event out as
+    it would itself.
     """
     log_q_RV = functional.log_softmax(logits_RV / temperature, dim=1)
     log_p_RV = functional.log_softmax(teacher_RV / temperature, dim=1)

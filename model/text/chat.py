@@ -1,7 +1,7 @@
 """How a conversation is written as text: what fine-tuning trains on and what the tokenizer's chat template renders.
 
-A document of a corpus of conversations is `opening(prompt) + response`; the end-of-text token that follows every document
-ends the assistant's turn. The roles are plain text, so a base model's vocabulary stays as it is.
+A document of a corpus of conversations is `opening(prompt) + response`; the end-of-text token that follows every
+document ends the assistant's turn. The roles are plain text, so a base model's vocabulary stays as it is.
 """
 
 USER, ASSISTANT = "### User:\n", "\n\n### Assistant:\n"

@@ -1,7 +1,8 @@
-"""Conversations out of Python source: asked with the head of a function or class, the answer is what its docstring says.
+"""Conversations out of Python source: asked with the head of a function or class, the answer is what its docstring
+says.
 
-Real prompts and responses on every machine, without a download, to fine-tune on. Only the first paragraph of a docstring
-is taken: it says what the thing does, and fits a short window.
+Real prompts and responses on every machine, without a download, to fine-tune on. Only the first paragraph of a
+docstring is taken: it says what the thing does, and fits a short window.
 """
 
 import ast

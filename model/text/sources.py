@@ -26,8 +26,8 @@ from model.text.chat import opening
 from model.text.docstrings import docstrings
 
 # Test folders are left out: Linux distributions and slim images ship Python without them, and the corpus should be the
-# same there. They also hold the deliberately broken encodings. encodings/ and pydoc_data/ are generated tables, an eighth
-# of the bytes, that a small model would learn instead of Python.
+# same there. They also hold the deliberately broken encodings. encodings/ and pydoc_data/ are generated tables, an
+# eighth of the bytes, that a small model would learn instead of Python.
 STDLIB_SKIPPED = {
     "site-packages",
     "dist-packages",
@@ -237,7 +237,7 @@ def fingerprint(settings: CorpusSettings) -> str:
 
 
 def whole_characters(data: bytes, length: int) -> int:
-    """The largest number of bytes, at most `length`, after which UTF-8 `data` can be cut without splitting a character."""
+    """The largest number of bytes, at most `length`, after which UTF-8 `data` splits between characters."""
     while 0 < length < len(data) and data[length] & 0xC0 == 0x80:
         length -= 1
     if length < len(data):

@@ -154,8 +154,8 @@ def encode_split(
 ) -> SplitTokens:
     """Encode documents on all cores and write `{stem}.bin` and `{stem}.documents.npy`, in the order of `texts`.
 
-    conversations: documents are of the form of `model/text/chat.py`; what comes before the response is encoded apart, as
-    it is when the model is asked, and `{stem}.responses.npy` (int64) says at which token each response starts.
+    conversations: documents are of the form of `model/text/chat.py`; what comes before the response is encoded apart,
+    as it is when the model is asked, and `{stem}.responses.npy` (int64) says at which token each response starts.
     Raises PipelineError for a document that is no conversation.
     """
     progress = Progress(log, f"encoding {stem.name}", total_documents, "documents")
@@ -217,11 +217,11 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     Item i is {"input_ids": int64 (T,), "labels": the same}; the model shifts labels itself. Neighbours share one token,
     so every token of the windows but the first is predicted exactly once; up to T - 2 tokens at the end are left out.
-    Conversations (`responses`, the token at which each document's response starts; None for other text) are packed whole:
-    a window starts with one and takes as many as fit, and labels are IGNORE_INDEX wherever no response of those is: only what
-    the assistant says is learned, its end-of-text token included. Of one longer than T, the first T tokens count.
-    tokens: memory-mapped ids, shape (N,). byte_counts: bytes each id stands for, 0 for specials, shape (V,).
-    document_offsets: start of each document in `tokens`, and the end.
+    Conversations (`responses`, the token at which each document's response starts; None for other text) are packed
+    whole: a window starts with one and takes as many as fit, and labels are IGNORE_INDEX wherever no response of those
+    is: only what the assistant says is learned, its end-of-text token included. Of one longer than T, the first T
+    tokens count. tokens: memory-mapped ids, shape (N,). byte_counts: bytes each id stands for, 0 for specials, shape
+    (V,). document_offsets: start of each document in `tokens`, and the end.
     """
 
     def __init__(self, dataset_dir: Path, split: str, sequence_length: int) -> None:

@@ -1,8 +1,8 @@
 """Checkpoints of a running training: complete or absent, so that a kill at any moment loses nothing.
 
 A checkpoint is written under `incomplete/`, flushed to disk, marked `committed`, and moved into place with one rename;
-removing one starts with a rename back. Folders in `incomplete/` or without the marker are never read. `run.json` says which
-training the folder belongs to.
+removing one starts with a rename back. Folders in `incomplete/` or without the marker are never read. `run.json` says
+which training the folder belongs to.
 """
 
 import json
@@ -19,7 +19,8 @@ from model.errors import PipelineError
 RECORD = "run.json"
 STATE = "trainer_state.json"
 LOSS_SUM = "loss_sum.json"
-"""The sums of losses, one a process, since the last log line, and that line's step: the Trainer keeps them in memory."""
+"""The sums of losses, one a process, since the last log line, and that line's step: the Trainer keeps them in memory.
+"""
 COMMITTED = "committed"
 _NAME = re.compile(r"checkpoint-(\d+)")
 

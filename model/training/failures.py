@@ -1,4 +1,6 @@
-"""Errors of a training that cannot go on: one line with the step, the documents, the last checkpoint and what to change."""
+"""Errors of a training that cannot go on: one line with the step, the documents, the last checkpoint and what to
+change.
+"""
 
 import re
 import shutil

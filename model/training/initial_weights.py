@@ -1,7 +1,8 @@
 """Finished checkpoints that a training builds on: the initial weights, and the teacher of a distillation.
 
-The teacher runs on each batch beside the student, without gradients and in the training's precision; `loss.py` turns both
-models' hidden states into the loss. Both must have the training's own vocabulary: the same ids would mean other tokens.
+The teacher runs on each batch beside the student, without gradients and in the training's precision; `loss.py` turns
+both models' hidden states into the loss. Both must have the training's own vocabulary: the same ids would mean other
+tokens.
 """
 
 from pathlib import Path
@@ -28,8 +29,8 @@ def start_from(model: RexForCausalLM, checkpoint: Path, tokenizer: PreTrainedTok
         old, new = (list(given[name].shape) if name in given else "missing" for given in (found, expected))
         if old != new:
             raise PipelineError(
-                f"{option}: {name} is {old} there and {new} in this experiment; take the model's shape over from it, and "
-                "its tokenizer with tokenizer=pretrained tokenizer.path=FOLDER"
+                f"{option}: {name} is {old} there and {new} in this experiment; take the model's shape over from it, "
+                "and its tokenizer with tokenizer=pretrained tokenizer.path=FOLDER"
             )
     _check_vocabulary(option, checkpoint, tokenizer)
     model.load_state_dict(found, strict=False)
@@ -50,8 +51,8 @@ def load_teacher(
     teacher = load_model(checkpoint, quantized=False)
     if teacher.config.max_position_embeddings < sequence_length:
         raise PipelineError(
-            f"{option}: it reads {teacher.config.max_position_embeddings:,} tokens and a window has {sequence_length:,} "
-            "(tokenizer.sequence_length); lower that, or take a teacher of a longer context"
+            f"{option}: it reads {teacher.config.max_position_embeddings:,} tokens and a window has "
+            f"{sequence_length:,} (tokenizer.sequence_length); lower that, or take a teacher of a longer context"
         )
     teacher.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
     return teacher
@@ -68,7 +69,7 @@ def _check_vocabulary(option: str, checkpoint: Path, tokenizer: PreTrainedTokeni
     theirs, ours = load_tokenizer(checkpoint).get_vocab(), tokenizer.get_vocab()
     if theirs != ours:
         raise PipelineError(
-            f"{option}: its tokenizer ({len(theirs):,} tokens) is another than this experiment's ({len(ours):,} tokens, "
-            f"{len(theirs.items() ^ ours.items()):,} entries differ); take it over with tokenizer=pretrained "
+            f"{option}: its tokenizer ({len(theirs):,} tokens) is another than this experiment's ({len(ours):,} "
+            f"tokens, {len(theirs.items() ^ ours.items()):,} entries differ); take it over with tokenizer=pretrained "
             "tokenizer.path=FOLDER"
         )

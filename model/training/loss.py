@@ -20,9 +20,9 @@ from model.settings import TrainingSettings
 class DistillationTargets:
     """What a teacher says about the tokens of a batch, and how much that counts.
 
-    hidden_BTE: its final hidden states. weight_VE: its output embedding. weight: the divergence's part of the loss, 0 to
-    1. temperature: divides both models' logits. top_k: of the teacher's most likely tokens each is followed, of the others
-    only their sum; 0 follows all.
+    hidden_BTE: its final hidden states. weight_VE: its output embedding. weight: the divergence's part of the loss, 0
+    to 1. temperature: divides both models' logits. top_k: of the teacher's most likely tokens each is followed, of the
+    others only their sum; 0 follows all.
     """
 
     hidden_BTE: Tensor
@@ -44,13 +44,13 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Mean nats per predicted token, or their sum over `num_items_in_batch`; a float32 scalar.
 
-    hidden_BTD: final hidden states. weight_VD: output embedding. labels_BT: the input ids, shifted here; IGNORE_INDEX is left
-    out. num_items_in_batch: predicted tokens of the whole optimizer step, over all its batches and processes: gradients
-    summed over batches are then those of one large batch, however ragged its parts.
-    z_loss: weight of the squared logarithm of the softmax's denominator (PaLM, section 5, takes 1e-4); it keeps logits
-    from drifting. targets: (1 - its weight) of the loss is the above, the rest the divergence from the teacher at the
-    same tokens. rows: how many go at once; as many as CHUNK_BYTES holds where left out.
-    Under autocast, the products are in its dtype; sums over tokens are always in float32.
+    hidden_BTD: final hidden states. weight_VD: output embedding. labels_BT: the input ids, shifted here; IGNORE_INDEX
+    is left out. num_items_in_batch: predicted tokens of the whole optimizer step, over all its batches and processes:
+    gradients summed over batches are then those of one large batch, however ragged its parts. z_loss: weight of the
+    squared logarithm of the softmax's denominator (PaLM, section 5, takes 1e-4); it keeps logits from drifting.
+    targets: (1 - its weight) of the loss is the above, the rest the divergence from the teacher at the same tokens.
+    rows: how many go at once; as many as CHUNK_BYTES holds where left out. Under autocast, the products are in its
+    dtype; sums over tokens are always in float32.
     """
     device = hidden_BTD.device.type
     labels_R = labels_BT[:, 1:].reshape(-1).to(hidden_BTD.device)

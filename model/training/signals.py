@@ -1,7 +1,7 @@
 """Defers SIGTERM and SIGINT to the end of the optimizer step, where a checkpoint can be saved.
 
-The training loop saves at the end of the running step and then delivers the signal to the handler that was there before.
-A second signal is delivered at once.
+The training loop saves at the end of the running step and then delivers the signal to the handler that was there
+before. A second signal is delivered at once.
 """
 
 import signal

@@ -34,10 +34,9 @@ def flops_per_token(model: RexForCausalLM, sequence_length: int) -> int:
 def matmul_peak(device: torch.device, precision: Precision, *, size: int | None = None, rounds: int = 8) -> float:
     """FLOP/s of a square matrix product in `precision` on `device`: the best of `rounds`.
 
-    The operands are random: a GPU multiplies constants with less power and so at higher clocks, 832 to 874 TFLOP/s on an
-    H100 that reaches 733 with random numbers.
-    size: rows and columns; 1,024 on a CPU (0.01 s for each round on two cores), 8,192 on a GPU. bfloat16 on a CPU that
-    emulates it is measured on fewer rows.
+    The operands are random: a GPU multiplies constants with less power and so at higher clocks, 832 to 874 TFLOP/s on
+    an H100 that reaches 733 with random numbers. size: rows and columns; 1,024 on a CPU (0.01 s for each round on two
+    cores), 8,192 on a GPU. bfloat16 on a CPU that emulates it is measured on fewer rows.
     """
     dtype = _DTYPES[precision]
     if size is None:

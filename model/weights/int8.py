@@ -151,7 +151,7 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def precision_name(model: PreTrainedModel) -> str:
-    """What weights and activations are held in: "float32", "bfloat16", "int8" (activations float32), "int8, bfloat16"."""
+    """The type of weights and activations: "float32", "bfloat16", "int8" (activations float32), "int8, bfloat16"."""
     dtype = str(model.dtype).removeprefix("torch.")
     if not is_quantized(model):
         return dtype

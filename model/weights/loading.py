@@ -1,8 +1,8 @@
 """From a model directory to a model that runs: full precision or int8, checked before anything is trusted.
 
 Reads config.json, model.safetensors and, where there, generation_config.json, quantization.json and manifest.json;
-never a pickle and never code from the directory. `python -m model.weights.loading DIR` checks one and prints a digest of its
-logits, which is how a quantized model proves that a fresh process loads it.
+never a pickle and never code from the directory. `python -m model.weights.loading DIR` checks one and prints a digest
+of its logits, which is how a quantized model proves that a fresh process loads it.
 """
 
 import argparse
@@ -168,7 +168,9 @@ def _check_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[i
 
 
 def main() -> int:
-    """Check a model directory: `python -m model.weights.loading DIR`; one JSON line, or one line of error and exit status 1."""
+    """Check a model directory: `python -m model.weights.loading DIR`; one JSON line, or one line of error and exit
+    status 1.
+    """
     parser = argparse.ArgumentParser(prog="python -m model.weights.loading", description=main.__doc__)
     parser.add_argument("model_dir", type=Path, help="a checkpoint or a quantized model")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; default: torch's own choice")

@@ -1,8 +1,8 @@
 """Layers laid out for few rows at a time: what decoding computes with on a CPU.
 
-torch's float32 product takes 3 times as long for 8 rows as for one; oneDNN's kernels on weights that they have reordered
-take 1.4 times. A norm's time is that of its eight calls; three do (`bench/LOG.md`). Each layer swapped gives the same
-numbers up to the order of their sums.
+torch's float32 product takes 3 times as long for 8 rows as for one; oneDNN's kernels on weights that they have
+reordered take 1.4 times. A norm's time is that of its eight calls; three do (`bench/LOG.md`). Each layer swapped gives
+the same numbers up to the order of their sums.
 
 Shapes: N output features, K inputs, M rows, D hidden size.
 """

@@ -1,7 +1,7 @@
 """The weights that are served: a checkpoint's in int8, with what that costs in quality.
 
-`quantize_checkpoint` writes a directory that `model.weights.loading.load_model` reads, measures it on held-out text and has a
-fresh process load it before it returns. The int8 layers themselves are `model/weights/int8.py`.
+`quantize_checkpoint` writes a directory that `model.weights.loading.load_model` reads, measures it on held-out text and
+has a fresh process load it before it returns. The int8 layers themselves are `model/weights/int8.py`.
 """
 
 import json

@@ -44,7 +44,9 @@ def orthogonalize(matrices_NRC: Tensor, steps: int = 5) -> Tensor:
 
 
 def _polynomial(gram_NRR: Tensor, steps: int) -> Tensor:
-    """The polynomial p(G), G = X X^T, with Newton-Schulz(X) = p(G) X; all commute, so a step with factor P maps G to P G P."""
+    """The polynomial p(G), G = X X^T, with Newton-Schulz(X) = p(G) X; all commute, so a step with factor P maps G to P
+    G P.
+    """
     a, b, c = COEFFICIENTS
     product_NRR = None
     for step in range(steps):

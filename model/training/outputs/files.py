@@ -133,8 +133,10 @@ tags: [rex]
 | | |
 |---|---|
 | parameters | {summary.parameters:,} |
-| layers, hidden size, intermediate size | {config.num_hidden_layers}, {config.hidden_size}, {config.intermediate_size} |
-| query heads, key/value heads, head size | {config.num_attention_heads}, {config.num_key_value_heads}, {config.head_dim} |
+| layers, hidden size, intermediate size | {config.num_hidden_layers}, {config.hidden_size}, \
+{config.intermediate_size} |
+| query heads, key/value heads, head size | {config.num_attention_heads}, \
+{config.num_key_value_heads}, {config.head_dim} |
 | vocabulary, context | {config.vocab_size:,} tokens, {config.max_position_embeddings:,} tokens |
 | architecture | decoder, grouped-query attention, rotary embeddings, SwiGLU, RMSNorm {norms} each branch |
 

@@ -79,7 +79,8 @@ def test_an_experiment_deleted_in_the_page_is_restored(database: Path) -> None:
 
 def test_a_run_waits_for_another_program_that_holds_the_database(database: Path) -> None:
     tracking(database).client()
-    holder = f"import sqlite3, sys; sqlite3.connect({str(database)!r}).execute('BEGIN EXCLUSIVE'); print('held', flush=True); sys.stdin.read()"
+    holder = f"import sqlite3, sys; sqlite3.connect({str(database)!r}).execute('BEGIN EXCLUSIVE'); "
+    holder += "print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"held\n"
@@ -113,7 +114,8 @@ tracking = MlflowTracking(tracking_uri="sqlite:///{tmp_path / "there" / "mlflow.
 client, experiment_id = tracking.client()
 client.log_text({run.run_id!r}, "more", "more.txt")
 client.log_text(client.create_run(experiment_id).info.run_id, "new", "new.txt")
-print(sorted(file.path for file in client.list_artifacts({run.run_id!r})), client.get_model_version("rex-moved", "1").source)
+files = sorted(file.path for file in client.list_artifacts({run.run_id!r}))
+print(files, client.get_model_version("rex-moved", "1").source)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     place = (tmp_path / "there" / "mlartifacts").as_uri()

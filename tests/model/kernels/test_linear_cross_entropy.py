@@ -1,4 +1,4 @@
-"""The loss as an operator: PyTorch's own checks of it, and the same gradients in compiled graphs as without a compiler."""
+"""The loss as an operator: PyTorch's own checks of it, and the same gradients compiled as eager."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def loss_and_gradients(model: RexForCausalLM, forward, bfloat16: bool) -> tuple[
     ],
 )
 def test_a_compiled_model_has_the_gradients_of_an_eager_one(backend, bfloat16, with_teacher, tolerance):
-    """In one graph: a break before the loss would leave it out of what is compiled. aot_eager skips the C++ compiler."""
+    """In one graph: a break before the loss would leave it uncompiled. aot_eager skips the C++ compiler."""
     model = model_with_loss(with_teacher, distill_temperature=2.0, distill_top_k=8, z_loss=1e-4)
     loss, expected = loss_and_gradients(model, model, False)
     compiled = torch.compile(model, fullgraph=True, backend=backend)

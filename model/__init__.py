@@ -6,7 +6,7 @@ transformers, so that `model.settings` and `model.errors` are cheap to import.
 
 import os
 
-# Read by GNU OpenMP when torch is loaded. Threads that wait for their neighbour then spin for some microseconds, not
-# for milliseconds, before they sleep: where another process wants the core that the neighbour needs, spinning on made a
+# Read by GNU OpenMP when torch is loaded. Threads that wait for their neighbor then spin for some microseconds, not
+# for milliseconds, before they sleep: where another process wants the core that the neighbor needs, spinning on made a
 # decoding step up to ten times as long (`bench/LOG.md`).
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")

@@ -44,6 +44,25 @@ def test_a_documented_module_says_how_it_is_used(module: str) -> None:
     assert len(done.stdout) > 50
 
 
+AVOIDED = re.compile(
+    r"\b(nobody|everybody|anybody|whoever|licence|artefact|analyse|catalogue|centre|distil|fulfil|grey|whilst"
+    r"|(?:behavio|colo|favo|flavo|hono|neighbo)ur\w*|(?:label|model|travel)led"
+    r"|(?:general|initial|minim|maxim|normal|optim|orthogonal|quant|serial|summar|token|vector)is(?:e|ed|es|ing|ation))\b",
+    re.IGNORECASE,
+)
+
+
+def test_the_documentation_is_in_american_english_and_names_its_subjects() -> None:
+    names = ["Makefile", "Dockerfile", "docker-compose.yml", ".env.example", ".ci/run", "bench/LOG.md", "CHANGELOG.md"]
+    found = [
+        f"{file.name}: {match[0]}"
+        for file in [*PAGES, *(REPO / name for name in names), *(REPO / "deploy").iterdir()]
+        for match in AVOIDED.finditer(file.read_text())
+    ]
+    assert not found
+    assert AVOIDED.findall("Whoever normalises colours, and a license") == ["Whoever", "normalises", "colours"]
+
+
 @pytest.mark.parametrize(
     ("command", "says"),
     [

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure  # no pyplot: it holds global state and pic
 
 from bench.report.markdown import device_name
 
-FULL_COLOUR, QUANTIZED_COLOUR, PEER_COLOUR, SLOW_COLOUR = "#1f5fa8", "#d9822b", "#8a8f98", "#b03a48"
+FULL_COLOR, QUANTIZED_COLOR, PEER_COLOR, SLOW_COLOR = "#1f5fa8", "#d9822b", "#8a8f98", "#b03a48"
 INK, GRID = "#22262b", "#dfe3e8"
 
 
@@ -23,16 +23,16 @@ def plot_kv_cache(report: dict[str, Any], path: Path) -> None:
         if is_full or row["cache"]:
             median = [statistics.median(values) for values in zip(*row["rounds_ms"], strict=True)]
             smooth = running_median(median, max(3, len(median) // 24))
-            colour = QUANTIZED_COLOUR if not is_full else FULL_COLOUR if row["cache"] else SLOW_COLOUR
+            color = QUANTIZED_COLOR if not is_full else FULL_COLOR if row["cache"] else SLOW_COLOR
             name = f"{row['model']}, {'with' if row['cache'] else 'without'} cache"
-            lines.append((row["positions"], smooth, colour, name))
+            lines.append((row["positions"], smooth, color, name))
     lines.sort(key=lambda line: -line[1][-1])
-    for rank, (positions, smooth, colour, name) in enumerate(lines):
-        axes.plot(positions, smooth, color=colour, linewidth=2.0)
+    for rank, (positions, smooth, color, name) in enumerate(lines):
+        axes.plot(positions, smooth, color=color, linewidth=2.0)
         axes.annotate(
             f" {name}\n {smooth[-1]:{'.0f' if smooth[-1] >= 10 else '.2g'}} ms",
             (positions[-1], smooth[-1]),
-            color=colour,
+            color=color,
             va="top" if rank == len(lines) - 1 else "bottom",  # the lowest line's label goes below it
             fontsize=9,
             annotation_clip=False,
@@ -79,8 +79,8 @@ def plot_comparison(report: dict[str, Any], path: Path) -> None:
     for axes, bars, title in zip((upper, lower), (single, batches), titles, strict=True):
         if title == titles[0]:
             bars = sorted(bars, key=lambda bar: -bar[1])
-        colours = [{full: FULL_COLOUR, quantized: QUANTIZED_COLOUR}.get(kind, PEER_COLOUR) for _, _, kind in bars]
-        drawn = axes.barh([name for name, _, _ in bars], [value for _, value, _ in bars], color=colours, height=0.72)
+        colors = [{full: FULL_COLOR, quantized: QUANTIZED_COLOR}.get(kind, PEER_COLOR) for _, _, kind in bars]
+        drawn = axes.barh([name for name, _, _ in bars], [value for _, value, _ in bars], color=colors, height=0.72)
         axes.bar_label(drawn, [f"{value:,.0f}" for _, value, _ in bars], padding=3, fontsize=9, color=INK)
         axes.invert_yaxis()
         axes.margins(x=0.1)

@@ -1,4 +1,4 @@
-"""Bodies of the OpenAI API: the fields that this service honours, and those that it takes only with a value that asks for
+"""Bodies of the OpenAI API: the fields that this service honors, and those that it takes only with a value that asks for
 nothing (its description says which).
 
 Anything else in a body is refused by name. `user`, `metadata`, `safety_identifier`, `prompt_cache_key` and `service_tier`

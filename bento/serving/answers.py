@@ -140,7 +140,7 @@ class Answers:
         return [(events[index], last[index]) for index in range(len(events))]
 
     def close(self) -> None:
-        """Cancel what still runs: nobody waits for it."""
+        """Cancel the generations that still run: no client waits for them."""
         for index in list(self._running):
             self._generations[index].cancel()
             self._end(index, None)
@@ -218,7 +218,7 @@ def server_sent(data: str) -> str:
 
 
 async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client leaves. Raises ApiError 499 then: nobody reads it."""
+    """The result of `work`, which is canceled when the client disconnects. Raises ApiError 499 then."""
 
     async def disconnect() -> None:
         while (await receive())["type"] != "http.disconnect":

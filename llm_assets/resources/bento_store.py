@@ -43,7 +43,7 @@ def find_bento(tag: str) -> dict[str, Any] | None:
 
 
 def export(tag: str, directory: str) -> dict[str, Any]:
-    """Copy the Bento `tag` and its models to a directory that `bentoml serve` takes; anybody may read it.
+    """Copy the Bento `tag` and its models to a directory that `bentoml serve` takes; every user may read it.
 
     Not BentoML's own export: that puts the models into the Bento's folder of the store for a while.
     """

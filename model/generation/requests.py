@@ -236,7 +236,7 @@ class Generation:
     def _hand_over(self, event: Event) -> None:
         try:
             self._deliver(event)
-        except Exception:  # noqa: BLE001  the receiver is gone (its event loop was closed): nobody waits for the rest
+        except Exception:  # noqa: BLE001  the receiver is gone (its event loop was closed): no one reads the rest
             self._is_cancelled = True
 
 

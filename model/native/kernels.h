@@ -39,7 +39,7 @@ struct Product {
     int64_t y_stride;
 };
 
-// One call of attention: `queries` rows (heads of a group, and neighbouring tokens) over the keys of one slot's head.
+// One call of attention: `queries` rows (heads of a group, and neighboring tokens) over the keys of one slot's head.
 struct Attention {
     const float* const* q;  // each query's numbers, scaled
     const int32_t* seen;  // positions that each query sees, from the first on

@@ -26,12 +26,12 @@ class Session {
 public:
     Session(const Model& model, int slots, bool cache_in_bf16, int64_t cache_tokens, int threads);
 
-    // Rows of a slot are neighbours, in the order of their positions.
+    // Rows of a slot are neighbors, in the order of their positions.
     void step(const std::vector<Row>& rows, Outputs out);
     Cache cache;
 
 private:
-    // Some neighbouring tokens of a slot and one head of its keys: queries that share reading them.
+    // Some neighboring tokens of a slot and one head of its keys: queries that share reading them.
     struct Task {
         int64_t row;
         int32_t tokens, group;

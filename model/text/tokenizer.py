@@ -210,8 +210,8 @@ def _character_table(tokenizer: Tokenizer) -> npt.NDArray[np.int32]:
 def _merges_reach_every_token(tokenizer: Tokenizer, specials: dict[str, int]) -> bool:
     """Whether merging each token's own bytes gives that token: then lookup by rank equals lookup by merge rule.
 
-    Proof: tiktoken merges a neighbouring pair whenever the joined bytes are a token; the tokenizer only where a rule
-    names the pair. Tokens are never split, so when two neighbours l, r cover a token t's bytes, the merges inside that
+    Proof: tiktoken merges a neighboring pair whenever the joined bytes are a token; the tokenizer only where a rule
+    names the pair. Tokens are never split, so when two neighbors l, r cover a token t's bytes, the merges inside that
     span are those of t alone, which pass through two parts only once, just before t. Hence (l, r) is that rule.
     """
     bare = Tokenizer(tokenizer.model)

@@ -215,7 +215,7 @@ def count_windows(tokens: int, sequence_length: int) -> int:
 class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """One split as windows of T tokens with stride T - 1.
 
-    Item i is {"input_ids": int64 (T,), "labels": the same}; the model shifts labels itself. Neighbours share one token,
+    Item i is {"input_ids": int64 (T,), "labels": the same}; the model shifts labels itself. Neighbors share one token,
     so every token of the windows but the first is predicted exactly once; up to T - 2 tokens at the end are left out.
     Conversations (`responses`, the token at which each document's response starts; None for other text) are packed
     whole: a window starts with one and takes as many as fit, and labels are IGNORE_INDEX wherever no response of those

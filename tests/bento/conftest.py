@@ -62,7 +62,7 @@ def make_service(*, request_timeout_s: float = TIMEOUT_S, max_queue: int = 2, **
 
 @pytest.fixture(scope="session", autouse=True)
 def bentoml_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The stores of whoever runs the tests are left alone."""
+    """Tests leave the stores of the user who runs them alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BENTOML_HOME", str(tmp_path_factory.mktemp("bentoml")))
         patch.setenv("BENTOML_DO_NOT_TRACK", "True")

@@ -130,7 +130,7 @@ def test_the_earlier_routes_generate_exactly_the_tokens_asked_for(client, route,
         ("/generate", {"prompt": "x", "seed": -(2**63) - 1}, "seed"),
         ("/generate", {"prompt": "x", "seed": 2**63}, "seed"),
         ("/generate", {"prompt": "x", "stream": "yes"}, "stream"),
-        ("/generate", {"prompt": "x", "colour": "red"}, "colour"),
+        ("/generate", {"prompt": "x", "color": "red"}, "color"),
         ("/generate", {"prompt": "x" * 500}, "prompt"),
         ("/generate", {"prompt": "x" * CONTEXT, "stream": True}, "prompt"),
         ("/generate_text", {"prompt": "x"}, "num_of_token_generated"),
@@ -320,7 +320,7 @@ def test_a_client_that_leaves_ends_its_generation(service, client, stream, caplo
     sent = call_and_leave(service, {**GREEDY, "max_tokens": 80, "stream": stream})
     assert service.steps - before == 1  # the one it was at
     assert client.post("/generate", json=GREEDY).status_code == 200
-    assert sent[0]["status"] == 499  # the server around the app waits for an answer, even if nobody reads it
+    assert sent[0]["status"] == 499  # the server around the app waits for an answer, even if no client reads it
     assert "status=499" in caplog.text and "finish_reason=cancelled" in caplog.text
 
 

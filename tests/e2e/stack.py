@@ -88,7 +88,7 @@ class Stack:
 
 @contextmanager
 def composed(folder: Path) -> Iterator[Stack]:
-    """Images and settings for a stack that nobody has started; what is left of it is removed at the end."""
+    """Images and settings for a stack that is not started yet; what is left of it is removed at the end."""
     compose = require_compose()
     image = run(sys.executable, "-m", "llm_assets.containers.stack", "--tag", "rex-e2e:cpu").splitlines()[-1]
     names = ("PORT", "UI_PORT", "MLFLOW_PORT", "PREVIOUS_PORT")

@@ -85,7 +85,7 @@ def test_the_routes_of_the_earlier_service_give_the_number_of_tokens_asked_for(s
         ({"prompt": "x", "max_tokens": 10**9}, "max_tokens"),
         ({"prompt": "x", "max_tokens": "many"}, "max_tokens"),
         ({"prompt": "x", "temperature": -1}, "temperature"),
-        ({"prompt": "x", "colour": "red"}, "colour"),
+        ({"prompt": "x", "color": "red"}, "color"),
     ],
     ids=["wrong type", "empty", "over-long", "zero tokens", "too many", "not a number", "out of range", "unknown"],
 )

@@ -45,7 +45,7 @@ BAD_SAMPLING = [
     {"logit_bias": {str(token): 0 for token in range(MOST_BIASES + 1)}},
     *[{"max_tokens": value} for value in (-2, 0, CONTEXT, 2**31, 10**400, 1.5, True, "2")],
     *[{"stream": value} for value in (1, "true", [])],
-    {"colour": "red"},
+    {"color": "red"},
     {"x" * 500: 1},
     {"": 1},
 ]

@@ -122,7 +122,7 @@ def test_a_streamed_chat_is_the_whole_one(client):
         ({"temperature": -1}, "greater_than_equal", "temperature"),
         ({"max_tokens": CONTEXT * 2}, "context_length_exceeded", "max_tokens"),
         ({"suffix": "x"}, "literal_error", "suffix"),
-        ({"extra_body": {"colour": "red"}}, "extra_forbidden", "colour"),
+        ({"extra_body": {"color": "red"}}, "extra_forbidden", "color"),
     ],
 )
 def test_a_wrong_request_is_a_bad_request_error_that_names_the_field(client, wrong, code, param):

@@ -196,7 +196,7 @@ def test_stopping_cancels_on_the_server(page):
     page.wait(lambda: not page.is_busy)
     page.allow(200)
     page.wait(lambda: page.is_idle)
-    assert page.service.steps - taken < 40, "the rest was generated for nobody"
+    assert page.service.steps - taken < 40, "the rest was generated without a reader"
     gauges = httpx.get(f"{page.address}metrics").text.splitlines()
     assert {line.split()[-1] for line in gauges if line.startswith(GAUGES)} == {"0.0"}
     assert page.text("status") == "Stopped."

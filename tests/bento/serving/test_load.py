@@ -1,4 +1,4 @@
-"""Many requests at once against the real server: nothing is lost, nothing leaks, nobody's text changes."""
+"""Many requests at once against the real server: nothing is lost, nothing leaks, no request's text changes."""
 
 import asyncio
 import json
@@ -74,11 +74,11 @@ def test_after_a_storm_of_clients_that_leave_one_more_is_answered_and_nothing_is
     metrics = server.metrics()
     assert metrics["rex_requests_cancelled_total"] >= SLOTS
     left = 'rex_requests_total{finish_reason="cancelled",route="/generate",status="%d"}'
-    # 200 where a stream had begun, 499 where nobody was there any more to be answered.
+    # 200 where a stream had begun, 499 where the client was gone.
     assert metrics.get(left % 200, 0) + metrics[left % 499] == 200
 
 
-def test_neighbours_change_nobodys_text(server, model):
+def test_neighbors_change_another_requests_text(server, model):
     _, reference, tokenizer = model
     pieces = token_bytes(tokenizer)
     prompts = ["def main", "return 'größer", "日本語 🦖", "x", "print(" * 40]

@@ -31,7 +31,7 @@ def staged(directory: Path, text: str, **fields: object) -> Path:
 
 @pytest.fixture(params=["folder", "file_url", "memory"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
-    """The same behaviour in a folder, behind a file URL and in an object store."""
+    """The same behavior in a folder, behind a file URL and in an object store."""
     roots = {
         "folder": str(tmp_path / "root"),
         "file_url": (tmp_path / "root").as_uri(),

@@ -1,4 +1,4 @@
-"""Slots keep what was computed for as long as nobody else needs them."""
+"""Slots keep what was computed until another sequence needs them."""
 
 import numpy as np
 import pytest

@@ -103,7 +103,7 @@ def test_a_request_whose_time_is_up_says_so_even_while_it_waits(model, tokenizer
 
 
 def test_a_request_that_fails_fails_alone(model, engine):
-    """The model fails wherever one token is in its input; the neighbours of that request do not notice."""
+    """The model fails wherever one token is in its input; the neighbors of that request do not notice."""
     poison = 123
 
     def explode(segments: list[Segment]) -> None:

@@ -31,7 +31,7 @@ def test_segments_in_any_company_equal_the_whole_text_alone(shape):
     model = tiny_model(tiny_tokenizer(), **shape)
     step, done = make(model), [0, 0, 0, 0]
     expected = [alone(model, ids) for ids in TEXTS]
-    # Chunks beside single tokens, slots out of order, runs of neighbours with gaps.
+    # Chunks beside single tokens, slots out of order, runs of neighbors with gaps.
     passes = [{2: 7}, {0: 20, 3: 5}, {2: 1, 3: 1}, {3: 1, 0: 1, 1: 9}, {0: 1, 1: 1, 2: 1, 3: 1}, {1: 1, 3: 1, 2: 12}]
     for sizes in passes:
         segments = [

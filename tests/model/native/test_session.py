@@ -29,24 +29,24 @@ def alone(native: NativeModel, ids: np.ndarray) -> np.ndarray:
     return NativeSession(native, 1).step([Segment(0, 0, ids, len(ids))])[0]
 
 
-@pytest.mark.parametrize("neighbours", [1, 2, 3, 5, 8, 15, 16, 17, 31, 64])
+@pytest.mark.parametrize("neighbors", [1, 2, 3, 5, 8, 15, 16, 17, 31, 64])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_sequence_has_the_same_bits_whatever_runs_beside_it(model, instructions, neighbours, threads):
+def test_a_sequence_has_the_same_bits_whatever_runs_beside_it(model, instructions, neighbors, threads):
     native = NativeModel(model, instructions=instructions)
     ids = text(0)
     expected = alone(native, ids)
-    session = NativeSession(native, neighbours + 1, threads=threads)
+    session = NativeSession(native, neighbors + 1, threads=threads)
     done = 0
     for number, size in enumerate([37, 1, 1, 50, 1, 16, 3, 1]):
-        mine = Segment(neighbours // 2, done, ids[done : done + size], size)
+        mine = Segment(neighbors // 2, done, ids[done : done + size], size)
         others = [
             Segment(slot, 0, text(slot + 100 * number, 1 + (slot * 7 + number) % 9), 1)
-            for slot in range(neighbours + 1)
+            for slot in range(neighbors + 1)
             if slot != mine.slot
         ]
-        order = [*others[: neighbours // 2], mine, *others[neighbours // 2 :]]
+        order = [*others[: neighbors // 2], mine, *others[neighbors // 2 :]]
         logits, _, _ = session.step(order)
-        first = neighbours // 2
+        first = neighbors // 2
         assert np.array_equal(logits[first : first + size], expected[done : done + size])
         done += size
 

@@ -37,7 +37,12 @@ PROGRAMS = (
     "uv",
 )
 """Programs that count as a process of a test: libraries look at the machine with others, such as `file` and `lscpu`."""
-MARKS_OF_FIXTURES = {"opened_at_once": ["processes"], "int8_dir": ["processes"], "report": ["processes", "slow"]}
+MARKS_OF_FIXTURES = {
+    "opened_at_once": ["processes"],
+    "directories": ["processes"],
+    "int8_dir": ["processes"],
+    "report": ["processes", "slow"],
+}
 """What shared fixtures cost: their tests get the markers, whichever of them comes first and pays."""
 
 _started: list[str] = []

@@ -29,7 +29,7 @@ SHARED := --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-e2e coverage lint bench clean
+.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow coverage lint bench clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -103,11 +103,11 @@ test: setup  ## Run all tests on WORKERS=2 processes; one of them runs the image
 test-fast: setup  ## Run the tests that are not slow and start no process
 	$(BIN)/pytest $(SHARED) -m 'not slow and not processes'
 
-test-e2e: setup  ## Run the end-to-end tests: Dagster, bentoml serve, containers, a browser
-	$(BIN)/pytest $(SHARED) -m e2e
+test-slow: setup  ## Run the other tests: slow ones, and those that start processes, containers or a browser
+	$(BIN)/pytest $(SHARED) -m 'slow or processes'
 
-coverage: setup  ## Run all other tests with coverage; fails below the floor in pyproject.toml
-	$(BIN)/pytest $(SHARED) -m 'not e2e' --cov --cov-report=term:skip-covered
+coverage: setup  ## Run the fast tests with coverage; fails below the floor in pyproject.toml
+	$(BIN)/pytest $(SHARED) -m 'not slow and not processes' --cov --cov-report=term:skip-covered
 
 lint: setup  ## Check style and types
 	$(BIN)/ruff check .

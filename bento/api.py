@@ -73,7 +73,7 @@ def create_app(
     """
     app = FastAPI(title="REX text generation", description="Continues text with a REX language model.", version="1")
     models = app.state.models = Models(model_name)
-    metrics = ServiceMetrics(models.stats, model_name=model_name, version=models.version)
+    metrics = ServiceMetrics(models.stats, model_name=model_name, version=models.version, engine=models.engine_info)
     admission = app.state.admission = Admission(models)
     heavy = app.state.heavy = HeavyWork()
     add_middleware(

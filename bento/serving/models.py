@@ -73,6 +73,11 @@ class Models:
         served = self.current
         return (served.version or "") if served else None
 
+    def engine_info(self) -> tuple[str, str] | None:
+        """Step and precision of the current engine, None while no model is loaded."""
+        current = self.current
+        return (current.engine.step_name, current.engine.precision) if current else None
+
     def stats(self) -> EngineStats:
         """The sum over all models: current activity, and totals since the start."""
         with self._lock:

@@ -50,7 +50,7 @@ class ServiceMetrics(Collector):
     """All metrics of the service.
 
     stats: the engines' numbers now. model_name: label of the served model. version: of the served model; None while
-    no model is loaded, an empty text for one without a version.
+    no model is loaded, an empty text for one without a version. engine: step and precision of the served model's engine.
     """
 
     def __init__(
@@ -59,7 +59,9 @@ class ServiceMetrics(Collector):
         *,
         model_name: str = "",
         version: Callable[[], str | None] = lambda: None,
+        engine: Callable[[], tuple[str, str] | None] = lambda: None,
     ) -> None:
+        self._engine = engine
         self._stats, self._model_name, self._version = stats, model_name, version
         self.requests: Counter[tuple[str, str, str]] = Counter()
         """By route, status and finish reason; "-" where nothing was generated."""
@@ -111,6 +113,10 @@ class ServiceMetrics(Collector):
         if version is not None:
             info.add_metric([self._model_name, version], 1)
         yield info
+        engine = GaugeMetricFamily("rex_engine_info", "1 for how the engine computes.", labels=["step", "precision"])
+        if computes := self._engine():
+            engine.add_metric(computes, 1)
+        yield engine
         for name, meaning, value in (
             ("rex_num_requests_running", "Requests that are generating.", stats.running),
             ("rex_num_requests_waiting", "Requests in the queue.", stats.waiting),

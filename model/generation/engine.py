@@ -152,7 +152,7 @@ class Engine:
         return b"".join(self.token_bytes[i] if i < known else b"" for i in ids).decode("utf-8", "replace")
 
     def submit(self, request: GenerationRequest, deliver: Deliver | None = None) -> Generation:
-        """Queue a request. Its events go to `deliver`, in the engine's thread, or else to whoever iterates.
+        """Queue a request. Its events go to `deliver`, in the engine's thread, or to the iterator of the Generation.
 
         Raises PipelineError for a request that can never run, EngineBusy where the queue is full, EngineStopped.
         """

@@ -1,7 +1,7 @@
-"""glibc's allocator, told to keep what a step frees, in decoding or in training: the next step needs as much again.
+"""glibc's allocator, configured to keep the memory that a decoding or training step frees for the next step.
 
-By default large blocks go back to the system, and each step asks for them anew, page by page: 200,000 page faults and a
-tenth of the time for sixteen prompts of 512 tokens (`bench/LOG.md`).
+By default glibc returns large blocks to the system, and each step faults their pages in again: 200,000 page faults and
+a tenth of the time for sixteen prompts of 512 tokens (`bench/LOG.md`).
 """
 
 import ctypes

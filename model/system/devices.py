@@ -1,7 +1,7 @@
 """Which device and which precision a stage runs on: `auto` resolved, and a clear error for a device that is not there.
 
-bfloat16 is chosen by itself only where it is fast: NVIDIA GPUs with native support, and processors with AMX or
-AVX512-BF16. Elsewhere the processor emulates it (on AVX2 a 256 x 256 product takes about 50 times as long as float32).
+bfloat16 is chosen by itself only where it is fast: NVIDIA GPUs with native support, and CPUs with AMX or
+AVX512-BF16. Other CPUs emulate it (on AVX2 a 256 x 256 product takes about 50 times as long as float32).
 """
 
 from typing import Literal

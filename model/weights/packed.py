@@ -1,8 +1,8 @@
-"""Layers laid out for few rows at a time: what decoding computes with on a CPU.
+"""Linear and RMSNorm replacements for CPU decoding in the reference step, weights pre-packed for small batches.
 
 torch's float32 product takes 3 times as long for 8 rows as for one; oneDNN's kernels on weights that they have
-reordered take 1.4 times. A norm's time is that of its eight calls; three do (`bench/LOG.md`). Each layer swapped gives
-the same numbers up to the order of their sums.
+reordered take 1.4 times. An RMSNorm costs its eight kernel calls; the replacement makes three (`bench/LOG.md`). Both
+give the original's numbers up to the order of summation.
 
 Shapes: N output features, K inputs, M rows, D hidden size.
 """
@@ -18,10 +18,10 @@ from model.modeling_rex import RexRMSNorm
 PACKED_MIN_WEIGHTS = 1 << 18
 """Below this many weights torch's own product is as fast."""
 ROWS = 16
-"""Rows that the layout is chosen for; any number can be multiplied."""
+"""Rows that the packed layout is optimized for; any number works."""
 ROW_STEP = 32
-"""More rows than ROWS are filled up to a multiple of this: oneDNN makes code for each number of rows that it meets and
-keeps it, a third of a megabyte a layer."""
+"""Inputs of more than ROWS rows are padded to a multiple of this: oneDNN generates and caches code for each number of
+rows, a third of a megabyte per layer."""
 
 M = TypeVar("M", bound=nn.Module)
 

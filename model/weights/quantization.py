@@ -160,7 +160,7 @@ def _check_fresh(process: subprocess.Popen[str], model_dir: Path, expected_diges
 
 
 def _model_card(checkpoint_card: Path, summary: QuantizationSummary) -> str:
-    """The checkpoint's card, what quantization costs, and how to load these weights instead of how to load those."""
+    """The checkpoint's card with its Load section replaced and a Quantization section added."""
     card = checkpoint_card.read_text(encoding="utf-8") if checkpoint_card.is_file() else ""
     if summary.method == "none":
         return card.rstrip() + "\n\n## Quantization\n\nNone: the weights are those of the checkpoint.\n"

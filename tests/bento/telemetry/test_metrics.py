@@ -31,6 +31,8 @@ STATS = EngineStats(
 
 
 class Engine:
+    step_name, precision = "reference", "int8"
+
     def stats(self) -> EngineStats:
         return STATS
 
@@ -44,7 +46,7 @@ def samples(metrics: ServiceMetrics) -> dict[str, float]:
 def metrics() -> ServiceMetrics:
     models = Models("rex-tiny")
     models.serve(Engine(), "7")
-    return ServiceMetrics(models.stats, model_name=models.name, version=models.version)
+    return ServiceMetrics(models.stats, model_name=models.name, version=models.version, engine=models.engine_info)
 
 
 def test_the_engines_numbers_are_shown(metrics):
@@ -66,6 +68,11 @@ def test_the_engines_numbers_are_shown(metrics):
 
 def test_the_version_that_serves_is_named(metrics):
     assert 'rex_model_info{model="rex-tiny",version="7"} 1.0' in metrics.text().decode()
+
+
+def test_how_the_engine_computes_is_named(metrics):
+    assert 'rex_engine_info{precision="int8",step="reference"} 1.0' in metrics.text().decode()
+    assert "rex_engine_info{" not in ServiceMetrics(Models("rex-tiny").stats).text().decode()
 
 
 def test_metrics_are_readable_before_there_is_an_engine():

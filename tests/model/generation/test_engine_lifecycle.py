@@ -161,7 +161,7 @@ def test_an_engine_that_dies_fails_what_is_in_flight_and_starts_again_once(model
         engine.submit(GenerationRequest(PROMPT, 5, GREEDY))
 
 
-def test_an_engine_whose_model_cannot_work_any_more_is_dead_and_answers_everybody(tokenizer, gate):
+def test_an_engine_whose_model_cannot_work_any_more_is_dead_and_answers_every_request(tokenizer, gate):
     engine = start(tiny_model(tokenizer), tokenizer, max_batch_size=1)
     held = gate(engine)
     generations = [engine.submit(GenerationRequest(PROMPT, 5, GREEDY)) for _ in range(3)]

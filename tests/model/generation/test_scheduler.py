@@ -121,7 +121,7 @@ def test_a_prompt_waits_for_another_that_computes_its_beginning(scheduler, recor
     assert sizes(recorder.steps[-1]) == [1, 1]
 
 
-def test_what_a_failed_pass_left_behind_reaches_nobody(scheduler, recorder):
+def test_numbers_of_a_failed_step_reach_no_other_request(scheduler, recorder):
     """A slot whose numbers are not finite is emptied before another request gets it."""
     _, events = add(scheduler, list(range(2, 10)))
     scheduler.step()

@@ -23,7 +23,7 @@ def test_auto_takes_the_gpu_where_there_is_one(monkeypatch):
 @pytest.mark.parametrize(
     ("amx", "avx512", "precision"), [(False, False, "float32"), (True, False, "bfloat16"), (False, True, "bfloat16")]
 )
-def test_auto_takes_bfloat16_only_where_the_processor_has_it(monkeypatch, amx, avx512, precision):
+def test_auto_takes_bfloat16_only_where_the_cpu_has_it(monkeypatch, amx, avx512, precision):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     assert has_fast_bfloat16(CPU) == (precision == "bfloat16")

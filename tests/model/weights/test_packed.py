@@ -1,4 +1,4 @@
-"""Layers laid out for decoding give what the layers they stand for give, and their memory does not grow with use."""
+"""Layers packed for decoding compute what the originals compute, and their memory does not grow with use."""
 
 import subprocess
 import sys

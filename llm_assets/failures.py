@@ -12,6 +12,22 @@ from model.errors import PipelineError
 
 
 @contextmanager
+def terminated_for_good(context: dg.AssetExecutionContext) -> Iterator[None]:
+    """End a step that a person terminates without the retry that its policy would order.
+
+    Dagster applies an asset's RetryPolicy to terminations too, but not to a failure that allows no retries.
+    """
+    try:
+        yield
+    except (dg.DagsterExecutionInterruptedError, KeyboardInterrupt):
+        if context.op_def.retry_policy is None:
+            raise
+        raise dg.Failure(
+            description="terminated; the next run goes on from what is saved", allow_retries=False
+        ) from None
+
+
+@contextmanager
 def permanent_failures() -> Iterator[None]:
     """Raise `dg.Failure(allow_retries=False)` for a PipelineError; let everything else pass."""
     try:

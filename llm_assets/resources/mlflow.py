@@ -12,7 +12,7 @@ training continues its MLflow run.
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +33,9 @@ from model.progress import Log, silent
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+_NAME_CHARACTERS = 250
+TRAINING_VIEW = "workflowType=machine_learning"
+"""Without it, MLflow's page opens on its view for agents, where a training has no curves."""
 DATABASE_TIMEOUT_S = 600
 """Longest wait of a call for another writer of an SQLite database."""
 
@@ -57,6 +60,7 @@ class MlflowTracking(dg.ConfigurableResource):
         *,
         parent_run_id: str | None = None,
         resume_run_id: str | None = None,
+        overrides: Sequence[str] = (),
     ) -> Iterator[TrackedRun]:
         """Open a run for this step, nested under `parent_run_id`, or continue `resume_run_id` where it still exists.
 
@@ -74,6 +78,9 @@ class MlflowTracking(dg.ConfigurableResource):
             "dagster.asset": asset,
             "dagster.partition": partition,
         }
+        name = " ".join([partition, asset, *overrides])[:_NAME_CHARACTERS]
+        if overrides:
+            tags["hydra.overrides"] = " ".join(overrides)
         if parent_run_id:
             tags["mlflow.parentRunId"] = parent_run_id
         run_id = _resumable(client, resume_run_id)
@@ -82,9 +89,9 @@ class MlflowTracking(dg.ConfigurableResource):
             for key, value in tags.items():
                 client.set_tag(run_id, key, value)
         else:
-            run_id = client.create_run(experiment_id, tags=tags, run_name=f"{partition} {asset}").info.run_id
+            run_id = client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
         self._close_abandoned(context, client, experiment_id, run_id)
-        url = f"{self._ui_address()}/#/experiments/{experiment_id}/runs/{run_id}"
+        url = f"{self._ui_address()}/#/experiments/{experiment_id}/runs/{run_id}?{TRAINING_VIEW}"
         tracked = TrackedRun(client, run_id, url, context.log.warning, unsent=unsent, log=context.log.info)
         context.log.info(f"MLflow run: {url}")
         try:

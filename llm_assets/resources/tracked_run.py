@@ -107,6 +107,7 @@ class TrackedRun:
         self._client, self._warn, self._log, self._unsent = client, warn, log, unsent
         self.run_id, self.url, self.failed = run_id, url, False
         self._ended = False
+        self._last_step = 0
         self._queue: deque[dict[str, Any]] = deque()
         self._messages: deque[str] = deque()
         self._changed = threading.Condition()
@@ -126,9 +127,14 @@ class TrackedRun:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log numbers at `step`."""
+        self._last_step = max(self._last_step, step)
         now = int(time.time() * 1000)
         values = [[name, float(value), now, step] for name, value in metrics.items()]
         self._put(kind="metrics", name="metrics", values=values)
+
+    def log_final_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Log results at the last step, so that they are a run's latest values and stand at the end of its curves."""
+        self.log_metrics(metrics, self._last_step)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log flat parameters; long values are cut to MLflow's limit."""

@@ -5,6 +5,7 @@ run would stumble over: it is made beside its place and renamed. MLflow keeps ab
 was moved or copied gets those of its new place before anything is read or written.
 """
 
+import logging
 import re
 import sqlite3
 import time
@@ -68,6 +69,7 @@ def _create(path: Path) -> None:
     from mlflow import MlflowClient
 
     fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    logging.disable(logging.INFO)  # a line for each of fifty migrations
     try:
         uri = f"sqlite:///{fresh}"
         default = MlflowClient(uri, uri).get_experiment("0")
@@ -77,6 +79,7 @@ def _create(path: Path) -> None:
             database.execute("UPDATE experiments SET artifact_location = ?", (location,))
         fresh.replace(path)
     finally:
+        logging.disable(logging.NOTSET)
         fresh.unlink(missing_ok=True)
 
 

@@ -25,7 +25,7 @@ import dagster as dg
 from llm_assets.artifacts.io_manager import Staged, scratch_dir
 from llm_assets.artifacts.manifest import Manifest, assert_compatible, config_hash, flatten, seal, stage_config
 from llm_assets.experiments.compose import to_yaml
-from llm_assets.failures import permanent_failures
+from llm_assets.failures import permanent_failures, terminated_for_good
 from llm_assets.registry import model_name
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
@@ -136,7 +136,9 @@ class Stage:
             tags = dataclasses.asdict(registration)
             self.tracked.register(name, self.output, asset=self.asset, content_hash=manifest.content_hash, **tags)
         metadata = {**metadata, "step_peak_memory_mb": peak_memory_mb()}
-        self.tracked.log_metrics({name: value for name, value in metadata.items() if isinstance(value, int | float)})
+        self.tracked.log_final_metrics(
+            {name: value for name, value in metadata.items() if isinstance(value, int | float)}
+        )
         return dg.MaterializeResult(
             value=Staged(self.output, self.tracked.end_after),
             data_version=dg.DataVersion(manifest.content_hash),
@@ -178,7 +180,12 @@ def stage(
     fingerprint: of what the stage reads besides its upstream.
     """
     end_with_run()
-    with permanent_failures(), full_disk_as_error(scratch_dir()), noticed_interrupts() as check_interrupt:
+    with (
+        terminated_for_good(context),
+        permanent_failures(),
+        full_disk_as_error(scratch_dir()),
+        noticed_interrupts() as check_interrupt,
+    ):
         experiment, asset = context.partition_key, context.asset_key.path[-1]
         settings = hydra.settings(experiment)
         config = stage_config(settings, asset)
@@ -196,7 +203,10 @@ def stage(
             try:
                 workspace.mkdir(parents=True, exist_ok=True)
                 with mlflow.run(
-                    context, parent_run_id=_parent(manifests), resume_run_id=_read(workspace / "mlflow_run_id")
+                    context,
+                    parent_run_id=_parent(manifests),
+                    resume_run_id=_read(workspace / "mlflow_run_id"),
+                    overrides=hydra.overrides,
                 ) as tracked:
                     (workspace / "mlflow_run_id").write_text(tracked.run_id)
                     tracked.log_params(flatten(config))

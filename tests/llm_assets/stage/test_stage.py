@@ -59,7 +59,9 @@ def test_a_materialization_shows_its_version_numbers_config_and_tracking_run(pip
     assert 50 < float(str(event.metadata["step_peak_memory_mb"].value)) < 8000
     assert event.metadata["unchanged"].value is False
     assert "validation_fraction" in str(event.metadata["config"].value)
-    assert str(event.metadata["mlflow_run"].value).endswith(f"/runs/{manifest.mlflow_run_id}")
+    assert str(event.metadata["mlflow_run"].value).endswith(
+        f"/runs/{manifest.mlflow_run_id}?workflowType=machine_learning"
+    )
     assert Path(str(event.metadata["path"].value)).name == manifest.version
 
 
@@ -97,6 +99,40 @@ def test_a_terminated_step_is_tracked_as_killed(pipeline: Pipeline) -> None:
     pipeline.bodies["corpus"] = terminated
     assert not pipeline.run("corpus").success
     assert pipeline.tracked("corpus")[0].info.status == "KILLED"
+
+
+def test_a_termination_is_not_tried_again(pipeline: Pipeline) -> None:
+    tries = []
+
+    def terminated(_: Stage) -> None:
+        tries.append(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+
+    pipeline.bodies["corpus"], pipeline.retries = terminated, 2
+    result = pipeline.run("corpus")
+    assert not result.success
+    assert len(tries) == 1
+    assert not [event for event in result.all_events if event.is_step_up_for_retry]
+    assert pipeline.tracked("corpus")[0].info.status == "KILLED"
+
+
+def test_results_stand_at_the_end_of_the_curves(pipeline: Pipeline) -> None:
+    pipeline.bodies["corpus"] = lambda work: work.live(90, {"characters": 1.0})
+    assert pipeline.run("corpus").success
+    client, _ = pipeline.mlflow.client()
+    (run,) = pipeline.tracked("corpus")
+    assert run.data.metrics["characters"] == 3
+    history = client.get_metric_history(run.info.run_id, "characters")
+    assert [(metric.step, metric.value) for metric in history] == [(90, 1.0), (90, 3.0)]
+
+
+def test_a_run_is_named_with_its_overrides(pipeline: Pipeline) -> None:
+    pipeline.hydra = HydraConfig(overrides=["corpus.max_bytes=999999"])
+    assert pipeline.run("corpus").success
+    (run,) = pipeline.tracked("corpus")
+    assert run.info.run_name == "smoke corpus corpus.max_bytes=999999"
+    assert run.data.tags["hydra.overrides"] == "corpus.max_bytes=999999"
 
 
 def test_bad_input_is_one_line_and_not_tried_again(pipeline: Pipeline) -> None:

@@ -36,12 +36,26 @@ def benchmark_report(
         report = build_report(
             work.settings, trained_checkpoint, quantized_model, tokenized_dataset, work.output, log=work.log
         )
+        found = report["summary"]
         work.tracked.log_artifact(work.output)
         # The UI cannot open the pictures beside the report: they have entries of their own.
         text = re.sub(r"!\[.*\n\n", "", (work.output / "report.md").read_text())
         yield work.result(
             {
-                **show.numbers(report["summary"]),
+                "summary": show.summary(
+                    decoding=f"{found['decode_tokens_per_second']:,.0f} tokens/s",
+                    quantized=f"{found['decode_tokens_per_second_quantized']:,.0f} tokens/s",
+                    with_KV_cache=f"{found['kv_cache_speedup']:.2f} times as fast as without",
+                    **{f"bits_per_byte_of_{report['quality']['windows']}_windows": f"{found['bits_per_byte']:.4f}"},
+                ),
+                "picture": show.bars(
+                    "tokens per second, one text",
+                    {
+                        "full precision": found["decode_tokens_per_second"],
+                        "quantized": found["decode_tokens_per_second_quantized"],
+                    },
+                ),
+                **show.numbers(found),
                 "report": dg.MetadataValue.md(text[: show.TEXT_CHARACTERS]),
                 "kv_cache": show.picture(work.output / "kv_cache.png"),
                 "model_benchmark_comparison": show.picture(work.output / "model_benchmark_comparison.png"),

@@ -39,6 +39,22 @@ def corpus(
         summary = build_corpus(work.settings.corpus, work.output, log=work.log)
         yield work.result(
             {
+                "summary": show.summary(
+                    documents=f"{summary.documents:,}",
+                    text=show.size(summary.bytes),
+                    validation=show.size(summary.validation_bytes),
+                    mean_document=show.size(summary.mean_document_bytes),
+                ),
+                "picture": show.bars("bytes", {"train": summary.train_bytes, "validation": summary.validation_bytes}),
+                "dagster/row_count": summary.documents,
+                "dagster/column_schema": dg.TableSchema(
+                    [
+                        dg.TableColumn("id", "string", description="128-bit BLAKE2b of the text, in hex"),
+                        dg.TableColumn("text", "string", description="one document"),
+                        dg.TableColumn("source", "string", description="the file or dataset it is from"),
+                        dg.TableColumn("split", "string", description="train or validation"),
+                    ]
+                ),
                 **show.numbers(summary),
                 "documents": summary.documents,
                 "bytes": summary.bytes,

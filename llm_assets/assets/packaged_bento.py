@@ -12,6 +12,7 @@ from llm_assets.registry import model_name
 from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
+from llm_assets.stage import metadata as show
 from llm_assets.stage.stage import stage
 
 
@@ -54,6 +55,9 @@ def packaged_bento(
         work.log(f"serve it: {command}")
         yield work.result(
             {
+                "summary": show.summary(
+                    Bento=bento["tag"], size=show.size(bento["bytes"]), weights=show.size(model["bytes"])
+                ),
                 "bento": bento["tag"],
                 "model": model["tag"],
                 "serve": dg.MetadataValue.md(f"`{command}`"),

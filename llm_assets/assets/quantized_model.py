@@ -37,7 +37,23 @@ def quantized_model(
             log=work.log,
         )
         yield work.result(
-            {**show.numbers(summary), "method": summary.method, "scheme": summary.scheme},
+            {
+                "summary": show.summary(
+                    scheme=summary.scheme,
+                    weights=f"{show.size(summary.bytes_after)} of {show.size(summary.bytes_before)}",
+                    **{
+                        f"bits_per_byte_of_{summary.evaluated_tokens:,}_validation_tokens": f"{summary.bits_per_byte_after:.4f}",
+                        "full_precision_on_the_same": f"{summary.bits_per_byte_before:.4f}",
+                    },
+                    same_most_likely_token=f"{summary.top1_agreement:.1%}",
+                ),
+                "picture": show.bars(
+                    "bytes of the weights", {"full precision": summary.bytes_before, "quantized": summary.bytes_after}
+                ),
+                **show.numbers(summary),
+                "method": summary.method,
+                "scheme": summary.scheme,
+            },
             [checks.keeps_quality(summary.bits_per_byte_after, summary.bits_per_byte_before)],
             registration=Registration(
                 bits_per_byte=summary.bits_per_byte_after,

@@ -30,6 +30,15 @@ def tokenized_dataset(
         summary = build_tokenized_dataset(settings, corpus, work.output, log=work.log)
         yield work.result(
             {
+                "summary": show.summary(
+                    train=f"{summary.train_tokens:,} tokens",
+                    validation=f"{summary.validation_tokens:,} tokens",
+                    vocabulary=f"{summary.vocab_size:,} tokens",
+                    compression=f"{summary.bytes_per_token:.2f} bytes per token",
+                ),
+                "picture": show.bars(
+                    "tokens", {"train": summary.train_tokens, "validation": summary.validation_tokens}
+                ),
                 **show.numbers(summary),
                 "kind": summary.kind,
                 "dtype": summary.dtype,

@@ -38,6 +38,14 @@ def trained_checkpoint(
             work.tracked.log_artifact(work.output / name)
         yield work.result(
             {
+                "summary": show.summary(
+                    parameters=f"{summary.parameters:,}",
+                    bits_per_byte_of_the_validation_split=f"{summary.bits_per_byte:.4f}",
+                    validation_loss=f"{summary.validation_loss:.4f} nats per token",
+                    steps=f"{summary.steps:,}",
+                    speed=f"{summary.tokens_per_second:,.0f} tokens/s",
+                ),
+                "picture": show.line("training loss by step", show.curve(work.output / "curves.json", "loss")),
                 **show.numbers(summary),
                 "precision": summary.precision,
                 "device": summary.device,

@@ -5,28 +5,111 @@ Functions of summaries and files that give `dg.MetadataValue`s; nothing is measu
 
 import base64
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import dagster as dg
 
 # An event is a row of the run storage, and the UI loads a page of them: pictures stay small.
 PICTURE_BYTES = 300_000
 TEXT_CHARACTERS = 20_000
+INLINE_CHARACTERS = 1000
+"""Longest Markdown that the UI shows at once, and not behind a link."""
+SIGNIFICANT_DIGITS = 5
+_UNQUOTED = "/:=',;+!*@$&-._~"
 
 
 def numbers(summary: Any, prefix: str = "") -> dict[str, int | float]:
-    """The finite numbers of a dataclass or a mapping, nested keys joined by `/`."""
+    """The finite numbers of a dataclass or a mapping, rounded, nested keys joined by `/`."""
     fields = summary if isinstance(summary, Mapping) else dataclasses.asdict(summary)
     found: dict[str, int | float] = {}
     for name, value in fields.items():
         if isinstance(value, Mapping):
             found |= numbers(value, f"{prefix}{name}/")
         elif isinstance(value, int | float) and math.isfinite(value):
-            found[f"{prefix}{name}"] = value
+            found[f"{prefix}{name}"] = rounded(value)
     return found
+
+
+def rounded(value: float) -> int | float:
+    """A float with five significant digits, a whole number from 100,000 on; other values as they are."""
+    if isinstance(value, int) or not math.isfinite(value) or value == 0:
+        return value
+    digits = SIGNIFICANT_DIGITS - 1 - math.floor(math.log10(abs(value)))
+    return round(value, digits) if digits > 0 else int(round(value, digits))
+
+
+def summary(**quantities: str) -> dg.MarkdownMetadataValue:
+    """A short table, shown inline: what an asset is, in rounded numbers with units. Underscores in names become spaces."""
+    rows = [f"| {name.replace('_', ' ')} | {value} |" for name, value in quantities.items()]
+    return dg.MetadataValue.md("\n".join(["| | |", "|---|---:|", *rows]))
+
+
+def size(count: float) -> str:
+    """Bytes as people read them: `1.2 MB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if abs(count) < 999.5 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:,.0f} {unit}" if unit == "bytes" or count >= 99.5 else f"{count:.2g} {unit}"
+
+
+def bars(title: str, values: Mapping[str, float]) -> dg.MarkdownMetadataValue:
+    """A bar chart of up to four values, small enough that the UI shows it inline."""
+    top = max([*values.values(), 1e-12])
+    parts = []
+    for number, (name, value) in enumerate(list(values.items())[:4]):
+        y, width = 20 * number, round(150 * value / top)
+        parts.append(f"<text x='0' y='{y + 13}'>{_escaped(name)}</text>")
+        parts.append(f"<rect x='95' y='{y + 3}' width='{width}' height='12' fill='#48c'/>")
+        parts.append(f"<text x='{100 + width}' y='{y + 13}'>{_short(value)}</text>")
+    return _svg(title, "".join(parts), 310, 20 * min(len(values), 4))
+
+
+def line(title: str, points: Sequence[tuple[float, float]]) -> dg.MarkdownMetadataValue:
+    """A curve of (x, y) with its ends labeled, small enough that the UI shows it inline."""
+    finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    if len(finite) < 2:
+        return dg.MetadataValue.md(f"{title}: no curve of {len(finite)} points")
+    kept = [finite[i * (len(finite) - 1) // 31] for i in range(32)] if len(finite) > 32 else finite
+    (left, right), low, high = (kept[0][0], kept[-1][0]), min(y for _, y in kept), max(y for _, y in kept)
+    path = " ".join(
+        f"{round(240 * (x - left) / ((right - left) or 1))},{round(5 + 70 * (high - y) / ((high - low) or 1))}"
+        for x, y in kept
+    )
+    ends = f"<text x='0' y='92'>{_short(left)}: {_short(kept[0][1])}</text>"
+    ends += f"<text x='240' y='92' text-anchor='end'>{_short(right)}: {_short(kept[-1][1])}</text>"
+    return _svg(title, f"<polyline points='{path}' fill='none' stroke='#48c'/>{ends}", 240, 96)
+
+
+def curve(path: Path, name: str) -> list[tuple[float, float]]:
+    """The values of one name by step, from a training's `curves.json`."""
+    return [(entry["step"], entry[name]) for entry in json.loads(path.read_text()) if name in entry]
+
+
+def _svg(title: str, content: str, width: int, height: int) -> dg.MarkdownMetadataValue:
+    image = f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{height}' font-size='11'>{content}</svg>"
+    text = f"![{title}](data:image/svg+xml,{quote(image, safe=_UNQUOTED)})"
+    if len(text) > INLINE_CHARACTERS:
+        encoded = base64.b64encode(image.encode()).decode()
+        text = f"![{title}](data:image/svg+xml;base64,{encoded})"
+    return dg.MetadataValue.md(text)
+
+
+def _short(value: float) -> str:
+    """Three digits, with k, M or G for thousands, millions and billions."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "+").replace("<", "(").replace(">", ")")
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:

@@ -53,3 +53,40 @@ def test_a_block_holds_text_that_has_fences_and_is_cut_when_long() -> None:
 
 def test_samples_show_prompt_and_continuation_together() -> None:
     assert show.samples({"def ": "main():"}).value == "```\ndef main():\n```"
+
+
+def test_numbers_are_rounded_to_what_a_person_reads() -> None:
+    found = show.numbers(
+        {"loss": 3.8842917, "flops": 24008666772.003574, "share": 0.034876998416049694, "tokens": 123456789}
+    )
+    assert found == {"loss": 3.8843, "flops": 24009000000, "share": 0.034877, "tokens": 123456789}
+    assert [show.size(count) for count in (12, 1234, 6_543_210, 123_456_789)] == [
+        "12 bytes",
+        "1.2 kB",
+        "6.5 MB",
+        "123 MB",
+    ]
+
+
+def test_pictures_are_small_enough_to_be_shown_inline() -> None:
+    import re
+    from urllib.parse import unquote
+    from xml.etree import ElementTree
+
+    curve = show.line("loss", [(step, 9.0 / (1 + step)) for step in range(5000)])
+    chart = show.bars("tokens per second", {f"model & {n} <x>": 1234.5 * n for n in range(1, 6)})
+    for picture, shapes in ((curve, "polyline"), (chart, "rect")):
+        text = str(picture.value)
+        assert len(text) <= show.INLINE_CHARACTERS, len(text)
+        found = re.fullmatch(r"!\[[^\]]+\]\(data:image/svg\+xml,([^ ()\"]+)\)", text)
+        assert found, text
+        root = ElementTree.fromstring(unquote(found[1]))
+        assert root.findall(f".//{{http://www.w3.org/2000/svg}}{shapes}")
+
+
+def test_a_curve_without_points_says_so() -> None:
+    assert "no curve" in str(show.line("loss", [(0, float("nan"))]).value)
+
+
+def test_a_summary_is_a_table_with_units() -> None:
+    assert str(show.summary(train_text="1.2 MB").value) == "| | |\n|---|---:|\n| train text | 1.2 MB |"

@@ -52,7 +52,7 @@ def register_version(
         version = client.create_model_version(name, source, run_id, tags=tags, await_creation_for=0)
         versions.append(version)
     else:
-        log(f"unchanged: {name} version {version.version} has this content already")
+        log(f"{name} version {version.version} has this content already: no version is added")
     if candidate and DECISION not in version.tags:  # what was decided once stays: a person may have gone back since
         _decide_champion(client, name, version, versions, log)
     return str(version.version)

@@ -1,9 +1,9 @@
 """From a conversation to tokens, with the model's own chat template.
 
-A template puts special tokens around messages, and no message may be able to spell one. So the template is rendered with
-unguessable words in place of the contents, and only the special tokens of that text count as such. The contents are put
-in afterwards. The text between two special tokens is encoded as ordinary text in one piece, so the tokens equal those of
-`apply_chat_template` for every content that spells no special token.
+A template puts special tokens around messages, and no message may be able to spell one. So the template is rendered
+with unguessable words in place of the contents, and only the special tokens of that text count as such. The contents
+are put in afterwards. The text between two special tokens is encoded as ordinary text in one piece, so the tokens equal
+those of `apply_chat_template` for every content that spells no special token.
 """
 
 import re
@@ -46,9 +46,9 @@ def encode_chat(
 ) -> list[int]:
     """The tokens of a conversation, up to where the assistant speaks.
 
-    encode: tokens of ordinary text. opens_turn: render the heading of the assistant's turn. continues: end inside the last
-    message instead. Raises ApiError 400 where the model has no template, where its template refuses the conversation
-    (its order of roles, say) or where the text would not end where the assistant speaks.
+    encode: tokens of ordinary text. opens_turn: render the heading of the assistant's turn. continues: end inside the
+    last message instead. Raises ApiError 400 where the model has no template, where its template refuses the
+    conversation (its order of roles, say) or where the text would not end where the assistant speaks.
     """
     if not tokenizer.chat_template:
         raise ApiError(

@@ -4,8 +4,8 @@
 
 Creates the databases `dagster` and `mlflow` where they are missing and brings both to this version's tables: here once,
 because two processes that do it at once get into each other's way. Reads POSTGRES_HOST, POSTGRES_PORT, POSTGRES_USER,
-POSTGRES_PASSWORD, LLM_API_KEYS, REX_BIND and REX_UI_BIND. A user who publishes the stack to a network with the example's
-password, or the generation service without a key, is refused.
+POSTGRES_PASSWORD, LLM_API_KEYS, REX_BIND and REX_UI_BIND. A user who publishes the stack to a network with the
+example's password, or the generation service without a key, is refused.
 """
 
 import ipaddress

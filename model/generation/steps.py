@@ -36,7 +36,8 @@ def available_steps(model: PreTrainedModel) -> list[str]:
 
 
 def choose_step(model: PreTrainedModel, name: str = "auto") -> type[Step]:
-    """The implementation of that name; "auto": the first of STEPS that can run the model, with a log line for each before it.
+    """The implementation of that name; "auto": the first of STEPS that can run the model, with a log line for each
+    before it.
 
     Raises PipelineError where the one named cannot run the model, or is not known.
     """

@@ -1,1 +1,1 @@
-"""The step of the generation engine in C++, for processors: sources, the program that compiles them, and their wrapper."""
+"""The generation engine's step in C++, for CPUs: sources, the program that compiles them, and their wrapper."""

@@ -4,8 +4,9 @@
     session = NativeSession(model, slots=16)
     logits_RV, best_R, highest_R = session.step([Segment(slot=0, start=0, ids=ids, wanted=1)])
 
-Numpy in and out; ctypes lets go of the interpreter while a pass runs. What the library computes is `rex_native.h`; how it
-is compiled, `build.py`. REX_NATIVE_INSTRUCTIONS in the environment names an instruction set other than the processor's best.
+Numpy in and out; ctypes lets go of the interpreter while a pass runs. What the library computes is `rex_native.h`; how
+it is compiled, `build.py`. REX_NATIVE_INSTRUCTIONS in the environment names an instruction set other than the
+processor's best.
 
 Shapes: R rows of logits, V vocabulary.
 """
@@ -33,7 +34,8 @@ INSTRUCTIONS = ("portable", "avx2", "avxvnni", "avx512", "amx", "dotprod")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 LIBRARY_VARIABLE, INSTRUCTIONS_VARIABLE = "REX_NATIVE_LIBRARY", "REX_NATIVE_INSTRUCTIONS"
 ACTIVATION_LEVELS = 127
-"""Activations of int8 layers go from -127 to 127: no kernel here saturates, unlike FBGEMM's (`model/weights/int8.py`)."""
+"""Activations of int8 layers go from -127 to 127: no kernel here saturates, unlike FBGEMM's (`model/weights/int8.py`).
+"""
 _ERROR_SIZE = 256
 _HEAD_UNIT = 16
 """Numbers that a head is filled up to, BLOCK in kernels.h."""
@@ -233,10 +235,12 @@ class NativeSession:
     def step(
         self, segments: Sequence[Segment], *, logits: bool = True
     ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
-        """One pass: logits (R, V) float32 or None, and for each row the highest logit's first index (R,) and itself (R,).
+        """One pass: logits (R, V) float32 or None, and for each row the highest logit's first index (R,) and itself
+        (R,).
 
         Rows follow the segments. A highest logit of NaN: some logit of the row is no number. Running a segment again is
-        harmless. Raises PipelineError for a segment that does not fit, and where memory or the cache's limit is reached.
+        harmless. Raises PipelineError for a segment that does not fit, and where memory or the cache's limit is
+        reached.
         """
         table = np.array([(s.slot, s.start, len(s.ids), s.wanted) for s in segments], dtype=np.int32).T.copy()
         ids = np.ascontiguousarray(np.concatenate([s.ids for s in segments]), dtype=np.int64)

@@ -18,7 +18,8 @@ class ServingSettings(Settings, group="serving"):
     quantized: bool = option(True, "Serve the quantized weights; false: those in full precision.")
     mixed_precision: bool = option(
         False,
-        "Hold activations, and weights that are not int8, in bfloat16: for GPUs and processors with AMX or AVX512-BF16.",
+        "Hold activations, and weights that are not int8, in bfloat16: for GPUs and processors with AMX or "
+        "AVX512-BF16.",
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU where there is one.")
     step: Literal["auto", "reference", "native"] = option(

@@ -1,4 +1,4 @@
-"""Every rendered conversation ends where the assistant speaks, continues its last turn, or is refused with the reason."""
+"""Every rendered conversation ends where the assistant speaks, continues its last turn, or is refused with a reason."""
 
 import itertools
 

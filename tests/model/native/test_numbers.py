@@ -61,7 +61,7 @@ def test_bfloat16_logits_are_nearer_to_float64_than_those_of_torch(instructions,
 
 
 def by_whole_numbers(model) -> None:
-    """Let the int8 layers of a model multiply as the native step does, in float64: activations in 127 levels a token."""
+    """Let the int8 layers of a model multiply as the native step does, in float64: 127 levels per token."""
 
     def project(self, x_MK):
         scale = x_MK.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / ACTIVATION_LEVELS

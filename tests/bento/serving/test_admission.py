@@ -21,6 +21,8 @@ from tests.tiny import save_tiny_model
 class Engine:
     is_alive: bool = True
     is_ready: bool = True
+    step_name: str = "reference"
+    precision: str = "float32"
 
     def stats(self) -> EngineStats:
         return EngineStats(*[0] * 10)

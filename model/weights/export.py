@@ -1,12 +1,11 @@
 """REX in the layout of an architecture that every serving tool knows: GLM-4-0414, or Llama without post-norms.
 
 The arithmetic is the same; names, the order of query and key rows and the fusion of gate and up projection differ.
-Run: `python -m model.weights.export CHECKPOINT_DIR OUTPUT_DIR`; the output needs no custom code.
+`model/export` writes it to files, beside other formats; none of them needs custom code.
 """
 
 import copy
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -58,7 +57,7 @@ def export_state_dict(state_dict: dict[str, Tensor], config: RexConfig) -> dict[
     exported: dict[str, Tensor] = {}
     for name, weight in state_dict.items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            exported[name] = _interleave_pairs(weight, config.hidden_size, config.head_dim)
+            exported[name] = interleave_pairs(weight, config.hidden_size, config.head_dim)
         elif name.endswith("gate_proj.weight"):
             up = state_dict[name.replace("gate_proj", "up_proj")]
             exported[name.replace("gate_proj", "gate_up_proj")] = torch.cat((weight, up))
@@ -67,7 +66,7 @@ def export_state_dict(state_dict: dict[str, Tensor], config: RexConfig) -> dict[
     return exported
 
 
-def _interleave_pairs(weight: Tensor, hidden_size: int, head_dim: int | None) -> Tensor:
+def interleave_pairs(weight: Tensor, hidden_size: int, head_dim: int | None) -> Tensor:
     """Rows of each head from (0 .. K/2, K/2 .. K) to (0, K/2, 1, K/2 + 1, ..): GLM-4 turns neighbouring rows."""
     rows_HK = weight.view(-1, 2, (head_dim or 0) // 2, hidden_size)
     return rows_HK.transpose(1, 2).reshape(-1, hidden_size)
@@ -94,9 +93,5 @@ def export_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
         raise PipelineError(f"no config.json in {checkpoint_dir}: expected a REX checkpoint; train one first")
     model = RexForCausalLM.from_pretrained(checkpoint_dir)
     export_model(model).save_pretrained(output_dir)
-    for path in checkpoint_dir.glob("*token*.json"):
+    for path in (*checkpoint_dir.glob("*token*.json"), *checkpoint_dir.glob("chat_template.jinja")):
         shutil.copy(path, output_dir / path.name)
-
-
-if __name__ == "__main__":
-    export_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,126 @@
+"""One engine answers the questions of the parity check, in a process of its own: JSON in, JSON out.
+
+Run by `model/export/parity.py`: `python -m model.export.engines ENGINE MODEL_PATH < questions.json`. No engine here
+runs code of this project's model: transformers loads its own class, llama.cpp reads the GGUF alone.
+"""
+
+import json
+import math
+import sys
+import urllib.request
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+Questions = dict[str, Any]
+"""texts: {name: text}. ids: {name: prompt ids}. steps: greedy tokens to add. windows: ids whose prediction is scored."""
+Answers = dict[str, Any]
+"""tokens: {name: [ids with special tokens read, ids without]}. greedy: {name: [[id, log-probability], ..]}. nats."""
+
+
+def transformers(path: Path, asked: Questions) -> Answers:
+    """Stock transformers on an exported directory. Raises TypeError where the class is not transformers' own."""
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False).eval()
+    if not type(model).__module__.startswith("transformers.models."):
+        raise TypeError(f"{path} loads as {type(model).__module__}: expected a class of transformers")
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    plain.encode_special_tokens = True
+    tokens = {
+        name: [tokenizer(text, add_special_tokens=False).input_ids, plain.encode(text, add_special_tokens=False).ids]
+        for name, text in asked["texts"].items()
+    }
+    chats = {name: tokenizer.apply_chat_template(turns, tokenize=False) for name, turns in asked["chats"].items()}
+    greedy: dict[str, list[list[float]]] = {}
+    nats = 0.0
+    with torch.inference_mode():
+        for name, ids in asked["ids"].items():
+            made = model.generate(
+                torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                max_new_tokens=asked["steps"],
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+            chosen = made.sequences[0, len(ids) :].tolist()
+            scores = [step[0].double().log_softmax(-1) for step in made.logits]
+            greedy[name] = [[token, float(score[token])] for token, score in zip(chosen, scores, strict=True)]
+        for window in asked["windows"]:
+            ids_T = torch.tensor(window)
+            log_p = model(ids_T[None]).logits[0, :-1].double().log_softmax(-1)
+            nats -= float(log_p.gather(-1, ids_T[1:, None]).sum())
+    return {
+        "engine": f"transformers {version('transformers')}, torch {version('torch')}",
+        "tokens": tokens,
+        "chats": chats,
+        "greedy": greedy,
+        "nats": nats,
+    }
+
+
+def llama_cpp(path: Path, asked: Questions) -> Answers:
+    """llama.cpp, from the xllamacpp wheel, on a GGUF file: float32 cache, no flash attention, one sequence."""
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(path)
+    parameters.n_ctx, parameters.n_parallel, parameters.warmup = asked["context"], 1, False
+    parameters.cache_ram_mib = parameters.n_ctx_checkpoints = parameters.verbosity = 0
+    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(parameters)
+
+    def post(route: str, body: dict[str, Any]) -> Any:
+        data = json.dumps(body).encode()
+        request = urllib.request.Request(server.listening_address + route, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return json.loads(answer.read())
+
+    def tokenize(text: str, special: bool) -> list[int]:
+        body = {"content": text, "add_special": False, "parse_special": special}
+        return list(post("/tokenize", body)["tokens"]) if text else []
+
+    def complete(ids: list[int], steps: int, top: int) -> list[dict[str, Any]]:
+        body = {"prompt": ids, "n_predict": steps, "n_probs": top, "temperature": 0, "cache_prompt": top > 1}
+        return list(post("/completion", body)["completion_probabilities"])
+
+    greedy = {
+        name: [[step["id"], step["logprob"]] for step in complete(ids, asked["steps"], 1)]
+        for name, ids in asked["ids"].items()
+    }
+    nats = 0.0
+    for window in asked["windows"]:
+        for stop in range(1, len(window)):
+            (step,) = complete(window[:stop], 1, asked["vocab_size"])
+            scores = {entry["id"]: entry["logprob"] for entry in step["top_logprobs"]}
+            nats -= scores.get(window[stop], -math.inf)
+    tokens = {name: [tokenize(text, True), tokenize(text, False)] for name, text in asked["texts"].items()}
+    chats = {name: post("/apply-template", {"messages": turns})["prompt"] for name, turns in asked["chats"].items()}
+    return {
+        "engine": f"llama.cpp (xllamacpp {version('xllamacpp')})",
+        "tokens": tokens,
+        "chats": chats,
+        "greedy": greedy,
+        "nats": nats,
+    }
+
+
+ENGINES: dict[str, Callable[[Path, Questions], Answers]] = {"transformers": transformers, "llama.cpp": llama_cpp}
+
+
+def main() -> int:
+    """Answer the questions on standard input; the answers go to the file that they name."""
+    asked = json.load(sys.stdin)
+    answers = ENGINES[sys.argv[1]](Path(sys.argv[2]), asked)
+    Path(asked["output"]).write_text(json.dumps(answers))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

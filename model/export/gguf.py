@@ -1,0 +1,155 @@
+"""GGUF, the format of llama.cpp and Ollama: weights, tokenizer, merges, special tokens and chat template in one file.
+
+Starts from the stock layouts of `model/weights/export.py`. Norms are float32 in every file, as llama.cpp requires; rows
+whose length is no multiple of 32 stay in full precision in a Q8_0 file. The keys are those of llama.cpp's converter.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from model.configuration_rex import RexConfig
+from model.errors import PipelineError
+from model.modeling_rex import RexForCausalLM
+from model.weights.export import export_state_dict
+
+PRE_TOKENIZER = "gpt-2"
+"""llama.cpp's name of GPT-2's split of a text into words, which `model/text/tokenizer.py` trains with."""
+NORMAL, CONTROL = 1, 3
+"""llama.cpp's token types."""
+BLOCK = 32
+"""Weights that share one scale in Q8_0."""
+
+_LAYER_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "post_self_attn_layernorm": "post_attention_norm",
+    "post_mlp_layernorm": "post_ffw_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",
+}
+_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def reason_against(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """Why llama.cpp cannot split text as `tokenizer` does, in one line; None where it can."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    if state["model"].get("byte_fallback"):
+        return "the tokenizer has one token per character, and llama.cpp has no such tokenizer"
+    splitter = state.get("pre_tokenizer") or {}
+    expected = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    if state["model"].get("type") != "BPE" or any(splitter.get(key) != value for key, value in expected.items()):
+        return f"the tokenizer splits text by {splitter.get('type')}, and GGUF's {PRE_TOKENIZER!r} is GPT-2's split"
+    if state.get("normalizer"):
+        return f"the tokenizer rewrites text first ({state['normalizer']['type']}), which llama.cpp would not"
+    return None
+
+
+def write_gguf(model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path, kind: str, *, name: str) -> None:
+    """Write `model` to `path`. kind: "full" (F32, or BF16 for a bfloat16 model) or "q8_0".
+
+    Raises PipelineError where llama.cpp cannot split text as `tokenizer` does, or turns heads in another way than the model.
+    """
+    import gguf
+
+    reason = reason_against(tokenizer)
+    if reason:
+        raise PipelineError(f"no GGUF of this model: {reason}; use --to hf")
+    config = model.config
+    rope: dict[str, Any] = dict(config.rope_parameters or {})
+    if rope.get("rope_type", "default") != "default":
+        raise PipelineError(
+            f"no GGUF of this model: rope_type is {rope['rope_type']!r}, expected 'default'; use --to hf"
+        )
+    # llama.cpp turns Llama's heads by neighboring rows, as it does GLM-4's, so both need them interleaved.
+    weights = export_state_dict(model.state_dict(), config)
+    if not config.post_norm:
+        weights = {key: _neighboring(key, weight, config) for key, weight in weights.items()}
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    writer = gguf.GGUFWriter(path, "glm4" if config.post_norm else "llama")
+    _write_shape(writer, config, rope["rope_theta"], name)
+    _write_tokenizer(writer, tokenizer, config)
+    for key, weight in weights.items():
+        _write_tensor(writer, _tensor_name(key), weight.detach().cpu(), kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _neighboring(key: str, weight: Tensor, config: RexConfig) -> Tensor:
+    from model.weights.export import interleave_pairs
+
+    is_turned = key.endswith(("q_proj.weight", "k_proj.weight"))
+    return interleave_pairs(weight, config.hidden_size, config.head_dim) if is_turned else weight
+
+
+def _tensor_name(key: str) -> str:
+    key = key.removesuffix(".weight")
+    if key in _NAMES:
+        return f"{_NAMES[key]}.weight"
+    _, _, layer, rest = key.split(".", 3)
+    return f"blk.{layer}.{_LAYER_NAMES[rest]}.weight"
+
+
+def _write_shape(writer: Any, config: RexConfig, rope_theta: float, name: str) -> None:
+    writer.add_name(name)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(rope_theta)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _write_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, config: RexConfig) -> None:
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    special = set(tokenizer.all_special_ids)
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(PRE_TOKENIZER)
+    writer.add_token_list(tokens)
+    writer.add_token_types([CONTROL if number in special else NORMAL for number in range(len(tokens))])
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    if config.bos_token_id is not None:
+        writer.add_bos_token_id(config.bos_token_id)
+    if isinstance(config.eos_token_id, int):
+        writer.add_eos_token_id(config.eos_token_id)
+    if config.pad_token_id is not None:
+        writer.add_pad_token_id(config.pad_token_id)
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(False)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _write_tensor(writer: Any, name: str, weight: Tensor, kind: str) -> None:
+    import gguf
+
+    types = gguf.GGMLQuantizationType
+    array = weight.float().numpy()
+    if weight.dim() == 1:
+        writer.add_tensor(name, array)
+    elif kind == "q8_0" and weight.shape[-1] % BLOCK == 0:
+        writer.add_tensor(name, gguf.quants.quantize(array, types.Q8_0), raw_dtype=types.Q8_0)
+    elif weight.dtype == torch.bfloat16:
+        writer.add_tensor(name, gguf.quants.quantize(array, types.BF16), raw_dtype=types.BF16)
+    else:
+        writer.add_tensor(name, array)

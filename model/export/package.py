@@ -1,0 +1,152 @@
+"""All the files of an export, below one folder, with a model card (README.md) and checksums (SHA256SUMS).
+
+hf/: GLM-4 or Llama layout in safetensors, for transformers, vLLM and SGLang. compressed-tensors/: int8 in the layout that
+vLLM reads. gguf/: model-f32.gguf (or -bf16), model-q8_0.gguf and a Modelfile, for llama.cpp and Ollama.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from model.artifact import MANIFEST, file_digests
+from model.errors import PipelineError
+from model.export.compressed_tensors import write_compressed_tensors
+from model.export.gguf import reason_against, write_gguf
+from model.modeling_rex import RexForCausalLM
+from model.text.chat import USER
+from model.text.tokenizer import load_tokenizer
+from model.weights.export import export_checkpoint
+from model.weights.loading import load_model
+
+FORMATS = ("hf", "compressed-tensors", "gguf")
+CARD, CHECKSUMS = "README.md", "SHA256SUMS"
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """A model that an engine loads: `path` below the output folder, and how its weights are stored."""
+
+    path: str
+    precision: str
+    engine: str
+    """The engine of the parity check that reads it; empty where none of them does."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, and why a format was left out."""
+
+    files: tuple[ExportedFile, ...]
+    left_out: dict[str, str]
+
+
+def export(
+    checkpoint_dir: Path,
+    output_dir: Path,
+    formats: Sequence[str] = FORMATS,
+    *,
+    name: str = "rex",
+    provenance: Mapping[str, Any] | None = None,
+) -> Export:
+    """Write `formats` of a REX checkpoint in full precision.
+
+    name: what the model is called in the card and in GGUF. provenance: lines of the model card, by title.
+    A format that cannot hold the model is left out with the reason where others were asked for as well.
+    Raises PipelineError where `checkpoint_dir` is no REX checkpoint, or the only format asked for cannot hold it.
+    """
+    if not (checkpoint_dir / "config.json").is_file():
+        raise PipelineError(f"no config.json in {checkpoint_dir}: expected a REX checkpoint; train one first")
+    model, tokenizer = load_model(checkpoint_dir, quantized=False), load_tokenizer(checkpoint_dir)
+    precision = str(model.dtype).removeprefix("torch.")
+    files: list[ExportedFile] = []
+    left_out: dict[str, str] = {}
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if "hf" in formats:
+        export_checkpoint(checkpoint_dir, output_dir / "hf")
+        files.append(ExportedFile("hf", precision, "transformers"))
+    if "compressed-tensors" in formats:
+        write_compressed_tensors(model, output_dir / "compressed-tensors")
+        copy_tokenizer(checkpoint_dir, output_dir / "compressed-tensors")
+        files.append(ExportedFile("compressed-tensors", "int8", ""))
+    if "gguf" in formats:
+        reason = reason_against(tokenizer)
+        if reason and len(formats) > 1:
+            left_out["gguf"] = reason
+        else:
+            files += _write_ggufs(model, tokenizer, output_dir / "gguf", name)
+    (output_dir / CARD).write_text(_card(name, files, left_out, provenance or {}), encoding="utf-8")
+    write_checksums(output_dir)
+    return Export(tuple(files), left_out)
+
+
+def copy_tokenizer(checkpoint_dir: Path, output_dir: Path) -> None:
+    """Copy the tokenizer's files, and the chat template where it has a file of its own."""
+    for path in (*checkpoint_dir.glob("*token*.json"), *checkpoint_dir.glob("chat_template.jinja")):
+        shutil.copy(path, output_dir / path.name)
+
+
+def write_checksums(output_dir: Path) -> None:
+    """Write the sha256 of every file but the manifest, as `sha256sum --check` reads it."""
+    digests = file_digests(output_dir)
+    lines = [f"{digest['sha256']}  {path}\n" for path, digest in digests.items() if path not in (CHECKSUMS, MANIFEST)]
+    (output_dir / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def _write_ggufs(
+    model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, name: str
+) -> list[ExportedFile]:
+    folder.mkdir(parents=True, exist_ok=True)
+    short = "bf16" if model.dtype == torch.bfloat16 else "f32"
+    precision = "bfloat16" if short == "bf16" else "float32"
+    for kind, file in (("full", f"model-{short}.gguf"), ("q8_0", "model-q8_0.gguf")):
+        write_gguf(model, tokenizer, folder / file, kind, name=name)
+    (folder / "Modelfile").write_text(_modelfile(model, tokenizer), encoding="utf-8")
+    return [
+        ExportedFile(f"gguf/model-{short}.gguf", precision, "llama.cpp"),
+        ExportedFile("gguf/model-q8_0.gguf", "q8_0", "llama.cpp"),
+    ]
+
+
+def _modelfile(model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast) -> str:
+    """Ollama's recipe; its templates are Go's, so the chat template is written out again."""
+    template = "{{ .Prompt }}"
+    if tokenizer.chat_template:
+        template = (
+            '{{- range .Messages }}{{ if eq .Role "assistant" }}{{ .Content }}'
+            f'{tokenizer.eos_token}{{{{ else if eq .Role "user" }}}}'
+            f"{USER}{{{{ .Content }}}}\n\n### Assistant:\n{{{{ else }}}}{{{{ .Content }}}}\n\n{{{{ end }}}}{{{{ end }}}}"
+        )
+    lines = ["FROM ./model-q8_0.gguf", f'TEMPLATE """{template}"""']
+    lines += [f"PARAMETER num_ctx {model.config.max_position_embeddings}"]
+    if tokenizer.eos_token:
+        lines.append(f'PARAMETER stop "{tokenizer.eos_token}"')
+    return "\n".join(lines) + "\n"
+
+
+def _card(name: str, files: Sequence[ExportedFile], left_out: Mapping[str, str], provenance: Mapping[str, Any]) -> str:
+    lines = [f"# {name}", "", "A REX model in formats that need no code of its project.", ""]
+    lines += ["| folder or file | weights |", "|---|---|"]
+    lines += [f"| `{file.path}` | {file.precision} |" for file in files]
+    lines += ["", *(f"Left out: {form} ({reason})." for form, reason in left_out.items())]
+    paths = [file.path for file in files]
+    lines += ["", "## Run", "", "```sh"]
+    if "hf" in paths:
+        lines += ["transformers chat ./hf", "vllm serve ./hf"]
+    if any(path.startswith("gguf/") for path in paths):
+        lines += [f"llama-cli -m {path}" for path in paths if path.endswith("q8_0.gguf")]
+        lines += [f"ollama create {name} -f gguf/Modelfile"]
+    lines += ["```", "", "## Provenance", ""]
+    lines += [
+        f"- {title}: {value if isinstance(value, str) else '`' + json.dumps(value, sort_keys=True, default=str) + '`'}"
+        for title, value in provenance.items()
+    ]
+    lines += [
+        "- License: weights follow the licenses of the text that they were trained on; check them before you share."
+    ]
+    return "\n".join(lines) + "\n"

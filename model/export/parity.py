@@ -1,0 +1,245 @@
+"""Whether an exported model is the same model: its engine's answers beside those of REX, and a certificate.
+
+Compared on prompts that hurt: token ids (with special tokens read as such, and as text), chat templates, greedy
+continuations, log-probabilities of the chosen tokens, and bits per byte of held-out text. A greedy difference is
+explained only where REX's own two best log-probabilities lie closer together than twice the format's bound.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from model.errors import PipelineError
+from model.modeling_rex import RexForCausalLM
+from model.text.tokens import TokenDataset
+
+STEPS = 16
+"""Greedy tokens after each prompt."""
+LOG_PROBABILITY_BOUND = {"float32": 1e-3, "bfloat16": 0.25, "q8_0": 0.25}
+"""Largest difference of one log-probability, nats, by how the exported weights are stored."""
+BITS_PER_BYTE_BOUND = {"float32": 1e-3, "bfloat16": 0.02, "q8_0": 0.02}
+"""Largest difference in bits per byte on the same held-out tokens."""
+WINDOWS = 16
+"""Windows of the validation split, evenly spread, that an engine scores which gives whole distributions at once."""
+LLAMA_CPP_TOKENS = 48
+"""Held-out tokens that llama.cpp scores: it is asked for one whole distribution at a time."""
+PACKAGES = {"transformers": "transformers", "llama.cpp": "xllamacpp"}
+
+TEXTS = {
+    "empty": "",
+    "one letter": "a",
+    "unicode": "naïve Größe, Ελληνικά, 日本語, עברית, 👩‍👩‍👧 e\u0301 \u00a0\u2003\u200b\ufeff",
+    "whitespace runs": "a  b   c\t\t d\n\n\n    e \r\n  \n",
+    "special tokens spelled out": "before<|endoftext|>after <|pad|> <|endoftex t|>",
+    "code": 'def f(x, *, y=1):\n    """Doc."""\n    return {k: v**2 for k, v in x.items()}  # it\'s\n',
+    "numbers": "1234567890 3.14159e-10 0x1F 1,000,000 ½ ² Ⅷ ٣",
+    "contractions": "I'm we've THEY'LL don't 'sup it''s",
+    "control characters": "a\x01b\x1b[0m\x7fc",
+}
+CHATS = {
+    "one turn": [{"role": "user", "content": "What does  zip do?"}],
+    "three turns": [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c\n"},
+    ],
+}
+
+
+@dataclass
+class Certificate:
+    """What one engine's answers were compared on, and what was found; `differences` is empty where they agree."""
+
+    engine: str
+    file: str
+    precision: str
+    prompts: int
+    greedy_tokens: int
+    explained_differences: list[str]
+    log_probability_difference: float
+    """Largest found, nats; the bound is beside it."""
+    log_probability_bound: float
+    bits_per_byte: float
+    """Of the engine, on `scored_tokens` held-out tokens."""
+    bits_per_byte_difference: float
+    bits_per_byte_bound: float
+    scored_tokens: int
+    differences: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the engine runs the same model."""
+        return not self.differences
+
+
+def is_installed(engine: str) -> bool:
+    """Whether this environment has the package of `engine`."""
+    return find_spec(PACKAGES[engine]) is not None
+
+
+def certify(
+    model: RexForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    dataset: TokenDataset,
+    engine: str,
+    path: Path,
+    precision: str,
+    *,
+    name: str = "",
+) -> Certificate:
+    """Ask `engine` about the export at `path`, and compare with `model`, a REX in eval mode on the CPU.
+
+    precision: how the weights at `path` are stored, a key of LOG_PROBABILITY_BOUND. name: of the file in the certificate.
+    Raises PipelineError with the engine's last line where it cannot load or run the file.
+    """
+    length = min(dataset.sequence_length, model.config.max_position_embeddings)
+    count = min(WINDOWS, len(dataset))
+    starts = [index * len(dataset) // count * (length - 1) for index in range(count)]
+    if engine == "llama.cpp":
+        starts, length = [0], min(length, LLAMA_CPP_TOKENS)
+    windows = [dataset.tokens[start : start + length].astype("int64").tolist() for start in starts]
+    asked = _questions(model, tokenizer, windows, dataset)
+    answers = _ask(engine, path, asked)
+    return _compare(model, tokenizer, dataset, asked, answers, precision, name or path.name)
+
+
+def _questions(
+    model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast, windows: list[list[int]], dataset: TokenDataset
+) -> dict[str, Any]:
+    context = model.config.max_position_embeddings
+    plain = _plain(tokenizer)
+    first = model.config.bos_token_id or 0
+    # An engine completes at least one token: the empty text starts with the end of the text before.
+    prompts = {name: plain.encode(text).ids[: context - STEPS] or [first] for name, text in TEXTS.items()}
+    held_out = dataset.tokens[: context - STEPS].astype("int64").tolist()
+    prompts["longest context"] = held_out
+    return {
+        "texts": TEXTS,
+        "chats": CHATS if tokenizer.chat_template else {},
+        "ids": prompts,
+        "steps": STEPS,
+        "windows": windows,
+        "context": context,
+        "vocab_size": model.config.vocab_size,
+    }
+
+
+def _plain(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """A copy that reads special tokens written out as ordinary text."""
+    plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    plain.encode_special_tokens = True
+    return plain
+
+
+def _ask(engine: str, path: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "answers.json"
+        done = subprocess.run(
+            [sys.executable, "-m", "model.export.engines", engine, str(path)],
+            input=json.dumps({**asked, "output": str(output)}),
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=Path(__file__).parents[2],
+        )
+        if done.returncode or not output.is_file():
+            last = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+            raise PipelineError(f"{engine} cannot run {path}: {last}; export the checkpoint again")
+        answers: dict[str, Any] = json.loads(output.read_text())
+        return answers
+
+
+@torch.no_grad()
+def _compare(
+    model: RexForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    dataset: TokenDataset,
+    asked: dict[str, Any],
+    answers: dict[str, Any],
+    precision: str,
+    name: str,
+) -> Certificate:
+    differences: list[str] = []
+    explained: list[str] = []
+    plain = _plain(tokenizer)
+    for title, text in asked["texts"].items():
+        expected = [
+            tokenizer(text, add_special_tokens=False).input_ids,
+            plain.encode(text, add_special_tokens=False).ids,
+        ]
+        if answers["tokens"][title] != expected:
+            differences.append(f"tokens of {title!r}: {answers['tokens'][title]}, expected {expected}")
+    for title, turns in asked["chats"].items():
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        if answers["chats"][title] != text:
+            differences.append(f"chat template of {title!r}: {answers['chats'][title]!r}, expected {text!r}")
+    bound = LOG_PROBABILITY_BOUND[precision]
+    largest, compared = 0.0, 0
+    for title, ids in asked["ids"].items():
+        greedy = answers["greedy"][title]
+        if not greedy:
+            differences.append(f"greedy continuation of {title!r}: no token")
+            continue
+        sequence = torch.tensor([[*ids, *(int(token) for token, _ in greedy)]])
+        log_p = model(sequence).logits[0, len(ids) - 1 : -1].double().log_softmax(-1)
+        for step, (token, score) in enumerate(greedy):
+            best = int(log_p[step].argmax())
+            margin = float(log_p[step, best] - log_p[step, int(token)])
+            if margin > 0:
+                line = f"greedy token {step} of {title!r}: {int(token)}, expected {best}, {margin:.2g} nats likelier"
+                (explained if margin <= 2 * bound else differences).append(line)
+            largest = max(largest, abs(float(log_p[step, int(token)]) - score))
+            compared += 1
+    if not largest <= bound:
+        differences.append(f"a log-probability differs by {largest:.3g} nats: expected at most {bound}")
+    nats, tokens, text_bytes = _score(model, asked["windows"], dataset)
+    scale = 1 / math.log(2) / max(text_bytes, 1)
+    gap, limit = abs(answers["nats"] - nats) * scale, BITS_PER_BYTE_BOUND[precision]
+    if not gap <= limit:
+        differences.append(f"bits per byte differ by {gap:.3g}: expected at most {limit}")
+    return Certificate(
+        engine=answers["engine"],
+        file=name,
+        precision=precision,
+        prompts=len(asked["ids"]) + len(asked["chats"]),
+        greedy_tokens=compared,
+        explained_differences=explained,
+        log_probability_difference=largest,
+        log_probability_bound=bound,
+        bits_per_byte=answers["nats"] * scale,
+        bits_per_byte_difference=gap,
+        bits_per_byte_bound=limit,
+        scored_tokens=tokens,
+        differences=differences,
+    )
+
+
+def _score(model: RexForCausalLM, windows: list[list[int]], dataset: TokenDataset) -> tuple[float, int, int]:
+    """Nats of predicting each window but its first token, the tokens and the bytes that they stand for."""
+    nats, tokens, text_bytes = 0.0, 0, 0
+    for window in windows:
+        ids_T = torch.tensor(window)
+        log_p = model(ids_T[None]).logits[0, :-1].double().log_softmax(-1)
+        nats -= float(log_p.gather(-1, ids_T[1:, None]).sum())
+        tokens += len(window) - 1
+        text_bytes += int(dataset.byte_counts[window[1:]].sum())
+    return nats, tokens, text_bytes
+
+
+def as_rows(certificates: list[Certificate]) -> list[dict[str, Any]]:
+    """A row for each certificate, for a table: lists as counts."""
+    return [
+        {key: len(value) if isinstance(value, list) else value for key, value in asdict(certificate).items()}
+        for certificate in certificates
+    ]

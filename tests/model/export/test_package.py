@@ -1,0 +1,73 @@
+"""What `python -m model.export` writes."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, Glm4Config
+
+from model.errors import PipelineError
+from model.export.__main__ import main
+from model.export.gguf import reason_against
+from model.export.package import export
+from model.settings import TokenizerSettings
+from model.text.tokenizer import train_tokenizer
+from model.weights.int8 import quantize
+from model.weights.loading import load_model
+from tests.tiny import TEXT, save_tiny_model, tiny_model
+
+
+def test_the_command_writes_every_format_with_card_modelfile_and_checksums(tmp_path: Path, capsys) -> None:
+    save_tiny_model(tmp_path / "rex")
+    assert main([str(tmp_path / "rex"), str(tmp_path / "out"), "--name", "mine"]) == 0
+    assert capsys.readouterr().out.count("\n") == 4
+    modelfile = (tmp_path / "out/gguf/Modelfile").read_text()
+    assert modelfile.startswith("FROM ./model-q8_0.gguf\n") and 'PARAMETER stop "<|endoftext|>"' in modelfile
+    assert "ollama create mine -f gguf/Modelfile" in (tmp_path / "out/README.md").read_text()
+    checked = subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"],
+        cwd=tmp_path / "out",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0 and "gguf/model-f32.gguf: OK" in checked.stdout
+    assert not list((tmp_path / "out").rglob("*.py"))
+
+
+def test_only_the_format_asked_for_is_written(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "rex")
+    assert main([str(tmp_path / "rex"), str(tmp_path / "out"), "--to", "gguf"]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"gguf", "README.md", "SHA256SUMS"}
+
+
+def test_compressed_tensors_holds_the_integers_of_the_int8_model(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "rex")
+    export(tmp_path / "rex", tmp_path / "out", ["compressed-tensors"])
+    stored = load_file(tmp_path / "out/compressed-tensors/model.safetensors")
+    quantized = quantize(load_model(tmp_path / "rex")).state_dict()
+    down = "model.layers.1.mlp.down_proj"
+    expected = next(value for name, value in quantized.items() if name.startswith(down) and value.dtype == torch.int8)
+    assert torch.equal(stored[f"{down}.weight"], expected)
+    assert stored[f"{down}.weight_scale"].shape == (len(expected), 1)
+    assert stored["model.embed_tokens.weight"].dtype == torch.float32
+    config = AutoConfig.from_pretrained(tmp_path / "out/compressed-tensors")
+    assert type(config) is Glm4Config and config.quantization_config["format"] == "int-quantized"
+
+
+def test_a_character_tokenizer_is_left_out_of_gguf_with_the_reason(tmp_path: Path, capsys) -> None:
+    tokenizer = train_tokenizer(TokenizerSettings(kind="char"), [TEXT])
+    tiny_model(tokenizer).save_pretrained(tmp_path / "rex")
+    tokenizer.save_pretrained(tmp_path / "rex")
+    assert reason_against(tokenizer)
+    made = export(tmp_path / "rex", tmp_path / "out")
+    assert [file.path for file in made.files] == ["hf", "compressed-tensors"] and "character" in made.left_out["gguf"]
+    assert main([str(tmp_path / "rex"), str(tmp_path / "out"), "--to", "gguf"]) == 1
+    assert "error: no GGUF of this model: the tokenizer has one token per character" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_checkpoint_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"^no config.json in .*: expected a REX checkpoint; train one first$"):
+        export(tmp_path, tmp_path / "out")

@@ -50,7 +50,8 @@ class ServiceMetrics(Collector):
     """All metrics of the service.
 
     stats: the engines' numbers now. model_name: label of the served model. version: of the served model; None while
-    no model is loaded, an empty text for one without a version. engine: step and precision of the served model's engine.
+    no model is loaded, an empty text for one without a version. engine: step and precision of the served model's
+    engine.
     """
 
     def __init__(

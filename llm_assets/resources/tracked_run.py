@@ -219,7 +219,8 @@ class TrackedRun:
             except Exception as error:  # noqa: BLE001 - whatever a tracking store raises
                 if not self._is_failing:
                     self._messages.append(
-                        f"MLflow did not take the {entry['name']}: {one_line(error)}; it is kept and sent once the store answers"
+                        f"MLflow did not take the {entry['name']}: {one_line(error)}; it is kept and sent once the "
+                        "store answers"
                     )
                 with self._changed:
                     self._is_failing = True

@@ -44,7 +44,7 @@ def rounded(value: float) -> int | float:
 
 
 def summary(**quantities: str) -> dg.MarkdownMetadataValue:
-    """A short table, shown inline: what an asset is, in rounded numbers with units. Underscores in names become spaces."""
+    """A short table, shown inline: an asset in rounded numbers with units. Underscores in names become spaces."""
     rows = [f"| {name.replace('_', ' ')} | {value} |" for name, value in quantities.items()]
     return dg.MetadataValue.md("\n".join(["| | |", "|---|---:|", *rows]))
 

@@ -235,7 +235,8 @@ def workspace_lock(workspace: Path, experiment: str, asset: str) -> Iterator[Non
     from filelock import FileLock, Timeout
 
     workspace.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the workspace and never deleted: a process waiting on a deleted file would not exclude one that re-creates it.
+    # Beside the workspace and never deleted: a process waiting on a deleted file would not exclude one that re-creates
+    # it.
     lock = FileLock(workspace.with_name(f".{workspace.name}.lock"))
     try:
         lock.acquire(timeout=WORKSPACE_WAIT_S)
@@ -253,8 +254,8 @@ def workspace_lock(workspace: Path, experiment: str, asset: str) -> Iterator[Non
 def device_lock(context: dg.AssetExecutionContext, exclusive: bool) -> Iterator[None]:
     """Hold the machine's cores and GPU.
 
-    A file lock instead of a Dagster pool's limit: a killed run keeps its pool slot forever unless a daemon frees it, and
-    every later run would wait for that slot.
+    A file lock instead of a Dagster pool's limit: a killed run keeps its pool slot forever unless a daemon frees it,
+    and every later run would wait for that slot.
     """
     if not exclusive:
         yield

@@ -72,6 +72,7 @@ class BentoBuilder(dg.ConfigurableResource):
 
         Returns `{"tag", "path", "bytes", "created"}`; the version is the hash of what decides the Bento.
         """
+        self._compile_native_step(log)
         content = json.dumps(dict(arguments), sort_keys=True) + self.source_digest()
         tag = f"{name}:{hashlib.sha256(content.encode()).hexdigest()[:VERSION_DIGITS]}"
         found = self.find_bento(tag)
@@ -110,9 +111,18 @@ class BentoBuilder(dg.ConfigurableResource):
         root, total = Path(self.source_dir), hashlib.sha256()
         files = [path for folder in ("bento", "model") for path in (root / folder).rglob("*") if path.is_file()]
         for path in sorted([*files, root / "bentofile.yaml", root / "constraints.txt"]):
-            if "__pycache__" not in path.parts and path.suffix != ".stamp" and path.is_file():
+            if "__pycache__" not in path.parts and path.suffix not in (".stamp", ".lock") and path.is_file():
                 total.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\n")
         return total.hexdigest()
+
+    def _compile_native_step(self, log: Log) -> None:
+        """Compile what generates on processors, so that a Bento carries it and its image needs no compiler.
+
+        Without a compiler on this machine either, the log says what is missed.
+        """
+        program = Path(self.source_dir, "model", "native", "build.py")
+        if program.is_file():
+            self._run([sys.executable, str(program.absolute())], "compiling the native step", log)
 
     def _store(self, *arguments: str, log: Log) -> dict[str, Any]:
         program = str(Path(__file__).with_name("bento_store.py"))

@@ -8,6 +8,7 @@ it, and this program says in one line what is missed. It imports no torch.
 """
 
 import argparse
+import fcntl
 import hashlib
 import os
 import platform
@@ -48,10 +49,18 @@ def build(output: Path = LIBRARY, *, sanitizers: str = "", program: Path | None 
     sanitizers: what `-fsanitize=` takes, for tests. program: a source with a `main`, which makes a program of it. Raises RuntimeError, one line, without a compiler or where it fails.
     """
     compiler = find_compiler()
+    if compiler is None and output.is_file() and not program:
+        return output  # carried here, as a Bento carries it into an image
     if compiler is None:
         raise RuntimeError(f"no C++ compiler ({', '.join(COMPILERS)}, or CXX): {WITHOUT}; install g++")
     flags = [*FLAGS, *([f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g", "-O1"] if sanitizers else [])]
     stamp = output.with_suffix(".stamp")
+    with output.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes that start together compile once
+        return _build(compiler, flags, output, stamp, program)
+
+
+def _build(compiler: str, flags: list[str], output: Path, stamp: Path, program: Path | None) -> Path:
     digest = _digest([compiler, *flags, program.read_text() if program else ""])
     if output.is_file() and stamp.is_file() and stamp.read_text() == digest:
         return output

@@ -67,6 +67,26 @@ def test_a_model_is_imported_once_and_a_bento_is_built_from_it(
 
 
 @pytest.mark.processes
+def test_a_bento_carries_the_compiled_step_and_another_one_is_another_bento(
+    builder: BentoBuilder, tmp_path: Path
+) -> None:
+    native = Path(builder.source_dir, "model", "native")
+    native.mkdir(parents=True)
+    (tmp_path / "model").mkdir()
+    builder.import_model("rex-smoke:abc", tmp_path / "model", {})
+    tags = []
+    for content in ("one processor", "one processor", "another"):
+        (native / "build.py").write_text(
+            f"from pathlib import Path\nPath(__file__).with_name('librex_native.so').write_text({content!r})\n"
+        )
+        bento = builder.build_once("rex-smoke", labels={}, arguments={"model": "rex-smoke:abc"})
+        (carried,) = Path(bento["path"]).rglob("librex_native.so")
+        assert carried.read_text() == content
+        tags.append(bento["tag"])
+    assert tags[0] == tags[1] != tags[2]
+
+
+@pytest.mark.processes
 def test_a_failed_build_is_one_line(builder: BentoBuilder) -> None:
     with pytest.raises(PipelineError) as failed:
         builder.build("rex-smoke:def", labels={}, arguments={"model": "no-such-model:abc"})

@@ -56,6 +56,7 @@ def loss_and_gradients(model: RexForCausalLM, forward, bfloat16: bool) -> tuple[
     return loss.item(), found
 
 
+@pytest.mark.processes  # the compiler starts workers
 @pytest.mark.parametrize(
     ("backend", "bfloat16", "with_teacher", "tolerance"),
     [

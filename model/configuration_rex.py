@@ -4,15 +4,23 @@ This file and `modeling_rex.py` travel with every checkpoint, so they import not
 The defaults are those of `model.settings.ModelSettings`.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from huggingface_hub.dataclasses import strict
+import transformers
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+
+KNOWN_TRANSFORMERS = ((5, 0), (5, 24))
+"""The first and the last minor release of transformers that these two files were seen to load and generate alike on."""
+if not KNOWN_TRANSFORMERS[0] <= tuple(map(int, transformers.__version__.split(".")[:2])) <= KNOWN_TRANSFORMERS[1]:
+    warnings.warn(
+        f"transformers {transformers.__version__}: REX was seen to work with 5.0 to 5.24; compare a few outputs with one of "
+        "those releases before you rely on them",
+        stacklevel=2,
+    )
 
 
-@strict
 class RexConfig(PreTrainedConfig):  # type: ignore[misc]
     """Shape of a REX model.
 
@@ -39,42 +47,63 @@ class RexConfig(PreTrainedConfig):  # type: ignore[misc]
         "norm": (["hidden_states"], ["hidden_states"]),
     }
 
-    vocab_size: int = 4096
-    hidden_size: int = 256
-    intermediate_size: int = 768
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    head_dim: int | None = None
-    max_position_embeddings: int = 1024
-    rope_parameters: RopeParameters | dict | None = None
-    rms_norm_eps: float = 1e-5
-    post_norm: bool = True
-    tie_word_embeddings: bool = True
-    initializer_range: float = 0.02
-    attention_dropout: float | int = 0.0
-    use_cache: bool = True
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        # Raised here, not in `validate_architecture`: the strict dataclass would wrap it in a longer error of its own.
-        heads, groups = self.num_attention_heads, self.num_key_value_heads
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
+    def __init__(
+        self,
+        vocab_size: int = 4096,
+        hidden_size: int = 256,
+        intermediate_size: int = 768,
+        num_hidden_layers: int = 4,
+        num_attention_heads: int = 4,
+        num_key_value_heads: int = 2,
+        head_dim: int | None = None,
+        max_position_embeddings: int = 1024,
+        rope_parameters: dict[str, Any] | None = None,
+        rms_norm_eps: float = 1e-5,
+        post_norm: bool = True,
+        tie_word_embeddings: bool = True,
+        initializer_range: float = 0.02,
+        attention_dropout: float = 0.0,
+        use_cache: bool = True,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        sizes = {
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "intermediate_size": intermediate_size,
+            "num_attention_heads": num_attention_heads,
+            "num_key_value_heads": num_key_value_heads,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}: expected at least 1")
+        heads, groups = num_attention_heads, num_key_value_heads
         if heads % groups:
             raise ValueError(f"num_attention_heads is {heads}: expected a multiple of num_key_value_heads ({groups})")
-        if self.head_dim is None:
-            if self.hidden_size % heads:
+        if head_dim is None:
+            if hidden_size % heads:
                 raise ValueError(
-                    f"hidden_size is {self.hidden_size}: expected a multiple of num_attention_heads ({heads}), "
-                    "or set head_dim"
+                    f"hidden_size is {hidden_size}: expected a multiple of num_attention_heads ({heads}), or set head_dim"
                 )
-            self.head_dim = self.hidden_size // heads
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}: expected an even number, as rotary embeddings turn pairs")
+            head_dim = hidden_size // heads
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"head_dim is {head_dim}: expected an even number, as rotary embeddings turn pairs")
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.max_position_embeddings = max_position_embeddings
+        self.rope_parameters = rope_parameters
+        self.rms_norm_eps = rms_norm_eps
+        self.post_norm = post_norm
+        self.initializer_range = initializer_range
+        self.attention_dropout = attention_dropout
+        self.use_cache = use_cache
         # All three, because vLLM's transformers backend asks for AutoModel, which saving a RexForCausalLM leaves out.
         kwargs.setdefault(
             "auto_map",
@@ -84,7 +113,9 @@ class RexConfig(PreTrainedConfig):  # type: ignore[misc]
                 "AutoModelForCausalLM": "modeling_rex.RexForCausalLM",
             },
         )
-        super().__post_init__(**kwargs)
+        super().__init__(**kwargs)
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
+        self.tie_word_embeddings = tie_word_embeddings
 
 
 __all__ = ["RexConfig"]

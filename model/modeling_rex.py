@@ -9,6 +9,7 @@ Shapes: B batch, T new tokens, S all tokens (cached and new), D hidden size, F i
 G key/value heads, K head dimension, V vocabulary.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -23,74 +24,30 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_rex import RexConfig
 
-
-class _ScaledRMSNorm(torch.autograd.Function):
-    """RMSNorm with its weight, in float32 and with its gradient: PyTorch composes both of many passes on a processor."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BTD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
-        norm = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = norm.square_().div_(x_BTD.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x_BTD, weight_D, scale)
-        return (x_BTD.float() * scale).mul_(weight_D).to(dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
-        x_BTD, weight_D, scale = ctx.saved_tensors
-        x32_BTD, grad_BTD = x_BTD.float(), grad_BTD.float()
-        product_BTD = grad_BTD * x32_BTD
-        rows, size = product_BTD.view(-1, x_BTD.shape[-1]), x_BTD.shape[-1]
-        # d weight = sum over rows of grad * x * scale, and d scale needs grad * x weighted: two small products.
-        grad_weight_D = torch.mv(rows.t(), scale.reshape(-1))
-        dot = torch.mv(rows, weight_D).view_as(scale)
-        along = dot.mul_(scale.pow(3)).div_(-size)
-        grad_x_BTD = (grad_BTD * weight_D).mul_(scale).addcmul_(x32_BTD, along)
-        return grad_x_BTD.to(x_BTD.dtype), grad_weight_D, None, None
-
-
-class _Rotate(torch.autograd.Function):
-    """`rotate`, whose backward is the turn by the opposite angle, without the copies of `cat` and its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BHTK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(cos, sin)
-        return _turned(x_BHTK, cos, sin, 1.0)
-
-    @staticmethod
-    def backward(ctx: Any, grad_BHTK: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        cos, sin = ctx.saved_tensors
-        return _turned(grad_BHTK, cos, sin, -1.0), None, None
-
-
-def _turned(x_BHTK: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
-    out_BHTK = torch.empty_like(x_BHTK, dtype=cos.dtype)
-    (a, b), (c, d) = x_BHTK.to(cos.dtype).chunk(2, dim=-1), out_BHTK.chunk(2, dim=-1)
-    torch.mul(a, cos, out=c).addcmul_(b, sin, value=-direction)
-    torch.mul(b, cos, out=d).addcmul_(a, sin, value=direction)
-    return out_BHTK.to(x_BHTK.dtype)
-
-
-def _writes_out_gradients(module: nn.Module, x: Tensor) -> bool:
-    """Whether a training takes the two functions above: in float32 or by autocast; compilers and GPU kernels do better.
-
-    Not a question of whether gradients are due: recomputed activations must be those of the first time.
-    """
-    takes = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.is_autocast_enabled("cpu"))
-    return takes and module.training and not x.is_cuda and not torch.compiler.is_compiling()
+# What releases name differently: the cache (5.24), the mask's arguments (5.1, 5.4), the position given to a cache (5.4).
+CACHE = "cache" if hasattr(CausalLMOutputWithPast(), "cache") else "past_key_values"
+_MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
+_CACHES_TAKE_POSITIONS = "cache_kwargs" in inspect.signature(Cache.update).parameters
+# Of the arguments that transformers' own code passes on, those that its attention functions read or that are harmless.
+_PASSED_ON = {"num_items_in_batch", "cache_position", "is_causal", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"}
+_PASSED_ON |= {"max_length_q", "max_length_k"}
+_PASSED_ON |= {"cache", "block_table", "read_index", "write_index", "logits_indices", "logits_processor_args"}
+_PASSED_ON |= {"max_seqlen_q", "max_seqlen_k", "cumulative_seqlens_q", "cumulative_seqlens_k"}  # continuous batching
+_ATTENTION_OF_TRANSFORMERS = {"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"}
 
 
 class RexRMSNorm(nn.Module):
     """Root mean square normalization (https://arxiv.org/abs/1910.07467); statistics in float32, as in Llama and GLM-4.
 
-    initial_gain: what `weight` starts from.
+    initial_gain: what `weight` starts from. kernel: (x, weight, eps) to the output while training, or None to decline.
     """
+
+    kernel: Callable[[Tensor, Tensor, float], Tensor | None] | None = None
 
     def __init__(self, size: int, eps: float, initial_gain: float = 1.0) -> None:
         super().__init__()
@@ -100,17 +57,14 @@ class RexRMSNorm(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Normalize the last dimension; the shape stays, and outside of autocast the dtype."""
-        if _writes_out_gradients(self, x_BTD):
-            # Under autocast the residual stream is in float32, the branches are not, and a norm stands between the two.
-            into_branch = torch.is_autocast_enabled("cpu") and x_BTD.dtype == torch.float32
-            dtype = torch.get_autocast_dtype("cpu") if into_branch else torch.float32
-            return _ScaledRMSNorm.apply(x_BTD, self.weight, self.eps, dtype)
+        if (
+            self.kernel is not None
+            and self.training
+            and (out_BTD := self.kernel(x_BTD, self.weight, self.eps)) is not None
+        ):
+            return out_BTD
         normed_BTD = functional.rms_norm(x_BTD.float(), (x_BTD.shape[-1],), None, self.eps)
         return self.weight * normed_BTD.to(x_BTD.dtype)
-
-    def extra_repr(self) -> str:
-        """Shape and epsilon, as `print(model)` shows them."""
-        return f"{tuple(self.weight.shape)}, eps={self.eps}"
 
 
 class RexRotaryEmbedding(nn.Module):
@@ -190,7 +144,12 @@ def eager_attention_forward(
 
 
 class RexAttention(nn.Module):
-    """Causal grouped-query attention over the tokens given and those in the cache."""
+    """Causal grouped-query attention over the tokens given and those in the cache.
+
+    rotary_kernel: takes the place of `rotate` while training.
+    """
+
+    rotary_kernel: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, config: RexConfig, layer_idx: int) -> None:
         super().__init__()
@@ -206,7 +165,7 @@ class RexAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
-        self.o_proj.ends_branch = True  # type: ignore[assignment]
+        self.o_proj.is_residual_projection = True  # type: ignore[assignment]
 
     def forward(
         self,
@@ -214,30 +173,39 @@ class RexAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        logits_indices: Tensor | None = None,
+        cache_position: Tensor | None = None,
+        output_indices: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Output (B, T, D) and, from implementations that give them, attention weights.
 
-        position_embeddings: cosines and sines, each (B, T, K / 2). logits_indices: as in `RexDecoderLayer.forward`. kwargs go
+        position_embeddings: cosines and sines, each (B, T, K / 2). output_indices: as in `RexDecoderLayer.forward`. kwargs go
         to the attention implementation as they are.
         """
         heads = (-1, self.head_dim)
         cos, sin = (part.unsqueeze(1) for part in position_embeddings)
-        asking, turns = hidden_states, (cos, sin)
-        if logits_indices is not None:
-            asking, turns = hidden_states[:, logits_indices], (cos[:, :, logits_indices], sin[:, :, logits_indices])
-        query_BHTK = self.q_proj(asking).unflatten(-1, heads).transpose(1, 2)
+        query_states, query_rotary = hidden_states, (cos, sin)
+        if output_indices is not None:
+            query_states = hidden_states[:, output_indices]
+            query_rotary = (cos[:, :, output_indices], sin[:, :, output_indices])
+        query_BHTK = self.q_proj(query_states).unflatten(-1, heads).transpose(1, 2)
         key_BGTK = self.k_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
         value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
-        turn = _Rotate.apply if _writes_out_gradients(self, query_BHTK) else rotate
-        query_BHTK, key = turn(query_BHTK, *turns), turn(key_BGTK, cos, sin)
+        rotary = self.rotary_kernel if self.rotary_kernel is not None and self.training else rotate
+        query_BHTK, key = rotary(query_BHTK, *query_rotary), rotary(key_BGTK, cos, sin)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        mixed, weights = attend(
+            if _CACHES_TAKE_POSITIONS:
+                beside: dict[str, Any] = {"cache_kwargs": {"cache_position": cache_position}}
+            else:
+                beside = {"kwargs": kwargs} if CACHE == "cache" else {}  # 5.24: where continuous batching's pages are
+            key, value = past_key_values.update(key, value, self.layer_idx, **beside)
+        # transformers reads this file for these spellings before it lets the implementation be chosen: 5.2's, then 5.0's.
+        attend: Callable = eager_attention_forward
+        if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        elif self.config._attn_implementation != "eager":
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        attn_output, weights = attend(
             self,
             query_BHTK,
             key,
@@ -247,7 +215,7 @@ class RexAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(mixed.flatten(2)), weights
+        return self.o_proj(attn_output.flatten(2)), weights
 
 
 class RexMLP(nn.Module):
@@ -258,7 +226,7 @@ class RexMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.down_proj.ends_branch = True  # type: ignore[assignment]
+        self.down_proj.is_residual_projection = True  # type: ignore[assignment]
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Shape (B, T, D) in and out."""
@@ -290,24 +258,29 @@ class RexDecoderLayer(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
-        logits_indices: Tensor | None = None,
+        output_indices: Tensor | None = None,
+        attention_weights: list[Tensor | None] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Shape (B, T, D) in and out; `position_embeddings` is always given.
 
-        logits_indices: indices of the tokens that go on, (R,); out comes (B, R, D). The attention implementation has to know
+        attention_weights: takes this layer's, from implementations that give them.
+
+        output_indices: indices of the tokens that go on, (R,); out comes (B, R, D). The attention implementation has to know
         which queries those are.
         """
-        branch, _ = self.self_attn(
+        branch, weights = self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            logits_indices=logits_indices,
+            output_indices=output_indices,
             **kwargs,
         )
-        if logits_indices is not None:
-            hidden_states = hidden_states[:, logits_indices]
+        if attention_weights is not None:
+            attention_weights.append(weights)
+        if output_indices is not None:
+            hidden_states = hidden_states[:, output_indices]
         hidden_states = hidden_states + self.post_self_attn_layernorm(branch)
         branch = self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states + self.post_mlp_layernorm(branch)
@@ -321,13 +294,12 @@ class RexPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["RexDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": RexDecoderLayer, "attentions": RexAttention}  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -339,7 +311,7 @@ class RexPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         super()._init_weights(module)
         if isinstance(module, RexRMSNorm):
             init.constant_(module.weight, module.initial_gain)
-        elif isinstance(module, nn.Linear) and hasattr(module, "ends_branch") and not self.config.post_norm:
+        elif isinstance(module, nn.Linear) and hasattr(module, "is_residual_projection") and not self.config.post_norm:
             branches = 2 * self.config.num_hidden_layers
             init.normal_(module.weight, std=self.config.initializer_range / branches**0.5)
 
@@ -356,8 +328,7 @@ class RexModel(RexPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -366,17 +337,31 @@ class RexModel(RexPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_indices: Tensor | None = None,
+        output_indices: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states (B, T, D) of `input_ids` (B, T) or `inputs_embeds` (B, T, D); exactly one of them is given.
 
         attention_mask: (B, S), 0 for padding, or a mask (B, 1, T, S) for the attention implementation in use.
         position_ids: (B, T); counted on from the cache when left out. Without mask and cache, positions that start over
-        within a row mark packed sequences, which do not see each other. logits_indices: indices (R,) of the tokens whose
+        within a row mark packed sequences, which do not see each other. output_indices: indices (R,) of the tokens whose
         hidden states, then (B, R, D), are wanted: the last layer computes no others. For attention implementations that
-        can tell which queries those are.
+        can tell which queries those are. `cache` is another name of `past_key_values` where transformers calls it that.
+        Raises TypeError for an argument that neither this file nor transformers' attention functions know.
         """
+        if CACHE in kwargs:
+            past_key_values = kwargs.pop(CACHE)
+        unknown = sorted(kwargs.keys() - _PASSED_ON)
+        if unknown and self.config._attn_implementation in _ATTENTION_OF_TRANSFORMERS:
+            raise TypeError(f"REX takes no argument {unknown[0]!r}: nothing in it or in its attention would read it")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache = False  # a layer computed again would write its keys and values twice
+        record_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        record_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        states, attentions = [], []  # type: ignore[var-annotated]
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         # Asked before a new cache and default positions come in: with either, transformers builds a mask tensor under
@@ -392,22 +377,26 @@ class RexModel(RexPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
+        cache_position = kwargs.pop("cache_position", None)
+        if cache_position is None and (position_ids is None or _CACHES_TAKE_POSITIONS):
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+            cache_position = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+        if position_ids is None:
+            position_ids = cache_position.unsqueeze(0)
         mask = None
         if not is_plain_causal:
-            mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
+            arguments: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
+            arguments[CACHE] = past_key_values
+            arguments["inputs_embeds" if "inputs_embeds" in _MASK_ARGUMENTS else "input_embeds"] = inputs_embeds
+            if _CACHES_TAKE_POSITIONS:
+                arguments["cache_position"] = cache_position
+            mask = create_causal_mask(config=self.config, **arguments)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
+            if record_states:
+                states.append(hidden_states)
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
@@ -415,10 +404,18 @@ class RexModel(RexPreTrainedModel):
                 past_key_values=past_key_values,
                 position_ids=position_ids,
                 use_cache=use_cache,
-                logits_indices=logits_indices if i == last else None,
+                cache_position=cache_position,
+                output_indices=output_indices if i == last else None,
+                attention_weights=attentions if record_attentions else None,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        hidden_states = self.norm(hidden_states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            hidden_states=(*states, hidden_states) if record_states else None,
+            attentions=tuple(attentions) if record_attentions else None,
+            **{CACHE: past_key_values},
+        )
 
 
 class RexForCausalLM(RexPreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -475,15 +472,17 @@ class RexForCausalLM(RexPreTrainedModel, GenerationMixin):  # type: ignore[misc]
             items = kwargs.get("num_items_in_batch")
             loss = self.linear_loss(outputs.last_hidden_state, self.lm_head.weight, labels, items, input_ids)
         else:
-            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+            # All tokens for 0, the last ones for another int, those at its indices for a tensor.
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
         if labels is not None and logits is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 

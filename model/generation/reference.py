@@ -128,9 +128,9 @@ class ReferenceStep(Step):
         slot_N = torch.from_numpy(np.concatenate(slots)).to(device)
         batches = last_batches = tuple(self._attention_batches(row))
         selected, counts = _selected_rows(row)
-        logits_indices = None
+        output_indices = None
         if len(selected) < len(ids_N):
-            logits_indices = torch.tensor(selected, dtype=torch.long, device=device)
+            output_indices = torch.tensor(selected, dtype=torch.long, device=device)
             queries = [_selected_part(segment) for segment in row if segment.logits != "none"]
             last_batches = tuple(self._attention_batches(queries))
         logits_RV = self.model(
@@ -138,7 +138,7 @@ class ReferenceStep(Step):
             position_ids=position_N[None],
             attention_mask=self._no_mask,
             use_cache=False,
-            logits_indices=logits_indices,
+            output_indices=output_indices,
             slots=AttentionMetadata(self.cache, slot_N, position_N, batches, last_batches),
         ).logits[0]
         by_segment: list[Tensor] = [logits_RV] * len(segments)

@@ -1,1 +1,1 @@
-"""Hand-written kernels of a training: attention in blocks and cross entropy in chunks, with their own gradients."""
+"""Hand-written kernels of a training: attention in blocks, cross entropy in chunks, norms and rotary embeddings."""

@@ -28,6 +28,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerControl, Train
 from model.errors import PipelineError
 from model.evaluation import evaluate
 from model.kernels.attention import ATTENTION
+from model.kernels.norm_rotary import use_cpu_kernels
 from model.modeling_rex import RexForCausalLM
 from model.progress import format_duration
 from model.settings import TrainingSettings
@@ -92,6 +93,7 @@ class RexTrainer(Trainer):  # type: ignore[misc]
             keep_freed_memory()
             if not run.settings.torch_compile:
                 model.config._attn_implementation = ATTENTION
+                use_cpu_kernels(model)
         callbacks: list[TrainerCallback] = []
         if run.settings.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(run.settings.early_stopping_patience))

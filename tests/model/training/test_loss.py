@@ -12,6 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional
 
 from model.build import build_config, build_model
+from model.kernels.norm_rotary import use_cpu_kernels
 from model.logits import IGNORE_INDEX
 from model.training.loss import linear_cross_entropy
 from tests.model.training.tiny import experiment
@@ -80,36 +81,37 @@ def test_under_autocast_the_loss_is_float32_and_close():
     assert weight_VD.grad.dtype == hidden_BTD.grad.dtype == torch.float32
 
 
-def test_gradients_written_out_for_the_cpu_are_those_that_pytorch_derives(monkeypatch):
+def test_gradients_written_out_for_the_cpu_are_those_that_pytorch_derives():
     config = build_config(experiment().model, 300, bos_token_id=0, eos_token_id=0, pad_token_id=1)
     config.attention_dropout = 0.0
     ids_BT = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))
     found = []
     for written_out in (True, False):
-        if not written_out:
-            monkeypatch.setattr("model.modeling_rex._writes_out_gradients", lambda module, x: False)
         model = build_model(config, seed=0).train()
+        if written_out:
+            use_cpu_kernels(model)
         model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss.backward()
         found.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name in found[0]:
         torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-7, msg=name)
 
 
-def test_under_autocast_gradients_written_out_are_as_near_to_float32_as_those_that_pytorch_derives(monkeypatch):
+def test_under_autocast_gradients_written_out_are_as_near_to_float32_as_those_that_pytorch_derives():
     config = build_config(experiment().model, 300, bos_token_id=0, eos_token_id=0, pad_token_id=1)
     config.attention_dropout = 0.0
     ids_BT = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))
 
-    def gradients(bfloat16: bool) -> dict[str, Tensor]:
+    def gradients(bfloat16: bool, kernels: bool = True) -> dict[str, Tensor]:
         model = build_model(config, seed=0).train()
+        if kernels:
+            use_cpu_kernels(model)
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
         loss.backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
     exact, ours = gradients(False), gradients(True)
-    monkeypatch.setattr("model.modeling_rex._writes_out_gradients", lambda module, x: False)
-    derived = gradients(True)
+    derived = gradients(True, kernels=False)
     for name, gradient in exact.items():
         error, usual = ((found[name] - gradient).norm() / gradient.norm() for found in (ours, derived))
         assert error < 0.02 and error < 1.5 * usual + 1e-3, name

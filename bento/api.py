@@ -19,6 +19,7 @@ from bento.errors import ApiError, validation_error
 from bento.http.body import JsonRoute
 from bento.http.middleware import add_middleware
 from bento.http.openapi import GENERATING, READING, describe, stream_of, without
+from bento.http.probes import add_probes
 from bento.openai.logprobs import TokenNames
 from bento.openai.routes import openai_routes
 from bento.page import add_page
@@ -55,6 +56,7 @@ PLAIN = Sampling.model_validate({})
 def create_app(
     *,
     model_name: str,
+    aliases: Sequence[str] = (),
     request_timeout_s: float,
     max_body_bytes: int,
     queue_timeout_s: float | None = None,
@@ -66,13 +68,19 @@ def create_app(
 ) -> FastAPI:
     """The service's routes.
 
-    request_timeout_s: from a request's arrival to its last token. queue_timeout_s: from its arrival to its start.
+    model_name, aliases: see `Models`. request_timeout_s: from a request's arrival to its last token. queue_timeout_s: from its arrival to its start.
     receive_timeout_s: from a request's first byte to its last.
     max_choices: most texts that one request may ask for. clamp_max_tokens: see `Backend`. api_keys: each grants access to every route; without any the
     service is open. cors_origins: web sites whose pages may call.
     """
-    app = FastAPI(title="REX text generation", description="Continues text with a REX language model.", version="1")
-    models = app.state.models = Models(model_name)
+    app = FastAPI(
+        title="REX text generation",
+        description="Continues text with a REX language model.",
+        version="1",
+        docs_url=None,
+        redoc_url=None,
+    )
+    models = app.state.models = Models(model_name, aliases)
     metrics = ServiceMetrics(models.stats, model_name=model_name, version=models.version, engine=models.engine_info)
     admission = app.state.admission = Admission(models)
     heavy = app.state.heavy = HeavyWork()
@@ -92,7 +100,7 @@ def create_app(
     def backend_of(request: Request) -> Backend:
         return Backend(
             request.state.served.engine,
-            model_name,
+            models,
             request_timeout_s,
             queue_timeout_s,
             max_choices,
@@ -109,6 +117,7 @@ def create_app(
     async def read_metrics() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
+    add_probes(app, models, admission.refusal)
     add_page(app)
     return app
 

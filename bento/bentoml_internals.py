@@ -6,7 +6,8 @@ Seen to work with bentoml 1.4.39 and uvicorn 0.54.0. `tests/bento/test_service.p
 - BentoML's worker runs `uvicorn.Server`, whose method `handle_exit` handles SIGTERM, and gives it no other options than
   the keep-alive timeout and the grace period;
 - BentoML restarts a worker that ends, again and again, so only the parent process can end the service;
-- the path of the model store is in `BentoMLContainer`.
+- the path of the model store is in `BentoMLContainer`;
+- its package has a copy of Swagger UI.
 """
 
 import atexit
@@ -47,6 +48,13 @@ def model_store() -> str:
     from bentoml._internal.configuration.containers import BentoMLContainer
 
     return str(BentoMLContainer.model_store.get()._path)
+
+
+def swagger_ui_file(name: str) -> Path:
+    """A file of Swagger UI, which BentoML's package brings."""
+    import bentoml._internal.server
+
+    return Path(bentoml._internal.server.__path__[0]) / "static_content" / name
 
 
 def report_start_failures() -> None:

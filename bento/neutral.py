@@ -58,6 +58,20 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+EMPTY = [{"type": "null"}, {"type": "array", "maxItems": 0}, {"type": "object", "maxProperties": 0}]
+"""JSON schemas of values that ask for nothing whatever their field is."""
+
+
+def document_neutral(schema: dict[str, Any]) -> None:
+    """Add to a body's JSON schema what `asks_for_nothing` takes."""
+    fields = schema.setdefault("properties", {})
+    for name, values in NEUTRAL.items():
+        fields.setdefault(name, {"anyOf": [*EMPTY, *([{"enum": list(values)}] if values else [])]})
+    for name in LABELS:
+        fields.setdefault(name, {"anyOf": [*EMPTY, {"type": ["string", "number", "boolean"]}]})
+    schema["additionalProperties"] = {"anyOf": EMPTY}
+
+
 def asks_for_nothing(name: str, value: Any) -> bool:
     """Whether a field with this value would change no answer."""
     if name in TEXTS:

@@ -25,6 +25,9 @@ class BentoArgs(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str = Field("", description="Tag in the BentoML model store, or the directory of a REX model.")
+    served_model_name: str = Field(
+        "", description="Names of the model for clients, comma separated; answers bear the first. Default: its tag."
+    )
     champion: str = Field(
         "",
         description="Registered model of the MLflow server at MLFLOW_TRACKING_URI whose champion is served, whenever it "

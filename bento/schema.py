@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from bento.neutral import asks_for_nothing
+from bento.neutral import asks_for_nothing, document_neutral
 from model.generation.requests import LARGEST_LOGIT_BIAS, MAX_SEED, GenerationRequest, SamplingParameters
 
 DEFAULT_MAX_TOKENS = 128
@@ -106,7 +106,7 @@ OnlyFalse = Annotated[bool, AfterValidator(_only_false), WithJsonSchema({"type":
 class StrictRequest(BaseModel):
     """A body: types as JSON has them, no NaN and no infinity, and no unknown field unless its value asks for nothing."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=document_neutral)
 
     @model_validator(mode="before")
     @classmethod

@@ -74,6 +74,9 @@ MODEL_DIR = find_model(options.model) if options.model or not options.champion e
 REGISTRY = ModelRegistry(os.environ.get("MLFLOW_TRACKING_URI", "")) if options.champion else None
 API_KEYS = read_api_keys()
 
+MODEL_NAME = options.champion or (MODEL_DIR.name if MODEL_DIR and is_path(options.model) else options.model)
+SERVED_NAMES = [name.strip() for name in options.served_model_name.split(",") if name.strip()]
+
 # distro "": the default adds compilers and git, which wheels do not need. Versions are those of this environment.
 image = bentoml.images.Image(
     base_image="python:3.11-slim", distro="", python_version="3.11", lock_python_packages=False
@@ -89,7 +92,8 @@ IMAGE_VARIABLES = {
 }
 
 app = create_app(
-    model_name=options.champion or (MODEL_DIR.name if MODEL_DIR and is_path(options.model) else options.model),
+    model_name=(SERVED_NAMES or [MODEL_NAME])[0],
+    aliases=[*SERVED_NAMES[1:], *([MODEL_NAME] if SERVED_NAMES else [])],
     request_timeout_s=options.request_timeout_s,
     max_body_bytes=options.max_body_bytes,
     queue_timeout_s=options.queue_timeout_s,

@@ -20,10 +20,10 @@ from bento.errors import ApiError
 
 KEYS, KEYS_FILE = "LLM_API_KEYS", "LLM_API_KEYS_FILE"
 HEALTH_PATHS = frozenset({"/livez", "/readyz", "/healthz"})
-OPEN_PATHS = HEALTH_PATHS | {"/", "/docs", "/docs/oauth2-redirect", "/openapi.json"}
+OPEN_PATHS = HEALTH_PATHS | {"/", "/docs", "/redoc", "/health", "/openapi.json", "/ping", "/version"}
 """Answered without a key: health, and documents that hold no data (the page asks for a key and sends it itself)."""
-OPEN_PREFIX = "/page/"
-"""The page's own files."""
+OPEN_PREFIXES = ("/page/", "/docs/")
+"""Files of the page and of the documentation."""
 
 
 def read_api_keys(environment: Mapping[str, str] | None = None) -> tuple[str, ...]:
@@ -103,7 +103,7 @@ def _is_open(scope: Scope) -> bool:
     if scope["method"] == "OPTIONS":  # a CORS preflight carries no key
         return True
     path: str = scope["path"]
-    return scope["method"] in ("GET", "HEAD") and (path in OPEN_PATHS or path.startswith(OPEN_PREFIX))
+    return scope["method"] in ("GET", "HEAD") and (path in OPEN_PATHS or path.startswith(OPEN_PREFIXES))
 
 
 def _digest(key: str) -> bytes:

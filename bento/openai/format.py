@@ -95,6 +95,7 @@ class Format(ABC):
         shown: ChoiceOptions,
         engine: "Engine",
         model: str,
+        fingerprint: str,
         number: str,
         prompts: Sequence[Prompt],
         n: int,
@@ -105,7 +106,12 @@ class Format(ABC):
         self._prompts, self._n = prompts, n
         self._has_usage, self._has_running_usage = has_usage, has_running_usage
         self._choices = [Choice(prompt, shown, engine) for prompt in prompts for _ in range(n)]
-        self._head = {"id": f"{self.id_prefix}-{number}", "created": int(time.time()), "model": model}
+        self._head = {
+            "id": f"{self.id_prefix}-{number}",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": fingerprint,
+        }
         self._cached: list[int | None] = [None] * len(prompts)
         self._around: list[tuple[str, str]] = []
 

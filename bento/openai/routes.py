@@ -79,7 +79,9 @@ def _add_model_routes(router: APIRouter, models: Models) -> None:
 
     @router.get("/models", response_model=ModelList, responses=LISTING, summary="List the models: the served one")
     async def list_models() -> Response:
-        return JSONResponse({"object": "list", "data": [describe_model()]})
+        model = describe_model()
+        aliases = [{**model, "id": alias, "root": models.name} for alias in models.aliases]
+        return JSONResponse({"object": "list", "data": [model, *aliases]})
 
     @router.get(
         "/models/{model:path}",
@@ -88,7 +90,7 @@ def _add_model_routes(router: APIRouter, models: Models) -> None:
         summary="Describe a model",
     )
     async def describe_one(model: str) -> Response:
-        check_model(model, models.name)
+        check_model(model, models)
         return JSONResponse(describe_model())
 
 
@@ -151,6 +153,7 @@ async def _answer(
     form = make_format(
         engine=backend.engine,
         model=backend.model_name,
+        fingerprint=request.state.served.fingerprint,
         number=request.state.record.id,
         prompts=prompts,
         n=n,

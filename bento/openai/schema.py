@@ -7,10 +7,10 @@ are labels of the caller: they change no text, are not kept and are not logged.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from bento.neutral import asks_for_nothing
+from bento.neutral import EMPTY, asks_for_nothing, document_neutral
 from bento.schema import ALL_THAT_FITS, LARGEST_COUNT, WHOLE, Count, OnlyFalse, Sampling, StrictRequest, forms
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -142,9 +142,11 @@ class CompletionRequest(OpenAIRequest):
         None, ge=ALL_THAT_FITS, le=LARGEST_COUNT, description="Another name of max_tokens."
     )
     echo: bool | None = Field(None, description="Begin the text with the prompt. Default: false.")
-    logprobs: Annotated[Logprobs | None, BeforeValidator(_false_is_none)] = Field(
-        None, description="Show the log-probability of each token, and of this many most likely ones beside it."
-    )
+    logprobs: Annotated[
+        Logprobs | None,
+        BeforeValidator(_false_is_none),
+        forms({"type": "integer", "minimum": 0, "maximum": MOST_LOGPROBS}, {"enum": [False]}, {"type": "null"}),
+    ] = Field(None, description="Show the log-probability of each token, and of this many most likely ones beside it.")
     best_of: Annotated[int, WHOLE] | None = Field(
         None, ge=1, le=MOST_CHOICES, description="Only as many as n: all are returned."
     )
@@ -200,17 +202,26 @@ def _is_text_part(part: dict[str, Any]) -> bool:
 
 _PART = {
     "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}, **{key: {} for key in sorted(PART_LABELS)}},
     "required": ["type", "text"],
-    "additionalProperties": False,
+    "additionalProperties": {"anyOf": EMPTY},
 }
 Content = Annotated[
-    Any, AfterValidator(_content), forms({"type": "string"}, {"type": "array", "items": _PART, "minItems": 1})
+    Any,
+    AfterValidator(_content),
+    forms({"type": "string"}, {"type": "array", "items": _PART, "minItems": 1}, {"type": "null"}),
 ]
+
+
+def _document_message(schema: dict[str, Any]) -> None:
+    document_neutral(schema)
+    schema["properties"] |= {key: {} for key in sorted(MESSAGE_LABELS)}
 
 
 class Message(StrictRequest):
     """One turn of a conversation."""
+
+    model_config = ConfigDict(json_schema_extra=_document_message)
 
     @model_validator(mode="before")
     @classmethod
@@ -338,6 +349,7 @@ class CompletionResponse(BaseModel):
     object: Literal["text_completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[CompletionChoice]
     usage: CompletionUsage
 
@@ -389,13 +401,14 @@ class ChatResponse(BaseModel):
     object: Literal["chat.completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: CompletionUsage
 
 
 class Model(BaseModel):
     """The served model. max_model_len: most tokens of a prompt and its answer together; version: changes where another
-    version of the model takes over. Both null until it is loaded.
+    version of the model takes over; root: the model that an alias stands for. Null until it is loaded.
     """
 
     id: str
@@ -404,6 +417,7 @@ class Model(BaseModel):
     owned_by: str
     max_model_len: int | None
     version: str | None
+    root: str | None = None
 
 
 class ModelList(BaseModel):

@@ -1,7 +1,7 @@
-"""What the engine answers, seen from the event loop: events of one HTTP request's generations, and their stream.
+"""The events of one HTTP request's generations in the event loop, and their stream.
 
-The engine hands events over in its own thread. All that came since the event loop last looked wake it once, however
-many requests they belong to: a wake-up costs more than the event. What the events become is the routes' business.
+The engine emits events in its own thread. All events of a step wake the event loop once, whatever requests they belong
+to: a wake-up costs more than an event. The routes decide what the events become.
 """
 
 import asyncio
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 Batch = list[tuple[int, Event]]
 """Events that came together, each with the place of its generation among those of the request."""
 T = TypeVar("T")
+PING_S = 3.0
 GATHER_S = 0.001
-"""How long the events of one step of several generations are waited for; the clock of an event loop is no finer."""
+"""Time for the other events of a step of several generations; an event loop's clock is no finer."""
 
 
 class Mailbox:
@@ -54,7 +55,7 @@ class Mailbox:
         if self.running == 1:
             self._empty()
             return
-        # Waking this thread has interrupted the engine at the first event of its step: the others follow now.
+        # We wake on the step's first event; wait GATHER_S so that one wake-up takes them all.
         self._loop.call_later(GATHER_S, self._empty)
 
     def _empty(self) -> None:
@@ -140,7 +141,7 @@ class Answers:
         return [(events[index], last[index]) for index in range(len(events))]
 
     def close(self) -> None:
-        """Cancel the generations that still run: no client waits for them."""
+        """Cancel the generations that still run."""
         for index in list(self._running):
             self._generations[index].cancel()
             self._end(index, None)
@@ -160,7 +161,7 @@ class Answers:
                 f"the answer was not complete in time; {last.generated_tokens} tokens were generated: ask for fewer",
                 code="timeout",
             )
-        if last.finish_reason == "cancelled":  # not by this client, who would not be told
+        if last.finish_reason == "cancelled":  # by the service: a client that left gets no answer
             return server_error(503, "the service is stopping", code="stopped")
         if last.finish_reason == "error":
             reason = last.error or "generating failed: the server's log has the reason"
@@ -171,8 +172,8 @@ class Answers:
 class EventStream(Response):
     """Server-sent events, which `events` makes of what the engine answers, then [DONE].
 
-    A failure before the first is an ordinary error answer; after it, an event `{"error"}`. A client that leaves ends
-    it.
+    A failure before the first is an ordinary error answer; after it, an event `{"error"}`. A client that leaves ends it.
+    A stream that has nothing to send sends its status and a comment line every PING_S, so that proxies keep it open.
     """
 
     media_type = "text/event-stream"
@@ -182,11 +183,12 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._answers, self._events = answers, events
         self._is_started = False
+        self._last_sent = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         try:
-            await until_disconnect(receive, self._send_events(send))
+            await until_disconnect(receive, self._send_all(send))
         except ApiError:
             # Before the first piece this still is an answer, and the server around it waits for one.
             if not self._is_started:
@@ -194,12 +196,30 @@ class EventStream(Response):
         finally:
             self._answers.close()
 
+    async def _send_all(self, send: Send) -> None:
+        pinging = asyncio.ensure_future(self._ping(send))
+        try:
+            await self._send_events(send)
+        finally:
+            pinging.cancel()
+
+    async def _ping(self, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(PING_S)
+            if loop.time() - self._last_sent >= PING_S:
+                await self._body(send, ": waiting\n\n")
+
+    async def _body(self, send: Send, text: str, *, more: bool = True) -> None:
+        self._last_sent = asyncio.get_running_loop().time()
+        if not self._is_started:
+            self._is_started = True
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+
     async def _send_events(self, send: Send) -> None:
         async def body(text: str, *, more: bool = True) -> None:
-            if not self._is_started:
-                self._is_started = True
-                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+            await self._body(send, text, more=more)
 
         try:
             async with aclosing(self._answers.batches()) as batches:
@@ -218,7 +238,7 @@ def server_sent(data: str) -> str:
 
 
 async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
-    """The result of `work`, which is canceled when the client disconnects. Raises ApiError 499 then."""
+    """The result of `work`, which is cancelled when the client leaves. Raises ApiError 499 then, for the log."""
 
     async def disconnect() -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -15,6 +15,7 @@ from bento.errors import ApiError, server_error
 from bento.schema import ALL_THAT_FITS, Sampling
 from bento.serving.answers import Answers
 from bento.serving.heavy import HeavyWork
+from bento.serving.models import Models
 from model.errors import PipelineError
 from model.generation.requests import EngineBusy, EngineStopped, GenerationRequest
 
@@ -43,16 +44,21 @@ class Backend:
     """
 
     engine: "Engine"
-    model_name: str
+    models: Models
     request_timeout_s: float
     queue_timeout_s: float | None
     max_choices: int
     heavy: HeavyWork
     clamp_max_tokens: bool = True
 
+    @property
+    def model_name(self) -> str:
+        """The model's name in answers."""
+        return self.models.name
+
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404 where a request names a model that is not served."""
-        check_model(name, self.model_name)
+        check_model(name, self.models)
 
     async def encode(self, text: str) -> list[int]:
         """The tokens of a text; special tokens written out in it are ordinary text."""
@@ -175,12 +181,12 @@ def _sender(request: Request) -> tuple[str, str]:
     return getattr(request.state, "api_key", None) or host, f"{host}:{port}"
 
 
-def check_model(name: str | None, served: str) -> None:
+def check_model(name: str | None, models: Models) -> None:
     """Raises ApiError 404 where a request names another model than the one that is served."""
-    if name is not None and name != served:
+    if name is not None and name not in models.names():
         raise ApiError(
             404,
-            f"model {name[:100]!r} is not served here: {served!r} is",
+            f"model {name[:100]!r} is not served here: {models.name!r} is",
             code="model_not_found",
             param="model",
         )

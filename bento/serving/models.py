@@ -5,7 +5,7 @@ each model, and `serve` swaps the pointer for later requests.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
@@ -28,12 +28,19 @@ class Served:
     version: str | None = None
     under_way: int = 0
 
+    @property
+    def fingerprint(self) -> str:
+        """What an answer depends on besides its request: weights, engine and precision. /server_info has the parts."""
+        return f"fp_{self.version or 'local'}_{self.engine.step_name}_{self.engine.precision}"
+
 
 class Models:
-    """The served model and its predecessors. Thread-safe. name: the model's name for clients."""
+    """The served model and its predecessors. Thread-safe. name: the model's name in answers. aliases: other names that
+    requests may use.
+    """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, aliases: Sequence[str] = ()) -> None:
+        self.name, self.aliases = name, tuple(aliases)
         self.current: Served | None = None
         """None until a model is loaded."""
         self._former: list[Served] = []
@@ -67,6 +74,12 @@ class Models:
         with self._lock:
             self._past = _sum(self._past, _totals(former.engine.stats()))
             self._former.remove(former)
+
+    def names(self) -> set[str]:
+        """Names that requests may use: with the version and without it, and the aliases."""
+        stable, _, _ = self.name.partition(":")
+        version = self.version()
+        return {self.name, stable, *self.aliases, *([f"{stable}:{version}"] if version else [])}
 
     def version(self) -> str | None:
         """Version of the served model, empty for one without; None while no model is loaded."""

@@ -19,6 +19,7 @@ def test_arguments_come_as_text_and_are_typed():
 def test_each_option_is_overridden_by_its_variable():
     variables = {
         "REX_MODEL": "b:2",
+        "REX_SERVED_MODEL_NAME": "gpt",
         "REX_CHAMPION": "rex-a",
         "REX_CHAMPION_POLL_S": "3",
         "REX_DEVICE": "cpu",
@@ -46,6 +47,7 @@ def test_each_option_is_overridden_by_its_variable():
     }
     expected = BentoArgs(
         model="b:2",
+        served_model_name="gpt",
         champion="rex-a",
         champion_poll_s=3,
         device="cpu",

@@ -33,7 +33,7 @@ def joined(chunks: list[dict], index: int = 0) -> str:
 def test_an_answer_has_the_shape_of_the_openai_api(service):
     answer = service.post(PATH, **GREEDY, model=MODEL)
     body = answer.json()
-    assert set(body) == {"id", "object", "created", "model", "choices", "usage"}
+    assert set(body) == {"id", "object", "created", "model", "system_fingerprint", "choices", "usage"}
     assert body["object"] == "text_completion" and body["model"] == MODEL
     assert body["id"] == f"cmpl-{answer.headers['x-request-id']}"
     (choice,) = body["choices"]

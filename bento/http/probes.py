@@ -1,0 +1,124 @@
+"""Routes that other programs ask for by name: probes of gateways and load tools, and what evaluation harnesses read.
+
+`/health` and `/ping` answer as vLLM's, TGI's and SageMaker's do, `/version`, `/server_info` and `/tokenizer_info` as vLLM's,
+`/schema.json` as BentoML's own client expects it. `/docs` needs no other host: its scripts are BentoML's copy of Swagger UI.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
+
+from bento.bentoml_internals import swagger_ui_file
+from bento.errors import ApiError
+from bento.serving.admission import unavailable
+from bento.serving.models import Models, Served
+
+PACKAGE = "rex-pipeline"
+SWAGGER = ("swagger-ui-bundle.js", "swagger-ui.css")
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def add_probes(app: FastAPI, models: Models, refusal: Callable[[], ApiError | None]) -> None:
+    """Add the routes. refusal: why the service takes no requests now, None where it does."""
+    get = partial(app.get, include_in_schema=False)
+
+    def served() -> Served:
+        if models.current is None:
+            raise refusal() or unavailable("the model is being loaded: try again", "loading")
+        return models.current
+
+    async def health() -> Response:
+        if problem := refusal():
+            raise problem
+        return JSONResponse({"status": "ok"})
+
+    for path, methods in (("/health", ["GET"]), ("/ping", ["GET", "POST"])):
+        app.add_api_route(path, health, methods=methods, include_in_schema=False)
+
+    @get("/version")
+    async def read_version() -> Response:
+        try:
+            number = version(PACKAGE)
+        except PackageNotFoundError:  # in a Bento the sources are not installed
+            number = app.version
+        return JSONResponse({"version": number})
+
+    @get("/server_info")
+    async def server_info() -> Response:
+        one = served()
+        return JSONResponse(
+            {
+                "model": models.name,
+                "names": sorted(models.names()),
+                "version": one.version,
+                "system_fingerprint": one.fingerprint,
+                "engine": one.engine.step_name,
+                "precision": one.engine.precision,
+                "max_model_len": one.engine.context_length,
+                "vocab_size": one.engine.vocab_size,
+            }
+        )
+
+    @get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        tokenizer = served().engine.tokenizer
+        return JSONResponse(
+            {
+                "tokenizer_class": type(tokenizer).__name__,
+                **{name: getattr(tokenizer, name) for name in SPECIAL_TOKENS},
+                "chat_template": tokenizer.chat_template,
+                "model_max_length": served().engine.context_length,
+                "vocab_size": served().engine.vocab_size,
+            }
+        )
+
+    @get("/schema.json")
+    async def schema() -> Response:
+        return JSONResponse({"name": models.name, "type": "service", "routes": bentoml_routes(app)})
+
+    @get("/docs")
+    async def docs() -> Response:
+        return get_swagger_ui_html(
+            openapi_url="/openapi.json",
+            title=app.title,
+            swagger_js_url=f"/docs/{SWAGGER[0]}",
+            swagger_css_url=f"/docs/{SWAGGER[1]}",
+            swagger_favicon_url="/page/icon.svg",
+        )
+
+    @get("/redoc")
+    async def redoc() -> Response:
+        return RedirectResponse("/docs")
+
+    @get("/docs/{name}")
+    async def docs_file(name: str) -> Response:
+        if name not in SWAGGER:
+            raise ApiError(404, "Not Found", code="http_404")
+        return FileResponse(swagger_ui_file(name))
+
+
+def bentoml_routes(app: FastAPI) -> list[dict[str, Any]]:
+    """The routes with a body as BentoML's schema lists them; a name is a path with underscores."""
+    document = app.openapi()
+    schemas = document["components"]["schemas"]
+    found = []
+    for path, operations in document["paths"].items():
+        if operation := operations.get("post"):
+            body = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+            found.append(
+                {
+                    "name": path.strip("/").replace("/", "_"),
+                    "route": path,
+                    "doc": operation["summary"],
+                    "batchable": False,
+                    "is_task": False,
+                    "input": {**schemas[body], "$defs": schemas},
+                    "output": {"type": "object"},
+                }
+            )
+    return found

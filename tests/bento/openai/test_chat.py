@@ -77,7 +77,7 @@ def test_a_special_token_cannot_be_put_together_from_template_and_content(servic
 
 def test_an_answer_has_the_shape_of_the_openai_api(service):
     body = chat(service)
-    assert set(body) == {"id", "object", "created", "model", "choices", "usage"}
+    assert set(body) == {"id", "object", "created", "model", "system_fingerprint", "choices", "usage"}
     assert body["object"] == "chat.completion" and body["id"].startswith("chatcmpl-")
     (choice,) = body["choices"]
     assert set(choice) == {"index", "message", "finish_reason", "logprobs"}

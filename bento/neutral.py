@@ -63,12 +63,7 @@ EMPTY = [{"type": "null"}, {"type": "array", "maxItems": 0}, {"type": "object", 
 
 
 def document_neutral(schema: dict[str, Any]) -> None:
-    """Add to a body's JSON schema what `asks_for_nothing` takes."""
-    fields = schema.setdefault("properties", {})
-    for name, values in NEUTRAL.items():
-        fields.setdefault(name, {"anyOf": [*EMPTY, *([{"enum": list(values)}] if values else [])]})
-    for name in LABELS:
-        fields.setdefault(name, {"anyOf": [*EMPTY, {"type": ["string", "number", "boolean"]}]})
+    """Tell in a body's JSON schema that unknown fields may be empty; the other neutral values would drown the rest."""
     schema["additionalProperties"] = {"anyOf": EMPTY}
 
 

@@ -7,10 +7,10 @@ are labels of the caller: they change no text, are not kept and are not logged.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from bento.neutral import EMPTY, asks_for_nothing, document_neutral
+from bento.neutral import EMPTY, asks_for_nothing
 from bento.schema import ALL_THAT_FITS, LARGEST_COUNT, WHOLE, Count, OnlyFalse, Sampling, StrictRequest, forms
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -213,15 +213,8 @@ Content = Annotated[
 ]
 
 
-def _document_message(schema: dict[str, Any]) -> None:
-    document_neutral(schema)
-    schema["properties"] |= {key: {} for key in sorted(MESSAGE_LABELS)}
-
-
 class Message(StrictRequest):
     """One turn of a conversation."""
-
-    model_config = ConfigDict(json_schema_extra=_document_message)
 
     @model_validator(mode="before")
     @classmethod

@@ -5,6 +5,7 @@ cost a process start, and could not keep a bad version from becoming the latest.
 run and leaves the last good version the latest.
 """
 
+import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -91,6 +92,21 @@ def beats_baselines(loss: float, bits_per_byte: float, *, uniform: float, unigra
             "bits_per_byte": str(bits_per_byte),
         },
     )
+
+
+def trains_soundly(warnings: Sequence[str]) -> dg.AssetCheckResult:
+    """Whether the watch over the training had nothing left to warn of at its end (`model/training/health.py`)."""
+    return dg.AssetCheckResult(
+        check_name="trains_soundly",
+        passed=not warnings,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata={"warnings": len(warnings), "found": "; ".join(warnings) or "none"},
+    )
+
+
+def training_warnings(checkpoint_dir: Path) -> list[str]:
+    """What the training of a checkpoint was warned of at its end; no model made from it is promoted with any."""
+    return list(json.loads((checkpoint_dir / "summary.json").read_text(encoding="utf-8")).get("warnings", []))
 
 
 def keeps_quality(bits_per_byte: float, full_bits_per_byte: float) -> dg.AssetCheckResult:

@@ -71,7 +71,9 @@ PIPELINE = (
         upstream=("tokenized_dataset",),
         checks={
             "beats_baselines": "The loss is finite, and bits per byte are below those of a uniform distribution over "
-            "tokens (else an error) and of token frequencies (else a warning)."
+            "tokens (else an error) and of token frequencies (else a warning).",
+            "trains_soundly": "At the end of the training gradients change, every parameter has moved, and the validation "
+            "loss is below that of token frequencies (else a warning, and the model is no candidate for champion).",
         },
         pool="device",
         preload=("model.training.train",),

@@ -58,6 +58,6 @@ def quantized_model(
             registration=Registration(
                 bits_per_byte=summary.bits_per_byte_after,
                 evaluation_text=f"{work.upstream['tokenized_dataset'].content_hash} {summary.evaluated_tokens} tokens",
-                candidate=work.settings.serving.quantized,
+                candidate=work.settings.serving.quantized and not checks.training_warnings(trained_checkpoint),
             ),
         )

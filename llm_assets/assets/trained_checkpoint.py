@@ -59,11 +59,12 @@ def trained_checkpoint(
                     summary.bits_per_byte,
                     uniform=baselines.uniform,
                     unigram=baselines.unigram,
-                )
+                ),
+                checks.trains_soundly(summary.warnings),
             ],
             registration=Registration(
                 bits_per_byte=summary.bits_per_byte,
                 evaluation_text=work.upstream["tokenized_dataset"].upstream["corpus"],
-                candidate=not work.settings.serving.quantized,
+                candidate=not work.settings.serving.quantized and not summary.warnings,
             ),
         )

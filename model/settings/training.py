@@ -115,6 +115,31 @@ class TrainingSettings(Settings, group="training"):
     logging_steps: int = option(
         10, "From one log line with tracked metrics to the next.", unit="steps", above=0, maximum=_MOST_STEPS
     )
+    self_check: bool = option(
+        True,
+        "Compare loss and gradients of one batch with plain float32 on the CPU before the first step; a difference ends "
+        "the run.",
+    )
+    self_check_tolerance: float = option(
+        0.0,
+        "Largest relative error of a gradient in the self-check; 0: 0.001 in float32, 0.08 in bfloat16 and float16.",
+        minimum=0,
+        maximum=1000.0,
+    )
+    watch_after: float = option(
+        0.1,
+        "Part of the steps after which it is a warning that the validation loss is not below that of token frequencies, or "
+        "that a parameter has not moved.",
+        minimum=0,
+        maximum=1,
+    )
+    watch_repeats: int = option(
+        3,
+        "Log lines with the same gradient norm that are a warning; a norm of exactly 0 is one at once.",
+        unit="log lines",
+        minimum=2,
+        maximum=10**6,
+    )
     seed: int = option(0, "Of the initial weights and the data order.", minimum=0, maximum=2**32 - 1)
     sample_prompts: list[str] = option(
         ["def", "class", "import"], "Prompts that the model continues at each evaluation, shown with the run."

@@ -28,6 +28,7 @@ from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset
 from model.training import checkpoints
 from model.training.failures import is_out_of_memory, out_of_memory
+from model.training.health import find_warnings, unigram_loss
 from model.training.initial_weights import load_teacher, start_from
 from model.training.outputs.files import sample_texts, write_outputs
 from model.training.outputs.summary import TrainingSummary
@@ -78,7 +79,7 @@ def train(
         torch.cuda.reset_peak_memory_stats(run.device)
     peak_flops = matmul_peak(run.device, run.precision)
     with _quiet_transformers():
-        state, trained_s = _run_steps(run, tokenizer, resume_step, peak_flops)
+        state, trained_s, warnings = _run_steps(run, tokenizer, resume_step, peak_flops)
         best_step = state.best_global_step or state.global_step
         model = build_model(config, run.settings.seed)
         _load_weights(model, checkpoints.checkpoint_dir(scratch_dir, best_step))
@@ -107,6 +108,7 @@ def train(
             peak_memory_bytes=peak_memory_bytes(run.device),
             precision=run.precision,
             device=run.device.type if run.device.type == "cpu" else torch.cuda.get_device_name(run.device),
+            warnings=warnings,
             samples=sample_texts(model, tokenizer, run.settings.sample_prompts, run.settings.sample_tokens),
         )
         if run.is_main_process:
@@ -116,15 +118,15 @@ def train(
 
 def _run_steps(
     run: TrainingRun, tokenizer: PreTrainedTokenizerBase, resume_step: int | None, peak_flops: float
-) -> tuple[TrainerState, float]:
-    """The state after the last step, and the seconds of optimizer steps in this process."""
+) -> tuple[TrainerState, float, list[str]]:
+    """The state after the last step, the seconds of optimizer steps in this process, and the warnings of the watch."""
     settings = run.settings
     newest = checkpoints.checkpoint_dir(run.scratch_dir, resume_step) if resume_step is not None else None
     if newest is not None:
         state = TrainerState.load_from_json(str(newest / checkpoints.STATE))
         run.log(f"continuing from step {resume_step:,} of {state.max_steps:,}")
         if checkpoints.is_finished(state):
-            return state, 0.0
+            return state, 0.0, find_warnings(state.log_history, settings, unigram_loss(run), [])
     model = build_model(run.config, settings.seed)
     if settings.init_from:
         start_from(model, Path(settings.init_from), tokenizer)
@@ -145,7 +147,7 @@ def _run_steps(
     trainer = RexTrainer(run, model, teacher=teacher, sample=sample, peak_flops=peak_flops)
     try:
         trainer.train(resume_from_checkpoint=str(newest) if newest is not None else None)
-        return trainer.state, trainer.trained_s
+        return trainer.state, trainer.trained_s, trainer.warnings
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -206,6 +208,10 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_NOT_OF_THE_RESULT = frozenset({"self_check", "self_check_tolerance", "watch_after", "watch_repeats"})
+"""Options that change no bit of the weights: a training can go on with other values."""
+
+
 def _identity(settings: ExperimentSettings, dataset_dir: Path, initial_world_size: int) -> dict[str, Any]:
     """All that decides the result of the training; the token files by their size and document boundaries."""
 
@@ -217,7 +223,7 @@ def _identity(settings: ExperimentSettings, dataset_dir: Path, initial_world_siz
 
     return {
         "model": dataclasses.asdict(settings.model),
-        "training": dataclasses.asdict(settings.training),
+        "training": {k: v for k, v in dataclasses.asdict(settings.training).items() if k not in _NOT_OF_THE_RESULT},
         "sequence_length": settings.tokenizer.sequence_length,
         "dataset": digest("train.documents.npy", "validation.documents.npy"),
         "dataset_bytes": (dataset_dir / "train.bin").stat().st_size,

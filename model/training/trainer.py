@@ -33,11 +33,12 @@ from model.modeling_rex import RexForCausalLM
 from model.progress import format_duration
 from model.settings import TrainingSettings
 from model.system.allocator import keep_freed_memory
-from model.training import checkpoints, failures
+from model.training import checkpoints, failures, health
 from model.training.loss import TrainingLoss
 from model.training.optim.optimizer import build_optimizer
 from model.training.optim.schedule import warmup_stable_decay
 from model.training.run import TrainingRun
+from model.training.self_check import self_check
 from model.training.signals import DeferredSignals, deferred_signals
 from model.training.throughput import flops_per_token, peak_memory_bytes
 
@@ -87,7 +88,7 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         peak_flops: what `model_flops_utilization` is a share of, in FLOP/s of one process.
         """
         self.run, self.settings = run, run.settings
-        self._sample, self._network = sample, model
+        self._sample, self._network, self._teacher = sample, model, teacher
         model.linear_loss = TrainingLoss(run.settings, teacher)
         if run.device.type == "cpu":
             keep_freed_memory()
@@ -115,6 +116,8 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         self._last_line_s = self._last_log_s = self._started_s = time.monotonic()
         self._paused_s = self._earlier_s = 0.0
         self._first_step = self._last_log_step = 0
+        self.warnings: list[str] = []
+        """What is wrong with the training so far, one line each."""
 
     # -- data, optimizer, schedule ------------------------------------------------------------------------------------
 
@@ -197,6 +200,40 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         with deferred_signals() as self.interrupts:
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def check_gradients(self) -> None:
+        """Compare the path that trains with plain float32 on the CPU (self_check.py); not with sharded parameters."""
+        if not self.settings.self_check:
+            return
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            self.run.log("self-check: left out, as parameters are sharded")
+            return
+        started = time.monotonic()
+        scaler = self.accelerator.scaler
+        self_check(
+            self.run,
+            self._network,
+            self._teacher,
+            lambda batch, items: self.training_step(self.model_wrapped, batch, items),
+            gradient_scale=scaler.get_scale() if scaler is not None else 1.0,
+        )
+        self._paused_s += time.monotonic() - started
+
+    def begin_watch(self) -> None:
+        """Note where parameters start, and what token frequencies cost on the text of the evaluations."""
+        self._motion = health.ParameterMotion(self._network, self.state.global_step)
+        self._unigram_loss = health.unigram_loss(self.run)
+
+    def watch(self) -> list[str]:
+        """What is wrong with the training at this moment, one line each; logs and counts what is new (health.py)."""
+        found = health.find_warnings(
+            self.state.log_history, self.settings, self._unigram_loss, self._motion.unmoved(self.state.global_step)
+        )
+        for line in found:
+            if line not in self.warnings:
+                self.run.log(f"warning: {line}")
+        self.warnings = found
+        return found
+
     def restore_loss_sum(self) -> None:
         """Restore the sum of losses since the last log line from the checkpoint."""
         if isinstance(self._resumed_from, str):
@@ -223,6 +260,9 @@ class RexTrainer(Trainer):  # type: ignore[misc]
             self._last_log_s, self._paused_s, self._last_log_step = now, 0.0, step
         logs["seconds"] = self._earlier_s + now - self._started_s
         self.state.log_history.append({"step": step, **logs})
+        if warnings := self.watch():
+            logs["health_warnings"] = float(len(warnings))
+            self.state.log_history[-1]["health_warnings"] = logs["health_warnings"]
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
         if self.run.on_metrics is not None:
             self.run.on_metrics(step, dict(logs))
@@ -312,6 +352,8 @@ class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer.restore_loss_sum()
+        self._trainer.check_gradients()
+        self._trainer.begin_watch()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

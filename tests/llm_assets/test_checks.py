@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import dagster as dg
@@ -104,3 +105,15 @@ def test_every_check_of_an_asset_blocks() -> None:
     specs = [spec for asset in ("corpus", "packaged_bento") for spec in checks.specs(asset)]
     assert [spec.name for spec in specs] == ["splits_are_disjoint", "is_in_store"]
     assert all(spec.blocking for spec in specs)
+
+
+def test_a_training_with_warnings_fails_its_check_without_blocking_and_what_it_made_is_known(tmp_path: Path) -> None:
+    lines = ["the gradient norm is exactly 0 at step 10 and 3 later log lines", "parameters that have not moved: a"]
+    result = checks.trains_soundly(lines)
+    assert (result.passed, result.severity) == (False, WARN)
+    assert result.metadata["found"].value == "; ".join(lines)
+    assert checks.trains_soundly([]).passed
+    (tmp_path / "summary.json").write_text(json.dumps({"warnings": lines}))
+    assert checks.training_warnings(tmp_path) == lines
+    (tmp_path / "summary.json").write_text("{}")
+    assert checks.training_warnings(tmp_path) == []

@@ -32,5 +32,7 @@ class TrainingSummary:
     peak_memory_bytes: int
     precision: str
     device: str
+    warnings: list[str]
+    """What was still wrong with the training at its end, one line each (health.py); empty for a sound one."""
     samples: dict[str, str]
     """Prompt to the model's continuation."""

@@ -1,0 +1,81 @@
+"""Signs that a running training does not learn: gradients that vanish or repeat, parameters that stay, no gain over counting.
+
+Each is a line of text in the log, a count among the metrics, and in the summary where it still holds at the end.
+Legend: `V` vocabulary, `T` predicted tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.baselines import held_out, token_counts, unigram_bits
+from model.modeling_rex import RexForCausalLM
+from model.settings import TrainingSettings
+from model.training.run import TrainingRun
+
+COUNTED_TOKENS = 1 << 24
+"""Training tokens whose frequencies are the baseline: enough for every token that matters, read in a tenth of a second."""
+_SAMPLED = 1024
+_NAMED = 3
+
+
+def unigram_loss(run: TrainingRun) -> float:
+    """Nats per token that the training split's token frequencies give on the windows of an evaluation."""
+    ids_T, _ = held_out(run.validation, run.settings.eval_windows)
+    counts_V = token_counts(run.train.tokens[:COUNTED_TOKENS], len(run.train.byte_counts))
+    return unigram_bits(counts_V, ids_T) * float(np.log(2)) / max(len(ids_T), 1)
+
+
+class ParameterMotion:
+    """Which parameters still have the values that they started this process with; a sample of each is compared."""
+
+    def __init__(self, model: RexForCausalLM, step: int) -> None:
+        self._model, self._first_step = model, step
+        self._before = {name: _sample(parameter) for name, parameter in model.named_parameters()}
+
+    def unmoved(self, step: int) -> list[str]:
+        """Names of parameters that no step has changed; none before the second step."""
+        if step < self._first_step + 2:
+            return []
+        same = {name: torch.equal(_sample(p), self._before[name]) for name, p in self._model.named_parameters()}
+        return [name for name, is_same in same.items() if is_same]
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    flat = parameter.detach().flatten()
+    return flat[:: max(1, len(flat) // _SAMPLED)].clone()
+
+
+def find_warnings(
+    history: Sequence[dict[str, Any]], settings: TrainingSettings, unigram: float, unmoved: Sequence[str]
+) -> list[str]:
+    """What is wrong, one line each.
+
+    history: the Trainer's log. unigram: `unigram_loss`. unmoved: `ParameterMotion.unmoved`.
+    """
+    found = []
+    norms = [(entry["step"], float(entry["grad_norm"])) for entry in history if "grad_norm" in entry]
+    # Without clipping transformers reports no norm, or 0.
+    if settings.max_grad_norm and norms:
+        if zeros := [step for step, norm in norms if norm == 0]:
+            found.append(f"the gradient norm is exactly 0 at step {zeros[0]:,} and {len(zeros) - 1:,} later log lines")
+        latest = [norm for _, norm in norms[-settings.watch_repeats :]]
+        if len(latest) == settings.watch_repeats and len(set(latest)) == 1 and latest[0]:
+            found.append(
+                f"the gradient norm is {latest[0]:.6g} in the last {len(latest)} log lines: it does not change"
+            )
+    late = settings.watch_after * settings.max_steps
+    step = history[-1]["step"] if history else 0
+    if unmoved and step >= late:
+        more = f" and {len(unmoved) - _NAMED} more" if len(unmoved) > _NAMED else ""
+        found.append(f"parameters that have not moved by step {step:,}: {', '.join(unmoved[:_NAMED])}{more}")
+    scores = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    if scores and scores[-1][0] >= max(late, 1) and scores[-1][1] >= unigram:
+        found.append(
+            f"the validation loss is {scores[-1][1]:.4f} at step {scores[-1][0]:,}, not below the {unigram:.4f} nats per "
+            "token of token frequencies"
+        )
+    return found

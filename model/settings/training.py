@@ -28,6 +28,26 @@ class TrainingSettings(Settings, group="training"):
     learning_rate: float = option(1e-2, "Peak learning rate of AdamW.", above=0, maximum=100.0)
     muon_learning_rate: float = option(2e-2, "Peak learning rate of Muon.", above=0, maximum=100.0)
     muon_momentum: float = option(0.95, "Decay of Muon's momentum.", minimum=0, below=1)
+    muon_momentum_warmup_steps: int = option(
+        0,
+        "Steps in which Muon's momentum rises linearly from muon_momentum_start to muon_momentum; 0: constant.",
+        unit="steps",
+        minimum=0,
+        maximum=_MOST_STEPS,
+    )
+    muon_momentum_start: float = option(
+        0.85,
+        "Muon's momentum at the first step of its warm-up, and at the last step of the training, to which it falls with "
+        "the learning rate.",
+        minimum=0,
+        below=1,
+    )
+    muon_normalize_rows: bool = option(
+        False, "Scale each row of Muon's updates by the root of its second moment (NorMuon)."
+    )
+    muon_cautious_weight_decay: bool = option(
+        False, "Muon's weight decay only where it and the update have one direction."
+    )
     newton_schulz_steps: int = option(
         5,
         "Newton-Schulz steps that orthogonalize an update of Muon; more are closer to orthogonal and cost more.",
@@ -78,6 +98,9 @@ class TrainingSettings(Settings, group="training"):
     )
     decay_fraction: float = option(
         0.4, "Last part of the steps, in which the learning rate falls linearly to zero.", minimum=0, maximum=1
+    )
+    final_learning_rate: float = option(
+        0.0, "Part of the peak learning rate that the decay ends at.", minimum=0, maximum=1
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "Of the forward and backward pass; auto: bfloat16 where the hardware computes it fast."

@@ -36,7 +36,7 @@ from model.system.allocator import keep_freed_memory
 from model.training import checkpoints, failures, health
 from model.training.loss import TrainingLoss
 from model.training.optim.optimizer import build_optimizer
-from model.training.optim.schedule import warmup_stable_decay
+from model.training.optim.schedule import muon_momentum, warmup_stable_decay
 from model.training.run import TrainingRun
 from model.training.self_check import self_check
 from model.training.signals import DeferredSignals, deferred_signals
@@ -142,15 +142,36 @@ class RexTrainer(Trainer):  # type: ignore[misc]
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
             warmup_steps, max_steps = self.settings.warmup_steps, num_training_steps
-            decay_steps = min(round(self.settings.decay_fraction * max_steps), max_steps - warmup_steps)
+            decay_steps = self._decay_steps(max_steps)
             self.lr_scheduler = LambdaLR(
                 optimizer or self.create_optimizer(),
                 lambda step: warmup_stable_decay(
-                    step, warmup_steps=warmup_steps, decay_steps=decay_steps, max_steps=max_steps
+                    step,
+                    warmup_steps=warmup_steps,
+                    decay_steps=decay_steps,
+                    max_steps=max_steps,
+                    floor=self.settings.final_learning_rate,
                 ),
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _decay_steps(self, max_steps: int) -> int:
+        return min(round(self.settings.decay_fraction * max_steps), max_steps - self.settings.warmup_steps)
+
+    def set_momentum(self) -> None:
+        """Set Muon's momentum for the step that begins; it depends on the step alone, so a resumed run has the same."""
+        settings, max_steps = self.settings, self.args.max_steps
+        momentum = muon_momentum(
+            self.state.global_step,
+            start=settings.muon_momentum_start,
+            peak=settings.muon_momentum,
+            warmup_steps=settings.muon_momentum_warmup_steps,
+            decay_steps=self._decay_steps(max_steps),
+            max_steps=max_steps,
+        )
+        for group in self.create_optimizer().param_groups:
+            group["momentum"] = momentum
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -354,6 +375,12 @@ class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
         self._trainer.restore_loss_sum()
         self._trainer.check_gradients()
         self._trainer.begin_watch()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._trainer.settings.muon_momentum_warmup_steps:
+            self._trainer.set_momentum()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

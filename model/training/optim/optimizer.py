@@ -19,6 +19,9 @@ from model.settings import TrainingSettings
 from model.system.devices import Precision, has_fast_bfloat16
 from model.training.optim.newton_schulz import orthogonalize
 
+ROW_DECAY = 0.95
+"""Decay of the second moment of an update's rows, where they are normalized."""
+
 
 class MuonAdamW(torch.optim.Optimizer):
     """Muon on the groups with `kind="muon"` (2-D parameters only), fused AdamW on those with `kind="adamw"`.
@@ -35,13 +38,17 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum: float = 0.95,
         newton_schulz_steps: int = 5,
         newton_schulz_dtype: torch.dtype = torch.float32,
+        normalize_rows: bool = False,
+        cautious_weight_decay: bool = False,
     ) -> None:
-        """groups: each with "kind", "params", "lr" and "weight_decay"."""
+        """groups: each with "kind", "params", "lr" and "weight_decay". The last two: options of Muon, see TrainingSettings."""
         defaults = {
             "betas": betas,
             "eps": 1e-8,
             "momentum": momentum,
             "newton_schulz_steps": newton_schulz_steps,
+            "normalize_rows": normalize_rows,
+            "cautious_weight_decay": cautious_weight_decay,
             "fused": True,  # read by load_state_dict too: AdamW's step counter then stays a float32 tensor
         }
         super().__init__(groups, defaults)
@@ -79,9 +86,28 @@ class MuonAdamW(torch.optim.Optimizer):
             stacked_NRC = torch.stack(updates).to(self._newton_schulz_dtype)
             update_NRC = orthogonalize(stacked_NRC, group["newton_schulz_steps"])
             scale = 0.2 * max(shape) ** 0.5
+            if group["normalize_rows"]:
+                update_NRC = self._normalize_rows(same, update_NRC)
             for parameter, update_RC in zip(same, update_NRC, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                decay = group["lr"] * group["weight_decay"]
+                if group["cautious_weight_decay"]:
+                    parameter.addcmul_(parameter, update_RC * parameter > 0, value=-decay)
+                else:
+                    parameter.mul_(1 - decay)
                 parameter.add_(update_RC, alpha=-group["lr"] * scale)
+
+    def _normalize_rows(self, parameters: list[Tensor], update_NRC: Tensor) -> Tensor:
+        """NorMuon (https://arxiv.org/abs/2510.05491): rows over the root of their second moment, the norm as before."""
+        means_NR1 = update_NRC.float().square().mean(-1, keepdim=True)
+        moments = []
+        for parameter, mean_R1 in zip(parameters, means_NR1, strict=True):
+            state = self.state[parameter]
+            if "row_second_moment" not in state:
+                state["row_second_moment"] = torch.zeros_like(mean_R1)
+            moments.append(state["row_second_moment"].lerp_(mean_R1, 1 - ROW_DECAY))
+        scaled_NRC = update_NRC / (torch.stack(moments).sqrt() + 1e-10).to(update_NRC.dtype)
+        norms = [value.float().norm(dim=(-2, -1), keepdim=True) for value in (update_NRC, scaled_NRC)]
+        return scaled_NRC * (norms[0] / norms[1].clamp(min=1e-10)).to(update_NRC.dtype)
 
     def _adamw_step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         states = [self.state[p] for p in parameters]
@@ -143,4 +169,6 @@ def build_optimizer(model: PreTrainedModel, settings: TrainingSettings, precisio
         momentum=settings.muon_momentum,
         newton_schulz_steps=settings.newton_schulz_steps,
         newton_schulz_dtype=torch.bfloat16 if use_bfloat16 else torch.float32,
+        normalize_rows=settings.muon_normalize_rows,
+        cautious_weight_decay=settings.muon_cautious_weight_decay,
     )

@@ -10,9 +10,11 @@ from model.build import build_config, build_model
 from model.modeling_rex import RexForCausalLM
 from model.settings import TrainingSettings
 from model.system.devices import resolve_precision
+from model.training import trainer
 from model.training.optim.newton_schulz import orthogonalize
 from model.training.optim.optimizer import MuonAdamW, build_optimizer, parameter_groups
-from model.training.optim.schedule import warmup_stable_decay
+from model.training.optim.schedule import muon_momentum, warmup_stable_decay
+from model.training.train import train
 from tests.model.training.tiny import experiment
 
 
@@ -184,3 +186,61 @@ def test_the_schedule_rises_stays_and_falls_to_zero():
 
 def test_a_schedule_without_warmup_or_decay_is_constant():
     assert {warmup_stable_decay(step, warmup_steps=0, decay_steps=0, max_steps=5) for step in range(5)} == {1.0}
+
+
+def test_the_schedule_ends_at_its_floor_and_the_momentum_rises_and_falls_between_its_bounds():
+    factors = [warmup_stable_decay(step, warmup_steps=0, decay_steps=4, max_steps=8, floor=0.2) for step in range(9)]
+    assert factors == pytest.approx([1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+    how = {"start": 0.85, "peak": 0.95, "decay_steps": 2, "max_steps": 6}
+    rising = [muon_momentum(step, warmup_steps=2, **how) for step in range(7)]
+    assert rising == pytest.approx([0.9, 0.95, 0.95, 0.95, 0.95, 0.9, 0.85])
+    assert {muon_momentum(step, warmup_steps=0, **how) for step in range(7)} == {0.95}
+
+
+def muon_update(**options: bool) -> tuple[Tensor, Tensor, MuonAdamW]:
+    generator = torch.Generator().manual_seed(0)
+    parameter = torch.nn.Parameter(torch.randn(8, 24, generator=generator))
+    before = parameter.detach().clone()
+    optimizer = MuonAdamW([{"params": [parameter], "kind": "muon", "lr": 0.1, "weight_decay": 0.5}], **options)
+    parameter.grad = torch.randn(8, 24, generator=generator) * torch.arange(1, 9)[:, None]
+    optimizer.step()
+    return before, parameter.detach() - before, optimizer
+
+
+def test_normalized_rows_are_alike_in_size_and_the_whole_update_keeps_its_norm():
+    options = {"newton_schulz_steps": 5}
+    before, plain, _ = muon_update(**options)  # type: ignore[arg-type]
+    _, normalized, optimizer = muon_update(normalize_rows=True, **options)  # type: ignore[arg-type]
+    plain, normalized = (update + 0.05 * before for update in (plain, normalized))  # without the decay
+    assert normalized.norm() == pytest.approx(plain.norm().item(), rel=1e-4)
+    spread = [update.norm(dim=1).std() / update.norm(dim=1).mean() for update in (plain, normalized)]
+    assert spread[1] < 1e-3 < spread[0]
+    (state,) = optimizer.state.values()
+    assert state["row_second_moment"].shape == (8, 1)
+
+
+def test_cautious_weight_decay_leaves_alone_what_the_update_moves_outwards():
+    before, plain, _ = muon_update()
+    _, cautious, _ = muon_update(cautious_weight_decay=True)
+    update = plain + 0.05 * before
+    inwards = update * before < 0
+    torch.testing.assert_close(cautious[inwards], plain[inwards])
+    torch.testing.assert_close(cautious[~inwards], update[~inwards])
+
+
+def test_a_warmed_momentum_reaches_the_optimizer_at_each_step(dataset_dir, tmp_path, monkeypatch):
+    seen: list[float] = []
+
+    class Watched(MuonAdamW):
+        def step(self, closure=None):
+            seen.append(self.param_groups[-1]["momentum"])
+            return super().step()
+
+    monkeypatch.setattr(
+        trainer, "build_optimizer", lambda model, settings, precision: Watched(parameter_groups(model, settings))
+    )
+    settings = experiment(
+        max_steps=6, warmup_steps=0, decay_fraction=0.5, muon_momentum_warmup_steps=2, muon_momentum_start=0.85
+    )
+    train(settings, dataset_dir, tmp_path / "out", tmp_path / "scratch")
+    assert seen == pytest.approx([0.9, 0.95, 0.95, 0.95, 0.95 - 0.1 / 3, 0.95 - 0.2 / 3])

@@ -3,6 +3,7 @@
     python -m bench.training shakespeare --nanogpt DIR --text data/tinyshakespeare.txt
     python -m bench.training speed                  # the shape of stdlib_30m against an HF Trainer run of Llama
     python -m bench.training costs                  # reading data, saving and resuming beside the steps of a training
+    python -m bench.training gpu                    # on a GPU, first: right gradients in each precision, then speed
     python -m bench.training speed --gpu --nanogpt DIR    # the shape of gpt2_124m against nanoGPT compiled
 
 Sides run in turn on the same machine, every run in a process of its own. The user clones nanoGPT. For the
@@ -27,7 +28,7 @@ import torch
 
 from bench.hardware import describe
 from bench.settings import read_settings
-from bench.training import costs, nanogpt, speed
+from bench.training import costs, gpu, nanogpt, speed
 from model.settings import ExperimentSettings, ModelSettings, TokenizerSettings, TrainingSettings
 from model.text.tokenizer import FastEncoder, token_bytes, train_tokenizer
 from model.text.tokens import encode_split
@@ -169,10 +170,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     speed_command.add_argument("--steps", type=int, default=4, help="timed optimizer steps a round (default 4)")
     speed_command.add_argument("--gpu", action="store_true", help="gpt2_124m on a GPU against nanoGPT compiled")
     speed_command.add_argument("--nanogpt", type=Path, help="a work tree of nanoGPT, for --gpu")
+    gpu_command = commands.add_parser("gpu", help="are gradients right on this device, and how fast are steps")
+    gpu_command.add_argument("--shape", choices=list(speed.SHAPES), default="gpt2_124m", help="default: gpt2_124m")
+    gpu_command.add_argument("--nanogpt", type=Path, help="a work tree of nanoGPT, to be timed against")
+    gpu_command.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
+    gpu_command.add_argument("--steps", type=int, default=4, help="timed optimizer steps a round (default 4)")
     costs_command = commands.add_parser("costs", help="reading, saving and resuming beside the steps")
     costs_command.add_argument("--rounds", type=int, default=3, help="rounds (default 3)")
     costs_command.add_argument("--shape", choices=list(speed.SHAPES), default="stdlib", help="default: stdlib")
-    for command in (quality, speed_command, costs_command):
+    for command in (quality, speed_command, gpu_command, costs_command):
         command.add_argument("--json", type=Path, help="also write the figures to this file")
     for name, names in (
         ("run", ["steps", "batch", "dataset", "scratch"]),
@@ -195,6 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if options.command == "costs":
         result = costs.measure(options.shape, options.rounds)
+    elif options.command == "gpu":
+        result = gpu.measure(options.shape, options.nanogpt, options.rounds, options.steps)
     elif options.command == "shakespeare":
         result = compare_shakespeare(
             options.nanogpt, options.text, options.rounds, options.short, options.long, options.sides

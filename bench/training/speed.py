@@ -24,15 +24,17 @@ from bench.settings import read_settings
 from bench.training import nanogpt
 from model.build import build_config, build_model
 from model.errors import PipelineError
+from model.modeling_rex import RexForCausalLM
 from model.settings import ModelSettings, TrainingSettings
 from model.system.devices import has_fast_bfloat16, resolve_device, resolve_precision
 from model.text.tokens import TokenDataset
-from model.training.run import prepare_run
+from model.training.run import TrainingRun, prepare_run
 from model.training.throughput import flops_per_token, matmul_peak
 from model.training.trainer import RexTrainer
 
 SHAPES = {
     # name: model, training, vocabulary, window
+    "tiny": ("model/rex_tiny.yaml", "training/cpu_seconds.yaml", 512, 128),
     "stdlib": ("model/rex_2m.yaml", "training/cpu_minutes.yaml", 4096, 256),
     "stdlib_30m": ("model/rex_30m.yaml", "training/cpu_hours.yaml", 16_384, 512),
     "gpt2_124m": ("model/rex_124m.yaml", "training/gpu_124m.yaml", 50_304, 1024),
@@ -76,14 +78,19 @@ class _Steps(RexTrainer):
         pass
 
 
-def build_trainer(kind: type[AnyTrainer], shape: str, scratch: Path, settings: TrainingSettings) -> AnyTrainer:
-    """The trainer of one of SHAPES on random ids."""
+def prepare(shape: str, scratch: Path, settings: TrainingSettings) -> tuple[TrainingRun, RexForCausalLM]:
+    """One of SHAPES on random ids: the run and its initial model."""
     model_file, _, vocabulary, length = SHAPES[shape]
     dataset = _random_dataset(scratch, vocabulary, length, 4096)
     config = build_config(read_settings(ModelSettings, model_file), vocabulary, 0, 0, 1)
     model = build_model(config, 0)
     model.config.use_cache = False
-    return kind(prepare_run(settings, config, (dataset, dataset), scratch), model)
+    return prepare_run(settings, config, (dataset, dataset), scratch), model
+
+
+def build_trainer(kind: type[AnyTrainer], shape: str, scratch: Path, settings: TrainingSettings) -> AnyTrainer:
+    """The trainer of one of SHAPES on random ids."""
+    return kind(*prepare(shape, scratch, settings))
 
 
 def measure_side(side: str, steps: int) -> dict[str, float]:

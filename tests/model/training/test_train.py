@@ -128,7 +128,7 @@ def test_accumulated_gradients_equal_one_large_batch(dataset_dir, tmp_path):
 
 
 def test_an_absurd_learning_rate_stops_the_run_before_anything_is_saved(dataset_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "warmup_stable_decay", lambda step, **schedule: 1e38)  # the options allow at most 100
+    monkeypatch.setattr(trainer, "warmup_stable_decay", lambda step, **schedule: 1e40)  # the options allow at most 100
     settings = experiment()
     with pytest.raises(
         PipelineError,

@@ -114,7 +114,9 @@ class OurEngine(Contender):
         super().__init__(model)
         # The engine wants a tokenizer only to turn tokens into text; this one knows fewer tokens than the model.
         tokenizer = train_tokenizer(TokenizerSettings(vocab_size=260), ["def main():\n    return 0\n"] * 4)
-        self._engine = Engine(model, tokenizer, end_of_text_ids=frozenset(), max_batch_size=RAGGED_STREAMS)
+        self._engine = Engine(
+            model, tokenizer, end_of_text_ids=frozenset(), max_batch_size=RAGGED_STREAMS, max_queue=64
+        )
 
     def one_stream(self) -> float:
         """A single stream."""

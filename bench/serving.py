@@ -185,7 +185,7 @@ def measure(
     model = load_model(model_dir, device="cpu")
     torch.set_num_threads(int(os.environ.get("REX_THREADS") or 0) or _threads_of_the_service(model))
     weights_bytes = sum(p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()])
-    engine = Engine(model, load_tokenizer(model_dir))
+    engine = Engine(model, load_tokenizer(model_dir), max_queue=64)
     engine.warm_up()
     prompts = Prompts(model.config.vocab_size)
     result: dict[str, Any] = {"parameters": count_parameters(model), "start_s": [], "start_cpu_s": []}

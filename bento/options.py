@@ -6,95 +6,90 @@
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import bentoml
 from bentoml.exceptions import BentoMLException, InvalidArgument, NotFound
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from bento.bentoml_internals import model_store
+from model.settings import Option, ServingSettings, options
+from model.settings.option import option
 
 PREFIX = "REX_"
-M = TypeVar("M", bound=BaseModel)
 
 
-class BentoArgs(BaseModel):
-    """Given by `--arg NAME=VALUE` to `bentoml build`, or to `bentoml serve` of the source."""
+@dataclass
+class ServiceSettings(ServingSettings):
+    """The options of a service: the pipeline's (`model/settings/serving.py`), and those of one that is started."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    model: str = Field("", description="Tag in the BentoML model store, or the directory of a REX model.")
-    served_model_name: str = Field(
-        "", description="Names of the model for clients, comma separated; answers bear the first. Default: its tag."
+    # The pipeline serves what it quantized; a directory given by hand is served as it is.
+    quantized: bool | Literal["auto"] = option(  # type: ignore[assignment]
+        "auto", "true: int8 weights; false: full precision; auto: what the model's directory holds."
     )
-    champion: str = Field(
+    model: str = option("", "Tag in the BentoML model store, or directory of a checkpoint or quantized model.")
+    served_model_name: str = option(
+        "", "Names of the model for clients, comma separated; answers bear the first. Empty: its tag."
+    )
+    champion: str = option(
         "",
-        description="Registered model of the MLflow server at MLFLOW_TRACKING_URI whose champion is served, whenever it "
+        "Registered model (rex-stdlib) of the MLflow server at MLFLOW_TRACKING_URI; its champion is served, whenever it "
         "changes.",
     )
-    champion_poll_s: float = Field(
-        10.0, gt=0, allow_inf_nan=False, description="From one question for the champion to the next."
+    champion_poll_s: float = option(
+        10.0, "From one question for the champion to the next.", unit="seconds", above=0, maximum=86_400
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes the GPU where there is one.")
-    kv_cache: bool = Field(True, description="false computes earlier tokens again for each new one, for comparison.")
-    quantized: bool | Literal["auto"] = Field(
-        "auto", description="true serves int8 weights, false full precision, auto what the model directory holds."
+    clamp_max_tokens: bool = option(
+        True, "Generate as many tokens as fit where more are asked for; false: refuse with a 400."
     )
-    mixed_precision: bool = Field(
-        False, description="true holds weights that are not int8, and activations, in bfloat16."
-    )
-    step: Literal["auto", "reference", "native"] = Field(
-        "auto", description="What computes a step of the engine; auto takes the fastest that runs the model here."
-    )
-    max_batch_size: int = Field(16, ge=1, description="Requests that generate at once.")
-    kv_cache_mib: int = Field(
-        0,
-        ge=0,
-        description="Most MiB for keys and values; fewer requests then generate at once. 0 takes what max_batch_size needs.",
-    )
-    prefill_chunk: int = Field(
-        256,
-        ge=1,
-        description="Tokens of one step with prompts in it, so that a long prompt does not hold up running texts.",
-    )
-    max_queue: int = Field(128, ge=1, description="Requests that wait; more are answered 429.")
-    max_queue_tokens: int = Field(262_144, ge=1, description="Prompt tokens that wait; more are answered 429.")
-    queue_timeout_s: float = Field(
-        60.0, gt=0, allow_inf_nan=False, description="From arrival to the start; later is answered 503."
-    )
-    request_timeout_s: float = Field(300.0, gt=0, allow_inf_nan=False, description="From arrival to the last token.")
-    step_timeout_s: float = Field(
-        60.0, gt=0, allow_inf_nan=False, description="Of one step of the model; a longer one hangs and is ended."
-    )
-    drain_timeout_s: float = Field(
-        30.0, ge=0, allow_inf_nan=False, description="That running requests have to finish after SIGTERM."
-    )
-    clamp_max_tokens: bool = Field(
-        True, description="true generates as many tokens as fit where more are asked for; false refuses with a 400."
-    )
-    receive_timeout_s: float = Field(
+    receive_timeout_s: float = option(
         30.0,
-        gt=0,
-        allow_inf_nan=False,
-        description="From a connection or a request's first byte to its last; then 408.",
+        "From a connection or a request's first byte to its last; later is answered 408.",
+        unit="seconds",
+        above=0,
+        maximum=86_400,
     )
-    keep_alive_s: float = Field(
-        75.0, gt=0, allow_inf_nan=False, description="That an idle connection stays open for the next request."
+    keep_alive_s: float = option(
+        75.0, "That an idle connection stays open for the next request.", unit="seconds", above=0, maximum=86_400
     )
-    max_connections: int = Field(
-        4096, ge=1, description="Open connections; beyond it the one that is idle longest is closed for a new one."
+    max_connections: int = option(
+        4096,
+        "Open connections; beyond it the one that is idle longest is closed for a new one.",
+        unit="connections",
+        above=0,
+        maximum=1_000_000,
     )
-    max_body_bytes: int = Field(1_048_576, ge=1, description="Of a request's body; more is answered 413.")
-    cors_origins: str = Field(
-        "", description="Web sites whose pages may call the service, comma separated; * for all. None by default."
+    threads: int = option(
+        0,
+        "CPU threads of the model; 0: chosen by its size, the CPU quota and the affinity.",
+        unit="threads",
+        minimum=0,
+        maximum=4096,
     )
-    allow_anonymous: bool = Field(
-        False, description="true lets anybody in who reaches the service, where no API key is set."
-    )
-    threads: int = Field(
-        0, ge=0, description="CPU threads of the model; 0 takes one for a small model, else every usable core."
-    )
+
+
+def _pydantic_field(item: Option) -> tuple[Any, Any]:
+    limits: dict[str, Any] = {}
+    if item.bounds:
+        limits = {
+            "gt": item.bounds.above,
+            "ge": item.bounds.minimum,
+            "lt": item.bounds.below,
+            "le": item.bounds.maximum,
+        }
+    if item.type is float:
+        limits["allow_inf_nan"] = False
+    return item.type, Field(item.default, description=item.text, **limits)
+
+
+_FIELDS: dict[str, Any] = {item.name: _pydantic_field(item) for item in options(ServiceSettings)}
+_Arguments: Any = create_model("_Arguments", __config__=ConfigDict(extra="forbid"), **_FIELDS)
+
+
+class BentoArgs(_Arguments):
+    """`ServiceSettings` in BentoML's form: `--arg NAME=VALUE` of `bentoml build`, or of `bentoml serve` of the source."""
 
 
 def with_overrides(arguments: BentoArgs, environment: Mapping[str, str] | None = None) -> BentoArgs:
@@ -157,10 +152,13 @@ def find_model(model: str) -> Path:
         raise InvalidArgument(f"model {model!r}: {' '.join(str(error).split())}") from error
 
 
+def variables() -> list[Option]:
+    """The options as variables: their names are REX_MODEL, REX_CHAMPION, ..., those of a started service first."""
+    pipelines = {item.name for item in options(ServingSettings)}
+    found = [replace(item, group="", name=PREFIX + item.name.upper()) for item in options(ServiceSettings)]
+    return sorted(found, key=lambda item: item.name.removeprefix(PREFIX).lower() in pipelines)
+
+
 def describe_variables() -> str:
     """One line of Markdown for each option: variable, default, meaning."""
-    lines = []
-    for name, field in BentoArgs.model_fields.items():
-        default: Any = field.default if field.default != "" else "none"
-        lines.append(f"- `{PREFIX}{name.upper()}` (default `{str(default).lower()}`): {field.description}")
-    return "\n".join(lines)
+    return "\n".join(f"- `{item.name}` (default `{item.default_text}`): {item.text}" for item in variables())

@@ -1,7 +1,8 @@
 """Composes an experiment's settings from `configs/` with Hydra.
 
-    python -m llm_assets.experiments NAME [overrides]     prints the resolved settings as YAML
-    python -m llm_assets.experiments --list               prints the experiments
+    python -m llm_assets.experiments NAME [overrides]               prints the resolved settings as YAML
+    python -m llm_assets.experiments NAME [overrides] --explain     the same, with what each option means
+    python -m llm_assets.experiments --list                         prints the experiments
 
 `name` is a file of `configs/experiment/`; an override is Hydra's `group.option=value` or `group=file`. Composing reads
 nothing but the files, the overrides and the environment variables that the files name, so that every step of a run
@@ -12,6 +13,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +24,16 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from llm_assets.experiments import explain
+from llm_assets.experiments.files import (
+    did_you_mean,
+    experiment_names,
+    locate,
+    misnamed_files,
+    name_mistake,
+    read_files,
+    shown,
+)
 from llm_assets.paths import REPOSITORY
 from model.errors import PipelineError, ends_in_one_line
 from model.settings import ExperimentSettings
@@ -34,31 +46,34 @@ COMPOSING_ERRORS = (HydraException, OmegaConfBaseException)
 ConfigStore.instance().store(name="settings", node=ExperimentSettings)
 
 
-def experiment_names(config_dir: Path = CONFIG_DIR) -> list[str]:
-    """Names of the experiments in `config_dir`, sorted."""
-    return sorted(path.stem for path in (config_dir / "experiment").glob("*.yaml"))
-
-
 def compose(name: str, overrides: Sequence[str] = (), config_dir: Path = CONFIG_DIR) -> ExperimentSettings:
     """Resolve experiment `name` with Hydra overrides applied.
 
-    Raises PipelineError, one line, for an experiment that is not there, an option that is not there, a value of the
-    wrong type and a value out of range.
+    Raises PipelineError, one line, for an experiment that is not there, a mistake in one of its files, an option that is
+    not there, a value of the wrong type and a value out of range.
     """
     names = experiment_names(config_dir)
     if name not in names:
+        mistake = name_mistake(name)
+        if mistake and (config_dir / "experiment" / f"{name}.yaml").exists():
+            raise PipelineError(f"{config_dir / 'experiment' / name}.yaml: {mistake}")
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise PipelineError(f"no experiment {name!r} in {config_dir / 'experiment'}: expected one of {names}{hint}")
+    files = read_files(config_dir, name, overrides)
     try:
         with initialize_config_dir(str(config_dir.resolve())):
             composed = hydra_compose("config", [f"experiment={name}", *overrides, f"++name={name}"])
         # Hydra's `+group.option=` opens the tree for keys that no setting has: merging once more refuses them.
         typed = OmegaConf.merge(OmegaConf.structured(ExperimentSettings), OmegaConf.to_container(composed))
         settings = OmegaConf.to_object(typed)
-    except COMPOSING_ERRORS as error:
-        raise PipelineError(f"experiment {name!r} with {list(overrides)}: {one_line(error)}") from error
+    except (*COMPOSING_ERRORS, PipelineError) as error:
+        message = str(error) if isinstance(error, PipelineError) else one_line(error)
+        where = locate(str(error), files, overrides) or f"experiment {name!r} with {list(overrides)}"
+        raise PipelineError(f"{where}: {message}") from error
     assert isinstance(settings, ExperimentSettings)
+    if not settings.description:
+        raise PipelineError(f"{shown(files[1].path)} has no description: expected a line `description: ...`")
     return settings
 
 
@@ -75,21 +90,42 @@ def one_line(error: BaseException) -> str:
         lines += [line.strip() for line in str(cause).splitlines() if line.strip()]
     noise = ("object_type", "reference_type", "See https", "To append", "full_key", "Config search path", "provider=")
     kept = [line.rstrip(".") for line in lines if not line.startswith(noise)]
-    return "; ".join(dict.fromkeys(kept)) + "; `python -m llm_assets.experiments` prints every option"
+    reason = "; ".join(dict.fromkeys(kept)) + did_you_mean(str(error))
+    return f"{reason}; `python -m llm_assets.experiments --explain` prints every option"
 
 
 @ends_in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Print one experiment's resolved settings, or the list of experiments."""
-    parser = argparse.ArgumentParser(prog="python -m llm_assets.experiments", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m llm_assets.experiments",
+        description=__doc__.split("\n")[0],
+        epilog="options, with their defaults:\n\n" + explain.as_list(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("name", nargs="?", default=DEFAULT_EXPERIMENT, help=f"default: {DEFAULT_EXPERIMENT}")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as training.max_steps=100 model=rex_30m")
     parser.add_argument("--list", action="store_true", help="print the experiments and what each is")
+    parser.add_argument(
+        "--explain", action="store_true", help="print beside each option its meaning, range and default"
+    )
     parser.add_argument("--config-dir", type=Path, default=CONFIG_DIR, help="default: configs/ of this repository")
     arguments = parser.parse_args(argv)
     if arguments.list:
-        for name in experiment_names(arguments.config_dir):
-            print(f"{name:20} {compose(name, config_dir=arguments.config_dir).description}")
-    else:
-        print(to_yaml(compose(arguments.name, arguments.overrides, arguments.config_dir)), end="")
+        return _print_list(arguments.config_dir)
+    settings = compose(arguments.name, arguments.overrides, arguments.config_dir)
+    print(explain.as_yaml(settings) if arguments.explain else to_yaml(settings), end="")
     return 0
+
+
+def _print_list(config_dir: Path) -> int:
+    """Print every experiment, then what is wrong with those that cannot run; status 1 where there is one."""
+    mistakes = list(misnamed_files(config_dir))
+    for name in experiment_names(config_dir):
+        try:
+            print(f"{name:20} {compose(name, config_dir=config_dir).description}")
+        except PipelineError as error:
+            mistakes.append(str(error))
+    for mistake in mistakes:
+        print(f"error: {mistake}", file=sys.stderr)
+    return 1 if mistakes else 0

@@ -34,6 +34,7 @@ from model.generation.requests import (
 from model.generation.scheduler import Scheduler
 from model.generation.step import Step
 from model.generation.steps import choose_step
+from model.settings import ServingSettings
 from model.system.allocator import keep_freed_memory
 from model.system.cpu import release_worker_threads
 from model.text.tokenizer import FastEncoder, token_bytes
@@ -61,14 +62,14 @@ class Engine:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerFast,
         *,
-        kv_cache: bool = True,
-        max_batch_size: int = 16,
-        kv_cache_mib: int = 0,
-        prefill_chunk: int = 256,
-        max_queue: int = 64,
-        max_queue_tokens: int = 65_536,
+        kv_cache: bool = ServingSettings.kv_cache,
+        max_batch_size: int = ServingSettings.max_batch_size,
+        kv_cache_mib: int = ServingSettings.kv_cache_mib,
+        prefill_chunk: int = ServingSettings.prefill_chunk,
+        max_queue: int = ServingSettings.max_queue,
+        max_queue_tokens: int = ServingSettings.max_queue_tokens,
         step: str = "auto",
-        step_timeout_s: float = 60.0,
+        step_timeout_s: float = ServingSettings.step_timeout_s,
         end_of_text_ids: frozenset[int] | None = None,
     ) -> None:
         self.tokenizer = tokenizer

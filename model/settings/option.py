@@ -91,6 +91,18 @@ class Option:
             return ", ".join([*kinds, *map(str, self.choices)])
         return str(self.bounds) if self.bounds else ""
 
+    @property
+    def default_text(self) -> str:
+        """The default as a person types it, with its unit: `500 steps`, `true`, `none`."""
+        if self.default in ("", None, [], {}):
+            return "none"
+        if isinstance(self.default, bool):
+            return str(self.default).lower()
+        if isinstance(self.default, list):
+            return ", ".join(map(str, self.default))
+        number = _number(self.default) if isinstance(self.default, int | float) else str(self.default)
+        return f"{number} {self.unit}".rstrip()
+
 
 def option(
     default: T,

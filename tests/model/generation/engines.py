@@ -20,7 +20,7 @@ STEP = "auto"
 
 def start(model, tokenizer, **options) -> Engine:
     """An engine that no token stops, so that lengths are known: a model with random weights stops anywhere."""
-    defaults = {"max_batch_size": 4, "end_of_text_ids": frozenset(), "step": STEP}
+    defaults = {"max_batch_size": 4, "max_queue": 64, "end_of_text_ids": frozenset(), "step": STEP}
     return Engine(model, tokenizer, **{**defaults, **options})
 
 

@@ -1,0 +1,233 @@
+"""The YAML files of `configs/`, read before Hydra reads them: a mistake is one line with file, line and what was expected.
+
+Hydra's own errors name no line, and most YAML mistakes pass through it as tracebacks. What an option may be is in
+`model/settings/`.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from model.errors import PipelineError
+from model.settings import GROUPS, options
+
+MOST_BYTES = 1 << 20
+MOST_NODES = 100_000
+MOST_NAME_CHARACTERS = 50
+NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
+NAME_RULE = f"expected at most {MOST_NAME_CHARACTERS} lowercase letters, digits and single '_' or '-' between them, a letter first"
+HYDRA_WORDS = {"null", "true", "false", "inf", "nan", "none"}
+"""What an override `experiment=...` would read as something else than a name."""
+PACKAGE = "# @package _global_"
+_CHOICE = re.compile(r"(?:override\s+)?/?(?P<group>\w+)")
+
+
+@dataclass
+class ConfigFile:
+    """One YAML file. lines: the line of each option that it sets, by `group.name`. choices: file names by group."""
+
+    path: Path
+    lines: dict[str, int] = field(default_factory=dict)
+    choices: dict[str, str] = field(default_factory=dict)
+
+
+def experiment_names(config_dir: Path) -> list[str]:
+    """Names of the experiments in `config_dir` that may be run, sorted; the content of their files is not looked at."""
+    stems = sorted(path.stem for path in (config_dir / "experiment").glob("*.yaml"))
+    return [name for name in stems if name_mistake(name) is None]
+
+
+def misnamed_files(config_dir: Path) -> Iterator[str]:
+    """One line for each file of `config_dir`/experiment whose name keeps it from being an experiment."""
+    for path in sorted((config_dir / "experiment").glob("*.y*ml")):
+        mistake = name_mistake(path.stem) if path.suffix == ".yaml" else "expected a name that ends in .yaml"
+        if mistake:
+            yield f"{shown(path)}: {mistake}"
+
+
+def name_mistake(name: str) -> str | None:
+    """Why an experiment cannot be called `name`; None where it can.
+
+    The name is a Dagster partition key, a value on Hydra's command line and a part of paths, of MLflow's model names,
+    of BentoML's tags and of image repositories, which allow the fewest characters.
+    """
+    if not NAME.fullmatch(name) or len(name) > MOST_NAME_CHARACTERS:
+        return f"the name {name!r} cannot be an experiment's: {NAME_RULE}"
+    if name in HYDRA_WORDS:
+        return f"the name {name!r} cannot be an experiment's: Hydra reads it as a value; expected another"
+    return None
+
+
+def read_files(config_dir: Path, experiment: str, overrides: Sequence[str]) -> list[ConfigFile]:
+    """The files that compose `experiment`, each checked: config.yaml, the experiment, then one of each group.
+
+    A file that is missing is left to Hydra, which lists those that are there.
+    Raises PipelineError, one line, for the first mistake.
+    """
+    root = read_file(config_dir / "config.yaml", group=None)
+    chosen = read_file(config_dir / "experiment" / f"{experiment}.yaml", group=None, needs_package=True)
+    choices = {**root.choices, **chosen.choices}
+    for override in overrides:
+        group, equals, value = override.lstrip("+").partition("=")
+        if equals and group in GROUPS:
+            choices[group] = value
+    files = [config_dir / group / f"{choice}.yaml" for group, choice in choices.items() if group in GROUPS]
+    return [root, chosen, *(read_file(path, group=path.parent.name) for path in files if path.exists())]
+
+
+def read_file(path: Path, *, group: str | None, needs_package: bool = False) -> ConfigFile:
+    """Check one file of group `group`, or of the whole tree (None). Raises PipelineError, one line.
+
+    needs_package: the file has to begin with the line that makes its options those of the whole tree.
+    """
+    text = _text(path)
+    found = ConfigFile(path)
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise _mistake(path, line, f"{error.problem or error.context}", _expected_instead(text, line)) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise _mistake(path, line, f"a control character (#x{error.character:02x})", "text") from None
+    except RecursionError:
+        raise _mistake(path, 1, "lists or options nested too deep", "`group:` and `option: value` below it") from None
+    if node is None:
+        if not text.strip() or group is None:
+            raise _mistake(path, 1, "nothing", "options as `option: value`")
+        return found  # comments alone: a group as its defaults are
+    if not isinstance(node, yaml.MappingNode):
+        kind = "a list" if isinstance(node, yaml.SequenceNode) else f"the value {node.value!r}"
+        raise _mistake(path, node.start_mark.line + 1, f"{kind} at the top", "options as `option: value`")
+    _check_nodes(path, node)
+    if needs_package and text.lstrip().split("\n")[0].split() != PACKAGE.split():
+        raise _mistake(path, 1, f"no line {PACKAGE!r}", "it as the first line of an experiment's file")
+    for key, value in node.value:
+        if key.value == "defaults":
+            found.choices = dict(_choices(value))
+        else:
+            _note_lines(found, group, key, value)
+    return found
+
+
+def locate(message: str, files: Sequence[ConfigFile], overrides: Sequence[str]) -> str | None:
+    """`file, line N` of the option that an error message names, where a file set it and no override did."""
+    named = re.search(r"full_key: ([\w.]+)", message) or re.search(r"^([a-z]\w*\.\w+) is ", message)
+    if named is None:
+        return None
+    option = ".".join(named[1].split(".")[:2])
+    if any(override.lstrip("+~").partition("=")[0].startswith(option) for override in overrides):
+        return None
+    # As Hydra merges: the experiment's own options come last.
+    for file in [*files[1:2], *files[2:], *files[:1]]:
+        if option in file.lines:
+            return f"{shown(file.path)}, line {file.lines[option]}"
+    return None
+
+
+def did_you_mean(message: str) -> str:
+    """`; did you mean ...?` for an error message about an option that is not there."""
+    named = re.search(r"full_key: (\w+)\.(\w+)", message)
+    if named is None or "not in" not in message or named[1] not in GROUPS:
+        return ""
+    close = difflib.get_close_matches(named[2], [item.name for item in options(GROUPS[named[1]])], n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def shown(path: Path) -> str:
+    """The path from the folder above `configs/` on, as a person finds it."""
+    parts = path.parts
+    return str(Path(*parts[-3:])) if path.parent.name != "configs" else str(Path(*parts[-2:]))
+
+
+def _text(path: Path) -> str:
+    if path.is_dir():
+        raise PipelineError(f"{shown(path)} is a folder: expected a YAML file of options")
+    if path.exists() and not path.is_file():
+        raise PipelineError(f"{shown(path)} is a device or a pipe: expected a YAML file of options")
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise PipelineError(
+                f"{shown(path)} has {path.stat().st_size:,} bytes: expected options, at most {MOST_BYTES:,}"
+            )
+        data = path.read_bytes()
+    except OSError as error:
+        raise PipelineError(
+            f"{shown(path)} cannot be read ({error.strerror}): expected a YAML file of options"
+        ) from None
+    if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        raise _mistake(path, 1, "a byte order mark", "UTF-8 without one: save the file again so")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise _mistake(
+            path, line, f"the byte {data[error.start]:#04x}, not UTF-8", "UTF-8: save the file again so"
+        ) from None
+    return text
+
+
+def _mistake(path: Path, line: int, found: str, expected: str) -> PipelineError:
+    return PipelineError(f"{shown(path)}, line {line}: {' '.join(found.split())}: expected {expected}")
+
+
+def _expected_instead(text: str, line: int) -> str:
+    lines = text.splitlines()
+    wrong = lines[line - 1] if line <= len(lines) else ""
+    if "\t" in wrong:
+        return "spaces where a tab is"
+    if re.search(r"[\[:,-]\s*[*&@`%!|>]", wrong):
+        return "quotes around a text with a special character: '*.txt'"
+    if wrong.startswith(("---", "...")):
+        return "one document of options"
+    return "`option: value` with balanced brackets and quotes, options of one group below each other"
+
+
+def _check_nodes(path: Path, root: yaml.MappingNode) -> None:
+    """Refuse keys given twice, keys that are not text, tags, and aliases that expand without bound."""
+    count, waiting = 0, [root]
+    while waiting:
+        node = waiting.pop()
+        line = node.start_mark.line + 1
+        count += 1
+        if count > MOST_NODES:
+            raise _mistake(path, line, f"more than {MOST_NODES:,} values, aliases expanded", "fewer")
+        if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
+            raise _mistake(path, line, f"the tag {node.tag}", "plain values without tags")
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        if isinstance(node, yaml.MappingNode):
+            seen: dict[str, int] = {}
+            for key, value in node.value:
+                at = key.start_mark.line + 1
+                if key.tag != "tag:yaml.org,2002:str":
+                    raise _mistake(path, at, f"{key.value!r} where an option's name belongs", "`option: value`")
+                if key.value in seen:
+                    raise _mistake(
+                        path, at, f"{key.value!r} is given twice, first on line {seen[key.value]}", "it once"
+                    )
+                seen[key.value] = at
+                waiting.append(value)
+
+
+def _choices(node: yaml.Node) -> Iterator[tuple[str, str]]:
+    """Group and file of each entry of a defaults list; what is no such entry is left to Hydra."""
+    for entry in node.value if isinstance(node, yaml.SequenceNode) else ():
+        if isinstance(entry, yaml.MappingNode):
+            for key, value in entry.value:
+                match = _CHOICE.fullmatch(key.value)
+                if match and isinstance(value, yaml.ScalarNode):
+                    yield match["group"], value.value
+
+
+def _note_lines(found: ConfigFile, group: str | None, key: yaml.Node, value: yaml.Node) -> None:
+    name = key.value if group is None else f"{group}.{key.value}"
+    found.lines[name] = key.start_mark.line + 1
+    if group is None and isinstance(value, yaml.MappingNode):
+        for inner, _ in value.value:
+            found.lines[f"{key.value}.{inner.value}"] = inner.start_mark.line + 1

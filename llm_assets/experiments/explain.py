@@ -3,6 +3,7 @@
 All of it is made from the fields of `model/settings/`.
 """
 
+import json
 import textwrap
 from collections.abc import Iterable
 from typing import Any
@@ -63,8 +64,11 @@ def _comment(text: str, indent: str) -> list[str]:
 
 
 def _entry(name: str, value: Any) -> str:
-    dumped = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
-    return f"{name}: {dumped.splitlines()[0]}"
+    dumped = (
+        yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6).removesuffix("...\n").strip()
+    )
+    # JSON is YAML, and writes line ends as \\n.
+    return f"{name}: {json.dumps(value, ensure_ascii=False) if chr(10) in dumped else dumped}"
 
 
 def _cell(text: str) -> str:

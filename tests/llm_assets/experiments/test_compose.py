@@ -1,19 +1,18 @@
 """Composing experiments: each one resolves, each option is explained, each mistake is one clear line."""
 
-import dataclasses
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import yaml
-from omegaconf import OmegaConf
 
-from llm_assets.experiments.compose import CONFIG_DIR, compose, experiment_names, to_yaml
+from llm_assets.experiments.compose import CONFIG_DIR, compose, experiment_names, main, to_yaml
+from llm_assets.experiments.explain import as_yaml
 from model.errors import PipelineError
-from model.settings import ExperimentSettings
+from model.settings import GROUPS, options
 
-GROUPS = {f.name: f.type for f in dataclasses.fields(ExperimentSettings) if f.name not in ("name", "description")}
 OPTION_FILES = sorted(path for group in GROUPS for path in (CONFIG_DIR / group).glob("*.yaml"))
 
 
@@ -25,19 +24,59 @@ def test_every_experiment_composes_and_prints(name):
 
 
 @pytest.mark.parametrize("path", OPTION_FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_option_stands_beside_its_true_default(path):
-    settings_class = GROUPS[path.parent.name]
-    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
-    for line in lines:
-        match = re.fullmatch(r"(\w+): .*  # (.+) \(default: (.+)\)", line)
-        assert match, f"{path.name}: {line!r} does not explain itself"
-        field = next(f for f in dataclasses.fields(settings_class) if f.name == match[1])
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        stated = match[3]
-        if stated == "none":
-            assert default in ("", None, [])
-        else:
-            assert OmegaConf.create(f"v: {stated}").v == default or stated == str(default), line
+def test_a_file_holds_what_differs_from_the_defaults(path):
+    defaults = {item.name: item.default for item in options(GROUPS[path.parent.name])}
+    given = yaml.safe_load(path.read_text()) or {}
+    assert not {name for name in given if given[name] == defaults[name]} - {"source", "kind", "method"}
+
+
+def test_every_option_is_explained_beside_its_resolved_value():
+    settings = compose("stdlib_chat")
+    text = as_yaml(settings)
+    assert yaml.safe_load(text) == yaml.safe_load(to_yaml(settings))
+    assert all(item.text for kind in GROUPS.values() for item in options(kind))
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "says"),
+    [
+        (b"corpus:\n\tmax_bytes: 1\n", 3, "spaces where a tab is"),
+        (b"training: {seed: 1}\ntraining: {seed: 2}\n", 3, "given twice, first on line 2"),
+        (b"corpus:\n  paths: [*.txt]\n", 3, "quotes around a text"),
+        (b"description: \xff\n", 2, "not UTF-8"),
+        (b"- a\n- b\n", 2, "a list at the top"),
+        (b"training: {max_step: 3}\n", 2, "did you mean 'max_steps'"),
+        (b"training:\n  max_steps: 0\n", 3, "expected a number greater than 0"),
+        (b"tokenizer: {vocab_size: 1000000000000}\n", 2, "at most 1,048,576"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_line_with_its_place_and_the_other_experiments_go_on(
+    content, line, says, tmp_path, capsys
+):
+    shutil.copytree(CONFIG_DIR, tmp_path / "configs")
+    (tmp_path / "configs" / "experiment" / "broken.yaml").write_bytes(b"# @package _global_\n" + content)
+    with pytest.raises(PipelineError, match=f"broken.yaml, line {line}: .*{re.escape(says)}") as caught:
+        compose("broken", config_dir=tmp_path / "configs")
+    assert "\n" not in str(caught.value)
+    assert main(["--list", "--config-dir", str(tmp_path / "configs")]) == 1
+    printed = capsys.readouterr()
+    assert "smoke" in printed.out and len(printed.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", [b"7\n", b"", b"# only this\n"])
+def test_a_file_without_options_is_refused_in_one_line(content, tmp_path):
+    shutil.copytree(CONFIG_DIR, tmp_path / "configs")
+    (tmp_path / "configs" / "experiment" / "broken.yaml").write_bytes(content)
+    with pytest.raises(PipelineError, match="broken.yaml, line 1: .*expected options"):
+        compose("broken", config_dir=tmp_path / "configs")
+
+
+def test_a_name_that_no_registry_takes_is_refused_where_the_files_are_read(tmp_path, capsys):
+    shutil.copytree(CONFIG_DIR, tmp_path / "configs")
+    (tmp_path / "configs" / "experiment" / "my run.yaml").write_text("description: a\n")
+    assert "my run" not in experiment_names(tmp_path / "configs")
+    assert main(["--list", "--config-dir", str(tmp_path / "configs")]) == 1
+    assert "my run.yaml: the name 'my run'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

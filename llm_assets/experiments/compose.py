@@ -27,10 +27,10 @@ from omegaconf.errors import OmegaConfBaseException
 from llm_assets.experiments import explain
 from llm_assets.experiments.files import (
     did_you_mean,
-    experiment_names,
     locate,
     misnamed_files,
     name_mistake,
+    names_of_files,
     read_files,
     shown,
 )
@@ -44,6 +44,11 @@ COMPOSING_ERRORS = (HydraException, OmegaConfBaseException)
 """What a mistake in a configuration or an override raises in Hydra; `one_line` says it."""
 
 ConfigStore.instance().store(name="settings", node=ExperimentSettings)
+
+
+def experiment_names(config_dir: Path = CONFIG_DIR) -> list[str]:
+    """Names of the experiments in `config_dir`, sorted."""
+    return names_of_files(config_dir)
 
 
 def compose(name: str, overrides: Sequence[str] = (), config_dir: Path = CONFIG_DIR) -> ExperimentSettings:

@@ -35,7 +35,7 @@ class ConfigFile:
     choices: dict[str, str] = field(default_factory=dict)
 
 
-def experiment_names(config_dir: Path) -> list[str]:
+def names_of_files(config_dir: Path) -> list[str]:
     """Names of the experiments in `config_dir` that may be run, sorted; the content of their files is not looked at."""
     stems = sorted(path.stem for path in (config_dir / "experiment").glob("*.yaml"))
     return [name for name in stems if name_mistake(name) is None]

@@ -67,7 +67,7 @@ def test_a_mistake_in_a_file_is_one_line_with_its_place_and_the_other_experiment
 def test_a_file_without_options_is_refused_in_one_line(content, tmp_path):
     shutil.copytree(CONFIG_DIR, tmp_path / "configs")
     (tmp_path / "configs" / "experiment" / "broken.yaml").write_bytes(content)
-    with pytest.raises(PipelineError, match="broken.yaml, line 1: .*expected options"):
+    with pytest.raises(PipelineError, match=r"broken.yaml, line 1: .*expected options"):
         compose("broken", config_dir=tmp_path / "configs")
 
 

@@ -29,7 +29,7 @@ SHARED := --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow coverage lint bench clean
+.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow coverage lint docs bench clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -108,6 +108,9 @@ test-slow: setup  ## Run the other tests: slow ones, and those that start proces
 
 coverage: setup  ## Run the fast tests with coverage; fails below the floor in pyproject.toml
 	$(BIN)/pytest $(SHARED) -m 'not slow and not processes' --cov --cov-report=term:skip-covered
+
+docs: setup  ## Write the tables of options into the documentation
+	PYTHONPATH=. $(BIN)/python docs/generate.py
 
 lint: setup  ## Check style and types
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """The documentation holds: its commands, paths and links exist, and its spelling is American."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -105,3 +106,11 @@ def test_a_block_is_read_as_a_shell_reads_it() -> None:
     assert [" ".join(words) for words in commands(block)] == [
         "A=1 make up DEVICE=gpu", "make image", "cat $(make image)", "wc > out",
     ]  # fmt: skip
+
+
+def test_the_tables_of_options_are_what_the_fields_say() -> None:
+    found = runpy.run_path(str(REPO / "docs" / "generate.py"))
+    for page in found["PAGES"]:
+        assert found["generated"](page.read_text()) == page.read_text(), f"{page.name}: run `make docs`"
+    tables = "".join(page.read_text() for page in found["PAGES"])
+    assert "| `muon_momentum` |" in tables and "| `REX_MAX_QUEUE` |" in tables

@@ -59,7 +59,7 @@ def corpus(
                 "documents": summary.documents,
                 "bytes": summary.bytes,
                 "source": summary.source,
-                "licence": summary.licence,
+                "license": summary.license,
                 "splits": show.table(
                     [
                         {"split": "train", "documents": summary.train_documents, "bytes": summary.train_bytes},

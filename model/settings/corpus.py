@@ -45,7 +45,7 @@ class CorpusSettings(Settings, group="corpus"):
     shard_bytes: int = option(
         67_108_864, "Text in one Parquet file; a document may not be larger.", unit="bytes", above=0, maximum=2**30
     )
-    licence: str = option("unknown", "Noted in the summary and the model card.")
+    license: str = option("unknown", "Noted in the summary and the model card.")
 
     @property
     def holds_conversations(self) -> bool:

@@ -39,7 +39,7 @@ class CorpusSummary:
     """
 
     source: str
-    licence: str
+    license: str
     split_by: str
     sources: int = 0
     train_documents: int = 0
@@ -133,10 +133,10 @@ def read_documents(corpus_dir: Path, split: str) -> Iterator[str]:
 
 
 def _summary(settings: CorpusSettings) -> CorpusSummary:
-    licence = settings.licence
-    if settings.source == "stdlib" and licence == "unknown":
-        licence = "PSF-2.0"
-    return CorpusSummary(settings.source, licence, settings.split_by)
+    license = settings.license
+    if settings.source == "stdlib" and license == "unknown":
+        license = "PSF-2.0"
+    return CorpusSummary(settings.source, license, settings.split_by)
 
 
 def _digest(data: bytes) -> bytes:

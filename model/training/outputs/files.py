@@ -142,7 +142,7 @@ tags: [rex]
 
 ## Data
 
-Source: {settings.corpus.source}; licence: {settings.corpus.licence}.
+Source: {settings.corpus.source}; license: {settings.corpus.license}.
 
 | | |
 |---|---|

@@ -91,7 +91,7 @@ def test_an_upstream_made_with_other_settings_is_refused_with_both_values_and_th
 
 
 def test_only_the_first_differences_are_named(tmp_path: Path) -> None:
-    changed = ["max_bytes=1000", "document_bytes=10", "shard_bytes=99", "licence=MIT"]
+    changed = ["max_bytes=1000", "document_bytes=10", "shard_bytes=99", "license=MIT"]
     manifest = sealed(tmp_path / "one", "corpus", tuple(f"corpus.{option}" for option in changed))
     with pytest.raises(PipelineError, match="and 1 more"):
         assert_compatible([manifest], compose("smoke"), "smoke")

@@ -105,7 +105,7 @@ def test_a_name_with_brackets_is_a_file_before_it_is_a_glob(tmp_path: Path) -> N
 def test_the_standard_library_is_read_without_its_tests(tmp_path: Path) -> None:
     root = Path(sysconfig.get_path("stdlib"))
     summary = build_corpus(CorpusSettings(max_bytes=1_500_000), tmp_path)
-    assert (summary.bytes, summary.licence) == (1_500_000, "PSF-2.0")
+    assert (summary.bytes, summary.license) == (1_500_000, "PSF-2.0")
     sources = [s for shard in tmp_path.glob("*.parquet") for s in pq.read_table(shard)["source"].to_pylist()]
     assert all((root / source).is_file() for source in sources)
     every = [source for source, _ in Sources(CorpusSettings())]
@@ -234,9 +234,9 @@ def test_shards_stay_below_their_size_and_a_rebuild_leaves_no_old_one(tmp_path: 
 
 
 def test_the_summary_is_read_back_as_written(tmp_path: Path, lines: Path) -> None:
-    summary = build_corpus(files(lines, licence="CC0-1.0"), tmp_path / "out")
+    summary = build_corpus(files(lines, license="CC0-1.0"), tmp_path / "out")
     assert read_summary(tmp_path / "out") == summary
-    assert summary.licence == "CC0-1.0" and summary.sample in TEXTS
+    assert summary.license == "CC0-1.0" and summary.sample in TEXTS
     assert summary.longest_document_bytes == max(len(text.encode()) for text in TEXTS)
     assert summary.mean_document_bytes == summary.bytes / 60
 

@@ -28,7 +28,8 @@ class RequestQueue:
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        with self._lock:
+            return len(self._waiting)
 
     @property
     def tokens(self) -> int:
@@ -67,7 +68,7 @@ class RequestQueue:
 
     def finish_interrupted(self) -> int:
         """Finish those that were cancelled or whose time is up, without waiting for their turn; how many they were."""
-        if not self._waiting:
+        if not self:
             return 0
         with self._lock:
             interrupted = self._take_interrupted()

@@ -7,6 +7,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from bento.http.auth import ApiKeyMiddleware
+from model.generation.turns import Turns
 from tests.bento.conftest import make_service
 
 BODY = {"prompt": "x", "max_tokens": 3, "temperature": 0}
@@ -67,9 +68,19 @@ def test_a_request_with_many_texts_is_answered_beside_many_single_ones(service):
     assert sorted(in_order_of_answers(service, [*singles, crowd])) == list(range(21))
 
 
-def test_one_client_is_answered_in_the_order_of_its_requests(service):
-    mine = [(client_of(service), BODY) for _ in range(6)]
-    assert in_order_of_answers(service, mine) == list(range(6))
+def test_one_client_is_served_in_the_order_of_its_requests(service, monkeypatch):
+    served: list[int] = []
+    remove = Turns.remove
+
+    def noted(self, generation, *, was_served):
+        if was_served:
+            served.append(generation.request.max_tokens)
+        remove(self, generation, was_served=was_served)
+
+    monkeypatch.setattr(Turns, "remove", noted)
+    mine = [(client_of(service), {**BODY, "max_tokens": number + 1}) for number in range(6)]
+    assert sorted(in_order_of_answers(service, mine)) == list(range(6))
+    assert served == [1, 2, 3, 4, 5, 6]
 
 
 def test_with_keys_a_client_is_its_key_whatever_its_address():

@@ -26,6 +26,7 @@ def run_build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.processes
 def test_without_a_compiler_one_line_says_what_is_missed_and_the_set_up_goes_on(tmp_path):
     done = run_build(tmp_path, CXX="no-such-compiler")
     (line,) = done.stderr.splitlines()
@@ -33,6 +34,7 @@ def test_without_a_compiler_one_line_says_what_is_missed_and_the_set_up_goes_on(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.processes
 @needs_compiler
 def test_a_compiler_that_fails_is_one_line_and_leaves_what_was_there(tmp_path):
     (tmp_path / "made.so").write_text("the last good one")
@@ -73,6 +75,7 @@ def test_an_instruction_set_is_named_by_the_environment_and_refused_where_it_is_
         choose_instructions()
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_the_kernels_pass_the_sanitizers(tmp_path, sanitizer):

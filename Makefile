@@ -24,7 +24,7 @@ export GOMP_SPINCOUNT ?= 20000
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_UI_URL ?= http://127.0.0.1:$(MLFLOW_PORT)
 # Tests of one file stay in one process, as they share fixtures.
-SHARED := --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
+SHARED := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Compose v2 is a plugin of docker's command line; the first version was a command of its own.
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 

@@ -1,4 +1,4 @@
-"""What holds for every test: one thread of arithmetic, markers that tell the truth, and groups for pytest-xdist.
+"""What holds for every test: one thread of arithmetic, markers that tell the truth, and files shared out by pytest-xdist.
 
 `make test-fast` selects by marker, so a test that starts a process and does not say so fails here, and tests over ten
 seconds without the marker `slow` are listed at the end of a run.
@@ -60,7 +60,7 @@ sys.addaudithook(_note_process)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker runs all of `tests/e2e`, first: it shares one pipeline run and the container engine."""
+    """Put `tests/e2e` first, which one worker runs: it shares one pipeline run and the container engine."""
     items.sort(key=lambda item: "e2e" not in item.path.parts)  # stable: the order within a file stays
     for item in items:
         for fixture in MARKS_OF_FIXTURES.keys() & set(getattr(item, "fixturenames", ())):
@@ -68,7 +68,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(name)
         if item.get_closest_marker("e2e"):
             item.add_marker("processes")
-        item.add_marker(pytest.mark.xdist_group("e2e" if "e2e" in item.path.parts else item.path.stem))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each worker whole files. Not by the mark `xdist_group`, which pytest-xdist 3.8 loses under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "tests/e2e" if file.startswith("tests/e2e/") else file
+
+    return ByFile(config, log)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

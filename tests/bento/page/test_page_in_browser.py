@@ -219,7 +219,6 @@ def test_a_refusal_is_shown_in_the_servers_words_at_the_field_it_names(page):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"prompt": ""}, "prompt"),
         ({"prompt": "x", "max_tokens": "100000"}, "max_tokens"),
         ({"prompt": "x", "max_tokens": "1.5"}, "max_tokens"),
         ({"prompt": "x", "top_p": "7"}, "top_p"),
@@ -232,6 +231,14 @@ def test_each_wrong_value_is_named(page, fields, named):
     page.wait(lambda: page["error"].is_displayed())
     assert named in page.text("error")
     assert page.focused == named
+
+
+def test_an_empty_prompt_starts_a_text_from_nothing(page):
+    page.fill(prompt="", max_tokens="2")
+    page.allow(100)
+    page["generate"].click()
+    page.wait(lambda: page.text("tokens") == "2")
+    assert not page["error"].is_displayed()
 
 
 def test_the_keyboard_is_enough(page):

@@ -56,7 +56,7 @@ def running(server: Server) -> float:
 
 
 def test_sigterm_lets_running_requests_finish_and_answers_new_ones_503(model_dir, tmp_path):
-    with serve(tmp_path, model_dir) as server:
+    with serve(tmp_path, model_dir, REX_STEP="reference") as server:  # 400 tokens take a while there
         plain, stream = Asking(server, max_tokens=400), Asking(server, max_tokens=400, stream=True)
         wait_until(lambda: running(server) == 2)
         server.process.send_signal(signal.SIGTERM)

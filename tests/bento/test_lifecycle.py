@@ -125,7 +125,8 @@ def test_with_keys_every_route_but_health_wants_one_and_no_key_or_prompt_is_logg
                 "/generate", json={**GREEDY, "prompt": "private words"}, headers={"Authorization": f"Bearer {key}"}
             )
             assert answer.status_code == 200
-            assert f"id={answer.headers['x-request-id']} " in server.log
+            record = f"id={answer.headers['x-request-id']} "
+            wait_until(lambda record=record: record in server.log)  # written after the answer
         for secret in ("first-key", "second-key", "guessed-key", "private"):
             assert secret not in server.log
 

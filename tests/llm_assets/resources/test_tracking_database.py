@@ -21,7 +21,9 @@ pytestmark = [pytest.mark.processes, pytest.mark.slow]
 def database(tracking_uri: str, tmp_path: Path) -> Path:
     """A database of its own, copied: making its tables takes seconds."""
     path = tmp_path / "here" / "mlflow.db"
-    path.parent.mkdir()
+    (path.parent / "mlartifacts").mkdir(
+        parents=True
+    )  # a moved database: its files came along, though none are logged yet
     shutil.copy(tracking_uri.removeprefix("sqlite:///"), path)
     return path
 

@@ -132,11 +132,12 @@ def _make(words: list[str]) -> list[str]:
     found += [f"make {name}=: no such variable" for name in given if name not in variables]
     experiment = given.get("EXPERIMENT", "stdlib")
     if not PLACEHOLDER.fullmatch(experiment):
-        found += _settings(experiment, shlex.split(given.get("OVERRIDES", "")))
+        found += _settings(experiment, *shlex.split(given.get("OVERRIDES", "")))
     return found
 
 
-def _settings(experiment: str, overrides: list[str]) -> list[str]:
+@cache
+def _settings(experiment: str, *overrides: str) -> list[str]:
     """Compose the settings, of each point where it is a sweep."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -145,7 +146,7 @@ def _settings(experiment: str, overrides: list[str]) -> list[str]:
     from model.errors import PipelineError
 
     try:
-        (points,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
+        (points,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides([*overrides]), None)
         for point in points:
             compose(experiment, point)
     except PipelineError as error:
@@ -166,7 +167,7 @@ def _python(words: list[str]) -> list[str]:
         f"python -m {words[1]} {option}: no such option" for option in sorted(options) if f'"{option}"' not in sources
     ]
     if words[1] == "llm_assets.experiments":
-        found += _settings(words[2], words[3:]) if len(words) > 2 else []
+        found += _settings(words[2], *words[3:]) if len(words) > 2 else []
     return found
 
 

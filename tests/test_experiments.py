@@ -1,6 +1,7 @@
 """Every experiment, those for a GPU too: its model has the size it claims, and a shrunken copy of it trains on CPU."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,8 +56,8 @@ def vocabulary(settings: ExperimentSettings) -> int:
     return settings.tokenizer.vocab_size if kind == "bpe" else 323
 
 
-def shrunken(name: str, directory: Path, base: Path | None = None) -> ExperimentSettings:
-    """The experiment on little text with a tiny model, and its data set in `directory`."""
+def shrunken(name: str, base: Path | None = None) -> ExperimentSettings:
+    """The experiment on little text with a tiny model."""
     full = compose(name)
     shrink = list(SHRINK)
     if full.training.torch_compile:
@@ -68,17 +69,32 @@ def shrunken(name: str, directory: Path, base: Path | None = None) -> Experiment
             "corpus.split_by=position",
             "tokenizer.sequence_length=128",
         ]
-    settings = resolve(compose(name, shrink), lambda _: base or pytest.fail(f"{name} wants a checkpoint"))
-    build_corpus(settings.corpus, directory / "corpus")
-    build_tokenized_dataset(settings.tokenizer, directory / "corpus", directory / "dataset")
-    return settings
+    return resolve(compose(name, shrink), lambda _: base or pytest.fail(f"{name} wants a checkpoint"))
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dataset_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[ExperimentSettings], Path]:
+    """Builds the tokenized dataset of an experiment, once for all that share its corpus and tokenizer."""
+    made: dict[str, Path] = {}
+
+    def build(settings: ExperimentSettings) -> Path:
+        key = repr((settings.corpus, settings.tokenizer))
+        if key not in made:
+            directory = tmp_path_factory.mktemp("data")
+            build_corpus(settings.corpus, directory / "corpus")
+            build_tokenized_dataset(settings.tokenizer, directory / "corpus", directory / "dataset")
+            made[key] = directory / "dataset"
+        return made[key]
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def base(dataset_of: Callable[[ExperimentSettings], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint for the experiments that go on from another one's."""
     directory = tmp_path_factory.mktemp("base")
-    train(shrunken("stdlib", directory), directory / "dataset", directory / "checkpoint", directory / "scratch")
+    settings = shrunken("stdlib")
+    train(settings, dataset_of(settings), directory / "checkpoint", directory / "scratch")
     return directory / "checkpoint"
 
 
@@ -94,9 +110,9 @@ NAMES = [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_shrunken_copy_takes_two_steps_on_cpu(name, base, tmp_path):
-    settings = shrunken(name, tmp_path, base)
-    summary = train(settings, tmp_path / "dataset", tmp_path / "checkpoint", tmp_path / "scratch")
+def test_a_shrunken_copy_takes_two_steps_on_cpu(name, base, dataset_of, tmp_path):
+    settings = shrunken(name, base)
+    summary = train(settings, dataset_of(settings), tmp_path / "checkpoint", tmp_path / "scratch")
     assert summary.steps == 2
     assert math.isfinite(summary.validation_loss)
     assert summary.precision == resolve_precision(settings.training.precision, torch.device("cpu"))

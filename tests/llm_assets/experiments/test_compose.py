@@ -13,6 +13,18 @@ from llm_assets.experiments.explain import as_yaml
 from model.errors import PipelineError
 from model.settings import GROUPS, options
 
+
+@pytest.fixture
+def config_dir(tmp_path):
+    """The configuration with one experiment: listing all of them composes all of them."""
+    copy = tmp_path / "configs"
+    shutil.copytree(CONFIG_DIR, copy)
+    for path in (copy / "experiment").glob("*.yaml"):
+        if path.stem != "smoke":
+            path.unlink()
+    return copy
+
+
 OPTION_FILES = sorted(path for group in GROUPS for path in (CONFIG_DIR / group).glob("*.yaml"))
 
 
@@ -51,31 +63,28 @@ def test_every_option_is_explained_beside_its_resolved_value():
     ],
 )
 def test_a_mistake_in_a_file_is_one_line_with_its_place_and_the_other_experiments_go_on(
-    content, line, says, tmp_path, capsys
+    content, line, says, config_dir, capsys
 ):
-    shutil.copytree(CONFIG_DIR, tmp_path / "configs")
-    (tmp_path / "configs" / "experiment" / "broken.yaml").write_bytes(b"# @package _global_\n" + content)
+    (config_dir / "experiment" / "broken.yaml").write_bytes(b"# @package _global_\n" + content)
     with pytest.raises(PipelineError, match=f"broken.yaml, line {line}: .*{re.escape(says)}") as caught:
-        compose("broken", config_dir=tmp_path / "configs")
+        compose("broken", config_dir=config_dir)
     assert "\n" not in str(caught.value)
-    assert main(["--list", "--config-dir", str(tmp_path / "configs")]) == 1
+    assert main(["--list", "--config-dir", str(config_dir)]) == 1
     printed = capsys.readouterr()
     assert "smoke" in printed.out and len(printed.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("content", [b"7\n", b"", b"# only this\n"])
-def test_a_file_without_options_is_refused_in_one_line(content, tmp_path):
-    shutil.copytree(CONFIG_DIR, tmp_path / "configs")
-    (tmp_path / "configs" / "experiment" / "broken.yaml").write_bytes(content)
+def test_a_file_without_options_is_refused_in_one_line(content, config_dir):
+    (config_dir / "experiment" / "broken.yaml").write_bytes(content)
     with pytest.raises(PipelineError, match=r"broken.yaml, line 1: .*expected options"):
-        compose("broken", config_dir=tmp_path / "configs")
+        compose("broken", config_dir=config_dir)
 
 
-def test_a_name_that_no_registry_takes_is_refused_where_the_files_are_read(tmp_path, capsys):
-    shutil.copytree(CONFIG_DIR, tmp_path / "configs")
-    (tmp_path / "configs" / "experiment" / "my run.yaml").write_text("description: a\n")
-    assert "my run" not in experiment_names(tmp_path / "configs")
-    assert main(["--list", "--config-dir", str(tmp_path / "configs")]) == 1
+def test_a_name_that_no_registry_takes_is_refused_where_the_files_are_read(config_dir, capsys):
+    (config_dir / "experiment" / "my run.yaml").write_text("description: a\n")
+    assert "my run" not in experiment_names(config_dir)
+    assert main(["--list", "--config-dir", str(config_dir)]) == 1
     assert "my run.yaml: the name 'my run'" in capsys.readouterr().err
 
 

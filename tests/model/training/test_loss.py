@@ -147,6 +147,7 @@ def test_the_operator_keeps_what_compilers_ask_of_one(taught):
     torch.library.opcheck(torch.ops.rex.linear_cross_entropy.default, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_a_compiled_training_step_has_the_gradients_of_an_eager_one(bfloat16):
     config = build_config(experiment().model, 300, bos_token_id=0, eos_token_id=0, pad_token_id=1)

@@ -194,7 +194,7 @@ def _dagster(words: list[str]) -> list[str]:
             found.append(f"{selected}: no such asset")
     in_tags = re.findall(r'"dagster/partition": "(\w+)"', option.get("--tags", ""))
     experiments = [*in_tags, option.get("--partition", "")]
-    return [*found, *(problem for name in experiments if name for problem in _settings(name, []))]
+    return [*found, *(problem for name in experiments if name for problem in _settings(name))]
 
 
 def _bentoml(words: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from bento.neutral import asks_for_nothing, document_neutral
+from model.generation.grammar import Grammar
 from model.generation.requests import LARGEST_LOGIT_BIAS, MAX_SEED, GenerationRequest, SamplingParameters
 
 DEFAULT_MAX_TOKENS = 128
@@ -113,7 +114,7 @@ class StrictRequest(BaseModel):
     def _drop_what_asks_for_nothing(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        known = cls.model_fields
+        known = {field.alias or name for name, field in cls.model_fields.items()}
         return {name: one for name, one in value.items() if name in known or not asks_for_nothing(name, one)}
 
 
@@ -197,6 +198,7 @@ class Sampling(StrictRequest):
         *,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        grammar: Grammar | None = None,
     ) -> GenerationRequest:
         """The engine's form of the request for one prompt. See `GenerationRequest` for the other arguments."""
         return GenerationRequest(
@@ -209,6 +211,7 @@ class Sampling(StrictRequest):
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            grammar=grammar,
         )
 
 

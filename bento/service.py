@@ -43,6 +43,7 @@ logger = logging.getLogger("bentoml.service")
 PACKAGES = (
     "fastapi",
     "httptools",
+    "llguidance",
     "numpy",
     "prometheus-client",
     "safetensors",

@@ -15,7 +15,8 @@ from fastapi.routing import APIRoute
 
 from bento.errors import ApiError
 
-DEEPEST = 16
+DEEPEST = 48
+"""Lists and objects in each other: a JSON schema has two for each object in an object."""
 MOST_VALUES = 131_072
 """Values of a body in all: 64 prompts of 2,000 token ids."""
 MOST_NAMES = 8_192

@@ -27,6 +27,7 @@ from bento.openai.schema import (
     ModelList,
     OpenAIRequest,
 )
+from bento.openai.structured import compile_form
 from bento.serving.answers import EventStream
 from bento.serving.backend import SHORT_TEXT, Backend, BackendOf, Prompt, check_model
 from bento.serving.models import Models
@@ -147,7 +148,8 @@ async def _answer(
 ) -> Response:
     """Continue each prompt by its count of tokens, n times."""
     n = body.n or 1
-    generations = backend.generations(body, prompts, counts, n, **scores)
+    grammar = await compile_form(backend, body)
+    generations = backend.generations(body, prompts, counts, n, grammar=grammar, **scores)
     request.state.record.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
     options = body.stream_options
     form = make_format(

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_va
 from pydantic_core import PydanticCustomError
 
 from bento.neutral import EMPTY, asks_for_nothing
+from bento.openai.structured import Structured
 from bento.schema import ALL_THAT_FITS, LARGEST_COUNT, WHOLE, Count, OnlyFalse, Sampling, StrictRequest, forms
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -96,7 +97,7 @@ class StreamOptions(StrictRequest):
     include_obfuscation: OnlyFalse | None = unsupported("false")
 
 
-class OpenAIRequest(Sampling):
+class OpenAIRequest(Structured, Sampling):
     """What both routes of the OpenAI API take."""
 
     model: str | None = Field(None, description="The served model, the only one; /v1/models names it.")
@@ -234,12 +235,6 @@ class Message(StrictRequest):
     function_call: None = unsupported()
 
 
-class TextFormat(StrictRequest):
-    """Plain text, the only format."""
-
-    type: Literal["text"]
-
-
 class ChatRequest(OpenAIRequest):
     """A conversation to continue."""
 
@@ -263,7 +258,6 @@ class ChatRequest(OpenAIRequest):
     continue_final_message: bool | None = Field(
         None, description="Continue the last message, which is the assistant's, instead of a new one. Default: false."
     )
-    response_format: TextFormat | None = unsupported('{"type": "text"}')
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = unsupported('["text"]')
     tool_choice: Literal["none"] | None = unsupported('"none"')
     function_call: Literal["none"] | None = unsupported('"none"')

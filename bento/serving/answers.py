@@ -163,6 +163,8 @@ class Answers:
             )
         if last.finish_reason == "cancelled":  # by the service: a client that left gets no answer
             return server_error(503, "the service is stopping", code="stopped")
+        if last.is_refusal:
+            return ApiError(400, last.error or "the request cannot be answered", code="grammar_too_complex")
         if last.finish_reason == "error":
             reason = last.error or "generating failed: the server's log has the reason"
             return server_error(500, reason, code="internal_error")

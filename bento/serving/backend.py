@@ -17,6 +17,7 @@ from bento.serving.answers import Answers
 from bento.serving.heavy import HeavyWork
 from bento.serving.models import Models
 from model.errors import PipelineError
+from model.generation.grammar import Grammar
 from model.generation.requests import EngineBusy, EngineStopped, GenerationRequest
 
 if TYPE_CHECKING:
@@ -117,11 +118,18 @@ class Backend:
         return min(wanted, free)
 
     def generations(
-        self, body: Sampling, prompts: Sequence[Prompt], counts: Sequence[int], n: int = 1, **scores: int | None
+        self,
+        body: Sampling,
+        prompts: Sequence[Prompt],
+        counts: Sequence[int],
+        n: int = 1,
+        *,
+        grammar: Grammar | None = None,
+        **scores: int | None,
     ) -> list[GenerationRequest]:
         """The engine's form of a request: each prompt continued by its count of tokens, n times.
 
-        scores: logprobs, prompt_logprobs. Raises ApiError 400 where they ask for more than there is.
+        grammar: what each text follows. scores: logprobs, prompt_logprobs. Raises ApiError 400 where they ask for more than there is.
         """
         if len(prompts) * n > self.max_choices:
             raise ApiError(
@@ -140,7 +148,7 @@ class Backend:
         self.check_ids([int(token) for token in body.logit_bias or ()], param="logit_bias")
         self.check_ids(body.stop_token_ids or (), param="stop_token_ids")
         return [
-            body.generation(prompt.ids, count, choice, **scores)
+            body.generation(prompt.ids, count, choice, grammar=grammar, **scores)
             for prompt, count in zip(prompts, counts, strict=True)
             for choice in range(n)
         ]

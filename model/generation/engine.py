@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from model.errors import PipelineError
 from model.generation.cache import bytes_per_token
+from model.generation.grammar import Grammar, GrammarCompiler, Kind
 from model.generation.queue import QueueFull, RequestQueue
 from model.generation.requests import (
     Deliver,
@@ -81,6 +82,13 @@ class Engine:
         self.end_of_text_ids = end_of_text_ids
         self.token_bytes: Sequence[bytes] = token_bytes(tokenizer)
         self._encoder = FastEncoder(tokenizer)
+        self._grammars = GrammarCompiler(
+            self.token_bytes,
+            special_ids=tokenizer.all_special_ids,
+            end_of_text_ids=sorted(end_of_text_ids) or [tokenizer.eos_token_id or 0],
+            vocab_size=self.vocab_size,
+            encode=lambda data: self._encoder.encode_bytes(data).tolist(),
+        )
         self._kv_cache, self._prefill_chunk, self._step_timeout_s = kv_cache, prefill_chunk, step_timeout_s
         self._slots = _count_slots(model, max_batch_size, kv_cache_mib)
         self._max_queue, self._max_queue_tokens = max_queue, max_queue_tokens
@@ -152,6 +160,14 @@ class Engine:
         known = len(self.token_bytes)
         return b"".join(self.token_bytes[i] if i < known else b"" for i in ids).decode("utf-8", "replace")
 
+    def compile_grammar(self, kind: Kind, source: str) -> Grammar:
+        """A grammar for requests to this engine, see `GrammarCompiler.compile`. Raises PipelineError."""
+        return self._grammars.compile(kind, source)
+
+    def compiled_grammar(self, kind: Kind, source: str) -> Grammar | None:
+        """The grammar where it was compiled lately, at once."""
+        return self._grammars.kept(kind, source)
+
     def submit(self, request: GenerationRequest, deliver: Deliver | None = None) -> Generation:
         """Queue a request. Its events go to `deliver`, in the engine's thread, or to the iterator of the Generation.
 
@@ -215,6 +231,7 @@ class Engine:
             ("the prompt", request.prompt_ids),
             ("logit_bias", request.sampling.logit_bias),
             ("stop_token_ids", request.stop_token_ids),
+            ("allowed_token_ids", request.allowed_token_ids),
         ]
         for name, ids in named:
             if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:

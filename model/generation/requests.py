@@ -13,6 +13,7 @@ from queue import SimpleQueue
 from typing import Literal
 
 from model.errors import PipelineError
+from model.generation.grammar import Grammar
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 MAX_SEED = 2**63 - 1
@@ -85,6 +86,9 @@ class GenerationRequest:
     stop: strings that end the text where they appear, also across tokens; they are not part of it.
     stop_token_ids: tokens that end the text like the end-of-text token. ignore_eos: the end-of-text token does not end
     it. logprobs: log-probabilities of each generated token and of this many most likely ones beside it; None for none.
+    grammar: what the text follows, or begins to where max_tokens cut it off (finish_reason "length"); the text ends where
+    nothing can follow. allowed_token_ids: no others are chosen. bad_words: strings that never appear in the text.
+    include_stop: the stop string, or the text of the stop token, that ends the text is part of it.
     prompt_logprobs: the same for the tokens of the prompt, in one `PromptScores` event before the first piece.
     queue_timeout_s: from submission to the start. timeout_s: from submission to the last token. None waits on. client,
     connection: the sender. Clients take turns at free slots, and so do the connections of one client.
@@ -99,6 +103,10 @@ class GenerationRequest:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+    allowed_token_ids: frozenset[int] | None = None
+    bad_words: tuple[str, ...] = ()
+    include_stop: bool = False
     queue_timeout_s: float | None = None
     timeout_s: float | None = None
     client: str = ""
@@ -107,7 +115,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Natural log-probability of a token under the model, before penalties and temperature.
+    """Natural log-probability of a token under the model, before penalties, constraints and temperature.
 
     top: the most likely tokens at this place with theirs, the most likely first.
     """
@@ -140,10 +148,10 @@ class TextPiece:
 class Finished:
     """The last event.
 
-    generated_tokens counts the token that ended the text (finish_reason "stop"), which no piece shows.
+    generated_tokens counts the token that ended the text (finish_reason "stop"), which no piece shows without include_stop.
     stopped_by: the stop string or the stop token's id that ended it, None where it was the end-of-text token.
     cached_tokens: tokens of the prompt whose keys and values another request had left.
-    error: why, in one line, for finish_reason "error".
+    error: why, in one line, for finish_reason "error". is_refusal: the request asks for what cannot be done.
     """
 
     finish_reason: FinishReason
@@ -152,6 +160,7 @@ class Finished:
     stopped_by: str | int | None = None
     cached_tokens: int = 0
     error: str | None = None
+    is_refusal: bool = False
 
 
 @dataclass(frozen=True)
@@ -224,14 +233,22 @@ class Generation:
         if not self.is_finished:
             self._hand_over(event)
 
-    def finish(self, reason: FinishReason, *, stopped_by: str | int | None = None, error: str | None = None) -> None:
+    def finish(
+        self,
+        reason: FinishReason,
+        *,
+        stopped_by: str | int | None = None,
+        error: str | None = None,
+        is_refusal: bool = False,
+    ) -> None:
         """Hand over the last event, once; called by the engine."""
         with self._finishing:  # a step that hangs may return after the watchdog has finished its requests
             if self.is_finished:
                 return
             self.is_finished = True
         prompt_tokens = len(self.request.prompt_ids)
-        self._hand_over(Finished(reason, prompt_tokens, self.generated_tokens, stopped_by, self.cached_tokens, error))
+        counts = prompt_tokens, self.generated_tokens
+        self._hand_over(Finished(reason, *counts, stopped_by, self.cached_tokens, error, is_refusal))
 
     def _hand_over(self, event: Event) -> None:
         try:

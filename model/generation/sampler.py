@@ -12,6 +12,7 @@ import random
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -50,12 +51,20 @@ class Sampler:
         changes = (self._bias, self._seen_V, self._count_V)
         return self._parameters.temperature == 0 and all(change is None for change in changes)
 
-    def next(self, logits_V: Tensor, forbidden: Sequence[int] = ()) -> int:
-        """The next token, given the float32 logits after the last one, shape (V,). `forbidden` ones are not chosen.
+    def next(
+        self, logits_V: Tensor, forbidden: Sequence[int] = (), allowed_V: npt.NDArray[np.bool_] | None = None
+    ) -> int:
+        """The next token, given the float32 logits after the last one, shape (V,). `forbidden` ones are not chosen, nor
+        those that `allowed_V` excludes; it leaves at least one.
 
         Raises ValueError where the logits are not numbers: drawing from them would give any token.
         """
         scores_V = self.scores(logits_V, forbidden)
+        if allowed_V is not None:
+            allowed = torch.from_numpy(allowed_V).to(scores_V.device)
+            scores_V = torch.where(allowed, scores_V, -torch.inf)
+            if not torch.isfinite(scores_V.max()):
+                raise ValueError("the model's logits of the allowed tokens are not numbers")
         token = int(scores_V.argmax()) if self._parameters.temperature == 0 else self._draw(scores_V)
         if self._seen_V is not None:
             self._seen_V[token] = True
@@ -107,7 +116,8 @@ class Sampler:
         ids, probabilities_C = self.kept(scores_V)
         sums_C = probabilities_C.cumsum()
         at = np.searchsorted(sums_C, self._random.random() * sums_C[-1], side="right")
-        return int(ids[min(at, len(ids) - 1)])
+        # Rounding may lead behind the last token that has a probability.
+        return int(ids[min(at, np.searchsorted(sums_C, sums_C[-1]))])
 
 
 def token_logprobs(logits_RV: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:

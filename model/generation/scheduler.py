@@ -14,6 +14,8 @@ import time
 import numpy as np
 import torch
 
+from model.generation.constraints import Constraint, TokenIndex, is_constrained
+from model.generation.grammar import GrammarTooCostly
 from model.generation.queue import RequestQueue, is_short
 from model.generation.requests import FinishReason, Generation, PromptScores, TextPiece, TokenLogprob
 from model.generation.sampler import Sampler, token_logprobs
@@ -47,6 +49,7 @@ class Scheduler:
         self._step, self._queue = step, queue
         self._slots = SlotTable(step)
         self._token_bytes, self._end_of_text_ids = token_bytes, end_of_text_ids
+        self._token_index: TokenIndex | None = None
         self._kv_cache = kv_cache
         # Without a cache there is nothing to continue a chunk from.
         self._prefill_chunk = prefill_chunk if kv_cache else sys.maxsize
@@ -147,7 +150,12 @@ class Scheduler:
     def _new_sequence(self, generation: Generation, slot: int, cached: int) -> Sequence:
         request = generation.request
         sampler = Sampler(request.sampling, request.prompt_ids, self._step.vocab_size, self._step.logits_device)
-        return Sequence(generation, slot, cached, token_bytes=self._token_bytes, sampler=sampler)
+        if request.bad_words and self._token_index is None:
+            self._token_index = TokenIndex(self._token_bytes)
+        constraint = None
+        if is_constrained(request):
+            constraint = Constraint(request, self._token_index, self._step.vocab_size)
+        return Sequence(generation, slot, cached, token_bytes=self._token_bytes, sampler=sampler, constraint=constraint)
 
     def _should_wait(self, prompt_ids: np.ndarray) -> bool:
         """Whether a prompt now being computed will soon leave a longer prefix of this one in the cache."""
@@ -186,6 +194,9 @@ class Scheduler:
                 self._score_prompt(sequence, segment, output)
             if sequence.num_computed_tokens == sequence.num_tokens:
                 self._take_token(sequence, segment, output)
+        except GrammarTooCostly as error:
+            reason = f"the grammar takes too much work for the next token of this text ({error}): simplify it"
+            self._leave(sequence, "error", error=reason, is_refusal=True)
         except Exception:
             logger.exception("a request failed; the others go on")
             self._leave(sequence, "error", error=FAILED)
@@ -206,13 +217,17 @@ class Scheduler:
             self._leave(sequence, "length")
             return
         token = self._next_token(sequence, segment, output)
+        if token is None:
+            self._end_text(sequence, "stop")
+            return
         sequence.ids[sequence.num_tokens] = token
         sequence.num_tokens += 1
         generation.generated_tokens += 1
         self.generated_tokens += 1
         self.answered += 1
         is_end = token in self._end_of_text_ids and not request.ignore_eos
-        if is_end or token in request.stop_token_ids:
+        ends = is_end or token in request.stop_token_ids
+        if ends and not (request.include_stop and self._bytes_of(token)):
             self._end_text(sequence, "stop", stopped_by=None if is_end else token)
             return
         logprobs: tuple[TokenLogprob, ...] = ()
@@ -223,15 +238,34 @@ class Scheduler:
         generation.emit(TextPiece(text, (token,), logprobs))
         if stop is not None:
             self._leave(sequence, "stop", stopped_by=stop)
+        elif ends:
+            self._end_text(sequence, "stop", stopped_by=None if is_end else token)
+        elif sequence.constraint and sequence.constraint.is_complete:
+            self._end_text(sequence, "stop")
         elif generation.generated_tokens >= request.max_tokens:
             self._end_text(sequence, "length")
 
-    def _next_token(self, sequence: Sequence, segment: Segment, output: SegmentOutput) -> int:
+    def _next_token(self, sequence: Sequence, segment: Segment, output: SegmentOutput) -> int | None:
+        """The next token; None where the request's constraint allows none, so that the text is complete."""
+        if sequence.constraint:
+            return self._constrained_token(sequence, sequence.constraint, output)
         if sequence.sampler.is_plain_greedy and output.token is not None and not self._forbidden(sequence):
             return output.token
         if segment.logits == "argmax":
             raise ValueError("the highest logit is not finite: the weights or the cache hold broken numbers")
         return sequence.sampler.next(output.logits_RV[-1], self._forbidden(sequence))
+
+    def _constrained_token(self, sequence: Sequence, constraint: Constraint, output: SegmentOutput) -> int | None:
+        ends = frozenset() if sequence.request.ignore_eos else self._end_of_text_ids
+        allowed_V = constraint.allowed(self._forbidden(sequence), ends)
+        if not allowed_V.any():
+            return None
+        token = sequence.sampler.next(output.logits_RV[-1], allowed_V=allowed_V)
+        constraint.accept(token, self._bytes_of(token))
+        return token
+
+    def _bytes_of(self, token: int) -> bytes:
+        return self._token_bytes[token] if token < len(self._token_bytes) else b""
 
     def _forbidden(self, sequence: Sequence) -> list[int]:
         """Tokens that would end the text too early."""
@@ -259,6 +293,7 @@ class Scheduler:
         *,
         stopped_by: str | int | None = None,
         error: str | None = None,
+        is_refusal: bool = False,
     ) -> None:
         self.running.remove(sequence)
         self._free.append(sequence.slot)
@@ -267,4 +302,4 @@ class Scheduler:
         self._slots.touch(sequence.slot)
         held_s = time.monotonic() - (sequence.generation.started_at or 0.0)
         self.request_seconds += 0.2 * (held_s - self.request_seconds)
-        sequence.generation.finish(reason, stopped_by=stopped_by, error=error)
+        sequence.generation.finish(reason, stopped_by=stopped_by, error=error, is_refusal=is_refusal)

@@ -4,6 +4,7 @@ import collections.abc
 
 import numpy as np
 
+from model.generation.constraints import Constraint
 from model.generation.detokenizer import Detokenizer
 from model.generation.requests import Generation, TokenLogprob
 from model.generation.sampler import Sampler
@@ -25,6 +26,7 @@ class Sequence:
         *,
         token_bytes: collections.abc.Sequence[bytes],
         sampler: Sampler,
+        constraint: Constraint | None = None,
     ) -> None:
         request = generation.request
         self.generation, self.request, self.slot = generation, request, slot
@@ -35,10 +37,10 @@ class Sequence:
         """Tokens of `ids` that are set: the prompt's, then those generated."""
         self.num_computed_tokens = num_cached_tokens
         """Tokens whose keys and values are in the cache."""
-        self.sampler = sampler
+        self.sampler, self.constraint = sampler, constraint
         self.prompt_scores: list[TokenLogprob | None] = [None]
         self.text = Detokenizer(token_bytes)
-        self.stops = StopStrings(request.stop)
+        self.stops = StopStrings(request.stop, is_included=request.include_stop)
 
     @property
     def is_prefilling(self) -> bool:
@@ -60,5 +62,6 @@ class Sequence:
             return "all"
         if end < self.num_tokens:
             return "none"
+        is_free = is_free and self.constraint is None
         is_argmax = is_free and self.sampler.is_plain_greedy and self.request.logprobs is None
         return "argmax" if is_argmax else "last"

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Looks for the first of some strings in a text that comes in pieces."""
+    """Looks for the first of some strings in a text that comes in pieces. is_included: it stays part of the text."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
+    def __init__(self, stops: Sequence[str], *, is_included: bool = False) -> None:
+        self._stops, self._is_included = tuple(stops), is_included
         self._held = ""
 
     def push(self, text: str, *, may_stop: bool = True) -> tuple[str, str | None]:
@@ -24,7 +24,7 @@ class StopStrings:
         found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found and may_stop:
             at, stop = min(found)
-            kept, self._held = self._held[:at], ""
+            kept, self._held = self._held[: at + len(stop) if self._is_included else at], ""
             return kept, stop
         # After a string that may not stop, the search goes on behind its first character.
         start = max((at + 1 for at, _ in found), default=0)

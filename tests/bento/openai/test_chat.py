@@ -184,7 +184,7 @@ def test_a_long_conversation_is_refused_for_its_length(service):
         {"tool_choice": "auto"},
         {"functions": [{"name": "f"}]},
         {"parallel_tool_calls": True},
-        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "xml"}},
         {"modalities": ["text", "audio"]},
         {"audio": {"voice": "alloy", "format": "wav"}},
         {"prediction": {"type": "content", "content": "x"}},

@@ -1,0 +1,158 @@
+"""Structured output: the fields of a request that say what form its text has, and the grammar they become.
+
+OpenAI's `response_format`, and vLLM's `structured_outputs` and earlier `guided_*`. The text has the form, or is the
+beginning of one that has it where its tokens ended (finish_reason "length"). A schema, an expression or a grammar that
+cannot be enforced exactly is refused. Grammars are compiled off the event loop; `model/generation/grammar.py` has the
+bounds.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from bento.errors import ApiError
+from bento.schema import OnlyFalse, StrictRequest, forms
+from bento.serving.backend import Backend
+from model.errors import PipelineError
+from model.generation.grammar import Grammar, Kind, choice_grammar
+
+LONGEST_GRAMMAR = 65_536
+MOST_ALTERNATIVES = 1024
+ANY_OBJECT = '{"type": "object"}'
+
+
+def _schema(value: Any) -> str:
+    """A JSON schema, itself or written as JSON in a string, as JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise PydanticCustomError("json_schema", "the string is not JSON: expected a JSON schema") from None
+    if not isinstance(value, dict | bool):
+        raise PydanticCustomError("json_schema", "expected a JSON schema: an object")
+    return json.dumps(value, ensure_ascii=False)
+
+
+_SCHEMA = {"type": "object", "additionalProperties": True}
+Schema = Annotated[Any, AfterValidator(_schema), forms(_SCHEMA, {"type": "boolean"}, {"type": "string"})]
+Source = Annotated[str, Field(min_length=1, max_length=LONGEST_GRAMMAR)]
+Choices = Annotated[list[str], Field(max_length=MOST_ALTERNATIVES)]
+
+
+class NamedSchema(StrictRequest):
+    """A JSON schema in OpenAI's form. It is enforced whatever `strict` says."""
+
+    name: str | None = Field(None, max_length=256, description="Taken and not used.")
+    description: str | None = Field(None, description="Taken and not used.")
+    json_schema: Schema = Field(alias="schema", description="The schema of the text.")
+    strict: bool | None = Field(None, description="Taken and not used: a schema is always enforced.")
+
+
+class ResponseFormat(StrictRequest):
+    """The form of the text."""
+
+    type: Literal["text", "json_object", "json_schema"] = Field(
+        description="text: any; json_object: a JSON object; json_schema: JSON that is valid under a schema."
+    )
+    named: NamedSchema | None = Field(None, alias="json_schema", description="With the type json_schema.")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.named is not None):
+            raise PydanticCustomError(
+                "response_format", "the type json_schema goes with the field json_schema", {"param": "response_format"}
+            )
+        return self
+
+
+class StructuredOutputs(StrictRequest):
+    """vLLM's form: one of these."""
+
+    json_schema: Schema | None = Field(None, alias="json", description="JSON that is valid under this schema.")
+    regex: Source | None = Field(None, description="A text that this regular expression matches as a whole.")
+    choice: Choices | None = Field(None, description="One of these texts.")
+    grammar: Source | None = Field(None, description="A text of this grammar: Lark, or GBNF, which has ::=.")
+    json_object: bool | None = Field(None, description="A JSON object.")
+    disable_fallback: bool | None = Field(None, description="Taken and not used: there is none.")
+    disable_any_whitespace: OnlyFalse | None = Field(None, description="Not supported: only null, false.")
+    disable_additional_properties: OnlyFalse | None = Field(None, description="Not supported: only null, false.")
+
+    def sources(self) -> Iterator[tuple[Kind, str]]:
+        """The grammars that are asked for."""
+        if self.json_schema is not None:
+            yield "json", self.json_schema
+        if self.regex is not None:
+            yield "regex", self.regex
+        if self.choice:
+            yield "grammar", choice_grammar(self.choice)
+        if self.grammar is not None:
+            yield "grammar", self.grammar
+        if self.json_object:
+            yield "json", ANY_OBJECT
+
+
+class Structured(StrictRequest):
+    """Fields of both generating routes of the OpenAI API; at most one of them asks for a form."""
+
+    response_format: ResponseFormat | None = Field(None, description="The form of the text. Default: any.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="The form of the text, as vLLM has it.")
+    guided_json: Schema | None = Field(None, description="JSON that is valid under this schema.")
+    guided_regex: Source | None = Field(
+        None, description="A text that this regular expression (Rust's syntax) matches as a whole."
+    )
+    guided_choice: Choices | None = Field(None, description="One of these texts.")
+    guided_grammar: Source | None = Field(None, description="A text of this grammar: Lark, or GBNF, which has ::=.")
+
+    @model_validator(mode="after")
+    def _check_one_form(self) -> "Structured":
+        fields = [field for field, _, _ in self.forms()]
+        if len(fields) > 1:
+            field = fields[1]
+            raise PydanticCustomError("one_form", "a text has one form, another is asked for too", {"param": field})
+        return self
+
+    def forms(self) -> list[tuple[str, Kind, str]]:
+        """The field, kind and source of each grammar that is asked for."""
+        asked: list[tuple[str, Kind, str]] = []
+        if self.response_format and self.response_format.type != "text":
+            named = self.response_format.named
+            asked.append(("response_format", "json", named.json_schema if named else ANY_OBJECT))
+        if self.structured_outputs:
+            asked += [("structured_outputs", kind, source) for kind, source in self.structured_outputs.sources()]
+        if self.guided_json is not None:
+            asked.append(("guided_json", "json", self.guided_json))
+        if self.guided_regex is not None:
+            asked.append(("guided_regex", "regex", self.guided_regex))
+        if self.guided_choice:
+            asked.append(("guided_choice", "grammar", choice_grammar(self.guided_choice)))
+        if self.guided_grammar is not None:
+            asked.append(("guided_grammar", "grammar", self.guided_grammar))
+        return asked
+
+
+async def compile_form(backend: Backend, body: Structured) -> Grammar | None:
+    """The grammar of a request's form, None where it asks for none. Raises ApiError 400 for a form that is wrong."""
+    for field, kind, source in body.forms():
+        return await compile_grammar(backend, field, kind, source)
+    return None
+
+
+async def compile_grammar(backend: Backend, field: str, kind: Kind, source: str) -> Grammar:
+    """The grammar of a field. Raises ApiError 400 for one that cannot be enforced."""
+    if len(source) > LONGEST_GRAMMAR:
+        raise _refusal(field, f"it has {len(source):,} characters: at most {LONGEST_GRAMMAR:,}")
+    engine = backend.engine
+    try:
+        if found := engine.compiled_grammar(kind, source):
+            return found
+        # GBNF is translated in Python; the rest lets other threads run.
+        return await backend.heavy.run(engine.compile_grammar, kind, source, holds_lock=kind == "grammar")
+    except PipelineError as error:
+        raise _refusal(field, str(error)) from None
+
+
+def _refusal(field: str, reason: str) -> ApiError:
+    return ApiError(400, f"{field} cannot be enforced: {reason}", code="invalid_grammar", param=field)

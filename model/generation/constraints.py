@@ -1,0 +1,114 @@
+"""Which tokens one text may take next: a grammar, a list of allowed tokens, strings that must not appear.
+
+`sampler.py` weighs what is left. Shapes: V vocabulary.
+"""
+
+import bisect
+from collections.abc import Collection, Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from model.generation.grammar import Matcher
+from model.generation.requests import GenerationRequest
+
+SEPARATOR = b"\x00\xff\x00\xff"
+
+
+class TokenIndex:
+    """Looks tokens up by their bytes. token_bytes: the bytes each id stands for."""
+
+    def __init__(self, token_bytes: Sequence[bytes]) -> None:
+        pairs = sorted((data, token) for token, data in enumerate(token_bytes) if data)
+        self._data = [data for data, _ in pairs]
+        self._ids = [token for _, token in pairs]
+        self._joined = SEPARATOR.join(self._data)
+        self._starts, at = [], 0
+        for data in self._data:
+            self._starts.append(at)
+            at += len(data) + len(SEPARATOR)
+
+    def starting_with(self, data: bytes) -> list[int]:
+        """Tokens that begin with `data`, which is not empty."""
+        first = bisect.bisect_left(self._data, data)
+        last = first
+        while last < len(self._data) and self._data[last].startswith(data):
+            last += 1
+        return self._ids[first:last]
+
+    def containing(self, data: bytes) -> set[int]:
+        """Tokens that have `data` in them."""
+        found, at = set(), self._joined.find(data)
+        while at >= 0:
+            number = bisect.bisect_right(self._starts, at) - 1
+            if at + len(data) <= self._starts[number] + len(self._data[number]):
+                found.add(self._ids[number])
+            at = self._joined.find(data, at + 1)
+        return found
+
+
+class BannedWords:
+    """Strings that never appear in a text, whatever tokens would spell them."""
+
+    def __init__(self, words: Sequence[str], index: TokenIndex) -> None:
+        self._index = index
+        self._words = [word.encode() for word in words]
+        self._always = frozenset(token for word in self._words for token in index.containing(word))
+        self._kept = max(map(len, self._words), default=1) - 1
+        self._tail = b""
+
+    def completing(self) -> Iterable[int]:
+        """Tokens that would complete a word."""
+        yield from self._always
+        for word in self._words:
+            for begun in range(1, len(word)):
+                if self._tail.endswith(word[:begun]):
+                    yield from self._index.starting_with(word[begun:])
+
+    def push(self, data: bytes) -> None:
+        """Note the bytes of the token that came next."""
+        if self._kept:
+            self._tail = (self._tail + data)[-self._kept :]
+
+
+class Constraint:
+    """What a request allows at each place of its text. index: asked for with the first strings that must not appear."""
+
+    def __init__(self, request: GenerationRequest, index: TokenIndex | None, vocab_size: int) -> None:
+        self._grammar = request.grammar
+        self._matcher: Matcher | None = request.grammar.matcher() if request.grammar else None
+        self._allowed_V = np.ones(vocab_size, np.bool_)
+        if request.allowed_token_ids is not None:
+            self._allowed_V[:] = False
+            self._allowed_V[list(request.allowed_token_ids)] = True
+        self._banned = BannedWords(request.bad_words, index) if request.bad_words and index else None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing can follow."""
+        return self._matcher is not None and self._matcher.is_complete
+
+    def allowed(self, forbidden: Collection[int], ends: Collection[int]) -> npt.NDArray[np.bool_]:
+        """Which tokens may come next, shape (V,). ends: tokens that end the text; no other token without text passes a
+        grammar. Raises GrammarTooCostly.
+        """
+        allowed_V = self._allowed_V.copy()
+        if self._matcher is not None and self._grammar is not None:
+            allowed_V &= self._matcher.allowed()
+            allowed_V[[token for token in self._grammar.end_of_text_ids if token not in ends]] = False
+        if self._banned:
+            allowed_V[list(self._banned.completing())] = False
+        allowed_V[list(forbidden)] = False
+        return allowed_V
+
+    def accept(self, token: int, data: bytes) -> None:
+        """Go on behind a token, which stands for `data`. Raises GrammarTooCostly."""
+        if self._matcher is not None:
+            self._matcher.accept(token)
+        if self._banned:
+            self._banned.push(data)
+
+
+def is_constrained(request: GenerationRequest) -> bool:
+    """Whether a request has a constraint."""
+    return request.grammar is not None or request.allowed_token_ids is not None or bool(request.bad_words)

@@ -1,8 +1,11 @@
 """Progress of long work as log lines with an estimate of the time left, at most one every few seconds."""
 
+import threading
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
+T = TypeVar("T")
 Log = Callable[[str], None]
 """Where a stage says what it does: `print`, a logger's `info`, or `silent` in tests."""
 
@@ -39,6 +42,32 @@ class Progress:
             )
         else:
             self._log(f"{self._label}: {self._done:,.0f} {self._unit}")
+
+
+def with_lines(work: Callable[[], T], log: Log, label: str, every_s: float = 5.0) -> T:
+    """The result of `work`, which reports no progress of its own; every `every_s` seconds `label, 0:05 so far` is logged.
+
+    It runs in a thread that does not outlive the process, so that an interrupt ends the wait at once.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # noqa: BLE001 - raised again below, in the thread that waits
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    started = time.monotonic()
+    thread.start()
+    while thread.is_alive():
+        thread.join(every_s)
+        if thread.is_alive():
+            log(f"{label}, {format_duration(time.monotonic() - started)} so far")
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def format_duration(seconds: float) -> str:

@@ -1,22 +1,28 @@
 """Tokenizers: byte-level BPE or one token per character, trained here and shipped as `PreTrainedTokenizerFast`.
 
 Both encode every byte string and decode it exactly. The pre-tokenizer of the BPE is GPT-2's, so that other runtimes
-("gpt-2" in GGUF) split text the same way. `<|endoftext|>` (id 0, bos and eos) and `<|pad|>` (id 1) come first and stand
+("gpt-2" in GGUF) split text the same way, but for one bound: a run of letters, of digits, of spaces or of other
+characters is cut after every `LONGEST_RUN` of them. Training and encoding then take time in proportion to the text,
+base64, minified scripts and languages without spaces included, where the time of a pre-token grows with the square of
+its length. The longest run in the Python standard library has 80 characters. `<|endoftext|>` (id 0, bos and eos) and `<|pad|>` (id 1) come first and stand
 for no bytes; written out in a document they are ordinary text. `FastEncoder` gives the same ids several times faster
 and is what the corpus is encoded with.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tiktoken
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from model.errors import PipelineError
+from model.progress import Log, silent, with_lines
 from model.settings import TokenizerSettings
 from model.text.chat import TEMPLATE
 
@@ -24,27 +30,37 @@ END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 SPECIALS = (END_OF_TEXT, PAD)
 # GPT-2's split of a text into words, as ByteLevel(use_regex=True) has it built in.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+LONGEST_RUN = 256
+"""Characters of one kind in one pre-token, besides the space before them."""
+BOUNDED_PATTERN = GPT2_PATTERN.replace("+", f"{{1,{LONGEST_RUN}}}")
+# The same language for tiktoken's regex engine: it unrolls a bounded repeat into more states than it allows, unless a
+# lookaround, empty here, makes it count instead. That costs a third of the speed on text without long runs.
+_COUNTED_PATTERN = re.sub(r"(\\[a-zA-Z](?:\{[LN]\})?|\[[^]]+\])\+", rf"(?:\1(?=)){{1,{LONGEST_RUN}}}", GPT2_PATTERN)
+# A run longer than LONGEST_RUN covers a whole one of the blocks of half its length. No run goes on over a space, or
+# over one of the others without word characters; these few are of the same kind in every version of Unicode.
+_BLOCK = LONGEST_RUN // 2
+_ONE_KIND = re.compile(rf"[^ \t\n\r\u3000\u3001\u3002\uff0c]{{{_BLOCK}}}|[\W_]{{{_BLOCK}}}")
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 PIECE_CHARACTERS = 65_536
 
 Ids = npt.NDArray[np.uint32]
 
 
-def train_tokenizer(settings: TokenizerSettings, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(settings: TokenizerSettings, texts: Iterable[str], *, log: Log = silent) -> PreTrainedTokenizerFast:
     """Train on `texts`: merges up to vocab_size for "bpe", the characters that occur for "char" (vocab_size unused).
 
     "pretrained" takes the tokenizer of the checkpoint in `settings.path` as it is. With `settings.chat` it carries the
     chat template of `model/text/chat.py`.
     Raises PipelineError where the texts do not hold enough pairs that occur twice to reach vocab_size.
     """
-    made = load_tokenizer(Path(settings.path)) if settings.kind == "pretrained" else _train(settings, texts)
+    made = load_tokenizer(Path(settings.path)) if settings.kind == "pretrained" else _train(settings, texts, log)
     if settings.chat:
         made.chat_template = TEMPLATE
     return made
 
 
-def _train(settings: TokenizerSettings, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    tokenizer = _train_bpe(settings.vocab_size, texts) if settings.kind == "bpe" else _characters(texts)
+def _train(settings: TokenizerSettings, texts: Iterable[str], log: Log) -> PreTrainedTokenizerFast:
+    tokenizer = _train_bpe(settings.vocab_size, texts, log) if settings.kind == "bpe" else _characters(texts)
     tokenizer.add_special_tokens(list(SPECIALS))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -61,6 +77,23 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     if not (directory / "tokenizer.json").is_file():
         raise PipelineError(f"no tokenizer.json in {directory}: expected a saved tokenizer; make the dataset again")
     return PreTrainedTokenizerFast.from_pretrained(directory)
+
+
+def splits_as_gpt2(tokenizer: Tokenizer) -> bool:
+    """Whether `tokenizer` takes text as it is and splits it as GPT-2 does, with or without the bound on a run."""
+    state = json.loads(tokenizer.to_str())
+    return state["normalizer"] is None and (_bounds_runs(state) or _is_gpt2(state["pre_tokenizer"], use_regex=True))
+
+
+def _bounds_runs(state: dict[str, Any]) -> bool:
+    parts = (state["pre_tokenizer"] or {}).get("pretokenizers", [])
+    bounded = {"type": "Split", "pattern": {"Regex": BOUNDED_PATTERN}, "behavior": "Isolated", "invert": False}
+    return len(parts) == 2 and parts[0] == bounded and _is_gpt2(parts[1], use_regex=False)
+
+
+def _is_gpt2(pre_tokenizer: dict[str, Any] | None, *, use_regex: bool) -> bool:
+    expected = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}
+    return expected.items() <= (pre_tokenizer or {}).items()
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
@@ -111,8 +144,11 @@ class FastEncoder:
         if _is_character_level(tokenizer):
             self._character_ids = _character_table(self._reference)
             self.encode = self._encode_characters
-        elif _merges_reach_every_token(self._reference, self._specials):
-            self._tiktoken = self._build_tiktoken()
+        elif splits_as_gpt2(self._reference) and _merges_reach_every_token(self._reference, self._specials):
+            self._tiktoken = self._build_tiktoken(GPT2_PATTERN)
+            # A tokenizer of before the bound has none.
+            is_bounded = _bounds_runs(json.loads(self._reference.to_str()))
+            self._bounded = self._build_tiktoken(_COUNTED_PATTERN) if is_bounded else None
             self.encode = self._encode_tiktoken
         else:
             self.encode = self._encode_reference
@@ -132,17 +168,21 @@ class FastEncoder:
         """The exact bytes that ids stand for."""
         return b"".join(self._token_bytes[number] for number in ids)
 
-    def _build_tiktoken(self) -> tiktoken.Encoding:
+    def _build_tiktoken(self, pattern: str) -> tiktoken.Encoding:
         # A token's id is its rank: merges were numbered in the order in which they were found.
         specials = set(self._specials.values())
         ranks = {data: number for number, data in enumerate(self._token_bytes) if number not in specials}
-        return tiktoken.Encoding("trained", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=self._specials)
+        return tiktoken.Encoding("trained", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self._specials)
 
     def _encode_tiktoken(self, text: str) -> Ids:
-        try:
-            return self._tiktoken.encode_to_numpy(text, disallowed_special=())
-        except ValueError:  # its regex engine gives up on a run of several 100,000 spaces
-            return self._encode_reference(text)
+        if _may_hold_a_long_run(text):
+            # Without the bound its regex engine gives up on a run of several 100,000 spaces.
+            return (
+                self._bounded.encode_to_numpy(text, disallowed_special=())
+                if self._bounded
+                else self._encode_reference(text)
+            )
+        return self._tiktoken.encode_to_numpy(text, disallowed_special=())
 
     def _encode_reference(self, text: str) -> Ids:
         return np.array(self._reference.encode(text, add_special_tokens=False).ids, np.uint32)
@@ -162,9 +202,18 @@ class FastEncoder:
         return encoded
 
 
-def _train_bpe(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
+def _may_hold_a_long_run(text: str) -> bool:
+    return any(_ONE_KIND.match(text, start) for start in range(0, len(text), _BLOCK))
+
+
+def _train_bpe(vocab_size: int, texts: Iterable[str], log: Log) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(BOUNDED_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -173,7 +222,7 @@ def _train_bpe(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    with_lines(lambda: tokenizer.train_from_iterator(texts, trainer), log, f"tokenizer: learning {vocab_size:,} tokens")
     reached = tokenizer.get_vocab_size()
     if reached < vocab_size:
         raise PipelineError(

@@ -88,7 +88,7 @@ def build_tokenized_dataset(
     # A character vocabulary needs every character of the train split; merges are as good from a sample.
     wanted = settings.training_bytes if settings.kind == "bpe" else 0
     log(f"tokenizer: training ({settings.kind}) on {min(wanted or corpus.train_bytes, corpus.train_bytes):,} bytes")
-    tokenizer = train_tokenizer(settings, even_sample(texts, corpus.train_bytes, wanted))
+    tokenizer = train_tokenizer(settings, even_sample(texts, corpus.train_bytes, wanted), log=log)
     training_seconds = time.perf_counter() - started
 
     spelled = token_bytes(tokenizer)

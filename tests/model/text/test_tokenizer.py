@@ -1,17 +1,28 @@
 import json
 import random
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from model.errors import PipelineError
+from model.progress import with_lines
 from model.settings import CorpusSettings, TokenizerSettings
 from model.text.sources import Sources
-from model.text.tokenizer import FastEncoder, even_sample, load_tokenizer, token_bytes, train_tokenizer
+from model.text.tokenizer import (
+    LONGEST_RUN,
+    FastEncoder,
+    even_sample,
+    load_tokenizer,
+    splits_as_gpt2,
+    token_bytes,
+    train_tokenizer,
+)
 
 KINDS = ("bpe", "char")
 TRICKY = [
@@ -26,6 +37,30 @@ TRICKY = [
     "a" * 5000,
     "0123456789 ½ ² Ⅷ ١٢٣",
 ]
+
+
+RUNS = {
+    "letters": "a",
+    "base64": "aZbYqT",
+    "dna": "ACGTTGCA",
+    "han": "漢字仮名",
+    "thai": "ทีน้ำ",
+    "digits": "1234567890",
+    "fractions": "½",
+    "punctuation": "=",
+    "minified": "(){}[];",
+    "spaces": " ",
+    "newlines": "\n",
+    "windows newlines": "\r\n",
+    "tabs": "\t",
+    "ideographic spaces": "\u3000",
+    "combining marks": "\u0301\u0302",
+    "zero width": "\u200b\u200d\ufeff",
+    "nul": "\0",
+    "emoji": "🙂👩\u200d👩",
+    "private use": "\ue000\U0010ffff",
+}
+"""Runs of every kind that GPT-2's pattern matches without bound."""
 
 
 @pytest.fixture(scope="module")
@@ -124,15 +159,103 @@ def test_a_saved_tokenizer_comes_back_the_same(kind, tokenizers, texts, tmp_path
         assert token_bytes(loaded) == token_bytes(tokenizers[kind])
 
 
-def test_the_pre_tokenizer_is_gpt2s(tokenizers) -> None:
-    config = json.loads(tokenizers["bpe"].backend_tokenizer.to_str())
-    assert config["pre_tokenizer"] == {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": True,
-    }
+def pre_tokens(tokenizer: Tokenizer, text: str) -> list[str]:
+    return [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+
+def gpt2s(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same vocabulary with GPT-2's own pre-tokenizer, as artifacts of before the bound have it."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|pad|>")
+
+
+def test_the_pre_tokenizer_is_gpt2s_up_to_its_bound(tokenizers, texts) -> None:
+    tokenizer = tokenizers["bpe"].backend_tokenizer
+    gpt2 = gpt2s(tokenizers["bpe"]).backend_tokenizer
+    edges = [kind * n + "x" for kind in RUNS.values() for n in range(1, LONGEST_RUN // len(kind), 17)]
+    edges += [" " + "a" * LONGEST_RUN + " b", " " * LONGEST_RUN + "x", "x" + " " * LONGEST_RUN]
+    for text in [*texts, *edges, *(text for text in TRICKY if len(text) < LONGEST_RUN)]:
+        assert pre_tokens(tokenizer, text) == pre_tokens(gpt2, text)
+    config = json.loads(tokenizer.to_str())
+    assert splits_as_gpt2(tokenizer) and splits_as_gpt2(gpt2) and not splits_as_gpt2(Tokenizer(models.BPE()))
     assert config["normalizer"] is None and config["post_processor"]["special_tokens"] == {}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_of_any_kind_costs_in_proportion_to_its_length(kind, tokenizers, encoders) -> None:
+    tokenizer, encoder = tokenizers["bpe"], encoders["bpe"]
+    run = (RUNS[kind] * 8 * LONGEST_RUN)[: 8 * LONGEST_RUN]
+    for text in (
+        run,
+        f"def x{run}y = 1\n",
+        run + " ",
+        f"東京 {run}.",
+        run[:LONGEST_RUN] + "x",
+        run[: LONGEST_RUN + 1] + "1",
+    ):
+        assert max(map(len, split_characters(tokenizer, text))) <= LONGEST_RUN + 1
+        check_equal_and_exact(tokenizer, encoder, text)
+        assert gpt2s(tokenizer).decode(encoder.encode(text)) == text
+    assert len(encoder.encode(run * 8)) == 8 * len(encoder.encode(run))
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_training_learns_from_no_run_longer_than_the_bound(kind) -> None:
+    """Work is pairs per pre-token: no pre-token is longer than the bound, however long the document."""
+    text = "the cat and the other cat " + RUNS[kind] * (40_000 // len(RUNS[kind]))
+    with pytest.raises(PipelineError, match="set it to") as raised:
+        train_tokenizer(TokenizerSettings(vocab_size=2**20), [text])
+    reached = int(str(raised.value).split("set it to ")[1].split(" ")[0])
+    trained = train_tokenizer(TokenizerSettings(vocab_size=reached), [text])
+    assert max(map(len, split_characters(trained, text))) <= LONGEST_RUN + 1
+    assert max(map(len, token_bytes(trained))) <= (LONGEST_RUN + 1) * 4
+
+
+def split_characters(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
+    """The text of each pre-token, which joined are the text."""
+    pieces = [text[start:end] for _, (start, end) in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+    assert "".join(pieces) == text
+    return pieces
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    parts=st.lists(
+        st.tuples(
+            st.sampled_from(
+                ["a", "é", "漢", "7", "½", "=", "_", "\u0301", "\u200b", " ", "\n", "\u3000", "、", "\t", "🙂"]
+            ),
+            st.sampled_from([1, 2, 127, 128, 129, 255, 256, 257, 300, 513]),
+        ),
+        max_size=6,
+    )
+)
+def test_runs_of_every_length_side_by_side_are_encoded_as_the_tokenizer_does(parts, tokenizers, encoders) -> None:
+    check_equal_and_exact(tokenizers["bpe"], encoders["bpe"], "".join(kind * n for kind, n in parts))
+
+
+@pytest.mark.parametrize("text", TRICKY, ids=range(len(TRICKY)))
+def test_a_tokenizer_without_the_bound_goes_on_as_it_was(text, tokenizers, tmp_path: Path) -> None:
+    gpt2s(tokenizers["bpe"]).save_pretrained(tmp_path)
+    old = load_tokenizer(tmp_path)
+    check_equal_and_exact(old, FastEncoder(old), text)
+
+
+def test_a_tokenizer_that_splits_in_another_way_is_followed(tokenizers) -> None:
+    other = gpt2s(tokenizers["bpe"])
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    check_equal_and_exact(other, FastEncoder(other), "x = 1000 0000\n" * 3)
+
+
+def test_long_training_says_that_it_goes_on() -> None:
+    logged: list[str] = []
+    assert with_lines(lambda: time.sleep(0.2) or 7, logged.append, "learning", every_s=0.02) == 7
+    assert logged and logged[0] == "learning, 0:00 so far"
+    with pytest.raises(PipelineError, match="no text"):
+        with_lines(lambda: (_ for _ in ()).throw(PipelineError("no text")), logged.append, "learning")
 
 
 def test_training_is_deterministic(tokenizers, texts) -> None:

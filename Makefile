@@ -50,7 +50,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(DAGSTER_HOME)/dagster.yaml: dagster.yaml
 	@mkdir -p $(@D) && cp $< $@
 
-pipeline: setup  ## Materialize all six assets of EXPERIMENT (default stdlib), with Hydra OVERRIDES if given; FORCE=true computes unchanged ones too
+pipeline: setup  ## Materialize all seven assets of EXPERIMENT (default stdlib), with Hydra OVERRIDES if given; FORCE=true computes unchanged ones too
 ifeq ($(strip $(OVERRIDES)),)
 	$(BIN)/dagster job execute -m llm_assets.definitions -j llm_pipeline --tags '{"dagster/partition": "$(EXPERIMENT)", "rex/force": "$(FORCE)"}'
 else

@@ -1,10 +1,11 @@
-"""What Dagster costs: the first five assets as one run, against the same stages as plain scripts.
+"""What Dagster costs: five assets as one run, against the same stages as plain scripts.
 
     python -m bench.orchestration [--experiment smoke] [--rounds 3]
 
 A round runs the plain scripts, one process a stage, as someone without an orchestrator would, and then the Dagster run.
 The difference, over five steps, is what a step pays for its process, the event log, MLflow, digests and publishing.
-(The sixth asset calls BentoML, which is a process of its own either way.) First comes the import of the definitions.
+(The assets that call BentoML and other engines start processes of their own either way.) First comes the import of the
+definitions.
 """
 
 import argparse

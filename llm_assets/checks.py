@@ -8,7 +8,7 @@ run and leaves the last good version the latest.
 import json
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,19 @@ def keeps_quality(bits_per_byte: float, full_bits_per_byte: float) -> dg.AssetCh
             "relative_loss": str(loss),
             "bits_per_byte": str(bits_per_byte),
             "full_bits_per_byte": str(full_bits_per_byte),
+        },
+    )
+
+
+def is_the_same_model(rows: Sequence[Mapping[str, Any]], differences: Sequence[str]) -> dg.AssetCheckResult:
+    """Judge the certificates of an export: `rows` of them, and every difference that they found."""
+    return dg.AssetCheckResult(
+        check_name="is_the_same_model",
+        passed=bool(rows) and not differences,
+        metadata={
+            "certificates": len(rows),
+            "differences": "\n".join(differences)[:2000] or "none",
+            **{f"{row['engine']}, {row['file']}": str(row["log_probability_difference"]) for row in rows},
         },
     )
 

@@ -93,6 +93,22 @@ PIPELINE = (
         preload=("model.weights.quantization",),
     ),
     StageSpec(
+        "exported_model",
+        "The checkpoint for other engines: GLM-4 or Llama layout in safetensors, int8 in the compressed-tensors layout, GGUF "
+        "in full precision and Q8_0, an Ollama Modelfile, a model card and checksums. Each engine that is installed proves "
+        "that it runs the same model; `certificates.json` says on what.",
+        group="release",
+        kinds=("huggingface",),
+        code_version="1",
+        upstream=("trained_checkpoint", "quantized_model", "tokenized_dataset"),
+        checks={
+            "is_the_same_model": "Token ids, chat templates and greedy continuations are equal, log-probabilities and bits "
+            "per byte within stated bounds, in stock transformers and, where it is installed, llama.cpp."
+        },
+        pool="device",
+        preload=("model.export.certified",),
+    ),
+    StageSpec(
         "benchmark_report",
         "Quality, latency, throughput and memory of both models, with and without KV cache: JSON, Markdown and plots.",
         group="release",

@@ -33,6 +33,7 @@ class Manifest:
     look but never becomes the latest. warned_checks: those it passed with a warning.
     code, source: hashes of the code that made it and of what it was made from besides its upstream; empty: unknown.
     registration: what the model registry was told of a model (`register_version`).
+    certificates: what other engines were seen to do with the artifact (`model.export.parity.Certificate`).
     """
 
     asset: str
@@ -51,6 +52,7 @@ class Manifest:
     code: str = ""
     source: str = ""
     registration: dict[str, Any] | None = None
+    certificates: list[dict[str, Any]] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -106,6 +108,7 @@ def seal(
     code: str = "",
     source: str = "",
     registration: Mapping[str, Any] | None = None,
+    certificates: Sequence[Mapping[str, Any]] = (),
 ) -> Manifest:
     """Write the manifest of a finished directory: the last file that goes into it."""
     files = file_digests(directory)
@@ -128,6 +131,7 @@ def seal(
         code=code,
         source=source,
         registration=dict(registration) if registration else None,
+        certificates=[dict(certificate) for certificate in certificates],
     )
     (directory / MANIFEST).write_text(manifest.to_json())
     return manifest

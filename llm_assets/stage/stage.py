@@ -105,10 +105,12 @@ class Stage:
         checks: Sequence[dg.AssetCheckResult] = (),
         *,
         registration: Registration | None = None,
+        certificates: Sequence[Mapping[str, Any]] = (),
     ) -> dg.MaterializeResult[Staged]:
         """Seal the output and describe it; a version that fails a blocking check is published but not as the latest.
 
         registration: makes the artifact a version of the experiment's registered model, unless a blocking check failed.
+        certificates: for the manifest.
         """
         missed = {
             severity: [check.check_name or "" for check in checks if not check.passed and check.severity == severity]
@@ -129,6 +131,7 @@ class Stage:
             code=code_digest(self.asset),
             source=self.source,
             registration=dataclasses.asdict(registration) if registration else None,
+            certificates=certificates,
         )
         self.tracked.failed = bool(failed)
         if registration and not failed:

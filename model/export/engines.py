@@ -9,14 +9,27 @@ import math
 import sys
 import urllib.request
 from collections.abc import Callable
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+PACKAGES = {"transformers": "transformers", "llama.cpp": "xllamacpp"}
+"""The package of each engine."""
 
 Questions = dict[str, Any]
 """texts: {name: text}. ids: {name: prompt ids}. steps: greedy tokens to add. windows: ids whose prediction is scored."""
 Answers = dict[str, Any]
 """tokens: {name: [ids with special tokens read, ids without]}. greedy: {name: [[id, log-probability], ..]}. nats."""
+
+
+def installed_engines() -> dict[str, str]:
+    """The release of each engine's package in this environment, by engine."""
+    found: dict[str, str] = {}
+    for engine, package in PACKAGES.items():
+        with suppress(PackageNotFoundError):
+            found[engine] = version(package)
+    return found
 
 
 def transformers(path: Path, asked: Questions) -> Answers:
@@ -70,10 +83,13 @@ def llama_cpp(path: Path, asked: Questions) -> Answers:
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(path)
+    # One thread: several wait for each other while the server sorts a distribution, and round by their number.
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
     parameters.n_ctx, parameters.n_parallel, parameters.warmup = asked["context"], 1, False
     parameters.cache_ram_mib = parameters.n_ctx_checkpoints = parameters.verbosity = 0
     parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    parameters.no_extra_bufts = True  # Kernels for AMX and repacked weights round more than the plain ones.
     server = xllamacpp.Server(parameters)
 
     def post(route: str, body: dict[str, Any]) -> Any:
@@ -86,20 +102,31 @@ def llama_cpp(path: Path, asked: Questions) -> Answers:
         body = {"content": text, "add_special": False, "parse_special": special}
         return list(post("/tokenize", body)["tokens"]) if text else []
 
-    def complete(ids: list[int], steps: int, top: int) -> list[dict[str, Any]]:
-        body = {"prompt": ids, "n_predict": steps, "n_probs": top, "temperature": 0, "cache_prompt": top > 1}
-        return list(post("/completion", body)["completion_probabilities"])
+    # The server leaves out the probabilities of tokens in an unfinished UTF-8 character. A letter in place of the sampled
+    # token finishes none; the probabilities are those before it was chosen.
+    (letter,) = tokenize("a", False)
 
-    greedy = {
-        name: [[step["id"], step["logprob"]] for step in complete(ids, asked["steps"], 1)]
-        for name, ids in asked["ids"].items()
-    }
+    def distribution(ids: list[int], top: int) -> list[tuple[int, float]]:
+        """The `top` likeliest next tokens with their log-probabilities, likeliest first."""
+        body = {"prompt": ids, "n_predict": 1, "n_probs": top, "temperature": 0, "logit_bias": [[letter, 1e9]]}
+        (step,) = post("/completion", body)["completion_probabilities"]
+        return [(entry["id"], entry["logprob"]) for entry in step["top_logprobs"]]
+
+    def continued(ids: list[int]) -> list[list[float]]:
+        body = {"prompt": ids, "n_predict": asked["steps"], "temperature": 0, "return_tokens": True}
+        chosen = list(post("/completion", body)["tokens"])
+        scores = [distribution([*ids, *chosen[:count]], 1)[0] for count in range(len(chosen))]
+        # A token that is not the likeliest has no score here: NaN differs from every bound.
+        return [
+            [token, score if likeliest == token else math.nan]
+            for token, (likeliest, score) in zip(chosen, scores, strict=True)
+        ]
+
+    greedy = {name: continued(ids) for name, ids in asked["ids"].items()}
     nats = 0.0
     for window in asked["windows"]:
         for stop in range(1, len(window)):
-            (step,) = complete(window[:stop], 1, asked["vocab_size"])
-            scores = {entry["id"]: entry["logprob"] for entry in step["top_logprobs"]}
-            nats -= scores.get(window[stop], -math.inf)
+            nats -= dict(distribution(window[:stop], asked["vocab_size"])).get(window[stop], -math.inf)
     tokens = {name: [tokenize(text, True), tokenize(text, False)] for name, text in asked["texts"].items()}
     chats = {name: post("/apply-template", {"messages": turns})["prompt"] for name, turns in asked["chats"].items()}
     return {

@@ -35,7 +35,7 @@ class ExportedFile:
     path: str
     precision: str
     engine: str
-    """The engine of the parity check that reads it; empty where none of them does."""
+    """The engine that reads it."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def export(
     if "compressed-tensors" in formats:
         write_compressed_tensors(model, output_dir / "compressed-tensors")
         copy_tokenizer(checkpoint_dir, output_dir / "compressed-tensors")
-        files.append(ExportedFile("compressed-tensors", "int8", ""))
+        files.append(ExportedFile("compressed-tensors", "int8", "vLLM"))
     if "gguf" in formats:
         reason = reason_against(tokenizer)
         if reason and len(formats) > 1:

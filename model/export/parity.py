@@ -11,16 +11,17 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from model.errors import PipelineError
 from model.modeling_rex import RexForCausalLM
+from model.system.commands import ending_with_parent
 from model.text.tokens import TokenDataset
 
 STEPS = 16
@@ -29,11 +30,10 @@ LOG_PROBABILITY_BOUND = {"float32": 1e-3, "bfloat16": 0.25, "q8_0": 0.25}
 """Largest difference of one log-probability, nats, by how the exported weights are stored."""
 BITS_PER_BYTE_BOUND = {"float32": 1e-3, "bfloat16": 0.02, "q8_0": 0.02}
 """Largest difference in bits per byte on the same held-out tokens."""
-WINDOWS = 16
+WINDOWS = 8
 """Windows of the validation split, evenly spread, that an engine scores which gives whole distributions at once."""
-LLAMA_CPP_TOKENS = 48
-"""Held-out tokens that llama.cpp scores: it is asked for one whole distribution at a time."""
-PACKAGES = {"transformers": "transformers", "llama.cpp": "xllamacpp"}
+LLAMA_CPP_SCORES = 400_000
+"""Log-probabilities of held-out text that llama.cpp is asked for: it gives a whole distribution for each token."""
 
 TEXTS = {
     "empty": "",
@@ -83,11 +83,6 @@ class Certificate:
         return not self.differences
 
 
-def is_installed(engine: str) -> bool:
-    """Whether this environment has the package of `engine`."""
-    return find_spec(PACKAGES[engine]) is not None
-
-
 def certify(
     model: RexForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -107,7 +102,7 @@ def certify(
     count = min(WINDOWS, len(dataset))
     starts = [index * len(dataset) // count * (length - 1) for index in range(count)]
     if engine == "llama.cpp":
-        starts, length = [0], min(length, LLAMA_CPP_TOKENS)
+        starts, length = [0], min(length, max(LLAMA_CPP_SCORES // model.config.vocab_size, 32))
     windows = [dataset.tokens[start : start + length].astype("int64").tolist() for start in starts]
     asked = _questions(model, tokenizer, windows, dataset)
     answers = _ask(engine, path, asked)
@@ -118,15 +113,18 @@ def _questions(
     model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast, windows: list[list[int]], dataset: TokenDataset
 ) -> dict[str, Any]:
     context = model.config.max_position_embeddings
+    room = context - STEPS
     plain = _plain(tokenizer)
+    chats = CHATS if tokenizer.chat_template else {}
+    rendered = {name: str(tokenizer.apply_chat_template(turns, tokenize=False)) for name, turns in chats.items()}
     first = model.config.bos_token_id or 0
     # An engine completes at least one token: the empty text starts with the end of the text before.
-    prompts = {name: plain.encode(text).ids[: context - STEPS] or [first] for name, text in TEXTS.items()}
-    held_out = dataset.tokens[: context - STEPS].astype("int64").tolist()
-    prompts["longest context"] = held_out
+    prompts = {name: plain.encode(text).ids[:room] or [first] for name, text in TEXTS.items()}
+    prompts |= {name: tokenizer(text, add_special_tokens=False).input_ids[:room] for name, text in rendered.items()}
+    prompts["longest context"] = dataset.tokens[:room].astype("int64").tolist()
     return {
-        "texts": TEXTS,
-        "chats": CHATS if tokenizer.chat_template else {},
+        "texts": {**TEXTS, **rendered},
+        "chats": chats,
         "ids": prompts,
         "steps": STEPS,
         "windows": windows,
@@ -146,7 +144,7 @@ def _ask(engine: str, path: Path, asked: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "answers.json"
         done = subprocess.run(
-            [sys.executable, "-m", "model.export.engines", engine, str(path)],
+            ending_with_parent([sys.executable, "-m", "model.export.engines", engine, str(path)]),
             input=json.dumps({**asked, "output": str(output)}),
             capture_output=True,
             text=True,
@@ -187,19 +185,17 @@ def _compare(
     bound = LOG_PROBABILITY_BOUND[precision]
     largest, compared = 0.0, 0
     for title, ids in asked["ids"].items():
-        greedy = answers["greedy"][title]
-        if not greedy:
-            differences.append(f"greedy continuation of {title!r}: no token")
-            continue
-        sequence = torch.tensor([[*ids, *(int(token) for token, _ in greedy)]])
-        log_p = model(sequence).logits[0, len(ids) - 1 : -1].double().log_softmax(-1)
-        for step, (token, score) in enumerate(greedy):
+        chosen = [int(token) for token, _ in answers["greedy"][title]]
+        differences += _wrong_ends(model, title, chosen)
+        log_p = _next_log_probabilities(model, [*ids, *chosen])[len(ids) - 1 :]
+        for step, (token, score) in enumerate(answers["greedy"][title]):
             best = int(log_p[step].argmax())
             margin = float(log_p[step, best] - log_p[step, int(token)])
             if margin > 0:
                 line = f"greedy token {step} of {title!r}: {int(token)}, expected {best}, {margin:.2g} nats likelier"
                 (explained if margin <= 2 * bound else differences).append(line)
-            largest = max(largest, abs(float(log_p[step, int(token)]) - score))
+            gap = abs(float(log_p[step, int(token)]) - score)
+            largest = max(largest, gap if math.isfinite(gap) else math.inf)
             compared += 1
     if not largest <= bound:
         differences.append(f"a log-probability differs by {largest:.3g} nats: expected at most {bound}")
@@ -225,13 +221,28 @@ def _compare(
     )
 
 
+def _next_log_probabilities(model: RexForCausalLM, ids: list[int]) -> Tensor:
+    """Log-probabilities (T - 1, V) of what follows each of `ids` but the last, float64."""
+    log_p_TV: Tensor = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+    return log_p_TV
+
+
+def _wrong_ends(model: RexForCausalLM, title: str, chosen: list[int]) -> list[str]:
+    """Where an engine goes on after an end-of-text token of REX's, or ends without one."""
+    ends = model.generation_config.eos_token_id
+    stops = set(ends if isinstance(ends, list) else [ends])
+    wrong = [f"greedy continuation of {title!r} goes on after {token}" for token in chosen[:-1] if token in stops]
+    if len(chosen) < STEPS and not stops & set(chosen[-1:]):
+        wrong.append(f"greedy continuation of {title!r} ends after {len(chosen)} tokens: expected {STEPS}")
+    return wrong
+
+
 def _score(model: RexForCausalLM, windows: list[list[int]], dataset: TokenDataset) -> tuple[float, int, int]:
     """Nats of predicting each window but its first token, the tokens and the bytes that they stand for."""
     nats, tokens, text_bytes = 0.0, 0, 0
     for window in windows:
-        ids_T = torch.tensor(window)
-        log_p = model(ids_T[None]).logits[0, :-1].double().log_softmax(-1)
-        nats -= float(log_p.gather(-1, ids_T[1:, None]).sum())
+        log_p_TV = _next_log_probabilities(model, window)
+        nats -= float(log_p_TV.gather(-1, torch.tensor(window)[1:, None]).sum())
         tokens += len(window) - 1
         text_bytes += int(dataset.byte_counts[window[1:]].sum())
     return nats, tokens, text_bytes

@@ -16,7 +16,7 @@ from tests.e2e.test_webserver import ask, ended, launch, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 TO_MODEL = ("corpus", "tokenized_dataset", "trained_checkpoint", "quantized_model")
-ALL = (*TO_MODEL, "benchmark_report", "packaged_bento")
+ALL = (*TO_MODEL, "exported_model", "benchmark_report", "packaged_bento")
 LONG_S = 500.0
 """A run takes a minute; many times that on a machine that has other work."""
 STEPS = """

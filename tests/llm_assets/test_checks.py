@@ -117,3 +117,15 @@ def test_a_training_with_warnings_fails_its_check_without_blocking_and_what_it_m
     assert checks.training_warnings(tmp_path) == lines
     (tmp_path / "summary.json").write_text("{}")
     assert checks.training_warnings(tmp_path) == []
+
+
+ROW = {"engine": "transformers", "file": "hf", "log_probability_difference": 1e-6}
+
+
+@pytest.mark.parametrize(
+    ("rows", "differences", "passed"),
+    [([ROW], [], True), ([ROW], ["transformers, hf: a log-probability differs"], False), ([], [], False)],
+    ids=["the same", "a difference", "no engine"],
+)
+def test_an_export_passes_only_where_an_engine_ran_it_and_found_no_difference(rows, differences, passed) -> None:
+    assert checks.is_the_same_model(rows, differences).passed == passed

@@ -1,0 +1,89 @@
+"""An export whose files are each run by their engine before anything is made from them."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from model.errors import PipelineError
+from model.export.engines import installed_engines
+from model.export.package import export, write_checksums
+from model.export.parity import Certificate, certify
+from model.progress import Log, silent
+from model.system.commands import run
+from model.text.tokenizer import load_tokenizer
+from model.text.tokens import TokenDataset
+from model.weights.loading import load_model
+
+CERTIFICATES = "certificates.json"
+
+
+@dataclass(frozen=True)
+class CertifiedExport:
+    """What the engines said, and what was not made or not run, and why."""
+
+    certificates: list[Certificate]
+    left_out: list[str]
+
+    @property
+    def differences(self) -> list[str]:
+        """Every difference found, behind its engine and file."""
+        return [f"{found.engine}, {found.file}: {line}" for found in self.certificates for line in found.differences]
+
+
+def export_with_certificates(
+    checkpoint_dir: Path,
+    quantized_dir: Path,
+    dataset_dir: Path,
+    output_dir: Path,
+    *,
+    sequence_length: int,
+    name: str,
+    provenance: Mapping[str, Any],
+    log: Log = silent,
+) -> CertifiedExport:
+    """Write every format of a checkpoint, and the certificates of the installed engines to `certificates.json`.
+
+    quantized_dir: its bits per byte stand in the model card beside the commit of the code.
+    Raises PipelineError for an incomplete checkpoint, and where an engine cannot load its file.
+    """
+    described = {**provenance, **_measured(quantized_dir), "commit": _commit()}
+    made = export(checkpoint_dir, output_dir, name=name, provenance=described)
+    model, tokenizer = load_model(checkpoint_dir, quantized=False), load_tokenizer(checkpoint_dir)
+    dataset = TokenDataset(dataset_dir, "validation", sequence_length)
+    engines = installed_engines()
+    certificates: list[Certificate] = []
+    left_out = [f"{form}: {reason}" for form, reason in made.left_out.items()]
+    for file in made.files:
+        if file.engine not in engines:
+            left_out.append(f"certificate of {file.path}: {file.engine} is not installed")
+            continue
+        path = output_dir / file.path
+        found = certify(model, tokenizer, dataset, file.engine, path, file.precision, name=file.path)
+        log(
+            f"{found.engine} on {file.path}: log-probabilities within {found.log_probability_difference:.2g} nats, "
+            f"{len(found.differences)} differences"
+        )
+        certificates.append(found)
+    text = json.dumps({"certificates": [asdict(c) for c in certificates], "left_out": left_out}, indent=2)
+    (output_dir / CERTIFICATES).write_text(text + "\n", encoding="utf-8")
+    write_checksums(output_dir)
+    return CertifiedExport(certificates, left_out)
+
+
+def _measured(quantized_dir: Path) -> dict[str, Any]:
+    path = quantized_dir / "summary.json"
+    if not path.is_file():
+        return {}
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    return {"bits per byte": {key: value for key, value in summary.items() if key.startswith("bits_per_byte")}}
+
+
+def _commit() -> str:
+    """The commit of the code that runs, with "-dirty" where files differ from it; "unknown" outside a checkout."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
+        return run(command, "naming the code's commit", cwd=str(Path(__file__).parent)).strip()
+    except PipelineError:
+        return "unknown"

@@ -20,6 +20,7 @@ from bento.http.body import JsonRoute
 from bento.http.middleware import add_middleware
 from bento.http.openapi import GENERATING, READING, describe, stream_of, without
 from bento.http.probes import add_probes
+from bento.openai.embeddings import embedding_routes
 from bento.openai.logprobs import TokenNames
 from bento.openai.routes import openai_routes
 from bento.page import add_page
@@ -109,6 +110,7 @@ def create_app(
         )
 
     app.include_router(openai_routes(backend_of, models))
+    app.include_router(embedding_routes(backend_of))
     app.include_router(own_routes(backend_of))
     app.include_router(token_routes(backend_of))
     describe(app)

@@ -19,6 +19,8 @@ LARGEST_COUNT = 2**31 - 1
 MOST_STOPS, LONGEST_STOP = 16, 256
 MOST_STOP_IDS = 64
 MOST_BIASES = 1024
+MOST_BAD_WORDS, LONGEST_BAD_WORD = 64, 256
+MOST_ALLOWED = 16_384
 LARGEST_PENALTY = 100.0
 SMALLEST_TOP_P = 1e-9
 DRAWN_SEED = -1
@@ -174,6 +176,18 @@ class Sampling(StrictRequest):
     min_tokens: Annotated[int, WHOLE] | None = Field(
         None, ge=0, le=LARGEST_COUNT, description="Nothing ends the text before this many tokens. Default: 0."
     )
+    include_stop_str_in_output: bool | None = Field(
+        None,
+        description="Leave the stop string, or the text of the stop token, at the end of the text. Default: false.",
+    )
+    bad_words: list[Annotated[str, Field(min_length=1, max_length=LONGEST_BAD_WORD)]] | None = Field(
+        None,
+        max_length=MOST_BAD_WORDS,
+        description="Strings that never appear in the text, whatever tokens would spell them.",
+    )
+    allowed_token_ids: list[TokenId] | None = Field(
+        None, max_length=MOST_ALLOWED, description="Choose among these tokens alone; empty: all."
+    )
     ignore_eos: bool | None = Field(None, description="Go on after the end-of-text token. Default: false.")
 
     def sampling(self, choice: int = 0) -> SamplingParameters:
@@ -212,6 +226,9 @@ class Sampling(StrictRequest):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             grammar=grammar,
+            allowed_token_ids=frozenset(self.allowed_token_ids) if self.allowed_token_ids else None,
+            bad_words=tuple(self.bad_words or ()),
+            include_stop=bool(self.include_stop_str_in_output),
         )
 
 

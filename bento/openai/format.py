@@ -19,10 +19,11 @@ from bento.openai.logprobs import (
     chat_logprobs,
     completion_logprobs,
     position_prompt,
+    prompt_logprobs,
 )
 from bento.serving.answers import Batch, server_sent
 from bento.serving.backend import Prompt
-from model.generation.requests import Event, Finished, PromptScores, TextPiece
+from model.generation.requests import Event, Finished, PromptScores, TextPiece, TokenLogprob
 
 if TYPE_CHECKING:
     from model.generation.engine import Engine
@@ -41,6 +42,7 @@ class ChoiceOptions:
     is_scored: bool
     has_ids: bool
     is_echoed: bool = False
+    has_prompt_scores: bool = False
     endings: frozenset[int] = frozenset()
 
 
@@ -58,12 +60,14 @@ class Choice:
         self.is_opened = self.has_shown_prompt = False
         self.generated_tokens = 0
         self._last_token = -1
+        self.prompt_scores: tuple[TokenLogprob | None, ...] = ()
 
     def read(self, event: Event) -> tuple[str, list[PositionedToken]]:
         """The text and tokens that became certain with an event; the first ones begin with an echoed prompt."""
         text, self._start = self._start, ""
         tokens: list[PositionedToken] = []
         if isinstance(event, PromptScores):
+            self.prompt_scores = event.logprobs
             if self._shown.is_echoed and self._shown.is_scored:
                 tokens = position_prompt(self.prompt.ids, event.logprobs, self._token_bytes)
         elif isinstance(event, TextPiece):
@@ -72,7 +76,7 @@ class Choice:
             if self._aligner:
                 tokens = self._aligner.push(event)
                 self._last_token = event.token_ids[-1] if event.token_ids else self._last_token
-        else:
+        elif isinstance(event, Finished):
             self.generated_tokens = event.generated_tokens
             tokens = self._aligner.flush(event.stopped_by) if self._aligner else []
         return text, tokens
@@ -112,6 +116,8 @@ class Format(ABC):
             "model": model,
             "system_fingerprint": fingerprint,
         }
+        self.unshown_tokens = 0
+        """Generated for texts that are not among the choices."""
         self._cached: list[int | None] = [None] * len(prompts)
         self._around: list[tuple[str, str]] = []
 
@@ -209,7 +215,7 @@ class Format(ABC):
 
     def _usage(self) -> dict[str, Any]:
         prompt = sum(len(prompt.ids) for prompt in self._prompts)
-        generated = sum(choice.generated_tokens for choice in self._choices)
+        generated = self.unshown_tokens + sum(choice.generated_tokens for choice in self._choices)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
@@ -232,6 +238,14 @@ class CompletionFormat(Format):
     def _logprobs(self, tokens: Sequence[PositionedToken]) -> dict[str, Any]:
         return completion_logprobs(tokens, self.names)
 
+    def whole(self, results: Sequence[tuple[list[Event], Finished]]) -> dict[str, Any]:
+        """The answer in one piece."""
+        answer = super().whole(results)
+        if self.shown.has_prompt_scores:
+            for shown, choice in zip(answer["choices"], self._choices, strict=True):
+                shown["prompt_logprobs"] = prompt_logprobs(choice.prompt_scores, self.names)
+        return answer
+
 
 class ChatFormat(Format):
     """/v1/chat/completions."""
@@ -246,6 +260,13 @@ class ChatFormat(Format):
 
     def _logprobs(self, tokens: Sequence[PositionedToken]) -> dict[str, Any]:
         return chat_logprobs(tokens, self.names)
+
+    def whole(self, results: Sequence[tuple[list[Event], Finished]]) -> dict[str, Any]:
+        """The answer in one piece."""
+        answer = super().whole(results)
+        if self.shown.has_prompt_scores:
+            answer["prompt_logprobs"] = prompt_logprobs(self._choices[0].prompt_scores, self.names)
+        return answer
 
     def _opening(self, index: int) -> list[str]:
         choice = {

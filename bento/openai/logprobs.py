@@ -101,6 +101,21 @@ class TokenAligner:
         return rest
 
 
+def prompt_logprobs(scores: Sequence[TokenLogprob | None], names: TokenNames) -> list[dict[str, Any] | None]:
+    """A prompt's log-probabilities: by token id, the token and the most likely ones, as vLLM has it."""
+    shown: list[dict[str, Any] | None] = []
+    for score in scores:
+        if score is None:
+            shown.append(None)
+            continue
+        place: dict[str, Any] = {}
+        ranked = [(token, logprob, rank) for rank, (token, logprob) in enumerate(score.top, start=1)]
+        for token, logprob, rank in [*ranked, (score.token_id, score.logprob, None)]:
+            place.setdefault(str(token), {"logprob": _finite(logprob), "rank": rank, "decoded_token": names[token]})
+        shown.append(place)
+    return shown
+
+
 def completion_logprobs(tokens: Sequence[PositionedToken], names: TokenNames) -> dict[str, Any]:
     """The format of /v1/completions."""
     return {

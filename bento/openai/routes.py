@@ -31,9 +31,11 @@ from bento.openai.structured import compile_form
 from bento.serving.answers import EventStream
 from bento.serving.backend import SHORT_TEXT, Backend, BackendOf, Prompt, check_model
 from bento.serving.models import Models
+from model.generation.requests import Event, Finished, TextPiece
 
 MESSAGE_COST = 64
 """Characters of text that take as long as a message does besides its text."""
+Result = tuple[list[Event], Finished]
 FEW_EVENTS = 4096
 """Events, times log-probabilities of each, whose answer is rendered in the event loop."""
 
@@ -97,20 +99,26 @@ def _add_model_routes(router: APIRouter, models: Models) -> None:
 
 async def _complete(backend: Backend, body: CompletionRequest, request: Request) -> Response:
     backend.check_model(body.model)
-    prompts = [await _read(backend, prompt) for prompt in body.prompt]
+    read = [await _read(backend, prompt) for prompt in body.prompt]
+    prompts = [backend.truncate(prompt, body.truncate_prompt_tokens, body.count()) for prompt in read]
     counts = [
         backend.fit(len(p.ids), body.count(), default=DEFAULT_COMPLETION_TOKENS, names=("prompt", body.count_name()))
         for p in prompts
     ]
     shown = ChoiceOptions(
-        is_scored=body.logprobs is not None, has_ids=bool(body.return_token_ids), is_echoed=bool(body.echo)
+        is_scored=body.logprobs is not None,
+        has_ids=bool(body.return_token_ids),
+        is_echoed=bool(body.echo),
+        has_prompt_scores=body.prompt_logprobs is not None,
     )
     if shown.is_scored and shown.is_echoed and body.count() == 1 and not (body.min_tokens or body.ignore_eos):
         # Clients that score a prompt must ask for one token and drop it, so show it even if it ends the text.
         shown = replace(shown, endings=backend.engine.end_of_text_ids.union(body.stop_token_ids or ()))
         body = body.model_copy(update={"ignore_eos": True, "stop_token_ids": None})
-    prompt_scores = body.logprobs if body.echo else None
-    if body.count() == 0:
+    prompt_scores = body.prompt_logprobs
+    if prompt_scores is None and body.echo:
+        prompt_scores = body.logprobs
+    if body.count() == 0 and prompt_scores is None:
         prompt_scores = body.logprobs or 0  # the engine then scores the prompt instead of generating
     scores = {"logprobs": body.logprobs, "prompt_logprobs": prompt_scores}
     return await _answer(backend, body, request, prompts, counts, scores, partial(CompletionFormat, shown=shown))
@@ -131,10 +139,18 @@ async def _chat(backend: Backend, body: ChatRequest, request: Request) -> Respon
     ids = encode() if size <= SHORT_TEXT else await backend.heavy.run(encode)
     asked = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     name = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
-    count = backend.fit(len(ids), asked, default=None, names=("messages", name))
-    shown = ChoiceOptions(is_scored=bool(body.logprobs), has_ids=bool(body.return_token_ids))
-    scores = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None}
-    return await _answer(backend, body, request, [Prompt(ids)], [count], scores, partial(ChatFormat, shown=shown))
+    prompt = backend.truncate(Prompt(ids), body.truncate_prompt_tokens, asked)
+    count = backend.fit(len(prompt.ids), asked, default=None, names=("messages", name))
+    shown = ChoiceOptions(
+        is_scored=bool(body.logprobs),
+        has_ids=bool(body.return_token_ids),
+        has_prompt_scores=body.prompt_logprobs is not None,
+    )
+    scores = {
+        "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
+        "prompt_logprobs": body.prompt_logprobs,
+    }
+    return await _answer(backend, body, request, [prompt], [count], scores, partial(ChatFormat, shown=shown))
 
 
 async def _answer(
@@ -147,9 +163,11 @@ async def _answer(
     make_format: Callable[..., Format],
 ) -> Response:
     """Continue each prompt by its count of tokens, n times."""
-    n = body.n or 1
+    n, drawn = body.n or 1, body.drawn()
+    if drawn > n and scores["logprobs"] is None:
+        scores = {**scores, "logprobs": 0}
     grammar = await compile_form(backend, body)
-    generations = backend.generations(body, prompts, counts, n, grammar=grammar, **scores)
+    generations = backend.generations(body, prompts, counts, drawn, grammar=grammar, **scores)
     request.state.record.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
     options = body.stream_options
     form = make_format(
@@ -166,12 +184,27 @@ async def _answer(
     if body.stream:
         return EventStream(answers, form.stream)
     results = await answers.whole(request.receive)
+    if drawn > n:
+        form.unshown_tokens = sum(last.generated_tokens for _, last in results)
+        results = _likeliest(results, drawn, n)
+        form.unshown_tokens -= sum(last.generated_tokens for _, last in results)
 
     def render() -> Response:
         return JSONResponse(form.whole(results))
 
     size = sum(len(events) for events, _ in results) * (1 + max((s or 0 for s in scores.values()), default=0))
     return render() if size <= FEW_EVENTS else await backend.heavy.run(render)
+
+
+def _likeliest(results: list[Result], drawn: int, n: int) -> list[Result]:
+    """Of the `drawn` texts of each prompt the n whose tokens have the highest log-probability on average, best first."""
+
+    def score(result: Result) -> float:
+        scores = [s.logprob for event in result[0] if isinstance(event, TextPiece) for s in event.logprobs]
+        return sum(scores) / max(len(scores), 1)
+
+    prompts = [results[first : first + drawn] for first in range(0, len(results), drawn)]
+    return [one for texts in prompts for one in sorted(texts, key=score, reverse=True)[:n]]
 
 
 async def _read(backend: Backend, prompt: str | list[int]) -> Prompt:

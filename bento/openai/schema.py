@@ -7,7 +7,7 @@ are labels of the caller: they change no text, are not kept and are not logged.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from bento.neutral import EMPTY, asks_for_nothing
@@ -40,12 +40,18 @@ Label = Annotated[str, Field(max_length=LONGEST_LABEL)]
 Logprobs = Annotated[int, WHOLE, Field(ge=0, le=MOST_LOGPROBS)]
 
 
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise PydanticCustomError("greater_than_equal", "expected 1 or more, or -1")
+    return value
+
+
 def _false_is_none(value: Any) -> Any:
     return None if value is False else value
 
 
-def _prompts(value: Any) -> list[str] | list[list[int]]:
-    """A prompt in any of its four forms as a list of texts or of token lists."""
+def read_prompts(value: Any, most: int = MOST_PROMPTS) -> list[str] | list[list[int]]:
+    """A prompt in any of its four forms as a list of texts or of token lists. most: of them."""
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list):
@@ -54,8 +60,8 @@ def _prompts(value: Any) -> list[str] | list[list[int]]:
         )
     if _are_ids(value) and value:
         value = [value]
-    if len(value) > MOST_PROMPTS:
-        raise PydanticCustomError("too_many_prompts", f"{len(value)} prompts: at most {MOST_PROMPTS} in a request")
+    if len(value) > most:
+        raise PydanticCustomError("too_many_prompts", f"{len(value)} prompts: at most {most} in a request")
     if not value or any(prompt == [] for prompt in value):
         raise PydanticCustomError("empty_prompt", "a prompt is an empty list: expected a text, empty or not, or tokens")
     if all(isinstance(prompt, str) for prompt in value):
@@ -69,18 +75,19 @@ def _are_ids(value: list[Any]) -> bool:
     return all(type(token) is int for token in value)  # a bool is an int
 
 
-_TEXT = {"type": "string"}
-_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": LARGEST_COUNT}, "minItems": 1}
-Prompts = Annotated[
-    Any,
-    AfterValidator(_prompts),
-    forms(
-        _TEXT,
-        {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": MOST_PROMPTS},
+def prompts_schema(most: int, min_length: int = 0) -> WithJsonSchema:
+    """The JSON schema of `read_prompts`. min_length: of a text."""
+    text = {"type": "string", **({"minLength": min_length} if min_length else {})}
+    return forms(
+        text,
+        {"type": "array", "items": text, "minItems": 1, "maxItems": most},
         _IDS,
-        {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MOST_PROMPTS},
-    ),
-]
+        {"type": "array", "items": _IDS, "minItems": 1, "maxItems": most},
+    )
+
+
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": LARGEST_COUNT}, "minItems": 1}
+Prompts = Annotated[Any, AfterValidator(read_prompts), prompts_schema(MOST_PROMPTS)]
 
 
 def unsupported(*neutral: str) -> Any:
@@ -109,6 +116,21 @@ class OpenAIRequest(Structured, Sampling):
     )
     stream: bool | None = Field(None, description="Answer with server-sent events. Default: false.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
+    truncate_prompt_tokens: Annotated[int, WHOLE, AfterValidator(_not_zero)] | None = Field(
+        None,
+        ge=-1,
+        le=LARGEST_COUNT,
+        description="Keep so many of the prompt's last tokens; -1: as many as leave room for the text. Default: all.",
+    )
+    prompt_logprobs: Annotated[
+        Logprobs | None,
+        BeforeValidator(_false_is_none),
+        forms({"type": "integer", "minimum": 0, "maximum": MOST_LOGPROBS}, {"enum": [False]}, {"type": "null"}),
+    ] = Field(
+        None,
+        description="Show the log-probability of each token of the prompt, and of this many most likely ones beside it. "
+        "Not with stream.",
+    )
     return_token_ids: bool | None = Field(None, description="Show the token ids of prompt and text as well.")
     user: Label | None = Field(None, description="Taken and not used.")
     metadata: dict[Label, Label] | None = Field(None, max_length=16, description="Taken and not used.")
@@ -121,7 +143,13 @@ class OpenAIRequest(Structured, Sampling):
     def _check_stream_options(self) -> "OpenAIRequest":
         if self.stream_options is not None and self.stream_options.model_fields_set and not self.stream:
             raise PydanticCustomError("stream_options", "only with stream=true", {"param": "stream_options"})
+        if self.stream and self.prompt_logprobs is not None:
+            raise PydanticCustomError("unsupported_parameter", "not with stream=true", {"param": "prompt_logprobs"})
         return self
+
+    def drawn(self) -> int:
+        """Texts to generate for each prompt."""
+        return self.n or 1
 
 
 class CompletionRequest(OpenAIRequest):
@@ -149,20 +177,33 @@ class CompletionRequest(OpenAIRequest):
         forms({"type": "integer", "minimum": 0, "maximum": MOST_LOGPROBS}, {"enum": [False]}, {"type": "null"}),
     ] = Field(None, description="Show the log-probability of each token, and of this many most likely ones beside it.")
     best_of: Annotated[int, WHOLE] | None = Field(
-        None, ge=1, le=MOST_CHOICES, description="Only as many as n: all are returned."
+        None,
+        ge=1,
+        le=MOST_CHOICES,
+        description="Generate so many texts and return the n whose tokens are likeliest on average. Default: n.",
     )
     suffix: Literal[""] | None = unsupported('""')
 
     @model_validator(mode="after")
     def _check_together(self) -> "CompletionRequest":
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise PydanticCustomError("unsupported_parameter", "only as many as n", {"param": "best_of"})
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise PydanticCustomError("best_of", "expected at least n", {"param": "best_of"})
+        if self.best_of is not None and self.best_of > (self.n or 1) and self.stream:
+            raise PydanticCustomError("best_of", "more than n not with stream=true", {"param": "best_of"})
+        if self.prompt_logprobs is not None and self.echo and self.logprobs not in (None, self.prompt_logprobs):
+            raise PydanticCustomError(
+                "prompt_logprobs", "with echo expected as many as logprobs", {"param": "prompt_logprobs"}
+            )
         _check_one_count(self.max_tokens, self.max_completion_tokens)
         if self.count() == 0 and not self.echo:
             raise PydanticCustomError(
                 "max_tokens", "0 needs echo=true: there would be no text", {"param": self.count_name()}
             )
         return self
+
+    def drawn(self) -> int:
+        """Texts to generate for each prompt."""
+        return self.best_of or self.n or 1
 
     def count(self) -> int | None:
         """Most tokens to generate, under either name."""
@@ -318,6 +359,18 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int]
 
 
+class PromptLogprob(BaseModel):
+    """A token at one place of the prompt. rank: 1 for the likeliest; null for one that is none of those asked for."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""For each token of the prompt, by id, it and the most likely ones; null for the first."""
+
+
 class CompletionChoice(BaseModel):
     """One text. index: prompts times n; the choices of a prompt follow each other."""
 
@@ -327,6 +380,7 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class CompletionResponse(BaseModel):
@@ -391,6 +445,7 @@ class ChatResponse(BaseModel):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: CompletionUsage
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Model(BaseModel):

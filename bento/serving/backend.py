@@ -80,6 +80,14 @@ class Backend:
                 param=param,
             )
 
+    def truncate(self, prompt: Prompt, most: int | None, wanted: int | None) -> Prompt:
+        """The prompt's last `most` tokens; None: all, -1: as many as leave room for `wanted` tokens, or for one."""
+        if most is None:
+            return prompt
+        if most < 0:
+            most = max(self.engine.context_length - max(wanted or 1, 1), 1)
+        return prompt if len(prompt.ids) <= most else Prompt(prompt.ids[-most:])
+
     def fit(self, prompt: int, wanted: int | None, *, default: int | None, names: tuple[str, str]) -> int:
         """The number of tokens to generate after `prompt` tokens.
 
@@ -147,6 +155,15 @@ class Backend:
             )
         self.check_ids([int(token) for token in body.logit_bias or ()], param="logit_bias")
         self.check_ids(body.stop_token_ids or (), param="stop_token_ids")
+        self.check_ids(body.allowed_token_ids or (), param="allowed_token_ids")
+        if grammar and (body.bad_words or body.allowed_token_ids):
+            name = "bad_words" if body.bad_words else "allowed_token_ids"
+            raise ApiError(
+                400,
+                f"{name}: not together with a form of the text, which may need what it excludes",
+                code="unsupported_parameter",
+                param=name,
+            )
         return [
             body.generation(prompt.ids, count, choice, grammar=grammar, **scores)
             for prompt, count in zip(prompts, counts, strict=True)

@@ -75,6 +75,7 @@ class Engine:
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size: int = model.config.vocab_size
+        self.hidden_size: int = model.config.hidden_size
         self.context_length: int = model.config.max_position_embeddings
         """Most tokens of prompt and answer together."""
         if end_of_text_ids is None:
@@ -220,7 +221,7 @@ class Engine:
         prompt, wanted = len(request.prompt_ids), request.max_tokens
         if not prompt:
             raise PipelineError("the prompt has no tokens: expected at least one")
-        if wanted < 0 or (wanted == 0 and request.prompt_logprobs is None):
+        if wanted < 0 or (wanted == 0 and request.prompt_logprobs is None and request.embedding is None):
             raise PipelineError(f"max_tokens is {wanted}: expected 1 or more")
         if prompt + wanted > self.context_length:
             raise PipelineError(

@@ -42,6 +42,12 @@ class NativeStep(Step):
 
     def compute(self, segments: Sequence[Segment]) -> list[SegmentOutput]:
         """As `Step.compute`; raises PipelineError where a segment does not fit or memory ends."""
+        embedded = [s for s in segments if s.logits == "hidden"]
+        if embedded:
+            hidden = iter(self._hidden(embedded))
+            others = [s for s in segments if s.logits != "hidden"]
+            rest = iter(self.compute(others) if others else ())
+            return [next(hidden) if s.logits == "hidden" else next(rest) for s in segments]
         wanted = [{"none": 0, "argmax": 1, "last": 1, "all": len(s.ids)}[s.logits] for s in segments]
         has_logits = any(s.logits in ("last", "all") for s in segments)
         logits_RV, best_R, highest_R = self._session.step(
@@ -56,6 +62,11 @@ class NativeStep(Step):
             token = int(best_R[end - 1]) if rows and math.isfinite(highest_R[end - 1]) else None
             outputs.append(SegmentOutput(all_RV[start:end], token))
         return outputs
+
+    def _hidden(self, segments: Sequence[Segment]) -> list[SegmentOutput]:
+        hidden_RD = self._session.hidden_states([library.Segment(s.slot, s.start, s.ids, len(s.ids)) for s in segments])
+        parts = torch.from_numpy(hidden_RD).split([len(s.ids) for s in segments])
+        return [SegmentOutput(torch.empty(0, self.vocab_size), None, part_RD) for part_RD in parts]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Let a slot begin with the tokens of another; whole pages are shared, not copied."""

@@ -11,7 +11,7 @@ dimension, S positions, R rows of logits, V vocabulary.
 import copy
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -100,7 +100,17 @@ class ReferenceStep(Step):
         self.cache.clear(slot)
 
     def compute(self, segments: Sequence[Segment]) -> list[SegmentOutput]:
-        """Compute all segments in one forward pass of the model."""
+        """Compute all segments in one forward pass of the model; those whose hidden states are wanted in another."""
+        embedded = [segment for segment in segments if segment.logits == "hidden"]
+        if embedded:
+            hidden = iter(self.hidden_states(embedded))
+            others = [segment for segment in segments if segment.logits != "hidden"]
+            rest = iter(self.compute(others) if others else ())
+            no_logits = torch.empty(0, self.vocab_size)
+            return [
+                SegmentOutput(no_logits, None, next(hidden)) if segment.logits == "hidden" else next(rest)
+                for segment in segments
+            ]
         logits = self.logits(segments)
         last_rows = [logits_RV[-1:] for logits_RV in logits if len(logits_RV)]
         if not last_rows:
@@ -115,9 +125,17 @@ class ReferenceStep(Step):
             outputs.append(SegmentOutput(logits_RV, token))
         return outputs
 
-    @torch.inference_mode()
     def logits(self, segments: Sequence[Segment]) -> list[Tensor]:
         """Logits (R, V) of each segment, float32; keys and values are then in the cache."""
+        return self._forward(segments, lambda **arguments: self.model(**arguments).logits[0])
+
+    def hidden_states(self, segments: Sequence[Segment]) -> list[Tensor]:
+        """Hidden states (R, D) of all tokens of each segment, float32; keys and values are then in the cache."""
+        return self._forward(segments, lambda **arguments: self.model.model(**arguments).last_hidden_state[0])
+
+    @torch.inference_mode()
+    def _forward(self, segments: Sequence[Segment], compute: Callable[..., Tensor]) -> list[Tensor]:
+        """What `compute` gives for the wanted rows, by segment."""
         order = sorted(range(len(segments)), key=lambda i: (len(segments[i].ids) > 1, segments[i].slot))
         row = [segments[i] for i in order]
         device = self.model.device
@@ -133,17 +151,17 @@ class ReferenceStep(Step):
             output_indices = torch.tensor(selected, dtype=torch.long, device=device)
             queries = [_selected_part(segment) for segment in row if segment.logits != "none"]
             last_batches = tuple(self._attention_batches(queries))
-        logits_RV = self.model(
+        rows = compute(
             input_ids=ids_N[None],
             position_ids=position_N[None],
             attention_mask=self._no_mask,
             use_cache=False,
             output_indices=output_indices,
             slots=AttentionMetadata(self.cache, slot_N, position_N, batches, last_batches),
-        ).logits[0]
-        by_segment: list[Tensor] = [logits_RV] * len(segments)
-        for i, part_RV in zip(order, logits_RV.float().split(counts), strict=True):
-            by_segment[i] = part_RV
+        )
+        by_segment: list[Tensor] = [rows] * len(segments)
+        for i, part in zip(order, rows.float().split(counts), strict=True):
+            by_segment[i] = part
         return by_segment
 
     def _attention_batches(self, row: list[Segment]) -> list[AttentionBatch]:
@@ -186,14 +204,14 @@ def _selected_rows(row: list[Segment]) -> tuple[list[int], list[int]]:
     end = 0
     for segment in row:
         end += len(segment.ids)
-        count = {"none": 0, "argmax": 1, "last": 1, "all": len(segment.ids)}[segment.logits]
+        count = {"none": 0, "argmax": 1, "last": 1, "all": len(segment.ids), "hidden": len(segment.ids)}[segment.logits]
         selected += range(end - count, end)
         counts.append(count)
     return selected, counts
 
 
 def _selected_part(segment: Segment) -> Segment:
-    if segment.logits == "all":
+    if segment.logits in ("all", "hidden"):
         return segment
     return Segment(segment.slot, segment.start + len(segment.ids) - 1, segment.ids[-1:])
 

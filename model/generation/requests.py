@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from model.errors import PipelineError
 from model.generation.grammar import Grammar
 
@@ -90,6 +93,8 @@ class GenerationRequest:
     nothing can follow. allowed_token_ids: no others are chosen. bad_words: strings that never appear in the text.
     include_stop: the stop string, or the text of the stop token, that ends the text is part of it.
     prompt_logprobs: the same for the tokens of the prompt, in one `PromptScores` event before the first piece.
+    embedding: give the prompt's vector in one `Embedding` event, the mean of its tokens' or the last one's, and no text;
+    max_tokens is 0 then.
     queue_timeout_s: from submission to the start. timeout_s: from submission to the last token. None waits on. client,
     connection: the sender. Clients take turns at free slots, and so do the connections of one client.
     """
@@ -107,6 +112,7 @@ class GenerationRequest:
     allowed_token_ids: frozenset[int] | None = None
     bad_words: tuple[str, ...] = ()
     include_stop: bool = False
+    embedding: Literal["mean", "last"] | None = None
     queue_timeout_s: float | None = None
     timeout_s: float | None = None
     client: str = ""
@@ -130,6 +136,13 @@ class PromptScores:
     """Log-probabilities of the prompt's tokens; None for the first, which nothing comes before."""
 
     logprobs: tuple[TokenLogprob | None, ...]
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The vector of a prompt, float32, shape (D,): of its tokens' hidden states behind the last norm."""
+
+    vector: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -182,7 +195,7 @@ class EngineStats:
     restarts_total: int
 
 
-Event = PromptScores | TextPiece | Finished
+Event = PromptScores | Embedding | TextPiece | Finished
 Deliver = Callable[[Event], None]
 
 
@@ -228,7 +241,7 @@ class Generation:
         """Note that the request left the queue; called by the engine."""
         self.started_at, self.cached_tokens = time.monotonic(), cached_tokens
 
-    def emit(self, event: PromptScores | TextPiece) -> None:
+    def emit(self, event: PromptScores | Embedding | TextPiece) -> None:
         """Hand over a piece; called by the engine."""
         if not self.is_finished:
             self._hand_over(event)

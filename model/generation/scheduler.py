@@ -13,11 +13,12 @@ import time
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from model.generation.constraints import Constraint, TokenIndex, is_constrained
 from model.generation.grammar import GrammarTooCostly
 from model.generation.queue import RequestQueue, is_short
-from model.generation.requests import FinishReason, Generation, PromptScores, TextPiece, TokenLogprob
+from model.generation.requests import Embedding, FinishReason, Generation, PromptScores, TextPiece, TokenLogprob
 from model.generation.sampler import Sampler, token_logprobs
 from model.generation.sequence import Sequence
 from model.generation.slots import SHORTEST_REUSE, SlotTable
@@ -135,6 +136,7 @@ class Scheduler:
             return None
         prompt_ids = np.array(generation.request.prompt_ids, dtype=np.int64)
         reuse = self._kv_cache and generation.request.prompt_logprobs is None
+        reuse = reuse and generation.request.embedding != "mean"  # takes the hidden states of all tokens
         if reuse and self._should_wait(prompt_ids):
             return None
         self._queue.remove(generation)
@@ -189,6 +191,9 @@ class Scheduler:
         """Score the prompt and choose the next token, as the request asks; a request that fails here fails alone."""
         if segment.logits == "none":
             return
+        if output.hidden_RD is not None:
+            self._embed(sequence, output.hidden_RD)
+            return
         try:
             if sequence.request.prompt_logprobs is not None and not sequence.generation.generated_tokens:
                 self._score_prompt(sequence, segment, output)
@@ -200,6 +205,19 @@ class Scheduler:
         except Exception:
             logger.exception("a request failed; the others go on")
             self._leave(sequence, "error", error=FAILED)
+
+    def _embed(self, sequence: Sequence, hidden_RD: Tensor) -> None:
+        """Add up the prompt's hidden states, and hand over their mean, or the last one, at its end."""
+        total_D = hidden_RD.double().sum(dim=0)
+        sequence.hidden_sum_D = total_D if sequence.hidden_sum_D is None else sequence.hidden_sum_D + total_D
+        if sequence.is_prefilling:
+            return
+        is_mean = sequence.request.embedding == "mean"
+        vector_D = sequence.hidden_sum_D / sequence.num_prompt_tokens if is_mean else hidden_RD[-1]
+        if not bool(torch.isfinite(vector_D).all()):
+            raise ValueError("the hidden states are not numbers: the weights or the cache hold broken numbers")
+        sequence.generation.emit(Embedding(vector_D.float().cpu().numpy()))
+        self._leave(sequence, "length")
 
     def _score_prompt(self, sequence: Sequence, segment: Segment, output: SegmentOutput) -> None:
         following = [int(token) for token in sequence.ids[segment.start + 1 : segment.start + 1 + len(segment.ids)]]

@@ -3,6 +3,7 @@
 import collections.abc
 
 import numpy as np
+from torch import Tensor
 
 from model.generation.constraints import Constraint
 from model.generation.detokenizer import Detokenizer
@@ -38,6 +39,8 @@ class Sequence:
         self.num_computed_tokens = num_cached_tokens
         """Tokens whose keys and values are in the cache."""
         self.sampler, self.constraint = sampler, constraint
+        self.hidden_sum_D: Tensor | None = None
+        """Of the hidden states of the prompt's tokens so far, float64."""
         self.prompt_scores: list[TokenLogprob | None] = [None]
         self.text = Detokenizer(token_bytes)
         self.stops = StopStrings(request.stop, is_included=request.include_stop)
@@ -58,6 +61,8 @@ class Sequence:
         )
 
     def _wanted(self, end: int, *, is_free: bool) -> Wanted:
+        if self.request.embedding:
+            return "hidden"
         if self.request.prompt_logprobs is not None and self.is_prefilling:
             return "all"
         if end < self.num_tokens:

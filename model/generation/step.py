@@ -4,7 +4,7 @@ Scheduling, prefix reuse, sampling and failure isolation know only this. A step 
 layout it computes with and the storage of keys and values, one slot for each sequence. `steps.py` chooses among the
 implementations; `reference.py` is the one that the others are held to.
 
-Shapes: R rows of logits of one segment, V vocabulary.
+Shapes: R rows of logits of one segment, V vocabulary, D hidden size.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-Wanted = Literal["none", "argmax", "last", "all"]
+Wanted = Literal["none", "argmax", "last", "all", "hidden"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Segment:
     """Tokens scheduled for one sequence in one step: they follow the first `start` positions of its slot.
 
     ids: int64, at least one. logits: which rows the step computes: none, the last token's arg-max alone, the last
-    token's logits, or the logits of all tokens.
+    token's logits, the logits of all tokens, or the hidden states of all tokens instead.
     """
 
     slot: int
@@ -39,12 +39,14 @@ class SegmentOutput:
     """What a step computed for one segment.
 
     logits_RV: float32, R = 1 for "last", len(ids) for "all", 0 for "none"; for "argmax" 0 or 1, as the step likes.
+    hidden_RD: float32, hidden states behind the last norm, R = len(ids), for "hidden"; else None.
     token: the most likely token after the segment, the lowest id among equals; None for "none" and where the highest
     logit is not finite.
     """
 
     logits_RV: Tensor
     token: int | None
+    hidden_RD: Tensor | None = None
 
 
 class Step(ABC):

@@ -113,6 +113,32 @@ int32_t guarded(char* error, const Work& work) {
 
 using namespace rex;
 
+namespace {
+
+// The tokens of some segments, which are checked and get room in the cache. Throws where one does not fit.
+std::vector<Row> rows_of(RexSession* session, int32_t segments, const int32_t* slot, const int32_t* start,
+                         const int32_t* length, const int32_t* wanted, const int64_t* ids) {
+    const RexConfig& config = session->model.config;
+    Cache& cache = session->session.cache;
+    std::vector<Row> rows;
+    for (int32_t i = 0; i < segments; i++) {
+        check(slot[i] >= 0 && slot[i] < cache.slots(), "there is no slot %lld", slot[i]);
+        check(length[i] > 0, "a segment has %lld tokens", length[i]);
+        check(wanted[i] >= 0 && wanted[i] <= length[i], "logits of %lld tokens are more than a segment has", wanted[i]);
+        check(start[i] >= 0 && start[i] <= cache.pages_of(slot[i]) * PAGE, "a slot does not reach to position %lld", start[i]);
+        const int64_t end = (int64_t)start[i] + length[i];
+        check(end <= config.context_length, "position %lld is behind the context", end - 1);
+        for (int32_t at = 0; at < length[i]; at++, ids++) {
+            check(*ids >= 0 && *ids < config.vocab_size, "the vocabulary has no token %lld", *ids);
+            rows.push_back({*ids, slot[i], start[i] + at, at >= length[i] - wanted[i]});
+        }
+    }
+    for (int32_t i = 0; i < segments; i++) cache.reserve(slot[i], start[i], (int64_t)start[i] + length[i]);
+    return rows;
+}
+
+}  // namespace
+
 int32_t rex_abi() { return REX_ABI; }
 
 int32_t rex_supports(int32_t instructions) { return find_kernels(instructions) != nullptr; }
@@ -147,23 +173,14 @@ int32_t rex_session_step(RexSession* session, int32_t segments, const int32_t* s
                          const int32_t* length, const int32_t* wanted, const int64_t* ids, float* logits, int32_t* best,
                          float* highest, char* error) {
     return guarded(error, [&] {
-        const RexConfig& config = session->model.config;
-        Cache& cache = session->session.cache;
-        std::vector<Row> rows;
-        for (int32_t i = 0; i < segments; i++) {
-            check(slot[i] >= 0 && slot[i] < cache.slots(), "there is no slot %lld", slot[i]);
-            check(length[i] > 0, "a segment has %lld tokens", length[i]);
-            check(wanted[i] >= 0 && wanted[i] <= length[i], "logits of %lld tokens are more than a segment has", wanted[i]);
-            check(start[i] >= 0 && start[i] <= cache.pages_of(slot[i]) * PAGE, "a slot does not reach to position %lld", start[i]);
-            const int64_t end = (int64_t)start[i] + length[i];
-            check(end <= config.context_length, "position %lld is behind the context", end - 1);
-            for (int32_t at = 0; at < length[i]; at++, ids++) {
-                check(*ids >= 0 && *ids < config.vocab_size, "the vocabulary has no token %lld", *ids);
-                rows.push_back({*ids, slot[i], start[i] + at, at >= length[i] - wanted[i]});
-            }
-        }
-        for (int32_t i = 0; i < segments; i++) cache.reserve(slot[i], start[i], (int64_t)start[i] + length[i]);
-        session->session.step(rows, {logits, best, highest});
+        session->session.step(rows_of(session, segments, slot, start, length, wanted, ids), {logits, best, highest});
+    });
+}
+
+int32_t rex_session_hidden(RexSession* session, int32_t segments, const int32_t* slot, const int32_t* start,
+                           const int32_t* length, const int32_t* wanted, const int64_t* ids, float* hidden, char* error) {
+    return guarded(error, [&] {
+        session->session.step(rows_of(session, segments, slot, start, length, wanted, ids), {nullptr, nullptr, nullptr, hidden});
     });
 }
 

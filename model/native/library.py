@@ -28,7 +28,7 @@ from model.errors import PipelineError
 from model.native.build import LIBRARY
 from model.weights.int8 import Int8Matrix, TiedInt8Head, precision_name
 
-ABI = 1
+ABI = 2
 INSTRUCTIONS = ("portable", "avx2", "avxvnni", "avx512", "amx", "dotprod")
 """By their numbers in the library; of those that a processor has, the last is the fastest."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -102,6 +102,7 @@ def open_library(path: Path | None = None) -> ctypes.CDLL | None:
         "rex_session_create": (pointer, [pointer, whole, whole, long, whole, text]),
         "rex_session_destroy": (None, [pointer]),
         "rex_session_step": (whole, [pointer, whole, *[pointer] * 8, text]),
+        "rex_session_hidden": (whole, [pointer, whole, *[pointer] * 6, text]),
         "rex_session_copy_prefix": (whole, [pointer, whole, whole, whole, text]),
         "rex_session_truncate": (whole, [pointer, whole, whole, text]),
         "rex_session_cache_bytes": (long, [pointer]),
@@ -169,6 +170,7 @@ class NativeModel:
         self._library, config = library, model.config
         self.instructions = choose_instructions(instructions)
         self.vocab_size: int = config.vocab_size
+        self.hidden_size: int = config.hidden_size
         self.context_length: int = config.max_position_embeddings
         self.precision = precision_name(model)
         """Of the model as it was given: "float32", "bfloat16" or "int8"; sums are float32 in all of them."""
@@ -242,8 +244,7 @@ class NativeSession:
         harmless. Raises PipelineError for a segment that does not fit, and where memory or the cache's limit is
         reached.
         """
-        table = np.array([(s.slot, s.start, len(s.ids), s.wanted) for s in segments], dtype=np.int32).T.copy()
-        ids = np.ascontiguousarray(np.concatenate([s.ids for s in segments]), dtype=np.int64)
+        table, ids = _arrays(segments)
         rows = int(table[3].sum())
         logits_RV = np.empty((rows, self.model.vocab_size), dtype=np.float32) if logits else None
         best, highest = np.empty(rows, dtype=np.int32), np.empty(rows, dtype=np.float32)
@@ -260,6 +261,22 @@ class NativeSession:
         )
         _check(failed, error)
         return logits_RV, best, highest
+
+    def hidden_states(self, segments: Sequence[Segment]) -> np.ndarray:
+        """One pass as `step`, that ends behind the last norm: hidden states (R, D) float32 of the wanted rows."""
+        table, ids = _arrays(segments)
+        hidden_RD = np.empty((int(table[3].sum()), self.model.hidden_size), dtype=np.float32)
+        error = ctypes.create_string_buffer(_ERROR_SIZE)
+        failed = self._library.rex_session_hidden(
+            self._handle,
+            len(segments),
+            *(row.ctypes.data for row in table),
+            ids.ctypes.data,
+            hidden_RD.ctypes.data,
+            error,
+        )
+        _check(failed, error)
+        return hidden_RD
 
     def copy_prefix(self, source: int, target: int, tokens: int) -> None:
         """Let slot `target` begin with the first `tokens` of `source`, without copying whole pages."""
@@ -279,6 +296,12 @@ class NativeSession:
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
             self._library.rex_session_destroy(self._handle)
+
+
+def _arrays(segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
+    """Slot, start, length and wanted rows of each segment, shape (4, segments), and the ids of all."""
+    table = np.array([(s.slot, s.start, len(s.ids), s.wanted) for s in segments], dtype=np.int32).T.copy()
+    return table, np.ascontiguousarray(np.concatenate([s.ids for s in segments]), dtype=np.int64)
 
 
 def _check(failed: int, error: Any) -> None:

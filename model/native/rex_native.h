@@ -12,7 +12,7 @@
 #define REX_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { REX_ABI = 1, REX_ERROR_SIZE = 256 };
+enum { REX_ABI = 2, REX_ERROR_SIZE = 256 };
 enum RexDtype { REX_FLOAT32 = 0, REX_BFLOAT16 = 1, REX_INT8 = 2 };
 enum RexInstructions { REX_PORTABLE = 0, REX_AVX2 = 1, REX_AVXVNNI = 2, REX_AVX512 = 3, REX_AMX = 4, REX_DOTPROD = 5 };
 
@@ -67,6 +67,10 @@ REX_API void rex_session_destroy(RexSession* session);
 REX_API int32_t rex_session_step(RexSession* session, int32_t segments, const int32_t* slot, const int32_t* start,
                                  const int32_t* length, const int32_t* wanted, const int64_t* ids, float* logits,
                                  int32_t* best, float* highest, char* error);
+// As rex_session_step, but the pass ends behind the last norm. hidden: (rows, hidden_size) of the wanted rows.
+REX_API int32_t rex_session_hidden(RexSession* session, int32_t segments, const int32_t* slot, const int32_t* start,
+                                   const int32_t* length, const int32_t* wanted, const int64_t* ids, float* hidden,
+                                   char* error);
 // Let `target` begin with the first `tokens` of `source`: whole pages are shared until one of the two writes.
 REX_API int32_t rex_session_copy_prefix(RexSession* session, int32_t source, int32_t target, int32_t tokens, char* error);
 // Forget a slot's positions from `tokens` on.

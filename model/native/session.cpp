@@ -168,6 +168,17 @@ void Session::attend(const std::vector<Row>& rows, int64_t layer) {
     });
 }
 
+// The first `count` rows of hidden_ behind the last norm.
+void Session::copy_hidden(int64_t count, Outputs& out) {
+    each_row(count, [&](int64_t row) {
+        float* normed = normed_.data() + row * strides_.hidden;
+        kernels_.rms_norm(hidden_.data() + row * strides_.hidden, model_.final_norm.data(), config_.eps,
+                          config_.hidden_size, strides_.hidden, normed);
+        std::memcpy(out.hidden + row * config_.hidden_size, normed, (size_t)config_.hidden_size * 4);
+    });
+    out.hidden += count * config_.hidden_size;
+}
+
 // Logits of the first `count` rows of hidden_.
 void Session::choose(int64_t count, Outputs& out) {
     const Matrix& head = model_.head();
@@ -252,7 +263,8 @@ void Session::pass(const Row* rows, int64_t count, Outputs& out) {
         multiply(layer.down, inner_, strides_.intermediate, count, branch_.data(), hidden);
     }
     each_row(count, [&](int64_t row) { add_branch(row, model_.layers.back().mlp_branch_norm); });
-    choose(count, out);
+    if (out.hidden) copy_hidden(count, out);
+    else choose(count, out);
 }
 
 void Session::step(const std::vector<Row>& rows, Outputs out) {

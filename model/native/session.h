@@ -12,14 +12,15 @@ namespace rex {
 struct Row {
     int64_t id;
     int32_t slot, position;
-    bool is_wanted;  // its logits
+    bool is_wanted;  // its logits, or its hidden state
 };
 
-// What the rows that are wanted give; logits may be null.
+// What the rows that are wanted give; logits may be null. hidden: their hidden states, instead of the others, where not null.
 struct Outputs {
     float* logits;
     int32_t* best;
     float* highest;
+    float* hidden = nullptr;
 };
 
 class Session {
@@ -43,6 +44,7 @@ private:
     void write_cache(const Row* rows, int64_t count, int64_t layer);
     void attend(const std::vector<Row>& rows, int64_t layer);
     void choose(int64_t count, Outputs& out);
+    void copy_hidden(int64_t count, Outputs& out);
     // y = x W^T, or the whole numbers that x was last quantized to.
     void multiply(const Matrix& matrix, const Lines<float>& x, int64_t x_stride, int64_t rows, float* y, int64_t y_stride);
     void multiply_swiglu(const Matrix& matrix, int64_t rows);

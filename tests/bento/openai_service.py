@@ -29,6 +29,7 @@ CHAT_TEMPLATE = (
 GOOD: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "x", "max_tokens": 2},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2},
+    "/v1/embeddings": {"input": "x"},
     "/generate": {"prompt": "x", "max_tokens": 2},
     "/generate_text": {"prompt": "x", "num_of_token_generated": 2},
     "/tokenize": {"prompt": "x"},

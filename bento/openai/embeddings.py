@@ -1,0 +1,165 @@
+"""/v1/embeddings: one vector for each text, made of the model's hidden states.
+
+A causal model is no encoder: the vectors are as good as its hidden states are. Texts of one request are computed a few at
+a time, so that a long list leaves places to other clients.
+"""
+
+import base64
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Request
+from pydantic import AfterValidator, BaseModel, Field
+from pydantic_core import PydanticCustomError
+from starlette.responses import JSONResponse, Response
+
+from bento.errors import ApiError
+from bento.http.body import JsonRoute
+from bento.http.openapi import GENERATING
+from bento.openai.schema import Label, prompts_schema, read_prompts
+from bento.schema import WHOLE, OnlyFalse, StrictRequest
+from bento.serving.backend import Backend, BackendOf
+from model.generation.requests import Embedding, GenerationRequest
+
+MOST_INPUTS = 2048
+AT_ONCE = 16
+"""Texts of one request in the queue."""
+
+
+def _inputs(value: Any) -> list[str] | list[list[int]]:
+    inputs = read_prompts(value, most=MOST_INPUTS)
+    if not all(inputs):
+        raise PydanticCustomError("empty_input", "a text is empty: there is nothing to embed")
+    return inputs
+
+
+class EmbeddingRequest(StrictRequest):
+    """Texts or tokens to embed."""
+
+    input: Annotated[Any, AfterValidator(_inputs), prompts_schema(MOST_INPUTS, min_length=1)] = Field(
+        description=f"A text, a list of texts, the tokens of a text or a list of these; at most {MOST_INPUTS}.",
+        examples=["def main():\n"],
+    )
+    model: str | None = Field(None, description="The served model, the only one; /v1/models names it.")
+    dimensions: Annotated[int, WHOLE] | None = Field(
+        None, ge=1, le=1_000_000, description="Keep so many of the first numbers. Default: the model's hidden size."
+    )
+    encoding_format: Literal["float", "base64"] | None = Field(
+        None, description="base64: of float32, the lowest byte first. Default: float."
+    )
+    pooling: Literal["mean", "last"] | None = Field(
+        None, description="Of a text's hidden states: their mean, or the last one. Default: mean."
+    )
+    normalize: bool | None = Field(None, description="Make vectors of length 1. Default: true.")
+    truncate_prompt_tokens: Annotated[int, WHOLE] | None = Field(
+        None, ge=-1, le=2**31 - 1, description="Keep so many of a text's last tokens; -1: as many as the context has."
+    )
+    user: Label | None = Field(None, description="Taken and not used.")
+    add_special_tokens: OnlyFalse | None = Field(None, description="Only false: none are added.")
+
+
+class EmbeddingObject(BaseModel):
+    """The vector of one text; in base64 where that was asked for."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    """Tokens of the texts."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingResponse(BaseModel):
+    """The vectors, in the order of the texts."""
+
+    object: Literal["list"]
+    model: str
+    data: list[EmbeddingObject]
+    usage: EmbeddingUsage
+
+
+def embedding_routes(backend_of: BackendOf) -> APIRouter:
+    """The route."""
+    router = APIRouter(prefix="/v1", route_class=JsonRoute, tags=["OpenAI"])
+
+    @router.post("/embeddings", response_model=EmbeddingResponse, responses=GENERATING, summary="Embed texts")
+    async def embed(body: EmbeddingRequest, request: Request) -> Response:
+        return await _embed(backend_of(request), body, request)
+
+    return router
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How vectors are written. dimensions: numbers of each."""
+
+    dimensions: int
+    is_normalized: bool
+    is_base64: bool
+
+    def write(self, vector: np.ndarray) -> list[float] | str:
+        kept = vector[: self.dimensions]
+        norm = float(np.linalg.norm(kept))
+        if self.is_normalized and norm > 0:
+            kept = kept / norm
+        kept = kept.astype("<f4")
+        return base64.b64encode(kept.tobytes()).decode() if self.is_base64 else kept.tolist()
+
+
+async def _embed(backend: Backend, body: EmbeddingRequest, request: Request) -> Response:
+    backend.check_model(body.model)
+    hidden_size = backend.engine.hidden_size
+    if body.dimensions and body.dimensions > hidden_size:
+        raise ApiError(
+            400,
+            f"dimensions is {body.dimensions:,}: the model's vectors have {hidden_size:,}",
+            code="invalid_dimensions",
+            param="dimensions",
+        )
+    texts = [await _tokens(backend, text, body.truncate_prompt_tokens) for text in body.input]
+    count = sum(map(len, texts))
+    request.state.record.prompt_tokens = count
+    form = _Form(body.dimensions or hidden_size, body.normalize is not False, body.encoding_format == "base64")
+    vectors: list[np.ndarray] = []
+    for start in range(0, len(texts), AT_ONCE):
+        requests = [
+            GenerationRequest(ids, max_tokens=0, embedding=body.pooling or "mean")
+            for ids in texts[start : start + AT_ONCE]
+        ]
+        for events, _ in await backend.submit(request, requests).whole(request.receive):
+            vectors += [event.vector for event in events if isinstance(event, Embedding)]
+
+    def render() -> Response:
+        data = [
+            {"object": "embedding", "index": index, "embedding": form.write(vector)}
+            for index, vector in enumerate(vectors)
+        ]
+        usage = {"prompt_tokens": count, "total_tokens": count}
+        return JSONResponse({"object": "list", "model": backend.model_name, "data": data, "usage": usage})
+
+    return render() if len(vectors) * form.dimensions <= AT_ONCE * 1024 else await backend.heavy.run(render)
+
+
+async def _tokens(backend: Backend, text: str | list[int], most: int | None) -> list[int]:
+    if isinstance(text, str):
+        ids = await backend.encode(text)
+    else:
+        backend.check_ids(text, param="input")
+        ids = text
+    context = backend.engine.context_length
+    if most is not None:
+        ids = ids[-(context if most < 0 else max(most, 1)) :]
+    if len(ids) > context:
+        raise ApiError(
+            400,
+            f"This model's maximum context length is {context} tokens. However, your input resulted in {len(ids)} "
+            "tokens. Please reduce the length of the input, or set truncate_prompt_tokens.",
+            code="context_length_exceeded",
+            param="input",
+        )
+    return ids

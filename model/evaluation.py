@@ -88,6 +88,25 @@ def evaluate(
 
 
 @torch.no_grad()
+def window_bits(model: RexForCausalLM, batches: Iterator[tuple[Tensor, Tensor]]) -> list[float]:
+    """Bits that each window costs, in order: of its predicted tokens, those whose label is IGNORE_INDEX left out.
+
+    batches: token ids and labels, each (B, T), as a TokenDataset gives them; the first token of a window is not
+    predicted.
+    """
+    bits: list[float] = []
+    for labels_BT, (hidden_BTD,) in _forward([model], batches):
+        for labels_T, hidden_TD in zip(labels_BT[:, 1:], hidden_BTD[:, :-1], strict=True):
+            counted = labels_T != IGNORE_INDEX
+            labels_R, nats = labels_T[counted], 0.0
+            for start, (logits_RV,) in _chunks([model], [hidden_TD[counted.to(hidden_TD.device)]]):
+                targets = labels_R[start : start + len(logits_RV)].to(logits_RV.device)
+                nats += functional.cross_entropy(logits_RV, targets, reduction="none").double().sum().item()
+            bits.append(nats / math.log(2))
+    return bits
+
+
+@torch.no_grad()
 def compare(
     model: RexForCausalLM,
     reference: RexForCausalLM,

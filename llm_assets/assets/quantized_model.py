@@ -60,4 +60,5 @@ def quantized_model(
                 evaluation_text=f"{work.upstream['tokenized_dataset'].content_hash} {summary.evaluated_tokens} tokens",
                 candidate=work.settings.serving.quantized and not checks.training_warnings(trained_checkpoint),
             ),
+            dataset=tokenized_dataset,
         )

@@ -67,4 +67,5 @@ def trained_checkpoint(
                 evaluation_text=work.upstream["tokenized_dataset"].upstream["corpus"],
                 candidate=not work.settings.serving.quantized and not summary.warnings,
             ),
+            dataset=tokenized_dataset,
         )

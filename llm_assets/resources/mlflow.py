@@ -26,6 +26,7 @@ from llm_assets.paths import var_dir
 from llm_assets.registry import model_name
 from llm_assets.resources import tracking_database
 from llm_assets.resources.model_versions import is_registered
+from llm_assets.resources.promotion import CompareWithChampion, warned
 from llm_assets.resources.tracked_run import TrackedRun, one_line, send_unsent
 from model.errors import PipelineError
 from model.progress import Log, silent
@@ -51,6 +52,12 @@ class MlflowTracking(dg.ConfigurableResource):
         default="",
         description="Address of the MLflow UI, for links. Empty: MLFLOW_UI_URL, else the server, else "
         "http://127.0.0.1:5000.",
+    )
+    champion_latency_ratio: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="Most time per token that a version may take to become champion, as a multiple of the champion's. "
+        "0: any.",
     )
 
     @contextmanager
@@ -101,13 +108,31 @@ class MlflowTracking(dg.ConfigurableResource):
             raise
         tracked.end_after(None)
 
-    def register_again(self, context: dg.AssetExecutionContext, manifest: Manifest, path: Path) -> None:
-        """Register a published model that the registry lost or never got; does nothing where it is a version there."""
+    def register_again(
+        self,
+        context: dg.AssetExecutionContext,
+        manifest: Manifest,
+        path: Path,
+        compare: CompareWithChampion | None = None,
+    ) -> None:
+        """Register a published model that the registry lost or never got; does nothing where it is a version there.
+
+        compare: see `decide_champion`.
+        """
         name, tags = model_name(manifest.experiment), dict(manifest.registration or {})
         client, _ = self.client(context.log.info)
         if not is_registered(client, name, manifest.asset, manifest.content_hash):
             with self.run(context) as tracked:
-                tracked.register(name, path, asset=manifest.asset, content_hash=manifest.content_hash, **tags)
+                tracked.register(
+                    name,
+                    path,
+                    asset=manifest.asset,
+                    content_hash=manifest.content_hash,
+                    compare=compare,
+                    objections=warned(manifest.warned_checks),
+                    most_latency_ratio=self.champion_latency_ratio,
+                    **tags,
+                )
 
     def client(self, log: Log = silent) -> tuple["MlflowClient", str]:
         """A client whose store is ready, and the experiment's id. An experiment deleted in MLflow's page is restored.
@@ -119,6 +144,7 @@ class MlflowTracking(dg.ConfigurableResource):
         # MLflow's own 7 retries with back-off keep a call that fails waiting for four minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         from filelock import FileLock
 
         uri = self._uri()

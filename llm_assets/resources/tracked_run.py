@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from llm_assets.resources.model_versions import register_version
+from llm_assets.resources.promotion import CompareWithChampion, decision_of
 from model.progress import Log, silent
 
 if TYPE_CHECKING:
@@ -89,6 +90,14 @@ def _send_or_drop(client: "MlflowClient", run_id: str, entry: Mapping[str, Any],
         warn(f"MLflow did not get the {entry['name']}: {one_line(error)}")
 
 
+def _copied(source: Path, folder: Path) -> Path:
+    """A copy of a file or a folder inside `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / source.name
+    shutil.copytree(source, copy, dirs_exist_ok=True) if source.is_dir() else shutil.copy(source, copy)
+    return copy
+
+
 class TrackedRun:
     """An open MLflow run. Once it is open, a failure to log is a warning: tracking must not end a training.
 
@@ -156,10 +165,17 @@ class TrackedRun:
         evaluation_text: str,
         candidate: bool,
         content_hash: str = "",
-    ) -> None:
-        """Register a model directory as a version of `name`: see `register_version`. A failure is a warning."""
+        compare: CompareWithChampion | None = None,
+        objections: Sequence[str] = (),
+        most_latency_ratio: float = 0.0,
+    ) -> dict[str, Any]:
+        """Register a model directory as a version of `name`: see `register_version`. A failure is a warning.
+
+        Returns what was decided of it (`decision_of`).
+        """
+        decision: dict[str, Any] = {}
         with self.tolerated("model version"):
-            register_version(
+            number = register_version(
                 self._client,
                 self.run_id,
                 name,
@@ -170,7 +186,12 @@ class TrackedRun:
                 candidate=candidate,
                 content_hash=content_hash,
                 log=self._log,
+                compare=compare,
+                objections=objections,
+                most_latency_ratio=most_latency_ratio,
             )
+            decision |= decision_of(self._client.get_model_version(name, number))
+        return decision
 
     @contextmanager
     def tolerated(self, what: str) -> Iterator[None]:
@@ -179,6 +200,23 @@ class TrackedRun:
             yield
         except Exception as error:  # noqa: BLE001 - whatever a tracking store raises
             self._warn(f"MLflow did not take the {what}: {one_line(error)}")
+
+    def release_files(self) -> None:
+        """Call before logged files are moved: waits until they are sent, or keeps copies of them for a later try."""
+        deadline = time.monotonic() + FINAL_WAIT_S
+        with self._changed:
+            while self._files() and not self._is_failing and time.monotonic() < deadline:
+                self._changed.wait(0.1)
+            left = self._files()
+        self._say()
+        if self._unsent is None:
+            return
+        with self.tolerated("files"):
+            for number, entry in enumerate(left):
+                entry["path"] = str(_copied(Path(entry["path"]), self._unsent / self.run_id / f"file-{number}"))
+
+    def _files(self) -> list[dict[str, Any]]:
+        return [entry for entry in self._queue if entry["kind"] in ("file", "folder")]
 
     def close(self) -> None:
         """Wait until all is sent, or until a server that does not answer has been given time; keep what is left."""
@@ -196,6 +234,8 @@ class TrackedRun:
         self._say()
         if left:
             self._keep(left)
+        elif self._unsent is not None:
+            shutil.rmtree(self._unsent / self.run_id, ignore_errors=True)
 
     def _put(self, **entry: Any) -> None:
         self._say()
@@ -249,12 +289,9 @@ class TrackedRun:
             self._unsent.mkdir(parents=True, exist_ok=True)
             lines = []
             for number, entry in enumerate(left):
-                if entry["kind"] in ("file", "folder"):
-                    source = Path(entry["path"])
-                    copy = self._unsent / self.run_id / str(number) / source.name
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copytree(source, copy) if source.is_dir() else shutil.copy(source, copy)
-                    entry = {**entry, "path": str(copy)}
+                kept = self._unsent / self.run_id
+                if entry["kind"] in ("file", "folder") and not Path(entry["path"]).is_relative_to(kept):
+                    entry = {**entry, "path": str(_copied(Path(entry["path"]), kept / str(number)))}
                 lines.append(json.dumps(entry) + "\n")
             with (self._unsent / f"{self.run_id}.jsonl").open("a") as file:
                 file.writelines(lines)

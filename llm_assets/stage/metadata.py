@@ -49,6 +49,24 @@ def summary(**quantities: str) -> dg.MarkdownMetadataValue:
     return dg.MetadataValue.md("\n".join(["| | |", "|---|---:|", *rows]))
 
 
+def decision(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Why a model is champion or not (`decision_of`), and the numbers of it."""
+    shown: dict[str, Any] = {}
+    if "decision" in recorded:
+        shown["champion_decision"] = recorded["decision"]
+    if "difference" in recorded:
+        shown["champion_evidence"] = summary(
+            compared_with=f"version {recorded['champion']}",
+            bits_per_byte=f"{recorded['candidate']:.4f}",
+            of_the_champion=f"{recorded['champion_bits_per_byte']:.4f}",
+            difference=f"{recorded['difference']:+.4f}",
+            **{f"{recorded['confidence']:.0%}_interval": f"{recorded['low']:+.4f} to {recorded['high']:+.4f}"},
+            text=f"{recorded['pieces']} {recorded['unit']}, {size(recorded['bytes'])}",
+        )
+        shown["bits_per_byte_to_champion"] = rounded(recorded["difference"])
+    return shown
+
+
 def size(count: float) -> str:
     """Bytes as people read them: `1.2 MB`."""
     for unit in ("bytes", "kB", "MB", "GB"):

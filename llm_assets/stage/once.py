@@ -18,6 +18,7 @@ from llm_assets.failures import permanent_failures
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.stage.code import code_digest, code_version
+from llm_assets.stage.evidence import champion_comparison
 from model.errors import PipelineError
 from model.settings import ExperimentSettings
 
@@ -41,7 +42,7 @@ def reuses_unchanged(fingerprint: SourceFingerprint | None = None) -> Callable[[
                 with permanent_failures():
                     found = _find_unchanged(context, hydra, upstream, fingerprint)
                 if found:
-                    yield _materialize_again(context, arguments["mlflow"], *found)
+                    yield _materialize_again(context, hydra, arguments["mlflow"], upstream, *found)
                     return
             yield from compute(context, **arguments)
 
@@ -85,7 +86,12 @@ def _find_unchanged(
 
 
 def _materialize_again(
-    context: dg.AssetExecutionContext, mlflow: MlflowTracking, path: Path, manifest: Manifest
+    context: dg.AssetExecutionContext,
+    hydra: HydraConfig,
+    mlflow: MlflowTracking,
+    upstream: Mapping[str, Path],
+    path: Path,
+    manifest: Manifest,
 ) -> dg.MaterializeResult:
     """A materialization that names a published artifact, with the metadata of the one that made it."""
     context.log.info(
@@ -93,7 +99,9 @@ def _materialize_again(
         f"(tag {FORCE_TAG}=true computes it again)"
     )
     if manifest.registration:
-        mlflow.register_again(context, manifest, path)
+        dataset = upstream.get("tokenized_dataset")
+        compare = champion_comparison(path, dataset, hydra.settings(manifest.experiment)) if dataset else None
+        mlflow.register_again(context, manifest, path, compare)
     checks = [
         # The artifact passed its blocking checks when it was made.
         dg.AssetCheckResult(

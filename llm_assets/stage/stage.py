@@ -29,9 +29,11 @@ from llm_assets.failures import permanent_failures, terminated_for_good
 from llm_assets.registry import model_name
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
+from llm_assets.resources.promotion import warned
 from llm_assets.resources.tracked_run import TrackedRun
 from llm_assets.stage import metadata as show
 from llm_assets.stage.code import code_digest, code_version
+from llm_assets.stage.evidence import champion_comparison
 from llm_assets.stage.interrupts import end_with_run, noticed_interrupts
 from model.errors import PipelineError, full_disk_as_error
 from model.progress import Log
@@ -70,6 +72,8 @@ class Stage:
     check_interrupt: Callable[[], None]
     source: str = ""
     """Fingerprint of what the stage reads besides its upstream."""
+    most_latency_ratio: float = 0.0
+    """Of a champion: see `decide_champion`."""
     last_observation_s: float = field(default_factory=time.monotonic)
 
     @property
@@ -106,11 +110,12 @@ class Stage:
         *,
         registration: Registration | None = None,
         certificates: Sequence[Mapping[str, Any]] = (),
+        dataset: Path | None = None,
     ) -> dg.MaterializeResult[Staged]:
         """Seal the output and describe it; a version that fails a blocking check is published but not as the latest.
 
-        registration: makes the artifact a version of the experiment's registered model, unless a blocking check failed.
-        certificates: for the manifest.
+        registration: makes the artifact a version of the experiment's registered model, unless a blocking check failed;
+        it and the champion are scored on the validation split of `dataset`. certificates: for the manifest.
         """
         missed = {
             severity: [check.check_name or "" for check in checks if not check.passed and check.severity == severity]
@@ -134,11 +139,20 @@ class Stage:
             certificates=certificates,
         )
         self.tracked.failed = bool(failed)
-        if registration and not failed:
-            name = model_name(self.experiment)
-            tags = dataclasses.asdict(registration)
-            self.tracked.register(name, self.output, asset=self.asset, content_hash=manifest.content_hash, **tags)
         metadata = {**metadata, "step_peak_memory_mb": peak_memory_mb()}
+        if registration and not failed:
+            decision = self.tracked.register(
+                model_name(self.experiment),
+                self.output,
+                asset=self.asset,
+                content_hash=manifest.content_hash,
+                compare=champion_comparison(self.output, dataset, self.settings) if dataset else None,
+                objections=warned(manifest.warned_checks),
+                most_latency_ratio=self.most_latency_ratio,
+                **dataclasses.asdict(registration),
+            )
+            metadata |= show.decision(decision)
+        self.tracked.release_files()
         self.tracked.log_final_metrics(
             {name: value for name, value in metadata.items() if isinstance(value, int | float)}
         )
@@ -224,6 +238,7 @@ def stage(
                         tracked=tracked,
                         check_interrupt=check_interrupt,
                         source=fingerprint(settings) if fingerprint else "",
+                        most_latency_ratio=mlflow.champion_latency_ratio,
                     )
                     work.scratch.mkdir(exist_ok=True)
                     yield work

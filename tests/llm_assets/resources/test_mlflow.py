@@ -8,6 +8,7 @@ from llm_assets.experiments.compose import compose
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.resources.tracked_run import TrackedRun
 from llm_assets.stage.stage import Stage
+from tests.paired_scores import WORST, compare_numbers
 
 Pipeline = Any  # conftest's
 
@@ -89,6 +90,16 @@ def test_long_parameters_and_many_of_them_are_logged(pipeline: Pipeline) -> None
     assert {len(value) for name, value in pipeline.tracked("corpus")[0].data.params.items() if name[0] == "p"} == {6000}
 
 
+def compare_with(client: Any, score: float, text: str) -> Any:
+    """Compares with the champion's recorded score, on another text with the worst one."""
+
+    def compare(folder: Path) -> Any:
+        tags = client.get_model_version_by_alias("rex-champions", "champion").tags
+        return compare_numbers(score, float(tags["bits_per_byte"]) if tags["evaluation_text"] == text else WORST)
+
+    return compare
+
+
 def test_the_best_candidate_on_the_same_text_is_champion(pipeline: Pipeline) -> None:
     champions: list[str] = []
 
@@ -109,6 +120,7 @@ def test_the_best_candidate_on_the_same_text_is_champion(pipeline: Pipeline) -> 
                 bits_per_byte=score,
                 evaluation_text=evaluation_text,
                 candidate=candidate,
+                compare=compare_with(client, score, evaluation_text),
             )
             aliases = client.get_registered_model("rex-champions").aliases
             champions.append(str(aliases.get("champion", "none")))

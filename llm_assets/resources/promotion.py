@@ -1,0 +1,197 @@
+"""Which version of a registered model is champion, decided by evidence and recorded.
+
+The alias `champion` moves by itself only to a version that nothing speaks against (its checks, a bound of its latency),
+that no version before it beats, and that is better than the champion on the same text by more than chance
+(`model/paired.py`); the champion is scored again for that. The first candidate needs no opponent. An alias that a person
+moved (it differs from the last recorded decision) moves only to a version that is better on the champion's own text.
+What was decided, with its numbers, is in tags of the version; who was champion when, and why, in one of the model.
+`python -m llm_assets.champion` shows it, promotes by hand and goes back.
+"""
+
+import dataclasses
+import json
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.progress import Log
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from model.paired import PairedComparison
+
+CHAMPION = "champion"
+"""The alias."""
+DECIDED, HISTORY = "champion_decided", "champion_history"
+"""Tags of a registered model: the version last decided on, and who was champion when and why, the newest last."""
+DECISION, EVIDENCE = "champion_decision", "champion_evidence"
+"""Tags of a version: the decision in words, and its numbers as JSON."""
+_HISTORY_ENTRIES = 16
+_REASON_CHARACTERS = 160
+BY_HAND = "`python -m llm_assets.champion promote` decides by hand"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of a candidate beside the champion.
+
+    measure_latency_ratio: the candidate's time per token as a multiple of the champion's; called where a bound is set.
+    """
+
+    comparison: "PairedComparison"
+    measure_latency_ratio: Callable[[], float]
+
+
+CompareWithChampion = Callable[[Path], Evidence]
+"""Scores the candidate and the champion, whose model directory it gets, on the same text."""
+
+
+def decide_champion(
+    client: "MlflowClient",
+    name: str,
+    version: Any,
+    versions: Sequence[Any],
+    *,
+    compare: CompareWithChampion | None,
+    objections: Sequence[str],
+    most_latency_ratio: float,
+    log: Log,
+) -> None:
+    """Decide once whether `version` becomes champion, and record it.
+
+    versions: all of the model. objections: what speaks against the version whatever it scores. most_latency_ratio: the
+    largest time per token, as a multiple of the champion's; 0: any.
+    """
+    model = client.get_registered_model(name)
+    current = str(model.aliases[CHAMPION]) if CHAMPION in model.aliases else None
+    if current == str(version.version):
+        return
+    champion = next((other for other in versions if str(other.version) == current), None)
+    is_by_hand = model.tags.get(DECIDED) not in (None, current)
+    record: dict[str, Any] = {}
+    against = _standing_reasons(version, versions, objections)
+    if against is None and is_by_hand and (champion is None or _kind(champion) != _kind(version)):
+        against = f"a person set the champion ({current or 'none'}), and it was measured on another text"
+    if against:
+        promoted, reason = False, f"not promoted: {against}"
+    elif champion is None:
+        promoted, reason = True, f"promoted: the first candidate, {_bits(version):.4f} bits per byte"
+    else:
+        log(f"{name} version {version.version}: scoring it and the champion, version {current}, on the same text")
+        try:
+            if compare is None:
+                raise ValueError("no text to score both on")
+            with tempfile.TemporaryDirectory(prefix="rex-champion-") as folder:
+                evidence = compare(download_model(client, champion, Path(folder)))
+                scores = dataclasses.asdict(evidence.comparison)
+                record = {**scores, "champion": current, "champion_bits_per_byte": scores["champion"]}
+                ratio = evidence.measure_latency_ratio() if most_latency_ratio else 0.0
+                record |= {"latency_ratio": ratio} if ratio else {}
+            promoted, reason = _weigh(evidence.comparison, current, ratio, most_latency_ratio)
+        except Exception as error:  # noqa: BLE001 - a broken or foreign champion must not end the training
+            promoted = False
+            reason = f"not promoted: the champion, version {current}, cannot be scored ({error}); {BY_HAND}"
+    if record:
+        client.set_model_version_tag(name, str(version.version), EVIDENCE, json.dumps(record))
+    client.set_model_version_tag(name, str(version.version), DECISION, reason)
+    if promoted:
+        # The decision first: a process killed in between leaves an alias that the next run treats as set by hand.
+        client.set_registered_model_tag(name, DECIDED, str(version.version))
+        _set_champion(client, name, str(version.version), reason, former=current)
+    log(f"{name} version {version.version}: {reason}")
+
+
+def set_by_hand(client: "MlflowClient", name: str, version: str, reason: str) -> None:
+    """Make a version champion because a person says so; no decision but a better model's moves the alias again.
+
+    Raises MlflowException where there is no such version.
+    """
+    former = client.get_registered_model(name).aliases.get(CHAMPION)
+    client.get_model_version(name, version)
+    # Also where the last decision was for this very version: what a person sets differs from every decision.
+    client.set_registered_model_tag(name, DECIDED, "by hand")
+    client.set_model_version_tag(name, version, DECISION, f"promoted by hand: {reason}")
+    _set_champion(client, name, version, f"by hand: {reason}", former=str(former) if former else None)
+
+
+def warned(checks: Sequence[str]) -> list[str]:
+    """The objections to a model whose checks of these names passed with a warning."""
+    return [f"its check {name} has a warning" for name in checks]
+
+
+def history(client: "MlflowClient", name: str) -> list[dict[str, str]]:
+    """Who was champion: `{"version", "at", "reason"}`, the newest last."""
+    found: list[dict[str, str]] = json.loads(client.get_registered_model(name).tags.get(HISTORY, "[]"))
+    return found
+
+
+def decision_of(version: Any) -> dict[str, Any]:
+    """What is recorded of a version's decision: `decision` in words and, where there was a champion, the evidence."""
+    recorded = {"decision": version.tags[DECISION]} if DECISION in version.tags else {}
+    return {**recorded, **json.loads(version.tags.get(EVIDENCE, "{}"))}
+
+
+def download_model(client: "MlflowClient", version: Any, folder: Path) -> Path:
+    """Copy the model directory of a version into `folder`, from wherever the tracking store keeps it."""
+    return Path(client.download_artifacts(version.run_id, "model", str(folder)))
+
+
+def _standing_reasons(version: Any, versions: Sequence[Any], objections: Sequence[str]) -> str | None:
+    """What speaks against a version before it meets the champion, None where nothing does."""
+    bits = _bits(version)
+    if not math.isfinite(bits):
+        return f"{bits} bits per byte"
+    if objections:
+        return "; ".join(objections)
+    rivals = [
+        other for other in versions if _kind(other) == _kind(version) and str(other.version) != str(version.version)
+    ]
+    better = [other for other in rivals if not bits < _bits(other)]
+    if better:
+        best = min(better, key=_bits)
+        return f"{bits:.4f} bits per byte, version {best.version} has {_bits(best):.4f} on the same text"
+    return None
+
+
+def _weigh(scores: "PairedComparison", current: str | None, ratio: float, most_ratio: float) -> tuple[bool, str]:
+    said = f"{scores.candidate:.4f} bits per byte, the champion, version {current}, has {scores.champion:.4f}"
+    said += " on the same text"
+    if not scores.is_better:
+        ends = f"{scores.low:+.4f} to {scores.high:+.4f}"
+        said += f"; {scores.confidence:.0%} interval of the difference: {ends}, {scores.pieces} {scores.unit}"
+        return False, f"not promoted: {said}"
+    if ratio > most_ratio:
+        took = f"{ratio:.2f} times the champion's time per token"
+        return False, f"not promoted: {said}, but it takes {took} (at most {most_ratio:g})"
+    return True, f"promoted: {said}"
+
+
+def _set_champion(client: "MlflowClient", name: str, version: str, reason: str, *, former: str | None) -> None:
+    entries = history(client, name)
+    if former and (
+        not entries or entries[-1]["version"] != former
+    ):  # set on MLflow's page, where no reason is asked for
+        entries.append({"version": former, "at": "", "reason": "set on another way"})
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    entries.append({"version": version, "at": now, "reason": reason[:_REASON_CHARACTERS]})
+    client.set_registered_model_alias(name, CHAMPION, version)
+    client.set_registered_model_tag(name, HISTORY, json.dumps(entries[-_HISTORY_ENTRIES:]))
+
+
+def _kind(version: Any) -> tuple[str | None, str | None]:
+    """What makes two recorded scores comparable: the asset, and the text that they were measured on."""
+    return version.tags.get("asset"), _evaluation_text(version.tags)
+
+
+def _bits(version: Any) -> float:
+    return float(version.tags["bits_per_byte"])
+
+
+def _evaluation_text(tags: Mapping[str, str]) -> str | None:
+    """The tag `evaluation_text` of a model version, or its name in older versions, `yardstick`."""
+    return tags.get("evaluation_text", tags.get("yardstick"))

@@ -1,0 +1,48 @@
+"""What speaks for a model against the champion: both scored on the same text, and how long both take for a token."""
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from llm_assets.resources.promotion import Evidence
+from model.settings import ExperimentSettings
+
+TEXT_PIECES = 128
+"""Windows of the validation split that a candidate and the champion are scored on."""
+TIMED_TOKENS, TIMED_ROUNDS = 16, 5
+
+
+def champion_comparison(model_dir: Path, dataset_dir: Path, settings: ExperimentSettings) -> Callable[[Path], Evidence]:
+    """A function that scores the model of a directory against a champion's on the dataset's validation split."""
+
+    def compare(champion_dir: Path) -> Evidence:
+        from model.paired import compare_pair
+
+        device = settings.serving.device
+        comparison = compare_pair(
+            model_dir,
+            champion_dir,
+            dataset_dir,
+            settings.tokenizer.sequence_length,
+            max_pieces=TEXT_PIECES,
+            device=device,
+            seed=settings.training.seed,
+        )
+        return Evidence(comparison, lambda: latency_ratio(model_dir, champion_dir, device))
+
+    return compare
+
+
+def latency_ratio(model_dir: Path, champion_dir: Path, device: str) -> float:
+    """The model's time per token of one text as a multiple of the champion's: medians of interleaved rounds."""
+    from bench.decode import decode, prompt
+    from model.system.devices import resolve_device
+    from model.weights.loading import load_model
+
+    target = str(resolve_device(device, setting="serving.device"))
+    models = [load_model(directory, device=target) for directory in (model_dir, champion_dir)]
+    seconds: list[list[float]] = [[], []]
+    for _ in range(TIMED_ROUNDS):
+        for model, of_model in zip(models, seconds, strict=True):
+            of_model += decode(model, prompt(model), TIMED_TOKENS, use_cache=True)[1][1:]
+    return statistics.median(seconds[0]) / statistics.median(seconds[1])

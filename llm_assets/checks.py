@@ -137,6 +137,39 @@ def is_the_same_model(rows: Sequence[Mapping[str, Any]], differences: Sequence[s
     )
 
 
+def is_fit_for_release(
+    report: Mapping[str, Any], decision: Mapping[str, Any], export_agrees: bool | None
+) -> dg.AssetCheckResult:
+    """Judge what would be served: `report` is the summary of a benchmark report, `decision` what is recorded of the
+    served model (`decision_of`), `export_agrees` what the exported model's check found, None where there is no such model.
+    """
+    found = []
+    speedup = float(report["kv_cache_speedup"])
+    if not speedup > 1:
+        found.append(
+            f"the KV cache makes {report['kv_cache_tokens']} tokens {speedup:.2f} times as fast: expected more than 1"
+        )
+    if decision.get("low", 0) > 0:
+        found.append(
+            f"{decision['difference']:+.4f} bits per byte to the champion, version {decision['champion']}: expected no more "
+            "than chance"
+        )
+    if export_agrees is False:
+        found.append("the exported model differs from the checkpoint: see the checks of exported_model")
+    return dg.AssetCheckResult(
+        check_name="is_fit_for_release",
+        passed=not found,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata={
+            "found": "; ".join(found) or "nothing against it",
+            "kv_cache_speedup": speedup,
+            **({"bits_per_byte_to_champion": decision["difference"]} if "difference" in decision else {}),
+            "champion_decision": decision.get("decision", "none"),
+            "exported_parity": "not measured" if export_agrees is None else str(export_agrees),
+        },
+    )
+
+
 def is_in_store(bento: dict[str, Any] | None, model: dict[str, Any]) -> dg.AssetCheckResult:
     """Look at the folders that BentoML named."""
     paths = [Path(found["path"]) for found in (bento, model) if found]

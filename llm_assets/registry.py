@@ -116,6 +116,10 @@ PIPELINE = (
         code_version="2",
         settings=("benchmark",),
         upstream=("trained_checkpoint", "quantized_model", "tokenized_dataset"),
+        checks={
+            "is_fit_for_release": "The KV cache makes decoding faster, bits per byte are not above the champion's by more "
+            "than chance, and the exported model, where there is one, agrees with the checkpoint (else a warning)."
+        },
         pool="device",
         preload=("bench.report.report",),
         code=("bench/report",),

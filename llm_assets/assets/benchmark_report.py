@@ -6,12 +6,15 @@ from pathlib import Path
 
 import dagster as dg
 
+from llm_assets import checks
+from llm_assets.artifacts.io_manager import DirectoryIOManager
 from llm_assets.assets import asset_arguments
+from llm_assets.registry import model_name
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.stage import metadata as show
 from llm_assets.stage.once import reuses_unchanged
-from llm_assets.stage.stage import stage
+from llm_assets.stage.stage import Stage, stage
 
 
 @dg.asset(**asset_arguments("benchmark_report"))
@@ -38,6 +41,8 @@ def benchmark_report(
         )
         found = report["summary"]
         work.tracked.log_artifact(work.output)
+        served = "quantized_model" if work.settings.serving.quantized else "trained_checkpoint"
+        decision = work.tracked.find_decision(model_name(work.experiment), served, work.upstream[served].content_hash)
         # The UI cannot open the pictures beside the report: they have entries of their own.
         text = re.sub(r"!\[.*\n\n", "", (work.output / "report.md").read_text())
         yield work.result(
@@ -59,5 +64,15 @@ def benchmark_report(
                 "report": dg.MetadataValue.md(text[: show.TEXT_CHARACTERS]),
                 "kv_cache": show.picture(work.output / "kv_cache.png"),
                 "model_benchmark_comparison": show.picture(work.output / "model_benchmark_comparison.png"),
-            }
+            },
+            [checks.is_fit_for_release(found, decision, _export_agrees(work))],
         )
+
+
+def _export_agrees(work: Stage) -> bool | None:
+    """Whether the exported model of this checkpoint passed its checks; None where there is none."""
+    exported = DirectoryIOManager().store().latest_manifest("exported_model", work.experiment)
+    checkpoint = work.upstream["trained_checkpoint"].content_hash
+    if exported is None or exported.upstream.get("trained_checkpoint") != checkpoint:
+        return None
+    return not exported.warned_checks

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from llm_assets.resources.model_versions import register_version
+from llm_assets.resources.model_versions import find_decision, register_version
 from llm_assets.resources.promotion import CompareWithChampion, decision_of
 from model.progress import Log, silent
 
@@ -191,6 +191,13 @@ class TrackedRun:
                 most_latency_ratio=most_latency_ratio,
             )
             decision |= decision_of(self._client.get_model_version(name, number))
+        return decision
+
+    def find_decision(self, name: str, asset: str, content_hash: str) -> dict[str, Any]:
+        """What was decided of an artifact as champion (`decision_of`); empty where nothing was or the store fails."""
+        decision: dict[str, Any] = {}
+        with self.tolerated("question for the champion"):
+            decision |= find_decision(self._client, name, asset, content_hash)
         return decision
 
     @contextmanager

@@ -129,3 +129,28 @@ ROW = {"engine": "transformers", "file": "hf", "log_probability_difference": 1e-
 )
 def test_an_export_passes_only_where_an_engine_ran_it_and_found_no_difference(rows, differences, passed) -> None:
     assert checks.is_the_same_model(rows, differences).passed == passed
+
+
+REPORT = {"kv_cache_speedup": 3.2, "kv_cache_tokens": 256}
+WORSE = {"difference": 0.03, "low": 0.01, "high": 0.05, "champion": "4", "decision": "not promoted"}
+
+
+@pytest.mark.parametrize(
+    ("report", "decision", "export_agrees", "says"),
+    [
+        (REPORT, {}, None, "nothing against it"),
+        (REPORT, {**WORSE, "difference": -0.03, "low": -0.05, "high": -0.01}, True, "nothing against it"),
+        (REPORT, {**WORSE, "difference": 0.001, "low": -0.02}, True, "nothing against it"),
+        (REPORT, WORSE, True, "+0.0300 bits per byte to the champion, version 4: expected no more than chance"),
+        ({**REPORT, "kv_cache_speedup": 0.9}, {}, None, "0.90 times as fast: expected more than 1"),
+        (REPORT, {}, False, "the exported model differs from the checkpoint"),
+    ],
+    ids=["alone", "better", "worse by chance", "worse", "a slow cache", "another export"],
+)
+def test_a_release_is_judged_by_its_cache_its_champion_and_its_export(
+    report: dict, decision: dict, export_agrees: bool | None, says: str
+) -> None:
+    check = checks.is_fit_for_release(report, decision, export_agrees)
+    assert check.passed == (says == "nothing against it")
+    assert says in check.metadata["found"].value
+    assert check.severity == dg.AssetCheckSeverity.WARN

@@ -104,7 +104,7 @@ test-fast: setup  ## Run the tests that are not slow and start no process
 	$(BIN)/pytest $(SHARED) -m 'not slow and not processes'
 
 test-slow: setup  ## Run the other tests: slow ones, and those that start processes, containers or a browser
-	$(BIN)/pytest $(SHARED) -m 'slow or processes'
+	$(BIN)/pytest $(SHARED) -m 'slow or processes' --durations 40 --durations-min 5
 
 coverage: setup  ## Run the fast tests with coverage; fails below the floor in pyproject.toml
 	$(BIN)/pytest $(SHARED) -m 'not slow and not processes' --cov --cov-report=term:skip-covered

@@ -120,8 +120,9 @@ def test_transformers_finds_another_rope_base(glm4: Made, in_this_process: None)
 
 
 def test_transformers_finds_another_pre_tokenizer(glm4: Made, in_this_process: None) -> None:
+    other = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     export(glm4[3] / "rex", glm4[3] / "out", ["hf"])
-    edit(glm4[3] / "out/hf/tokenizer.json", lambda state: state["pre_tokenizer"].update(add_prefix_space=True))
+    edit(glm4[3] / "out/hf/tokenizer.json", lambda state: state.update(pre_tokenizer=other))
     assert any(line.startswith("tokens of") for line in certificate(glm4, "transformers", "hf").differences)
 
 

@@ -2,15 +2,15 @@
 
     python -m bench.engine [MODEL_DIR] [--rounds 5]
 
-Without a directory it takes the shape of the `stdlib_30m` experiment with random weights, which do not change the speed.
-Four workloads, greedy, no end of text:
+Without a directory it takes the shape of the `stdlib_30m` experiment with random weights, which do not change the
+speed. Four workloads, greedy, no end of text:
 
 - one stream: the engine against a plain greedy loop over transformers' DynamicCache;
 - eight streams: the engine's tokens per second against those of its one stream;
 - sixteen ragged streams, prompts of 448 to 576 tokens, each asking again once it is answered, 48 requests in all: the
   engine against transformers' continuous batching and against padded batches of `generate()`, sixteen requests each, by
-  answer tokens per second, prompts included. Answers are long-tailed, as people's are (exponential, 80 tokens on average,
-  365 at most), or even (uniform, 32 to 128), where padding costs least.
+  answer tokens per second, prompts included. Answers are long-tailed, as people's are (exponential, 80 tokens on
+  average, 365 at most), or even (uniform, 32 to 128), where padding costs least.
 
 Each contender has a process of its own, as its users would run it: OpenMP lets waiting threads sleep at once where all
 pools of a process together have more threads than there are cores. Prints a table of medians and ratios and a JSON line

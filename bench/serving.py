@@ -3,16 +3,16 @@
     python -m bench.serving [MODEL_DIR] [--rounds 15] [--seconds 20] [--turns 4] [--load-tokens 64] [--starts 3]
 
 REX_... variables are options of the service, REX_THREADS also of the engine in this process.
-Without a directory it makes one of the shape of the `stdlib_30m` experiment with random weights. In one run, the engine in
-this process and the server taking turns:
+Without a directory it makes one of the shape of the `stdlib_30m` experiment with random weights. In one run, the engine
+in this process and the server taking turns:
 
 - streams: eight greedy streams, tokens per second of all together; what HTTP, JSON and server-sent events cost of it;
 - first token: one request while nothing else runs, milliseconds from sending it to its first text;
 - overload: requests at random times (Poisson), as many as the service completes and twice as many; milliseconds to the
   first token of those admitted, the others answered 429;
 - start: seconds from the command to a /readyz of 200;
-- memory: MB of its own that the worker holds over weights and cache after all of the above. The files of libraries that it
-  maps come on top; those are the system's to drop.
+- memory: MB of its own that the worker holds over weights and cache after all of the above. The files of libraries that
+  it maps come on top; those are the system's to drop.
 
 Ratios of rounds compare like with like on a quiet machine; on a busy one the client, which is this process, and the
 neighbours take part, and the seconds of a core (CPU) say more. Prints a table, and a JSON line for machines.

@@ -1,8 +1,9 @@
 """The routes: an ASGI app that BentoML mounts, and that a test can call without a server.
 
-This module has the app and the service's own routes; those of the OpenAI API are in `openai/routes.py`. A route validates
-a request, submits it to the engine and returns the engine's events as one JSON answer or as server-sent events. When the
-client disconnects, the generation is cancelled. The loader of a model makes it serve through `app.state.models`.
+This module has the app and the service's own routes; those of the OpenAI API are in `openai/routes.py`. A route
+validates a request, submits it to the engine and returns the engine's events as one JSON answer or as server-sent
+events. When the client disconnects, the generation is cancelled. The loader of a model makes it serve through
+`app.state.models`.
 """
 
 import json
@@ -69,10 +70,10 @@ def create_app(
 ) -> FastAPI:
     """The service's routes.
 
-    model_name, aliases: see `Models`. request_timeout_s: from a request's arrival to its last token. queue_timeout_s: from its arrival to its start.
-    receive_timeout_s: from a request's first byte to its last.
-    max_choices: most texts that one request may ask for. clamp_max_tokens: see `Backend`. api_keys: each grants access to every route; without any the
-    service is open. cors_origins: web sites whose pages may call.
+    model_name, aliases: see `Models`. request_timeout_s: from a request's arrival to its last token. queue_timeout_s:
+    from its arrival to its start. receive_timeout_s: from a request's first byte to its last.
+    max_choices: most texts that one request may ask for. clamp_max_tokens: see `Backend`. api_keys: each grants access
+    to every route; without any the service is open. cors_origins: web sites whose pages may call.
     """
     app = FastAPI(
         title="REX text generation",

@@ -35,8 +35,8 @@ class ServiceSettings(ServingSettings):
     )
     champion: str = option(
         "",
-        "Registered model (rex-stdlib) of the MLflow server at MLFLOW_TRACKING_URI; its champion is served, whenever it "
-        "changes.",
+        "Registered model (rex-stdlib) of the MLflow server at MLFLOW_TRACKING_URI; its champion is served, whenever "
+        "it changes.",
     )
     champion_poll_s: float = option(
         10.0, "From one question for the champion to the next.", unit="seconds", above=0, maximum=86_400
@@ -89,7 +89,7 @@ _Arguments: Any = create_model("_Arguments", __config__=ConfigDict(extra="forbid
 
 
 class BentoArgs(_Arguments):
-    """`ServiceSettings` in BentoML's form: `--arg NAME=VALUE` of `bentoml build`, or of `bentoml serve` of the source."""
+    """`ServiceSettings` in BentoML's form: `--arg NAME=VALUE` of `bentoml build` and of `bentoml serve`."""
 
 
 def with_overrides(arguments: BentoArgs, environment: Mapping[str, str] | None = None) -> BentoArgs:
@@ -131,22 +131,23 @@ def find_model(model: str) -> Path:
     """The directory of a tag or a path. Raises BentoMLException, one line that says what to do."""
     if not model:
         raise InvalidArgument(
-            "no model is given: set REX_MODEL, or pass --arg model=..., to a tag of the BentoML model store or a directory"
+            "no model is given: set REX_MODEL, or pass --arg model=..., to a tag of the BentoML model store or a "
+            "directory"
         )
     if is_path(model):
         directory = Path(model).expanduser()
         if not (directory / "config.json").is_file():
             raise InvalidArgument(
-                f"model {model!r}: there is no {directory.absolute() / 'config.json'}; give the directory of a model, as an "
-                "absolute path"
+                f"model {model!r}: there is no {directory.absolute() / 'config.json'}; give the directory of a model, "
+                "as an absolute path"
             )
         return directory.absolute()
     try:
         return Path(bentoml.models.get(model).path)
     except (NotFound, ValueError) as error:
         raise InvalidArgument(
-            f"model {model!r} is not in the BentoML model store ({model_store()}): `bentoml models list` shows what is; make it "
-            "with the pipeline or import it with `bentoml models import`"
+            f"model {model!r} is not in the BentoML model store ({model_store()}): `bentoml models list` shows what "
+            "is; make it with the pipeline or import it with `bentoml models import`"
         ) from error
     except BentoMLException as error:
         raise InvalidArgument(f"model {model!r}: {' '.join(str(error).split())}") from error

@@ -75,9 +75,7 @@ def _biases(value: Any) -> Any:
 
 
 def forms(*schemas: dict[str, Any]) -> WithJsonSchema:
-    """The JSON schema of a field with several forms, which a validator function tells apart: pydantic's own unions report
-    one error per form for a wrong value.
-    """
+    """JSON schema of a field of several forms, which a validator tells apart: pydantic reports one error for each."""
     return WithJsonSchema({"anyOf": list(schemas)})
 
 
@@ -107,7 +105,7 @@ OnlyFalse = Annotated[bool, AfterValidator(_only_false), WithJsonSchema({"type":
 
 
 class StrictRequest(BaseModel):
-    """A body: types as JSON has them, no NaN and no infinity, and no unknown field unless its value asks for nothing."""
+    """A body: JSON types, no NaN, no infinity, and no unknown field unless its value asks for nothing."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=document_neutral)
 
@@ -167,8 +165,8 @@ class Sampling(StrictRequest):
     )
     stop: Stops = Field(
         None,
-        description=f"End the text where one of these strings appears; it is not part of the text. At most {MOST_STOPS}, "
-        f"of at most {LONGEST_STOP} characters.",
+        description=f"End the text where one of these strings appears; it is not part of the text. At most "
+        f"{MOST_STOPS}, of at most {LONGEST_STOP} characters.",
     )
     stop_token_ids: list[TokenId] | None = Field(
         None, max_length=MOST_STOP_IDS, description="End the text at one of these tokens, which is not part of it."
@@ -191,7 +189,7 @@ class Sampling(StrictRequest):
     ignore_eos: bool | None = Field(None, description="Go on after the end-of-text token. Default: false.")
 
     def sampling(self, choice: int = 0) -> SamplingParameters:
-        """The engine's form of these fields. choice: of several texts for one prompt; each has its own random numbers."""
+        """These fields for the engine. choice: index of the text among those of one prompt, each with its own seed."""
         return SamplingParameters(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=max(self.top_k or 0, 0),

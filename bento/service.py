@@ -6,8 +6,8 @@
 
 The options are the fields of `bento.options.BentoArgs`; a variable REX_<NAME> overrides each when the service starts.
 API keys: `bento/http/auth.py`. A start that cannot work (a device, a model or a file that is not there, an open address
-without a key) ends with one line and exit status 1. SIGTERM drains: `bento/serving/admission.py`. The module has effects
-at import because BentoML builds a service from decorators; the internals that it needs are in `bentoml_internals.py`.
+without a key) ends with one line and exit status 1. SIGTERM drains: `bento/serving/admission.py`. The module has
+effects at import because BentoML builds a service from decorators; `bentoml_internals.py` has the internals it needs.
 """
 
 import asyncio
@@ -122,7 +122,8 @@ class OnlyOurRoutes:
 @bentoml.service(
     image=image,
     envs=[{"name": name, "value": value} for name, value in IMAGE_VARIABLES.items()],
-    description=f"# REX text generation\n\nOpen `/docs` for the routes. Variables read at start:\n\n{describe_variables()}\n",
+    description="# REX text generation\n\nOpen `/docs` for the routes. Variables read at start:\n\n"
+    f"{describe_variables()}\n",
     workers=1,  # a second worker would use the same cores and hold the weights twice
     # BentoML's default is every address. In a container the published ports decide what others can reach.
     http={"host": "0.0.0.0" if "BENTOML_CONTAINERIZED" in os.environ else "127.0.0.1"},

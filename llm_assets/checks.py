@@ -25,7 +25,7 @@ ROUND_TRIP_DOCUMENTS = 64
 def specs(asset: str) -> Sequence[dg.AssetCheckSpec]:
     """The checks that `asset` reports, all blocking."""
     with warnings.catch_warnings():
-        # Checks by partition are in preview; without them, a failed run of one experiment turns all experiments' checks red.
+        # In preview; without partitions, a failed run of one experiment turns the checks of all experiments red.
         warnings.simplefilter("ignore", dg.PreviewWarning)
         return [
             dg.AssetCheckSpec(name, asset=asset, description=description, blocking=True, partitions_def=experiments)
@@ -141,7 +141,8 @@ def is_fit_for_release(
     report: Mapping[str, Any], decision: Mapping[str, Any], export_agrees: bool | None
 ) -> dg.AssetCheckResult:
     """Judge what would be served: `report` is the summary of a benchmark report, `decision` what is recorded of the
-    served model (`decision_of`), `export_agrees` what the exported model's check found, None where there is no such model.
+    served model (`decision_of`), `export_agrees` what the exported model's check found, None where there is no such
+    model.
     """
     found = []
     speedup = float(report["kv_cache_speedup"])
@@ -151,8 +152,8 @@ def is_fit_for_release(
         )
     if decision.get("low", 0) > 0:
         found.append(
-            f"{decision['difference']:+.4f} bits per byte to the champion, version {decision['champion']}: expected no more "
-            "than chance"
+            f"{decision['difference']:+.4f} bits per byte to the champion, version {decision['champion']}: expected "
+            "no more than chance"
         )
     if export_agrees is False:
         found.append("the exported model differs from the checkpoint: see the checks of exported_model")

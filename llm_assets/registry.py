@@ -1,7 +1,7 @@
 """The registry of stages: one entry for each asset, read by everything that lists or orders them.
 
-The definitions, jobs, checks, manifests and `python -m llm_assets.latest` read it, so that a new stage is one entry here
-and one module in `llm_assets/assets/`. Plain data: imports no Dagster and none of the modules it names.
+The definitions, jobs, checks, manifests and `python -m llm_assets.latest` read it, so that a new stage is one entry
+here and one module in `llm_assets/assets/`. Plain data: imports no Dagster and none of the modules it names.
 """
 
 from collections.abc import Mapping
@@ -51,8 +51,8 @@ PIPELINE = (
     ),
     StageSpec(
         "tokenized_dataset",
-        "A tokenizer trained on the train split, and both splits as memory-mapped tokens with document boundaries. Holds "
-        "the bytes that each token stands for, so that bits per byte are exact.",
+        "A tokenizer trained on the train split, and both splits as memory-mapped tokens with document boundaries. "
+        "Holds the bytes that each token stands for, so that bits per byte are exact.",
         group="data",
         kinds=("huggingface", "numpy"),
         code_version="1",
@@ -62,8 +62,8 @@ PIPELINE = (
     ),
     StageSpec(
         "trained_checkpoint",
-        "`RexForCausalLM` in safetensors with its tokenizer, code, model card, curves and samples. A run that was killed, "
-        "retried or executed again continues at its last checkpoint.",
+        "`RexForCausalLM` in safetensors with its tokenizer, code, model card, curves and samples. A run that was "
+        "killed, retried or executed again continues at its last checkpoint.",
         group="model",
         kinds=("pytorch", "huggingface"),
         code_version="3",
@@ -72,8 +72,9 @@ PIPELINE = (
         checks={
             "beats_baselines": "The loss is finite, and bits per byte are below those of a uniform distribution over "
             "tokens (else an error) and of token frequencies (else a warning).",
-            "trains_soundly": "At the end of the training gradients change, every parameter has moved, and the validation "
-            "loss is below that of token frequencies (else a warning, and the model is no candidate for champion).",
+            "trains_soundly": "At the end of the training gradients change, every parameter has moved, and the "
+            "validation loss is below that of token frequencies (else a warning, and the model is no "
+            "candidate for champion).",
         },
         pool="device",
         preload=("model.training.train",),
@@ -87,23 +88,23 @@ PIPELINE = (
         settings=("quantization",),
         upstream=("trained_checkpoint", "tokenized_dataset"),
         checks={
-            "keeps_quality": f"Bits per byte are at most {QUANTIZATION_ERROR:.0%} above full precision's (else an error), "
-            f"or {QUANTIZATION_WARNING:.0%} (else a warning)."
+            "keeps_quality": f"Bits per byte are at most {QUANTIZATION_ERROR:.0%} above full precision's (else an "
+            f"error), or {QUANTIZATION_WARNING:.0%} (else a warning)."
         },
         preload=("model.weights.quantization",),
     ),
     StageSpec(
         "exported_model",
-        "The checkpoint for other engines: GLM-4 or Llama layout in safetensors, int8 in the compressed-tensors layout, GGUF "
-        "in full precision and Q8_0, an Ollama Modelfile, a model card and checksums. Each engine that is installed proves "
-        "that it runs the same model; `certificates.json` says on what.",
+        "The checkpoint for other engines: GLM-4 or Llama layout in safetensors, int8 in the compressed-tensors "
+        "layout, GGUF in full precision and Q8_0, an Ollama Modelfile, a model card and checksums. Each engine that "
+        "is installed proves that it runs the same model; `certificates.json` says on what.",
         group="release",
         kinds=("huggingface",),
         code_version="1",
         upstream=("trained_checkpoint", "quantized_model", "tokenized_dataset"),
         checks={
-            "is_the_same_model": "Token ids, chat templates and greedy continuations are equal, log-probabilities and bits "
-            "per byte within stated bounds, in stock transformers and, where it is installed, llama.cpp."
+            "is_the_same_model": "Token ids, chat templates and greedy continuations are equal, log-probabilities and "
+            "bits per byte within stated bounds, in stock transformers and, where it is installed, llama.cpp."
         },
         pool="device",
         preload=("model.export.certified",),
@@ -117,8 +118,8 @@ PIPELINE = (
         settings=("benchmark",),
         upstream=("trained_checkpoint", "quantized_model", "tokenized_dataset"),
         checks={
-            "is_fit_for_release": "The KV cache makes decoding faster, bits per byte are not above the champion's by more "
-            "than chance, and the exported model, where there is one, agrees with the checkpoint (else a warning)."
+            "is_fit_for_release": "The KV cache makes decoding faster, bits per byte are not above the champion's by "
+            "more than chance, and the exported model, where there is one, agrees with the checkpoint (else a warning)."
         },
         pool="device",
         preload=("bench.report.report",),
@@ -126,8 +127,8 @@ PIPELINE = (
     ),
     StageSpec(
         "packaged_bento",
-        "The served model in BentoML's model store, and a Bento built from `bento/`, both versioned by their content. The "
-        "artifact is `bento.json`: the tags, their sizes and the command that serves the Bento.",
+        "The served model in BentoML's model store, and a Bento built from `bento/`, both versioned by their content. "
+        "The artifact is `bento.json`: the tags, their sizes and the command that serves the Bento.",
         group="release",
         kinds=("bentoml",),
         code_version="1",
@@ -141,8 +142,8 @@ PIPELINE = (
 IMAGES = tuple(
     StageSpec(
         f"container_image_{device}",
-        f"An image of the generation service for {device.upper()}s, tagged by its content. The artifact is `image.json` "
-        "(tag, size, labels, the command that runs it) and the lock of its packages.",
+        f"An image of the generation service for {device.upper()}s, tagged by its content. The artifact is "
+        "`image.json` (tag, size, labels, the command that runs it) and the lock of its packages.",
         group="images",
         kinds=("docker",),
         code_version="1",

@@ -15,8 +15,8 @@ KNOWN_TRANSFORMERS = ((5, 0), (5, 24))
 """The first and the last minor release of transformers that these two files were seen to load and generate alike on."""
 if not KNOWN_TRANSFORMERS[0] <= tuple(map(int, transformers.__version__.split(".")[:2])) <= KNOWN_TRANSFORMERS[1]:
     warnings.warn(
-        f"transformers {transformers.__version__}: REX was seen to work with 5.0 to 5.24; compare a few outputs with one of "
-        "those releases before you rely on them",
+        f"transformers {transformers.__version__}: REX was seen to work with 5.0 to 5.24; compare a few outputs with "
+        "one of those releases before you rely on them",
         stacklevel=2,
     )
 
@@ -25,9 +25,9 @@ class RexConfig(PreTrainedConfig):  # type: ignore[misc]
     """Shape of a REX model.
 
     head_dim: defaults to hidden_size / num_attention_heads.
-    rope_parameters: {"rope_type": "default", "rope_theta": 10000.0} unless given; the scaled types of transformers work.
-    post_norm: True normalizes the output of each branch before it is added (the GLM-4-0414 arithmetic); False is Llama.
-    Raises ValueError, one line, for a shape that attention cannot be built from.
+    rope_parameters: {"rope_type": "default", "rope_theta": 10000.0} unless given; the scaled types of transformers
+    work. post_norm: True normalizes the output of each branch before it is added (the GLM-4-0414 arithmetic); False is
+    Llama. Raises ValueError, one line, for a shape that attention cannot be built from.
     """
 
     model_type = "rex"
@@ -85,7 +85,8 @@ class RexConfig(PreTrainedConfig):  # type: ignore[misc]
         if head_dim is None:
             if hidden_size % heads:
                 raise ValueError(
-                    f"hidden_size is {hidden_size}: expected a multiple of num_attention_heads ({heads}), or set head_dim"
+                    f"hidden_size is {hidden_size}: expected a multiple of num_attention_heads ({heads}), "
+                    "or set head_dim"
                 )
             head_dim = hidden_size // heads
         if head_dim < 2 or head_dim % 2:

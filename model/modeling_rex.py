@@ -3,7 +3,7 @@
 Grouped-query attention, rotary embeddings, SwiGLU, no biases, and RMSNorm before and after each branch:
 `x + post_norm(branch(pre_norm(x)))`. With `post_norm=False` it is the Llama arithmetic, else that of GLM-4-0414;
 `model/weights/export.py` converts to both layouts. Class and module names are the ones that transformers looks for.
-This file and `configuration_rex.py` travel with every checkpoint, so they import nothing of this project but each other.
+This file and `configuration_rex.py` travel with every checkpoint, so they import only each other of this project.
 
 Shapes: B batch, T new tokens, S all tokens (cached and new), D hidden size, F intermediate size, H query heads,
 G key/value heads, K head dimension, V vocabulary.
@@ -29,7 +29,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_rex import RexConfig
 
-# What releases name differently: the cache (5.24), the mask's arguments (5.1, 5.4), the position given to a cache (5.4).
+# Names that differ between releases: the cache (5.24), the mask's arguments (5.1, 5.4), a cache's position (5.4).
 CACHE = "cache" if hasattr(CausalLMOutputWithPast(), "cache") else "past_key_values"
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 _CACHES_TAKE_POSITIONS = "cache_kwargs" in inspect.signature(Cache.update).parameters
@@ -95,8 +95,8 @@ class RexRotaryEmbedding(nn.Module):
         return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim), 1.0  # type: ignore
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # `model.to(torch.bfloat16)` would round the frequencies to 8 bits: at position 1,000 an angle is off by radians.
-        # Shown as integers they follow the device and keep their bits.
+        # `model.to(torch.bfloat16)` would round the frequencies to 8 bits: at position 1,000 an angle is off by
+        # radians. Shown as integers they follow the device and keep their bits.
         for name in ("inv_freq", "original_inv_freq"):
             setattr(self, name, fn(getattr(self, name).view(torch.int32)).view(torch.float32))
         return self
@@ -179,8 +179,8 @@ class RexAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Output (B, T, D) and, from implementations that give them, attention weights.
 
-        position_embeddings: cosines and sines, each (B, T, K / 2). output_indices: as in `RexDecoderLayer.forward`. kwargs go
-        to the attention implementation as they are.
+        position_embeddings: cosines and sines, each (B, T, K / 2). output_indices: as in `RexDecoderLayer.forward`.
+        kwargs go to the attention implementation as they are.
         """
         heads = (-1, self.head_dim)
         cos, sin = (part.unsqueeze(1) for part in position_embeddings)
@@ -199,7 +199,7 @@ class RexAttention(nn.Module):
             else:
                 beside = {"kwargs": kwargs} if CACHE == "cache" else {}  # 5.24: where continuous batching's pages are
             key, value = past_key_values.update(key, value, self.layer_idx, **beside)
-        # transformers reads this file for these spellings before it lets the implementation be chosen: 5.2's, then 5.0's.
+        # transformers searches this source for these spellings (5.2's, then 5.0's) before it allows a choice.
         attend: Callable = eager_attention_forward
         if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -247,8 +247,8 @@ class RexDecoderLayer(GradientCheckpointingLayer):
         self.post_self_attn_layernorm: nn.Module = nn.Identity()
         self.post_mlp_layernorm: nn.Module = nn.Identity()
         if config.post_norm:
-            # The gain is a branch's size, whatever the projection before it: started at the embedding's own size, so that
-            # the first branches do not drown which token it is. Started at 1, the loss falls much more slowly.
+            # Post-norm gain sets each branch's scale; started at the embedding's std so that early branches do not
+            # swamp the token embedding. Started at 1, the loss falls much more slowly.
             self.post_self_attn_layernorm = RexRMSNorm(size, eps, initial_gain=config.initializer_range)
             self.post_mlp_layernorm = RexRMSNorm(size, eps, initial_gain=config.initializer_range)
 
@@ -266,8 +266,8 @@ class RexDecoderLayer(GradientCheckpointingLayer):
 
         attention_weights: takes this layer's, from implementations that give them.
 
-        output_indices: indices of the tokens that go on, (R,); out comes (B, R, D). The attention implementation has to know
-        which queries those are.
+        output_indices: indices of the tokens that go on, (R,); out comes (B, R, D). The attention implementation has to
+        know which queries those are.
         """
         branch, weights = self.self_attn(
             self.input_layernorm(hidden_states),
@@ -346,10 +346,11 @@ class RexModel(RexPreTrainedModel):
 
         attention_mask: (B, S), 0 for padding, or a mask (B, 1, T, S) for the attention implementation in use.
         position_ids: (B, T); counted on from the cache when left out. Without mask and cache, positions that start over
-        within a row mark packed sequences, which do not see each other. output_indices: indices (R,) of the tokens whose
-        hidden states, then (B, R, D), are wanted: the last layer computes no others. For attention implementations that
-        can tell which queries those are. `cache` is another name of `past_key_values` where transformers calls it that.
-        Raises TypeError for an argument that neither this file nor transformers' attention functions know.
+        within a row mark packed sequences, which do not see each other. output_indices: indices (R,) of the tokens
+        whose hidden states, then (B, R, D), are wanted: the last layer computes no others. For attention
+        implementations that can tell which queries those are. `cache` is another name of `past_key_values` where
+        transformers calls it that. Raises TypeError for an argument that neither this file nor transformers' attention
+        functions know.
         """
         if CACHE in kwargs:
             past_key_values = kwargs.pop(CACHE)
@@ -421,8 +422,8 @@ class RexModel(RexPreTrainedModel):
 class RexForCausalLM(RexPreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """REX with a language-model head, tied to the embedding unless the configuration says otherwise.
 
-    linear_loss: (hidden states (B, T, D), head weights (V, D), labels (B, T), num_items_in_batch, input ids (B, T)) to the
-    loss. None takes transformers' loss on whole logits; a training sets one that never holds them.
+    linear_loss: (hidden states (B, T, D), head weights (V, D), labels (B, T), num_items_in_batch, input ids (B, T)) to
+    the loss. None takes transformers' loss on whole logits; a training sets one that never holds them.
     """
 
     linear_loss: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor] | None = None
@@ -454,8 +455,8 @@ class RexForCausalLM(RexPreTrainedModel, GenerationMixin):  # type: ignore[misc]
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), or of the last `logits_to_keep` tokens (an int) or those at its indices (a tensor).
 
-        labels: (B, T), the input ids, shifted here; -100 is left out. The loss is nats per predicted token, or their sum
-        over `num_items_in_batch` where the Trainer passes that. The other arguments: `RexModel.forward`.
+        labels: (B, T), the input ids, shifted here; -100 is left out. The loss is nats per predicted token, or their
+        sum over `num_items_in_batch` where the Trainer passes that. The other arguments: `RexModel.forward`.
         With labels and `linear_loss` set, there are no logits.
         """
         outputs = self.model(

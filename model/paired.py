@@ -1,9 +1,9 @@
 """Two models on the same held-out text: the difference of their bits per byte, with an interval for it.
 
-Both are scored on the same pieces of text, and the interval is over the differences of the pairs: what is hard in a piece
-is hard for both, so that a small difference shows where two separate scores would hide it. Models of one tokenizer are
-scored on the windows of the dataset, as `evaluate` scores them; a model of another tokenizer gets the bytes of passages
-and encodes them itself.
+Both are scored on the same pieces of text, and the interval is over the differences of the pairs: what is hard in a
+piece is hard for both, so that a small difference shows where two separate scores would hide it. Models of one
+tokenizer are scored on the windows of the dataset, as `evaluate` scores them; a model of another tokenizer gets the
+bytes of passages and encodes them itself.
 Legend: `N` pieces, `T` tokens.
 """
 
@@ -87,8 +87,8 @@ def compare_pair(
         unit = f"windows of {sequence_length:,} tokens"
     elif dataset.responses is not None:
         raise PipelineError(
-            f"{champion_dir} has another tokenizer than {dataset_dir}, whose conversations are scored by their own tokens: "
-            "expected the same tokenizer"
+            f"{champion_dir} has another tokenizer than {dataset_dir}, whose conversations are scored by their own "
+            "tokens: expected the same tokenizer"
         )
     else:
         passages = list(_passages(dataset, max_pieces))

@@ -45,7 +45,7 @@ class Progress:
 
 
 def with_lines(work: Callable[[], T], log: Log, label: str, every_s: float = 5.0) -> T:
-    """The result of `work`, which reports no progress of its own; every `every_s` seconds `label, 0:05 so far` is logged.
+    """Run `work`, which reports no progress, and log `label, 0:05 so far` every `every_s` seconds.
 
     It runs in a thread that does not outlive the process, so that an interrupt ends the wait at once.
     """

@@ -1,4 +1,4 @@
-"""What holds for every test: one thread of arithmetic, markers that tell the truth, and files shared out by pytest-xdist.
+"""Fixtures and hooks for every test: one compute thread, markers that tell the truth, distribution by file.
 
 `make test-fast` selects by marker, so a test that starts a process and does not say so fails here, and tests over ten
 seconds without the marker `slow` are listed at the end of a run.

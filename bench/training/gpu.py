@@ -3,9 +3,9 @@
     python -m bench.training gpu [--nanogpt DIR]            # gpt2_124m, compiled, bfloat16
     python -m bench.training gpu --shape tiny               # the same on any machine, in seconds
 
-Each way of training the shape (eager and compiled, float32 and bfloat16) goes through the self-check that every training
-begins with (`model/training/self_check.py`); a way that fails is reported and the others go on. Then the experiment's own
-way is timed, against nanoGPT compiled where its folder is given.
+Each way of training the shape (eager and compiled, float32 and bfloat16) goes through the self-check that every
+training begins with (`model/training/self_check.py`); a way that fails is reported and the others go on. Then the
+experiment's own way is timed, against nanoGPT compiled where its folder is given.
 """
 
 import dataclasses

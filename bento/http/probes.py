@@ -1,7 +1,7 @@
 """Routes that other programs ask for by name: probes of gateways and load tools, and what evaluation harnesses read.
 
-`/health` and `/ping` answer as vLLM's, TGI's and SageMaker's do, `/version`, `/server_info` and `/tokenizer_info` as vLLM's,
-`/schema.json` as BentoML's own client expects it. `/docs` needs no other host: its scripts are BentoML's copy of Swagger UI.
+`/health` and `/ping` answer as vLLM's, TGI's and SageMaker's do, `/version`, `/server_info` and `/tokenizer_info` as
+vLLM's, `/schema.json` as BentoML's own client expects it. `/docs` loads BentoML's copy of Swagger UI, no other host.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """/v1/embeddings: one vector for each text, made of the model's hidden states.
 
-A causal model is no encoder: the vectors are as good as its hidden states are. Texts of one request are computed a few at
-a time, so that a long list leaves places to other clients.
+A causal model is no encoder: the vectors are as good as its hidden states are. Texts of one request are computed a few
+at a time, so that a long list leaves places to other clients.
 """
 
 import base64

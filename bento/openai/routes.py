@@ -197,7 +197,7 @@ async def _answer(
 
 
 def _likeliest(results: list[Result], drawn: int, n: int) -> list[Result]:
-    """Of the `drawn` texts of each prompt the n whose tokens have the highest log-probability on average, best first."""
+    """The n of each prompt's `drawn` texts with the highest mean token log-probability, best first."""
 
     def score(result: Result) -> float:
         scores = [s.logprob for event in result[0] if isinstance(event, TextPiece) for s in event.logprobs]

@@ -1,8 +1,8 @@
-"""Bodies of the OpenAI API: the fields that this service honors, and those that it takes only with a value that asks for
-nothing (its description says which).
+"""Bodies of the OpenAI API: the fields that this service honors, and those that it takes only with a value that asks
+for nothing (its description says which).
 
-Anything else in a body is refused by name. `user`, `metadata`, `safety_identifier`, `prompt_cache_key` and `service_tier`
-are labels of the caller: they change no text, are not kept and are not logged.
+Anything else in a body is refused by name. `user`, `metadata`, `safety_identifier`, `prompt_cache_key` and
+`service_tier` are labels of the caller: they change no text, are not kept and are not logged.
 """
 
 from typing import Annotated, Any, Literal
@@ -22,8 +22,9 @@ MOST_MESSAGES = 1024
 LONGEST_LABEL = 512
 
 MESSAGE_LABELS = {
-    "annotations", "cache_control", "created", "id", "metadata", "model", "phase", "provider_specific_fields", "reasoning",
-    "reasoning_content", "reasoning_details", "refusal", "status", "thinking", "thinking_blocks", "timestamp",
+    "annotations", "cache_control", "created", "id", "metadata", "model", "phase", "provider_specific_fields",
+    "reasoning", "reasoning_content",
+    "reasoning_details", "refusal", "status", "thinking", "thinking_blocks", "timestamp",
 }  # fmt: skip
 """Fields of a message that clients send back from other servers' answers and no chat template here reads."""
 PART_LABELS = {"annotations", "cache_control", "id"}
@@ -128,8 +129,8 @@ class OpenAIRequest(Structured, Sampling):
         forms({"type": "integer", "minimum": 0, "maximum": MOST_LOGPROBS}, {"enum": [False]}, {"type": "null"}),
     ] = Field(
         None,
-        description="Show the log-probability of each token of the prompt, and of this many most likely ones beside it. "
-        "Not with stream.",
+        description="Show the log-probability of each token of the prompt, and of this many most likely ones beside "
+        "it. Not with stream.",
     )
     return_token_ids: bool | None = Field(None, description="Show the token ids of prompt and text as well.")
     user: Label | None = Field(None, description="Taken and not used.")

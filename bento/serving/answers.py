@@ -174,8 +174,9 @@ class Answers:
 class EventStream(Response):
     """Server-sent events, which `events` makes of what the engine answers, then [DONE].
 
-    A failure before the first is an ordinary error answer; after it, an event `{"error"}`. A client that leaves ends it.
-    A stream that has nothing to send sends its status and a comment line every PING_S, so that proxies keep it open.
+    A failure before the first is an ordinary error answer; after it, an event `{"error"}`. A client that leaves ends
+    it. A stream that has nothing to send sends its status and a comment line every PING_S, so that proxies keep it
+    open.
     """
 
     media_type = "text/event-stream"

@@ -40,8 +40,9 @@ class Backend:
     """What a route needs of one model and the service's limits.
 
     request_timeout_s: from a request's arrival to its last token. queue_timeout_s: to its start; None waits on.
-    max_choices: texts that one request may ask for, prompts times choices. heavy: runs what would hold up the event loop.
-    clamp_max_tokens: give as many tokens as fit where more are asked for (finish_reason "length"), instead of a refusal.
+    max_choices: texts that one request may ask for, prompts times choices. heavy: runs what would hold up the event
+    loop. clamp_max_tokens: give as many tokens as fit where more are asked for (finish_reason "length"), instead of a
+    refusal.
     """
 
     engine: "Engine"
@@ -91,9 +92,10 @@ class Backend:
     def fit(self, prompt: int, wanted: int | None, *, default: int | None, names: tuple[str, str]) -> int:
         """The number of tokens to generate after `prompt` tokens.
 
-        wanted: None takes the default, or what fits if less; a default of None and ALL_THAT_FITS are all that fits. names:
-        the request's fields of the text and of the number. Raises ApiError 400 where the text leaves no room for a token
-        or, with `clamp_max_tokens` off, less room than wanted. The sentence is OpenAI's, which clients look for.
+        wanted: None takes the default, or what fits if less; a default of None and ALL_THAT_FITS are all that fits.
+        names: the request's fields of the text and of the number. Raises ApiError 400 where the text leaves no room for
+        a token or, with `clamp_max_tokens` off, less room than wanted. The sentence is OpenAI's, which clients look
+        for.
         """
         context = self.engine.context_length
         text_name, count_name = names
@@ -137,7 +139,8 @@ class Backend:
     ) -> list[GenerationRequest]:
         """The engine's form of a request: each prompt continued by its count of tokens, n times.
 
-        grammar: what each text follows. scores: logprobs, prompt_logprobs. Raises ApiError 400 where they ask for more than there is.
+        grammar: what each text follows. scores: logprobs, prompt_logprobs. Raises ApiError 400 where they ask for more
+        than there is.
         """
         if len(prompts) * n > self.max_choices:
             raise ApiError(

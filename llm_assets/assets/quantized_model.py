@@ -42,7 +42,9 @@ def quantized_model(
                     scheme=summary.scheme,
                     weights=f"{show.size(summary.bytes_after)} of {show.size(summary.bytes_before)}",
                     **{
-                        f"bits_per_byte_of_{summary.evaluated_tokens:,}_validation_tokens": f"{summary.bits_per_byte_after:.4f}",
+                        f"bits_per_byte_of_{summary.evaluated_tokens:,}_validation_tokens": (
+                            f"{summary.bits_per_byte_after:.4f}"
+                        ),
                         "full_precision_on_the_same": f"{summary.bits_per_byte_before:.4f}",
                     },
                     same_most_likely_token=f"{summary.top1_agreement:.1%}",

@@ -54,8 +54,8 @@ def experiment_names(config_dir: Path = CONFIG_DIR) -> list[str]:
 def compose(name: str, overrides: Sequence[str] = (), config_dir: Path = CONFIG_DIR) -> ExperimentSettings:
     """Resolve experiment `name` with Hydra overrides applied.
 
-    Raises PipelineError, one line, for an experiment that is not there, a mistake in one of its files, an option that is
-    not there, a value of the wrong type and a value out of range.
+    Raises PipelineError, one line, for an experiment that is not there, a mistake in one of its files, an option that
+    is not there, a value of the wrong type and a value out of range.
     """
     names = experiment_names(config_dir)
     if name not in names:

@@ -1,4 +1,4 @@
-"""What people read about the options: resolved settings with comments, a list for `--help`, tables for the documentation.
+"""Help on the options: resolved settings with comments, a list for `--help`, tables for the documentation.
 
 All of it is made from the fields of `model/settings/`.
 """
@@ -49,7 +49,7 @@ def as_markdown() -> str:
     parts = []
     for kind in GROUPS.values():
         parts += ["", f"**{kind.group}**", ""]
-        parts += [f"- `{item.full_name}` (default {item.default_text}): {item.text}" for item in options(kind)]
+        parts += [f"- `{item.full_name}`: {_sentence(item)}" for item in options(kind)]
     return "\n".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""The YAML files of `configs/`, read before Hydra reads them: a mistake is one line with file, line and what was expected.
+"""Reads the YAML files of `configs/` before Hydra does: a mistake is one line with file, line and expectation.
 
 Hydra's own errors name no line, and most YAML mistakes pass through it as tracebacks. What an option may be is in
 `model/settings/`.
@@ -19,7 +19,10 @@ MOST_BYTES = 1 << 20
 MOST_NODES = 100_000
 MOST_NAME_CHARACTERS = 50
 NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
-NAME_RULE = f"expected at most {MOST_NAME_CHARACTERS} lowercase letters, digits and single '_' or '-' between them, a letter first"
+NAME_RULE = (
+    f"expected at most {MOST_NAME_CHARACTERS} lowercase letters, digits and single '_' or '-' between them, "
+    "a letter first"
+)
 HYDRA_WORDS = {"null", "true", "false", "inf", "nan", "none"}
 """What an override `experiment=...` would read as something else than a name."""
 PACKAGE = "# @package _global_"

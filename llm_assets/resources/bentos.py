@@ -132,7 +132,7 @@ class BentoBuilder(dg.ConfigurableResource):
 
     def _run(self, command: Sequence[str], what: str, log: Log) -> str:
         """Standard output of a command that sees the stores; what it writes to standard error goes to the log."""
-        # REX_... are a running service's options: Dagster reads them from the stack's .env, and a build must not depend on them.
+        # REX_... configure a running service. Dagster reads them from the stack's .env; a build must ignore them.
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("REX_")}
         environment = {**inherited, "BENTOML_DO_NOT_TRACK": "True"}
         if self.home:

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from llm_assets.artifacts.io_manager import DirectoryIOManager
 from llm_assets.experiments.compose import CONFIG_DIR, compose
+from llm_assets.experiments.explain import as_markdown
 from llm_assets.experiments.references import resolve
 from model.settings import ExperimentSettings
 
@@ -24,9 +25,9 @@ class HydraConfig(dg.ConfigurableResource):
     overrides: list[str] = Field(
         default=[],
         description="Hydra overrides for all stages, such as training.max_steps=100 or model=rex_30m. "
-        "A stage refuses an upstream that was made with other values.",
+        "A stage refuses an upstream that was made with other values. An experiment changes some of these defaults:\n"
+        f"{as_markdown()}",
     )
-
     force: bool = Field(
         default=False,
         description="Compute every selected stage again, unchanged ones too. As the run tag rex/force=true.",

@@ -2,10 +2,10 @@
 
 The alias `champion` moves by itself only to a version that nothing speaks against (its checks, a bound of its latency),
 that no version before it beats, and that is better than the champion on the same text by more than chance
-(`model/paired.py`); the champion is scored again for that. The first candidate needs no opponent. An alias that a person
-moved (it differs from the last recorded decision) moves only to a version that is better on the champion's own text.
-What was decided, with its numbers, is in tags of the version; who was champion when, and why, in one of the model.
-`python -m llm_assets.champion` shows it, promotes by hand and goes back.
+(`model/paired.py`); the champion is scored again for that. The first candidate needs no opponent. An alias that a
+person moved (it differs from the last recorded decision) moves only to a version that is better on the champion's own
+text. What was decided, with its numbers, is in tags of the version; who was champion when, and why, in one of the
+model. `python -m llm_assets.champion` shows it, promotes by hand and goes back.
 """
 
 import dataclasses

@@ -18,7 +18,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--to",
         choices=(*FORMATS, "all"),
         default="all",
-        help="hf: safetensors for transformers, vLLM, SGLang; compressed-tensors: int8 for vLLM; gguf: llama.cpp, Ollama",
+        help="hf: safetensors for transformers, vLLM, SGLang; compressed-tensors: int8 for vLLM; "
+        "gguf: llama.cpp, Ollama",
     )
     parser.add_argument("--name", default="rex", help="name in the model card and in GGUF; default: rex")
     given = parser.parse_args(arguments)

@@ -18,7 +18,7 @@ PACKAGES = {"transformers": "transformers", "llama.cpp": "xllamacpp"}
 """The package of each engine."""
 
 Questions = dict[str, Any]
-"""texts: {name: text}. ids: {name: prompt ids}. steps: greedy tokens to add. windows: ids whose prediction is scored."""
+"""texts: {name: text}. ids: {name: prompt ids}. steps: greedy tokens to add. windows: ids to score."""
 Answers = dict[str, Any]
 """tokens: {name: [ids with special tokens read, ids without]}. greedy: {name: [[id, log-probability], ..]}. nats."""
 
@@ -102,8 +102,8 @@ def llama_cpp(path: Path, asked: Questions) -> Answers:
         body = {"content": text, "add_special": False, "parse_special": special}
         return list(post("/tokenize", body)["tokens"]) if text else []
 
-    # The server leaves out the probabilities of tokens in an unfinished UTF-8 character. A letter in place of the sampled
-    # token finishes none; the probabilities are those before it was chosen.
+    # The server leaves out the probabilities of tokens in an unfinished UTF-8 character. A letter in place of the
+    # sampled token finishes none; the probabilities are those before it was chosen.
     (letter,) = tokenize("a", False)
 
     def distribution(ids: list[int], top: int) -> list[tuple[int, float]]:

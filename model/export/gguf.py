@@ -61,7 +61,8 @@ def reason_against(tokenizer: PreTrainedTokenizerFast) -> str | None:
 def write_gguf(model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path, kind: str, *, name: str) -> None:
     """Write `model` to `path`. kind: "full" (F32, or BF16 for a bfloat16 model) or "q8_0".
 
-    Raises PipelineError where llama.cpp cannot split text as `tokenizer` does, or turns heads in another way than the model.
+    Raises PipelineError where llama.cpp cannot split text as `tokenizer` does, or turns heads in another way than the
+    model.
     """
     import gguf
 

@@ -1,7 +1,7 @@
 """All the files of an export, below one folder, with a model card (README.md) and checksums (SHA256SUMS).
 
-hf/: GLM-4 or Llama layout in safetensors, for transformers, vLLM and SGLang. compressed-tensors/: int8 in the layout that
-vLLM reads. gguf/: model-f32.gguf (or -bf16), model-q8_0.gguf and a Modelfile, for llama.cpp and Ollama.
+hf/: GLM-4 or Llama layout in safetensors, for transformers, vLLM and SGLang. compressed-tensors/: int8 in the layout
+that vLLM reads. gguf/: model-f32.gguf (or -bf16), model-q8_0.gguf and a Modelfile, for llama.cpp and Ollama.
 """
 
 import json
@@ -120,7 +120,8 @@ def _modelfile(model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast) -> str
         template = (
             '{{- range .Messages }}{{ if eq .Role "assistant" }}{{ .Content }}'
             f'{tokenizer.eos_token}{{{{ else if eq .Role "user" }}}}'
-            f"{USER}{{{{ .Content }}}}\n\n### Assistant:\n{{{{ else }}}}{{{{ .Content }}}}\n\n{{{{ end }}}}{{{{ end }}}}"
+            f"{USER}{{{{ .Content }}}}\n\n### Assistant:\n"
+            "{{ else }}{{ .Content }}\n\n{{ end }}{{ end }}"
         )
     lines = ["FROM ./model-q8_0.gguf", f'TEMPLATE """{template}"""']
     lines += [f"PARAMETER num_ctx {model.config.max_position_embeddings}"]

@@ -95,8 +95,8 @@ def certify(
 ) -> Certificate:
     """Ask `engine` about the export at `path`, and compare with `model`, a REX in eval mode on the CPU.
 
-    precision: how the weights at `path` are stored, a key of LOG_PROBABILITY_BOUND. name: of the file in the certificate.
-    Raises PipelineError with the engine's last line where it cannot load or run the file.
+    precision: how the weights at `path` are stored, a key of LOG_PROBABILITY_BOUND. name: of the file in the
+    certificate. Raises PipelineError with the engine's last line where it cannot load or run the file.
     """
     length = min(dataset.sequence_length, model.config.max_position_embeddings)
     count = min(WINDOWS, len(dataset))

@@ -3,9 +3,10 @@
     engine = Engine(load_model(path), load_tokenizer(path))
     for event in engine.submit(GenerationRequest(engine.encode("def "), max_tokens=20)): ...
 
-Greedy decoding gives the tokens of transformers' `generate()`, whatever other requests run. This module has the thread and
-its supervision: when it dies, or a step hangs, requests in flight fail, and it is started again once. `scheduler.py`
-decides what a step computes, `step.py` is the interface of its computation. A server's routes and limits are not here.
+Greedy decoding gives the tokens of transformers' `generate()`, whatever other requests run. This module has the thread
+and its supervision: when it dies, or a step hangs, requests in flight fail, and it is started again once.
+`scheduler.py` decides what a step computes, `step.py` is the interface of its computation. A server's routes and limits
+are not here.
 """
 
 import atexit
@@ -186,7 +187,7 @@ class Engine:
         return self._admit([Generation(request, partial(deliver, i)) for i, request in enumerate(requests)])
 
     def warm_up(self) -> None:
-        """Generate one token, so that the first request finds everything allocated. Raises PipelineError if it fails."""
+        """Generate one token, so that buffers are allocated before the first request. Raises PipelineError."""
         start = min(self.end_of_text_ids, default=0)
         *_, last = self.submit(GenerationRequest([start], 1, SamplingParameters(temperature=0)))
         if last.finish_reason not in ("stop", "length"):  # type: ignore[union-attr]

@@ -1,8 +1,8 @@
 """The reference step: eager PyTorch over `modeling_rex.py`, on any device and in any precision.
 
-All tokens of a step are concatenated into one sequence, so each weight is read once per step; only attention is computed
-per sequence: single tokens of neighboring slots in one call, longer segments one by one. Attention goes through
-transformers' attention interface, so the architecture stands in `modeling_rex.py` alone.
+All tokens of a step are concatenated into one sequence, so each weight is read once per step; only attention is
+computed per sequence: single tokens of neighboring slots in one call, longer segments one by one. Attention goes
+through transformers' attention interface, so the architecture stands in `modeling_rex.py` alone.
 
 Shapes: N tokens of all segments, n queries of one attention call, H query heads, G key/value heads, r = H / G, K head
 dimension, S positions, R rows of logits, V vocabulary.

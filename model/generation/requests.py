@@ -89,12 +89,12 @@ class GenerationRequest:
     stop: strings that end the text where they appear, also across tokens; they are not part of it.
     stop_token_ids: tokens that end the text like the end-of-text token. ignore_eos: the end-of-text token does not end
     it. logprobs: log-probabilities of each generated token and of this many most likely ones beside it; None for none.
-    grammar: what the text follows, or begins to where max_tokens cut it off (finish_reason "length"); the text ends where
-    nothing can follow. allowed_token_ids: no others are chosen. bad_words: strings that never appear in the text.
+    grammar: what the text follows, or begins to where max_tokens cut it off (finish_reason "length"); the text ends
+    where nothing can follow. allowed_token_ids: no others are chosen. bad_words: strings that never appear in the text.
     include_stop: the stop string, or the text of the stop token, that ends the text is part of it.
     prompt_logprobs: the same for the tokens of the prompt, in one `PromptScores` event before the first piece.
-    embedding: give the prompt's vector in one `Embedding` event, the mean of its tokens' or the last one's, and no text;
-    max_tokens is 0 then.
+    embedding: give the prompt's vector in one `Embedding` event, the mean of its tokens' or the last one's, and no
+    text; max_tokens is 0 then.
     queue_timeout_s: from submission to the start. timeout_s: from submission to the last token. None waits on. client,
     connection: the sender. Clients take turns at free slots, and so do the connections of one client.
     """
@@ -161,9 +161,9 @@ class TextPiece:
 class Finished:
     """The last event.
 
-    generated_tokens counts the token that ended the text (finish_reason "stop"), which no piece shows without include_stop.
-    stopped_by: the stop string or the stop token's id that ended it, None where it was the end-of-text token.
-    cached_tokens: tokens of the prompt whose keys and values another request had left.
+    generated_tokens counts the token that ended the text (finish_reason "stop"), which no piece shows without
+    include_stop. stopped_by: the stop string or the stop token's id that ended it, None where it was the end-of-text
+    token. cached_tokens: tokens of the prompt whose keys and values another request had left.
     error: why, in one line, for finish_reason "error". is_refusal: the request asks for what cannot be done.
     """
 

@@ -13,7 +13,7 @@ from model.modeling_rex import RexAttention, RexRMSNorm, rotate
 
 
 def use_cpu_kernels(model: nn.Module) -> None:
-    """Let the norms and rotary embeddings of `model` run on these kernels wherever a training on a CPU gains by them."""
+    """Run the norms and rotary embeddings of `model` on these kernels where they make CPU training faster."""
     for module in model.modules():
         if isinstance(module, RexRMSNorm):
             module.kernel = rms_norm

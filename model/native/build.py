@@ -1,8 +1,8 @@
 """Compiles the native step with whatever C++ compiler the machine has: `python -m model.native.build`.
 
-The result is one shared library beside this file, `librex_native.so`, for every processor of this machine's kind: kernels
-are compiled once for each instruction set and chosen when a model is loaded. Without a compiler everything works without
-it, and this program says in one line what is missed. It imports no torch.
+The result is one shared library beside this file, `librex_native.so`, for every processor of this machine's kind:
+kernels are compiled once for each instruction set and chosen when a model is loaded. Without a compiler everything
+works without it, and this program says in one line what is missed. It imports no torch.
 
     python -m model.native.build [--sanitize address,undefined] [--output PATH]
 """
@@ -22,8 +22,8 @@ from pathlib import Path
 SOURCES = Path(__file__).parent
 LIBRARY = SOURCES / "librex_native.so"
 COMPILERS = ("c++", "g++", "clang++")
-# -ffp-contract=off: multiply-adds are fused where the code says so and nowhere else, so that a number does not depend on
-# which of two kernels has formed it.
+# -ffp-contract=off: multiply-adds are fused where the code says so and nowhere else, so that a number does not depend
+# on which of two kernels has formed it.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread"]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
@@ -46,7 +46,8 @@ def find_compiler() -> str | None:
 def build(output: Path = LIBRARY, *, sanitizers: str = "", program: Path | None = None) -> Path:
     """Compile the library to `output`, which is replaced only once it is whole; nothing is done where it is up to date.
 
-    sanitizers: what `-fsanitize=` takes, for tests. program: a source with a `main`, which makes a program of it. Raises RuntimeError, one line, without a compiler or where it fails.
+    sanitizers: what `-fsanitize=` takes, for tests. program: a source with a `main`, which makes a program of it.
+    Raises RuntimeError, one line, without a compiler or where it fails.
     """
     compiler = find_compiler()
     if compiler is None and output.is_file() and not program:

@@ -37,8 +37,8 @@ class TrainingSettings(Settings, group="training"):
     )
     muon_momentum_start: float = option(
         0.85,
-        "Muon's momentum at the first step of its warm-up, and at the last step of the training, to which it falls with "
-        "the learning rate.",
+        "Muon's momentum at the first step of its warm-up, and at the last step of the training, to which it falls "
+        "with the learning rate.",
         minimum=0,
         below=1,
     )
@@ -140,8 +140,8 @@ class TrainingSettings(Settings, group="training"):
     )
     self_check: bool = option(
         True,
-        "Compare loss and gradients of one batch with plain float32 on the CPU before the first step; a difference ends "
-        "the run.",
+        "Compare loss and gradients of one batch with plain float32 on the CPU before the first step; a difference "
+        "ends the run.",
     )
     self_check_tolerance: float = option(
         0.0,
@@ -151,8 +151,8 @@ class TrainingSettings(Settings, group="training"):
     )
     watch_after: float = option(
         0.1,
-        "Part of the steps after which it is a warning that the validation loss is not below that of token frequencies, or "
-        "that a parameter has not moved.",
+        "Part of the steps after which it is a warning that the validation loss is not below that of token "
+        "frequencies, or that a parameter has not moved.",
         minimum=0,
         maximum=1,
     )

@@ -1,7 +1,7 @@
 """The cores that this process may use, and threads to match.
 
 `os.cpu_count()` counts the machine's cores. A container's CPU quota and the scheduler's affinity allow fewer, and more
-threads than cores preempt each other inside every matrix product: 2 threads on a loaded core ran 18 times slower than 1.
+threads than cores preempt each other inside every matrix product: on one loaded core 2 threads were 18 times slower.
 """
 
 import ctypes

@@ -4,9 +4,9 @@ Both encode every byte string and decode it exactly. The pre-tokenizer of the BP
 ("gpt-2" in GGUF) split text the same way, but for one bound: a run of letters, of digits, of spaces or of other
 characters is cut after every `LONGEST_RUN` of them. Training and encoding then take time in proportion to the text,
 base64, minified scripts and languages without spaces included, where the time of a pre-token grows with the square of
-its length. The longest run in the Python standard library has 80 characters. `<|endoftext|>` (id 0, bos and eos) and `<|pad|>` (id 1) come first and stand
-for no bytes; written out in a document they are ordinary text. `FastEncoder` gives the same ids several times faster
-and is what the corpus is encoded with.
+its length. The longest run in the Python standard library has 80 characters. `<|endoftext|>` (id 0, bos and eos) and
+`<|pad|>` (id 1) come first and stand for no bytes; written out in a document they are ordinary text. `FastEncoder`
+gives the same ids several times faster and is what the corpus is encoded with.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Signs that a running training does not learn: gradients that vanish or repeat, parameters that stay, no gain over counting.
+"""Signs that a training does not learn: vanishing or repeated gradients, unmoved parameters, a high loss.
 
 Each is a line of text in the log, a count among the metrics, and in the summary where it still holds at the end.
 Legend: `V` vocabulary, `T` predicted tokens.
@@ -17,7 +17,7 @@ from model.settings import TrainingSettings
 from model.training.run import TrainingRun
 
 COUNTED_TOKENS = 1 << 24
-"""Training tokens whose frequencies are the baseline: enough for every token that matters, read in a tenth of a second."""
+"""Training tokens counted for the unigram baseline: enough for each frequent token, read in 0.1 s."""
 _SAMPLED = 1024
 _NAMED = 3
 
@@ -75,7 +75,7 @@ def find_warnings(
     scores = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
     if scores and scores[-1][0] >= max(late, 1) and scores[-1][1] >= unigram:
         found.append(
-            f"the validation loss is {scores[-1][1]:.4f} at step {scores[-1][0]:,}, not below the {unigram:.4f} nats per "
-            "token of token frequencies"
+            f"the validation loss is {scores[-1][1]:.4f} at step {scores[-1][0]:,}, not below the {unigram:.4f} nats "
+            "per token of token frequencies"
         )
     return found

@@ -1,12 +1,12 @@
 """Before the first step: loss and gradients of the path that trains, compared with plain float32 on the CPU.
 
 On some versions of PyTorch, a compiled graph on a GPU computed the right loss and gradients of exactly 0; a training
-that ran for hours learned nothing. Compilers, devices, autocast, process groups and this project's own kernels are all on
-that path, so one batch goes through it and through the definition: eager attention, PyTorch's derivatives, whole logits.
+that ran for hours learned nothing. Compilers, devices, autocast, process groups and this project's own kernels are all
+on that path, so one batch goes through it and through a reference: eager attention, whole logits, autograd.
 
 Two windows are compared, as many of their tokens as FLOPS allows. A compiled model gets them as part of a batch of the
-training's shape, the rest of it without labels, so that nothing is compiled twice: the model is causal, and the reference
-leaves the rest out.
+training's shape, the rest of it without labels, so that nothing is compiled twice: the model is causal, and the
+reference leaves the rest out.
 Legend: `B` windows, `T` tokens of a window, `N` labeled tokens of one, `R` rows (predicted tokens), `V` vocabulary.
 """
 
@@ -37,8 +37,8 @@ MOST_TOKENS = 192
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.08, "float16": 0.08}
 """Largest relative error of a gradient, ||found - expected|| / ||expected||, by the precision of the training.
 
-Measured on a CPU, the largest of all parameters and heads: 2e-6 in float32; in bfloat16 0.016 for the shape of `stdlib`,
-0.020 for `stdlib_30m`, 0.024 for `gpt2_124m`.
+Measured on a CPU, the largest of all parameters and heads: 2e-6 in float32; in bfloat16 0.016 for the shape of
+`stdlib`, 0.020 for `stdlib_30m`, 0.024 for `gpt2_124m`.
 """
 LOSS_TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
 _SMALLEST = 1e-6
@@ -46,7 +46,7 @@ _SMALLEST = 1e-6
 _NOT_PLAIN = ("label_smoothing_factor", "neftune_noise_alpha")
 
 Backward = Callable[[dict[str, Tensor], Tensor], Tensor]
-"""Takes a batch and its number of predicted tokens over all processes, leaves gradients in the model, gives the loss."""
+"""(batch, its number of predicted tokens over all processes) to the loss; gradients are left in the model."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def tolerance(run: TrainingRun) -> float:
 def reference_gradients(
     model: RexForCausalLM, teacher: RexForCausalLM | None, ids_BT: Tensor, settings: TrainingSettings
 ) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients by the definition: float32 on the CPU, eager attention, whole logits, PyTorch's derivatives."""
+    """Reference loss and gradients: float32 on the CPU, eager attention, whole logits, autograd."""
     plain = _plain_copy(model)
     logits_RV = plain(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
     labels_R = ids_BT[:, 1:].flatten()
@@ -235,11 +235,15 @@ def _judge(run: TrainingRun, found_loss: float, loss: float, worst: Difference) 
         advice = f"try training.torch_compile=false; {advice}"
     loss_error = abs(found_loss - loss) / max(abs(loss), 1e-6)
     if not loss_error <= LOSS_TOLERANCES[run.precision] * max(1.0, tolerance(run) / TOLERANCES[run.precision]):
-        return f"self-check: the loss of one batch is {found_loss:.6g} and {loss:.6g} in plain float32 on the CPU ({where}): {advice}"
+        return (
+            f"self-check: the loss of one batch is {found_loss:.6g} and {loss:.6g} in plain float32 on the CPU "
+            f"({where}): {advice}"
+        )
     if worst.error > tolerance(run):
         return (
-            f"self-check: the gradient of {worst.name}{worst.part} has norm {worst.found:.4g} and {worst.expected:.4g} in "
-            f"plain float32 on the CPU, relative error {worst.error:.3g}, expected at most {tolerance(run):g} ({where}): {advice}"
+            f"self-check: the gradient of {worst.name}{worst.part} has norm {worst.found:.4g} and "
+            f"{worst.expected:.4g} in plain float32 on the CPU, relative error {worst.error:.3g}, expected at most "
+            f"{tolerance(run):g} ({where}): {advice}"
         )
     return None
 

@@ -1,7 +1,7 @@
 """Trains a model on a tokenized dataset and leaves a Hugging Face checkpoint directory.
 
 `train` is the whole stage: it resumes where a killed run stopped, keeps the best weights, evaluates them on the full
-validation split, and writes weights, tokenizer, custom code, model card, curves and samples. The loop is in `trainer.py`.
+validation split, and writes weights, tokenizer, custom code, model card, curves and samples. `trainer.py` has the loop.
 """
 
 import dataclasses
@@ -53,9 +53,9 @@ def train(
     SIGTERM and SIGINT wait for the end of the step, save, and then do what they did before (signals.py).
     Several processes: each calls this with the same arguments; RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT tell them
     apart under any launcher (torchrun, Ray Train). Rank 0 writes and reports; the folders are shared by all. A training
-    can go on with another number of processes than it began with: the batch stays, and results are equal up to rounding.
-    Raises PipelineError for a device that is not there, a dataset smaller than one batch, refused arguments, a loss
-    that is not finite, memory that does not suffice, and a full disk; the last complete checkpoint then stays.
+    can go on with another number of processes than it began with: the batch stays, and results are equal up to
+    rounding. Raises PipelineError for a device that is not there, a dataset smaller than one batch, refused arguments,
+    a loss that is not finite, memory that does not suffice, and a full disk; the last complete checkpoint then stays.
     """
     tokenizer = load_tokenizer(dataset_dir / "tokenizer")
     length = settings.tokenizer.sequence_length
@@ -71,7 +71,8 @@ def train(
     if len(run.train) < run.windows_per_step:
         raise PipelineError(
             f"{dataset_dir} holds {len(run.train)} training windows of {length} tokens: expected at least one batch "
-            f"({run.windows_per_step} windows); use a larger corpus, or lower tokenizer.sequence_length or the batch size"
+            f"({run.windows_per_step} windows); use a larger corpus, or lower tokenizer.sequence_length or the "
+            "batch size"
         )
     identity = _identity(settings, dataset_dir, run.initial_world_size)
     resume_step = broadcast_from_rank_zero(lambda: checkpoints.open_scratch(scratch_dir, identity))

@@ -260,7 +260,7 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         if isinstance(self._resumed_from, str):
             held = json.loads((Path(self._resumed_from) / checkpoints.LOSS_SUM).read_text())
             sums = held["sums"]
-            # A log line reports the mean over processes: after a resume on another number of them, each starts from the mean.
+            # A log line reports the mean over processes: resumed on another number of them, each starts from it.
             own = sums[self.args.process_index] if len(sums) == self.args.world_size else sum(sums) / len(sums)
             self._tr_loss = torch.tensor(own, device=self.args.device)
             self._globalstep_last_logged = held["last_logged_step"]
@@ -296,7 +296,7 @@ class RexTrainer(Trainer):  # type: ignore[misc]
             )
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
-        # A NaN stays in the sum of losses since the last log. Reading it synchronizes a GPU, so there only when due anyway.
+        # A NaN stays in the sum of losses since the last log. Reading it synchronizes a GPU: there only when due.
         due = self.control.should_log or self.control.should_evaluate or self.control.should_save
         if due or not tr_loss.is_cuda:
             if not math.isfinite(loss := tr_loss.item()):
@@ -386,7 +386,7 @@ class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         self._ends = self._trainer.interrupts.pending
-        # All ranks must save the same step, though only one may have got the signal. On GPUs this synchronizes the device.
+        # All ranks must save the same step, though only one may have the signal. On GPUs this synchronizes.
         if dist.is_initialized() and (args.device.type == "cpu" or state.global_step % args.logging_steps == 0):
             ends = torch.tensor(int(self._ends), device=args.device)
             dist.all_reduce(ends, dist.ReduceOp.MAX)

@@ -9,6 +9,7 @@ from llm_assets.artifacts.io_manager import DirectoryIOManager
 from llm_assets.definitions import ASSETS, build_defs, defs
 from llm_assets.experiments.compose import DEFAULT_EXPERIMENT, experiment_names
 from llm_assets.experiments.partitions import ExperimentPartitions, experiments
+from model.settings import GROUPS, options
 
 
 @pytest.mark.processes
@@ -63,6 +64,17 @@ def test_each_asset_is_made_from_the_ones_that_the_design_names() -> None:
 def test_partitions_are_the_experiments() -> None:
     assert list(experiments.get_partition_keys()) == experiment_names()
     assert DEFAULT_EXPERIMENT in experiment_names()
+
+
+def test_the_launchpad_lists_every_option_with_its_text_values_and_default() -> None:
+    job = defs().resolve_job_def("llm_pipeline")
+    resources = job.run_config_schema.config_type.fields["resources"]
+    overrides = resources.config_type.fields["hydra"].config_type.fields["config"].config_type.fields["overrides"]
+    lines = str(overrides.description).split("\n")
+    for kind in GROUPS.values():
+        for item in options(kind):
+            (line,) = [line for line in lines if line.startswith(f"- `{item.full_name}`: ")]
+            assert item.text in line and item.allowed in line and line.endswith(f"Default: {item.default_text}.")
 
 
 def test_no_resource_needs_a_configuration_to_be_typed() -> None:

@@ -1,7 +1,7 @@
 """What a checkpoint does under the release of transformers that is importable: python releases.py CHECKPOINT.
 
-The last line printed is JSON: the release, then one entry for each way of using a checkpoint. It imports nothing of this
-project, so that the code that travels with the checkpoint is what runs.
+The last line printed is JSON: the release, then one entry for each way of using a checkpoint. It imports nothing of
+this project, so that the code that travels with the checkpoint is what runs.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The code that travels with a checkpoint, under the oldest release of transformers that it knows, ours and the newest."""
+"""A checkpoint's own code under the oldest supported release of transformers, the installed and the newest."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(checkpoint: Path, directory: Path, packages: tuple[str, ...] = ()) -> tuple[str, dict[str, Any], str]:
-    """The release, what each try gave, and what was printed beside it, with `packages` before those of this environment."""
+    """Release, result of each try, other output; `packages` shadow those of this environment."""
     if packages:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(directory), *packages]
         subprocess.run([*pip, "--disable-pip-version-check"], check=True, capture_output=True, text=True)

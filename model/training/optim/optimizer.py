@@ -41,7 +41,7 @@ class MuonAdamW(torch.optim.Optimizer):
         normalize_rows: bool = False,
         cautious_weight_decay: bool = False,
     ) -> None:
-        """groups: each with "kind", "params", "lr" and "weight_decay". The last two: options of Muon, see TrainingSettings."""
+        """groups: each with "kind", "params", "lr", "weight_decay". The last two: Muon's, see TrainingSettings."""
         defaults = {
             "betas": betas,
             "eps": 1e-8,

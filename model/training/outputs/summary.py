@@ -20,7 +20,7 @@ class TrainingSummary:
     model_flops_utilization: float
     """model_flops_per_second as a share of `matmul_peak_flops`, 0 to 1."""
     matmul_peak_flops: float
-    """FLOP/s of a matrix product in the precision of the training, measured when it started (all processes together)."""
+    """FLOP/s of a matrix product in the training's precision, measured at its start, summed over processes."""
     train_loss: float
     """Mean over the last logged steps, nats per token."""
     validation_loss: float

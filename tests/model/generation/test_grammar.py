@@ -72,9 +72,20 @@ def schemas(draw, depth: int = 2):
     leaves = [
         st.just({"type": "boolean"}),
         st.just({"type": "null"}),
-        st.builds(lambda low, size: {"type": "integer", "minimum": low, "maximum": low + size}, st.integers(-50, 50), st.integers(0, 200)),
-        st.builds(lambda low, size: {"type": "string", "minLength": low, "maxLength": low + size}, st.integers(0, 2), st.integers(0, 3)),
-        st.builds(lambda values: {"enum": values}, st.lists(st.one_of(st.text(max_size=4), st.integers(-9, 9), st.booleans()), min_size=1, max_size=3)),
+        st.builds(
+            lambda low, size: {"type": "integer", "minimum": low, "maximum": low + size},
+            st.integers(-50, 50),
+            st.integers(0, 200),
+        ),
+        st.builds(
+            lambda low, size: {"type": "string", "minLength": low, "maxLength": low + size},
+            st.integers(0, 2),
+            st.integers(0, 3),
+        ),
+        st.builds(
+            lambda values: {"enum": values},
+            st.lists(st.one_of(st.text(max_size=4), st.integers(-9, 9), st.booleans()), min_size=1, max_size=3),
+        ),
         st.builds(lambda value: {"const": value}, st.text(max_size=4)),
         st.sampled_from([{"type": "string", "pattern": "^[a-f]{1,4}$"}, {"type": "string", "format": "date"}]),
     ]  # fmt: skip
@@ -127,7 +138,9 @@ def test_the_end_of_text_token_ends_it_where_the_grammar_allows_and_nowhere_else
 def test_a_seed_gives_the_same_text_whatever_else_runs_and_from_a_cached_prefix(engine):
     prompt = PROMPT * 8
     requests = [
-        GenerationRequest(prompt, 40, SamplingParameters(seed=s), grammar=engine.compile_grammar("json", json.dumps(PERSON)))
+        GenerationRequest(
+            prompt, 40, SamplingParameters(seed=s), grammar=engine.compile_grammar("json", json.dumps(PERSON))
+        )
         for s in range(8)
     ]  # fmt: skip
     alone = [answer(engine, request)[0] for request in requests]

@@ -1,4 +1,4 @@
-"""Warnings while a training runs: gradients that vanish or repeat, parameters that stay, no gain over counting tokens."""
+"""Warnings of a running training: vanishing or repeated gradients, unmoved parameters, a loss above the unigram's."""
 
 import json
 import math

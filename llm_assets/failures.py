@@ -1,4 +1,4 @@
-"""Turns the errors that no retry can mend into permanent Dagster failures of one line.
+"""Turns the errors of a stage into Dagster failures of one line, permanent where no retry can mend them.
 
 `allow_retries=False` stops an asset's RetryPolicy; run retries and automation do not look at it.
 """
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import dagster as dg
 
-from model.errors import PipelineError
+from model.errors import PipelineError, TransientError
 
 
 @contextmanager
@@ -29,8 +29,8 @@ def terminated_for_good(context: dg.AssetExecutionContext) -> Iterator[None]:
 
 @contextmanager
 def permanent_failures() -> Iterator[None]:
-    """Raise `dg.Failure(allow_retries=False)` for a PipelineError; let everything else pass."""
+    """Raise `dg.Failure` for a PipelineError, with retries for a TransientError alone; let everything else pass."""
     try:
         yield
     except PipelineError as error:
-        raise dg.Failure(description=str(error), allow_retries=False) from None
+        raise dg.Failure(description=str(error), allow_retries=isinstance(error, TransientError)) from None

@@ -20,6 +20,10 @@ class PipelineError(Exception):
     """
 
 
+class TransientError(PipelineError):
+    """A PipelineError of a network or a disk: another try may find it well. The orchestrator's retries hold for it."""
+
+
 def ends_in_one_line(main: Callable[P, int]) -> Callable[P, int]:
     """A command's `main`, which returns an exit status: a PipelineError is printed as one line and gives status 1."""
 

@@ -1,5 +1,6 @@
 """Where documents come from and how they are split (`configs/corpus/`)."""
 
+import codecs
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,9 +21,14 @@ class CorpusSettings(Settings, group="corpus"):
         "Files, globs or URLs (s3://, https://, ...). .jsonl and .parquet are read as records, all else as plain text, "
         "each also as .gz or .zst.",
     )
+    encoding: str = option(
+        "",
+        "Encoding of plain text, JSON Lines and bytes in Parquet, as Python names it (cp1252, shift_jis, utf-16-le, "
+        "...); empty: UTF-8, and UTF-16 and UTF-32 where a mark or their NULs tell.",
+    )
     text_field: str = option("text", "Field or column of a record that holds its text, or what the user says.")
     response_field: str = option(
-        "", "Field of a record that holds what the assistant says; empty: documents are plain text."
+        "", "Field or column of a record that holds what the assistant says; empty: documents are plain text."
     )
     dataset: str = option("", "Dataset on the Hugging Face hub, or a local folder that datasets.load_dataset reads.")
     dataset_config: str | None = option(None, "Configuration of that dataset; null: its only one.")
@@ -54,9 +60,26 @@ class CorpusSettings(Settings, group="corpus"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.encoding:
+            is_known = _is_encoding(self.encoding)
+            expect(is_known, "corpus.encoding", self.encoding, "an encoding of text that Python knows, as cp1252")
+            expect(self.source == "files", "corpus.encoding", self.encoding, "source 'files'")
         if self.source == "files":
             expect(bool(self.paths), "corpus.paths", self.paths, "at least one path, glob or URL for source 'files'")
         if self.response_field:
-            expect(self.source == "files", "corpus.response_field", self.response_field, "source 'files' (JSON Lines)")
+            expect(
+                self.source == "files",
+                "corpus.response_field",
+                self.response_field,
+                "source 'files' (JSON Lines or Parquet)",
+            )
         if self.source == "huggingface":
             expect(bool(self.dataset), "corpus.dataset", self.dataset, "a dataset's name for source 'huggingface'")
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        made = codecs.getincrementaldecoder(name)()
+        return isinstance(made.decode(b""), str)  # some codecs, as base64, are from bytes to bytes
+    except (LookupError, ValueError, TypeError, AttributeError):
+        return False

@@ -1,6 +1,7 @@
 """The corpus: documents read, cleaned, deduplicated, split and written as Parquet shards.
 
-Invalid UTF-8 and empty documents are counted and left out, exact duplicates kept once. A document's split depends on
+Documents that are no text in their encoding (`encodings.py`), that hold a NUL or that are empty are counted and left
+out, exact duplicates kept once. A document's split depends on
 its content alone (`split_by: hash`) or on its place in the corpus (`position`: the last part is held out, to the
 character). The same input gives the same bytes on disk. Memory holds a few row groups,
 however large the corpus is; the digests of all documents are on disk. Reading sources is `model.text.sources`.
@@ -35,7 +36,9 @@ SAMPLE_CHARACTERS = 500
 class CorpusSummary:
     """What a corpus holds and what was left out; `summary.json` beside the shards.
 
-    sources: files or data sets that were read. Bytes are UTF-8 bytes of text. The `*_sources` lists name the first few.
+    sources: files or data sets that were read. Bytes are UTF-8 bytes of text. The `*_sources` lists name the first few,
+    the `*_places` lists the first byte that is no text. converted: files, or values of records, that came in another
+    encoding than UTF-8 or with a mark, by its name. skipped: what a glob matched that is no file.
     """
 
     source: str
@@ -50,9 +53,17 @@ class CorpusSummary:
     longest_document_bytes: int = 0
     invalid_utf8: int = 0
     invalid_utf8_sources: list[str] = field(default_factory=list)
+    invalid_places: list[str] = field(default_factory=list)
+    nul: int = 0
+    nul_sources: list[str] = field(default_factory=list)
+    nul_places: list[str] = field(default_factory=list)
     empty: int = 0
     empty_sources: list[str] = field(default_factory=list)
     duplicates: int = 0
+    converted: dict[str, int] = field(default_factory=dict)
+    converted_sources: list[str] = field(default_factory=list)
+    skipped: int = 0
+    skipped_sources: list[str] = field(default_factory=list)
     sample: str = ""
 
     @property
@@ -92,6 +103,8 @@ def build_corpus(settings: CorpusSettings, output_dir: Path, *, log: Log = silen
                 (validation if to_validation else train).add(source, data)
                 if not to_validation and not summary.sample:
                     summary.sample = data.decode()[:SAMPLE_CHARACTERS]
+        summary.converted, summary.converted_sources = dict(sources.converted), sources.converted_sources
+        summary.skipped, summary.skipped_sources = len(sources.skipped), sources.skipped[:NAMES_REPORTED]
         summary.train_documents, summary.train_bytes = train.documents, train.bytes
         summary.validation_documents, summary.validation_bytes = validation.documents, validation.bytes
         summary.longest_document_bytes = max(train.longest, validation.longest)
@@ -99,13 +112,8 @@ def build_corpus(settings: CorpusSettings, output_dir: Path, *, log: Log = silen
         _check_not_empty(settings, summary)
         text = json.dumps(asdict(summary), indent=2, ensure_ascii=False)
         (output_dir / "summary.json").write_text(text + "\n", encoding="utf-8")
-    for count, what, names in (
-        (summary.invalid_utf8, "that are not UTF-8", summary.invalid_utf8_sources),
-        (summary.empty, "that are empty", summary.empty_sources),
-        (summary.duplicates, "that repeat another", []),
-    ):
-        if count:
-            log(f"corpus: left out {count:,} documents {what}" + (f", first in {', '.join(names)}" if names else ""))
+    for line in _remarks(summary):
+        log(f"corpus: {line}")
     log(f"corpus: {summary.documents:,} documents, {summary.bytes:,} bytes from {summary.sources:,} sources")
     return summary
 
@@ -130,6 +138,22 @@ def read_documents(corpus_dir: Path, split: str) -> Iterator[str]:
         with pq.ParquetFile(shard) as table:
             for group in range(table.num_row_groups):  # the writer bounded their size
                 yield from table.read_row_group(group, columns=["text"]).column(0).to_pylist()
+
+
+def _remarks(summary: CorpusSummary) -> Iterator[str]:
+    """What a reader of the log should know of what was left out, converted or passed over."""
+    for count, what, names in (
+        (summary.invalid_utf8, "that are not UTF-8", summary.invalid_places),
+        (summary.nul, "that hold a NUL", summary.nul_places),
+        (summary.empty, "that are empty", summary.empty_sources),
+        (summary.duplicates, "that repeat another", []),
+    ):
+        if count:
+            yield f"left out {count:,} documents {what}" + (f", first in {', '.join(names)}" if names else "")
+    for name, count in sorted(summary.converted.items()):
+        yield f"converted to plain UTF-8: {count:,} in {name}, first in {', '.join(summary.converted_sources)}"
+    if summary.skipped:
+        yield f"passed over {summary.skipped:,} names that are no files, first {', '.join(summary.skipped_sources)}"
 
 
 def _summary(settings: CorpusSettings) -> CorpusSummary:
@@ -179,9 +203,15 @@ def _clean(
             )
         try:
             text = data.decode()
-        except UnicodeDecodeError:
+        except UnicodeDecodeError as error:
             summary.invalid_utf8 += 1
             _name(summary.invalid_utf8_sources, source)
+            _name(summary.invalid_places, f"{source} ({sources.place_of(error.start)})")
+            continue
+        if (nul := data.find(b"\0")) >= 0:
+            summary.nul += 1
+            _name(summary.nul_sources, source)
+            _name(summary.nul_places, f"{source} ({sources.place_of(nul)})")
             continue
         if not text or text.isspace():
             summary.empty += 1
@@ -228,9 +258,12 @@ def _split(
 
 def _check_not_empty(settings: CorpusSettings, summary: CorpusSummary) -> None:
     if summary.documents == 0:
+        where = f", first in {summary.invalid_places[0]}: set corpus.encoding" if summary.invalid_places else ""
+        nul = f", {summary.nul:,} with a NUL, first in {summary.nul_places[0]}" if summary.nul else ""
         raise PipelineError(
             f"the corpus is empty after cleaning: {summary.sources:,} sources, {summary.invalid_utf8:,} documents not "
-            f"UTF-8, {summary.empty:,} empty; expected text, check corpus.source '{settings.source}' and its paths"
+            f"UTF-8, {summary.empty:,} empty{nul}; expected text, check corpus.source '{settings.source}' and its "
+            f"paths{where}"
         )
     for split in SPLITS:
         if getattr(summary, f"{split}_documents") == 0:

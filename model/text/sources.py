@@ -1,29 +1,31 @@
 """Where raw documents come from: the standard library or its docstrings, files behind fsspec, a Hugging Face data set.
 
 `Sources` yields (source, bytes) in a fixed order and holds one document, one line or one small Parquet batch at a time.
-It neither cleans nor splits: that is `model.text.corpus`. Broken input raises PipelineError naming the file and, where
-there are lines, the line.
+It neither cleans nor splits: that is `model.text.corpus`. Text comes as UTF-8 without a mark (`encodings.py` has the
+rule), or as bytes that are no UTF-8 where it is none. Broken input raises PipelineError naming the file and, where there
+are lines, the line; what a network does raises TransientError.
 """
 
 import hashlib
 import io
 import json
-import os
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from model.errors import PipelineError
+from model.errors import PipelineError, TransientError
 from model.settings import CorpusSettings
 from model.text.chat import opening
+from model.text.compression import CODECS, BrokenFile, decompressed
 from model.text.docstrings import docstrings
+from model.text.encodings import Utf8Stream, to_utf8
+from model.text.files import File, Listing, list_files, open_file, reading
 
 # Test folders are left out: Linux distributions and slim images ship Python without them, and the corpus should be the
 # same there. They also hold the deliberately broken encodings. encodings/ and pydoc_data/ are generated tables, an
@@ -38,40 +40,48 @@ STDLIB_SKIPPED = {
     "encodings",
     "pydoc_data",
 }
-CODECS = {".gz": "gzip", ".zst": "zstd"}
 JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
 PARQUET_BATCH_ROWS = 64
-
-
-@dataclass(frozen=True)
-class _File:
-    source: str
-    fs: Any
-    path: str
-    size: int
+LONGEST_LINE = 2**30
+"""Bytes of one line of JSON Lines, at which a file without line ends is refused before it fills the memory."""
+NAMES_KEPT = 5
 
 
 class Sources:
     """The documents behind `settings`, in the same order at every iteration.
 
     stored_bytes: what the files take where they lie, None for a data set; read_bytes: how much of it has been read;
-    opened: files or data sets opened so far.
+    opened: files or data sets opened so far; skipped: what a pattern matched that is no file. converted: files, or
+    values of records, that came in another encoding or with a mark, by its name; converted_sources: the first few.
     Raises PipelineError where a pattern matches nothing, here, and where a file is broken, while iterating.
     """
 
     def __init__(self, settings: CorpusSettings) -> None:
         self._settings = settings
-        self._files: list[_File] = []
+        listing = Listing()
         if settings.source in ("stdlib", "docstrings"):
-            self._files = _stdlib_files()
+            listing.files = _stdlib_files()
         elif settings.source == "files":
-            matched = [file for pattern in settings.paths for file in _match(pattern)]
-            self._files = list({file.source: file for file in matched}.values())
+            listing = list_files(settings.paths)
+        self._files, self.skipped = listing.files, listing.skipped
         self.stored_bytes = sum(file.size for file in self._files) if self._files else None
+        self._start()
+
+    def _start(self) -> None:
         self.read_bytes = self.opened = 0
+        self.converted: Counter[str] = Counter()
+        self.converted_sources: list[str] = []
+        self._place, self._base = "byte", 0
+        self._stream: Utf8Stream | None = None
+
+    def place_of(self, offset: int) -> str:
+        """Where in its source byte `offset` of the last document lies: "byte 17", "line 3, byte 17"."""
+        if self._stream is not None and self._stream.first_invalid is not None:
+            return f"byte {self._stream.first_invalid:,}"
+        return f"{self._place} {self._base + offset:,}"
 
     def __iter__(self) -> Iterator[tuple[str, bytes]]:
-        self.read_bytes = self.opened = 0
+        self._start()
         if self._settings.source == "huggingface":
             self.opened = 1
             yield from self._read_data_set()
@@ -79,17 +89,18 @@ class Sources:
         finished = 0
         for file in self._files:
             self.opened += 1
-            with _open(file) as stored:
+            with reading(file.source, file.fs), open_file(file) as stored:
                 for data in self._read_file(file, stored):
                     self.read_bytes = finished + min(stored.tell(), file.size)
                     yield file.source, data
             finished += file.size
             self.read_bytes = finished
 
-    def _read_file(self, file: _File, stored: BinaryIO) -> Iterator[bytes]:
+    def _read_file(self, file: File, stored: BinaryIO) -> Iterator[bytes]:
         name = PurePosixPath(file.path.lower())
         codec = CODECS.get(name.suffix)
         kind = PurePosixPath(name.stem).suffix if codec else name.suffix
+        self._stream = None
         if kind == ".parquet":
             if codec:
                 raise PipelineError(
@@ -97,27 +108,40 @@ class Sources:
                 )
             yield from self._read_parquet(file, stored)
             return
-        stream = stored
-        if codec:
-            # Arrow's stream, as it reports a cut-off file where zstandard's own ends without a word.
-            arrow = pa.CompressedInputStream(pa.PythonFile(stored, "r"), codec)
-            stream = cast(BinaryIO, io.BufferedReader(arrow, 1 << 20))
+        if self._settings.response_field and kind not in JSON_SUFFIXES:
+            raise PipelineError(
+                f"{file.source} is plain text: corpus.response_field needs records; expected .jsonl or .parquet"
+            )
         place = [0]  # lines read so far, for the message
         try:
+            stored = decompressed(stored, codec) if codec else stored
             if self._settings.source == "docstrings":
-                yield from _read_docstrings(file, stream)
-            else:
-                read = self._read_lines(file, stream, place) if kind in JSON_SUFFIXES else self._read_text(file, stream)
-                yield from read
-        except OSError as error:
-            if not codec or error.errno is not None:
-                raise
+                yield from _read_docstrings(file, stored)
+                return
+            text = self._stream = Utf8Stream(stored, self._settings.encoding)
+            self._count(file.source, text.found, text.marked)
+            stream = io.BufferedReader(text, 1 << 20)
+            yield from self._read_lines(file, stream, place) if kind in JSON_SUFFIXES else self._read_text(file, stream)
+        except BrokenFile as error:
             line = f", line {place[0] + 1}" if kind in JSON_SUFFIXES else ""
             raise PipelineError(
                 f"{file.source}{line}: broken {codec} file ({error}); fetch or write it again"
             ) from error
 
-    def _read_text(self, file: _File, stream: BinaryIO) -> Iterator[bytes]:
+    def _count(self, source: str, codec: str, marked: bool) -> None:
+        if codec == "utf-8" and not marked:
+            return
+        self.converted["UTF-8 with a mark" if codec == "utf-8" else codec.upper()] += 1
+        if len(self.converted_sources) < NAMES_KEPT and source not in self.converted_sources:
+            self.converted_sources.append(source)
+
+    def _value(self, source: str, data: bytes, encoding: str = "") -> bytes:
+        """A value of a record as UTF-8 without a mark."""
+        data, codec, marked = to_utf8(data, encoding)
+        self._count(source, codec, marked)
+        return data
+
+    def _read_text(self, file: File, stream: BinaryIO) -> Iterator[bytes]:
         """The whole file, or pieces of about document_bytes that end at a line end."""
         limit, wanted = self._settings.shard_bytes, self._settings.document_bytes
         if wanted == 0:
@@ -127,23 +151,29 @@ class Sources:
                     f"{file.source} is one document of more than corpus.shard_bytes ({limit:,}): set "
                     "corpus.document_bytes to split it at line ends"
                 )
+            self._place, self._base = "byte", 0
             yield data
             return
-        rest = b""
+        rest, start = b"", 0
         while piece := rest + stream.read(max(wanted - len(rest), 1)):
             # A line without end is cut, at a character, after twice the size asked for.
             piece += stream.readline(wanted)
             cut = len(piece) if piece.endswith(b"\n") else whole_characters(piece, len(piece)) or len(piece)
             piece, rest = piece[:cut], piece[cut:]
+            self._place, self._base = "byte", start
             yield piece
+            start += cut
 
-    def _read_lines(self, file: _File, stream: BinaryIO, place: list[int]) -> Iterator[bytes]:
-        field = self._settings.text_field
-        for number, line in enumerate(stream, 1):
+    def _read_lines(self, file: File, stream: BinaryIO, place: list[int]) -> Iterator[bytes]:
+        field, response = self._settings.text_field, self._settings.response_field
+        for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE), b""), 1):
             place[0] = number
+            where = f"{file.source}, line {number}"
+            if len(line) == LONGEST_LINE:
+                raise PipelineError(f"{where} has {LONGEST_LINE:,} bytes or more; expected one object a line")
             if line.isspace():
                 continue
-            where = f"{file.source}, line {number}"
+            self._place, self._base = f"line {number}, byte", 0
             try:
                 row = json.loads(line.decode("utf-8-sig"))
             except UnicodeDecodeError:
@@ -153,42 +183,53 @@ class Sources:
                 raise PipelineError(
                     f"{where} is not JSON ({error}); expected one object a line, correct or remove it"
                 ) from error
+            except RecursionError as error:
+                raise PipelineError(f"{where} is JSON nested too deep to read; correct or remove it") from error
             if not isinstance(row, dict):
                 raise PipelineError(f"{where} is a JSON {type(row).__name__}; expected one object a line")
             if field not in row:
                 raise _unknown_field(where, field, row)
-            if response := self._settings.response_field:
+            if response:
                 if response not in row:
                     raise _unknown_field(where, response, row, "corpus.response_field")
                 yield _conversation(row[field], row[response], where)
             else:
-                yield _encode(row[field], where, field)
+                yield self._value(file.source, _encode(row[field], where, field))
 
-    def _read_parquet(self, file: _File, stored: BinaryIO) -> Iterator[bytes]:
-        field = self._settings.text_field
+    def _read_parquet(self, file: File, stored: BinaryIO) -> Iterator[bytes]:
+        field, response = self._settings.text_field, self._settings.response_field
         try:
             with pq.ParquetFile(stored, buffer_size=1 << 20) as table:
                 schema = table.schema_arrow
-                if field not in schema.names:
-                    raise _unknown_field(file.source, field, schema.names)
-                kind = schema.field(field).type
-                if not _is_text(kind.value_type if pa.types.is_dictionary(kind) else kind):
-                    raise PipelineError(
-                        f"{file.source}: field {field!r} holds {kind}; expected text, set corpus.text_field"
-                    )
-                for batch in table.iter_batches(PARQUET_BATCH_ROWS, columns=[field]):
-                    column = batch.column(0)
-                    if pa.types.is_dictionary(column.type):
-                        column = column.dictionary_decode()
-                    # As bytes: Arrow does not check the encoding, the caller does.
-                    for data in column.cast(pa.large_binary()).to_pylist():
-                        yield data or b""
+                _check_column(file.source, schema, field, "corpus.text_field")
+                if response:
+                    _check_column(file.source, schema, response, "corpus.response_field")
+                row = 0
+                for batch in table.iter_batches(PARQUET_BATCH_ROWS, columns=[field, *([response] if response else [])]):
+                    texts = _bytes_of(batch.column(field))
+                    answers = _bytes_of(batch.column(response)) if response else texts
+                    for data, answer in zip(texts, answers, strict=True):
+                        row += 1
+                        self._place, self._base = f"row {row:,}, byte", 0
+                        text = (
+                            None if data is None else self._value(file.source, data, self._encoding_of(schema, field))
+                        )
+                        if not response:
+                            yield text or b""
+                            continue
+                        if answer is not None:
+                            answer = self._value(file.source, answer, self._encoding_of(schema, response))
+                        yield _joined(text, answer, f"{file.source}, row {row}")
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise PipelineError(
                 f"{file.source}: broken Parquet file ({_line(error)}); fetch or write it again"
             ) from error
+
+    def _encoding_of(self, schema: pa.Schema, name: str) -> str:
+        """A column of text is UTF-8 by its type, one of bytes is in the encoding that the settings name."""
+        return self._settings.encoding if _holds_bytes(_value_type(schema.field(name).type)) else ""
 
     def _read_data_set(self) -> Iterator[tuple[str, bytes]]:
         import datasets  # seconds to import, and only this source needs it
@@ -203,7 +244,8 @@ class Sources:
                 rows = datasets.load_dataset(name, self._settings.dataset_config, split=split, streaming=True)
         except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
             config = self._settings.dataset_config
-            raise PipelineError(
+            kind = TransientError if isinstance(error, ConnectionError | TimeoutError) else PipelineError
+            raise kind(
                 f"corpus.dataset {name!r} (config {config!r}, split {split!r}) cannot be opened: {_line(error)}; "
                 "expected a local data set folder or a data set's name on a reachable hub"
             ) from error
@@ -215,9 +257,12 @@ class Sources:
             for number, row in enumerate(rows):
                 if field not in row:
                     raise _unknown_field(source, field, row)
-                yield source, _encode(row[field], f"{source}, row {number}", field)
+                self._place, self._base = f"row {number:,}, byte", 0
+                yield source, self._value(source, _encode(row[field], f"{source}, row {number}", field))
         except (ValueError, datasets.exceptions.DatasetsError) as error:
             raise PipelineError(f"{source}: broken data ({_line(error)}); fetch or write the data set again") from error
+        except OSError as error:
+            raise TransientError(f"{source} cannot be read: {_line(error)}; run again when the hub answers") from error
 
 
 def fingerprint(settings: CorpusSettings) -> str:
@@ -250,7 +295,7 @@ def whole_characters(data: bytes, length: int) -> int:
     return length
 
 
-def _stdlib_files() -> list[_File]:
+def _stdlib_files() -> list[File]:
     root = Path(sysconfig.get_path("stdlib"))
     fs = LocalFileSystem()
     files = []
@@ -258,40 +303,10 @@ def _stdlib_files() -> list[_File]:
         relative = path.relative_to(root)
         # _sysconfigdata is written when Python is built and holds that machine's paths.
         if not STDLIB_SKIPPED.intersection(relative.parts) and not path.name.startswith("_sysconfigdata"):
-            files.append(_File(relative.as_posix(), fs, str(path), path.stat().st_size))
+            files.append(File(relative.as_posix(), fs, str(path), path.stat().st_size))
     if not files:
         raise PipelineError(f"no .py file in the standard library at {root}; set corpus.source to 'files'")
     return files
-
-
-def _match(pattern: str) -> list[_File]:
-    """The files that a path, glob or fsspec URL names, sorted by path."""
-    try:
-        fs, path = fsspec.core.url_to_fs(pattern)
-        found = {path: fs.info(path)} if fs.isfile(path) else fs.glob(path, detail=True)
-    except (ImportError, ValueError, FileNotFoundError, PermissionError) as error:
-        raise PipelineError(f"corpus.paths {pattern!r} cannot be listed: {_line(error)}") from error
-    local = isinstance(fs, LocalFileSystem)
-    relative = local and "://" not in pattern and not Path(pattern).expanduser().is_absolute()
-    files = []
-    for name in sorted(found):
-        info = found[name]
-        if info["type"] == "file" or (info.get("islink") and fs.isfile(name)):
-            source = os.path.relpath(name) if relative else name if local else fs.unstrip_protocol(name)
-            files.append(_File(source, fs, name, info["size"] or 0))
-    if not files:
-        where = f" (working folder {Path.cwd()})" if relative else ""
-        raise PipelineError(
-            f"corpus.paths {pattern!r} matches no file{where}; for all files of a folder write FOLDER/**/*"
-        )
-    return files
-
-
-def _open(file: _File) -> BinaryIO:
-    try:
-        return cast(BinaryIO, file.fs.open(file.path, "rb"))
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise PipelineError(f"{file.source} cannot be read: {error.strerror or error}") from error
 
 
 def _encode(value: object, where: str, field: str) -> bytes:
@@ -308,29 +323,56 @@ def _conversation(prompt: object, response: object, where: str) -> bytes:
     if not isinstance(prompt, str) or not isinstance(response, str) or not response:
         raise PipelineError(f"{where}: expected text as prompt and as response, the response not empty; correct it")
     try:
+        prompt, response = prompt.removeprefix("\ufeff"), response.removeprefix("\ufeff")
         return (opening(prompt) + response).encode("utf-8", "surrogatepass")
     except ValueError as error:
         raise PipelineError(f"{where}: {error}; change the prompt") from error
 
 
-def _read_docstrings(file: _File, stream: BinaryIO) -> Iterator[bytes]:
+def _read_docstrings(file: File, stream: BinaryIO) -> Iterator[bytes]:
     for prompt, response in docstrings(stream.read()):
         yield _conversation(prompt, response, file.source)
 
 
+def _joined(prompt: bytes | None, response: bytes | None, where: str) -> bytes:
+    """A conversation of UTF-8; bytes that are none stay so, for the caller to count."""
+    asked, answered = (data and data.decode("utf-8", "surrogateescape") for data in (prompt, response))
+    return _conversation(asked, answered, where)
+
+
+def _check_column(source: str, schema: pa.Schema, name: str, setting: str) -> None:
+    if name not in schema.names:
+        raise _unknown_field(source, name, schema.names, setting)
+    if (times := schema.names.count(name)) > 1:
+        raise PipelineError(
+            f"{source} has the column {name!r} {times} times; expected it once, rename the others or set {setting}"
+        )
+    kind = schema.field(name).type
+    if not _is_text(_value_type(kind)):
+        raise PipelineError(f"{source}: field {name!r} holds {kind}; expected text, set {setting}")
+
+
+def _value_type(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _bytes_of(column: pa.Array) -> Sequence[bytes | None]:
+    """As bytes: Arrow does not check the encoding, the caller does."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    values: list[bytes | None] = column.cast(pa.large_binary()).to_pylist()
+    return values
+
+
 def _is_text(kind: pa.DataType) -> bool:
     types = pa.types
-    return any(
-        check(kind)
-        for check in (
-            types.is_string,
-            types.is_large_string,
-            types.is_string_view,
-            types.is_binary,
-            types.is_large_binary,
-            types.is_binary_view,
-        )
-    )
+    is_string = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return is_string or _holds_bytes(kind)
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    types = pa.types
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
 
 
 def _unknown_field(where: str, field: str, found: Any, setting: str = "corpus.text_field") -> PipelineError:

@@ -1,0 +1,133 @@
+"""Text in whatever encoding it is stored, as UTF-8.
+
+The rule, for files and for single values of records alike: a mark (U+FEFF) at the start names UTF-8, UTF-16 or UTF-32
+and is dropped; without one, UTF-16 and UTF-32 are known by their NULs; all else is taken for UTF-8. Encodings of one byte
+a character and Shift-JIS have no such sign, and a guess would turn text into other text: they are read where
+`corpus.encoding` names them. What is no text in its encoding becomes bytes that are no UTF-8, for the reader to count.
+"""
+
+import codecs
+import io
+import unicodedata
+from typing import BinaryIO
+
+HEAD_BYTES = 4096
+"""How much of a file's start is looked at."""
+_CHUNK = 1 << 18
+_INVALID = "\udcff"
+"""Stands for what is no text, and is no UTF-8 itself."""
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark it starts with
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+_CONTROLS_OF_UTF16 = 0.3
+"""Share of the bytes that are control characters from which on valid UTF-8 is none: in UTF-16, half of the bytes of
+ASCII, of Cyrillic and of Thai are."""
+_ON_INVALID = "model.text.invalid"
+codecs.register_error(_ON_INVALID, lambda error: (_INVALID, error.end))  # type: ignore[attr-defined]
+
+
+def find_encoding(head: bytes) -> tuple[str, int]:
+    """(codec, length of the mark) of a text that starts with `head`: "utf-8" unless a mark or NULs tell otherwise."""
+    for mark, codec in _MARKS:
+        if head.startswith(mark) and (codec == "utf-8" or len(head) > len(mark)):
+            return codec, len(mark)
+    if b"\0" in head and not _is_utf8(head):
+        found = [
+            (head[high::width].count(0), codec) for codec, width, high in _WIDE if _is_in(head, codec, width, high)
+        ]
+        return (max(found)[1] if found else "utf-8"), 0
+    return "utf-8", 0
+
+
+_WIDE = (("utf-32-le", 4, 3), ("utf-32-be", 4, 0), ("utf-16-le", 2, 1), ("utf-16-be", 2, 0))
+"""Codecs, bytes of a character, and which of them is the highest."""
+
+
+def _is_in(head: bytes, codec: str, width: int, high: int) -> bool:
+    """Whether `head` is text in this codec: with ASCII, whose highest byte is NUL, and nothing that is no text."""
+    characters = len(head) // width
+    nuls = head[high : characters * width : width].count(0)
+    if nuls < (characters if width == 4 else 1):
+        return False
+    text = _decoded(head[: characters * width], codec)
+    return bool(text) and not any(_is_no_text(character) for character in text or "")
+
+
+def _decoded(head: bytes, codec: str) -> str | None:
+    """`head` as text, of which the last character may be cut; None where it is none."""
+    try:
+        return codecs.getincrementaldecoder(codec)().decode(head)
+    except UnicodeDecodeError:
+        return None
+
+
+def _is_no_text(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cn", "Co") and character not in "\t\n\r\f"
+
+
+def _is_utf8(head: bytes) -> bool:
+    text = _decoded(head, "utf-8")
+    return text is not None and sum(map(_is_no_text, text)) < _CONTROLS_OF_UTF16 * len(head)
+
+
+class Utf8Stream(io.RawIOBase):
+    """A binary stream of text as UTF-8 without a mark; wrap it in io.BufferedReader.
+
+    encoding: codec of the stream; empty: found by `find_encoding`. found: the codec in use. marked: whether a mark was
+    dropped. first_invalid: offset in the stream, in bytes, of the first that is no text in another codec than UTF-8.
+    """
+
+    def __init__(self, stream: BinaryIO, encoding: str = "") -> None:
+        head = stream.read(HEAD_BYTES)
+        while len(head) < HEAD_BYTES and (more := stream.read(HEAD_BYTES - len(head))):
+            head += more
+        self._stream = stream
+        self.found, mark = (encoding, 0) if encoding else find_encoding(head)
+        self.marked = mark > 0
+        self.first_invalid: int | None = None
+        self._decoder = None if self.found == "utf-8" else codecs.getincrementaldecoder(self.found)()
+        self._offset, self._ended = mark, False
+        self._ready = memoryview(self._convert(head[mark:], final=False))
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: "memoryview[int]") -> int:  # type: ignore[override]
+        """The next bytes of UTF-8; 0 at the end."""
+        while not self._ready and not self._ended:
+            data = self._stream.read(_CHUNK)
+            self._ended = not data
+            self._ready = memoryview(self._convert(data, final=self._ended))
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+    def _convert(self, data: bytes, *, final: bool) -> bytes:
+        if self._decoder is None:
+            return data
+        pending = len(self._decoder.getstate()[0])
+        try:
+            text = self._decoder.decode(data, final)
+        except UnicodeDecodeError as error:
+            self.first_invalid = self._offset - pending + error.start
+            self._decoder = codecs.getincrementaldecoder(self.found)(_ON_INVALID)
+            text = self._decoder.decode(error.object, final)
+        self._offset += len(data)
+        return text.encode("utf-8", "surrogatepass")
+
+
+def to_utf8(data: bytes, encoding: str = "") -> tuple[bytes, str, bool]:
+    """One value as UTF-8, the codec that it was in, and whether a mark was dropped."""
+    if not encoding and not data.startswith(_STARTS) and b"\0" not in data[:HEAD_BYTES]:
+        return data, "utf-8", False
+    stream = Utf8Stream(io.BytesIO(data), encoding)
+    return io.BufferedReader(stream).read(), stream.found, stream.marked
+
+
+_STARTS = tuple(mark for mark, _ in _MARKS)

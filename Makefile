@@ -52,6 +52,7 @@ $(DAGSTER_HOME)/dagster.yaml: dagster.yaml
 
 pipeline: setup  ## Materialize all seven assets of EXPERIMENT (default stdlib), with Hydra OVERRIDES if given; FORCE=true computes unchanged ones too
 ifeq ($(strip $(OVERRIDES)),)
+	@$(BIN)/python -m llm_assets.dagster_home
 	$(BIN)/dagster job execute -m llm_assets.definitions -j llm_pipeline --tags '{"dagster/partition": "$(EXPERIMENT)", "rex/force": "$(FORCE)"}'
 else
 	$(BIN)/python -m llm_assets.experiments.sweep experiment=$(EXPERIMENT) $(OVERRIDES)
@@ -91,6 +92,7 @@ logs:  ## Follow the logs of the composed stack
 image: setup  ## Build the container image of EXPERIMENT for DEVICE=cpu or gpu; the last line is its tag
 	@$(if $(filter cpu gpu,$(DEVICE)),,echo "error: DEVICE=$(DEVICE): expected cpu or gpu" >&2; exit 2)
 ifeq ($(strip $(OVERRIDES)),)
+	@$(BIN)/python -m llm_assets.dagster_home
 	$(BIN)/dagster job execute -m llm_assets.images -j container_image_$(DEVICE)_job --tags '{"dagster/partition": "$(EXPERIMENT)"}'
 else
 	$(BIN)/python -m llm_assets.experiments.sweep --module llm_assets.images --job container_image_$(DEVICE)_job experiment=$(EXPERIMENT) $(OVERRIDES)

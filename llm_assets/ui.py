@@ -21,6 +21,7 @@ from types import FrameType
 
 import psutil
 
+from llm_assets.dagster_home import check_dagster_home
 from llm_assets.paths import REPOSITORY, var_dir
 from llm_assets.resources import tracking_database
 from llm_assets.resources.mlflow import MlflowTracking
@@ -99,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, _raise_stopped)
     servers: list[Server] = []
     try:
+        check_dagster_home()
         MlflowTracking().client()  # makes the database before the server does
         logs = var_dir() / "ui"
         logs.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 
+from llm_assets.dagster_home import check_dagster_home
 from llm_assets.experiments.compose import COMPOSING_ERRORS, CONFIG_DIR, one_line
 from model.errors import PipelineError, ends_in_one_line
 
@@ -56,6 +57,7 @@ def main() -> int:
     parser.add_argument("--module", default="llm_assets.definitions")
     parser.add_argument("--job", default="llm_pipeline")
     ours, hydras = parser.parse_known_args()
+    check_dagster_home()
     # Hydra would make a folder and a log for each point; the record of a run is Dagster's and MLflow's.
     sys.argv[1:] = [*hydras, "hydra.output_subdir=null", "hydra.run.dir=.", "hydra.sweep.dir=var/sweep"]
     sys.argv += ["hydra.sweep.subdir=.", "hydra/job_logging=none", "hydra/hydra_logging=none"]

@@ -32,6 +32,7 @@ from model.text.tokenizer import SPECIALS, FastEncoder, even_sample, token_bytes
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 4096
 MOST_COMMON = 20
+_Places = npt.NDArray[np.int64]
 # Differ from run to run, so they are in the returned summary and not on disk: same input, same bytes.
 TIMINGS = ("tokenizer_training_seconds", "tokens_per_second")
 
@@ -41,7 +42,8 @@ class TokenizedDatasetSummary:
     """What a tokenized data set holds; `summary.json` beside it, without the two timings.
 
     Tokens include one end-of-text token per document. bytes_per_token: compression over both splits.
-    windows: whole windows of sequence_length tokens. most_common: id, token, count and share in the train split.
+    windows: whole windows of sequence_length tokens. cut_prompts, cut_responses: conversations longer than a window, and
+    those of them whose response does not fit either (`TokenDataset` has the rule). most_common: id, token, count and share in the train split.
     """
 
     kind: str
@@ -57,6 +59,10 @@ class TokenizedDatasetSummary:
     train_windows: int
     validation_windows: int
     bytes_per_token: float
+    train_cut_prompts: int = 0
+    train_cut_responses: int = 0
+    validation_cut_prompts: int = 0
+    validation_cut_responses: int = 0
     most_common: list[dict[str, Any]] = field(default_factory=list)
     tokenizer_training_seconds: float = 0.0
     tokens_per_second: float = 0.0
@@ -64,11 +70,31 @@ class TokenizedDatasetSummary:
 
 @dataclass
 class SplitTokens:
-    """What `encode_split` wrote. counts: how often each id occurs, shape (V,)."""
+    """What `encode_split` wrote. counts: how often each id occurs, shape (V,).
 
-    tokens: int
-    documents: int
+    document_offsets: start of each document, and the end; responses: start of each one's response, its own start where
+    the documents are no conversations.
+    """
+
     counts: npt.NDArray[np.int64]
+    document_offsets: npt.NDArray[np.int64]
+    responses: npt.NDArray[np.int64]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all documents."""
+        return int(self.document_offsets[-1])
+
+    @property
+    def documents(self) -> int:
+        """Documents."""
+        return len(self.document_offsets) - 1
+
+    def cut(self, sequence_length: int) -> tuple[int, int]:
+        """How many conversations a window cuts in their prompt, and how many in their response (and its end)."""
+        starts, ends = self.document_offsets[:-1], self.document_offsets[1:]
+        firsts = _first_tokens(starts, self.responses, ends, sequence_length)
+        return int((firsts > starts).sum()), int((ends - firsts > sequence_length).sum())
 
 
 def build_tokenized_dataset(
@@ -112,6 +138,7 @@ def build_tokenized_dataset(
             _check_split(split, splits[split], byte_counts, settings, corpus, corpus_dir)
         encoding_seconds = time.perf_counter() - started
         train, validation = splits["train"], splits["validation"]
+        cut = {split: splits[split].cut(settings.sequence_length) if settings.chat else (0, 0) for split in splits}
         summary = TokenizedDatasetSummary(
             kind=settings.kind,
             vocab_size=len(spelled),
@@ -126,6 +153,10 @@ def build_tokenized_dataset(
             train_windows=count_windows(train.tokens, settings.sequence_length),
             validation_windows=count_windows(validation.tokens, settings.sequence_length),
             bytes_per_token=corpus.bytes / (train.tokens + validation.tokens),
+            train_cut_prompts=cut["train"][0],
+            train_cut_responses=cut["train"][1],
+            validation_cut_prompts=cut["validation"][0],
+            validation_cut_responses=cut["validation"][1],
             most_common=_most_common(train.counts, spelled),
             tokenizer_training_seconds=training_seconds,
             tokens_per_second=(train.tokens + validation.tokens) / encoding_seconds,
@@ -133,6 +164,13 @@ def build_tokenized_dataset(
         on_disk = {name: value for name, value in asdict(summary).items() if name not in TIMINGS}
         text = json.dumps(on_disk, indent=2, ensure_ascii=False)
         (output_dir / "summary.json").write_text(text + "\n", encoding="utf-8")
+    for split, (prompts, responses) in cut.items():
+        if prompts or responses:
+            log(
+                f"tokens: of {splits[split].documents:,} conversations of the {split} split, a window of "
+                f"{settings.sequence_length:,} tokens cuts the start of {prompts:,} prompts and the end of "
+                f"{responses:,} responses: raise tokenizer.sequence_length to keep them whole"
+            )
     log(
         f"tokens: {train.tokens:,} train, {validation.tokens:,} validation, "
         f"{summary.bytes_per_token:.2f} bytes each, {summary.tokens_per_second:,.0f} tokens/s"
@@ -194,7 +232,7 @@ def encode_split(
     _save(stem.with_name(f"{stem.name}.documents.npy"), np.frombuffer(offsets, np.int64))
     if conversations:
         _save(stem.with_name(f"{stem.name}.responses.npy"), np.frombuffer(responses, np.int64))
-    return SplitTokens(offsets[-1], len(offsets) - 1, counts)
+    return SplitTokens(counts, np.array(offsets, np.int64), np.array(responses, np.int64))
 
 
 def _response_start(text: str) -> int:
@@ -219,8 +257,9 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     so every token of the windows but the first is predicted exactly once; up to T - 2 tokens at the end are left out.
     Conversations (`responses`, the token at which each document's response starts; None for other text) are packed
     whole: a window starts with one and takes as many as fit, and labels are IGNORE_INDEX wherever no response of those
-    is: only what the assistant says is learned, its end-of-text token included. Of one longer than T, the first T
-    tokens count. tokens: memory-mapped ids, shape (N,). byte_counts: bytes each id stands for, 0 for specials, shape
+    is: only what the assistant says is learned, its end-of-text token included. One longer than T loses the start of its
+    prompt, so that its response is whole; a response longer than three quarters of T, after a prompt of more than a
+    quarter, keeps that quarter and loses its own end. tokens: memory-mapped ids, shape (N,). byte_counts: bytes each id stands for, 0 for specials, shape
     (V,). document_offsets: start of each document in `tokens`, and the end.
     """
 
@@ -267,7 +306,9 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def _conversations(self, index: int) -> dict[str, torch.Tensor]:
         assert self.responses is not None
         documents = self.documents(index)
-        start = int(self.document_offsets[documents[0]])
+        first = documents[0]
+        start, end = self.document_offsets[first], self.document_offsets[first + 1]
+        start = int(_first_tokens(start, self.responses[first], end, self.sequence_length))
         ids_T = torch.from_numpy(self.tokens[start : start + self.sequence_length].astype(np.int64))
         labels_T = torch.full_like(ids_T, IGNORE_INDEX)
         for document in documents:
@@ -289,6 +330,11 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def spelled(self, ids_T: npt.NDArray[np.integer]) -> bytes:
         """The exact bytes of text that these ids stand for."""
         return b"".join(self._token_bytes[number] for number in ids_T)
+
+
+def _first_tokens(start: _Places, response: _Places, end: _Places, sequence_length: int) -> _Places:
+    """The first token of a conversation that a window of its own shows: its start where it fits, else see TokenDataset."""
+    return np.maximum(start, np.minimum(end - sequence_length, response - sequence_length // 4))
 
 
 def _packed(offsets: npt.NDArray[np.int64], sequence_length: int) -> npt.NDArray[np.int64]:

@@ -10,6 +10,7 @@ import torch
 
 from model.errors import PipelineError
 from model.settings import CorpusSettings, TokenizerSettings
+from model.text.chat import ASSISTANT
 from model.text.corpus import SPLITS, build_corpus, read_documents
 from model.text.tokenizer import FastEncoder, load_tokenizer
 from model.text.tokens import TokenDataset, TokenizedDatasetSummary, build_tokenized_dataset, count_windows
@@ -196,3 +197,58 @@ def test_merges_are_trained_on_the_bytes_asked_for(corpus_dir, tmp_path: Path) -
     assert any("on 3,000 bytes" in line for line in logged)
     with pytest.raises(PipelineError, match="only gives"):
         build_tokenized_dataset(settings_of("bpe", training_bytes=3000), corpus_dir, tmp_path / "out")
+
+
+def chat_data_set(tmp_path: Path, pairs: list[tuple[str, str]], log: list[str] | None = None) -> Path:
+    """Conversations of one token a character, the same in both splits but for a number."""
+    rows = [{"text": prompt, "response": response} for prompt, response in pairs]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = CorpusSettings(
+        source="files",
+        paths=[str(tmp_path / "in.jsonl")],
+        response_field="response",
+        split_by="position",
+        validation_fraction=0.55,
+    )
+    build_corpus(corpus, tmp_path / "corpus")
+    settings = settings_of("char", chat=True)
+    build_tokenized_dataset(
+        settings, tmp_path / "corpus", tmp_path / "out", log=(log if log is not None else []).append
+    )
+    return tmp_path / "out"
+
+
+def windows(folder: Path) -> list[tuple[str, str]]:
+    """What each window of the train split shows and what of it is learned."""
+    dataset = TokenDataset(folder, "train", LENGTH)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    items = [dataset[index] for index in range(len(dataset))]
+    return [
+        (tokenizer.decode(item["input_ids"]), tokenizer.decode(item["labels"][item["labels"] >= 0])) for item in items
+    ]
+
+
+def test_a_conversation_longer_than_a_window_keeps_its_answer(tmp_path: Path) -> None:
+    end, digits = "<|endoftext|>", "0123456789" * 30
+    pairs = [("q?", "yes"), ("p" * 300 + "?", "no"), ("r?", digits), ("b" * 300 + "?", digits[::-1])]
+    held_out = [(f"{n} {prompt}", response) for n, (prompt, response) in enumerate(pairs)]
+    logged: list[str] = []
+    folder = chat_data_set(tmp_path, [*pairs, *held_out], logged)
+    shown, learned = zip(*windows(folder), strict=True)
+    room = LENGTH - LENGTH // 4
+    assert learned == ("yes" + end, "no" + end, digits[:room], digits[::-1][:room])
+    assert shown[1].endswith(f"ppp?{ASSISTANT}no{end}") and shown[2].startswith(ASSISTANT[-(LENGTH // 4) :])
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["train_cut_prompts"], summary["train_cut_responses"]) == (3, 2)
+    assert (summary["validation_cut_prompts"], summary["validation_cut_responses"]) == (3, 2)
+    assert any("cuts the start of 3 prompts and the end of 2 responses" in line for line in logged)
+
+
+def test_conversations_that_fit_are_not_counted_as_cut(tmp_path: Path) -> None:
+    logged: list[str] = []
+    room = LENGTH - len("### User:\n\n\n### Assistant:\n") - 1
+    folder = chat_data_set(tmp_path, [("p" * (room - n), "r" * n) for n in range(1, 9)], logged)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert not any(summary[f"{split}_cut_{part}"] for split in SPLITS for part in ("prompts", "responses"))
+    assert not any("cuts" in line for line in logged)
+    assert all(len(learned) > len("<|endoftext|>") for _, learned in windows(folder))

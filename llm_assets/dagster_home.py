@@ -1,0 +1,48 @@
+"""Whether Dagster can write its records, found out before Dagster does: it would end in a traceback of 70 lines.
+
+    python -m llm_assets.dagster_home
+
+The make targets and the sweep check it first. Nothing is left behind.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from model.errors import PipelineError, ends_in_one_line
+
+DATABASES = ("history/runs.db", "history/runs/index.db", "schedules/schedules.db")
+"""What Dagster's SQLite storage opens for writing at every start."""
+
+
+def check_dagster_home() -> None:
+    """Raise PipelineError, one line, where DAGSTER_HOME is set and cannot be written."""
+    home = os.environ.get("DAGSTER_HOME")
+    if not home:
+        return  # Dagster keeps its records in a temporary folder then
+    try:
+        Path(home).mkdir(parents=True, exist_ok=True)
+        for folder in [Path(home), *{(Path(home) / name).parent for name in DATABASES}]:
+            if folder.exists():
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+        for database in (Path(home) / name for name in DATABASES):
+            if database.exists():
+                database.open("r+b").close()
+    except OSError as error:
+        raise PipelineError(
+            f"DAGSTER_HOME {home} cannot be written ({error.strerror}: {error.filename}): expected a folder for "
+            "Dagster's records; make it writable, or set DAGSTER_HOME to another (with a copy of dagster.yaml)"
+        ) from error
+
+
+@ends_in_one_line
+def main() -> int:
+    """Check it."""
+    check_dagster_home()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,8 @@
 """Text in whatever encoding it is stored, as UTF-8.
 
 The rule, for files and for single values of records alike: a mark (U+FEFF) at the start names UTF-8, UTF-16 or UTF-32
-and is dropped; without one, UTF-16 and UTF-32 are known by their NULs; all else is taken for UTF-8. Encodings of one byte
-a character and Shift-JIS have no such sign, and a guess would turn text into other text: they are read where
+and is dropped; without one, UTF-16 and UTF-32 are known by their NULs; all else is taken for UTF-8. Encodings of one
+byte a character and Shift-JIS have no such sign, and a guess would turn text into other text: they are read where
 `corpus.encoding` names them. What is no text in its encoding becomes bytes that are no UTF-8, for the reader to count.
 """
 

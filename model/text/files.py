@@ -32,7 +32,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class File:
-    """One file. source: its name as the corpus records it, printable and UTF-8. size: bytes where it lies, 0: unknown."""
+    """One file. source: its name as the corpus records it, printable UTF-8. size: bytes where it lies, 0: unknown."""
 
     source: str
     fs: Any

@@ -2,8 +2,8 @@
 
 `Sources` yields (source, bytes) in a fixed order and holds one document, one line or one small Parquet batch at a time.
 It neither cleans nor splits: that is `model.text.corpus`. Text comes as UTF-8 without a mark (`encodings.py` has the
-rule), or as bytes that are no UTF-8 where it is none. Broken input raises PipelineError naming the file and, where there
-are lines, the line; what a network does raises TransientError.
+rule), or as bytes that are no UTF-8 where it is none. Broken input raises PipelineError naming the file and, where
+there are lines, the line; what a network does raises TransientError.
 """
 
 import hashlib

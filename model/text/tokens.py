@@ -42,8 +42,9 @@ class TokenizedDatasetSummary:
     """What a tokenized data set holds; `summary.json` beside it, without the two timings.
 
     Tokens include one end-of-text token per document. bytes_per_token: compression over both splits.
-    windows: whole windows of sequence_length tokens. cut_prompts, cut_responses: conversations longer than a window, and
-    those of them whose response does not fit either (`TokenDataset` has the rule). most_common: id, token, count and share in the train split.
+    windows: whole windows of sequence_length tokens. cut_prompts, cut_responses: conversations longer than a window,
+    and those whose response does not fit either (`TokenDataset` has the rule). most_common: id, token, count and share
+    in the train split.
     """
 
     kind: str
@@ -257,10 +258,10 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     so every token of the windows but the first is predicted exactly once; up to T - 2 tokens at the end are left out.
     Conversations (`responses`, the token at which each document's response starts; None for other text) are packed
     whole: a window starts with one and takes as many as fit, and labels are IGNORE_INDEX wherever no response of those
-    is: only what the assistant says is learned, its end-of-text token included. One longer than T loses the start of its
-    prompt, so that its response is whole; a response longer than three quarters of T, after a prompt of more than a
-    quarter, keeps that quarter and loses its own end. tokens: memory-mapped ids, shape (N,). byte_counts: bytes each id stands for, 0 for specials, shape
-    (V,). document_offsets: start of each document in `tokens`, and the end.
+    is: only what the assistant says is learned, its end-of-text token included. One longer than T loses the start of
+    its prompt, so that its response is whole; a response longer than three quarters of T, after a prompt of more than
+    a quarter, keeps that quarter and loses its own end. tokens: memory-mapped ids, shape (N,). byte_counts: bytes each
+    id stands for, 0 for specials, shape (V,). document_offsets: start of each document in `tokens`, and the end.
     """
 
     def __init__(self, dataset_dir: Path, split: str, sequence_length: int) -> None:
@@ -333,7 +334,7 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 def _first_tokens(start: _Places, response: _Places, end: _Places, sequence_length: int) -> _Places:
-    """The first token of a conversation that a window of its own shows: its start where it fits, else see TokenDataset."""
+    """The first token of a conversation that its own window shows: its start where it fits, else see TokenDataset."""
     return np.maximum(start, np.minimum(end - sequence_length, response - sequence_length // 4))
 
 

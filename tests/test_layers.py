@@ -125,13 +125,3 @@ def test_no_folders_import_each_other_in_a_circle():
 
 def test_a_circle_is_found():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
-
-
-def test_private_modules_of_dagster_are_imported_in_one_place():
-    private = {
-        str(path.relative_to(REPO))
-        for path in (REPO / "llm_assets").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dagster._")
-    }
-    assert private == {"llm_assets/run_launcher.py"}

@@ -8,13 +8,12 @@ tokens.
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from model.errors import PipelineError
 from model.modeling_rex import RexForCausalLM
 from model.text.tokenizer import load_tokenizer
-from model.weights.loading import load_model
+from model.weights.loading import WEIGHTS, load_model, load_weights, stored_shapes
 
 
 def start_from(model: RexForCausalLM, checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -23,18 +22,18 @@ def start_from(model: RexForCausalLM, checkpoint: Path, tokenizer: PreTrainedTok
     Raises PipelineError where they are missing, of another shape, or of another vocabulary than `tokenizer`.
     """
     option = f"training.init_from is {str(checkpoint)!r}"
-    found = load_file(_weights(option, checkpoint))
-    expected = dict(model.named_parameters())
-    for name in sorted({*found, *expected} - {"lm_head.weight"}):
-        old, new = (list(given[name].shape) if name in given else "missing" for given in (found, expected))
+    weights = _weights(option, checkpoint)
+    found = stored_shapes(weights)
+    expected = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    for name in sorted({*found, *expected}):
+        old, new = (list(shapes[name]) if name in shapes else "missing" for shapes in (found, expected))
         if old != new:
             raise PipelineError(
                 f"{option}: {name} is {old} there and {new} in this experiment; take the model's shape over from it, "
                 "and its tokenizer with tokenizer=pretrained tokenizer.path=FOLDER"
             )
     _check_vocabulary(option, checkpoint, tokenizer)
-    model.load_state_dict(found, strict=False)
-    model.tie_weights()
+    load_weights(model, weights, dtype=model.dtype)
 
 
 def load_teacher(
@@ -59,9 +58,9 @@ def load_teacher(
 
 
 def _weights(option: str, checkpoint: Path) -> Path:
-    weights = checkpoint / "model.safetensors"
+    weights = checkpoint / WEIGHTS
     if not weights.is_file():
-        raise PipelineError(f"{option}: no model.safetensors there; name the folder of a trained checkpoint")
+        raise PipelineError(f"{option}: no {WEIGHTS} there; name the folder of a trained checkpoint")
     return weights
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerState
 
@@ -35,6 +34,7 @@ from model.training.outputs.summary import TrainingSummary
 from model.training.run import OnMetrics, TrainingRun, prepare_run
 from model.training.throughput import flops_per_token, matmul_peak, peak_memory_bytes
 from model.training.trainer import RexTrainer
+from model.weights.loading import WEIGHTS, load_weights
 
 
 def train(
@@ -83,7 +83,7 @@ def train(
         state, trained_s, warnings = _run_steps(run, tokenizer, resume_step, peak_flops)
         best_step = state.best_global_step or state.global_step
         model = build_model(config, run.settings.seed)
-        _load_weights(model, checkpoints.checkpoint_dir(scratch_dir, best_step))
+        _load_best(model, checkpoints.checkpoint_dir(scratch_dir, best_step))
         _barrier()  # rank 0 returns, and its caller deletes the checkpoints, only after all ranks have read them
         model.to(run.device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
         run.log(f"validating the weights of step {best_step:,} on the whole validation split")
@@ -192,14 +192,11 @@ def _quiet_transformers() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def _load_weights(model: RexForCausalLM, checkpoint: Path) -> None:
-    weights = checkpoint / "model.safetensors"
-    if not weights.is_file():
-        raise PipelineError(f"{weights} is missing: expected the weights of the best step; delete {checkpoint.parent}")
-    missing, unexpected = model.load_state_dict(load_file(weights), strict=False)
-    model.tie_weights()
-    if unexpected or set(missing) - {"lm_head.weight"}:
-        raise PipelineError(f"{weights} does not fit the model ({[*missing, *unexpected]}): delete {checkpoint.parent}")
+def _load_best(model: RexForCausalLM, checkpoint: Path) -> None:
+    try:
+        load_weights(model, checkpoint / WEIGHTS)
+    except PipelineError as error:
+        raise PipelineError(f"the best step's {error}, after deleting {checkpoint.parent}") from None
 
 
 def _file_digest(path: Path) -> str:
@@ -229,8 +226,8 @@ def _identity(settings: ExperimentSettings, dataset_dir: Path, initial_world_siz
         "dataset": digest("train.documents.npy", "validation.documents.npy"),
         "dataset_bytes": (dataset_dir / "train.bin").stat().st_size,
         "tokenizer": digest("tokenizer/tokenizer.json"),
-        "init_from": _file_digest(Path(settings.training.init_from) / "model.safetensors"),
-        "distill_from": _file_digest(Path(settings.training.distill_from) / "model.safetensors"),
+        "init_from": _file_digest(Path(settings.training.init_from) / WEIGHTS),
+        "distill_from": _file_digest(Path(settings.training.distill_from) / WEIGHTS),
         # With the settings, the initial number of processes decides the batch size (arguments.accumulation_steps).
         "processes": initial_world_size,
     }

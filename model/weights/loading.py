@@ -51,7 +51,7 @@ def load_model(
     model.tie_weights()  # skipped with the initialization
     if method == "int8":
         int8.quantize(model, values=False)
-    _load_weights(model, model_dir / WEIGHTS)
+    load_weights(model, model_dir / WEIGHTS)
     if (model_dir / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(model_dir)
     model.eval().requires_grad_(False)
@@ -127,27 +127,31 @@ def _move(model: RexForCausalLM, device: torch.device, dtype: torch.dtype) -> No
         setattr(rotary, name, buffer.to(device))
 
 
-def _load_weights(model: RexForCausalLM, path: Path) -> None:
-    """Copy every tensor of `path` into `model`, whose weights take the stored dtype.
+def load_weights(model: RexForCausalLM, path: Path, *, dtype: torch.dtype | None = None) -> None:
+    """Copy every tensor of `path` into `model`. dtype: of the weights then; None keeps the stored one.
 
     Copied, not mapped: torch aligns its own memory, so the same file gives the same bits in every process, and the file
-    may be deleted while the model runs.
+    may be deleted while the model runs. Raises PipelineError for a file that is missing, unreadable or of other shapes.
     """
+    # state_dict lists tied weights twice, the file once, under the embedding's name.
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+    _check_shapes(stored_shapes(path), expected, path)
+    with safe_open(path, framework="pt") as file:
+        _move(model, torch.device("cpu"), dtype or file.get_tensor("model.norm.weight").dtype)
+        targets = model.state_dict()
+        with torch.no_grad():
+            for name in expected:
+                targets[name].copy_(file.get_tensor(name))
+
+
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a safetensors file. Raises PipelineError where it is missing or unreadable."""
     if not path.is_file():
         raise PipelineError(f"{path} is missing: expected the weights of a model; make the model again")
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            # state_dict lists tied weights twice, the file once, under the embedding's name.
-            tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
-            expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
-            _check_shapes(found, expected, path)
-            stored = file.get_tensor("model.norm.weight").dtype
-            _move(model, torch.device("cpu"), stored)
-            targets = model.state_dict()
-            with torch.no_grad():
-                for name in expected:
-                    targets[name].copy_(file.get_tensor(name))
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise PipelineError(f"{path} is not a readable safetensors file ({error}): make it again") from None
 

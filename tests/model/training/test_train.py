@@ -185,6 +185,34 @@ def test_out_of_memory_names_the_batch_that_would_have_fitted(dataset_dir, tmp_p
         train(settings, dataset_dir, tmp_path / "output", tmp_path / "scratch")
 
 
+def test_out_of_memory_after_a_resume_on_fewer_processes_advises_for_those(dataset_dir, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def kill(step, metrics):
+        if step > 5:
+            raise Killed
+
+    settings = experiment(per_device_train_batch_size=8, gradient_accumulation_steps=2)
+    settings.model.attention_dropout = 0.0  # each process would draw its own
+    scratch = tmp_path / "scratch"
+    with pytest.raises(Killed):
+        train(settings, dataset_dir, tmp_path / "output", scratch, on_metrics=kill)
+    record = scratch / checkpoints.RECORD
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"processes": 2}))
+    whole = loss.linear_cross_entropy
+
+    def in_little_memory(hidden_BTD, *args, **kwargs):
+        if len(hidden_BTD) > 2:
+            raise MemoryError
+        return whole(hidden_BTD, *args, **kwargs)
+
+    monkeypatch.setattr(loss, "linear_cross_entropy", in_little_memory)
+    # 8 windows, 2 passes, 2 processes: 32 windows, which one process takes as 16 passes of 2.
+    with pytest.raises(PipelineError, match=r"is 8: .*set it to 2, and .*accumulation_steps to 16 for the same batch"):
+        train(settings, dataset_dir, tmp_path / "output", scratch)
+
+
 def test_what_the_model_wrote_at_each_evaluation_is_kept(run):
     output, _, metrics, _ = run
     text = (output / "progress.md").read_text()

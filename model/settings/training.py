@@ -68,7 +68,9 @@ class TrainingSettings(Settings, group="training"):
         maximum=100.0,
     )
     init_from: str = option(
-        "", "Checkpoint whose weights training starts from: its folder, or latest:EXPERIMENT; empty: random weights."
+        "",
+        "Checkpoint, or stock Llama or GLM-4, whose weights training starts from: its folder, or latest:EXPERIMENT; "
+        "empty: random weights.",
     )
     distill_from: str = option(
         "", "Teacher whose predictions training follows too: a checkpoint's folder, or latest:EXPERIMENT; empty: none."

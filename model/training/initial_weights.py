@@ -13,27 +13,37 @@ from transformers import PreTrainedTokenizerBase
 from model.errors import PipelineError
 from model.modeling_rex import RexForCausalLM
 from model.text.tokenizer import load_tokenizer
-from model.weights.loading import WEIGHTS, load_model, load_weights, stored_shapes
+from model.weights.loading import WEIGHTS, load_model
+from model.weights.stock import differing_options, read_weights, weight_files
 
 
 def start_from(model: RexForCausalLM, checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Load the weights of `training.init_from`.
+    """Load the weights of `training.init_from`: a checkpoint of REX, or a stock Llama or GLM-4 that computes the same.
 
-    Raises PipelineError where they are missing, of another shape, or of another vocabulary than `tokenizer`.
+    Raises PipelineError where they are missing, of another shape or vocabulary than `model` and `tokenizer`, or where
+    the same weights would compute something else in this experiment, as with another base of rotary embeddings.
     """
     option = f"training.init_from is {str(checkpoint)!r}"
-    weights = _weights(option, checkpoint)
-    found = stored_shapes(weights)
-    expected = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    if not weight_files(checkpoint):
+        raise PipelineError(f"{option}: no {WEIGHTS} there; name the folder of a trained checkpoint")
+    try:
+        found, options = read_weights(checkpoint), differing_options(checkpoint, model.config)
+    except PipelineError as error:
+        raise PipelineError(f"{option}: {error}") from None
+    expected = dict(model.named_parameters())
     for name in sorted({*found, *expected}):
-        old, new = (list(shapes[name]) if name in shapes else "missing" for shapes in (found, expected))
+        old, new = (list(given[name].shape) if name in given else "missing" for given in (found, expected))
         if old != new:
             raise PipelineError(
-                f"{option}: {name} is {old} there and {new} in this experiment; take the model's shape over from it, "
-                "and its tokenizer with tokenizer=pretrained tokenizer.path=FOLDER"
+                f"{option}: {name} is {old} there and {new} in this experiment; take the model's shape over from it"
+                f"{' (' + ' '.join(options) + ')' if options else ''}, and its tokenizer with tokenizer=pretrained "
+                "tokenizer.path=FOLDER"
             )
+    if options:
+        raise PipelineError(f"{option}: it computes something else than this experiment; take over {' '.join(options)}")
     _check_vocabulary(option, checkpoint, tokenizer)
-    load_weights(model, weights, dtype=model.dtype)
+    # Not strict: a tied head has no entry of its own. All other names were compared.
+    model.load_state_dict(found, strict=False)
 
 
 def load_teacher(

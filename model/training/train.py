@@ -35,6 +35,7 @@ from model.training.run import OnMetrics, TrainingRun, prepare_run
 from model.training.throughput import flops_per_token, matmul_peak, peak_memory_bytes
 from model.training.trainer import RexTrainer
 from model.weights.loading import WEIGHTS, load_weights
+from model.weights.stock import weight_files
 
 
 def train(
@@ -199,11 +200,13 @@ def _load_best(model: RexForCausalLM, checkpoint: Path) -> None:
         raise PipelineError(f"the best step's {error}, after deleting {checkpoint.parent}") from None
 
 
-def _file_digest(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _weights_digest(folder: str) -> str:
+    """The digests of a model's files, one after the other; empty where no folder is named."""
+    found = ""
+    for path in weight_files(Path(folder)) if folder else ():
+        with path.open("rb") as file:
+            found += hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 _NOT_OF_THE_RESULT = frozenset({"self_check", "self_check_tolerance", "watch_after", "watch_repeats"})
@@ -226,8 +229,8 @@ def _identity(settings: ExperimentSettings, dataset_dir: Path, initial_world_siz
         "dataset": digest("train.documents.npy", "validation.documents.npy"),
         "dataset_bytes": (dataset_dir / "train.bin").stat().st_size,
         "tokenizer": digest("tokenizer/tokenizer.json"),
-        "init_from": _file_digest(Path(settings.training.init_from) / WEIGHTS),
-        "distill_from": _file_digest(Path(settings.training.distill_from) / WEIGHTS),
+        "init_from": _weights_digest(settings.training.init_from),
+        "distill_from": _weights_digest(settings.training.distill_from),
         # With the settings, the initial number of processes decides the batch size (arguments.accumulation_steps).
         "processes": initial_world_size,
     }

@@ -20,6 +20,7 @@ from model.text.tokens import TokenDataset, build_tokenized_dataset
 from model.training.failures import documents_of
 from model.training.outputs.summary import TrainingSummary
 from model.training.train import train
+from model.weights.export import export_checkpoint
 from tests.model.training.tiny import experiment
 
 PAIRS = [(f"is {n} odd", "yes" if n % 2 else "no") for n in range(60)]
@@ -68,10 +69,14 @@ def tuned(base, conversations, tmp_path_factory) -> tuple[Path, TrainingSummary]
     return directory / "checkpoint", summary
 
 
-def test_training_starts_from_the_checkpoint_and_goes_on_with_other_text(base, dataset_dir, tmp_path):
+@pytest.mark.parametrize("layout", ["rex", "glm4"])
+def test_training_starts_from_the_checkpoint_and_goes_on_with_other_text(base, dataset_dir, tmp_path, layout):
     first: list[float] = []
+    start = base
+    if layout == "glm4":
+        export_checkpoint(base, start := tmp_path / "glm4")
     train(
-        experiment(init_from=str(base), max_steps=2, learning_rate=1e-9, muon_learning_rate=1e-9, weight_decay=0.0),
+        experiment(init_from=str(start), max_steps=2, learning_rate=1e-9, muon_learning_rate=1e-9, weight_decay=0.0),
         dataset_dir,
         tmp_path / "output",
         tmp_path / "scratch",

@@ -1,0 +1,109 @@
+"""Stock models as initial weights: what export wrote comes back as it was, and what REX does not compute is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Glm4Config, LlamaConfig, LlamaForCausalLM
+
+from model.errors import PipelineError
+from model.modeling_rex import RexForCausalLM
+from model.training.initial_weights import start_from
+from model.weights.export import export_checkpoint, export_model
+from model.weights.stock import read_weights
+from tests.tiny import tiny_model, tiny_tokenizer
+
+IDS = torch.arange(24)[None] % 280
+
+
+def saved(folder: Path, **shape: Any) -> RexForCausalLM:
+    """A checkpoint at folder/rex, exported to folder/hf."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer, **shape)
+    model.save_pretrained(folder / "rex")
+    tokenizer.save_pretrained(folder / "rex")
+    export_checkpoint(folder / "rex", folder / "hf")
+    return model
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("post_norm", [True, False], ids=["glm4", "llama"])
+def test_an_export_that_comes_back_is_the_same_to_the_bit(tmp_path: Path, post_norm: bool, tied: bool) -> None:
+    shape = {"post_norm": post_norm, "tie_word_embeddings": tied}
+    model = saved(tmp_path, **shape)
+    original, back = load_file(tmp_path / "rex/model.safetensors"), read_weights(tmp_path / "hf")
+    assert original.keys() == back.keys()
+    assert all(torch.equal(original[name], back[name]) for name in original)
+    other = tiny_model(tiny_tokenizer(), seed=1, **shape)
+    start_from(other, tmp_path / "hf", tiny_tokenizer())
+    assert torch.equal(model(IDS).logits, other(IDS).logits)
+
+
+def test_a_stock_llama_in_several_files_and_half_precision_gives_its_own_logits(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, rms_norm_eps=1e-5, max_position_embeddings=64, initializer_range=0.3,
+    )  # fmt: skip
+    stock = LlamaForCausalLM(config).eval().to(torch.bfloat16)
+    stock.save_pretrained(tmp_path / "llama", max_shard_size="20kB")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    assert len(list((tmp_path / "llama").glob("*.safetensors"))) > 1
+    model = tiny_model(tokenizer, post_norm=False)
+    start_from(model, tmp_path / "llama", tokenizer)
+    expected = LlamaForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32).eval()
+    torch.testing.assert_close(model(IDS).logits, expected(IDS).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_type": "qwen3"}, r"model_type 'qwen3': expected rex, llama, glm4"),
+        ({"model_type": "gpt2"}, r"model_type 'gpt2': expected rex, llama, glm4"),
+        ({"attention_bias": True}, r"attention_bias True: expected False"),
+        ({"mlp_bias": True}, r"mlp_bias True: expected False"),
+        ({"sliding_window": 32}, r"sliding_window 32: expected None"),
+        ({"hidden_act": "gelu"}, r"hidden_act 'gelu': expected 'silu'"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            r"rope_type 'linear': expected 'default'",
+        ),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors"}},
+            r"quantized weights: expected full precision",
+        ),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, r"take over model.rope_theta=500.0$"),
+        ({"rms_norm_eps": 1e-3}, r"take over model.rms_norm_eps=0.001$"),
+        ({"tie_word_embeddings": True}, r"lm_head.weight is missing there .*\(model.tie_word_embeddings=true\)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_rex_or_the_experiment_does_not_compute_is_one_line_by_name(
+    tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    model = saved(tmp_path, post_norm=False)
+    path = tmp_path / "hf/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    before = model(IDS).logits
+    with pytest.raises(PipelineError, match=says) as caught:
+        start_from(model, tmp_path / "hf", tiny_tokenizer())
+    assert str(caught.value).startswith("training.init_from is ") and "\n" not in str(caught.value)
+    assert torch.equal(model(IDS).logits, before)
+
+
+def test_a_glm4_that_turns_half_of_each_head_is_refused(tmp_path: Path) -> None:
+    exported = export_model(tiny_model(tiny_tokenizer()))
+    assert isinstance(exported.config, Glm4Config)
+    exported.config.rope_parameters["partial_rotary_factor"] = 0.5
+    exported.save_pretrained(tmp_path / "glm4")
+    with pytest.raises(PipelineError, match=r"partial_rotary_factor 0.5: expected 1.0"):
+        read_weights(tmp_path / "glm4")
+
+
+def test_a_llama_is_no_model_with_norms_after_its_branches(tmp_path: Path) -> None:
+    saved(tmp_path, post_norm=False)
+    with pytest.raises(PipelineError, match=r"missing there and .*\(model.post_norm=false\)"):
+        start_from(tiny_model(tiny_tokenizer()), tmp_path / "hf", tiny_tokenizer())

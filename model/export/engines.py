@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = {"transformers": "transformers", "llama.cpp": "xllamacpp"}
+PACKAGES = {"transformers": "transformers", "compressed-tensors": "compressed-tensors", "llama.cpp": "xllamacpp"}
 """The package of each engine."""
 
 Questions = dict[str, Any]
@@ -138,7 +138,17 @@ def llama_cpp(path: Path, asked: Questions) -> Answers:
     }
 
 
-ENGINES: dict[str, Callable[[Path, Questions], Answers]] = {"transformers": transformers, "llama.cpp": llama_cpp}
+def compressed_tensors(path: Path, asked: Questions) -> Answers:
+    """Stock transformers on int8 weights, which the package compressed-tensors reads for it."""
+    answers = transformers(path, asked)
+    return {**answers, "engine": f"compressed-tensors {version('compressed-tensors')} in {answers['engine']}"}
+
+
+ENGINES: dict[str, Callable[[Path, Questions], Answers]] = {
+    "transformers": transformers,
+    "compressed-tensors": compressed_tensors,
+    "llama.cpp": llama_cpp,
+}
 
 
 def main() -> int:

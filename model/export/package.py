@@ -73,7 +73,7 @@ def export(
     if "compressed-tensors" in formats:
         write_compressed_tensors(model, output_dir / "compressed-tensors")
         copy_tokenizer(checkpoint_dir, output_dir / "compressed-tensors")
-        files.append(ExportedFile("compressed-tensors", "int8", "vLLM"))
+        files.append(ExportedFile("compressed-tensors", "int8", "compressed-tensors"))
     if "gguf" in formats:
         reason = reason_against(tokenizer)
         if reason and len(formats) > 1:

@@ -26,9 +26,9 @@ from model.text.tokens import TokenDataset
 
 STEPS = 16
 """Greedy tokens after each prompt."""
-LOG_PROBABILITY_BOUND = {"float32": 1e-3, "bfloat16": 0.25, "q8_0": 0.25}
+LOG_PROBABILITY_BOUND = {"float32": 1e-3, "bfloat16": 0.25, "int8": 0.25, "q8_0": 0.25}
 """Largest difference of one log-probability, nats, by how the exported weights are stored."""
-BITS_PER_BYTE_BOUND = {"float32": 1e-3, "bfloat16": 0.02, "q8_0": 0.02}
+BITS_PER_BYTE_BOUND = {"float32": 1e-3, "bfloat16": 0.02, "int8": 0.02, "q8_0": 0.02}
 """Largest difference in bits per byte on the same held-out tokens."""
 WINDOWS = 8
 """Windows of the validation split, evenly spread, that an engine scores which gives whole distributions at once."""

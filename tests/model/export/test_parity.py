@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from model.errors import PipelineError
-from model.export import engines, gguf, parity
+from model.export import certified, engines, gguf, parity
 from model.export.gguf import write_gguf
 from model.export.package import export
 from model.export.parity import Certificate, certify
@@ -152,3 +152,34 @@ def test_a_file_that_an_engine_cannot_load_is_one_line(glm4: Made) -> None:
     (glm4[3] / "out/broken.gguf").write_bytes(b"GGUF")
     with pytest.raises(PipelineError, match=r"^llama.cpp cannot run .*broken.gguf: .*; export the checkpoint again$"):
         certificate(glm4, "llama.cpp", "broken.gguf")
+
+
+def test_a_difference_and_what_was_not_run_are_named_beside_the_files(
+    source: tuple[PreTrainedTokenizerFast, TokenDataset],
+    tmp_path: Path,
+    in_this_process: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make(source, tmp_path, post_norm=True)
+    (tmp_path / "quantized").mkdir()
+    monkeypatch.setattr(certified, "installed_engines", lambda: {"transformers": "5"})
+    swap_rows(monkeypatch)
+    found = certified.export_with_certificates(
+        tmp_path / "rex",
+        tmp_path / "quantized",
+        Path(source[1].tokens.filename).parent,
+        tmp_path / "out",
+        sequence_length=CONTEXT,
+        name="mine",
+        provenance={},
+    )
+    assert [certificate.file for certificate in found.certificates] == ["hf"]
+    assert found.differences and all(line.startswith("transformers 5") for line in found.differences)
+    assert found.left_out == [
+        "certificate of compressed-tensors: compressed-tensors is not installed",
+        "certificate of gguf/model-f32.gguf: llama.cpp is not installed",
+        "certificate of gguf/model-q8_0.gguf: llama.cpp is not installed",
+    ]
+    written = json.loads((tmp_path / "out" / certified.CERTIFICATES).read_text())
+    assert written["certificates"][0]["differences"] and written["left_out"] == found.left_out
+    assert "certificates.json" in (tmp_path / "out/SHA256SUMS").read_text()

@@ -48,7 +48,7 @@ def build_model(config: RexConfig, seed: int) -> RexForCausalLM:
         return RexForCausalLM(copy.deepcopy(config))
 
 
-def count_parameters(config: RexConfig) -> int:
+def count_config_parameters(config: RexConfig) -> int:
     """Parameters of the model, tied ones once; nothing is allocated."""
     with torch.device("meta"):
         model = RexForCausalLM(config)

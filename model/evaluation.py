@@ -18,6 +18,7 @@ from model.errors import PipelineError
 from model.logits import IGNORE_INDEX, rows_at_once
 from model.modeling_rex import RexForCausalLM
 from model.progress import Log, Progress, silent
+from model.system.cpu import limit_threads
 from model.text.tokens import TokenDataset
 
 
@@ -62,6 +63,7 @@ def evaluate(
     token stands for 0 bytes and its cost counts: it is the cost of telling where a document ends.
     Raises PipelineError where there is nothing to predict.
     """
+    limit_threads()
     progress = Progress(log, "evaluation", sum(_count(dataset, max_windows)), "windows")
     byte_counts_V = torch.from_numpy(dataset.byte_counts)
     nats, tokens, text_bytes = 0.0, 0, 0
@@ -116,6 +118,7 @@ def compare(
     batch_size: int = 4,
 ) -> Agreement:
     """How closely `model` follows `reference` on the windows that `evaluate` would take."""
+    limit_threads()
     same, divergence, tokens = 0, 0.0, 0
     models = [model, reference]
     for _, states in _forward(models, _batches(dataset, batch_size, max_windows)):

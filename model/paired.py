@@ -20,6 +20,7 @@ from model.errors import PipelineError
 from model.evaluation import window_bits
 from model.logits import IGNORE_INDEX
 from model.modeling_rex import RexForCausalLM
+from model.system.cpu import limit_threads
 from model.system.devices import resolve_device
 from model.text.tokenizer import FastEncoder, load_tokenizer
 from model.text.tokens import TokenDataset
@@ -77,6 +78,7 @@ def compare_pair(
     Raises PipelineError where a model cannot be loaded, and where conversations were encoded by another tokenizer than
     the champion's: which of their tokens count is known for the dataset's own tokens alone.
     """
+    limit_threads()
     dataset = TokenDataset(dataset_dir, "validation", sequence_length)
     target = str(resolve_device(device, setting="device"))
     candidate, champion = (load_model(directory, device=target) for directory in (candidate_dir, champion_dir))

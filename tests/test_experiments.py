@@ -9,7 +9,7 @@ import torch
 
 from llm_assets.experiments.compose import compose, experiment_names
 from llm_assets.experiments.references import PREFIX, resolve
-from model.build import build_config, count_parameters
+from model.build import build_config, count_config_parameters
 from model.settings import ExperimentSettings
 from model.system.devices import resolve_precision
 from model.text.corpus import build_corpus
@@ -102,7 +102,7 @@ def base(dataset_of: Callable[[ExperimentSettings], Path], tmp_path_factory: pyt
 def test_the_model_has_the_size_it_claims(name):
     settings = compose(name)
     low, high = MILLIONS[name]
-    assert low < count_parameters(build_config(settings.model, vocabulary(settings), 0, 0, 1)) / 1e6 < high
+    assert low < count_config_parameters(build_config(settings.model, vocabulary(settings), 0, 0, 1)) / 1e6 < high
 
 
 LARGE = {"gpt2_124m", "llama_350m"}  # the vocabularies of GPT-2's and Llama's size take most of the time

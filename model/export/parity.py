@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from model.errors import PipelineError
 from model.modeling_rex import RexForCausalLM
 from model.system.commands import ending_with_parent
+from model.system.cpu import limit_threads
 from model.text.tokens import TokenDataset
 
 STEPS = 16
@@ -98,6 +99,7 @@ def certify(
     precision: how the weights at `path` are stored, a key of LOG_PROBABILITY_BOUND. name: of the file in the
     certificate. Raises PipelineError with the engine's last line where it cannot load or run the file.
     """
+    limit_threads()
     length = min(dataset.sequence_length, model.config.max_position_embeddings)
     count = min(WINDOWS, len(dataset))
     starts = [index * len(dataset) // count * (length - 1) for index in range(count)]

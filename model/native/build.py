@@ -19,6 +19,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from model.system.cpu import usable_cores
+
 SOURCES = Path(__file__).parent
 LIBRARY = SOURCES / "librex_native.so"
 COMPILERS = ("c++", "g++", "clang++")
@@ -83,7 +85,7 @@ def _compile(compiler: str, flags: list[str], scratch: Path, made: Path, program
         jobs.append((f"kernels_{name}", SOURCES / "kernels.cpp", [*extra, *defined]))
     if program:
         jobs.append((program.stem, program, [f"-I{SOURCES}"]))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         objects = pool.map(
             lambda job: _run([compiler, *flags, *job[2], "-c", str(job[1]), "-o", str(scratch / f"{job[0]}.o")]), jobs
         )

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
 SMALL_MODEL = 10_000_000
 """Parameters below which one thread decodes: the products are too small to share. 3 M parameters on 2 busy cores gave
 130 tokens/s with 1 thread and 15 with 2 (float32); 30 M in int8 gave 35 and 83."""
@@ -35,19 +36,32 @@ def release_worker_threads() -> None:
             ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD).omp_pause_resource_all(soft)
 
 
-def usable_cores(cgroup: Path = CGROUP, membership: Path = Path("/proc/self/cgroup")) -> int:
+def limit_threads() -> int:
+    """Let torch compute in no more threads than there are usable cores, and return their number.
+
+    Never raises the number: one that the caller or OMP_NUM_THREADS set lower stays, as torchrun does for each process.
+    """
+    import torch
+
+    threads = min(torch.get_num_threads(), usable_cores())
+    if threads < torch.get_num_threads():
+        torch.set_num_threads(threads)
+    return threads
+
+
+def usable_cores(cgroup: Path | None = None, membership: Path | None = None) -> int:
     """Cores by affinity, at most the cgroup's CPU quota rounded down, at least 1."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota(cgroup, membership)
     return max(1, affinity if quota is None else min(affinity, int(quota)))
 
 
-def cpu_quota(cgroup: Path = CGROUP, membership: Path = Path("/proc/self/cgroup")) -> float | None:
+def cpu_quota(cgroup: Path | None = None, membership: Path | None = None) -> float | None:
     """Cores that the tightest CPU quota of this process's cgroups allows, None without a quota.
 
     Reads cgroup v2 (`cpu.max` of the group and its parents) and v1 (`cpu.cfs_quota_us` over `cpu.cfs_period_us`).
     """
-    quotas = [_read_quota(folder) for folder in _folders(cgroup, membership)]
+    quotas = [_read_quota(folder) for folder in _folders(cgroup or CGROUP, membership or MEMBERSHIP)]
     return min((quota for quota in quotas if quota is not None), default=None)
 
 

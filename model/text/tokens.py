@@ -7,7 +7,6 @@ which is checked while writing. Memory holds a few batches of documents and 8 by
 
 import io
 import json
-import os
 import time
 from array import array
 from collections import deque
@@ -25,6 +24,7 @@ from model.errors import PipelineError, full_disk_as_error
 from model.logits import IGNORE_INDEX
 from model.progress import Log, Progress, silent
 from model.settings import TokenizerSettings
+from model.system.cpu import limit_threads, usable_cores
 from model.text.chat import response_start
 from model.text.corpus import CorpusSummary, read_documents, read_summary
 from model.text.tokenizer import SPECIALS, FastEncoder, even_sample, token_bytes, train_tokenizer
@@ -109,6 +109,7 @@ def build_tokenized_dataset(
     Raises PipelineError for a missing or damaged corpus, a vocabulary larger than the text allows, a split shorter than
     one window and a full disk.
     """
+    limit_threads()
     corpus = read_summary(corpus_dir)
     started = time.perf_counter()
     texts = read_documents(corpus_dir, "train")
@@ -221,7 +222,7 @@ def encode_split(
         progress.advance(len(lengths))
 
     end = np.array([end_of_text], np.uint32)
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = usable_cores()
     pending: deque[Future[tuple[npt.NDArray[Any], list[int], list[int]]]] = deque()
     with stem.with_name(f"{stem.name}.bin").open("wb") as file, ThreadPoolExecutor(workers) as pool:
         for batch in _batches(texts):

@@ -23,6 +23,7 @@ from model.evaluation import evaluate
 from model.modeling_rex import RexForCausalLM
 from model.progress import Log, silent
 from model.settings import ExperimentSettings
+from model.system.cpu import limit_threads
 from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset
 from model.training import checkpoints
@@ -58,6 +59,7 @@ def train(
     rounding. Raises PipelineError for a device that is not there, a dataset smaller than one batch, refused arguments,
     a loss that is not finite, memory that does not suffice, and a full disk; the last complete checkpoint then stays.
     """
+    limit_threads()
     tokenizer = load_tokenizer(dataset_dir / "tokenizer")
     length = settings.tokenizer.sequence_length
     config = build_config(

@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 SCHEME = "int8 weights, symmetric, one float32 scale per output channel; norms in full precision"
-PACKED_MIN_WEIGHTS = 1 << 19
+INT8_MIN_WEIGHTS = 1 << 19
 """Below this many weights a float32 product beats int8 at batch 1: quantizing activations costs about 20 us."""
 
 M = TypeVar("M", bound=nn.Module)
@@ -67,7 +67,7 @@ class Int8Matrix(nn.Module):
         """Activations (..., K) times the transposed matrix: (..., N), in x's dtype."""
         if x_MK.device.type != "cpu" or torch.compiler.is_compiling() or x_MK.requires_grad:
             return functional.linear(x_MK, self._float(x_MK.dtype))
-        if self.weight.numel() >= PACKED_MIN_WEIGHTS and torch.backends.quantized.engine in ("x86", "fbgemm"):
+        if self.weight.numel() >= INT8_MIN_WEIGHTS and torch.backends.quantized.engine in ("x86", "fbgemm"):
             return self._project_int8(x_MK)
         if self._float_NK is None or self._float_NK.dtype != x_MK.dtype:
             self._float_NK = self._float(x_MK.dtype)

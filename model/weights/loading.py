@@ -22,6 +22,7 @@ from model.artifact import MANIFEST, verify
 from model.configuration_rex import RexConfig
 from model.errors import PipelineError
 from model.modeling_rex import RexForCausalLM
+from model.system.cpu import limit_threads
 from model.system.devices import resolve_device
 from model.weights import int8
 
@@ -177,10 +178,12 @@ def main() -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m model.weights.loading", description=main.__doc__)
     parser.add_argument("model_dir", type=Path, help="a checkpoint or a quantized model")
-    parser.add_argument("--threads", type=int, default=0, help="torch threads; default: torch's own choice")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; default: usable cores")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    else:
+        limit_threads()
     try:
         model = load_model(arguments.model_dir)
     except PipelineError as error:

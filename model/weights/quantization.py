@@ -22,12 +22,10 @@ from model.modeling_rex import RexForCausalLM
 from model.progress import Log, silent
 from model.settings import QuantizationSettings
 from model.system.commands import ending_with_parent
+from model.system.cpu import limit_threads
 from model.text.tokens import TokenDataset
 from model.weights import int8
-from model.weights.int8 import dequantize, quantize
 from model.weights.loading import FORMAT_VERSION, QUANTIZATION, WEIGHTS, load_model, logits_digest, read_method
-
-__all__ = ["QuantizationSummary", "dequantize", "quantize", "quantize_checkpoint"]
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja")
 
@@ -72,6 +70,7 @@ def quantize_checkpoint(
     """
     if read_method(checkpoint_dir) != "none":
         raise PipelineError(f"{checkpoint_dir} is quantized already: expected a full-precision checkpoint")
+    limit_threads()
     reference = load_model(checkpoint_dir)
     log(f"quantization: {int8.count_parameters(reference):,} parameters, method {settings.method}")
     with full_disk_as_error(output_dir):

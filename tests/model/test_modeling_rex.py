@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 from transformers import DynamicCache, StaticCache
 
-from model.build import build_config, build_model, count_parameters
+from model.build import build_config, build_model, count_config_parameters
 from model.configuration_rex import RexConfig
 from model.modeling_rex import RexForCausalLM
 from model.settings import ModelSettings
@@ -319,7 +319,7 @@ def test_parameters_are_counted_without_building_the_model(tied: bool) -> None:
     )
     attention, mlp, norms = 64 * 64 + 2 * 16 * 64 + 64 * 64, 3 * 64 * 96, 4 * 64
     expected = (1 if tied else 2) * 500 * 64 + 3 * (attention + mlp + norms) + 64
-    assert count_parameters(build_config(settings, 500, 0, 0, 1)) == expected
+    assert count_config_parameters(build_config(settings, 500, 0, 0, 1)) == expected
 
 
 def test_every_norm_is_left_out_of_weight_decay_by_its_name() -> None:

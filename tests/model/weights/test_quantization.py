@@ -41,7 +41,7 @@ def tiny_model(tie_word_embeddings: bool = True) -> RexForCausalLM:
 @pytest.fixture(params=["packed", "dequantized"])
 def kernel(request, monkeypatch):
     """Both ways to multiply; tiny layers would all take the second."""
-    monkeypatch.setattr(int8, "PACKED_MIN_WEIGHTS", 0 if request.param == "packed" else 1 << 40)
+    monkeypatch.setattr(int8, "INT8_MIN_WEIGHTS", 0 if request.param == "packed" else 1 << 40)
     return request.param
 
 

@@ -1,6 +1,6 @@
-"""Refusals: one JSON shape for every answer of status 400 and above, one line that names the field.
+"""Error responses: one JSON shape for every status of 400 and above, with a one-line message that names the field.
 
-Values are shown only where they are short numbers or words, never text that a user wrote to be continued.
+Messages echo short numbers and words only, never the text of a prompt.
 """
 
 import json
@@ -16,7 +16,7 @@ LONGEST_NAME = 64
 
 
 class ApiError(HTTPException):
-    """An answer of status 400 and above. param: the request's field that is wrong, where one is."""
+    """An error response of status 400 or above. param: the invalid field of the request, if there is one."""
 
     def __init__(
         self,
@@ -32,12 +32,12 @@ class ApiError(HTTPException):
         self.content = error_content(message, type=type, param=param, code=code)
 
     def response(self) -> JSONResponse:
-        """The answer."""
+        """The JSON response."""
         return JSONResponse(self.content, self.status_code, self.headers)
 
 
 def error_content(message: str, *, type: str, param: str | None, code: str) -> dict[str, Any]:
-    """The body of a refusal."""
+    """The body of an error response."""
     return {"error": {"message": message, "type": type, "param": param, "code": code}}
 
 
@@ -51,7 +51,7 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     first = errors[0]
     path = [part for part in first["loc"] if part != "body"]
     kind, reason = first["type"], first["msg"][:1].lower() + first["msg"][1:]
-    if named := first.get("ctx", {}).get("param"):  # by a check of several fields together
+    if named := first.get("ctx", {}).get("param"):  # a validator of several fields names one
         return ApiError(400, f"{named}: {reason}", code=kind, param=named)
     if not path:
         return ApiError(
@@ -69,7 +69,7 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 
 
 def _shown(param: str, value: object) -> str:
-    """` is VALUE`, or nothing where the value is long or a user's text."""
+    """` is VALUE`; empty for a long value and for a user's text."""
     if param in PRIVATE_FIELDS or not isinstance(value, str | int | float | bool | None):
         return ""
     text = json.dumps(value)

@@ -1,6 +1,6 @@
-"""What the service is told: arguments fixed when a Bento is built, each overridden at start by a variable.
+"""Options of the service: arguments fixed when a Bento is built; environment variables override them at start.
 
-`bentoml serve` ignores `--arg` for a built Bento, hence the variables.
+`bentoml serve` ignores `--arg` for a built Bento, so a deployed service needs the variables.
 """
 
 import os
@@ -23,9 +23,9 @@ PREFIX = "REX_"
 
 @dataclass
 class ServiceSettings(ServingSettings):
-    """The options of a service: the pipeline's (`model/settings/serving.py`), and those of one that is started."""
+    """All options of a service: those of the pipeline (`model/settings/serving.py`) and those of a deployment."""
 
-    # The pipeline serves what it quantized; a directory given by hand is served as it is.
+    # The pipeline packages a quantized model; a directory given by hand may hold either precision.
     quantized: bool | Literal["auto"] = option(  # type: ignore[assignment]
         "auto", "true: int8 weights; false: full precision; auto: what the model's directory holds."
     )
@@ -39,7 +39,7 @@ class ServiceSettings(ServingSettings):
         "it changes.",
     )
     champion_poll_s: float = option(
-        10.0, "From one question for the champion to the next.", unit="seconds", above=0, maximum=86_400
+        10.0, "Interval at which MLflow is polled for the champion.", unit="seconds", above=0, maximum=86_400
     )
     clamp_max_tokens: bool = option(
         True, "Generate as many tokens as fit where more are asked for; false: refuse with a 400."
@@ -52,11 +52,11 @@ class ServiceSettings(ServingSettings):
         maximum=86_400,
     )
     keep_alive_s: float = option(
-        75.0, "That an idle connection stays open for the next request.", unit="seconds", above=0, maximum=86_400
+        75.0, "How long an idle connection stays open for another request.", unit="seconds", above=0, maximum=86_400
     )
     max_connections: int = option(
         4096,
-        "Open connections; beyond it the one that is idle longest is closed for a new one.",
+        "Most open connections; a new one beyond that closes the connection that has been idle longest.",
         unit="connections",
         above=0,
         maximum=1_000_000,
@@ -93,7 +93,7 @@ class BentoArgs(_Arguments):
 
 
 def with_overrides(arguments: BentoArgs, environment: Mapping[str, str] | None = None) -> BentoArgs:
-    """The arguments with REX_MODEL, REX_DEVICE, ... in their place where set.
+    """The arguments, overridden by REX_MODEL, REX_DEVICE, ... where they are set.
 
     Raises bentoml's InvalidArgument, one line that names the variable.
     """
@@ -112,7 +112,7 @@ def with_overrides(arguments: BentoArgs, environment: Mapping[str, str] | None =
 
 
 def origins(cors_origins: str) -> tuple[str, ...]:
-    """The web sites of the option. Raises InvalidArgument for what is no origin: a browser would never match it."""
+    """The allowed origins. Raises InvalidArgument for a malformed origin, which no browser would match."""
     found = tuple(origin.strip() for origin in cors_origins.split(",") if origin.strip())
     for origin in found:
         if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
@@ -154,7 +154,7 @@ def find_model(model: str) -> Path:
 
 
 def variables() -> list[Option]:
-    """The options as variables: their names are REX_MODEL, REX_CHAMPION, ..., those of a started service first."""
+    """The options as environment variables REX_MODEL, REX_CHAMPION, ...; those of a deployment come first."""
     pipelines = {item.name for item in options(ServingSettings)}
     found = [replace(item, group="", name=PREFIX + item.name.upper()) for item in options(ServiceSettings)]
     return sorted(found, key=lambda item: item.name.removeprefix(PREFIX).lower() in pipelines)

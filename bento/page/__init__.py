@@ -1,8 +1,7 @@
-"""The page at `/` on which a person tries the model: plain HTML, CSS and JavaScript modules that lie beside this file.
+"""The playground at `/`: static HTML, CSS and JavaScript modules in this folder.
 
-A browser asks for nothing else: no other host, no inline script, and the page's policy forbids both. The text of models
-and users is only ever inserted as text. The page and its files carry no secret and need no key; what it sends to the
-API does.
+The Content-Security-Policy forbids other hosts and inline scripts. Prompts and completions are inserted as text, never
+as HTML. The static files are public; requests to the API need a key where keys are configured.
 """
 
 import hashlib
@@ -20,13 +19,13 @@ MEDIA_TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-"""Not asked of the system, whose table may say otherwise: a browser runs no module of another type."""
+"""Fixed here because the system's MIME table may differ, and browsers reject modules of another type."""
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 )
 HEADERS = {
-    # Asked about each time and answered 304: a page and a script of two versions never meet.
+    # Revalidated each time (304), so that a page never loads scripts of another version.
     "Cache-Control": "no-cache",
     "Content-Security-Policy": POLICY,
     "Referrer-Policy": "no-referrer",
@@ -35,7 +34,7 @@ HEADERS = {
 
 
 def add_page(app: FastAPI) -> None:
-    """Add `/` and `/page/NAME`, which serve the files of this folder as they are now."""
+    """Add the routes `/` and `/page/NAME`; the files are read once, here."""
     files = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.suffix in MEDIA_TYPES}
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)

@@ -2,7 +2,7 @@
 
 import { readEvents } from "./sse.js";
 
-/** A refusal of the server in its own words. status: of HTTP, 0 where there was no answer. param: the field, or null. */
+/** An error response, with the server's message. status: HTTP status, 0 without a response. param: field or null. */
 export class ApiError extends Error {
   constructor(message, { status = 0, param = null, retryAfter = null } = {}) {
     super(message);
@@ -10,7 +10,7 @@ export class ApiError extends Error {
   }
 }
 
-// Counts with every piece: a piece of text may be several tokens, and a text that is stopped has no last event.
+// Usage in every chunk: a chunk may hold several tokens, and an aborted stream has no final chunk.
 const STREAM_OPTIONS = { include_usage: true, continuous_usage_stats: true };
 
 const address = (path) => new URL(path, document.baseURI);
@@ -22,7 +22,7 @@ async function refusal(response) {
   try {
     error = (await response.json()).error ?? {};
   } catch {
-    // Whatever stands between here and the service answers in its own way.
+    // A proxy in between may answer without JSON.
   }
   return new ApiError(error.message ?? `The server answered ${response.status} ${response.statusText}`.trim(), {
     status: response.status,
@@ -31,7 +31,7 @@ async function refusal(response) {
   });
 }
 
-/** The name of the model that is served; null where the server does not say. */
+/** The served model's name; null if the server does not list one. */
 export async function modelName(key) {
   const response = await fetch(address("v1/models"), { headers: authorization(key) });
   if (!response.ok) return null;

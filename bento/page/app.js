@@ -12,13 +12,13 @@ const KEY = "rex-api-key";
 let running = null; // AbortController of the generation under way
 let model = null;
 
-// ---- What is asked
+// ---- Request
 
-/** A wrong value that the server cannot be shown: a browser gives no text for it. */
+/** Reject values that cannot be sent: a browser hides the text of an invalid number. */
 function check(name) {
   const field = FIELDS[name];
   if (field.validity.badInput) throw new ApiError(`${name} is not a number`, { param: name });
-  // A number in JSON; beyond this JavaScript would send another one than was typed.
+  // JavaScript rounds larger integers, so the request would differ from the input.
   if (WHOLE.has(name) && Math.abs(field.valueAsNumber) > Number.MAX_SAFE_INTEGER) {
     throw new ApiError(`${name} is larger than this page can send: at most ${Number.MAX_SAFE_INTEGER}`, { param: name });
   }
@@ -43,7 +43,7 @@ function request() {
   return body;
 }
 
-// ---- What is shown
+// ---- Display
 
 const seconds = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(2)} s`);
 
@@ -52,7 +52,7 @@ function showNumbers({ started, first, last, now, tokens, firstTokens }) {
   $("first-token").textContent = first === null ? "–" : seconds(first - started);
   $("tokens").textContent = tokens;
   $("time").textContent = seconds(now - started);
-  // The first piece's time is the prompt's.
+  // The time to the first chunk is prefill, so it is left out of the rate.
   const rate = last > first ? (1000 * (tokens - firstTokens)) / (last - first) : null;
   $("speed").textContent = rate === null ? "–" : `${rate < 10 ? rate.toFixed(1) : Math.round(rate)} tokens/s`;
 }
@@ -91,12 +91,12 @@ function setRunning(controller) {
   $("generate").disabled = isRunning;
   $("stop").disabled = !isRunning;
   for (const id of ["copy", "continue"]) $(id).disabled = isRunning || !$("generated").textContent;
-  // A button that is disabled loses the keyboard's place.
+  // Disabling the focused button would drop keyboard focus.
   if (isRunning && [$("generate"), $("continue")].includes(hadFocus)) $("stop").focus();
   if (!isRunning && hadFocus === $("stop")) $("generate").focus();
 }
 
-// ---- What happens
+// ---- Actions
 
 async function generate() {
   if (running) return;
@@ -147,7 +147,7 @@ async function showModel() {
   try {
     model = await modelName($("key").value.trim());
   } catch {
-    model = null; // the first request says what is wrong
+    model = null; // the first request shows the error
   }
   if (model) $("model").textContent = model;
 }
@@ -162,7 +162,7 @@ $("copy").addEventListener("click", async () => {
     await navigator.clipboard.writeText($("output").textContent);
     $("status").textContent = "Copied.";
   } catch {
-    // Over plain HTTP from another machine a page may not write to the clipboard.
+    // Browsers allow clipboard writes only over HTTPS or from localhost.
     getSelection().selectAllChildren($("output"));
     $("status").textContent = "Selected: copy it as usual.";
   }

@@ -1,6 +1,6 @@
-"""Keys and values of the reference step: fixed memory, one slot of the whole context for each sequence.
+"""The reference step's KV cache: preallocated, one slot of full context length per sequence.
 
-Which tokens a slot holds, and which sequence has it, is not known here but in `slots.py`.
+`slots.py` records which tokens each slot holds and assigns slots to sequences.
 
 Shapes: S positions of the context, G key/value heads, K head dimension.
 """
@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 
 def bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes that keys and values of one token take over all layers."""
+    """Bytes of keys and values of one token over all layers."""
     heads, head_dim = config.num_key_value_heads, config.head_dim
     return int(2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize)
 
@@ -22,7 +22,7 @@ def bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
 class KeyValueCache:
     """Keys and values, for each layer a tensor (slots, G, S, K).
 
-    Memory is reserved at once and touched as slots fill.
+    Virtual memory is reserved at once; pages are committed as slots fill.
     """
 
     def __init__(self, config: PreTrainedConfig, slots: int, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -38,7 +38,7 @@ class KeyValueCache:
             tensor[target, :, :length] = tensor[source, :, :length]
 
     def clear(self, slot: int) -> None:
-        """Set a slot to zeros: a computation that failed may have left numbers that are not finite."""
+        """Zero a slot, in which a failed computation may have left non-finite values."""
         for tensor in (*self.keys, *self.values):
             tensor[slot] = 0
 
@@ -47,5 +47,5 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """Zeros, not uninitialized memory: attention weighs positions beyond a sequence's end by 0, and 0 * NaN is NaN."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy asks the system for zeroed pages, which take memory when they are written; torch writes all of them at once.
+    # numpy's calloc gets zero pages, committed on first write; torch.zeros writes all of them at once.
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

@@ -1,12 +1,11 @@
-"""The generation engine: requests enter a bounded queue, one thread computes them together and emits their events.
+"""The generation engine: a bounded request queue, and one thread that batches requests and emits their events.
 
     engine = Engine(load_model(path), load_tokenizer(path))
     for event in engine.submit(GenerationRequest(engine.encode("def "), max_tokens=20)): ...
 
-Greedy decoding gives the tokens of transformers' `generate()`, whatever other requests run. This module has the thread
-and its supervision: when it dies, or a step hangs, requests in flight fail, and it is started again once.
-`scheduler.py` decides what a step computes, `step.py` is the interface of its computation. A server's routes and limits
-are not here.
+Greedy decoding gives the tokens of transformers' `generate()`, whatever other requests run. This module runs and
+supervises the thread: if it dies or a step hangs, requests in flight fail and the engine restarts once. `scheduler.py`
+assembles the steps, `step.py` is the interface of their computation. HTTP routes and limits are in the server.
 """
 
 import atexit
@@ -50,12 +49,12 @@ class Engine:
     """Generates text with one model in one thread; every method is safe to call from any thread.
 
     max_batch_size: requests that generate at once. Each has room for the model's whole context in the cache.
-    kv_cache_mib: most memory for keys and values, in MiB; fewer requests then generate at once. 0: what max_batch_size
-    takes. kv_cache: False computes all earlier tokens again for each new one, for comparison.
+    kv_cache_mib: memory limit for keys and values, in MiB, which may lower the batch size. 0: enough for
+    max_batch_size. kv_cache: False recomputes all earlier tokens for each new one, for comparison.
     prefill_chunk: tokens of one step with prompts in it, those that decode included.
     max_queue, max_queue_tokens: requests that may wait besides those that run, and tokens of their prompts.
-    step: how a step is computed, a name of `steps.py` or "auto". step_timeout_s: a step that takes longer is taken to
-    hang. end_of_text_ids: tokens that end a text; None: the model's own.
+    step: how a step is computed, a name of `steps.py` or "auto". step_timeout_s: a step that takes longer counts as
+    hung. end_of_text_ids: tokens that end a text; None: the model's own.
     Raises PipelineError where the memory does not hold one context.
     """
 
@@ -108,7 +107,7 @@ class Engine:
         self._thread = self._start()
         self._watchdog = threading.Thread(target=self._watch, name="generation-watchdog", daemon=True)
         self._watchdog.start()
-        # A thread that is inside torch when the interpreter is taken down ends the process with an abort.
+        # A thread still inside torch at interpreter shutdown would abort the process.
         atexit.register(self.stop)
 
     @property
@@ -118,17 +117,17 @@ class Engine:
 
     @property
     def precision(self) -> str:
-        """What the weights are held in: "float32", "bfloat16" or "int8"."""
+        """Precision of the weights: "float32", "bfloat16" or "int8"."""
         return self._step.precision
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """Memory that keys and values of one token take."""
+        """Bytes of keys and values per token."""
         return self._step.bytes_per_token
 
     @property
     def is_alive(self) -> bool:
-        """Whether the engine runs or starts again; once False it stays so."""
+        """Whether the engine runs or restarts; permanently False once it is dead or stopped."""
         return not self._stopping
 
     @property
@@ -137,7 +136,7 @@ class Engine:
         return self._is_warm and self.is_alive
 
     def stats(self) -> EngineStats:
-        """What runs now and what was done so far."""
+        """Current load, and counters since creation."""
         scheduler, past = self._scheduler, self._past
         return EngineStats(
             running=len(scheduler.running),
@@ -167,7 +166,7 @@ class Engine:
         return self._grammars.compile(kind, source)
 
     def compiled_grammar(self, kind: Kind, source: str) -> Grammar | None:
-        """The grammar where it was compiled lately, at once."""
+        """The grammar from the cache of compiled ones, else None."""
         return self._grammars.kept(kind, source)
 
     def submit(self, request: GenerationRequest, deliver: Deliver | None = None) -> Generation:
@@ -195,7 +194,7 @@ class Engine:
         self._is_warm = True
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """End the thread after the step it is at; what runs or waits finishes as cancelled."""
+        """End the thread after its current step; running and waiting requests finish as cancelled."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -240,7 +239,7 @@ class Engine:
                 raise PipelineError(f"{name} has token ids outside 0 to {self.vocab_size - 1}")
 
     def _check_together(self, generations: list[Generation]) -> None:
-        """Refuse what an idle engine has no place for either: it would be told to try again for ever."""
+        """Refuse batches that exceed even an idle engine: a retry could never succeed."""
         requests, tokens = len(generations), sum(len(generation.request.prompt_ids) for generation in generations)
         if requests > self._slots + self._max_queue:
             raise PipelineError(f"{requests:,} texts at once: at most {self._slots + self._max_queue:,} have a place")
@@ -285,14 +284,14 @@ class Engine:
                 self._finish_all("cancelled")
 
     def _wait_for_work(self, scheduler: Scheduler) -> bool:
-        """Wait until there is something to do; False when the engine stops."""
+        """Block until a request arrives; False when the engine stops."""
         with self._changed:
             while not self._stopping and not scheduler.running and not len(self._queue):
                 self._changed.wait()
             return not self._stopping
 
     def _watch(self) -> None:
-        """Notice a step that hangs. Its thread cannot be ended; it is left behind and its results go nowhere."""
+        """Watchdog for hanging steps. A thread cannot be killed, so it is abandoned and its results are ignored."""
         while not self._stopping:
             scheduler, started = self._scheduler, self._step_started
             if started is not None and time.monotonic() - started > self._step_timeout_s:
@@ -302,7 +301,7 @@ class Engine:
                 self._changed.wait_for(lambda: self._stopping, timeout=min(1.0, self._step_timeout_s / 4))
 
     def _recover(self, scheduler: Scheduler, reason: str) -> None:
-        """Fail what is in flight and start again, the first time; the second time the engine is dead."""
+        """Fail requests in flight and restart; a second failure leaves the engine dead."""
         with self._changed:
             if self._scheduler is not scheduler or self._stopping:
                 return

@@ -1,4 +1,4 @@
-"""The queue of requests that wait for a slot: bounded by requests and by prompt tokens, in turns of its clients."""
+"""The queue of requests waiting for a slot: bounded by requests and prompt tokens, fair among clients."""
 
 import threading
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ from model.generation.requests import Generation
 from model.generation.turns import Turns
 
 SHORT_ANSWER = 64
-"""Tokens of an answer that may use the slots kept for short ones."""
+"""Most tokens of an answer that may use the slots reserved for short ones."""
 
 
 class QueueFull(Exception):
@@ -15,11 +15,10 @@ class QueueFull(Exception):
 
 
 class RequestQueue:
-    """Every method is safe to call from any thread.
+    """Thread-safe.
 
-    max_requests, max_tokens: requests that wait and prompt tokens of theirs, at most. An empty queue takes one request,
-    however long its prompt. A named client that has less than its share of a full queue may exceed its bounds, up to
-    twice.
+    max_requests, max_tokens: limits of waiting requests and of their prompt tokens. An empty queue accepts one request
+    of any length. A named client with less than its share of a full queue may exceed the limits, up to twice.
     """
 
     def __init__(self, max_requests: int, max_tokens: int) -> None:
@@ -38,9 +37,9 @@ class RequestQueue:
             return _tokens(self._waiting)
 
     def put(self, generations: Sequence[Generation], *, room: int) -> None:
-        """Let them all wait. room: requests that leave the queue at once, as their slots are free.
+        """Enqueue all or none. room: free slots, whose requests leave the queue at once.
 
-        Raises QueueFull, and then none of them waits.
+        Raises QueueFull; none is enqueued then.
         """
         dropped = []
         with self._lock:
@@ -57,17 +56,17 @@ class RequestQueue:
             raise QueueFull
 
     def first(self, *, only_short: bool = False) -> Generation | None:
-        """The request that is next, which stays; None where none waits. only_short: of at most SHORT_ANSWER tokens."""
+        """Peek at the next request; None if empty. only_short: consider answers of at most SHORT_ANSWER tokens."""
         with self._lock:
             return self._waiting.first(is_short if only_short else lambda _: True)
 
     def remove(self, generation: Generation) -> None:
-        """Take a request out; nothing happens where it has gone."""
+        """Remove a request, if it is still there."""
         with self._lock:
             self._waiting.remove(generation, was_served=True)
 
     def finish_interrupted(self) -> int:
-        """Finish those that were cancelled or whose time is up, without waiting for their turn; how many they were."""
+        """Finish cancelled and timed-out requests at once; returns their number."""
         if not self:
             return 0
         with self._lock:
@@ -77,7 +76,7 @@ class RequestQueue:
         return len(interrupted)
 
     def clear(self) -> list[Generation]:
-        """Take all requests out."""
+        """Remove and return all requests."""
         with self._lock:
             return self._waiting.clear()
 
@@ -89,7 +88,7 @@ class RequestQueue:
         return requests <= share * self._max_requests + room and fits
 
     def _share(self, client: str) -> int:
-        """2 for a named client that waits with less than its share of the queue beside others, else 1."""
+        """2 for a named client with less than its share of a queue with other clients, else 1."""
         others = self._waiting.clients - {client}
         return 2 if client and others and self._waiting.count(client) < self._max_requests // (len(others) + 1) else 1
 
@@ -101,7 +100,7 @@ class RequestQueue:
 
 
 def is_short(generation: Generation) -> bool:
-    """Whether a request may use the slots kept for short answers."""
+    """Whether a request may use the slots reserved for short answers."""
     return generation.request.max_tokens <= SHORT_ANSWER
 
 

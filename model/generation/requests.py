@@ -1,7 +1,6 @@
-"""What is asked of the engine and what it answers: parameters, requests and the events of one generation.
+"""The engine's interface: sampling parameters, requests, and the events of a generation.
 
-Nothing here imports torch, so that a server can build its routes before a model is loaded. The engine that answers is
-`engine.py`.
+Imports no torch, so that a server can build its routes before it loads a model. `engine.py` has the engine.
 """
 
 import math
@@ -20,13 +19,11 @@ from model.generation.grammar import Grammar
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 MAX_SEED = 2**63 - 1
-
-
 LARGEST_LOGIT_BIAS = 100.0
 
 
 class EngineBusy(Exception):
-    """The queue is full; `retry_after_s` is when a place is likely to be free, in whole seconds."""
+    """The queue is full. retry_after_s: whole seconds until a slot is likely to be free."""
 
     def __init__(self, retry_after_s: int) -> None:
         super().__init__(f"the queue is full; try again in {retry_after_s} s")
@@ -34,7 +31,7 @@ class EngineBusy(Exception):
 
 
 class EngineStopped(Exception):
-    """The engine was stopped, restarts or has died: it takes no more requests."""
+    """The engine is stopped, restarting or dead, and accepts no requests."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +39,10 @@ class SamplingParameters:
     """How the next token is chosen; semantics and order are those of transformers' `generate()`.
 
     temperature: 0 takes the most likely token. top_k: 0 keeps all. top_p: in (0, 1], 1 keeps all.
-    min_p: drops tokens less likely than this part of the most likely one's probability; 0 keeps all.
-    repetition_penalty: above 1 makes tokens of the prompt and of the text so far less likely; also when greedy.
-    presence_penalty, frequency_penalty: taken off the logit of a token that was generated before, once and for each
-    time (OpenAI's definition, prompt not counted). logit_bias: added to the logits of these token ids. seed: the same
+    min_p: drops tokens below this fraction of the highest probability; 0 keeps all.
+    repetition_penalty: above 1, makes tokens of the prompt and of the generated text less likely; also when greedy.
+    presence_penalty, frequency_penalty: subtracted from the logit of a generated token, once and per occurrence
+    (OpenAI's definition, prompt not counted). logit_bias: added to the logits of these token ids. seed: the same
     seed gives the same tokens for the same request; None draws one. Raises PipelineError naming the parameter that is
     out of range.
     """
@@ -84,19 +81,18 @@ class SamplingParameters:
 class GenerationRequest:
     """One text to continue.
 
-    prompt_ids: the prompt's tokens, at least one. max_tokens: 0 only scores the prompt.
-    min_tokens: no end-of-text token, stop token or stop string ends the text before this many tokens.
-    stop: strings that end the text where they appear, also across tokens; they are not part of it.
-    stop_token_ids: tokens that end the text like the end-of-text token. ignore_eos: the end-of-text token does not end
-    it. logprobs: log-probabilities of each generated token and of this many most likely ones beside it; None for none.
-    grammar: what the text follows, or begins to where max_tokens cut it off (finish_reason "length"); the text ends
-    where nothing can follow. allowed_token_ids: no others are chosen. bad_words: strings that never appear in the text.
-    include_stop: the stop string, or the text of the stop token, that ends the text is part of it.
-    prompt_logprobs: the same for the tokens of the prompt, in one `PromptScores` event before the first piece.
-    embedding: give the prompt's vector in one `Embedding` event, the mean of its tokens' or the last one's, and no
-    text; max_tokens is 0 then.
-    queue_timeout_s: from submission to the start. timeout_s: from submission to the last token. None waits on. client,
-    connection: the sender. Clients take turns at free slots, and so do the connections of one client.
+    prompt_ids: tokens of the prompt, at least one. max_tokens: 0 only scores the prompt.
+    min_tokens: number of tokens before which no end-of-text token, stop token or stop string ends the text.
+    stop: strings that end the text, also where they span tokens; excluded from the text. stop_token_ids: tokens that
+    end the text as the end-of-text token does. ignore_eos: continue past the end-of-text token.
+    logprobs: return the log-probability of each generated token and of the top this many; None: none.
+    grammar: constrains the text, which is a prefix of a match where max_tokens cut it off (finish_reason "length");
+    generation ends at a complete match that nothing extends. allowed_token_ids: the only tokens to sample from.
+    bad_words: strings that never appear in the text. include_stop: keep the stop string, or the stop token's text.
+    prompt_logprobs: as logprobs, for the prompt, in one `PromptScores` event before the first piece of text.
+    embedding: return the prompt's vector (mean of all tokens or last token) in one `Embedding` event and no text;
+    needs max_tokens 0. queue_timeout_s: from submission to start. timeout_s: from submission to the last token. None:
+    no limit. client, connection: the sender; free slots rotate among clients, and among a client's connections.
     """
 
     prompt_ids: Sequence[int]
@@ -123,7 +119,7 @@ class GenerationRequest:
 class TokenLogprob:
     """Natural log-probability of a token under the model, before penalties, constraints and temperature.
 
-    top: the most likely tokens at this place with theirs, the most likely first.
+    top: the most likely tokens at this position with their log-probabilities, in descending order.
     """
 
     token_id: int
@@ -133,23 +129,23 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class PromptScores:
-    """Log-probabilities of the prompt's tokens; None for the first, which nothing comes before."""
+    """Log-probabilities of the prompt's tokens; None for the first, which has no context."""
 
     logprobs: tuple[TokenLogprob | None, ...]
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """The vector of a prompt, float32, shape (D,): of its tokens' hidden states behind the last norm."""
+    """A prompt's embedding, float32, shape (D,), from the hidden states after the final norm."""
 
     vector: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class TextPiece:
-    """Text that became certain with these tokens; empty while a character or a stop string may be incomplete.
+    """Text completed by these tokens; empty while a character or a possible stop string is incomplete.
 
-    The pieces of one generation joined are its text. logprobs: one for each of token_ids, where they were asked for.
+    The pieces of a generation concatenate to its text. logprobs: one for each of token_ids, if requested.
     """
 
     text: str
@@ -161,10 +157,10 @@ class TextPiece:
 class Finished:
     """The last event.
 
-    generated_tokens counts the token that ended the text (finish_reason "stop"), which no piece shows without
-    include_stop. stopped_by: the stop string or the stop token's id that ended it, None where it was the end-of-text
-    token. cached_tokens: tokens of the prompt whose keys and values another request had left.
-    error: why, in one line, for finish_reason "error". is_refusal: the request asks for what cannot be done.
+    generated_tokens: includes the token that ended the text (finish_reason "stop"), whose text is emitted only with
+    include_stop. stopped_by: the stop string or stop token id that matched; None for the end-of-text token.
+    cached_tokens: prompt tokens served from the prefix cache. error: one-line reason for finish_reason "error".
+    is_refusal: the request cannot be fulfilled (a client error).
     """
 
     finish_reason: FinishReason
@@ -178,18 +174,18 @@ class Finished:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What the engine does now, and what it has done since it was made (names that end in _total)."""
+    """Gauges of the engine, and counters since its creation (names that end in _total)."""
 
     running: int
     waiting: int
     waiting_tokens: int
-    """Prompt tokens of the requests that wait."""
+    """Prompt tokens of waiting requests."""
     cache_tokens: int
     """Tokens whose keys and values running requests hold."""
     cache_capacity_tokens: int
     prompt_tokens_total: int
     cached_tokens_total: int
-    """Prompt tokens that another request's keys and values served: hits of the prefix cache."""
+    """Prompt tokens served from the prefix cache."""
     generated_tokens_total: int
     cancelled_total: int
     restarts_total: int
@@ -200,16 +196,16 @@ Deliver = Callable[[Event], None]
 
 
 class Generation:
-    """One request under way. Iterate over it for its events, of which `Finished` is the last.
+    """A submitted request. Iterating yields its events; `Finished` is the last.
 
-    deliver: takes each event in the engine's thread instead; there is then nothing to iterate over.
+    deliver: callback that gets each event in the engine's thread; iteration then yields nothing.
     """
 
     def __init__(self, request: GenerationRequest, deliver: Deliver | None = None) -> None:
         self.request = request
         self.submitted_at = time.monotonic()
         self.started_at: float | None = None
-        """When it left the queue, in seconds of `time.monotonic()`; None while it waits."""
+        """Time at which it left the queue, as `time.monotonic()`; None while it waits."""
         self.generated_tokens = 0
         self.cached_tokens = 0
         self.is_finished = False
@@ -219,7 +215,7 @@ class Generation:
         self._finishing = threading.Lock()
 
     def cancel(self) -> None:
-        """Stop at the next token; a request that waits never starts. Safe from any thread, any number of times."""
+        """Stop at the next token; a waiting request never starts. Thread-safe and idempotent."""
         self._is_cancelled = True
 
     def __iter__(self) -> Iterator[Event]:
@@ -230,7 +226,7 @@ class Generation:
                 return
 
     def interruption(self) -> FinishReason | None:
-        """Why this request must end before it is complete, None where it may go on."""
+        """Reason to end this request early, None if it may continue."""
         if self._is_cancelled:
             return "cancelled"
         waited_s = time.monotonic() - self.submitted_at
@@ -238,11 +234,11 @@ class Generation:
         return "timeout" if any(limit_s is not None and waited_s > limit_s for limit_s in limits_s) else None
 
     def start(self, cached_tokens: int) -> None:
-        """Note that the request left the queue; called by the engine."""
+        """Record that the request left the queue; called by the engine."""
         self.started_at, self.cached_tokens = time.monotonic(), cached_tokens
 
     def emit(self, event: PromptScores | Embedding | TextPiece) -> None:
-        """Hand over a piece; called by the engine."""
+        """Deliver an event; called by the engine."""
         if not self.is_finished:
             self._hand_over(event)
 
@@ -254,7 +250,7 @@ class Generation:
         error: str | None = None,
         is_refusal: bool = False,
     ) -> None:
-        """Hand over the last event, once; called by the engine."""
+        """Deliver the last event, once; called by the engine."""
         with self._finishing:  # a step that hangs may return after the watchdog has finished its requests
             if self.is_finished:
                 return
@@ -266,7 +262,7 @@ class Generation:
     def _hand_over(self, event: Event) -> None:
         try:
             self._deliver(event)
-        except Exception:  # noqa: BLE001  the receiver is gone (its event loop was closed): no one reads the rest
+        except Exception:  # noqa: BLE001  the receiver is gone (its event loop is closed)
             self._is_cancelled = True
 
 

@@ -1,9 +1,8 @@
-"""Choosing the next token of one request: penalties, bias, temperature, top-k, top-p, min-p, in the order of
-`generate()`.
+"""Sampling for one request: penalties, bias, temperature, top-k, top-p and min-p, in the order of `generate()`.
 
-Each request draws from random numbers of its own, one for each token, so a seed gives the same text whatever else runs.
-A draw is the token under which the sum of the kept probabilities passes the random number: unlike
-`torch.multinomial`, which draws a number for every token of the vocabulary, this costs nothing.
+Each request has its own random generator and draws one number per token, so a seed gives the same text whatever else
+runs. Sampling inverts the cumulative distribution of the kept tokens: one random number instead of the vocabulary-sized
+vector that `torch.multinomial` draws.
 
 Shapes: V vocabulary, C candidates, the most likely first.
 """
@@ -19,13 +18,13 @@ from torch import Tensor
 from model.generation.requests import SamplingParameters, TokenLogprob
 
 CANDIDATES = 256
-"""Most likely tokens looked at first; all are where these do not decide what top-p or min-p keeps."""
+"""Top tokens examined first; the whole vocabulary follows only if top-p or min-p keeps more than these."""
 
 
 class Sampler:
-    """Draws one token after another for one request.
+    """Samples the tokens of one request.
 
-    prompt_ids: tokens that the repetition penalty counts as seen. device: where the logits are.
+    prompt_ids: counted as seen by the repetition penalty. device: of the logits.
     """
 
     def __init__(
@@ -54,10 +53,10 @@ class Sampler:
     def next(
         self, logits_V: Tensor, forbidden: Sequence[int] = (), allowed_V: npt.NDArray[np.bool_] | None = None
     ) -> int:
-        """The next token, given the float32 logits after the last one, shape (V,). `forbidden` ones are not chosen, nor
-        those that `allowed_V` excludes; it leaves at least one.
+        """Sample the next token from float32 logits, shape (V,).
 
-        Raises ValueError where the logits are not numbers: drawing from them would give any token.
+        forbidden, allowed_V: tokens to exclude, and a mask of the allowed ones, at least one of them.
+        Raises ValueError for logits that are NaN or infinite, from which any token could come.
         """
         scores_V = self.scores(logits_V, forbidden)
         if allowed_V is not None:
@@ -73,7 +72,7 @@ class Sampler:
         return token
 
     def scores(self, logits_V: Tensor, forbidden: Sequence[int] = ()) -> Tensor:
-        """Logits (V,) after penalties and bias, before temperature. Raises ValueError where they are not numbers."""
+        """Logits (V,) after penalties and bias, before temperature. Raises ValueError for NaN and infinity."""
         parameters, scores_V = self._parameters, logits_V
         if self._seen_V is not None:
             penalty = parameters.repetition_penalty
@@ -92,9 +91,9 @@ class Sampler:
         return scores_V
 
     def kept(self, scores_V: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens that may be drawn and their probabilities, each (C,), the most likely first where any are dropped."""
+        """Candidate ids and probabilities, each (C,); sorted by probability if any token is dropped."""
         parameters = self._parameters
-        # A temperature near 0 must not overflow: float64, and the highest score becomes 0.
+        # float64 and a maximum of 0, so that a temperature near 0 does not overflow.
         scaled_V = (scores_V.double() - scores_V.max()) / parameters.temperature
         vocab_size = len(scaled_V)
         top_k = min(parameters.top_k, vocab_size) or vocab_size
@@ -102,7 +101,7 @@ class Sampler:
             return np.arange(vocab_size), scaled_V.softmax(dim=-1).cpu().numpy()
         for size in (min(CANDIDATES, vocab_size), vocab_size) if top_k == vocab_size else (top_k,):
             top_C, ids = torch.topk(scaled_V, size)
-            # top-p is a part of what top-k left; without top-k, of everything.
+            # top-p is a fraction of the mass that top-k keeps; without top-k, of all mass.
             total = top_C.exp().sum() if top_k < vocab_size else scaled_V.exp().sum()
             probabilities_C = (top_C.exp() / total).cpu().numpy()
             before_C = probabilities_C.cumsum() - probabilities_C
@@ -116,12 +115,12 @@ class Sampler:
         ids, probabilities_C = self.kept(scores_V)
         sums_C = probabilities_C.cumsum()
         at = np.searchsorted(sums_C, self._random.random() * sums_C[-1], side="right")
-        # Rounding may lead behind the last token that has a probability.
+        # Rounding may step past the last token with a nonzero probability.
         return int(ids[min(at, np.searchsorted(sums_C, sums_C[-1]))])
 
 
 def token_logprobs(logits_RV: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
-    """Log-probabilities of one token for each row of float32 logits (R, V), and of the `top` most likely beside it."""
+    """Log-probability of one token per row of float32 logits (R, V), with the `top` most likely alternatives."""
     all_RV = logits_RV.log_softmax(dim=-1)
     chosen = all_RV.gather(1, torch.tensor(tokens, device=logits_RV.device)[:, None])[:, 0].tolist()
     best, ids = torch.topk(all_RV, min(top, logits_RV.shape[1]))

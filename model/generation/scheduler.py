@@ -1,8 +1,8 @@
-"""Continuous batching: which tokens the next step computes, and what becomes of its logits.
+"""Continuous batching: selects the tokens of each step and processes its logits.
 
 In each step every running sequence decodes one token, and prefill fills the step up to `prefill_chunk` tokens, so a
-long prompt delays the others by one chunk at most. Sequences join and leave at every step. A request that fails fails
-alone. Everything here runs in one thread; queueing, threads and restarts are `engine.py`.
+long prompt delays the others by one chunk at most. Sequences join and leave at every step. A failing
+request does not affect the others. All of this runs in one thread; `engine.py` has queueing, threads and restarts.
 """
 
 import collections.abc
@@ -26,15 +26,15 @@ from model.generation.step import Segment, SegmentOutput, Step
 
 logger = logging.getLogger(__name__)
 SLOTS_PER_KEPT = 16
-"""One slot in so many is kept for short answers, so that long ones cannot make a short one wait for their end."""
+"""One slot in this many is reserved for short answers, which then need not wait for long ones."""
 FAILED = "generating failed: the server's log has the reason"
 Batch = list[tuple[Sequence, Segment]]
 
 
 class Scheduler:
-    """Answers the requests of a queue, a step at a time.
+    """Serves the requests of a queue, step by step.
 
-    end_of_text_ids: tokens that end a text. kv_cache: False computes all earlier tokens again in each step.
+    end_of_text_ids: tokens that end a text. kv_cache: False recomputes all earlier tokens in each step.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Scheduler:
         self._token_bytes, self._end_of_text_ids = token_bytes, end_of_text_ids
         self._token_index: TokenIndex | None = None
         self._kv_cache = kv_cache
-        # Without a cache there is nothing to continue a chunk from.
+        # Chunked prefill needs the cache of the earlier chunks.
         self._prefill_chunk = prefill_chunk if kv_cache else sys.maxsize
         self._free = list(range(step.slots))
         self.running: list[Sequence] = []
@@ -72,7 +72,7 @@ class Scheduler:
         return sum(sequence.num_computed_tokens for sequence in list(self.running))
 
     def probe(self) -> None:
-        """Compute one token in a free slot: raises what the model raises."""
+        """Compute one token in a free slot, to test the model; its exceptions propagate."""
         slot = self._free[0]
         self._slots.truncate(slot, 0)
         (output,) = self._step.compute([Segment(slot, 0, np.zeros(1, dtype=np.int64))])
@@ -80,7 +80,7 @@ class Scheduler:
             raise ValueError("the model's logits are not numbers: its weights are broken")
 
     def step(self) -> bool:
-        """Compute and hand over the next tokens of all running sequences; False where there is nothing to do."""
+        """Compute and deliver the next tokens of all running sequences; False if none runs."""
         self.cancelled += self._queue.finish_interrupted()
         for sequence in [s for s in self.running if s.generation.interruption()]:
             self.cancelled += 1
@@ -125,7 +125,7 @@ class Scheduler:
         return sequence.next_segment(most, self._forbidden(sequence))
 
     def _start_next(self) -> Sequence | None:
-        """Give a free slot to the request that is next; None where none can start in this step."""
+        """Start the next request in a free slot; None if none can start in this step."""
         if not self._free:
             return None
         slots = len(self._free) + len(self.running)
@@ -136,7 +136,7 @@ class Scheduler:
             return None
         prompt_ids = np.array(generation.request.prompt_ids, dtype=np.int64)
         reuse = self._kv_cache and generation.request.prompt_logprobs is None
-        reuse = reuse and generation.request.embedding != "mean"  # takes the hidden states of all tokens
+        reuse = reuse and generation.request.embedding != "mean"  # averages the hidden states of all tokens
         if reuse and self._should_wait(prompt_ids):
             return None
         self._queue.remove(generation)
@@ -175,7 +175,7 @@ class Scheduler:
         self._slots.append(sequence.slot, segment.ids)
 
     def _step_alone(self, batch: Batch) -> None:
-        """Compute each segment alone, so that only the requests that fail end. Raises where the model itself fails."""
+        """Compute each segment separately, so that only failing requests end. Raises if the model itself fails."""
         for sequence, segment in batch:
             try:
                 (output,) = self._step.compute([segment])
@@ -188,7 +188,7 @@ class Scheduler:
                 self._process(sequence, segment, output)
 
     def _process(self, sequence: Sequence, segment: Segment, output: SegmentOutput) -> None:
-        """Score the prompt and choose the next token, as the request asks; a request that fails here fails alone."""
+        """Score the prompt and sample the next token; an error ends only this request."""
         if segment.logits == "none":
             return
         if output.hidden_RD is not None:
@@ -207,7 +207,7 @@ class Scheduler:
             self._leave(sequence, "error", error=FAILED)
 
     def _embed(self, sequence: Sequence, hidden_RD: Tensor) -> None:
-        """Add up the prompt's hidden states, and hand over their mean, or the last one, at its end."""
+        """Accumulate the prompt's hidden states; at its end deliver their mean or the last one."""
         total_D = hidden_RD.double().sum(dim=0)
         sequence.hidden_sum_D = total_D if sequence.hidden_sum_D is None else sequence.hidden_sum_D + total_D
         if sequence.is_prefilling:
@@ -293,7 +293,7 @@ class Scheduler:
         return [*request.stop_token_ids, *(() if request.ignore_eos else self._end_of_text_ids)]
 
     def _end_text(self, sequence: Sequence, reason: FinishReason, *, stopped_by: int | None = None) -> None:
-        """Hand over what was held back, then finish. An unfinished character's bytes are U+FFFD."""
+        """Emit the held-back text, then finish. Bytes of an incomplete character become U+FFFD."""
         rest, stop = sequence.stops.push(sequence.text.flush())
         if stop is None:
             rest += sequence.stops.flush()

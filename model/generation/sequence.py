@@ -1,4 +1,4 @@
-"""One request on its way through the engine: its tokens, how far they are computed, and the text made of them."""
+"""A running request: its tokens, computation progress, and text so far."""
 
 import collections.abc
 
@@ -16,7 +16,7 @@ from model.generation.stopping import StopStrings
 class Sequence:
     """A request that has a slot.
 
-    num_cached_tokens: tokens of the prompt whose keys and values the slot held from the start.
+    num_cached_tokens: prompt tokens whose keys and values the prefix cache provided.
     """
 
     def __init__(
@@ -40,18 +40,18 @@ class Sequence:
         """Tokens whose keys and values are in the cache."""
         self.sampler, self.constraint = sampler, constraint
         self.hidden_sum_D: Tensor | None = None
-        """Of the hidden states of the prompt's tokens so far, float64."""
+        """Sum of the hidden states of the prompt's computed tokens, float64, shape (D,)."""
         self.prompt_scores: list[TokenLogprob | None] = [None]
         self.text = Detokenizer(token_bytes)
         self.stops = StopStrings(request.stop, is_included=request.include_stop)
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether tokens of the prompt are still to be computed."""
+        """Whether some tokens of the prompt are not computed yet."""
         return self.num_computed_tokens < self.num_prompt_tokens
 
     def next_segment(self, most: int, forbidden: collections.abc.Sequence[int]) -> Segment:
-        """The next tokens to compute, `most` at most. forbidden: tokens that must not come next."""
+        """The next tokens to compute, at most `most`. forbidden: tokens excluded from sampling."""
         end = min(self.num_tokens, self.num_computed_tokens + most)
         return Segment(
             self.slot,

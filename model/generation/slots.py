@@ -1,7 +1,7 @@
-"""Which tokens each slot of a step holds, and which slot a new prompt gets: prefix reuse.
+"""Slot allocation with prefix reuse: records the tokens of each slot and assigns slots to prompts.
 
-A slot that a sequence leaves keeps its tokens, so that a later prompt with the same prefix starts behind it; the least
-recently used slot is overwritten first. Keys and values themselves are the step's.
+A finished sequence leaves its tokens in the slot, so that a later prompt with the same prefix can reuse them; the least
+recently used slot is overwritten first. The step holds the keys and values themselves.
 """
 
 import numpy as np
@@ -28,30 +28,29 @@ class SlotTable:
         return int(self._lengths[slot])
 
     def append(self, slot: int, ids: np.ndarray) -> None:
-        """Note that keys and values of these tokens now follow those that the slot holds."""
+        """Record that the slot now holds keys and values of these tokens too."""
         start = self._lengths[slot]
         self._ids[slot, start : start + len(ids)] = ids
         self._lengths[slot] += len(ids)
 
     def truncate(self, slot: int, length: int) -> None:
-        """Forget what a slot holds from position `length` on."""
+        """Drop the slot's tokens from position `length` on."""
         if length < self._lengths[slot]:
             self._lengths[slot] = length
             self._step.truncate(slot, length)
 
     def clear(self, slot: int) -> None:
-        """Forget all that a slot holds, numbers included: a failed computation may have left non-finite ones."""
+        """Empty a slot and zero its memory, in which a failed computation may have left non-finite values."""
         self._lengths[slot] = 0
         self._step.clear(slot)
 
     def take(self, free: list[int], prompt_ids: np.ndarray, *, reuse: bool) -> tuple[int, int]:
-        """One of the `free` slots for a prompt, and how many of its tokens the slot already holds.
+        """Assign one of the `free` slots to a prompt; returns the slot and its number of reusable tokens.
 
-        At least the prompt's last token is left to compute: its logits are the answer's first. reuse=False starts
-        empty.
+        The prompt's last token is always computed, as its logits give the first new token. reuse=False starts empty.
         """
         shared = self._shared_prefixes(prompt_ids[:-1])
-        # Among equally old slots the lowest: neighboring slots decode in one call of attention.
+        # Ties go to the lowest slot: neighboring slots share one attention call.
         slot = min(free, key=lambda slot: (self._used[slot], slot))
         source = int(shared.argmax())
         length = int(shared[source]) if reuse and shared[source] >= SHORTEST_REUSE else 0
@@ -66,11 +65,11 @@ class SlotTable:
         return slot, length
 
     def longest_shared(self, prompt_ids: np.ndarray) -> int:
-        """Length of the longest prefix of a prompt that some slot holds."""
+        """Length of the longest cached prefix of a prompt."""
         return int(self._shared_prefixes(prompt_ids[:-1]).max())
 
     def touch(self, slot: int) -> None:
-        """Mark a slot as the one used last."""
+        """Mark a slot as most recently used."""
         self._clock += 1
         self._used[slot] = self._clock
 

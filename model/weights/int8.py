@@ -1,10 +1,10 @@
 """Int8 weights: one signed byte per weight and one float32 scale per output channel (per token for the embedding).
 
 `quantize` and `dequantize` swap the layers of a model in memory; files and quality are `model/weights/quantization.py`.
-On x86 CPUs large layers multiply in int8 (FBGEMM, activations quantized to 7 bits per token). Small ones, other devices
-and torch.compile dequantize the weights. Both treat each token alone, so what else is in a batch changes nothing and
-cached logits equal uncached ones; torch's own dynamic quantization (`linear_dynamic`) takes one range for the whole
-batch and breaks both. Numbers behind each choice: `bench/LOG.md`.
+On x86 CPUs large layers multiply in int8 (FBGEMM, activations quantized to 7 bits per token). Small layers, other
+devices and torch.compile dequantize the weights. Quantization is per token, so results do not depend on the rest of the
+batch, and cached logits equal uncached ones; torch's dynamic quantization (`linear_dynamic`) uses one range per batch
+and loses both properties. Measurements: `bench/LOG.md`.
 
 Shapes: N output channels (or tokens of the vocabulary), K inputs, M rows of activations.
 """
@@ -43,13 +43,13 @@ class Int8Matrix(nn.Module):
         super().__init__()
         self.register_buffer("weight", torch.zeros(n, k, dtype=torch.int8, device=device))
         self.register_buffer("weight_scale", torch.ones(n, device=device))
-        # Follows .to(dtype), so that embedded tokens come out in the model's dtype.
+        # Converted by .to(dtype), so that embeddings have the model's dtype.
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)
         self._packed: Any = None
         self._float_NK: Tensor | None = None
 
     def set_weight(self, weight_NK: Tensor) -> None:
-        """Quantize and hold `weight_NK`."""
+        """Quantize and store `weight_NK`."""
         weight, scale = quantize_weight(weight_NK)
         self.weight.copy_(weight)
         self.weight_scale.copy_(scale)
@@ -76,22 +76,22 @@ class Int8Matrix(nn.Module):
     def _project_int8(self, x_MK: Tensor) -> Tensor:
         if self._packed is None:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # the tensor type is deprecated, the kernels are not
+                warnings.simplefilter("ignore", UserWarning)  # only the tensor type is deprecated, not the kernels
                 weight_NK = torch._make_per_channel_quantized_tensor(
                     self.weight, self.weight_scale.double(), torch.zeros(len(self.weight), dtype=torch.long), 0
                 )
             self._packed = torch.ops.quantized.linear_prepack(weight_NK, None)
         x32_MK = x_MK.float()
         largest_M = x32_MK.abs().amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
-        # Scale 1/63 around 64 leaves 7 bits (1 to 127). With 8 bits FBGEMM's AVX2 kernel saturates where it adds two
-        # products in int16: a row of ones times a row of 127 over K = 256 came out as 257 instead of 32,512.
+        # Scale 1/63 and zero point 64 use 7 bits (1 to 127). With 8 bits, FBGEMM's AVX2 kernel saturates when it adds
+        # two products in int16: ones times 127 over K = 256 gave 257 instead of 32,512.
         y_MN = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             x32_MK / largest_M, 1 / 63, 64, self._packed
         )
         return y_MN.mul_(largest_M).to(x_MK.dtype)
 
     def _float(self, dtype: torch.dtype) -> Tensor:
-        # Scaled before rounding: in float16, sums over unscaled int8 weights overflow.
+        # Scale before casting: in float16, sums over unscaled int8 weights overflow.
         return (self.weight.float() * self.weight_scale[:, None]).to(dtype)
 
     def _forget(self) -> None:
@@ -118,7 +118,7 @@ class Int8Matrix(nn.Module):
 
 
 class Int8Linear(Int8Matrix):
-    """Takes the place of `nn.Linear` without bias."""
+    """Replaces `nn.Linear` without bias."""
 
     def forward(self, x_MK: Tensor) -> Tensor:
         """Shape (..., K) to (..., N)."""
@@ -126,7 +126,7 @@ class Int8Linear(Int8Matrix):
 
 
 class Int8Embedding(Int8Matrix):
-    """Takes the place of `nn.Embedding`."""
+    """Replaces `nn.Embedding`."""
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (...) to (..., K)."""
@@ -134,7 +134,7 @@ class Int8Embedding(Int8Matrix):
 
 
 class TiedInt8Head(nn.Module):
-    """A language-model head that multiplies with the embedding's table and owns nothing itself."""
+    """A language-model head that shares the embedding's table and has no parameters of its own."""
 
     def __init__(self, table: Int8Embedding) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ def precision_name(model: PreTrainedModel) -> str:
 def quantize(model: M, *, values: bool = True) -> M:
     """Swap every bias-free linear layer and the embedding for int8 ones, in place; tied weights stay one table.
 
-    values=False leaves the weights at zero, for a state dict that follows.
+    values=False leaves the weights at zero; load a state dict afterwards.
     Raises ValueError where a linear layer has a bias.
     """
     swapped: dict[int, Int8Matrix] = {}

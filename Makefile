@@ -53,14 +53,14 @@ $(DAGSTER_HOME)/dagster.yaml: dagster.yaml
 pipeline: setup  ## Materialize all seven assets of EXPERIMENT (default stdlib), with Hydra OVERRIDES if given; FORCE=true computes unchanged ones too
 ifeq ($(strip $(OVERRIDES)),)
 	@$(BIN)/python -m llm_assets.dagster_home
-	$(BIN)/dagster job execute -m llm_assets.definitions -j llm_pipeline --tags '{"dagster/partition": "$(EXPERIMENT)", "rex/force": "$(FORCE)"}'
+	@$(BIN)/python -m llm_assets.terminal.execute $(EXPERIMENT) $(if $(filter true,$(FORCE)),--force)
 else
-	$(BIN)/python -m llm_assets.experiments.sweep experiment=$(EXPERIMENT) $(OVERRIDES)
+	@$(BIN)/python -m llm_assets.experiments.sweep $(if $(filter true,$(FORCE)),--force) experiment=$(EXPERIMENT) $(OVERRIDES)
 endif
 	@$(BIN)/python -m llm_assets.latest $(EXPERIMENT)
 
 sweep: setup  ## One run for each point of a Hydra sweep: make sweep EXPERIMENT=smoke OVERRIDES='training.seed=0,1'
-	$(BIN)/python -m llm_assets.experiments.sweep --multirun experiment=$(EXPERIMENT) $(OVERRIDES)
+	@$(BIN)/python -m llm_assets.experiments.sweep --multirun experiment=$(EXPERIMENT) $(OVERRIDES)
 
 ui: setup  ## Start Dagster (UI_PORT=3001, webserver and daemon) and the MLflow UI (MLFLOW_PORT=5000)
 	@exec $(BIN)/python -m llm_assets.ui --port $(UI_PORT) --mlflow-port $(MLFLOW_PORT)
@@ -93,9 +93,9 @@ image: setup  ## Build the container image of EXPERIMENT for DEVICE=cpu or gpu; 
 	@$(if $(filter cpu gpu,$(DEVICE)),,echo "error: DEVICE=$(DEVICE): expected cpu or gpu" >&2; exit 2)
 ifeq ($(strip $(OVERRIDES)),)
 	@$(BIN)/python -m llm_assets.dagster_home
-	$(BIN)/dagster job execute -m llm_assets.images -j container_image_$(DEVICE)_job --tags '{"dagster/partition": "$(EXPERIMENT)"}'
+	@$(BIN)/python -m llm_assets.terminal.execute $(EXPERIMENT) --module llm_assets.images --job container_image_$(DEVICE)_job
 else
-	$(BIN)/python -m llm_assets.experiments.sweep --module llm_assets.images --job container_image_$(DEVICE)_job experiment=$(EXPERIMENT) $(OVERRIDES)
+	@$(BIN)/python -m llm_assets.experiments.sweep --module llm_assets.images --job container_image_$(DEVICE)_job experiment=$(EXPERIMENT) $(OVERRIDES)
 endif
 	@$(BIN)/python -m llm_assets.latest $(EXPERIMENT) --image $(DEVICE)
 

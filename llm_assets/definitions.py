@@ -15,11 +15,13 @@ import dagster as dg
 
 from llm_assets.artifacts.io_manager import DirectoryIOManager
 from llm_assets.assets import load_asset
+from llm_assets.automation import failure_webhook, retraining
 from llm_assets.jobs import build_jobs, executor
 from llm_assets.registry import PIPELINE
 from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
+from llm_assets.terminal.records import file_logger
 
 ASSETS = [load_asset(stage) for stage in PIPELINE]
 
@@ -35,8 +37,11 @@ def build_defs(resource_overrides: Mapping[str, Any] | None = None) -> dg.Defini
     return dg.Definitions(
         assets=ASSETS,
         jobs=build_jobs(ASSETS),
+        schedules=[retraining],
+        sensors=[failure_webhook],
         resources={**resources, **(resource_overrides or {})},
         executor=executor,
+        loggers={"console": dg.colored_console_logger, "file": file_logger},
     )
 
 

@@ -20,6 +20,7 @@ from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.containers import ContainerEngine
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
+from llm_assets.terminal.records import file_logger
 
 ASSETS = [load_asset(stage) for stage in IMAGES]
 # The pipeline makes these; here they are read.
@@ -42,6 +43,7 @@ def build_defs(resource_overrides: Mapping[str, Any] | None = None) -> dg.Defini
         jobs=stage_jobs(ASSETS),
         resources={**resources, **(resource_overrides or {})},
         executor=build_executor(EVERY_STEP),
+        loggers={"console": dg.colored_console_logger, "file": file_logger},
     )
 
 

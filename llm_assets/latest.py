@@ -9,15 +9,18 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from llm_assets.artifacts.io_manager import DirectoryIOManager
 from llm_assets.artifacts.manifest import refresh_command
 from llm_assets.experiments.compose import DEFAULT_EXPERIMENT
+from llm_assets.paths import shown_path
 from llm_assets.registry import PIPELINE
 from model.errors import PipelineError, ends_in_one_line
 
+SPLITS = ("train", "validation")
 STAGES = [stage.name for stage in PIPELINE]
 
 
@@ -27,6 +30,31 @@ def latest_artifacts(experiment: str) -> dict[str, Path]:
     """
     store = DirectoryIOManager().store()
     return {asset: store.load(asset, experiment) for asset in STAGES}
+
+
+def results(artifacts: Mapping[str, Path]) -> dict[str, str]:
+    """What a person asks of a model first, in rounded numbers with units, by name."""
+
+    def read(asset: str, name: str = "summary.json") -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((artifacts[asset] / name).read_text())
+        return found
+
+    corpus, trained, quantized = read("corpus"), read("trained_checkpoint"), read("quantized_model")
+    report = read("benchmark_report", "report.json")["summary"]
+    return {
+        "text": f"{sum(corpus[f'{split}_documents'] for split in SPLITS):,} documents, "
+        f"{sum(corpus[f'{split}_bytes'] for split in SPLITS) / 1e6:,.1f} MB",
+        "parameters": f"{trained['parameters']:,}",
+        "steps": f"{trained['steps']:,}",
+        "bits per byte, validation split": f"{trained['bits_per_byte']:.4f}",
+        f"bits per byte, {quantized['evaluated_tokens']:,} tokens": f"{quantized['bits_per_byte_before']:.4f}"
+        f", {quantized['bits_per_byte_after']:.4f} {quantized['method']}",
+        "weights": f"{quantized['bytes_before'] / 1e6:,.2f} MB, {quantized['bytes_after'] / 1e6:,.2f} MB "
+        f"{quantized['method']}",
+        "decoding, tokens/s": f"{report['decode_tokens_per_second']:,.0f}, "
+        f"{report['decode_tokens_per_second_quantized']:,.0f} {quantized['method']}",
+        "with the KV cache": f"{report['kv_cache_speedup']:.1f} times as fast",
+    }
 
 
 def bento_tag(experiment: str) -> str:
@@ -70,10 +98,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     artifacts = latest_artifacts(arguments.experiment)
     for asset, path in artifacts.items():
-        print(f"{asset:18} {path}")
+        print(f"{asset:18} {shown_path(path)}")
+    print()
+    for name, value in results(artifacts).items():
+        print(f"{name:34} {value}")
     experiment = "" if arguments.experiment == DEFAULT_EXPERIMENT else f" EXPERIMENT={arguments.experiment}"
-    print(f"\nReport: {artifacts['benchmark_report'] / 'report.md'}")
-    print(f"Serve:  make serve{experiment}    (bentoml serve {bento_tag(arguments.experiment)})")
+    print(f"\nReport: {shown_path(artifacts['benchmark_report'] / 'report.md')}")
+    print("Look:   make ui")
+    print(f"Serve:  make serve{experiment}")
+    print(f"        bentoml serve {bento_tag(arguments.experiment)}")
     return 0
 
 

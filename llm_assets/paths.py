@@ -1,7 +1,7 @@
 """Where a run writes: one folder, `var/` of the repository, or the one that LLM_ASSETS_VAR names.
 
 Below it: `artifacts/` (published versions), `scratch/` (work in progress), `cache/` (copies of a remote store's
-artifacts), `mlflow.db` and `mlartifacts/` (tracking). Read when it is asked for, so that a test can move it.
+artifacts), `mlflow.db` and `mlartifacts/` (tracking), `logs/` (records of runs), `sweeps/` (tables of results). Read when it is asked for, so that a test can move it.
 """
 
 import os
@@ -13,3 +13,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def var_dir() -> Path:
     """The folder that everything a run writes lies in, absolute."""
     return Path(os.environ.get("LLM_ASSETS_VAR") or REPOSITORY / "var").absolute()
+
+
+def shown_path(path: Path) -> str:
+    """A path as people type it: from the present folder where it lies below it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

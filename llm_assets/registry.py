@@ -21,6 +21,7 @@ class StageSpec:
     checks: description by check name; all block. preload: modules that its steps import, loaded once per run.
     code: folders besides `model/` whose files decide what it makes.
     module: where the asset of this name is defined; empty: `llm_assets.assets.<name>`.
+    follows: whether Dagster may make it by itself once its upstream is newer (`llm_assets/automation.py`).
     """
 
     name: str
@@ -35,6 +36,7 @@ class StageSpec:
     preload: tuple[str, ...] = ()
     code: tuple[str, ...] = ()
     module: str = ""
+    follows: bool = False
 
 
 PIPELINE = (
@@ -84,6 +86,7 @@ PIPELINE = (
         "The checkpoint's weights in int8 (or unchanged, method `none`), with the measured loss in quality.",
         group="model",
         kinds=("pytorch",),
+        follows=True,
         code_version="1",
         settings=("quantization",),
         upstream=("trained_checkpoint", "tokenized_dataset"),
@@ -100,6 +103,7 @@ PIPELINE = (
         "is installed proves that it runs the same model; `certificates.json` says on what.",
         group="release",
         kinds=("huggingface",),
+        follows=True,
         code_version="1",
         upstream=("trained_checkpoint", "quantized_model", "tokenized_dataset"),
         checks={
@@ -114,6 +118,7 @@ PIPELINE = (
         "Quality, latency, throughput and memory of both models, with and without KV cache: JSON, Markdown and plots.",
         group="release",
         kinds=("pytorch", "markdown"),
+        follows=True,
         code_version="2",
         settings=("benchmark",),
         upstream=("trained_checkpoint", "quantized_model", "tokenized_dataset"),
@@ -131,6 +136,7 @@ PIPELINE = (
         "The artifact is `bento.json`: the tags, their sizes and the command that serves the Bento.",
         group="release",
         kinds=("bentoml",),
+        follows=True,
         code_version="1",
         settings=("serving",),
         upstream=("trained_checkpoint", "quantized_model", "benchmark_report"),

@@ -28,6 +28,7 @@ def asset_arguments(name: str) -> dict[str, Any]:
         "partitions_def": experiments,
         "owners": ["team:llm"],
         "io_manager_key": "artifacts",
+        "automation_condition": dg.AutomationCondition.eager() if spec.follows else None,
         "dagster_type": ArtifactDirectory,
     }
 

@@ -1,9 +1,12 @@
 """The sweep's command line: a mistake at any point is named before a run starts."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+
+from llm_assets.paths import REPOSITORY
 
 
 @pytest.mark.processes
@@ -27,3 +30,52 @@ def test_a_mistake_ends_the_sweep_before_a_run_starts(arguments, says):
     assert says in done.stderr
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
     assert "RUN_START" not in done.stderr + done.stdout
+
+
+SEARCH = """
+import sys
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from llm_assets.experiments import compose, optuna_sweeper
+
+def task(settings):
+    overrides = HydraConfig.get().overrides.task
+    print(*overrides)
+    if "training.seed=1" in overrides:
+        sys.exit(1)  # as a failed run
+    return abs(settings.training.muon_learning_rate - 0.02) + (settings.training.optim == "adamw")
+
+sys.argv[1:] += ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra.sweep.dir=.", "hydra.sweep.subdir=.",
+                 "hydra/job_logging=none", "hydra/hydra_logging=none"]
+hydra.main(config_path=str(compose.CONFIG_DIR), config_name="config")(task)()
+"""
+
+
+def search(tmp_path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", SEARCH, "--multirun", "experiment=smoke", "hydra/sweeper=optuna", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "HYDRA_FULL_ERROR": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.processes
+def test_optuna_searches_intervals_ranges_and_choices_and_goes_on_after_a_failure(tmp_path):
+    space = ["training.muon_learning_rate=tag(log,interval(0.005,0.1))", "training.optim=muon,adamw"]
+    done = search(tmp_path, "hydra.sweeper.n_trials=9", *space, "training.seed=range(0,2)")
+    assert done.returncode == 0, done.stderr
+    points = [dict(item.split("=") for item in line.split()) for line in done.stdout.splitlines()]
+    assert len(points) == 9
+    assert all(0.005 <= float(point["training.muon_learning_rate"]) <= 0.1 for point in points)
+    assert {point["training.optim"] for point in points} == {"muon", "adamw"}
+    assert {point["training.seed"] for point in points} == {"0", "1"}
+
+
+@pytest.mark.processes
+def test_a_search_whose_trials_all_fail_is_one_error(tmp_path):
+    done = search(tmp_path, "hydra.sweeper.n_trials=2", "training.seed=1")
+    assert done.returncode == 1
+    assert "none of 2 trials gave bits per byte" in done.stderr.splitlines()[-1]

@@ -1,0 +1,117 @@
+"""The points of a sweep: what each was, what it scored, and the table that names the best."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from llm_assets.latest import latest_artifacts
+from llm_assets.paths import shown_path, var_dir
+from llm_assets.resources.mlflow import MlflowTracking
+from llm_assets.resources.tracked_run import one_line
+
+
+@dataclass
+class Point:
+    """One point. Numbers are None where its run failed, or ran another job than the pipeline."""
+
+    name: str
+    bits_per_byte: float | None = None
+    """Of the trained model, on the whole validation split."""
+    tokens_per_second: float | None = None
+    """Decoding one text with the trained model."""
+    quantized_bytes: int | None = None
+    failed: bool = False
+
+
+class Sweep:
+    """Collects points and writes their table to var/sweeps/NAME.md and .json."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.name = f"{datetime.now():%Y%m%d-%H%M%S}"
+        self._command = shlex.join(arguments)
+        self.points: list[Point] = []
+
+    def begin(self, name: str) -> int:
+        """Start a point; its number, from 1."""
+        self.points.append(Point(name))
+        return len(self.points)
+
+    def fail(self) -> None:
+        """The point has failed."""
+        self.points[-1].failed = True
+
+    def finish(self, experiment: str) -> float:
+        """Read what the point made; its bits per byte."""
+        artifacts = latest_artifacts(experiment)
+        trained, quantized = (
+            json.loads((artifacts[asset] / "summary.json").read_text())
+            for asset in ("trained_checkpoint", "quantized_model")
+        )
+        report = json.loads((artifacts["benchmark_report"] / "report.json").read_text())["summary"]
+        point = self.points[-1]
+        point.bits_per_byte = float(trained["bits_per_byte"])
+        point.tokens_per_second = float(report["decode_tokens_per_second"])
+        point.quantized_bytes = int(quantized["bytes_after"])
+        return point.bits_per_byte
+
+    @property
+    def best(self) -> Point | None:
+        """The point with the fewest bits per byte, None where none was scored; of equals the first."""
+        scored = [point for point in self.points if point.bits_per_byte is not None]
+        return min(scored, key=lambda point: point.bits_per_byte or 0.0) if scored else None
+
+    def close(self) -> None:
+        """Print the table, write it and log it to MLflow; nothing where no point was scored."""
+        best = self.best
+        if best is None:
+            return
+        print(f"\n{self.as_text()}\n\nbest: {best.name}")
+        folder = var_dir() / "sweeps"
+        folder.mkdir(parents=True, exist_ok=True)
+        page, data = folder / f"{self.name}.md", folder / f"{self.name}.json"
+        page.write_text(f"# Sweep {self.name}\n\n`{self._command}`\n\n{self.as_markdown()}\n\nBest: `{best.name}`\n")
+        record = {"arguments": self._command, "best": best.name, "points": [asdict(point) for point in self.points]}
+        data.write_text(json.dumps(record, indent=2) + "\n")
+        print(f"table: {shown_path(page)}")
+        try:
+            self._log(best, [page, data])
+        except Exception as error:  # noqa: BLE001 - whatever a tracking store raises; the table is on the disk
+            print(f"MLflow did not take the table: {one_line(error)}")
+
+    def as_text(self) -> str:
+        """The table for a terminal of 80 columns: numbers first, as points have long names."""
+        lines = [f"{'':2}{'#':>3} {'bits/byte':>10} {'tokens/s':>9} {'MB':>8}  point"]
+        for number, point in enumerate(self.points, start=1):
+            mark = "* " if point is self.best else "  "
+            lines.append(f"{mark}{number:>3} {' '.join(_cells(point, (10, 9, 8)))}  {point.name}")
+        return "\n".join(lines)
+
+    def as_markdown(self) -> str:
+        """The table for a page."""
+        lines = ["| | point | bits per byte | tokens/s | quantized, MB |", "|---:|---|---:|---:|---:|"]
+        for number, point in enumerate(self.points, start=1):
+            name = f"**`{point.name}`**" if point is self.best else f"`{point.name}`"
+            lines.append(f"| {number} | {name} | {' | '.join(_cells(point))} |")
+        return "\n".join(lines)
+
+    def _log(self, best: Point, files: Sequence[Path]) -> None:
+        client, experiment_id = MlflowTracking().client()
+        tags: dict[str, Any] = {"rex.sweep": self.name, "rex.best": best.name}
+        run_id = client.create_run(experiment_id, tags=tags, run_name=f"sweep {self.name}").info.run_id
+        for file in files:
+            client.log_artifact(run_id, str(file))
+        client.log_metric(run_id, "bits_per_byte", best.bits_per_byte or 0.0)
+        client.set_terminated(run_id)
+
+
+def _cells(point: Point, widths: Sequence[int] = (0, 0, 0)) -> list[str]:
+    if point.bits_per_byte is None or point.tokens_per_second is None or point.quantized_bytes is None:
+        return [
+            text.rjust(width) for text, width in zip(("failed" if point.failed else "-", "-", "-"), widths, strict=True)
+        ]
+    texts = f"{point.bits_per_byte:.4f}", f"{point.tokens_per_second:,.0f}", f"{point.quantized_bytes / 1e6:.2f}"
+    return [text.rjust(width) for text, width in zip(texts, widths, strict=True)]

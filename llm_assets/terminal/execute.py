@@ -1,0 +1,121 @@
+"""Runs a job of one experiment and shows it: what `make pipeline`, `make image` and sweeps do.
+
+    python -m llm_assets.terminal.execute smoke [--force] [OVERRIDE ...]
+    python -m llm_assets.terminal.execute smoke --module llm_assets.images --job container_image_cpu_job
+
+Dagster's own command executes the job; all records of the run go to var/logs/, and this shows what a person reads.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from llm_assets.paths import shown_path, var_dir
+from llm_assets.terminal.records import Follower
+from llm_assets.terminal.view import View
+from model.errors import ends_in_one_line
+
+DEFINITIONS, PIPELINE = "llm_assets.definitions", "llm_pipeline"
+LOCATION_TAG = ".dagster/repository"
+"""With it, a run that was started here is listed on its job's page."""
+LOOK_EVERY_S = 0.2
+_INTERRUPTED = 130
+
+
+def execute_job(
+    experiment: str,
+    overrides: Sequence[str],
+    module: str = DEFINITIONS,
+    job: str = PIPELINE,
+    *,
+    tags: Mapping[str, str] | None = None,
+    console: Console | None = None,
+) -> int:
+    """Run `job` of `module` for one experiment; the exit status of Dagster's command.
+
+    tags: of the run, besides its partition. A signal is passed on to the run, which saves its work.
+    """
+    console = console or Console()
+    view, logs = View(console), var_dir() / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    log = logs / f"{datetime.now():%Y%m%d-%H%M%S}-{experiment}-{os.getpid()}.log"
+    log.touch()
+    config = {
+        "resources": {"hydra": {"config": {"overrides": list(overrides)}}},
+        "loggers": {"file": {"config": {"path": str(log)}}},
+    }
+    location = f"__repository__@{module.replace('llm_assets.definitions', 'llm_assets').rpartition('.')[2]}"
+    all_tags = {"dagster/partition": experiment, LOCATION_TAG: location, **(tags or {})}
+    if overrides:
+        all_tags.setdefault("rex/overrides", " ".join(overrides))
+    follower = Follower(log)
+    with tempfile.TemporaryDirectory() as folder, log.with_suffix(".out").open("w") as out:
+        config_file = Path(folder) / "run_config.yaml"
+        config_file.write_text(json.dumps(config))  # JSON is YAML
+        command = [sys.executable, "-W", "ignore", "-m", "dagster", "job", "execute", "-m", module, "-j", job]
+        command += ["-c", str(config_file), "--tags", json.dumps(all_tags)]
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        before = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(signal.SIGTERM))
+        try:
+            with view.live():
+                status = _watch(process, follower, view)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            follower.close()
+    if status:
+        _explain(console, view, log)
+    return status
+
+
+def _watch(process: subprocess.Popen[bytes], follower: Follower, view: View) -> int:
+    """Show records until the process has ended; Ctrl-C reaches it too, and it is waited for."""
+    interrupted = False
+    while True:
+        try:
+            ended = process.poll()
+            for record in follower.records():
+                view.take(record)
+            view.tick()
+            if ended is not None:
+                return _INTERRUPTED if interrupted else ended
+            time.sleep(LOOK_EVERY_S)
+        except KeyboardInterrupt:
+            interrupted = True
+
+
+def _explain(console: Console, view: View, log: Path) -> None:
+    """Say why a run failed: the stages' reasons, or the last line that the command printed."""
+    printed = [
+        line.strip() for line in log.with_suffix(".out").read_text(errors="replace").splitlines() if line.strip()
+    ]
+    for reason in view.failures or printed[-1:]:
+        console.print(f"error: {reason}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"log: {shown_path(log)}", markup=False, highlight=False, soft_wrap=True)
+
+
+@ends_in_one_line
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one job; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m llm_assets.terminal.execute", description=__doc__.split("\n")[0])
+    parser.add_argument("experiment", help="as in configs/experiment/")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as training.max_steps=100")
+    parser.add_argument("--module", default=DEFINITIONS, help=f"default: {DEFINITIONS}")
+    parser.add_argument("--job", default=PIPELINE, help=f"default: {PIPELINE}")
+    parser.add_argument("--force", action="store_true", help="compute unchanged stages too")
+    given = parser.parse_args(argv)
+    tags = {"rex/force": "true"} if given.force else {}
+    return execute_job(given.experiment, given.overrides, given.module, given.job, tags=tags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""The log of a run as lines of a file that people read and the terminal's view follows.
+
+Each record is one line: time, level, stage, kind of event, text. Every process of a run appends to the same file.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+NONE = "-"
+_LINE = re.compile(r"(?P<time>\S+) (?P<level>\S+) +(?P<stage>\S+) +(?P<event>\S+) +(?P<text>.*)")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line. stage, event: empty where the record has none."""
+
+    level: str
+    stage: str
+    event: str
+    text: str
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        meta: dict[str, Any] = getattr(record, "dagster_meta", {})
+        event = meta.get("dagster_event")
+        text = meta.get("orig_message") or record.getMessage()
+        if event is not None and event.is_step_failure:
+            text = _reason(event) or text
+        name = event.event_type_value if event is not None else NONE
+        time = self.formatTime(record, "%Y-%m-%dT%H:%M:%S")
+        line = f"{time} {record.levelname:8} {meta.get('step_key') or NONE:19} {name:24} "
+        return line + " ".join(str(text).split())
+
+
+def _reason(event: dg.DagsterEvent) -> str:
+    """Why a step failed, in one line: what the stage said of it, else the first error's type and text."""
+    failure = event.step_failure_data
+    if failure.user_failure_data and failure.user_failure_data.description:
+        return failure.user_failure_data.description
+    error = failure.error
+    while error and error.cause:
+        error = error.cause
+    said = error.message.strip() if error else ""
+    return "terminated" if said.endswith("DagsterExecutionInterruptedError") else said
+
+
+@dg.logger(config_schema={"path": dg.Field(str, description="The file to append to.")}, description="Lines of a file.")
+def file_logger(context: dg.InitLoggerContext) -> logging.Logger:
+    """Appends every record of a run to a file, one line each."""
+    logger = logging.Logger("dagster", logging.DEBUG)  # noqa: LOG001 - one of its own for each run
+    handler = logging.FileHandler(context.logger_config["path"], encoding="utf-8")
+    handler.setFormatter(_OneLine())
+    logger.addHandler(handler)
+    return logger
+
+
+class Follower:
+    """Reads what has been appended to a file since the last look, whole lines only."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._rest = path.open(encoding="utf-8", errors="replace"), ""
+
+    def records(self) -> Iterator[Record]:
+        """The new records; lines of another form are left out."""
+        *lines, self._rest = (self._rest + self._file.read()).split("\n")
+        for line in lines:
+            if found := _LINE.fullmatch(line):
+                stage, event = (
+                    found[name].replace(NONE, "") if found[name] == NONE else found[name] for name in ("stage", "event")
+                )
+                yield Record(found["level"], stage, event, found["text"])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

@@ -1,0 +1,111 @@
+"""A run's records as a person wants to read them: on a terminal one moving line, elsewhere plain lines.
+
+A stage takes at most a screen: what it does shows in one line that moves, and stays only as one line when it ends; its
+warnings stay. Without a terminal each message is a line, progress now and then. Nothing is wider than 80 columns.
+"""
+
+import re
+import textwrap
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+from rich.console import Console
+from rich.markup import escape
+from rich.status import Status
+
+from llm_assets.terminal.records import Record
+from model.progress import format_duration
+
+WIDTH = 80
+STAGE_LINES = 16
+"""Messages of a stage that are shown; the file has them all."""
+PROGRESS_EVERY_S = 30.0
+_PERCENT = re.compile(r"\((\d+) %\)")
+_BAR = 16
+
+
+class View:
+    """Takes the records of one run, in order."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._clock = console, clock
+        self._started: dict[str, float] = {}
+        self._shown: dict[str, int] = {}
+        self._unchanged: set[str] = set()
+        self._said: dict[str, str] = {}
+        self._last_progress = -PROGRESS_EVERY_S
+        self._began = clock()
+        self.failures: list[str] = []
+        self._status = Status("starting", console=console, spinner="line") if console.is_terminal else None
+
+    def live(self) -> AbstractContextManager[object]:
+        """While this is open, the moving line is shown, on a terminal."""
+        return self._status or nullcontext()
+
+    def take(self, record: Record) -> None:
+        """Show a record."""
+        if record.event == "STEP_START":
+            self._started[record.stage] = self._clock()
+            if not self._status:
+                self._print(f"{record.stage}: started")
+        elif record.event in ("STEP_SUCCESS", "STEP_FAILURE", "STEP_UP_FOR_RETRY"):
+            self._end(record)
+        elif not record.event and record.stage:
+            self._message(record)
+
+    def tick(self) -> None:
+        """Move the line: to be called a few times a second."""
+        if self._status:
+            working = [self._working(stage) for stage in self._started]
+            self._status.update("\n  ".join(working) or f"starting  {format_duration(self._clock() - self._began)}")
+
+    def _working(self, stage: str) -> str:
+        said = self._said.get(stage, "")
+        found = _PERCENT.search(said)
+        bar = ""
+        if found:
+            filled = min(int(found[1]), 100) * _BAR // 100
+            bar = f"[{'#' * filled}{'.' * (_BAR - filled)}] "
+        line = f"{stage:18} {format_duration(self._clock() - self._started[stage])}  {bar}{said}"
+        return escape(_cut(line, min(WIDTH, self._console.width) - 4))
+
+    def _message(self, record: Record) -> None:
+        text = record.text
+        if text.startswith("MLflow run: "):
+            return
+        if text.startswith("unchanged: "):
+            self._unchanged.add(record.stage)
+        self._said[record.stage] = text.removeprefix(f"{record.stage}: ")
+        is_warning = record.level in ("WARNING", "ERROR", "CRITICAL") or text.startswith("warning: ")
+        if _PERCENT.search(text) and not is_warning:
+            if self._clock() - self._last_progress < PROGRESS_EVERY_S:
+                return
+            self._last_progress = self._clock()
+        if self._status and not is_warning:
+            return
+        count = self._shown[record.stage] = self._shown.get(record.stage, 0) + 1
+        if count < STAGE_LINES:
+            self._print(text if text.startswith(record.stage) else f"{record.stage}: {text}")
+        elif count == STAGE_LINES:
+            self._print(f"{record.stage}: more is in the log")
+
+    def _end(self, record: Record) -> None:
+        if record.stage not in self._started:  # a step whose process died is reported twice
+            return
+        took = self._clock() - self._started.pop(record.stage)
+        how = {"STEP_FAILURE": "failed", "STEP_UP_FOR_RETRY": "tried again"}.get(record.event, "done")
+        if how == "done" and record.stage in self._unchanged:
+            how = "unchanged"
+        self._print(f"{record.stage:18} {how:11} {took:6.1f} s")
+        if record.event == "STEP_FAILURE":
+            self.failures.append(f"{record.stage}: {record.text}")
+
+    def _print(self, text: str) -> None:
+        width = min(WIDTH, self._console.width)
+        for line in textwrap.wrap(text, width, subsequent_indent="    ", break_on_hyphens=False) or [""]:
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."

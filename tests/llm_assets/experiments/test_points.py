@@ -1,0 +1,53 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from llm_assets.experiments.points import Point, Sweep
+from llm_assets.resources.mlflow import MlflowTracking
+
+
+@pytest.fixture
+def sweep() -> Sweep:
+    sweep = Sweep(["--multirun", "experiment=smoke", "training.seed=0,1,2"])
+    for number, bits in enumerate([1.5, 1.4, None]):
+        assert sweep.begin(f"smoke training.seed={number}") == number + 1
+        if bits is None:
+            sweep.fail()
+        else:
+            sweep.points[-1] = Point(f"smoke training.seed={number}", bits, 1234.5, 2_500_000)
+    return sweep
+
+
+def test_the_table_names_the_best_point_and_the_failed_one(sweep: Sweep) -> None:
+    lines = sweep.as_text().splitlines()
+    assert [line[0] for line in lines] == [" ", " ", "*", " "]
+    assert lines[2].split() == ["*", "2", "1.4000", "1,234", "2.50", "smoke", "training.seed=1"]
+    assert lines[3].split()[:2] == ["3", "failed"]
+    assert sweep.best and sweep.best.name == "smoke training.seed=1"
+
+
+def test_the_table_is_kept_below_var_and_in_mlflow(
+    sweep: Sweep, var: Path, tracking_uri: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
+    sweep.close()
+    assert "best: smoke training.seed=1" in capsys.readouterr().out
+    record = json.loads((var / "sweeps" / f"{sweep.name}.json").read_text())
+    assert record["best"] == "smoke training.seed=1" and len(record["points"]) == 3
+    assert "**`smoke training.seed=1`**" in (var / "sweeps" / f"{sweep.name}.md").read_text()
+    client, experiment_id = MlflowTracking().client()
+    (run,) = client.search_runs([experiment_id], f"tags.`rex.sweep` = '{sweep.name}'")
+    assert run.data.metrics["bits_per_byte"] == 1.4
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {f"{sweep.name}.md", f"{sweep.name}.json"}
+
+
+def test_of_equal_points_the_first_is_best_and_without_scores_there_is_no_table(
+    var: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = Sweep([])
+    sweep.begin("one")
+    sweep.close()
+    assert capsys.readouterr().out == "" and not var.exists()
+    sweep.points = [Point("one", 1.5, 1.0, 1), Point("two", 1.5, 1.0, 1)]
+    assert sweep.best is sweep.points[0]

@@ -1,0 +1,82 @@
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from llm_assets.terminal.records import Record
+from llm_assets.terminal.view import STAGE_LINES, WIDTH, View
+
+
+class Watched:
+    """A view of a console that keeps its text, at a time that the test sets."""
+
+    def __init__(self, *, terminal: bool, width: int = WIDTH) -> None:
+        self.file, self.now = io.StringIO(), 0.0
+        console = Console(file=self.file, force_terminal=terminal, width=width, legacy_windows=False)
+        self.view = View(console, clock=lambda: self.now)
+
+    def say(self, text: str, *, level: str = "INFO", event: str = "", stage: str = "corpus") -> None:
+        self.view.take(Record(level, stage, event, text))
+
+    @property
+    def lines(self) -> list[str]:
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.file.getvalue()).splitlines()
+
+
+@pytest.fixture
+def plain() -> Watched:
+    return Watched(terminal=False)
+
+
+def test_without_a_terminal_each_message_is_a_line(plain: Watched) -> None:
+    plain.say("", event="STEP_START")
+    plain.say("corpus: 47 documents")
+    plain.now = 8.7
+    plain.say("", event="STEP_SUCCESS")
+    assert plain.lines == ["corpus: started", "corpus: 47 documents", "corpus             done           8.7 s"]
+
+
+def test_progress_is_a_line_now_and_then(plain: Watched) -> None:
+    plain.say("", event="STEP_START")
+    for second in range(100):
+        plain.now = float(second)
+        plain.say(f"step {second} of 100 ({second} %): loss 4.1")
+    assert [line.split()[2] for line in plain.lines[1:]] == ["0", "30", "60", "90"]
+
+
+def test_a_stage_takes_at_most_a_screen_of_80_columns(plain: Watched) -> None:
+    plain.say("", event="STEP_START")
+    for number in range(100):
+        plain.say(f"document {number} " + "of many words " * 9)
+    plain.say("", event="STEP_SUCCESS")
+    assert max(map(len, plain.lines)) <= WIDTH
+    assert plain.lines[-2] == "corpus: more is in the log"
+    assert sum(line.startswith("corpus: document") for line in plain.lines) == STAGE_LINES - 1
+
+
+def test_on_a_terminal_only_ends_and_warnings_stay() -> None:
+    watched = Watched(terminal=True)
+    watched.say("", event="STEP_START", stage="trained_checkpoint")
+    watched.say("step 20 of 60 (33 %): loss 4.1, 0:12 left", stage="trained_checkpoint")
+    watched.say("warning: the loss does not fall", stage="trained_checkpoint")
+    watched.now = 22.5
+    assert watched.view._working("trained_checkpoint").startswith("trained_checkpoint 0:22  warning: the loss")
+    watched.say("step 40 of 60 (67 %): loss 4.0, 0:06 left", stage="trained_checkpoint")
+    assert "[##########......] step 40 of 60" in watched.view._working("trained_checkpoint").replace("\\", "")
+    watched.say("", event="STEP_SUCCESS", stage="trained_checkpoint")
+    assert watched.lines == [
+        "trained_checkpoint: warning: the loss does not fall",
+        "trained_checkpoint done          22.5 s",
+    ]
+
+
+def test_an_unchanged_stage_and_a_failed_one_say_so(plain: Watched) -> None:
+    plain.say("", event="STEP_START")
+    plain.say("unchanged: corpus of 'smoke' has version 705d already")
+    plain.say("", event="STEP_SUCCESS")
+    plain.say("", event="STEP_START", stage="tokenized_dataset")
+    plain.say("tokenizer.vocab_size is 0: expected more", event="STEP_FAILURE", stage="tokenized_dataset")
+    assert plain.lines[2].split()[:2] == ["corpus", "unchanged"]
+    assert plain.lines[-1].split()[:2] == ["tokenized_dataset", "failed"]
+    assert plain.view.failures == ["tokenized_dataset: tokenizer.vocab_size is 0: expected more"]

@@ -55,12 +55,12 @@ ifeq ($(strip $(OVERRIDES)),)
 	@$(BIN)/python -m llm_assets.dagster_home
 	@$(BIN)/python -m llm_assets.terminal.execute $(EXPERIMENT) $(if $(filter true,$(FORCE)),--force)
 else
-	@$(BIN)/python -m llm_assets.experiments.sweep $(if $(filter true,$(FORCE)),--force) experiment=$(EXPERIMENT) $(OVERRIDES)
+	@$(BIN)/python -m llm_assets.sweep $(if $(filter true,$(FORCE)),--force) experiment=$(EXPERIMENT) $(OVERRIDES)
 endif
 	@$(BIN)/python -m llm_assets.latest $(EXPERIMENT)
 
 sweep: setup  ## One run for each point of a Hydra sweep: make sweep EXPERIMENT=smoke OVERRIDES='training.seed=0,1'
-	@$(BIN)/python -m llm_assets.experiments.sweep --multirun experiment=$(EXPERIMENT) $(OVERRIDES)
+	@$(BIN)/python -m llm_assets.sweep --multirun experiment=$(EXPERIMENT) $(OVERRIDES)
 
 ui: setup  ## Start Dagster (UI_PORT=3001, webserver and daemon) and the MLflow UI (MLFLOW_PORT=5000)
 	@exec $(BIN)/python -m llm_assets.ui --port $(UI_PORT) --mlflow-port $(MLFLOW_PORT)
@@ -95,7 +95,7 @@ ifeq ($(strip $(OVERRIDES)),)
 	@$(BIN)/python -m llm_assets.dagster_home
 	@$(BIN)/python -m llm_assets.terminal.execute $(EXPERIMENT) --module llm_assets.images --job container_image_$(DEVICE)_job
 else
-	@$(BIN)/python -m llm_assets.experiments.sweep --module llm_assets.images --job container_image_$(DEVICE)_job experiment=$(EXPERIMENT) $(OVERRIDES)
+	@$(BIN)/python -m llm_assets.sweep --module llm_assets.images --job container_image_$(DEVICE)_job experiment=$(EXPERIMENT) $(OVERRIDES)
 endif
 	@$(BIN)/python -m llm_assets.latest $(EXPERIMENT) --image $(DEVICE)
 

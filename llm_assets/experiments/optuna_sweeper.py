@@ -1,6 +1,6 @@
 """A Hydra sweeper that looks for the best point with Optuna: `hydra/sweeper=optuna`.
 
-    python -m llm_assets.experiments.sweep --multirun experiment=smoke hydra/sweeper=optuna hydra.sweeper.n_trials=20 \
+    python -m llm_assets.sweep --multirun experiment=smoke hydra/sweeper=optuna hydra.sweeper.n_trials=20 \
         'training.muon_learning_rate=tag(log,interval(0.005,0.1))' training.optim=muon,adamw
 
 Overrides are Hydra's own: a choice (`a,b`), a `range(start,stop,step)`, or an `interval(low,high)`, with `tag(log, ...)` on a

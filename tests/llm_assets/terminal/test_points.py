@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_assets.experiments.points import Point, Sweep
 from llm_assets.resources.mlflow import MlflowTracking
+from llm_assets.terminal.points import Point, Sweep
 
 
 @pytest.fixture

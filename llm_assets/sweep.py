@@ -1,15 +1,15 @@
 """Runs the pipeline with Hydra overrides: once, or once for each point of a Hydra multirun sweep.
 
-    python -m llm_assets.experiments.sweep experiment=stdlib training.max_steps=200
-    python -m llm_assets.experiments.sweep --multirun experiment=smoke training.seed=0,1 training.optim=muon,adamw
-    python -m llm_assets.experiments.sweep --multirun experiment=smoke,stdlib
-    python -m llm_assets.experiments.sweep --multirun experiment=smoke hydra/sweeper=optuna 'training.muon_learning_rate=interval(0.01,0.1)'
-    python -m llm_assets.experiments.sweep --module llm_assets.images --job container_image_cpu_job experiment=smoke
+    python -m llm_assets.sweep experiment=stdlib training.max_steps=200
+    python -m llm_assets.sweep --multirun experiment=smoke training.seed=0,1 training.optim=muon,adamw
+    python -m llm_assets.sweep --multirun experiment=smoke,stdlib
+    python -m llm_assets.sweep --multirun experiment=smoke hydra/sweeper=optuna 'training.muon_learning_rate=interval(0.01,0.1)'
+    python -m llm_assets.sweep --module llm_assets.images --job container_image_cpu_job experiment=smoke
 
 Each point is one Dagster run of `llm_pipeline`, or of another job of a code location: the experiment is its partition, the
 other overrides go to the `hydra` resource and are its tag `rex/overrides`. After several points a table names the best one;
 var/sweeps/ keeps it, and MLflow has it as an artifact of a run of its own. `hydra/sweeper=optuna` looks for the best point
-instead of trying all (`optuna_sweeper.py`).
+instead of trying all (`experiments/optuna_sweeper.py`).
 """
 
 import argparse
@@ -24,8 +24,8 @@ from hydra.core.hydra_config import HydraConfig
 
 from llm_assets.dagster_home import check_dagster_home
 from llm_assets.experiments.compose import COMPOSING_ERRORS, CONFIG_DIR, one_line
-from llm_assets.experiments.points import Sweep
 from llm_assets.terminal.execute import DEFINITIONS, PIPELINE, execute_job
+from llm_assets.terminal.points import Sweep
 from model.errors import PipelineError, ends_in_one_line
 
 

@@ -24,7 +24,7 @@ from llm_assets.paths import REPOSITORY
 )
 def test_a_mistake_ends_the_sweep_before_a_run_starts(arguments, says):
     done = subprocess.run(
-        [sys.executable, "-m", "llm_assets.experiments.sweep", *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "llm_assets.sweep", *arguments], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert says in done.stderr

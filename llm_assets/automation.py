@@ -1,10 +1,11 @@
-"""What may run by itself; all of it is off until a person turns it on, on the page Automation or by the variable below.
+"""What may run by itself: all of it is off until a person turns it on, on the page Automation or by the variable below.
 
-- The automation sensor of Dagster materializes quantized_model, exported_model, benchmark_report and packaged_bento of an
-  experiment once what they are made from is newer (`dg.AutomationCondition.eager()`); training stays a person's decision.
+- The automation sensor of Dagster materializes quantized_model, exported_model, benchmark_report and packaged_bento of
+  an experiment once what they are made from is newer (`dg.AutomationCondition.eager()`). Training stays a person's
+  decision.
 - `failure_webhook` posts each failed run to LLM_ASSETS_FAILURE_WEBHOOK; it is on where the variable is set.
-- `retraining` is an example of a schedule: the pipeline of the default experiment each night. Where its text, settings and
-  code are unchanged, every stage is reused and nothing is trained.
+- `retraining` is an example of a schedule: the pipeline of the default experiment each night. Where its text, settings
+  and code are unchanged, every stage is reused and nothing is trained.
 """
 
 import json
@@ -60,7 +61,7 @@ def failure_webhook(context: dg.RunFailureSensorContext) -> None:
 @dg.schedule(
     cron_schedule="0 3 * * *",
     job_name="llm_pipeline",
-    description=f"Each night at 3: {DEFAULT_EXPERIMENT} anew where its text, settings or code have changed. An example.",
+    description=f"Each night at 3: {DEFAULT_EXPERIMENT} anew where text, settings or code have changed. An example.",
     default_status=dg.DefaultScheduleStatus.STOPPED,
 )
 def retraining() -> dg.RunRequest:

@@ -1,7 +1,8 @@
 """Where a run writes: one folder, `var/` of the repository, or the one that LLM_ASSETS_VAR names.
 
 Below it: `artifacts/` (published versions), `scratch/` (work in progress), `cache/` (copies of a remote store's
-artifacts), `mlflow.db` and `mlartifacts/` (tracking), `logs/` (records of runs), `sweeps/` (tables of results). Read when it is asked for, so that a test can move it.
+artifacts), `mlflow.db` and `mlartifacts/` (tracking), `logs/` (records of runs), `sweeps/` (tables of results). Read
+when it is asked for, so that a test can move it.
 """
 
 import os

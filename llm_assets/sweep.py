@@ -3,13 +3,13 @@
     python -m llm_assets.sweep experiment=stdlib training.max_steps=200
     python -m llm_assets.sweep --multirun experiment=smoke training.seed=0,1 training.optim=muon,adamw
     python -m llm_assets.sweep --multirun experiment=smoke,stdlib
-    python -m llm_assets.sweep --multirun experiment=smoke hydra/sweeper=optuna 'training.muon_learning_rate=interval(0.01,0.1)'
+    python -m llm_assets.sweep --multirun experiment=smoke hydra/sweeper=optuna 'training.seed=interval(0,99)'
     python -m llm_assets.sweep --module llm_assets.images --job container_image_cpu_job experiment=smoke
 
-Each point is one Dagster run of `llm_pipeline`, or of another job of a code location: the experiment is its partition, the
-other overrides go to the `hydra` resource and are its tag `rex/overrides`. After several points a table names the best one;
-var/sweeps/ keeps it, and MLflow has it as an artifact of a run of its own. `hydra/sweeper=optuna` looks for the best point
-instead of trying all (`experiments/optuna_sweeper.py`).
+Each point is one Dagster run of `llm_pipeline`, or of another job of a code location: the experiment is its partition,
+the other overrides go to the `hydra` resource and are its tag `rex/overrides`. After several points a table names the
+best one; var/sweeps/ keeps it, and MLflow has it as an artifact of a run of its own. `hydra/sweeper=optuna` looks for
+the best point instead of trying all (`experiments/optuna_sweeper.py`).
 """
 
 import argparse
@@ -71,6 +71,9 @@ def main() -> int:
     parser.add_argument("--job", default=PIPELINE)
     parser.add_argument("--force", action="store_true")
     ours, hydras = parser.parse_known_args()
+    if {"--help", "-h"} & set(hydras):  # Hydra's own lists the options, which llm_assets.experiments does better
+        print(__doc__)
+        return 0
     check_dagster_home()
     # Hydra would make a folder and a log for each point; the record of a run is Dagster's and MLflow's.
     sys.argv[1:] = [*hydras, "hydra.output_subdir=null", "hydra.run.dir=.", "hydra.sweep.dir=var/sweep"]

@@ -3,7 +3,7 @@
     python -m llm_assets.sweep --multirun experiment=smoke hydra/sweeper=optuna hydra.sweeper.n_trials=20 \
         'training.muon_learning_rate=tag(log,interval(0.005,0.1))' training.optim=muon,adamw
 
-Overrides are Hydra's own: a choice (`a,b`), a `range(start,stop,step)`, or an `interval(low,high)`, with `tag(log, ...)`
+Overrides are Hydra's own: a choice (`a,b`), a `range(start,stop,step)`, or an `interval(low,high)`, with `tag(log, ..)`
 on a logarithmic scale; what has one value is fixed. Trials run one after the other; one that fails is counted and the
 search goes on. The package hydra-optuna-sweeper is not used: its last release needs Optuna below 3, this one runs with
 Optuna 5.

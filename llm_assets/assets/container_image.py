@@ -49,6 +49,7 @@ def build_container_image(device: str) -> dg.AssetsDefinition:
                     "run": dg.MetadataValue.md(f"`{image.run}`"),
                     "torch": image.inside["torch"],
                     "bento": image.bento,
+                    "licenses": dg.MetadataValue.json(image.licenses),
                     "reused": image.reused,
                 },
                 checks.of_image(name, device, image.inside, image.bytes),

@@ -1,7 +1,7 @@
 """What an image is built from: a Bento for one device, the lock of its packages, and the labels.
 
 FOLDER/bento/      the Bento with its model: `src/bento/Dockerfile` has the instructions,
-                   `env/python/requirements.txt` the lock
+                   `env/python/requirements.txt` the lock, `sbom.cdx.json` beside it the bill of materials
 FOLDER/packages/   the packages themselves, once `unpack` has run
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from llm_assets import bill_of_materials
 from llm_assets.artifacts.manifest import VERSION_DIGITS
 from llm_assets.containers import packages
 from llm_assets.paths import REPOSITORY
@@ -36,8 +37,13 @@ class ImageContext:
     python: str
 
     @property
+    def bill(self) -> Path:
+        """The bill of materials; the Bento brings one of its own, which the image's replaces."""
+        return self.lock.with_name(bill_of_materials.FILE)
+
+    @property
     def lock(self) -> Path:
-        """The file that names every package with its version."""
+        """The file that names every package with its version and the hashes of its files."""
         return self.folder / "bento" / "env" / "python" / "requirements.txt"
 
     def tag(self, base_id: str) -> str:

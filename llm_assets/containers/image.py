@@ -8,17 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_assets import bill_of_materials
 from llm_assets.containers.context import labels, prepare_context
 from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.containers import ContainerEngine
 from model.progress import Log, silent
+
+BILL = f"/app/bento/env/python/{bill_of_materials.FILE}"
+"""The bill of materials, in an image."""
 
 
 @dataclass(frozen=True)
 class BuiltImage:
     """An image of the engine's store. inside: what `ContainerEngine.look_into` found. run: the command that starts it.
 
-    reused: an image of the same content was there already.
+    reused: an image of the same content was there already. licenses: the packages that state each.
     """
 
     tag: str
@@ -29,6 +33,7 @@ class BuiltImage:
     inside: dict[str, Any]
     run: str
     reused: bool
+    licenses: dict[str, int]
     seconds: float
 
 
@@ -42,7 +47,8 @@ def build_image(
     output: Path,
     log: Log = silent,
 ) -> BuiltImage:
-    """Build the image of `packaged` (a `bento.json`) unless the engine has it; write its record and lock to `output`.
+    """Build the image of `packaged` (a `bento.json`) unless the engine has it; write its record, lock and bill of
+    materials to `output`.
 
     device: `cpu` or `gpu`. workspace: a folder for the build context.
     Raises PipelineError where no engine answers or a build fails.
@@ -56,15 +62,30 @@ def build_image(
     reused = found is not None
     if found is None:
         context.unpack(log=log)
+        held = bill_of_materials.of_folder(context.folder / "packages")
+        held += bill_of_materials.of_base_image(engine.base_packages(base))
+        name, version = tag.split(":")
+        bill_of_materials.write(context.bill, name=name, version=version, model=packaged["model"], components=held)
         named = labels(context, model=packaged["model"], experiment=experiment, base=base)
         found = engine.build(tag, context.folder, base, named, log=log)
     inside, run = engine.look_into(tag), engine.run_command(tag, device)
     record = {"image": tag, **found, "bento": context.bento, "inside": inside, "run": run}
     (output / "image.json").write_text(json.dumps(record, indent=2) + "\n")
     shutil.copy(context.lock, output)
+    bill = engine.read_file(tag, BILL)
+    (output / bill_of_materials.FILE).write_text(bill)
     seconds = round(time.monotonic() - started, 1)
     log(f"{tag}: {found['bytes'] / 1e9:.2f} GB, {'found' if reused else 'built'} in {seconds} s")
     log(f"run it: {run}")
     return BuiltImage(
-        tag, found["bytes"], found["layers"], found["labels"], context.bento, inside, run, reused, seconds
+        tag,
+        found["bytes"],
+        found["layers"],
+        found["labels"],
+        context.bento,
+        inside,
+        run,
+        reused,
+        bill_of_materials.licenses(bill),
+        seconds,
     )

@@ -7,6 +7,7 @@ torch is the CUDA build; the CPU build comes from a folder that pip's `find-link
 
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -49,25 +50,30 @@ def pip_options() -> dict[str, str]:
 
 
 def lock(requirements: Path, constraints: Path, target: Path, *, device: str, python: str, log: Log = silent) -> None:
-    """Write every package that `requirements` needs, with its version, to `target`.
+    """Write every package that `requirements` needs, with its version and the hashes of its files, to `target`.
 
     constraints: the versions that the project is tested with. python: version of the image's Python, as "3.11".
     Raises PipelineError where packages are not found, or where those of the other device are among them.
     """
-    command = [*_uv("compile", python), "--no-header", "--no-annotate", "--quiet"]
+    command = [*_uv("compile", python), "--no-header", "--no-annotate", "--generate-hashes", "--quiet"]
     command += ["--constraint", str(constraints), "--output-file", str(target), str(requirements)]
     run(command, "locking the image's packages", environment=_environment(device), log=log, name="uv")
     refuse_other_device(target.read_text(), device)
 
 
+def pinned(locked: str) -> list[str]:
+    """`NAME==VERSION` of each package of a lock, without the hashes of its files."""
+    return re.findall(r"^[\w.-]+==[^\s\\;]+", locked, re.MULTILINE)
+
+
 def refuse_other_device(locked: str, device: str) -> None:
     """Raise PipelineError where a lock for `cpu` has CUDA packages, or one for `gpu` none or a CPU build of torch."""
-    names = [line.split("==")[0] for line in locked.splitlines()]
+    names = pinned(locked)
     cuda = [name for name in names if name.startswith(CUDA_PACKAGES)]
-    torch = next((line for line in locked.splitlines() if line.startswith("torch==")), "no torch")
+    torch = next((name for name in names if name.startswith("torch==")), "no torch")
     if device == "cpu" and cuda:
         raise PipelineError(
-            f"the lock of a CPU image has {len(cuda)} packages for CUDA ({cuda[0]} first) and {torch}: expected none; "
+            f"the lock of a CPU image has {len(cuda)} packages for CUDA ({cuda[0].partition('==')[0]} first) and {torch}: expected none; "
             "is UV_TORCH_BACKEND=cpu or a folder with the CPU build of torch in UV_FIND_LINKS?"
         )
     if device == "gpu" and (not cuda or "+cpu" in torch):
@@ -78,8 +84,20 @@ def refuse_other_device(locked: str, device: str) -> None:
 
 
 def unpack(locked: Path, folder: Path, *, device: str, python: str, log: Log = silent) -> None:
-    """Unpack the packages of a lock into `folder`, which the image has on its PYTHONPATH."""
-    command = [*_uv("install", python), "--quiet", "--no-deps", "--target", str(folder), "--requirement", str(locked)]
+    """Unpack the packages of a lock into `folder`, which the image has on its PYTHONPATH.
+
+    Raises PipelineError where a file has another hash than the lock says.
+    """
+    command = [
+        *_uv("install", python),
+        "--quiet",
+        "--require-hashes",
+        "--no-deps",
+        "--target",
+        str(folder),
+        "--requirement",
+        str(locked),
+    ]
     run(command, "unpacking the image's packages", environment=_environment(device), log=log, name="uv")
     # Scripts in bin/ start this host's Python; torch/include is 10,000 headers, and the image has no compiler.
     for unused in ("bin", "torch/include"):

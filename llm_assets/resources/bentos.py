@@ -17,6 +17,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
+from llm_assets import bill_of_materials
 from llm_assets.artifacts.manifest import VERSION_DIGITS
 from llm_assets.paths import REPOSITORY
 from model.errors import PipelineError
@@ -49,6 +50,8 @@ class BentoBuilder(dg.ConfigurableResource):
     ) -> dict[str, Any]:
         """Build the Bento `name:version` with the service's arguments; returns what `find_bento` finds.
 
+        Beside the list of its packages it gets a bill of materials: those of this environment, with their licenses.
+
         Raises PipelineError with BentoML's last line where the build fails.
         """
         name, version = tag.split(":")
@@ -63,7 +66,11 @@ class BentoBuilder(dg.ConfigurableResource):
         found = self.find_bento(tag)
         if found is None:
             raise PipelineError(f"bentoml built {tag}, but its store has no such Bento: is BENTOML_HOME the same?")
-        return found
+        requirements = Path(found["path"], "env", "python", "requirements.txt")
+        needed = bill_of_materials.of_requirements(requirements.read_text().splitlines())
+        bill = requirements.with_name(bill_of_materials.FILE)
+        bill_of_materials.write(bill, name=name, version=version, model=str(arguments["model"]), components=needed)
+        return {**found, "bytes": found["bytes"] + bill.stat().st_size}
 
     def build_once(
         self, name: str, *, labels: Mapping[str, str], arguments: Mapping[str, Any], log: Log = silent

@@ -34,6 +34,22 @@ print(json.dumps({
 }))
 """
 
+# Debian states licenses in copyright files, mostly in a form that machines read (DEP 5).
+_BASE_PROBE = """
+import json, pathlib, platform, re, shutil, subprocess
+fields = "${Package}\\t${Version}\\t${Architecture}\\n"
+command = ["dpkg-query", "-W", "-f", fields]
+listed = subprocess.run(command, capture_output=True, text=True).stdout if shutil.which(command[0]) else ""
+debian = []
+for name, version, architecture in (line.split("\\t") for line in listed.splitlines()):
+    file = pathlib.Path("/usr/share/doc", name, "copyright")
+    text = file.read_text(errors="replace") if file.is_file() else ""
+    licenses = re.findall(r"^License: *(\\S[^\\n]*)", text, re.MULTILINE) if text.startswith("Format:") else []
+    found = licenses or re.findall(r"/usr/share/common-licenses/([\\w.-]*\\w)", text)
+    debian.append({"name": name, "version": version, "architecture": architecture, "licenses": sorted(set(found))})
+print(json.dumps({"python": platform.python_version(), "debian": debian}))
+"""
+
 
 class ContainerEngine(dg.ConfigurableResource):
     """Builds images and looks into them."""
@@ -107,6 +123,11 @@ class ContainerEngine(dg.ConfigurableResource):
         """`{"torch", "cuda", "cuda_packages", "uid"}` as a container of the image finds them; cuda is "" in a CPU
         build.
         """
+        found: dict[str, Any] = json.loads(self._run_in(tag, "python3", "-c", _PROBE))
+        return found
+
+    def _run_in(self, tag: str, program: str, *arguments: str) -> str:
+        """What a program prints in a hardened container of an image, without a network."""
         command = [
             self.command,
             "run",
@@ -115,13 +136,22 @@ class ContainerEngine(dg.ConfigurableResource):
             "none",
             *HARDENED,
             "--entrypoint",
-            "python3",
+            program,
             tag,
-            "-c",
-            _PROBE,
+            *arguments,
         ]
-        found: dict[str, Any] = json.loads(run(command, f"looking into image {tag}"))
-        return found
+        return run(command, f"looking into image {tag}")
+
+    def base_packages(self, base: str) -> dict[str, Any]:
+        """`{"python": its version, "debian": [{"name", "version", "architecture", "licenses"}]}` of a base image.
+
+        A base without Debian's package manager has an empty list.
+        """
+        return dict(json.loads(self._run_in(base, "python3", "-c", _BASE_PROBE)))
+
+    def read_file(self, tag: str, path: str) -> str:
+        """A text file of an image."""
+        return self._run_in(tag, "cat", path)
 
     def run_command(self, tag: str, device: str) -> str:
         """How a person starts the service of an image: hardened, on this machine's loopback address, without a key."""

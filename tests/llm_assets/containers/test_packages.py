@@ -2,7 +2,7 @@
 
 import pytest
 
-from llm_assets.containers.packages import refuse_other_device, uv_environment
+from llm_assets.containers.packages import pinned, refuse_other_device, uv_environment
 from model.errors import PipelineError
 
 CPU = "bentoml==1.4.39\nnvidia-ml-py==13.615.71\ntorch==2.13.0+cpu\n"
@@ -37,6 +37,12 @@ def test_the_cpu_build_of_torch_comes_from_a_folder_of_wheels_that_has_it_else_f
 def test_a_lock_for_its_device_passes() -> None:
     refuse_other_device(CPU, "cpu")
     refuse_other_device(GPU, "gpu")
+
+
+def test_the_packages_of_a_lock_are_named_without_their_hashes() -> None:
+    locked = "torch==2.13.0+cpu \\\n    --hash=sha256:ab\nuvloop==0.23.0 ; sys_platform != 'win32' \\\n    --hash=sha256:cd\n"
+    assert pinned(locked) == ["torch==2.13.0+cpu", "uvloop==0.23.0"]
+    refuse_other_device(locked, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
+import json
 import os
 import time
+from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
 
@@ -21,7 +23,9 @@ class Arguments(BaseModel):
 arguments = bentoml.use_arguments(Arguments)
 assert "REX_CHAMPION" not in os.environ, "a build sees what a running service is told"
 
-@bentoml.service
+image = bentoml.images.Image(python_version="3.11", lock_python_packages=False)
+
+@bentoml.service(image=image.python_packages("torch==2.13.0+cpu", "fastapi"))
 class Tiny:
     model = bentoml.models.BentoModel(arguments.model)
 
@@ -64,6 +68,12 @@ def test_a_model_is_imported_once_and_a_bento_is_built_from_it(
     description = (Path(bento["path"]) / "bento.yaml").read_text()
     assert "rex-smoke:abc" in description
     assert "kv_cache: false" in description.replace("'", "")
+    bill = json.loads((Path(bento["path"]) / "env" / "python" / "sbom.cdx.json").read_text())
+    held = {one["name"]: one for one in bill["components"]}
+    assert held["rex-smoke"]["type"] == "machine-learning-model" and held["rex-smoke"]["version"] == "abc"
+    assert held["torch"]["version"] == version("torch")
+    assert {"networkx", "starlette"} <= held.keys()  # what torch and FastAPI need
+    assert held["fastapi"]["licenses"] == [{"license": {"id": "MIT"}}]
 
 
 @pytest.mark.processes

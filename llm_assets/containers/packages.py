@@ -69,11 +69,11 @@ def pinned(locked: str) -> list[str]:
 def refuse_other_device(locked: str, device: str) -> None:
     """Raise PipelineError where a lock for `cpu` has CUDA packages, or one for `gpu` none or a CPU build of torch."""
     names = pinned(locked)
-    cuda = [name for name in names if name.startswith(CUDA_PACKAGES)]
+    cuda = [name.partition("==")[0] for name in names if name.startswith(CUDA_PACKAGES)]
     torch = next((name for name in names if name.startswith("torch==")), "no torch")
     if device == "cpu" and cuda:
         raise PipelineError(
-            f"the lock of a CPU image has {len(cuda)} packages for CUDA ({cuda[0].partition('==')[0]} first) and {torch}: expected none; "
+            f"the lock of a CPU image has {len(cuda)} packages for CUDA ({cuda[0]} first) and {torch}: expected none; "
             "is UV_TORCH_BACKEND=cpu or a folder with the CPU build of torch in UV_FIND_LINKS?"
         )
     if device == "gpu" and (not cuda or "+cpu" in torch):

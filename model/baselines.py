@@ -54,7 +54,7 @@ def held_out(dataset: TokenDataset, max_windows: int) -> tuple[np.ndarray, bytes
         labels.append(dataset.tokens[len(dataset) * step + 1 :].astype(np.int64))
     ids_T = np.concatenate(labels)
     ids_T = ids_T[ids_T >= 0]
-    return ids_T, dataset.spelled(ids_T)
+    return ids_T, dataset.bytes_of(ids_T)
 
 
 def token_counts(tokens: np.ndarray, vocab_size: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from llm_assets.assets import asset_arguments
 from llm_assets.registry import model_name
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
-from llm_assets.stage import metadata as show
+from llm_assets.stage import metadata as ui_metadata
 from llm_assets.stage.once import reuses_unchanged
 from llm_assets.stage.stage import Stage, stage
 
@@ -47,23 +47,23 @@ def benchmark_report(
         text = re.sub(r"!\[.*\n\n", "", (work.output / "report.md").read_text())
         yield work.result(
             {
-                "summary": show.summary(
+                "summary": ui_metadata.summary(
                     decoding=f"{found['decode_tokens_per_second']:,.0f} tokens/s",
                     quantized=f"{found['decode_tokens_per_second_quantized']:,.0f} tokens/s",
                     with_KV_cache=f"{found['kv_cache_speedup']:.2f} times as fast as without",
                     **{f"bits_per_byte_of_{report['quality']['windows']}_windows": f"{found['bits_per_byte']:.4f}"},
                 ),
-                "picture": show.bars(
+                "picture": ui_metadata.bars(
                     "tokens per second, one text",
                     {
                         "full precision": found["decode_tokens_per_second"],
                         "quantized": found["decode_tokens_per_second_quantized"],
                     },
                 ),
-                **show.numbers(found),
-                "report": dg.MetadataValue.md(text[: show.TEXT_CHARACTERS]),
-                "kv_cache": show.picture(work.output / "kv_cache.png"),
-                "model_benchmark_comparison": show.picture(work.output / "model_benchmark_comparison.png"),
+                **ui_metadata.numbers(found),
+                "report": dg.MetadataValue.md(text[: ui_metadata.TEXT_CHARACTERS]),
+                "kv_cache": ui_metadata.picture(work.output / "kv_cache.png"),
+                "model_benchmark_comparison": ui_metadata.picture(work.output / "model_benchmark_comparison.png"),
             },
             [checks.is_fit_for_release(found, decision, _export_agrees(work))],
         )

@@ -8,7 +8,7 @@ from llm_assets import checks
 from llm_assets.assets import asset_arguments
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
-from llm_assets.stage import metadata as show
+from llm_assets.stage import metadata as ui_metadata
 from llm_assets.stage.once import reuses_unchanged
 from llm_assets.stage.stage import stage
 from model.settings import ExperimentSettings
@@ -39,13 +39,15 @@ def corpus(
         summary = build_corpus(work.settings.corpus, work.output, log=work.log)
         yield work.result(
             {
-                "summary": show.summary(
+                "summary": ui_metadata.summary(
                     documents=f"{summary.documents:,}",
-                    text=show.size(summary.bytes),
-                    validation=show.size(summary.validation_bytes),
-                    mean_document=show.size(summary.mean_document_bytes),
+                    text=ui_metadata.size(summary.bytes),
+                    validation=ui_metadata.size(summary.validation_bytes),
+                    mean_document=ui_metadata.size(summary.mean_document_bytes),
                 ),
-                "picture": show.bars("bytes", {"train": summary.train_bytes, "validation": summary.validation_bytes}),
+                "picture": ui_metadata.bars(
+                    "bytes", {"train": summary.train_bytes, "validation": summary.validation_bytes}
+                ),
                 "dagster/row_count": summary.documents,
                 "dagster/column_schema": dg.TableSchema(
                     [
@@ -55,12 +57,12 @@ def corpus(
                         dg.TableColumn("split", "string", description="train or validation"),
                     ]
                 ),
-                **show.numbers(summary),
+                **ui_metadata.numbers(summary),
                 "documents": summary.documents,
                 "bytes": summary.bytes,
                 "source": summary.source,
                 "license": summary.license,
-                "splits": show.table(
+                "splits": ui_metadata.table(
                     [
                         {"split": "train", "documents": summary.train_documents, "bytes": summary.train_bytes},
                         {
@@ -70,7 +72,7 @@ def corpus(
                         },
                     ]
                 ),
-                "sample": dg.MetadataValue.md(show.fenced(summary.sample)),
+                "sample": dg.MetadataValue.md(ui_metadata.fenced(summary.sample)),
             },
             [checks.splits_are_disjoint(work.output)],
         )

@@ -11,7 +11,7 @@ from llm_assets.assets import asset_arguments
 from llm_assets.registry import model_name
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
-from llm_assets.stage import metadata as show
+from llm_assets.stage import metadata as ui_metadata
 from llm_assets.stage.once import reuses_unchanged
 from llm_assets.stage.stage import stage
 from model.settings import ExperimentSettings
@@ -62,13 +62,13 @@ def exported_model(
         rows = as_rows(found.certificates)
         yield work.result(
             {
-                "summary": show.summary(
+                "summary": ui_metadata.summary(
                     **{
                         f"{row['engine']}, {row['file']}": f"{row['log_probability_difference']:.1g} nats at most"
                         for row in rows
                     }
                 ),
-                "certificates": show.table(rows),
+                "certificates": ui_metadata.table(rows),
                 "left_out": "; ".join(found.left_out) or "nothing",
             },
             [checks.is_the_same_model(rows, found.differences)],

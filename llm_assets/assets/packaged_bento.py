@@ -12,7 +12,7 @@ from llm_assets.registry import model_name
 from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
-from llm_assets.stage import metadata as show
+from llm_assets.stage import metadata as ui_metadata
 from llm_assets.stage.stage import stage
 
 
@@ -55,8 +55,8 @@ def packaged_bento(
         work.log(f"serve it: {command}")
         yield work.result(
             {
-                "summary": show.summary(
-                    Bento=bento["tag"], size=show.size(bento["bytes"]), weights=show.size(model["bytes"])
+                "summary": ui_metadata.summary(
+                    Bento=bento["tag"], size=ui_metadata.size(bento["bytes"]), weights=ui_metadata.size(model["bytes"])
                 ),
                 "bento": bento["tag"],
                 "model": model["tag"],

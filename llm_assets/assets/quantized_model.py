@@ -9,7 +9,7 @@ from llm_assets import checks
 from llm_assets.assets import asset_arguments
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
-from llm_assets.stage import metadata as show
+from llm_assets.stage import metadata as ui_metadata
 from llm_assets.stage.once import reuses_unchanged
 from llm_assets.stage.stage import Registration, stage
 
@@ -38,9 +38,9 @@ def quantized_model(
         )
         yield work.result(
             {
-                "summary": show.summary(
+                "summary": ui_metadata.summary(
                     scheme=summary.scheme,
-                    weights=f"{show.size(summary.bytes_after)} of {show.size(summary.bytes_before)}",
+                    weights=f"{ui_metadata.size(summary.bytes_after)} of {ui_metadata.size(summary.bytes_before)}",
                     **{
                         f"bits_per_byte_of_{summary.evaluated_tokens:,}_validation_tokens": (
                             f"{summary.bits_per_byte_after:.4f}"
@@ -49,10 +49,10 @@ def quantized_model(
                     },
                     same_most_likely_token=f"{summary.top1_agreement:.1%}",
                 ),
-                "picture": show.bars(
+                "picture": ui_metadata.bars(
                     "bytes of the weights", {"full precision": summary.bytes_before, "quantized": summary.bytes_after}
                 ),
-                **show.numbers(summary),
+                **ui_metadata.numbers(summary),
                 "method": summary.method,
                 "scheme": summary.scheme,
             },

@@ -9,7 +9,7 @@ from llm_assets import checks
 from llm_assets.assets import asset_arguments
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
-from llm_assets.stage import metadata as show
+from llm_assets.stage import metadata as ui_metadata
 from llm_assets.stage.once import reuses_unchanged
 from llm_assets.stage.stage import stage
 
@@ -30,19 +30,19 @@ def tokenized_dataset(
         summary = build_tokenized_dataset(settings, corpus, work.output, log=work.log)
         yield work.result(
             {
-                "summary": show.summary(
+                "summary": ui_metadata.summary(
                     train=f"{summary.train_tokens:,} tokens",
                     validation=f"{summary.validation_tokens:,} tokens",
                     vocabulary=f"{summary.vocab_size:,} tokens",
                     compression=f"{summary.bytes_per_token:.2f} bytes per token",
                 ),
-                "picture": show.bars(
+                "picture": ui_metadata.bars(
                     "tokens", {"train": summary.train_tokens, "validation": summary.validation_tokens}
                 ),
-                **show.numbers(summary),
+                **ui_metadata.numbers(summary),
                 "kind": summary.kind,
                 "dtype": summary.dtype,
-                "most_common_tokens": show.table(summary.most_common),
+                "most_common_tokens": ui_metadata.table(summary.most_common),
             },
             [checks.round_trip_is_exact(corpus, work.output, settings.sequence_length)],
         )

@@ -9,7 +9,7 @@ from llm_assets import checks
 from llm_assets.assets import asset_arguments
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
-from llm_assets.stage import metadata as show
+from llm_assets.stage import metadata as ui_metadata
 from llm_assets.stage.once import reuses_unchanged
 from llm_assets.stage.stage import Registration, stage
 
@@ -38,20 +38,22 @@ def trained_checkpoint(
             work.tracked.log_artifact(work.output / name)
         yield work.result(
             {
-                "summary": show.summary(
+                "summary": ui_metadata.summary(
                     parameters=f"{summary.parameters:,}",
                     bits_per_byte_of_the_validation_split=f"{summary.bits_per_byte:.4f}",
                     validation_loss=f"{summary.validation_loss:.4f} nats per token",
                     steps=f"{summary.steps:,}",
                     speed=f"{summary.tokens_per_second:,.0f} tokens/s",
                 ),
-                "picture": show.line("training loss by step", show.curve(work.output / "curves.json", "loss")),
-                **show.numbers(summary),
+                "picture": ui_metadata.line(
+                    "training loss by step", ui_metadata.curve(work.output / "curves.json", "loss")
+                ),
+                **ui_metadata.numbers(summary),
                 "precision": summary.precision,
                 "device": summary.device,
-                "loss_curve": show.picture(work.output / "loss.png"),
-                "samples": show.samples(summary.samples),
-                "progress": show.text(work.output / "progress.md"),
+                "loss_curve": ui_metadata.picture(work.output / "loss.png"),
+                "samples": ui_metadata.samples(summary.samples),
+                "progress": ui_metadata.text(work.output / "progress.md"),
             },
             [
                 checks.beats_baselines(

@@ -1,4 +1,4 @@
-"""The hash of the code that makes an asset: with other code, an artifact is made anew."""
+"""Code versions: hashes of an asset's source files; a change makes its artifacts stale."""
 
 import hashlib
 

@@ -17,11 +17,11 @@ from typing import Any
 import dagster as dg
 
 WATCH_EVERY_S, GRACE_S = 1.0, 60.0
-"""How often a step looks for its run and its fork server, and what it has to save its work before it is killed."""
+"""Interval at which a step checks for its run and its fork server, and time to save before it is killed."""
 
 
 def end_with_run() -> None:
-    """From now on this step is terminated when its run's process is gone, or the fork server that started it.
+    """Start to watch the run's process and the fork server; this step ends when either is gone.
 
     A killed run would otherwise leave an orphaned training that blocks the next run. Without its fork server a step is
     lost to its run, which retries it: the two would then wait for each other.
@@ -71,6 +71,6 @@ def noticed_interrupts() -> Iterator[Callable[[], None]]:
         yield check
     finally:
         for caught, handler in before.items():
-            # Dagster sets handlers of its own around each part of a step: those stay.
+            # Dagster installs its own handlers around each part of a step: keep those.
             if signal.getsignal(caught) is notice:
                 signal.signal(caught, handler)

@@ -1,6 +1,6 @@
-"""What a person sees of an artifact in the UI: numbers that plot, tables, pictures, text samples.
+"""Builds the UI metadata of an artifact: numbers that plot, tables, pictures, text samples.
 
-Functions of summaries and files that give `dg.MetadataValue`s; nothing is measured here.
+Pure functions from summaries and files to `dg.MetadataValue`s; measuring happens elsewhere.
 """
 
 import base64
@@ -14,11 +14,11 @@ from urllib.parse import quote
 
 import dagster as dg
 
-# An event is a row of the run storage, and the UI loads a page of them: pictures stay small.
+# An event is a row of the run storage, and the UI loads pages of them, so pictures must be small.
 PICTURE_BYTES = 300_000
 TEXT_CHARACTERS = 20_000
 INLINE_CHARACTERS = 1000
-"""Longest Markdown that the UI shows at once, and not behind a link."""
+"""Longest Markdown that the UI shows inline; it puts longer text behind a link."""
 SIGNIFICANT_DIGITS = 5
 _UNQUOTED = "/:=',;+!*@$&-._~"
 
@@ -68,7 +68,7 @@ def decision(recorded: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def size(count: float) -> str:
-    """Bytes as people read them: `1.2 MB`."""
+    """A human-readable size: `1.2 MB`."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if abs(count) < 999.5 or unit == "GB":
             break
@@ -181,10 +181,10 @@ def fenced(text: str, language: str = "") -> str:
 
 
 def text(path: Path) -> dg.MarkdownMetadataValue:
-    """A Markdown file, cut to a length that an event can carry; its end is kept, where the newest stands."""
+    """A Markdown file, cut to the size of an event; the end is kept, since it has the newest entries."""
     return dg.MetadataValue.md(path.read_text(encoding="utf-8")[-TEXT_CHARACTERS:] or "none")
 
 
 def samples(texts: Mapping[str, str]) -> dg.MarkdownMetadataValue:
-    """What the model wrote, each prompt with its continuation as a block."""
+    """Samples of the model: each prompt with its continuation as a block."""
     return dg.MetadataValue.md("\n\n".join(fenced(prompt + text) for prompt, text in texts.items()) or "none")

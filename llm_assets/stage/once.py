@@ -1,4 +1,4 @@
-"""Nothing is computed twice: a stage whose settings, upstream, source files and code are unchanged is reused.
+"""Memoization: a stage with unchanged settings, upstream, source files and code reuses its artifact.
 
 `pipeline_asset` makes an asset of a stage. Before a step computes, it compares the latest artifact's manifest with what
 this run would record; where all is the same, the materialization names that artifact again, with its numbers and
@@ -28,7 +28,7 @@ _Compute = Callable[..., Iterator[dg.MaterializeResult]]
 
 
 def reuses_unchanged(fingerprint: SourceFingerprint | None = None) -> Callable[[_Compute], _Compute]:
-    """Decorate an asset's function: it is called only where the latest artifact differs from what it would make.
+    """Decorate an asset's function, which then runs only if the latest artifact is stale.
 
     fingerprint: of what a stage reads besides its upstream, as files that settings name.
     """
@@ -57,7 +57,7 @@ def _find_unchanged(
     upstream: Mapping[str, Path],
     fingerprint: SourceFingerprint | None,
 ) -> tuple[Path, Manifest] | None:
-    """The latest artifact, verified, and its manifest, where this run would make the same; None where it would not."""
+    """The latest artifact, verified, and its manifest, if it is up to date with this run; else None."""
     asset, experiment = context.asset_key.path[-1], context.partition_key
     settings = hydra.settings(experiment)
     store = DirectoryIOManager().store()
@@ -103,7 +103,7 @@ def _materialize_again(
         compare = champion_comparison(path, dataset, hydra.settings(manifest.experiment)) if dataset else None
         mlflow.register_again(context, manifest, path, compare)
     checks = [
-        # The artifact passed its blocking checks when it was made.
+        # The artifact has passed its blocking checks.
         dg.AssetCheckResult(
             check_name=name,
             passed=name not in manifest.warned_checks,
@@ -121,7 +121,7 @@ def _materialize_again(
 
 
 def _earlier_metadata(context: dg.AssetExecutionContext, manifest: Manifest) -> dict[str, Any]:
-    """What the asset's page showed of this version, without what the IO manager adds; empty on another instance."""
+    """Metadata of this version's materialization, without the IO manager's; empty on another instance."""
     records = context.instance.fetch_materializations(
         dg.AssetRecordsFilter(asset_key=context.asset_key, asset_partitions=[manifest.experiment]), limit=1
     ).records

@@ -1,4 +1,4 @@
-"""What every stage does around its one call: settings, upstream, workspace, tracking and manifest.
+"""The frame of every stage around its one call: settings, upstream, workspace, tracking and manifest.
 
     with stage(context, hydra, mlflow, {"corpus": corpus}) as work:
         summary = build_tokenized_dataset(work.settings.tokenizer, corpus, work.output, log=work.log)
@@ -31,7 +31,7 @@ from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.resources.promotion import warned
 from llm_assets.resources.tracked_run import TrackedRun
-from llm_assets.stage import metadata as show
+from llm_assets.stage import metadata as ui_metadata
 from llm_assets.stage.code import code_digest, code_version
 from llm_assets.stage.evidence import champion_comparison
 from llm_assets.stage.interrupts import end_with_run, noticed_interrupts
@@ -39,15 +39,15 @@ from model.errors import PipelineError, full_disk_as_error
 from model.progress import Log
 from model.settings import ExperimentSettings
 
-# Observations are kept for good: one for each step of a training of days would fill the run storage.
+# Dagster keeps observations for good: one per step of a long training would fill the run storage.
 OBSERVATION_EVERY_S = 60.0
 WORKSPACE_WAIT_S = 30.0
-"""How long a retry waits for the step before it, whose run or fork server was killed, to save its work and end."""
+"""How long a retry waits for the previous attempt of a killed run to save its work and end."""
 
 
 @dataclass(frozen=True)
 class Registration:
-    """What the model registry is told of a model: see `register_version`."""
+    """Properties of a registered model version: see `register_version`."""
 
     bits_per_byte: float
     evaluation_text: str
@@ -56,9 +56,10 @@ class Registration:
 
 @dataclass
 class Stage:
-    """One materialization at work.
+    """A materialization in progress.
 
-    output: empty directory for the artifact. scratch: what a killed run may find again. upstream: manifests by asset.
+    output: empty directory for the artifact. scratch: folder that a resumed run finds again. upstream: manifests by
+    asset.
     """
 
     context: dg.AssetExecutionContext
@@ -71,7 +72,7 @@ class Stage:
     tracked: TrackedRun
     check_interrupt: Callable[[], None]
     source: str = ""
-    """Fingerprint of what the stage reads besides its upstream."""
+    """Fingerprint of the stage's inputs other than its upstream."""
     most_latency_ratio: float = 0.0
     """Of a champion: see `decide_champion`."""
     last_observation_s: float = field(default_factory=time.monotonic)
@@ -83,7 +84,7 @@ class Stage:
 
     @property
     def log(self) -> Log:
-        """Progress lines go to the run's log; a termination that got lost is noticed at the next one."""
+        """Writes progress to the run's log, and re-raises a lost termination."""
 
         def log(message: str) -> None:
             self.check_interrupt()
@@ -92,13 +93,13 @@ class Stage:
         return log
 
     def live(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Report progress: to MLflow at once, to the Dagster event log now and then."""
+        """Report metrics to MLflow, and every OBSERVATION_EVERY_S to the Dagster event log."""
         self.check_interrupt()
         self.tracked.log_metrics(metrics, step)
         now = time.monotonic()
         if now - self.last_observation_s >= OBSERVATION_EVERY_S:
             self.last_observation_s = now
-            seen = show.numbers({"step": step, **metrics})
+            seen = ui_metadata.numbers({"step": step, **metrics})
             self.context.log_event(
                 dg.AssetObservation(self.context.asset_key, partition=self.experiment, metadata=seen)
             )
@@ -151,7 +152,7 @@ class Stage:
                 most_latency_ratio=self.most_latency_ratio,
                 **dataclasses.asdict(registration),
             )
-            metadata |= show.decision(decision)
+            metadata |= ui_metadata.decision(decision)
         self.tracked.release_files()
         self.tracked.log_final_metrics(
             {name: value for name, value in metadata.items() if isinstance(value, int | float)}
@@ -163,7 +164,7 @@ class Stage:
                 **metadata,
                 "artifact_bytes": manifest.size,
                 "config_hash": manifest.config_hash,
-                "config": dg.MetadataValue.md(show.fenced(to_yaml(self.settings), "yaml")),
+                "config": dg.MetadataValue.md(ui_metadata.fenced(to_yaml(self.settings), "yaml")),
                 "mlflow_run": dg.MetadataValue.url(self.tracked.url),
             },
             check_results=list(checks),
@@ -249,7 +250,7 @@ def stage(
 
 @contextmanager
 def workspace_lock(workspace: Path, experiment: str, asset: str) -> Iterator[None]:
-    """Lock a workspace that several runs may share; the operating system releases the lock with the process."""
+    """Lock a workspace that several runs may share; the lock ends with the process."""
     from filelock import FileLock, Timeout
 
     workspace.parent.mkdir(parents=True, exist_ok=True)
@@ -304,6 +305,6 @@ def _read(path: Path) -> str | None:
 
 
 def _parent(manifests: Mapping[str, Manifest]) -> str | None:
-    """Everything made from a checkpoint is nested under the run that trained it."""
+    """The training run of a checkpoint, under which the runs of its derived artifacts are nested."""
     trained = manifests.get("trained_checkpoint")
     return trained.mlflow_run_id if trained else None

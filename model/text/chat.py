@@ -1,4 +1,4 @@
-"""How a conversation is written as text: what fine-tuning trains on and what the tokenizer's chat template renders.
+"""The text form of a conversation, shared by the fine-tuning corpus and the tokenizer's chat template.
 
 A document of a corpus of conversations is `opening(prompt) + response`; the end-of-text token that follows every
 document ends the assistant's turn. The roles are plain text, so a base model's vocabulary stays as it is.
@@ -20,14 +20,14 @@ TEMPLATE = """\
 
 
 def opening(prompt: str) -> str:
-    """The text after which the assistant speaks. Raises ValueError where the prompt spells the heading itself."""
+    """The text that precedes a response. Raises ValueError for a prompt that contains the assistant's heading."""
     if ASSISTANT in prompt:
         raise ValueError(f"the prompt holds {ASSISTANT!r}, which starts the response")
     return USER + prompt + ASSISTANT
 
 
 def response_start(document: str) -> int:
-    """Index of the response's first character. Raises ValueError for a text that is no conversation."""
+    """Index of the response's first character. Raises ValueError if the text is not a conversation."""
     at = document.find(ASSISTANT)
     if at < 0 or not document.startswith(USER):
         raise ValueError("no conversation")

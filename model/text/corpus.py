@@ -1,10 +1,9 @@
-"""The corpus: documents read, cleaned, deduplicated, split and written as Parquet shards.
+"""Builds the corpus: cleans, deduplicates and splits documents and writes them as Parquet shards.
 
-Documents that are no text in their encoding (`encodings.py`), that hold a NUL or that are empty are counted and left
-out, exact duplicates kept once. A document's split depends on
-its content alone (`split_by: hash`) or on its place in the corpus (`position`: the last part is held out, to the
-character). The same input gives the same bytes on disk. Memory holds a few row groups,
-however large the corpus is; the digests of all documents are on disk. Reading sources is `model.text.sources`.
+Documents that do not decode (`encodings.py`), contain NUL or are empty are counted and dropped; exact duplicates are
+kept once. The split depends on a document's content alone (`split_by: hash`) or on its position (`position` holds out
+the end of the corpus, to the character). The same input gives the same bytes on disk. Memory use is a few row groups
+for a corpus of any size, as the digests of all documents are on disk. `model.text.sources` reads the sources.
 """
 
 import hashlib
@@ -36,9 +35,9 @@ SAMPLE_CHARACTERS = 500
 class CorpusSummary:
     """What a corpus holds and what was left out; `summary.json` beside the shards.
 
-    sources: files or data sets that were read. Bytes are UTF-8 bytes of text. The `*_sources` lists name the first few,
-    the `*_places` lists the first byte that is no text. converted: files, or values of records, that came in another
-    encoding than UTF-8 or with a mark, by its name. skipped: what a glob matched that is no file.
+    sources: files or datasets read. Bytes are UTF-8 bytes of text. The `*_sources` lists name the first few,
+    the `*_places` lists their first invalid byte. converted: number of files or record values in another encoding than
+    UTF-8 or with a byte order mark, by encoding. skipped: glob matches that are not files.
     """
 
     source: str
@@ -90,7 +89,7 @@ def build_corpus(settings: CorpusSettings, output_dir: Path, *, log: Log = silen
             stale.unlink()
         train_end = None
         if settings.split_by == "position":
-            # A first pass for the size: holding the text instead would need the memory of the whole corpus.
+            # The first pass measures the size, since the corpus may not fit into memory.
             size = sum(len(data) for _, data in _clean(settings, sources, _summary(settings), log, "measuring"))
             train_end = int(size * (1 - settings.validation_fraction))
         summary = _summary(settings)
@@ -119,7 +118,7 @@ def build_corpus(settings: CorpusSettings, output_dir: Path, *, log: Log = silen
 
 
 def read_summary(corpus_dir: Path) -> CorpusSummary:
-    """The summary of a corpus on disk. Raises PipelineError where there is none."""
+    """Read the summary of a corpus. Raises PipelineError if it is missing."""
     path = corpus_dir / "summary.json"
     if not path.is_file():
         raise PipelineError(f"no summary.json in {corpus_dir}: expected a corpus; make it again")
@@ -136,12 +135,12 @@ def read_documents(corpus_dir: Path, split: str) -> Iterator[str]:
         raise PipelineError(f"no {split} shard in {corpus_dir}: expected a corpus; make it again")
     for shard in shards:
         with pq.ParquetFile(shard) as table:
-            for group in range(table.num_row_groups):  # the writer bounded their size
+            for group in range(table.num_row_groups):  # the writer limits their size
                 yield from table.read_row_group(group, columns=["text"]).column(0).to_pylist()
 
 
 def _remarks(summary: CorpusSummary) -> Iterator[str]:
-    """What a reader of the log should know of what was left out, converted or passed over."""
+    """Log lines on dropped and converted documents and on skipped names."""
     for count, what, names in (
         (summary.invalid_utf8, "that are not UTF-8", summary.invalid_places),
         (summary.nul, "that hold a NUL", summary.nul_places),
@@ -168,26 +167,26 @@ def _digest(data: bytes) -> bytes:
 
 
 class _Digests:
-    """The digests seen so far, in a private database that SQLite keeps on disk beyond a few megabytes of cache.
+    """Set of digests in a temporary SQLite database, which spills to disk beyond a few megabytes.
 
-    A Python set would take about a hundred bytes a document: gigabytes for a corpus of the web.
+    A Python set takes about 100 bytes per document: gigabytes for a web corpus.
     """
 
     def __init__(self) -> None:
         self._database = sqlite3.connect("", isolation_level=None)
         self._database.execute("PRAGMA journal_mode = OFF")
         self._database.execute("CREATE TABLE digests (digest BLOB PRIMARY KEY) WITHOUT ROWID")
-        self._database.execute("BEGIN")  # one transaction, never committed: nothing has to reach the disk
+        self._database.execute("BEGIN")  # one transaction that is never committed: durability is not needed
 
     def add(self, digest: bytes) -> bool:
-        """Remember a digest; False where it was there."""
+        """Add a digest; False if it was present."""
         return self._database.execute("INSERT OR IGNORE INTO digests VALUES (?)", (digest,)).rowcount == 1
 
 
 def _clean(
     settings: CorpusSettings, sources: Sources, summary: CorpusSummary, log: Log, label: str
 ) -> Iterator[tuple[str, bytes]]:
-    """The documents worth keeping, at most max_bytes of them; what is left out is counted in `summary`."""
+    """Yield the documents to keep, up to max_bytes; `summary` counts the dropped ones."""
     seen = _Digests()
     kept = read_bytes = 0
     total_mb = sources.stored_bytes / 1e6 if sources.stored_bytes and not settings.max_bytes else None
@@ -221,7 +220,7 @@ def _clean(
             summary.duplicates += 1
             continue
         if settings.max_bytes and kept + len(data) >= settings.max_bytes:
-            # The last document is cut, so that a corpus in one document can be limited too.
+            # Cut the last document, so that the limit also works for a corpus of one document.
             data = data[: whole_characters(data, settings.max_bytes - kept)]
             if data and not settings.holds_conversations:
                 yield source, data
@@ -238,7 +237,7 @@ def _name(names: list[str], source: str) -> None:
 def _split(
     documents: Iterator[tuple[str, bytes]], settings: CorpusSettings, train_end: int | None
 ) -> Iterator[tuple[str, bytes, bool]]:
-    """Each document with whether it is held out; text that straddles `train_end` (bytes) becomes two documents."""
+    """(source, document, is held out); a document across `train_end` (bytes) is split into two."""
     position = 0
     for source, data in documents:
         if train_end is None:
@@ -275,7 +274,7 @@ def _check_not_empty(settings: CorpusSettings, summary: CorpusSummary) -> None:
 
 
 class _ShardWriter:
-    """Writes one split's documents to numbered Parquet files, in row groups of bounded size."""
+    """Writes the documents of one split to numbered Parquet files, in row groups of limited size."""
 
     def __init__(self, directory: Path, split: str, shard_bytes: int) -> None:
         self._directory, self._split, self._shard_bytes = directory, split, shard_bytes

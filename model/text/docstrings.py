@@ -1,8 +1,7 @@
-"""Conversations out of Python source: asked with the head of a function or class, the answer is what its docstring
-says.
+"""Conversations from Python source: the prompt is the head of a function or class, the response its docstring.
 
-Real prompts and responses on every machine, without a download, to fine-tune on. Only the first paragraph of a
-docstring is taken: it says what the thing does, and fits a short window.
+Fine-tuning data that every machine has, without a download. Only the first paragraph of a docstring is used: it
+summarizes the object and fits a short window.
 """
 
 import ast
@@ -17,7 +16,7 @@ def docstrings(source: str | bytes) -> Iterator[tuple[str, str]]:
 
     Heads are written as `ast.unparse` writes them, without decorators. Raises SyntaxError for text that is not Python.
     """
-    with warnings.catch_warnings(action="ignore"):  # "\d" in a plain string: not this reader's business
+    with warnings.catch_warnings(action="ignore"):  # such as "\d" in a plain string
         tree = ast.parse(source)
     nodes = [node for node in ast.walk(tree) if isinstance(node, _Documented)]
     for node in sorted(nodes, key=lambda node: node.lineno):

@@ -1,9 +1,9 @@
-"""Where raw documents come from: the standard library or its docstrings, files behind fsspec, a Hugging Face data set.
+"""Sources of raw documents: the standard library or its docstrings, files through fsspec, a Hugging Face dataset.
 
 `Sources` yields (source, bytes) in a fixed order and holds one document, one line or one small Parquet batch at a time.
-It neither cleans nor splits: that is `model.text.corpus`. Text comes as UTF-8 without a mark (`encodings.py` has the
-rule), or as bytes that are no UTF-8 where it is none. Broken input raises PipelineError naming the file and, where
-there are lines, the line; what a network does raises TransientError.
+`model.text.corpus` cleans and splits. Text is converted to UTF-8 without a byte order mark (`encodings.py`); bytes that
+do not decode are passed on as they are. Broken input raises PipelineError with the file and, for line formats, the
+line; network failures raise TransientError.
 """
 
 import hashlib
@@ -43,17 +43,17 @@ STDLIB_SKIPPED = {
 JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
 PARQUET_BATCH_ROWS = 64
 LONGEST_LINE = 2**30
-"""Bytes of one line of JSON Lines, at which a file without line ends is refused before it fills the memory."""
+"""Longest line of JSON Lines in bytes, so that a file without line ends is refused before it fills the memory."""
 NAMES_KEPT = 5
 
 
 class Sources:
     """The documents behind `settings`, in the same order at every iteration.
 
-    stored_bytes: what the files take where they lie, None for a data set; read_bytes: how much of it has been read;
-    opened: files or data sets opened so far; skipped: what a pattern matched that is no file. converted: files, or
-    values of records, that came in another encoding or with a mark, by its name; converted_sources: the first few.
-    Raises PipelineError where a pattern matches nothing, here, and where a file is broken, while iterating.
+    stored_bytes: total size of the stored files, None for a dataset; read_bytes: bytes of them read so far; opened:
+    files or datasets opened so far; skipped: glob matches that are not files. converted: number of files or record
+    values in another encoding or with a byte order mark, by encoding; converted_sources: the first few.
+    Raises PipelineError for a pattern without a match, here, and for a broken file, while iterating.
     """
 
     def __init__(self, settings: CorpusSettings) -> None:
@@ -75,7 +75,7 @@ class Sources:
         self._stream: Utf8Stream | None = None
 
     def place_of(self, offset: int) -> str:
-        """Where in its source byte `offset` of the last document lies: "byte 17", "line 3, byte 17"."""
+        """Position in the source of byte `offset` of the last document: "byte 17", "line 3, byte 17"."""
         if self._stream is not None and self._stream.first_invalid is not None:
             return f"byte {self._stream.first_invalid:,}"
         return f"{self._place} {self._base + offset:,}"
@@ -84,7 +84,7 @@ class Sources:
         self._start()
         if self._settings.source == "huggingface":
             self.opened = 1
-            yield from self._read_data_set()
+            yield from self._read_dataset()
             return
         finished = 0
         for file in self._files:
@@ -103,9 +103,7 @@ class Sources:
         self._stream = None
         if kind == ".parquet":
             if codec:
-                raise PipelineError(
-                    f"{file.source}: compressed Parquet is not read; store it plain, it compresses itself"
-                )
+                raise PipelineError(f"{file.source}: compressed Parquet is not read; store it uncompressed")
             yield from self._read_parquet(file, stored)
             return
         if self._settings.response_field and kind not in JSON_SUFFIXES:
@@ -136,13 +134,13 @@ class Sources:
             self.converted_sources.append(source)
 
     def _value(self, source: str, data: bytes, encoding: str = "") -> bytes:
-        """A value of a record as UTF-8 without a mark."""
+        """The value of a record as UTF-8 without a byte order mark."""
         data, codec, marked = to_utf8(data, encoding)
         self._count(source, codec, marked)
         return data
 
     def _read_text(self, file: File, stream: BinaryIO) -> Iterator[bytes]:
-        """The whole file, or pieces of about document_bytes that end at a line end."""
+        """The whole file, or chunks of about document_bytes, split at line ends."""
         limit, wanted = self._settings.shard_bytes, self._settings.document_bytes
         if wanted == 0:
             data = stream.read(limit + 1)
@@ -156,7 +154,7 @@ class Sources:
             return
         rest, start = b"", 0
         while piece := rest + stream.read(max(wanted - len(rest), 1)):
-            # A line without end is cut, at a character, after twice the size asked for.
+            # A line longer than document_bytes is cut at a character boundary.
             piece += stream.readline(wanted)
             cut = len(piece) if piece.endswith(b"\n") else whole_characters(piece, len(piece)) or len(piece)
             piece, rest = piece[:cut], piece[cut:]
@@ -228,10 +226,10 @@ class Sources:
             ) from error
 
     def _encoding_of(self, schema: pa.Schema, name: str) -> str:
-        """A column of text is UTF-8 by its type, one of bytes is in the encoding that the settings name."""
+        """Text columns are UTF-8 by their type; binary columns have the encoding of the settings."""
         return self._settings.encoding if _holds_bytes(_value_type(schema.field(name).type)) else ""
 
-    def _read_data_set(self) -> Iterator[tuple[str, bytes]]:
+    def _read_dataset(self) -> Iterator[tuple[str, bytes]]:
         import datasets  # seconds to import, and only this source needs it
 
         name, split, field = self._settings.dataset, self._settings.dataset_split, self._settings.text_field
@@ -268,8 +266,8 @@ class Sources:
 def fingerprint(settings: CorpusSettings) -> str:
     """Hash of the names, sizes and times of change of the files behind `settings`, 64 hex digits.
 
-    Of files elsewhere it takes what their file system tells (an ETag, a checksum). A Hugging Face dataset has no files
-    here: the settings alone decide it. Raises PipelineError where a pattern matches nothing.
+    Remote files count by the key of their file system (an ETag, a checksum), a Hugging Face dataset by its settings
+    alone. Raises PipelineError for a pattern without a match.
     """
     total = hashlib.sha256()
     for file in Sources(settings)._files:
@@ -287,7 +285,7 @@ def whole_characters(data: bytes, length: int) -> int:
         length -= 1
     if length < len(data):
         return length
-    for back in range(1, min(4, length) + 1):  # the end of the data: is its last character all there?
+    for back in range(1, min(4, length) + 1):  # at the end of the data: is the last character complete?
         lead = data[length - back]
         if lead & 0xC0 != 0x80:
             size = 1 if lead < 0xC0 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
@@ -335,7 +333,7 @@ def _read_docstrings(file: File, stream: BinaryIO) -> Iterator[bytes]:
 
 
 def _joined(prompt: bytes | None, response: bytes | None, where: str) -> bytes:
-    """A conversation of UTF-8; bytes that are none stay so, for the caller to count."""
+    """A conversation; bytes that are not UTF-8 are kept, for the caller to count."""
     asked, answered = (data and data.decode("utf-8", "surrogateescape") for data in (prompt, response))
     return _conversation(asked, answered, where)
 
@@ -357,7 +355,7 @@ def _value_type(kind: pa.DataType) -> pa.DataType:
 
 
 def _bytes_of(column: pa.Array) -> Sequence[bytes | None]:
-    """As bytes: Arrow does not check the encoding, the caller does."""
+    """Values as bytes: the caller checks the encoding, Arrow does not."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     values: list[bytes | None] = column.cast(pa.large_binary()).to_pylist()

@@ -1,12 +1,12 @@
 """Tokenizers: byte-level BPE or one token per character, trained here and shipped as `PreTrainedTokenizerFast`.
 
-Both encode every byte string and decode it exactly. The pre-tokenizer of the BPE is GPT-2's, so that other runtimes
-("gpt-2" in GGUF) split text the same way, but for one bound: a run of letters, of digits, of spaces or of other
-characters is cut after every `LONGEST_RUN` of them. Training and encoding then take time in proportion to the text,
-base64, minified scripts and languages without spaces included, where the time of a pre-token grows with the square of
-its length. The longest run in the Python standard library has 80 characters. `<|endoftext|>` (id 0, bos and eos) and
-`<|pad|>` (id 1) come first and stand for no bytes; written out in a document they are ordinary text. `FastEncoder`
-gives the same ids several times faster and is what the corpus is encoded with.
+Both encode every byte string and decode it exactly. BPE uses GPT-2's pre-tokenizer, so that other runtimes ("gpt-2" in
+GGUF) split text the same way, with one addition: runs of letters, digits, spaces or other characters are cut every
+`LONGEST_RUN` characters. Merging takes quadratic time in the length of a pre-token, so without the limit base64,
+minified scripts and languages without spaces would dominate training and encoding. The longest run in the Python
+standard library has 80 characters. `<|endoftext|>` (id 0, bos and eos) and `<|pad|>` (id 1) come first and stand for no
+bytes; written out in a document they are ordinary text. `FastEncoder` gives the same ids several times faster and is
+what the corpus is encoded with.
 """
 
 import json
@@ -33,11 +33,11 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 LONGEST_RUN = 256
 """Characters of one kind in one pre-token, besides the space before them."""
 BOUNDED_PATTERN = GPT2_PATTERN.replace("+", f"{{1,{LONGEST_RUN}}}")
-# The same language for tiktoken's regex engine: it unrolls a bounded repeat into more states than it allows, unless a
-# lookaround, empty here, makes it count instead. That costs a third of the speed on text without long runs.
+# An equivalent pattern for tiktoken's regex engine, which unrolls a bounded repeat into more states than it allows
+# unless an (empty) lookaround makes it count instead. Costs a third of the speed on text without long runs.
 _COUNTED_PATTERN = re.sub(r"(\\[a-zA-Z](?:\{[LN]\})?|\[[^]]+\])\+", rf"(?:\1(?=)){{1,{LONGEST_RUN}}}", GPT2_PATTERN)
-# A run longer than LONGEST_RUN covers a whole one of the blocks of half its length. No run goes on over a space, or
-# over one of the others without word characters; these few are of the same kind in every version of Unicode.
+# A run longer than LONGEST_RUN covers at least one aligned block of half that length. The listed separators end every
+# run of word characters, and their category is the same in every version of Unicode.
 _BLOCK = LONGEST_RUN // 2
 _ONE_KIND = re.compile(rf"[^ \t\n\r\u3000\u3001\u3002\uff0c]{{{_BLOCK}}}|[\W_]{{{_BLOCK}}}")
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
@@ -97,11 +97,11 @@ def _is_gpt2(pre_tokenizer: dict[str, Any] | None, *, use_regex: bool) -> bool:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
-    """The bytes of text that each id stands for, in id order; empty for the special tokens."""
+    """The text bytes of each token, indexed by id; empty for special tokens."""
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     special = set(tokenizer.all_special_ids)
-    spell = _spell_character if _is_character_level(tokenizer) else _spell_byte_level
-    return [b"" if number in special else spell(token) for number, token in enumerate(tokens)]
+    to_bytes = _character_token_bytes if _is_character_level(tokenizer) else _byte_level_token_bytes
+    return [b"" if number in special else to_bytes(token) for number, token in enumerate(tokens)]
 
 
 def even_sample(texts: Iterable[str], total_bytes: int, wanted_bytes: int) -> Iterator[str]:
@@ -133,7 +133,7 @@ class FastEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._token_bytes = token_bytes(tokenizer)
         self._specials = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        # A copy, as encode_special_tokens is a switch on the object.
+        # A copy, because encode_special_tokens is a property of the object.
         self._reference = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._reference.encode_special_tokens = True
         # Of two tokens for one byte ("A" and "<0x41>" at character level) the byte token comes first.
@@ -146,7 +146,7 @@ class FastEncoder:
             self.encode = self._encode_characters
         elif splits_as_gpt2(self._reference) and _merges_reach_every_token(self._reference, self._specials):
             self._tiktoken = self._build_tiktoken(GPT2_PATTERN)
-            # A tokenizer of before the bound has none.
+            # Tokenizers trained before the limit existed lack it.
             is_bounded = _bounds_runs(json.loads(self._reference.to_str()))
             self._bounded = self._build_tiktoken(_COUNTED_PATTERN) if is_bounded else None
             self.encode = self._encode_tiktoken
@@ -165,18 +165,18 @@ class FastEncoder:
         return np.concatenate(ids)
 
     def decode_bytes(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> bytes:
-        """The exact bytes that ids stand for."""
+        """The exact text bytes of these ids."""
         return b"".join(self._token_bytes[number] for number in ids)
 
     def _build_tiktoken(self, pattern: str) -> tiktoken.Encoding:
-        # A token's id is its rank: merges were numbered in the order in which they were found.
+        # Ids equal ranks, since the trainer numbers merges in the order in which it finds them.
         specials = set(self._specials.values())
         ranks = {data: number for number, data in enumerate(self._token_bytes) if number not in specials}
         return tiktoken.Encoding("trained", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self._specials)
 
     def _encode_tiktoken(self, text: str) -> Ids:
         if _may_hold_a_long_run(text):
-            # Without the bound its regex engine gives up on a run of several 100,000 spaces.
+            # Without the limit tiktoken's regex engine fails on a run of several 100,000 spaces.
             return (
                 self._bounded.encode_to_numpy(text, disallowed_special=())
                 if self._bounded
@@ -279,10 +279,10 @@ def _unicode_of_bytes() -> dict[str, int]:
 _BYTES = _unicode_of_bytes()
 
 
-def _spell_byte_level(token: str) -> bytes:
+def _byte_level_token_bytes(token: str) -> bytes:
     return bytes(_BYTES[character] for character in token)
 
 
-def _spell_character(token: str) -> bytes:
+def _character_token_bytes(token: str) -> bytes:
     byte = BYTE_TOKEN.fullmatch(token)
     return bytes([int(byte[1], 16)]) if byte else token.encode()

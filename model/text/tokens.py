@@ -1,8 +1,8 @@
-"""Tokenized text on disk: one long row of ids per split, memory-mapped, and the windows that a model trains on.
+"""Tokenized text on disk: one memory-mapped array of ids per split, and the windows that a model trains on.
 
-Each document is followed by the end-of-text token. The bytes that every token stands for are kept beside the ids, so a
-loss in nats per token becomes exact bits per byte of text: over a split, the byte counts sum to the corpus's bytes,
-which is checked while writing. Memory holds a few batches of documents and 8 bytes per document.
+An end-of-text token follows each document. The bytes of every token are stored beside the ids, so that a loss in nats
+per token converts to exact bits per byte: the writer checks that byte counts sum to the bytes of the split. Memory
+holds a few batches of documents and 8 bytes per document.
 """
 
 import io
@@ -32,14 +32,14 @@ from model.text.tokenizer import SPECIALS, FastEncoder, even_sample, token_bytes
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 4096
 MOST_COMMON = 20
-_Places = npt.NDArray[np.int64]
-# Differ from run to run, so they are in the returned summary and not on disk: same input, same bytes.
+_Positions = npt.NDArray[np.int64]
+# Timings differ between runs, so they are left out of the files: same input, same bytes.
 TIMINGS = ("tokenizer_training_seconds", "tokens_per_second")
 
 
 @dataclass
 class TokenizedDatasetSummary:
-    """What a tokenized data set holds; `summary.json` beside it, without the two timings.
+    """Statistics of a tokenized dataset; `summary.json` has them, except the two timings.
 
     Tokens include one end-of-text token per document. bytes_per_token: compression over both splits.
     windows: whole windows of sequence_length tokens. cut_prompts, cut_responses: conversations longer than a window,
@@ -119,23 +119,23 @@ def build_tokenized_dataset(
     tokenizer = train_tokenizer(settings, even_sample(texts, corpus.train_bytes, wanted), log=log)
     training_seconds = time.perf_counter() - started
 
-    spelled = token_bytes(tokenizer)
-    byte_counts = np.array([len(data) for data in spelled], np.int64)
-    dtype = np.dtype(np.uint16 if len(spelled) <= 65_536 else np.uint32)
+    bytes_by_id = token_bytes(tokenizer)
+    byte_counts = np.array([len(data) for data in bytes_by_id], np.int64)
+    dtype = np.dtype(np.uint16 if len(bytes_by_id) <= 65_536 else np.uint32)
     encoder = FastEncoder(tokenizer)
     splits: dict[str, SplitTokens] = {}
     with full_disk_as_error(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(output_dir / "tokenizer")
-        _save(output_dir / "token_bytes.npy", np.frombuffer(b"".join(spelled), np.uint8))
+        _save(output_dir / "token_bytes.npy", np.frombuffer(b"".join(bytes_by_id), np.uint8))
         _save(output_dir / "byte_counts.npy", byte_counts)
         started = time.perf_counter()
-        for split in ("validation", "train"):  # the short one first: it is the one that may be too short
+        for split in ("validation", "train"):  # validation first: it is the one that may be too short
             texts = read_documents(corpus_dir, split)
             total = getattr(corpus, f"{split}_documents")
             stem, end = output_dir / split, tokenizer.eos_token_id
             splits[split] = encode_split(
-                encoder, texts, stem, end, len(spelled), dtype, total, log, conversations=settings.chat
+                encoder, texts, stem, end, len(bytes_by_id), dtype, total, log, conversations=settings.chat
             )
             _check_split(split, splits[split], byte_counts, settings, corpus, corpus_dir)
         encoding_seconds = time.perf_counter() - started
@@ -143,7 +143,7 @@ def build_tokenized_dataset(
         cut = {split: splits[split].cut(settings.sequence_length) if settings.chat else (0, 0) for split in splits}
         summary = TokenizedDatasetSummary(
             kind=settings.kind,
-            vocab_size=len(spelled),
+            vocab_size=len(bytes_by_id),
             sequence_length=settings.sequence_length,
             dtype=dtype.name,
             train_tokens=train.tokens,
@@ -159,7 +159,7 @@ def build_tokenized_dataset(
             train_cut_responses=cut["train"][1],
             validation_cut_prompts=cut["validation"][0],
             validation_cut_responses=cut["validation"][1],
-            most_common=_most_common(train.counts, spelled),
+            most_common=_most_common(train.counts, bytes_by_id),
             tokenizer_training_seconds=training_seconds,
             tokens_per_second=(train.tokens + validation.tokens) / encoding_seconds,
         )
@@ -194,9 +194,9 @@ def encode_split(
 ) -> SplitTokens:
     """Encode documents on all cores and write `{stem}.bin` and `{stem}.documents.npy`, in the order of `texts`.
 
-    conversations: documents are of the form of `model/text/chat.py`; what comes before the response is encoded apart,
-    as it is when the model is asked, and `{stem}.responses.npy` (int64) says at which token each response starts.
-    Raises PipelineError for a document that is no conversation.
+    conversations: documents have the form of `model/text/chat.py`; prompt and response are encoded separately, as at
+    inference, and `{stem}.responses.npy` (int64) has the token at which each response starts.
+    Raises PipelineError for a document that is not a conversation.
     """
     progress = Progress(log, f"encoding {stem.name}", total_documents, "documents")
     offsets, responses = array("q", [0]), array("q")
@@ -274,9 +274,9 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self.sequence_length = sequence_length
         self.byte_counts = np.load(dataset_dir / "byte_counts.npy")
         self.document_offsets = np.load(dataset_dir / f"{split}.documents.npy")
-        spelled = np.load(dataset_dir / "token_bytes.npy").tobytes()
+        all_bytes = np.load(dataset_dir / "token_bytes.npy").tobytes()
         ends = np.cumsum(self.byte_counts)
-        self._token_bytes = [spelled[end - size : end] for end, size in zip(ends, self.byte_counts, strict=True)]
+        self._token_bytes = [all_bytes[end - size : end] for end, size in zip(ends, self.byte_counts, strict=True)]
         dtype = np.uint16 if len(self.byte_counts) <= 65_536 else np.uint32
         self.tokens = np.memmap(path, dtype, "r")
         if len(self.tokens) < sequence_length:
@@ -316,7 +316,7 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         for document in documents:
             low, high = self.responses[document] - start, self.document_offsets[document + 1] - start
             labels_T[low:high] = ids_T[low:high]
-        # The last window may reach the end of the split: what follows no label needs is any token at all.
+        # The last window may pass the end of the split: padding that no label covers.
         missing = self.sequence_length - len(ids_T)
         pad = torch.nn.functional.pad
         return {"input_ids": pad(ids_T, (0, missing)), "labels": pad(labels_T, (0, missing), value=IGNORE_INDEX)}
@@ -326,15 +326,15 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return TokenDataset, self._arguments
 
     def text_bytes(self, start: int, stop: int) -> bytes:
-        """The exact bytes of text that tokens `start` to `stop` stand for."""
-        return self.spelled(self.tokens[start:stop])
+        """The exact text bytes of tokens `start` to `stop`."""
+        return self.bytes_of(self.tokens[start:stop])
 
-    def spelled(self, ids_T: npt.NDArray[np.integer]) -> bytes:
-        """The exact bytes of text that these ids stand for."""
+    def bytes_of(self, ids_T: npt.NDArray[np.integer]) -> bytes:
+        """The exact text bytes of these ids."""
         return b"".join(self._token_bytes[number] for number in ids_T)
 
 
-def _first_tokens(start: _Places, response: _Places, end: _Places, sequence_length: int) -> _Places:
+def _first_tokens(start: _Positions, response: _Positions, end: _Positions, sequence_length: int) -> _Positions:
     """The first token of a conversation that its own window shows: its start where it fits, else see TokenDataset."""
     return np.maximum(start, np.minimum(end - sequence_length, response - sequence_length // 4))
 
@@ -370,10 +370,10 @@ def _check_split(
     corpus: CorpusSummary,
     corpus_dir: Path,
 ) -> None:
-    spelled, expected = int(found.counts @ byte_counts), getattr(corpus, f"{split}_bytes")
-    if spelled != expected:
+    encoded, expected = int(found.counts @ byte_counts), getattr(corpus, f"{split}_bytes")
+    if encoded != expected:
         raise PipelineError(
-            f"the {split} split's tokens stand for {spelled:,} bytes, {corpus_dir / 'summary.json'} says {expected:,}: "
+            f"the {split} split's tokens stand for {encoded:,} bytes, {corpus_dir / 'summary.json'} says {expected:,}: "
             "expected the same; make the corpus again"
         )
     if found.tokens < settings.sequence_length:
@@ -388,13 +388,13 @@ def _too_short(split: str, found: int, needed: int) -> str:
     )
 
 
-def _most_common(counts: npt.NDArray[np.int64], spelled: list[bytes]) -> list[dict[str, Any]]:
+def _most_common(counts: npt.NDArray[np.int64], bytes_by_id: list[bytes]) -> list[dict[str, Any]]:
     order = np.argsort(-counts, kind="stable")[:MOST_COMMON]
     total = int(counts.sum())
     return [
         {
             "id": int(number),
-            "token": spelled[number].decode("utf-8", "backslashreplace") or SPECIALS[number],
+            "token": bytes_by_id[number].decode("utf-8", "backslashreplace") or SPECIALS[number],
             "count": int(counts[number]),
             "share": float(counts[number] / total),
         }

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModel, AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
 
 def main(checkpoint: str) -> None:
@@ -46,6 +47,14 @@ def main(checkpoint: str) -> None:
         model.eval()
         return size(model.model.layers[0].mlp.up_proj.weight.grad)
 
+    def text_generation() -> str:
+        words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(300)}, unk_token="w0"))
+        words.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w1")
+        continued = pipeline("text-generation", model=model, tokenizer=tokenizer)
+        made = continued("w5 w6 w7", max_new_tokens=6, do_sample=False, return_full_text=False)
+        return str(made[0]["generated_text"]).strip()
+
     def unknown_argument() -> str:
         try:
             model(ids_BT, no_such_argument=1)
@@ -71,6 +80,7 @@ def main(checkpoint: str) -> None:
         "saved again": saved_again,
         "loss": lambda: size(model(ids_BT, labels=ids_BT).loss),
         "gradient": gradient,
+        "pipeline": text_generation,
         "unknown argument": unknown_argument,
     }
     with torch.no_grad():

@@ -75,6 +75,7 @@ def ours(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def test_our_release_gives_the_same_with_any_cache_and_refuses_an_argument_by_name(ours):
     assert ours["greedy"] == ours["without cache"] == ours["static cache"]
     assert len(set(ours["greedy"][0][9:])) > 4
+    assert len(ours["pipeline"].split()) == 6
     assert ours["unknown argument"] == "REX takes no argument 'no_such_argument'"
 
 

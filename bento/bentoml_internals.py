@@ -58,7 +58,7 @@ def swagger_ui_file(name: str) -> Path:
 
 
 def report_start_failures() -> None:
-    """In the parent process, before the worker starts: name a file in which the worker can say why it cannot start.
+    """Called in the parent before the worker starts: create a file for the reason of a failed start.
 
     BentoML would restart such a worker for ever. At the parent's exit a reason in the file becomes one line and status
     1.

@@ -265,7 +265,7 @@ class GenerateTextWithoutPromptRequest(StrictRequest):
 
 
 class TokenizeRequest(StrictRequest):
-    """A text whose tokens are asked for. Special tokens written out in it are ordinary text."""
+    """A text to tokenize. Special tokens written out in it are ordinary text."""
 
     model: str | None = Field(None, description="The served model, the only one.")
     prompt: str = Field(description="The text.", examples=["def main():\n"])
@@ -283,7 +283,7 @@ class TokenizeResponse(BaseModel):
 
 
 class DetokenizeRequest(StrictRequest):
-    """Tokens whose text is asked for."""
+    """Tokens to detokenize."""
 
     model: str | None = Field(None, description="The served model, the only one.")
     tokens: list[TokenId] = Field(description="Token ids of the model's vocabulary.", examples=[[2, 3, 4]])

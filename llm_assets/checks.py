@@ -1,4 +1,4 @@
-"""Asset checks: what an artifact must be before anything is made from it.
+"""Asset checks: conditions that an artifact must meet before downstream assets use it.
 
 They run in the step that makes the artifact, on its files, before it is published: a check as a step of its own would
 cost a process start, and could not keep a bad version from becoming the latest. A blocking check that fails stops the
@@ -105,7 +105,7 @@ def trains_soundly(warnings: Sequence[str]) -> dg.AssetCheckResult:
 
 
 def training_warnings(checkpoint_dir: Path) -> list[str]:
-    """What the training of a checkpoint was warned of at its end; no model made from it is promoted with any."""
+    """Health warnings at the end of the training; with any, no model of this checkpoint is promoted."""
     return list(json.loads((checkpoint_dir / "summary.json").read_text(encoding="utf-8")).get("warnings", []))
 
 

@@ -79,7 +79,7 @@ def image_tag(experiment: str, device: str) -> str:
 
 @ends_in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print what was asked for; one line and status 1 where an artifact is missing."""
+    """Print the requested locations; one line and status 1 for a missing artifact."""
     parser = argparse.ArgumentParser(prog="python -m llm_assets.latest", description=__doc__.split("\n")[0])
     parser.add_argument("experiment", nargs="?", default=DEFAULT_EXPERIMENT, help=f"default: {DEFAULT_EXPERIMENT}")
     only = parser.add_mutually_exclusive_group()

@@ -1,4 +1,4 @@
-"""Where a run writes: one folder, `var/` of the repository, or the one that LLM_ASSETS_VAR names.
+"""The output folder of all runs: `var/` of the repository, or the value of LLM_ASSETS_VAR.
 
 Below it: `artifacts/` (published versions), `scratch/` (work in progress), `cache/` (copies of a remote store's
 artifacts), `mlflow.db` and `mlartifacts/` (tracking), `logs/` (records of runs), `sweeps/` (tables of results). Read
@@ -12,10 +12,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def var_dir() -> Path:
-    """The folder that everything a run writes lies in, absolute."""
+    """The output folder of all runs, absolute."""
     return Path(os.environ.get("LLM_ASSETS_VAR") or REPOSITORY / "var").absolute()
 
 
 def shown_path(path: Path) -> str:
-    """A path as people type it: from the present folder where it lies below it."""
+    """A path for display: relative to the working directory if it is inside it."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

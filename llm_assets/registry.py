@@ -143,7 +143,7 @@ PIPELINE = (
         checks={"is_in_store": "The Bento and its model are in BentoML's stores."},
     ),
 )
-"""The stages of `llm_pipeline`, each after the ones it is made from."""
+"""The stages of `llm_pipeline` in topological order."""
 
 IMAGES = tuple(
     StageSpec(
@@ -169,7 +169,7 @@ _BY_NAME = {stage.name: stage for stage in (*PIPELINE, *IMAGES)}
 
 
 def stage_spec(name: str) -> StageSpec:
-    """The entry of asset `name`; KeyError where there is none."""
+    """The entry of asset `name`. Raises KeyError."""
     return _BY_NAME[name]
 
 

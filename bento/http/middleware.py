@@ -73,7 +73,7 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        # A copy: the server goes by its own scope's method where it drops the body of an answer to HEAD.
+        # A copy, because the server reads the method of its own scope to drop the body for HEAD.
         inner = {**scope, **_as_routed(scope)}
         headers = Headers(scope=scope)
         record = RequestRecord(_request_id(headers), self._metrics)

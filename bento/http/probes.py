@@ -24,7 +24,7 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def add_probes(app: FastAPI, models: Models, refusal: Callable[[], ApiError | None]) -> None:
-    """Add the routes. refusal: why the service takes no requests now, None where it does."""
+    """Add the routes. refusal: the reason why the service is not ready, None if it is."""
     get = partial(app.get, include_in_schema=False)
 
     def served() -> Served:

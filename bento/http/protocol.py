@@ -34,7 +34,7 @@ MAX_HEAD_BYTES = 65_536
 MAX_HEADERS = 200
 MAX_PIPELINED = 16
 FEED_BYTES = 4096
-"""Bytes that the parser gets at once, so that one read holds few requests."""
+"""Bytes passed to the parser at a time, which limits the requests parsed from one read."""
 HOP_BY_HOP = {b"upgrade", b"http2-settings"}
 MESSAGE_BEGAN = "message_began"
 """Key of the scope's state: seconds of `time.monotonic()` at the first byte of the request."""
@@ -64,7 +64,7 @@ class ConnectionLimits:
     """Connections without a request in progress, the longest idle first."""
 
     def make_room(self, connections: int) -> bool:
-        """Close idle connections until one more fits. False where none is idle."""
+        """Close idle connections to make room for one more. False if none is idle."""
         if connections <= self.max_connections:
             return True
         for protocol in self.idle:
@@ -273,7 +273,7 @@ class Http1Protocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """The app has answered: go on with the next request."""
+        """Continue with the next request after the app has answered."""
         super().on_response_complete()
         if self.transport.is_closing():
             return

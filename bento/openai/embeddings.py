@@ -60,7 +60,7 @@ class EmbeddingRequest(StrictRequest):
 
 
 class EmbeddingObject(BaseModel):
-    """The vector of one text; in base64 where that was asked for."""
+    """The vector of one text, as numbers or base64."""
 
     object: Literal["embedding"]
     index: int

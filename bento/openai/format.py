@@ -47,7 +47,7 @@ class ChoiceOptions:
 
 
 class Choice:
-    """One text as it grows: its tokens, and where they are in it."""
+    """A text under generation: its tokens and their character offsets."""
 
     def __init__(self, prompt: Prompt, shown: ChoiceOptions, engine: "Engine") -> None:
         self.prompt, self._shown = prompt, shown
@@ -135,7 +135,7 @@ class Format(ABC):
         return {**self._head, "object": self.object, "choices": choices, "usage": self._usage()}
 
     async def stream(self, batches: AsyncGenerator[Batch]) -> AsyncGenerator[str]:
-        """Server-sent events; those that came together are sent together."""
+        """Server-sent events; events of one step are sent in one write."""
         is_plain = not (self.shown.is_scored or self.shown.has_ids or self._has_running_usage)
         self._around = [self._constant_parts(index) for index in range(len(self._choices))]
         async for batch in batches:

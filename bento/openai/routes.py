@@ -112,7 +112,7 @@ async def _complete(backend: Backend, body: CompletionRequest, request: Request)
         has_prompt_scores=body.prompt_logprobs is not None,
     )
     if shown.is_scored and shown.is_echoed and body.count() == 1 and not (body.min_tokens or body.ignore_eos):
-        # Clients that score a prompt must ask for one token and drop it, so show it even if it ends the text.
+        # Clients that score a prompt request one token and discard it, so return it even if it ends the text.
         shown = replace(shown, endings=backend.engine.end_of_text_ids.union(body.stop_token_ids or ()))
         body = body.model_copy(update={"ignore_eos": True, "stop_token_ids": None})
     prompt_scores = body.prompt_logprobs

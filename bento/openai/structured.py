@@ -81,7 +81,7 @@ class StructuredOutputs(StrictRequest):
     disable_additional_properties: OnlyFalse | None = Field(None, description="Not supported: only null, false.")
 
     def sources(self) -> Iterator[tuple[Kind, str]]:
-        """The grammars that are asked for."""
+        """The grammars of a request."""
         if self.json_schema is not None:
             yield "json", self.json_schema
         if self.regex is not None:

@@ -59,7 +59,7 @@ class Mailbox:
         self._loop.call_later(GATHER_S, self._empty)
 
     def _empty(self) -> None:
-        # Before the events are taken: one that comes in between schedules again.
+        # Reset before reading the events, so that an event arriving in between schedules a wake-up.
         self._is_scheduled = False
         while self._events:
             answers, index, event = self._events.popleft()
@@ -100,7 +100,7 @@ class Answers:
             self._waiter.set_result(None)
 
     async def batches(self) -> AsyncGenerator[Batch]:
-        """All events, as they come. Raises ApiError where a generation fails, after what came before."""
+        """All events as they arrive. Raises ApiError at the point where a generation fails."""
         while self._running:
             if not self._pending:
                 self._waiter = asyncio.get_running_loop().create_future()
@@ -152,7 +152,7 @@ class Answers:
         self._clocks[index].stop(last)
 
     def _failure(self, index: int, last: Finished) -> ApiError | None:
-        """Why a generation did not complete, None where it did."""
+        """Reason why a generation is incomplete, else None."""
         if last.finish_reason == "timeout" and never_started(self._generations[index]):
             return queue_timeout()
         if last.finish_reason == "timeout":

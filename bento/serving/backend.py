@@ -174,7 +174,7 @@ class Backend:
         ]
 
     def submit(self, request: Request, generations: Sequence[GenerationRequest]) -> Answers:
-        """Start all of `generations`, or none. Raises ApiError where there is no place, or no engine."""
+        """Start all of `generations` or none. Raises ApiError if the queue is full or the engine stopped."""
         record = request.state.record
         left_s = self.request_timeout_s - (time.monotonic() - record.started)
         client, connection = _sender(request)
@@ -210,7 +210,7 @@ def _sender(request: Request) -> tuple[str, str]:
 
 
 def check_model(name: str | None, models: Models) -> None:
-    """Raises ApiError 404 where a request names another model than the one that is served."""
+    """Raises ApiError 404 for a model name that is not served."""
     if name is not None and name not in models.names():
         raise ApiError(
             404,

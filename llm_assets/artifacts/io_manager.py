@@ -1,4 +1,4 @@
-"""Hands artifacts from asset to asset: publishes what a stage wrote, gives the next one a verified folder.
+"""Passes artifacts between assets: publishes the output of a stage and loads verified folders.
 
 A stage returns its sealed directory (`manifest.seal`). Where that lies below the scratch folder, its workspace, the
 directory's parent, is deleted once the version is published.

@@ -1,4 +1,4 @@
-"""The typed record that travels in every artifact as `manifest.json`, and what makes two artifacts fit each other.
+"""The typed record in every artifact, `manifest.json`, and the rules of compatibility between artifacts.
 
 `content_hash` is over the files alone: when and by which run they were made does not change it. `stage_config` is the
 part of an experiment's settings that decides an asset; a stage refuses an upstream made with another one.
@@ -26,7 +26,7 @@ _CHECKPOINT = re.compile(rf"/.*/(trained_checkpoint/[^/]+/[0-9a-f]{{{VERSION_DIG
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artifact is and where it comes from.
+    """Identity and provenance of an artifact.
 
     files: digest by path relative to the artifact. config: the part of the settings that decided it.
     upstream: content hash by asset. failed_checks: the blocking checks it did not pass; such a version is kept for a
@@ -86,7 +86,7 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest":
-        """The manifest of a complete artifact; PipelineError where there is none."""
+        """The manifest of a complete artifact. Raises PipelineError."""
         path = directory / MANIFEST
         if not path.is_file():
             raise PipelineError(f"no {MANIFEST} in {directory}: expected a complete artifact; materialize it again")

@@ -24,7 +24,7 @@ LATEST = "LATEST"
 
 @dataclass(frozen=True)
 class Publication:
-    """Where a version lies; `unchanged` where its content had been published before."""
+    """Location of a version; `unchanged`: its content had been published before."""
 
     path: str
     version: str
@@ -55,7 +55,7 @@ class ArtifactStore:
         target = base / manifest.version
         unchanged = self._is_whole(target, manifest)
         if unchanged:
-            # Same content from another run: only the record of where it comes from is new.
+            # Same content from another run: only its provenance is new.
             self._write_text(target / MANIFEST, manifest.to_json())
         elif self._local:
             _publish_folder(staging, Path(str(target)))
@@ -68,7 +68,7 @@ class ArtifactStore:
         return Publication(str(target), manifest.version, unchanged, latest)
 
     def latest_manifest(self, asset: str, experiment: str) -> Manifest | None:
-        """The manifest of the latest version; None where there is none or it cannot be read."""
+        """The manifest of the latest version; None if it is missing or unreadable."""
         base = self.root / asset / experiment
         version = self._read_text(base / LATEST)
         text = self._read_text(base / version.strip() / MANIFEST) if version else None

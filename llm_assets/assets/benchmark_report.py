@@ -70,7 +70,7 @@ def benchmark_report(
 
 
 def _export_agrees(work: Stage) -> bool | None:
-    """Whether the exported model of this checkpoint passed its checks; None where there is none."""
+    """Whether the exported model of this checkpoint passed its checks; None without an export."""
     exported = DirectoryIOManager().store().latest_manifest("exported_model", work.experiment)
     checkpoint = work.upstream["trained_checkpoint"].content_hash
     if exported is None or exported.upstream.get("trained_checkpoint") != checkpoint:

@@ -1,4 +1,4 @@
-"""The documents that everything is made from."""
+"""The corpus: documents read, cleaned and split."""
 
 from collections.abc import Iterator
 

@@ -43,7 +43,7 @@ def exported_model(
         "quantized_model": quantized_model,
         "tokenized_dataset": tokenized_dataset,
     }
-    # Alone on the machine: the benchmark's timings would be worth nothing beside it.
+    # Exclusive, because its load would spoil the timings of a benchmark.
     with stage(context, hydra, mlflow, upstream, exclusive=True, fingerprint=fingerprint) as work:
         found = export_with_certificates(
             trained_checkpoint,

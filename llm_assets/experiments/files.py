@@ -53,7 +53,7 @@ def misnamed_files(config_dir: Path) -> Iterator[str]:
 
 
 def name_mistake(name: str) -> str | None:
-    """Why an experiment cannot be called `name`; None where it can.
+    """Reason why `name` is no valid name of an experiment, else None.
 
     The name is a Dagster partition key, a value on Hydra's command line and a part of paths, of MLflow's model names,
     of BentoML's tags and of image repositories, which allow the fewest characters.

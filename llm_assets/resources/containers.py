@@ -62,7 +62,7 @@ class ContainerEngine(dg.ConfigurableResource):
     )
 
     def require(self) -> None:
-        """Raise PipelineError, one line that says what is missing, where no engine answers."""
+        """Raise PipelineError, one line, if no container engine answers."""
         if shutil.which(self.command) is None:
             raise PipelineError(
                 f"no command {self.command!r}: an image needs a container engine; install Docker (Debian: apt install "

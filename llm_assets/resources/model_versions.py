@@ -93,7 +93,7 @@ def _create_model(client: "MlflowClient", name: str) -> None:
 
 
 def all_versions(client: "MlflowClient", name: str) -> list[Any]:
-    """Every version of a registered model, in no order; none where there is no such model."""
+    """All versions of a registered model, unordered; empty for an unknown model."""
     found: list[Any] = []
     token = None
     while True:

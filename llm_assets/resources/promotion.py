@@ -38,7 +38,7 @@ BY_HAND = "`python -m llm_assets.champion promote` decides by hand"
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a candidate beside the champion.
+    """Evidence for a candidate against the champion.
 
     measure_latency_ratio: the candidate's time per token as a multiple of the champion's; called where a bound is set.
     """
@@ -113,7 +113,7 @@ def set_by_hand(client: "MlflowClient", name: str, version: str, reason: str) ->
     """
     former = client.get_registered_model(name).aliases.get(CHAMPION)
     client.get_model_version(name, version)
-    # Also where the last decision was for this very version: what a person sets differs from every decision.
+    # Recorded even if the last decision chose this version, since a manual choice outranks decisions.
     client.set_registered_model_tag(name, DECIDED, "by hand")
     client.set_model_version_tag(name, version, DECISION, f"promoted by hand: {reason}")
     _set_champion(client, name, version, f"by hand: {reason}", former=str(former) if former else None)

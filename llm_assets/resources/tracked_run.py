@@ -63,7 +63,7 @@ def send(client: "MlflowClient", run_id: str, entry: Mapping[str, Any]) -> None:
 
 
 def send_unsent(client: "MlflowClient", folder: Path, log: Log) -> None:
-    """Send what earlier runs could not, and delete it; what still fails is left for the next run."""
+    """Send and delete the backlog of earlier runs; failing entries stay for the next run."""
     for path in sorted(folder.glob("*.jsonl")):
         try:
             for line in path.read_text().splitlines():

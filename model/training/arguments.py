@@ -1,4 +1,4 @@
-"""TrainingSettings as transformers.TrainingArguments: what is ours, what passes through, what is refused.
+"""Converts TrainingSettings to transformers.TrainingArguments: own, passed-through and refused arguments.
 
 The options of the optimizer are not among them: they reach it from TrainingSettings alone (optim/optimizer.py).
 """
@@ -42,7 +42,7 @@ _FIXED = frozenset(
 
 
 def world_size() -> int:
-    """How many processes train together, as their launcher says."""
+    """Number of processes that train together, from the launcher's environment."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -1,6 +1,4 @@
-"""Errors of a training that cannot go on: one line with the step, the documents, the last checkpoint and what to
-change.
-"""
+"""Errors that end a training: one line with step, documents, last checkpoint and the setting to change."""
 
 import re
 import shutil

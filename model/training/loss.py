@@ -18,7 +18,7 @@ from model.settings import TrainingSettings
 
 @dataclass(frozen=True)
 class DistillationTargets:
-    """What a teacher says about the tokens of a batch, and how much that counts.
+    """A teacher's predictions for the tokens of a batch, and their weight in the loss.
 
     hidden_BTE: its final hidden states. weight_VE: its output embedding. weight: the divergence's part of the loss, 0
     to 1. temperature: divides both models' logits. top_k: of the teacher's most likely tokens each is followed, of the

@@ -214,7 +214,7 @@ def _differences(model: RexForCausalLM, found: dict[str, Tensor], expected: dict
         elif not name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
             continue
         parts = [value.unflatten(0, (-1, head_dim)).flatten(1) for value in heads]
-        # Against the heads' root mean square: one that attends evenly may have next to no gradient of its own.
+        # Relative to the heads' root mean square: a head with uniform attention may have almost no gradient.
         typical = norms[1] / len(parts[1]) ** 0.5
         errors = [_relative(part, typical, whole) for part in parts[0] - parts[1]]
         head = max(range(len(errors)), key=errors.__getitem__)

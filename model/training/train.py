@@ -212,7 +212,7 @@ def _weights_digest(folder: str) -> str:
 
 
 _NOT_OF_THE_RESULT = frozenset({"self_check", "self_check_tolerance", "watch_after", "watch_repeats"})
-"""Options that change no bit of the weights: a training can go on with other values."""
+"""Options without effect on the weights: a training can resume with other values."""
 
 
 def _identity(settings: ExperimentSettings, dataset_dir: Path, initial_world_size: int) -> dict[str, Any]:

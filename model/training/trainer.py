@@ -117,7 +117,7 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         self._paused_s = self._earlier_s = 0.0
         self._first_step = self._last_log_step = 0
         self.warnings: list[str] = []
-        """What is wrong with the training so far, one line each."""
+        """Health warnings so far, one line each."""
 
     # -- data, optimizer, schedule ------------------------------------------------------------------------------------
 
@@ -199,7 +199,7 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         if text:
             self.state.log_history[-1]["sample"] = text  # type: ignore[assignment]  # JSON; typed as numbers
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        # A run that stops early ends with a checkpoint that says so: continued after a kill, it stays stopped.
+        # Save the early stop in a checkpoint, so that a run killed here does not train on after a resume.
         self.control.should_save = self.control.should_save or self.control.should_training_stop
         return metrics
 
@@ -240,12 +240,12 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         self._paused_s += time.monotonic() - started
 
     def begin_watch(self) -> None:
-        """Note where parameters start, and what token frequencies cost on the text of the evaluations."""
+        """Record the initial parameters and the unigram loss on the evaluation windows."""
         self._motion = health.ParameterMotion(self._network, self.state.global_step)
         self._unigram_loss = health.unigram_loss(self.run)
 
     def watch(self) -> list[str]:
-        """What is wrong with the training at this moment, one line each; logs and counts what is new (health.py)."""
+        """Current health warnings, one line each (health.py); new ones are logged and counted."""
         found = health.find_warnings(
             self.state.log_history, self.settings, self._unigram_loss, self._motion.unmoved(self.state.global_step)
         )

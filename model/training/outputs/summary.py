@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass
 class TrainingSummary:
-    """What a training made and what it cost."""
+    """Results and cost of a training."""
 
     parameters: int
     steps: int

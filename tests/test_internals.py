@@ -80,7 +80,9 @@ def test_private_attributes_of_trainer_and_subclass_do_not_collide() -> None:
 
 
 @pytest.mark.parametrize(
-    ("private", "package"), [(r"dagster\w*\._", "Dagster"), (r"bentoml\._|_bentoml", "BentoML")], ids=str
+    ("private", "package"),
+    [(r"dagster\w*\._", "Dagster"), (r"bentoml\._|_bentoml", "BentoML"), (r"uvicorn\.protocols", "uvicorn")],
+    ids=str,
 )
 def test_private_modules_are_imported_in_the_one_file_that_is_listed(private: str, package: str) -> None:
     using = set()

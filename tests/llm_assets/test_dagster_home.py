@@ -10,7 +10,7 @@ pytestmark = pytest.mark.processes
 REPO = Path(__file__).resolve().parents[2]
 COMMANDS = {
     "the check": ["-m", "llm_assets.dagster_home"],
-    "the sweep": ["-m", "llm_assets.experiments.sweep", "experiment=smoke"],
+    "the sweep": ["-m", "llm_assets.sweep", "experiment=smoke"],
     "the pages": ["-m", "llm_assets.ui"],
 }
 

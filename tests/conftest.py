@@ -21,6 +21,12 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 import pytest
 
+from model.native.build import build, find_compiler
+
+# Before any file is collected: a process keeps the library that it found first, or that there was none.
+if find_compiler():
+    build()
+
 SLOW_S = 10.0
 PROGRAMS = (
     "bash",

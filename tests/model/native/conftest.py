@@ -1,12 +1,10 @@
-"""The native library, compiled before its tests where there is a compiler."""
+"""The instruction sets that the tests of the native library run on."""
 
 import pytest
 
-from model.native.build import LIBRARY, build, find_compiler
+from model.native.build import LIBRARY
 from model.native.library import available_instructions
 
-if find_compiler():
-    build()
 INSTRUCTIONS = available_instructions()
 
 

@@ -18,7 +18,7 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(("version", "compose"), [("2", ["docker", "compose"]), ("1", ["docker-compose"])])
 def test_compose_reads_the_file_with_the_settings_of_the_example(version: str, compose: list[str]) -> None:
     if not _run(*compose, "version", "--short").stdout.lstrip("v").startswith(version):
-        pytest.skip(f"version {version} of compose is not installed")
+        pytest.skip(f"version {version} of compose is not installed: .ci/run installs both")
     read = _run(*compose, "--env-file", ".env.example", "config", "--services")
     assert read.returncode == 0, read.stderr
     assert set(read.stdout.split()) >= {"postgres", "prepare", "mlflow", "code", "webserver", "daemon", "generate"}

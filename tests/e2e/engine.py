@@ -30,7 +30,7 @@ def docker(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess
 def require_engine() -> None:
     """Skip, by the reason, where no engine answers or there is nothing to build on."""
     if shutil.which("docker") is None:
-        pytest.skip("no container engine: there is no command docker")
+        pytest.skip("no container engine: there is no command docker (Debian's docker.io)")
     answer = docker("version", "--format", "{{.Server.Version}}")
     if answer.returncode:
         pytest.skip(f"no container engine: {answer.stdout.strip().splitlines()[-1]}")

@@ -40,7 +40,7 @@ def require_compose() -> list[str]:
     for compose in (["docker", "compose"], ["docker-compose"]):
         if succeeds(*compose, "version"):
             return compose
-    pytest.skip("neither `docker compose` nor `docker-compose` is installed")
+    pytest.skip("neither `docker compose` nor `docker-compose` is installed (Debian's docker-compose)")
 
 
 def postgres_image() -> str:

@@ -137,7 +137,7 @@ def test_an_offer_with_a_chunked_body_and_one_without_a_body_are_answered(addres
     assert ask(address, head.encode() + b"\r\n\r\n")[0] == 200
 
 
-@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed (Debian's package curl)")
 @pytest.mark.parametrize("options", [["--http2"], ["--http1.0"], ["--http1.1", "-H", "Expect: 100-continue"]], ids=str)
 def test_curl_is_answered(address, options, tmp_path):
     body = tmp_path / "body"
@@ -159,7 +159,7 @@ def test_curl_is_answered(address, options, tmp_path):
     assert json.loads(done.stdout)["choices"]
 
 
-@pytest.mark.skipif(not shutil.which("java"), reason="no Java is installed")
+@pytest.mark.skipif(not shutil.which("javac"), reason="no JDK is installed (Debian's default-jdk-headless)")
 def test_javas_http_client_is_answered(address, tmp_path):
     program = Path(tmp_path / "Ask.java")
     program.write_text(

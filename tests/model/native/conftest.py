@@ -11,7 +11,7 @@ INSTRUCTIONS = available_instructions()
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes `instructions` runs once for each instruction set of this processor."""
     if "instructions" in metafunc.fixturenames:
-        missing = pytest.mark.skip(reason=f"no C++ compiler and no {LIBRARY.name}: nothing to test")
+        missing = pytest.mark.skip(reason=f"no C++ compiler and no {LIBRARY.name}: install g++")
         metafunc.parametrize("instructions", INSTRUCTIONS or [pytest.param("none", marks=missing)])
 
 
@@ -19,5 +19,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def fastest() -> str:
     """The instruction set that a user of this machine gets."""
     if not INSTRUCTIONS:
-        pytest.skip(f"no C++ compiler and no {LIBRARY.name}: nothing to test")
+        pytest.skip(f"no C++ compiler and no {LIBRARY.name}: install g++")
     return INSTRUCTIONS[-1]

@@ -16,7 +16,9 @@ from model.native.library import available_instructions, choose_instructions
 from tests.tiny import tiny_model, tiny_tokenizer
 
 REPO = Path(__file__).resolve().parents[3]
-needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    find_compiler() is None, reason="no C++ compiler (Debian's g++): there is nothing to build with"
+)
 
 
 def run_build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -29,7 +29,9 @@ print(kept, fresh_pages(step))
 
 
 @pytest.mark.processes
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc is set")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="the C library is not glibc, whose allocator alone is tuned"
+)
 def test_freed_memory_is_kept_until_trimmed():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     kept, trimmed = map(int, done.stdout.split())

@@ -20,6 +20,7 @@ from cyclonedx.model.component import Component, ComponentType
 from cyclonedx.output.json import JsonV1Dot6
 from packageurl import PackageURL
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 FILE = "sbom.cdx.json"
 _NO_TIME = datetime(1970, 1, 1, tzinfo=UTC)
@@ -34,7 +35,7 @@ def of_requirements(requirements: Iterable[str]) -> list[Component]:
     wanted = [Requirement(line) for line in requirements]
     while wanted:
         requirement = wanted.pop()
-        key = _normalized(requirement.name)
+        key = canonicalize_name(requirement.name)
         if key in found:
             continue
         try:
@@ -103,7 +104,7 @@ def write(target: Path, *, name: str, version: str, model: str, components: Sequ
 
 
 def _python(package: Distribution) -> Component:
-    name = _normalized(package.metadata["Name"])
+    name = canonicalize_name(package.metadata["Name"])
     purl = PackageURL("pypi", None, name, package.version)
     stated = _license(package)
     return Component(
@@ -141,7 +142,3 @@ def _first_line(file: PackagePath) -> str:
     except (OSError, UnicodeDecodeError):
         return ""
     return next((line[:80] for line in lines if line), "")
-
-
-def _normalized(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()

@@ -21,6 +21,11 @@ class FileDigest(TypedDict):
     size: int
 
 
+def write_json(path: Path, value: object, *, sort_keys: bool = False) -> None:
+    """Write one of an artifact's JSON files, readable, in UTF-8; equal values give equal bytes."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n", encoding="utf-8")
+
+
 def file_digests(directory: Path) -> dict[str, FileDigest]:
     """Digest of every file below `directory` but the manifest, keyed by posix path relative to it, sorted."""
     paths = sorted(p for p in directory.rglob("*") if p.is_file() and p != directory / MANIFEST)

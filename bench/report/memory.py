@@ -7,7 +7,6 @@ forks a child for every configuration: the child loads the model, decodes and re
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -19,9 +18,8 @@ import torch
 from bench.decode import decode, prompt
 from model.errors import PipelineError
 from model.system.commands import ending_with_parent
+from model.system.memory import peak_resident_bytes
 from model.weights.loading import load_model
-
-RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 @dataclass
@@ -59,14 +57,10 @@ def measure_peaks(configurations: list[Configuration]) -> list[dict[str, Any]]:
     return measured
 
 
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
-
-
 def _run(configuration: Configuration) -> dict[str, Any]:
     """In the child: the peak of loading the model and decoding to `tokens`."""
     torch.set_num_threads(configuration.threads)
-    baseline = _peak_bytes()
+    baseline = peak_resident_bytes()
     model = load_model(Path(configuration.model_dir), device=configuration.device)
     if configuration.cache:
         decode(model, prompt(model), configuration.tokens, use_cache=True)
@@ -76,7 +70,7 @@ def _run(configuration: Configuration) -> dict[str, Any]:
     gpu = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None
     return {
         **asdict(configuration),
-        "peak_bytes": _peak_bytes(),
+        "peak_bytes": peak_resident_bytes(),
         "baseline_bytes": baseline,
         "peak_gpu_bytes": gpu,
     }

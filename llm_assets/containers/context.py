@@ -7,7 +7,6 @@ FOLDER/packages/   the packages themselves, once `unpack` has run
 
 import hashlib
 import json
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,6 +20,7 @@ from llm_assets.containers import packages
 from llm_assets.paths import REPOSITORY
 from llm_assets.resources.bentos import BentoBuilder
 from model.progress import Log, silent
+from model.system.revision import code_revision, git
 
 # The service's option `device` for each kind of image.
 SERVICE_DEVICE = {"cpu": "cpu", "gpu": "cuda"}
@@ -81,8 +81,8 @@ def labels(context: ImageContext, *, model: str, experiment: str, base: str) -> 
     """The labels of the Open Container Initiative, and `rex.` for what those have no name for."""
     return {
         "org.opencontainers.image.title": "REX text generation",
-        "org.opencontainers.image.source": source(_git("remote", "get-url", "origin")),
-        "org.opencontainers.image.revision": revision(),
+        "org.opencontainers.image.source": source(git("remote", "get-url", "origin")),
+        "org.opencontainers.image.revision": code_revision(),
         "org.opencontainers.image.version": context.bento.partition(":")[2],
         "org.opencontainers.image.base.name": base,
         "rex.model": model,
@@ -97,16 +97,3 @@ def source(remote: str) -> str:
     if parts.scheme in ("https", "http", "ssh", "git") and parts.hostname:
         return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
     return f"rex-pipeline {version('rex-pipeline')}"
-
-
-def revision() -> str:
-    """The commit, with `-dirty` behind it where files differ from it; `unknown` outside a git repository."""
-    return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or "unknown"
-
-
-def _git(*arguments: str) -> str:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""

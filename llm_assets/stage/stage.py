@@ -12,7 +12,6 @@ not the run.
 import dataclasses
 import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -38,6 +37,7 @@ from llm_assets.stage.interrupts import end_with_run, noticed_interrupts
 from model.errors import PipelineError, full_disk_as_error
 from model.progress import Log
 from model.settings import ExperimentSettings
+from model.system.memory import peak_resident_bytes
 
 # Dagster keeps observations for good: one per step of a long training would fill the run storage.
 OBSERVATION_EVERY_S = 60.0
@@ -176,9 +176,7 @@ def peak_memory_mb() -> float:
 
     A step is a process of its own; one that has one child at a time never held more.
     """
-    unit = 1 if sys.platform == "darwin" else 1024
-    peaks = [resource.getrusage(who).ru_maxrss * unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return round(sum(peaks) / 1e6, 1)
+    return round((peak_resident_bytes() + peak_resident_bytes(resource.RUSAGE_CHILDREN)) / 1e6, 1)
 
 
 @contextmanager

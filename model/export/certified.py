@@ -6,12 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from model.errors import PipelineError
 from model.export.engines import installed_engines
 from model.export.package import export, write_checksums
 from model.export.parity import Certificate, certify
 from model.progress import Log, silent
-from model.system.commands import run
+from model.system.revision import code_revision
 from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset
 from model.weights.loading import load_model
@@ -48,7 +47,7 @@ def export_with_certificates(
     quantized_dir: its bits per byte stand in the model card beside the commit of the code.
     Raises PipelineError for an incomplete checkpoint, and where an engine cannot load its file.
     """
-    described = {**provenance, **_measured(quantized_dir), "commit": _commit()}
+    described = {**provenance, **_measured(quantized_dir), "commit": code_revision()}
     made = export(checkpoint_dir, output_dir, name=name, provenance=described)
     model, tokenizer = load_model(checkpoint_dir, quantized=False), load_tokenizer(checkpoint_dir)
     dataset = TokenDataset(dataset_dir, "validation", sequence_length)
@@ -78,12 +77,3 @@ def _measured(quantized_dir: Path) -> dict[str, Any]:
         return {}
     summary = json.loads(path.read_text(encoding="utf-8"))
     return {"bits per byte": {key: value for key, value in summary.items() if key.startswith("bits_per_byte")}}
-
-
-def _commit() -> str:
-    """The commit of the code that runs, with "-dirty" where files differ from it; "unknown" outside a checkout."""
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
-        return run(command, "naming the code's commit", cwd=str(Path(__file__).parent)).strip()
-    except PipelineError:
-        return "unknown"

@@ -4,14 +4,13 @@ Model FLOP/s utilization (MFU; PaLM, appendix B) = tokens/s * FLOPs per token / 
 of the run, on the machine of the run: a data sheet says little about two cores of a shared CPU.
 """
 
-import resource
-import sys
 import time
 
 import torch
 
 from model.modeling_rex import RexForCausalLM
 from model.system.devices import Precision
+from model.system.memory import peak_resident_bytes
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -63,5 +62,4 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory so far: allocated by PyTorch on the GPU, or the resident set of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_resident_bytes()

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from model.artifact import write_json
 from model.errors import PipelineError, full_disk_as_error
 from model.evaluation import Agreement, compare, evaluate
 from model.modeling_rex import RexForCausalLM
@@ -100,7 +101,7 @@ def quantize_checkpoint(
             kl_divergence=agreement.kl_divergence,
             evaluated_tokens=after.tokens,
         )
-        _write_json(output_dir / "summary.json", asdict(summary))
+        write_json(output_dir / "summary.json", asdict(summary))
         (output_dir / "README.md").write_text(_model_card(checkpoint_dir / "README.md", summary), encoding="utf-8")
     log(
         f"quantization: {summary.ratio:.2f} times smaller, {summary.bits_per_byte_before:.4f} to "
@@ -124,11 +125,11 @@ def _write_model(method: str, checkpoint_dir: Path, output_dir: Path) -> str:
         # transformers would read int8 weights without their scales as floats: an unknown method makes it say so.
         config.pop("auto_map", None)
         config["quantization_config"] = {"quant_method": "rex_int8", "loader": "model.weights.loading.load_model"}
-    _write_json(output_dir / "config.json", config)
+    write_json(output_dir / "config.json", config)
     for pattern in kept:
         for path in sorted(checkpoint_dir.glob(pattern)):
             shutil.copyfile(path, output_dir / path.name)
-    _write_json(output_dir / QUANTIZATION, {"format_version": FORMAT_VERSION, "method": method, "scheme": scheme})
+    write_json(output_dir / QUANTIZATION, {"format_version": FORMAT_VERSION, "method": method, "scheme": scheme})
     return scheme
 
 
@@ -189,7 +190,3 @@ model = load_model(Path("."))  # this project's package; transformers alone does
 The same top token at {100 * summary.top1_agreement:.2f} % of positions, KL divergence {summary.kl_divergence:.6f} nats
 per token, over {summary.evaluated_tokens:,} tokens of the validation split.
 """
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from model.artifact import write_json
 from model.errors import full_disk_as_error
 from model.modeling_rex import RexForCausalLM
 from model.settings import ExperimentSettings
@@ -82,10 +83,10 @@ def write_outputs(
         model.save_pretrained(output_dir)
         (output_dir / "model.safetensors").chmod(0o644)  # safetensors leaves it readable to its owner alone
         tokenizer.save_pretrained(output_dir)
-        _write_json(output_dir / "curves.json", [_without_timing(entry) for entry in history])
+        write_json(output_dir / "curves.json", [_without_timing(entry) for entry in history], sort_keys=True)
         (output_dir / "progress.md").write_text(progress(history), encoding="utf-8")
-        _write_json(output_dir / "samples.json", summary.samples)
-        _write_json(output_dir / "summary.json", _without_timing(dataclasses.asdict(summary)))
+        write_json(output_dir / "samples.json", summary.samples, sort_keys=True)
+        write_json(output_dir / "summary.json", _without_timing(dataclasses.asdict(summary)), sort_keys=True)
         (output_dir / "README.md").write_text(model_card(settings, model, summary, dataset_dir), encoding="utf-8")
         plot_loss(history, output_dir / "loss.png", title=f"{settings.name}: loss")
 
@@ -104,10 +105,6 @@ def progress(history: list[dict[str, Any]]) -> str:
 def _without_timing(record: dict[str, Any]) -> dict[str, Any]:
     """Without the fields that differ between identical trainings."""
     return {key: value for key, value in record.items() if key not in TIMING_FIELDS and key != "sample"}
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def model_card(settings: ExperimentSettings, model: RexForCausalLM, summary: TrainingSummary, dataset_dir: Path) -> str:

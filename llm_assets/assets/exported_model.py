@@ -64,7 +64,8 @@ def exported_model(
             {
                 "summary": ui_metadata.summary(
                     **{
-                        f"{row['engine']}, {row['file']}": f"{row['log_probability_difference']:.1g} nats at most"
+                        f"{row['engine'].split()[0]} {row['precision']}": f"{row['log_probability_difference']:.1g} "
+                        "nats at most"
                         for row in rows
                     }
                 ),

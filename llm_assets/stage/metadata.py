@@ -44,8 +44,9 @@ def rounded(value: float) -> int | float:
 
 
 def summary(**quantities: str) -> dg.MarkdownMetadataValue:
-    """A short table, shown inline: an asset in rounded numbers with units. Underscores in names become spaces."""
-    rows = [f"| {name.replace('_', ' ')} | {value} |" for name, value in quantities.items()]
+    """A short table, shown inline: an asset in rounded numbers with units. Underscores of identifiers become spaces."""
+    named = {name.replace("_", " ") if name.isidentifier() else name: value for name, value in quantities.items()}
+    rows = [f"| {name} | {value} |" for name, value in named.items()]
     return dg.MetadataValue.md("\n".join(["| | |", "|---|---:|", *rows]))
 
 
@@ -60,7 +61,7 @@ def decision(recorded: Mapping[str, Any]) -> dict[str, Any]:
             bits_per_byte=f"{recorded['candidate']:.4f}",
             of_the_champion=f"{recorded['champion_bits_per_byte']:.4f}",
             difference=f"{recorded['difference']:+.4f}",
-            **{f"{recorded['confidence']:.0%}_interval": f"{recorded['low']:+.4f} to {recorded['high']:+.4f}"},
+            **{f"{recorded['confidence']:.0%} interval": f"{recorded['low']:+.4f} to {recorded['high']:+.4f}"},
             text=f"{recorded['pieces']} {recorded['unit']}, {size(recorded['bytes'])}",
         )
         shown["bits_per_byte_to_champion"] = rounded(recorded["difference"])

@@ -284,7 +284,7 @@ def device_lock(context: dg.AssetExecutionContext, exclusive: bool) -> Iterator[
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        context.log.info("waiting for another run's training or benchmark on this machine to end")
+        context.log.info("waiting for another training, benchmark or export on this machine to end")
         lock.acquire(poll_interval=1.0)
     try:
         yield

@@ -251,8 +251,13 @@ def _score(model: RexForCausalLM, windows: list[list[int]], dataset: TokenDatase
 
 
 def as_rows(certificates: list[Certificate]) -> list[dict[str, Any]]:
-    """A row for each certificate, for a table: lists as counts."""
+    """A row for each certificate, for a table: lists as counts; the engine's releases last, as they are long."""
     return [
-        {key: len(value) if isinstance(value, list) else value for key, value in asdict(certificate).items()}
-        for certificate in certificates
+        {
+            key: len(value) if isinstance(value, list) else value
+            for key, value in asdict(found).items()
+            if key != "engine"
+        }
+        | {"engine": found.engine}
+        for found in certificates
     ]

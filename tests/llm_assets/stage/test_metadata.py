@@ -90,3 +90,4 @@ def test_a_curve_without_points_says_so() -> None:
 
 def test_a_summary_is_a_table_with_units() -> None:
     assert str(ui_metadata.summary(train_text="1.2 MB").value) == "| | |\n|---|---:|\n| train text | 1.2 MB |"
+    assert "| llama.cpp q8_0 | 1 |" in str(ui_metadata.summary(**{"llama.cpp q8_0": "1"}).value)

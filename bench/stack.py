@@ -34,7 +34,7 @@ PROJECT = "rex-bench"
 LAUNCH = """
 mutation Launch($params: ExecutionParams!) {
   launchRun(executionParams: $params) {
-    __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message }
+    __typename ... on LaunchRunSuccess { run { runId } } ... on Error { message }
   }
 }"""
 STATUS = "query Status($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }"

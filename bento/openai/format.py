@@ -92,6 +92,8 @@ class Format(ABC):
     id_prefix: ClassVar[str]
     object: ClassVar[str]
     chunk_object: ClassVar[str]
+    is_plain_text: ClassVar[bool] = True
+    """Whether a text is shown as it is."""
 
     def __init__(
         self,
@@ -136,7 +138,7 @@ class Format(ABC):
 
     async def stream(self, batches: AsyncGenerator[Batch]) -> AsyncGenerator[str]:
         """Server-sent events; events of one step are sent in one write."""
-        is_plain = not (self.shown.is_scored or self.shown.has_ids or self._has_running_usage)
+        is_plain = self.is_plain_text and not (self.shown.is_scored or self.shown.has_ids or self._has_running_usage)
         self._around = [self._constant_parts(index) for index in range(len(self._choices))]
         async for batch in batches:
             out = []
@@ -176,15 +178,26 @@ class Format(ABC):
     def _chunks(self, index: int, event: Event) -> list[str]:
         choice = self._choices[index]
         text, tokens = choice.read(event)
+        deltas = self._deltas(index, text, is_last=isinstance(event, Finished))
         finish_reason = None
         if isinstance(event, Finished):
-            finish_reason = choice.finish_reason(event)
+            finish_reason = self._finish_reason(index, choice.finish_reason(event))
             self._note_cached(index, event)
-        elif not (text or tokens):
+        elif not (deltas or tokens):
             return []
-        extras = self._extras(choice, tokens)
-        shown = {"index": index, **self._delta(text), "finish_reason": finish_reason, **extras}
-        return [self._event([shown], self._usage() if self._has_running_usage else None)]
+        *first, last = deltas or [self._delta("")]
+        usage = self._usage() if self._has_running_usage else None
+        chunks = [{"index": index, **delta, "finish_reason": None, "logprobs": None} for delta in first]
+        chunks.append({"index": index, **last, "finish_reason": finish_reason, **self._extras(choice, tokens)})
+        return [self._event([chunk], usage) for chunk in chunks]
+
+    def _deltas(self, index: int, text: str, *, is_last: bool) -> list[dict[str, Any]]:
+        """The parts that a choice's next text is shown in."""
+        return [self._delta(text)] if text else []
+
+    def _finish_reason(self, index: int, reason: str) -> str:
+        """The reason for the end of a streamed choice."""
+        return reason
 
     def _extras(self, choice: Choice, tokens: Sequence[PositionedToken], *, is_whole: bool = False) -> dict[str, Any]:
         is_scored = self.shown.is_scored and bool(tokens or is_whole)  # a text without tokens has an empty list

@@ -27,10 +27,13 @@ from bento.openai.schema import (
     ModelList,
     OpenAIRequest,
 )
-from bento.openai.structured import compile_form
+from bento.openai.structured import compile_form, compile_grammar
+from bento.openai.tool_format import ToolChatFormat
+from bento.openai.tools import plain_turns
 from bento.serving.answers import EventStream
 from bento.serving.backend import SHORT_TEXT, Backend, BackendOf, Prompt, check_model
 from bento.serving.models import Models
+from model.generation.grammar import Grammar
 from model.generation.requests import Event, Finished, TextPiece
 
 MESSAGE_COST = 64
@@ -121,17 +124,21 @@ async def _complete(backend: Backend, body: CompletionRequest, request: Request)
     if body.count() == 0 and prompt_scores is None:
         prompt_scores = body.logprobs or 0  # the engine then scores the prompt instead of generating
     scores = {"logprobs": body.logprobs, "prompt_logprobs": prompt_scores}
-    return await _answer(backend, body, request, prompts, counts, scores, partial(CompletionFormat, shown=shown))
+    grammar = await compile_form(backend, body)
+    make_format = partial(CompletionFormat, shown=shown)
+    return await _answer(backend, body, request, prompts, counts, scores, grammar, make_format)
 
 
 async def _chat(backend: Backend, body: ChatRequest, request: Request) -> Response:
     backend.check_model(body.model)
     engine = backend.engine
-    size = sum(len(message.content) + MESSAGE_COST for message in body.messages)
+    functions = body.callable_functions()
+    turns = plain_turns(body.messages, functions)
+    size = sum(len(turn.content) + MESSAGE_COST for turn in turns)
     encode = partial(
         encode_chat,
         engine.tokenizer,
-        body.messages,
+        turns,
         engine.encode,
         opens_turn=body.add_generation_prompt is not False,
         continues=bool(body.continue_final_message),
@@ -150,7 +157,13 @@ async def _chat(backend: Backend, body: ChatRequest, request: Request) -> Respon
         "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
         "prompt_logprobs": body.prompt_logprobs,
     }
-    return await _answer(backend, body, request, [prompt], [count], scores, partial(ChatFormat, shown=shown))
+    grammar: Grammar | None
+    if source := body.calls_grammar():
+        grammar = await compile_grammar(backend, "tools", "calls", source)
+    else:
+        grammar = await compile_form(backend, body)
+    make_format = partial(ToolChatFormat if functions else ChatFormat, shown=shown)
+    return await _answer(backend, body, request, [prompt], [count], scores, grammar, make_format)
 
 
 async def _answer(
@@ -160,13 +173,13 @@ async def _answer(
     prompts: Sequence[Prompt],
     counts: Sequence[int],
     scores: dict[str, int | None],
+    grammar: Grammar | None,
     make_format: Callable[..., Format],
 ) -> Response:
     """Continue each prompt by its count of tokens, n times."""
     n, drawn = body.n or 1, body.drawn()
     if drawn > n and scores["logprobs"] is None:
         scores = {**scores, "logprobs": 0}
-    grammar = await compile_form(backend, body)
     generations = backend.generations(body, prompts, counts, drawn, grammar=grammar, **scores)
     request.state.record.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
     options = body.stream_options

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from bento.neutral import EMPTY, asks_for_nothing
 from bento.openai.structured import Structured
+from bento.openai.tools import ToolCall, ToolFields
 from bento.schema import ALL_THAT_FITS, LARGEST_COUNT, WHOLE, Count, OnlyFalse, Sampling, StrictRequest, forms
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -265,19 +266,33 @@ class Message(StrictRequest):
         if not isinstance(value, dict):
             return value
         kept = {name: one for name, one in value.items() if name not in MESSAGE_LABELS}
-        if kept.get("role") == "assistant" and "content" in kept and kept["content"] is None:
+        has_none = "content" in kept and kept["content"] is None
+        if kept.get("role") == "assistant" and (has_none or ("content" not in kept and kept.get("tool_calls"))):
             kept["content"] = ""
         return kept
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(description="Who speaks.")
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(description="Who speaks.")
     content: Content = Field(description="What is said: a text, or parts that are texts.")
     name: Label | None = Field(None, description="Given to the chat template, which may use it.")
     audio: None = unsupported()
-    tool_calls: EmptyList | None = unsupported("[]")
+    tool_calls: list[ToolCall] | None = Field(
+        None, max_length=MOST_MESSAGES, description="The assistant's: calls that it made."
+    )
+    tool_call_id: str | None = Field(
+        None, max_length=256, description="The tool's: results stand in the order of the calls, so it is not used."
+    )
     function_call: None = unsupported()
 
+    @model_validator(mode="after")
+    def _check_role(self) -> "Message":
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("tool_calls", "only the assistant makes calls", {"param": "messages"})
+        if self.tool_call_id is not None and self.role != "tool":
+            raise PydanticCustomError("tool_call_id", "only a message of the role tool has one", {"param": "messages"})
+        return self
 
-class ChatRequest(OpenAIRequest):
+
+class ChatRequest(ToolFields, OpenAIRequest):
     """A conversation to continue."""
 
     messages: list[Message] = Field(
@@ -301,11 +316,8 @@ class ChatRequest(OpenAIRequest):
         None, description="Continue the last message, which is the assistant's, instead of a new one. Default: false."
     )
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = unsupported('["text"]')
-    tool_choice: Literal["none"] | None = unsupported('"none"')
     function_call: Literal["none"] | None = unsupported('"none"')
-    tools: EmptyList | None = unsupported("[]")
     functions: EmptyList | None = unsupported("[]")
-    parallel_tool_calls: None = unsupported()
     audio: None = unsupported()
     prediction: None = unsupported()
     reasoning_effort: Literal["none"] | None = unsupported('"none"')
@@ -327,6 +339,9 @@ class ChatRequest(OpenAIRequest):
                 "the last message is not the assistant's",
                 {"param": "continue_final_message"},
             )
+        if self.callable_functions() and self.forms():
+            field = self.forms()[0][0]
+            raise PydanticCustomError("one_form", "not together with tools that may be called", {"param": field})
         if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("top_logprobs", "only with logprobs=true", {"param": "top_logprobs"})
         return self
@@ -417,12 +432,21 @@ class ChatLogprobs(BaseModel):
     refusal: None
 
 
+class AnsweredCall(BaseModel):
+    """A call that the model makes; `function.arguments` is JSON that is valid under the function's schema."""
+
+    id: str
+    type: Literal["function"]
+    function: dict[str, str]
+
+
 class ChatMessage(BaseModel):
-    """The answer."""
+    """The answer. content: null where there are only calls."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[AnsweredCall] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -430,7 +454,7 @@ class ChatChoice(BaseModel):
 
     index: int
     message: ChatMessage
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
     logprobs: ChatLogprobs | None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None

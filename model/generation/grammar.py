@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from model.errors import PipelineError
 
-Kind = Literal["json", "regex", "grammar"]
+Kind = Literal["json", "regex", "grammar", "calls"]
 MOST_WHITE_SPACE = 20
 """Characters of white space at one place of a JSON text: without a bound a model may write it until its tokens end."""
 LONGEST_REASON = 200
@@ -35,7 +35,7 @@ LIMITS: dict[str, Any] = {
 }
 # A row of an ambiguous grammar costs its items squared, and every other text waits: 300 items are some 15 ms. Rows of
 # JSON are long (four items a property) but unambiguous.
-MOST_ITEMS = {"json": 2000, "regex": 300, "grammar": 300}
+MOST_ITEMS = {"json": 2000, "calls": 2000, "regex": 300, "grammar": 300}
 
 
 class GrammarTooCostly(Exception):
@@ -116,7 +116,8 @@ class GrammarCompiler:
 
     def compile(self, kind: Kind, source: str) -> Grammar:
         """A grammar of texts: all JSON that is valid under a schema, all that a regular expression matches as a whole
-        (Rust's syntax), or all that a grammar derives from `start` (Lark) or `root` (GBNF, told by its ::=).
+        (Rust's syntax), or all that a grammar derives from `start` (Lark) or `root` (GBNF, told by its ::=). "calls": a Lark
+        grammar of JSON schemas, which are not its author's.
 
         Raises PipelineError, whose line says what is wrong; a schema with a keyword that cannot be enforced is refused.
         Large grammars take some 100 ms, in which other threads run.
@@ -178,4 +179,5 @@ def _translate(kind: Kind, source: str) -> str:
         return str(llguidance.LLMatcher.grammar_from_json_schema(source, overrides=JSON_OPTIONS))
     if kind == "regex":
         return str(llguidance.LLMatcher.grammar_from_regex(source))
-    return str(llguidance.grammar_from("gbnf" if "::=" in source else "lark", source))
+    is_gbnf = kind == "grammar" and "::=" in source
+    return str(llguidance.grammar_from("gbnf" if is_gbnf else "lark", source))

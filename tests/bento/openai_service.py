@@ -18,7 +18,7 @@ from bento.api import create_app
 from bento.http.protocol import ConnectionLimits, protocol_class
 from model.generation.engine import Engine
 from model.modeling_rex import RexForCausalLM
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import CONTEXT, tiny_model, tiny_tokenizer
 
 MODEL = "rex-tiny:1"
 MAX_BODY_BYTES = 16_384
@@ -60,13 +60,14 @@ def running_service(
     stops: bool = False,
     max_batch_size: int = 8,
     max_queue: int = 64,
+    context: int = CONTEXT,
     **options: Any,
 ) -> Iterator[Service]:
     """A service; its random weights end a text anywhere, so by default no token does."""
     torch.set_num_threads(1)  # two on busy cores wait for each other
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = chat_template
-    model = tiny_model(tokenizer)
+    model = tiny_model(tokenizer, max_position_embeddings=context)
     app = create_app(
         **{"model_name": MODEL, "request_timeout_s": 60, "max_body_bytes": MAX_BODY_BYTES, **options}  # type: ignore[arg-type]
     )

@@ -180,7 +180,7 @@ def test_a_long_conversation_is_refused_for_its_length(service):
 @pytest.mark.parametrize(
     "field",
     [
-        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"tools": [{"type": "web_search"}]},
         {"tool_choice": "auto"},
         {"functions": [{"name": "f"}]},
         {"parallel_tool_calls": True},

@@ -137,9 +137,9 @@ def test_another_model_is_a_not_found_error(client):
         client.chat.completions.create(messages=MESSAGES, model="gpt-9")
 
 
-def test_tools_are_refused_by_name(client):
-    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
-    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
+def test_tools_that_cannot_be_enforced_are_refused_by_name(client):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "objekt"}}}
+    with pytest.raises(openai.BadRequestError, match="tools cannot be enforced"):
         client.chat.completions.create(messages=MESSAGES, tools=[tool], **GREEDY)
 
 

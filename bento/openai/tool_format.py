@@ -1,0 +1,49 @@
+"""Answers of a chat model that may call functions: its calls stand beside the text, not in it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from bento.openai.format import ChatFormat
+from bento.openai.tools import Arguments, CallReader, CallStart, Content, Part, read_answer
+from model.generation.requests import Event, Finished
+
+
+class ToolChatFormat(ChatFormat):
+    """/v1/chat/completions with tools."""
+
+    is_plain_text = False
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._readers = [CallReader() for _ in self._choices]
+
+    def whole(self, results: Sequence[tuple[list[Event], Finished]]) -> dict[str, Any]:
+        """The answer in one piece."""
+        answer = super().whole(results)
+        for choice in answer["choices"]:
+            if choice["finish_reason"] == "stop" and choice["message"].get("tool_calls"):
+                choice["finish_reason"] = "tool_calls"
+        return answer
+
+    def _content(self, text: str) -> dict[str, Any]:
+        content, calls = read_answer(text)
+        message = {"role": "assistant", "content": content, "refusal": None}
+        return {"message": {**message, "tool_calls": calls} if calls else message}
+
+    def _deltas(self, index: int, text: str, *, is_last: bool) -> list[dict[str, Any]]:
+        reader = self._readers[index]
+        parts = [*reader.push(text), *(reader.flush() if is_last else ())]
+        return [{"delta": _delta(part)} for part in parts]
+
+    def _finish_reason(self, index: int, reason: str) -> str:
+        return "tool_calls" if reason == "stop" and self._readers[index].calls else reason
+
+
+def _delta(part: Part) -> dict[str, Any]:
+    if isinstance(part, Content):
+        return {"content": part.text}
+    if isinstance(part, CallStart):
+        function = {"name": part.name, "arguments": ""}
+        return {"tool_calls": [{"index": part.number, "id": part.id, "type": "function", "function": function}]}
+    assert isinstance(part, Arguments)
+    return {"tool_calls": [{"index": part.number, "function": {"arguments": part.text}}]}

@@ -1,0 +1,326 @@
+"""Functions that a chat model may call: OpenAI's `tools`, `tool_choice` and `parallel_tool_calls`.
+
+The functions, the assistant's earlier calls and their results become text (`model/text/tools.py`), whatever the chat
+template is. A grammar holds the answer to text, to calls whose arguments are valid under the functions' schemas, or to
+both, as `tool_choice` says. `CallReader` takes the calls out of the text, also while it streams.
+"""
+
+import json
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import AfterValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from bento.schema import StrictRequest, forms
+from model.text.tools import (
+    CALL_TAIL,
+    CLOSING,
+    OPENING,
+    call_head,
+    compact,
+    describe_tools,
+    write_call,
+    write_result,
+)
+
+MOST_TOOLS = 128
+MOST_CALLS = 16
+NAME_PATTERN = "^[a-zA-Z0-9_.:-]{1,128}$"
+NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+
+
+class Function(StrictRequest):
+    """A function that the model may call."""
+
+    name: Name = Field(description="Its name.")
+    description: str | None = Field(None, max_length=16_384, description="What it does.")
+    parameters: dict[str, Any] | None = Field(None, description="JSON schema of its arguments. Default: none.")
+    strict: bool | None = Field(None, description="Taken and not used: the schema is always enforced.")
+
+
+class Tool(StrictRequest):
+    """A tool: functions are the only type."""
+
+    type: Literal["function"]
+    function: Function
+
+
+@dataclass(frozen=True)
+class NamedTool:
+    """The function that must be called."""
+
+    name: str
+
+
+def _choice(value: Any) -> Any:
+    if value in ("none", "auto", "required") and isinstance(value, str):
+        return value
+    if isinstance(value, dict) and value.keys() == {"type", "function"} and value["type"] == "function":
+        function = value["function"]
+        if isinstance(function, dict) and function.keys() == {"name"} and isinstance(function["name"], str):
+            return NamedTool(function["name"])
+    raise PydanticCustomError(
+        "tool_choice", 'expected "none", "auto", "required" or {"type": "function", "function": {"name": ...}}'
+    )
+
+
+_NAMED = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "properties": {"name": {"type": "string", "pattern": NAME_PATTERN}},
+            "required": ["name"],
+            "additionalProperties": False,
+        },
+    },
+    "required": ["type", "function"],
+    "additionalProperties": False,
+}
+ToolChoice = Annotated[
+    Any, AfterValidator(_choice), forms({"enum": ["none", "auto", "required"]}, _NAMED, {"type": "null"})
+]
+
+
+class CalledFunction(StrictRequest):
+    """A call's function and arguments."""
+
+    name: Name
+    arguments: str = Field(description="JSON.")
+
+
+class ToolCall(StrictRequest):
+    """A call of the assistant's."""
+
+    id: str | None = Field(None, max_length=256, description="Taken and not used.")
+    type: Literal["function"] | None = None
+    index: int | None = None
+    function: CalledFunction
+
+
+class ToolFields(StrictRequest):
+    """The fields of a conversation that concern functions."""
+
+    tools: list[Tool] | None = Field(None, max_length=MOST_TOOLS, description="Functions that the model may call.")
+    tool_choice: ToolChoice = Field(
+        None, description="auto, the default: text or calls; none: text; required: calls; a function: a call of it."
+    )
+    parallel_tool_calls: bool | None = Field(
+        None, description=f"Up to {MOST_CALLS} calls in one answer. Default: true; false: one."
+    )
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> "ToolFields":
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise PydanticCustomError("tools", "two functions have the same name", {"param": "tools"})
+        if not names:
+            for field in ("tool_choice", "parallel_tool_calls"):
+                if getattr(self, field) not in (None, "none"):
+                    raise PydanticCustomError("no_tools", "only with tools", {"param": field})
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.name not in names:
+            raise PydanticCustomError("tool_choice", "no tool has this name", {"param": "tool_choice"})
+        return self
+
+    def callable_functions(self) -> list[Function]:
+        """The functions that this answer may call."""
+        choice = self.tool_choice
+        functions = [tool.function for tool in self.tools or ()]
+        if choice == "none":
+            return []
+        if isinstance(choice, NamedTool):
+            return [function for function in functions if function.name == choice.name]
+        return functions
+
+    def calls_grammar(self) -> str | None:
+        """The grammar of the answer, in llguidance's Lark; None where it cannot call."""
+        functions = self.callable_functions()
+        if not functions:
+            return None
+        is_named = isinstance(self.tool_choice, NamedTool)
+        most = 1 if is_named or self.parallel_tool_calls is False else MOST_CALLS
+        more = f' ("\\n{OPENING}" call){{0,{most - 1}}}' if most > 1 else ""
+        rules = [f"calls: call{more}"]
+        if is_named or self.tool_choice == "required":
+            rules.append(f'start: "{OPENING}" calls')
+        else:
+            rules.append(f"start: before calls | TEXT\nbefore[lazy]: /(?s:.*){OPENING}/")
+            rules.append(f"TEXT: /(?s:.*)/ & ~/(?s:.*{OPENING}.*)/")
+        rules.append("call: " + " | ".join(f"call_{number}" for number in range(len(functions))))
+        for number, function in enumerate(functions):
+            head = call_head(function.name).removeprefix(OPENING)
+            rules.append(f"call_{number}: {_text(head)} arguments_{number} {_text(CALL_TAIL)}")
+            schema = {**(function.parameters or NO_ARGUMENTS), "x-guidance": {"whitespace_flexible": False}}
+            rules.append(f"arguments_{number}: %json {json.dumps(schema)}")
+        return "\n".join(rules)
+
+
+def _text(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Content:
+    """Text of an answer that is no call."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class CallStart:
+    """A call begins. number: among the calls of the answer."""
+
+    number: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A part of a call's arguments, which are JSON."""
+
+    number: int
+    text: str
+
+
+Part = Content | CallStart | Arguments
+
+
+class CallReader:
+    """Takes calls out of a text that follows `calls_grammar`, as it comes."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._state: Literal["content", "head", "arguments", "tail"] = "content"
+        self.calls = 0
+
+    def push(self, text: str) -> Iterator[Part]:
+        """The parts that are certain with this text."""
+        self._held += text
+        while True:
+            before = self._state, len(self._held)
+            yield from getattr(self, f"_read_{self._state}")()
+            if (self._state, len(self._held)) == before:
+                return
+
+    def flush(self) -> Iterator[Part]:
+        """The end: what was held back of a text. A call that has no name yet is dropped."""
+        if self._state == "content" and self._held:
+            yield Content(self._held)
+        elif self._state == "arguments" and self._held:
+            yield Arguments(self.calls - 1, self._held)
+        self._held = ""
+
+    def _read_content(self) -> Iterator[Part]:
+        at = self._held.find(OPENING)
+        if at >= 0:
+            text, self._held, self._state = self._held[:at], self._held[at + len(OPENING) :], "head"
+        else:
+            held = next((n for n in range(len(OPENING) - 1, 0, -1) if self._held.endswith(OPENING[:n])), 0)
+            text, self._held = self._held[: len(self._held) - held], self._held[len(self._held) - held :]
+        if text and not (self.calls and text.isspace()):  # calls are on lines of their own
+            yield Content(text)
+
+    def _read_head(self) -> Iterator[Part]:
+        head, comma, rest = self._held.partition(',"arguments":')
+        if comma:
+            name = json.loads(head.strip() + "}")["name"]
+            self._held, self._state = rest, "arguments"
+            self.calls += 1
+            yield CallStart(self.calls - 1, f"call_{secrets.token_hex(12)}", name)
+
+    def _read_arguments(self) -> Iterator[Part]:
+        # JSON without white space has no line break: the first one is that of the closing.
+        line, newline, rest = self._held.partition("\n")
+        if newline:
+            text, self._held, self._state = line[:-1], rest, "tail"
+        else:
+            text, self._held = (line[:-1], "}") if line.endswith("}") else (line, "")
+        if text:
+            yield Arguments(self.calls - 1, text)
+
+    def _read_tail(self) -> Iterator[Part]:
+        if self._held.startswith(CLOSING):
+            self._held, self._state = self._held[len(CLOSING) :], "content"
+        yield from ()
+
+
+def read_answer(text: str) -> tuple[str | None, list[dict[str, Any]]]:
+    """A whole answer's content, None where there are only calls, and its calls in OpenAI's form."""
+    reader = CallReader()
+    content, calls = "", list[dict[str, Any]]()
+    for part in (*reader.push(text), *reader.flush()):
+        if isinstance(part, Content):
+            content += part.text
+        elif isinstance(part, CallStart):
+            calls.append({"id": part.id, "type": "function", "function": {"name": part.name, "arguments": ""}})
+        else:
+            calls[-1]["function"]["arguments"] += part.text
+    return content or (None if calls else ""), calls
+
+
+@dataclass(frozen=True)
+class PlainTurn:
+    """A message as a chat template takes it."""
+
+    role: str
+    content: str
+    name: str | None = None
+
+
+class MessageWithTools(Protocol):
+    """A message that may have calls, or answer one (role "tool")."""
+
+    @property
+    def role(self) -> str:
+        """The speaker's role."""
+
+    @property
+    def content(self) -> Any:
+        """The message's text."""
+
+    @property
+    def name(self) -> str | None:
+        """The speaker's name."""
+
+    @property
+    def tool_calls(self) -> list[ToolCall] | None:
+        """The assistant's calls."""
+
+
+def plain_turns(messages: Sequence[MessageWithTools], functions: Sequence[Function]) -> list[PlainTurn]:
+    """A conversation with functions, calls and results as text: functions in the system's message, results of calls in a
+    turn of the user.
+    """
+    turns: list[PlainTurn] = []
+    was_result = False
+    for message in messages:
+        calls = [write_call(c.function.name, _compacted(c.function.arguments)) for c in message.tool_calls or ()]
+        content = "\n".join([*([message.content] if message.content or not calls else []), *calls])
+        is_result = message.role == "tool"
+        if is_result:
+            content = write_result(content)
+            if was_result:
+                content = f"{turns.pop().content}\n{content}"
+        turns.append(PlainTurn("user" if is_result else message.role, content, message.name))
+        was_result = is_result
+    if functions:
+        shown = describe_tools([f.model_dump(include={"name", "description", "parameters"}) for f in functions])
+        if turns and turns[0].role in ("system", "developer"):
+            turns[0] = replace(turns[0], content=f"{turns[0].content}\n\n{shown}")
+        else:
+            turns.insert(0, PlainTurn("system", shown))
+    return turns
+
+
+def _compacted(arguments: str) -> str:
+    """A call's arguments as the model writes them; what is no JSON stays as it is."""
+    try:
+        return compact(json.loads(arguments))
+    except ValueError:
+        return arguments

@@ -23,6 +23,8 @@ from bento.http.openapi import GENERATING, READING, describe, stream_of, without
 from bento.http.probes import add_probes
 from bento.openai.embeddings import embedding_routes
 from bento.openai.logprobs import TokenNames
+from bento.openai.messages import message_routes
+from bento.openai.responses import response_routes
 from bento.openai.routes import openai_routes
 from bento.page import add_page
 from bento.schema import (
@@ -111,7 +113,8 @@ def create_app(
         )
 
     app.include_router(openai_routes(backend_of, models))
-    app.include_router(embedding_routes(backend_of))
+    for routes in (embedding_routes, response_routes, message_routes):
+        app.include_router(routes(backend_of))
     app.include_router(own_routes(backend_of))
     app.include_router(token_routes(backend_of))
     describe(app)
@@ -237,7 +240,7 @@ def _end(last: Finished) -> dict[str, Any]:
 
 async def _refuse_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return validation_error(error.errors()).response()
+    return validation_error(error.errors()).response(request.url.path)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
@@ -246,4 +249,4 @@ async def _refuse(request: Request, error: Exception) -> Response:
         headers = error.headers or {}
         error = ApiError(error.status_code, str(error.detail), code=f"http_{error.status_code}", headers=headers)
     request.state.record.error_code = error.content["error"]["code"]
-    return error.response()
+    return error.response(request.url.path)

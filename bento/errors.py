@@ -11,6 +11,17 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 PRIVATE_FIELDS = {"prompt", "context", "messages", "suffix", "stop", "user", "metadata", "prompt_cache_key"}
+ANTHROPIC_PATH = "/v1/messages"
+ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 LONGEST_VALUE = 40
 LONGEST_NAME = 64
 
@@ -31,9 +42,16 @@ class ApiError(HTTPException):
         super().__init__(status, message, dict(headers or {}))
         self.content = error_content(message, type=type, param=param, code=code)
 
-    def response(self) -> JSONResponse:
-        """The JSON response."""
-        return JSONResponse(self.content, self.status_code, self.headers)
+    def response(self, path: str = "") -> JSONResponse:
+        """The JSON response, in the shape of the API that `path` belongs to."""
+        content = anthropic_error(self) if path.startswith(ANTHROPIC_PATH) else self.content
+        return JSONResponse(content, self.status_code, self.headers)
+
+
+def anthropic_error(error: ApiError) -> dict[str, Any]:
+    """An error in the shape of Anthropic's API, with the fields of OpenAI's."""
+    kind = ANTHROPIC_TYPES.get(error.status_code, "api_error")
+    return {"type": "error", "error": {**error.content["error"], "type": kind}}
 
 
 def error_content(message: str, *, type: str, param: str | None, code: str) -> dict[str, Any]:

@@ -91,7 +91,10 @@ class ApiKeyMiddleware:
         await self.app(scope, receive, send)
 
     def _knows(self, scope: Scope) -> bool:
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        headers = Headers(scope=scope)
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if anthropic_key := headers.get("x-api-key"):  # of Anthropic's clients
+            scheme, key = "bearer", anthropic_key
         given = _digest(key.strip())
         # Compare with every key: stopping at the first match would leak its position through timing.
         found = [hmac.compare_digest(given, digest) for digest in self._digests]

@@ -90,13 +90,13 @@ class RequestMiddleware:
         except ApiError as refusal:  # from an inner middleware; route errors have FastAPI's handlers
             if record.status == CLIENT_LEFT:
                 record.error_code = refusal.content["error"]["code"]
-                await refusal.response()(scope, receive, recording_send)
+                await refusal.response(inner["path"])(scope, receive, recording_send)
         except Exception:
             # Catch everything: on an exception BentoML's middleware would leave the client waiting until its timeout.
             logger.exception("request %s failed", record.id)
             if record.status == CLIENT_LEFT:
                 error = server_error(500, "the server failed; its log has the reason", code="internal_error")
-                await error.response()(scope, receive, recording_send)
+                await error.response(inner["path"])(scope, receive, recording_send)
         finally:
             self._account(inner, headers, record)
 

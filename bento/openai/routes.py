@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from bento.http.body import JsonRoute
 from bento.http.openapi import GENERATING, LISTING, stream_of
-from bento.openai.chat import encode_chat
+from bento.openai.conversation import read_conversation
 from bento.openai.format import ChatFormat, ChoiceOptions, CompletionFormat, Format
 from bento.openai.schema import (
     DEFAULT_COMPLETION_TOKENS,
@@ -27,17 +27,14 @@ from bento.openai.schema import (
     ModelList,
     OpenAIRequest,
 )
-from bento.openai.structured import compile_form, compile_grammar
+from bento.openai.structured import compile_form
 from bento.openai.tool_format import ToolChatFormat
-from bento.openai.tools import plain_turns
 from bento.serving.answers import EventStream
-from bento.serving.backend import SHORT_TEXT, Backend, BackendOf, Prompt, check_model
+from bento.serving.backend import Backend, BackendOf, Prompt, check_model
 from bento.serving.models import Models
 from model.generation.grammar import Grammar
 from model.generation.requests import Event, Finished, TextPiece
 
-MESSAGE_COST = 64
-"""Characters of text that take as long as a message does besides its text."""
 Result = tuple[list[Event], Finished]
 FEW_EVENTS = 4096
 """Events, times log-probabilities of each, whose answer is rendered in the event loop."""
@@ -130,24 +127,7 @@ async def _complete(backend: Backend, body: CompletionRequest, request: Request)
 
 
 async def _chat(backend: Backend, body: ChatRequest, request: Request) -> Response:
-    backend.check_model(body.model)
-    engine = backend.engine
-    functions = body.callable_functions()
-    turns = plain_turns(body.messages, functions)
-    size = sum(len(turn.content) + MESSAGE_COST for turn in turns)
-    encode = partial(
-        encode_chat,
-        engine.tokenizer,
-        turns,
-        engine.encode,
-        opens_turn=body.add_generation_prompt is not False,
-        continues=bool(body.continue_final_message),
-    )
-    ids = encode() if size <= SHORT_TEXT else await backend.heavy.run(encode)
-    asked = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    name = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
-    prompt = backend.truncate(Prompt(ids), body.truncate_prompt_tokens, asked)
-    count = backend.fit(len(prompt.ids), asked, default=None, names=("messages", name))
+    conversation = await read_conversation(backend, body)
     shown = ChoiceOptions(
         is_scored=bool(body.logprobs),
         has_ids=bool(body.return_token_ids),
@@ -157,13 +137,17 @@ async def _chat(backend: Backend, body: ChatRequest, request: Request) -> Respon
         "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
         "prompt_logprobs": body.prompt_logprobs,
     }
-    grammar: Grammar | None
-    if source := body.calls_grammar():
-        grammar = await compile_grammar(backend, "tools", "calls", source)
-    else:
-        grammar = await compile_form(backend, body)
-    make_format = partial(ToolChatFormat if functions else ChatFormat, shown=shown)
-    return await _answer(backend, body, request, [prompt], [count], scores, grammar, make_format)
+    make_format = partial(ToolChatFormat if conversation.may_call else ChatFormat, shown=shown)
+    return await _answer(
+        backend,
+        body,
+        request,
+        [conversation.prompt],
+        [conversation.count],
+        scores,
+        conversation.grammar,
+        make_format,
+    )
 
 
 async def _answer(

@@ -286,9 +286,9 @@ class Message(StrictRequest):
     @model_validator(mode="after")
     def _check_role(self) -> "Message":
         if self.tool_calls and self.role != "assistant":
-            raise PydanticCustomError("tool_calls", "only the assistant makes calls", {"param": "messages"})
-        if self.tool_call_id is not None and self.role != "tool":
-            raise PydanticCustomError("tool_call_id", "only a message of the role tool has one", {"param": "messages"})
+            raise PydanticCustomError("tool_calls", "tool_calls: only the assistant makes calls")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise PydanticCustomError("tool_call_id", "tool_call_id goes with the role tool")
         return self
 
 

@@ -26,6 +26,7 @@ Batch = list[tuple[int, Event]]
 """Events that came together, each with the place of its generation among those of the request."""
 T = TypeVar("T")
 PING_S = 3.0
+DONE = "data: [DONE]\n\n"
 GATHER_S = 0.001
 """Time for the other events of a step of several generations; an event loop's clock is no finer."""
 
@@ -172,19 +173,27 @@ class Answers:
 
 
 class EventStream(Response):
-    """Server-sent events, which `events` makes of what the engine answers, then [DONE].
+    """Server-sent events, which `events` makes of what the engine answers, then `ending`: [DONE].
 
-    A failure before the first is an ordinary error answer; after it, an event `{"error"}`. A client that leaves ends
-    it. A stream that has nothing to send sends its status and a comment line every PING_S, so that proxies keep it
-    open.
+    A failure before the first is an ordinary error answer; after it, the event that `failure` writes. A client that
+    leaves ends it. A stream that has nothing to send sends its status and a comment line every PING_S, so that proxies
+    keep it open.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, answers: Answers, events: Callable[[AsyncGenerator[Batch]], AsyncGenerator[str]]) -> None:
+    def __init__(
+        self,
+        answers: Answers,
+        events: Callable[[AsyncGenerator[Batch]], AsyncGenerator[str]],
+        *,
+        ending: str = DONE,
+        failure: Callable[[ApiError], str] = lambda error: server_sent(json.dumps(error.content)),
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._answers, self._events = answers, events
+        self._ending, self._failure = ending, failure
         self._is_started = False
         self._last_sent = 0.0
 
@@ -231,8 +240,8 @@ class EventStream(Response):
         except ApiError as error:
             if not self._is_started:
                 raise
-            await body(server_sent(json.dumps(error.content)))
-        await body(server_sent("[DONE]"), more=False)
+            await body(self._failure(error))
+        await body(self._ending, more=False)
 
 
 def server_sent(data: str) -> str:

@@ -30,6 +30,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "x", "max_tokens": 2},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2},
     "/v1/embeddings": {"input": "x"},
+    "/v1/responses": {"input": "x", "max_output_tokens": 2},
+    "/v1/messages": {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 2},
     "/generate": {"prompt": "x", "max_tokens": 2},
     "/generate_text": {"prompt": "x", "num_of_token_generated": 2},
     "/tokenize": {"prompt": "x"},
@@ -115,7 +117,8 @@ def refusal(answer: Any, status: int = 400) -> dict[str, Any]:
     """What a refusal says, its shape checked."""
     assert answer.status_code == status, answer.text
     body = answer.json()
-    assert set(body) == {"error"}
+    is_anthropic = answer.request.url.path.startswith("/v1/messages")
+    assert set(body) == ({"type", "error"} if is_anthropic else {"error"})
     assert set(body["error"]) == {"message", "type", "param", "code"}
     assert "\n" not in body["error"]["message"]
     return body["error"]

@@ -1,0 +1,158 @@
+"""From a body of a chat route to what the engine takes: prompt, number of tokens and grammar.
+
+/v1/responses and /v1/messages become a `ChatRequest` first, by `as_chat`; `Blocks` reads the answers of both.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+from fastapi import Request
+from pydantic import ValidationError
+
+from bento.errors import validation_error
+from bento.openai.chat import encode_chat
+from bento.openai.schema import ChatRequest
+from bento.openai.structured import compile_form, compile_grammar
+from bento.openai.tools import Arguments, CallReader, CallStart, Part, plain_turns
+from bento.serving.answers import Answers
+from bento.serving.backend import SHORT_TEXT, Backend, Prompt
+from model.generation.grammar import Grammar
+
+MESSAGE_COST = 64
+"""Characters of text that take as long as a message does besides its text."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation to continue by `count` tokens. may_call: the answer may have calls of functions."""
+
+    prompt: Prompt
+    count: int
+    grammar: Grammar | None
+    may_call: bool
+
+
+async def read_conversation(backend: Backend, body: ChatRequest, names: tuple[str, str] | None = None) -> Conversation:
+    """What a body asks the engine for. names: the request's own fields of the conversation and of the number of tokens.
+
+    Raises ApiError 400 for what the model, its chat template or the context does not take.
+    """
+    backend.check_model(body.model)
+    grammar: Grammar | None
+    if source := body.calls_grammar():
+        grammar = await compile_grammar(backend, "tools", "calls", source)
+    else:
+        grammar = await compile_form(backend, body)
+    engine = backend.engine
+    functions = body.callable_functions()
+    turns = plain_turns(body.messages, functions)
+    size = sum(len(turn.content) + MESSAGE_COST for turn in turns)
+    encode = partial(
+        encode_chat,
+        engine.tokenizer,
+        turns,
+        engine.encode,
+        opens_turn=body.add_generation_prompt is not False,
+        continues=bool(body.continue_final_message),
+    )
+    ids = encode() if size <= SHORT_TEXT else await backend.heavy.run(encode)
+    asked = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+    name = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
+    prompt = backend.truncate(Prompt(ids), body.truncate_prompt_tokens, asked)
+    count = backend.fit(len(prompt.ids), asked, default=None, names=names or ("messages", name))
+    return Conversation(prompt, count, grammar, bool(functions))
+
+
+def as_chat(fields: Mapping[str, Any], names: Mapping[str, str]) -> ChatRequest:
+    """A body of another API as one of /v1/chat/completions. names: of the other's fields. Raises ApiError 400."""
+    try:
+        return ChatRequest.model_validate({name: value for name, value in fields.items() if value is not None})
+    except ValidationError as error:
+        first: dict[str, Any] = dict(error.errors()[0])
+        context = dict(first.get("ctx", {}))
+        if "param" in context:
+            context["param"] = names.get(context["param"], context["param"])
+        place = [names.get(str(first["loc"][0]), first["loc"][0]), *first["loc"][1:]] if first["loc"] else []
+        raise validation_error([{**first, "loc": place, "ctx": context}]) from None
+
+
+def submit(backend: Backend, request: Request, body: ChatRequest, conversation: Conversation) -> Answers:
+    """Start the one answer to a conversation."""
+    prompts, counts = [conversation.prompt], [conversation.count]
+    generations = backend.generations(body, prompts, counts, grammar=conversation.grammar)
+    request.state.record.prompt_tokens = len(conversation.prompt.ids)
+    return backend.submit(request, generations)
+
+
+@dataclass
+class Block:
+    """A part of an answer: a text, or a call. number: among the parts; text: of the text, or of the call's arguments."""
+
+    number: int
+    call: CallStart | None = None
+    text: str = ""
+
+
+BlockEvent = tuple[Literal["open", "delta", "close"], Block, str]
+
+
+@dataclass
+class Blocks:
+    """An answer's parts as its text comes. may_call: it may have calls."""
+
+    may_call: bool
+    all: list[Block] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._reader = CallReader() if self.may_call else None
+        self._open: Block | None = None
+
+    def push(self, text: str) -> Iterator[BlockEvent]:
+        """What becomes certain with this text."""
+        if self._reader:
+            for part in self._reader.push(text):
+                yield from self._read(part)
+        elif text:
+            yield from self._add(text)
+
+    def finish(self) -> Iterator[BlockEvent]:
+        """The end; an answer without a part has an empty text."""
+        for part in self._reader.flush() if self._reader else ():
+            yield from self._read(part)
+        if not self.all:
+            yield from self._begin(None)
+        yield from self._close()
+
+    def _read(self, part: Part) -> Iterator[BlockEvent]:
+        if isinstance(part, CallStart):
+            yield from self._begin(part)
+        elif isinstance(part, Arguments):
+            yield from self._add(part.text, is_text=False)
+        else:
+            yield from self._add(part.text)
+
+    def _add(self, text: str, *, is_text: bool = True) -> Iterator[BlockEvent]:
+        if self._open is None or (is_text and self._open.call):
+            yield from self._begin(None)
+        assert self._open
+        self._open.text += text
+        yield "delta", self._open, text
+
+    def _begin(self, call: CallStart | None) -> Iterator[BlockEvent]:
+        yield from self._close()
+        self._open = Block(len(self.all), call)
+        self.all.append(self._open)
+        yield "open", self._open, ""
+
+    def _close(self) -> Iterator[BlockEvent]:
+        if self._open:
+            yield "close", self._open, ""
+        self._open = None
+
+
+def named_event(name: str, data: dict[str, Any]) -> str:
+    """A server-sent event with a name."""
+    return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -89,7 +89,7 @@ def submit(backend: Backend, request: Request, body: ChatRequest, conversation: 
 
 @dataclass
 class Block:
-    """A part of an answer: a text, or a call. number: among the parts; text: of the text, or of the call's arguments."""
+    """A part of an answer: a text, or a call. number: among the parts; text: its text, or the call's arguments."""
 
     number: int
     call: CallStart | None = None

@@ -1,4 +1,4 @@
-"""OpenAI's /v1/responses, over the chat path. Stateless: nothing is stored, so a request brings its whole conversation."""
+"""OpenAI's /v1/responses, over the chat path. Nothing is stored: a request brings its whole conversation."""
 
 import time
 from collections.abc import AsyncGenerator

@@ -294,8 +294,9 @@ class MessageWithTools(Protocol):
 
 
 def plain_turns(messages: Sequence[MessageWithTools], functions: Sequence[Function]) -> list[PlainTurn]:
-    """A conversation with functions, calls and results as text: functions in the system's message, results of calls in a
-    turn of the user.
+    """A conversation with functions, calls and results as text.
+
+    Functions stand in the system's message, results of calls in a turn of the user.
     """
     turns: list[PlainTurn] = []
     was_result = False

@@ -1,8 +1,8 @@
 """How functions that a model may call, its calls and their results are written as text in a conversation.
 
-A call is the assistant's text `<tool_call>`, a line of JSON and `</tool_call>`, as models of the Hermes and Qwen families
-write it. The JSON has no white space between its parts. Serving constrains a model to this form; a corpus that teaches
-calls should be written by these functions.
+A call is the assistant's text `<tool_call>`, a line of JSON and `</tool_call>`, as models of the Hermes and Qwen
+families write it. The JSON has no white space between its parts. Serving constrains a model to this form; a corpus that
+teaches calls should be written by these functions.
 """
 
 import json

@@ -12,8 +12,13 @@ USER = [{"role": "user", "content": "größer?"}]
 TOOL = {
     "name": "pick",
     "description": "Picks.",
-    "input_schema": {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False},
-}  # fmt: skip
+    "input_schema": {
+        "type": "object",
+        "properties": {"n": {"enum": [1, 2]}},
+        "required": ["n"],
+        "additionalProperties": False,
+    },
+}
 GREEDY = {"model": MODEL, "max_tokens": 12, "extra_body": {"temperature": 0}}
 
 
@@ -80,8 +85,11 @@ def test_functions_are_called_streamed_and_their_results_read(client):
     results = [
         *USER,
         {"role": "assistant", "content": [block.model_dump(exclude_none=True) for block in message.content]},
-        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": "7"}]}]},
-    ]  # fmt: skip
+        {
+            "role": "user",
+            "content": [{"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": "7"}]}],
+        },
+    ]
     after = client.messages.create(**{**asked, "messages": results, "max_tokens": 3})
     assert after.usage.input_tokens + after.usage.cache_read_input_tokens > message.usage.input_tokens
 

@@ -14,8 +14,13 @@ TOOL = {
     "type": "function",
     "name": "pick",
     "description": "Picks.",
-    "parameters": {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False},
-}  # fmt: skip
+    "parameters": {
+        "type": "object",
+        "properties": {"n": {"enum": [1, 2]}},
+        "required": ["n"],
+        "additionalProperties": False,
+    },
+}
 GREEDY = {"model": MODEL, "temperature": 0, "max_output_tokens": 12}
 
 

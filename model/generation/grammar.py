@@ -115,9 +115,9 @@ class GrammarCompiler:
         return self._encode(data)
 
     def compile(self, kind: Kind, source: str) -> Grammar:
-        """A grammar of texts: JSON that is valid under a schema, what a whole regular expression (Rust's syntax) matches,
-        or what a grammar derives from `start` (Lark) or `root` (GBNF, told by its ::=). "calls": a Lark grammar of JSON
-        schemas, which are not its author's.
+        """A grammar of texts: JSON that is valid under a schema, what a regular expression (Rust's syntax) matches as a
+        whole, or what a grammar derives from `start` (Lark) or `root` (GBNF, told by its ::=). "calls": a Lark grammar
+        of JSON schemas, which are not its author's.
 
         Raises PipelineError, whose line says what is wrong; a schema with a keyword that cannot be enforced is refused.
         Large grammars take some 100 ms, in which other threads run.

@@ -48,7 +48,10 @@ def transformers(path: Path, asked: Questions) -> Answers:
         name: [tokenizer(text, add_special_tokens=False).input_ids, plain.encode(text, add_special_tokens=False).ids]
         for name, text in asked["texts"].items()
     }
-    chats = {name: tokenizer.apply_chat_template(turns, tokenize=False) for name, turns in asked["chats"].items()}
+    chats = {
+        name: tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        for name, turns in asked["chats"].items()
+    }
     greedy: dict[str, list[list[float]]] = {}
     nats = 0.0
     with torch.inference_mode():

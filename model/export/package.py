@@ -19,7 +19,7 @@ from model.errors import PipelineError
 from model.export.compressed_tensors import write_compressed_tensors
 from model.export.gguf import reason_against, write_gguf
 from model.modeling_rex import RexForCausalLM
-from model.text.chat import USER
+from model.text.chat import MARKS, TEMPLATE
 from model.text.tokenizer import load_tokenizer
 from model.weights.export import export_checkpoint
 from model.weights.loading import load_model
@@ -115,18 +115,27 @@ def _write_ggufs(
 
 def _modelfile(model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast) -> str:
     """Ollama's recipe; its templates are Go's, so the chat template is written out again."""
-    template = "{{ .Prompt }}"
-    if tokenizer.chat_template:
+    template, stops = "{{ .Prompt }}", [tokenizer.eos_token] if tokenizer.eos_token else []
+    if tokenizer.chat_template == TEMPLATE:
+        stops += MARKS.values()
+        turns = "".join(
+            f'{{{{ else if eq .Role "{role}" }}}}{mark}{{{{ .Content }}}}'
+            for role, mark in MARKS.items()
+            if role != "assistant"
+        )
+        template = (
+            f'{{{{- range .Messages }}}}{{{{ if eq .Role "assistant" }}}}{MARKS["assistant"]}{{{{ .Content }}}}'
+            f"{tokenizer.eos_token}{turns}{{{{ end }}}}{{{{ end }}}}{MARKS['assistant']}"
+        )
+    elif tokenizer.chat_template:  # of checkpoints before the marks
         template = (
             '{{- range .Messages }}{{ if eq .Role "assistant" }}{{ .Content }}'
             f'{tokenizer.eos_token}{{{{ else if eq .Role "user" }}}}'
-            f"{USER}{{{{ .Content }}}}\n\n### Assistant:\n"
-            "{{ else }}{{ .Content }}\n\n{{ end }}{{ end }}"
+            "### User:\n{{ .Content }}\n\n### Assistant:\n{{ else }}{{ .Content }}\n\n{{ end }}{{ end }}"
         )
     lines = ["FROM ./model-q8_0.gguf", f'TEMPLATE """{template}"""']
     lines += [f"PARAMETER num_ctx {model.config.max_position_embeddings}"]
-    if tokenizer.eos_token:
-        lines.append(f'PARAMETER stop "{tokenizer.eos_token}"')
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     return "\n".join(lines) + "\n"
 
 

@@ -118,7 +118,10 @@ def _questions(
     room = context - STEPS
     plain = _plain(tokenizer)
     chats = CHATS if tokenizer.chat_template else {}
-    rendered = {name: str(tokenizer.apply_chat_template(turns, tokenize=False)) for name, turns in chats.items()}
+    rendered = {
+        name: str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        for name, turns in chats.items()
+    }
     first = model.config.bos_token_id or 0
     # An engine completes at least one token: the empty text starts with the end of the text before.
     prompts = {name: plain.encode(text).ids[:room] or [first] for name, text in TEXTS.items()}
@@ -181,7 +184,7 @@ def _compare(
         if answers["tokens"][title] != expected:
             differences.append(f"tokens of {title!r}: {answers['tokens'][title]}, expected {expected}")
     for title, turns in asked["chats"].items():
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         if answers["chats"][title] != text:
             differences.append(f"chat template of {title!r}: {answers['chats'][title]!r}, expected {text!r}")
     bound = LOG_PROBABILITY_BOUND[precision]

@@ -30,6 +30,11 @@ class CorpusSettings(Settings, group="corpus"):
     response_field: str = option(
         "", "Field or column of a record that holds what the assistant says; empty: documents are plain text."
     )
+    messages_field: str = option(
+        "",
+        "Field or column of a record that holds a conversation: a list of {role, content}, or of {from, value}. A "
+        "record without it is a prompt and its response.",
+    )
     dataset: str = option("", "Dataset on the Hugging Face hub, or a local folder that datasets.load_dataset reads.")
     dataset_config: str | None = option(None, "Configuration of that dataset; null: its only one.")
     dataset_split: str = option("train", "The dataset's own split to read.")
@@ -55,8 +60,8 @@ class CorpusSettings(Settings, group="corpus"):
 
     @property
     def holds_conversations(self) -> bool:
-        """Whether documents are prompts with responses, of which a part would be worth nothing."""
-        return self.source == "docstrings" or bool(self.response_field)
+        """Whether documents are conversations, which lose their value when cut."""
+        return self.source == "docstrings" or bool(self.response_field or self.messages_field)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,13 +71,10 @@ class CorpusSettings(Settings, group="corpus"):
             expect(self.source == "files", "corpus.encoding", self.encoding, "source 'files'")
         if self.source == "files":
             expect(bool(self.paths), "corpus.paths", self.paths, "at least one path, glob or URL for source 'files'")
-        if self.response_field:
-            expect(
-                self.source == "files",
-                "corpus.response_field",
-                self.response_field,
-                "source 'files' (JSON Lines or Parquet)",
-            )
+        for name in ("response_field", "messages_field"):
+            if field := getattr(self, name):
+                has_records = self.source in ("files", "huggingface")
+                expect(has_records, f"corpus.{name}", field, "source 'files' (JSON Lines or Parquet) or 'huggingface'")
         if self.source == "huggingface":
             expect(bool(self.dataset), "corpus.dataset", self.dataset, "a dataset's name for source 'huggingface'")
 

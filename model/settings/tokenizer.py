@@ -6,6 +6,7 @@ from typing import Literal
 from model.settings.option import Settings, expect, option
 
 _SMALLEST_BPE = 258
+_MARKS = 4
 
 
 @dataclass
@@ -18,11 +19,13 @@ class TokenizerSettings(Settings, group="tokenizer"):
     )
     path: str = option("", "Checkpoint whose tokenizer is taken (kind pretrained): its folder, or latest:EXPERIMENT.")
     chat: bool = option(
-        False, "Documents are prompts and responses (corpus.response_field); the tokenizer gets a chat template."
+        False,
+        "Documents are conversations (corpus.messages_field, corpus.response_field): the tokenizer gets a special "
+        "token for each role, and a chat template.",
     )
     vocab_size: int = option(
         4096,
-        "Tokens, the two special ones included; kind char takes what the text has.",
+        "Tokens, the special ones included; kind char takes what the text has.",
         unit="tokens",
         above=0,
         maximum=2**20,
@@ -45,7 +48,8 @@ class TokenizerSettings(Settings, group="tokenizer"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kind == "bpe":
-            enough = self.vocab_size >= _SMALLEST_BPE
-            expect(enough, "tokenizer.vocab_size", self.vocab_size, "at least 258 (256 bytes, 2 specials) for kind bpe")
+            least = _SMALLEST_BPE + (_MARKS if self.chat else 0)
+            special = f"at least {least} (256 bytes, {least - 256} specials) for kind bpe"
+            expect(self.vocab_size >= least, "tokenizer.vocab_size", self.vocab_size, special)
         if self.kind == "pretrained":
             expect(bool(self.path), "tokenizer.path", self.path, "a checkpoint's folder for kind 'pretrained'")

@@ -1,34 +1,202 @@
-"""The text form of a conversation, shared by the fine-tuning corpus and the tokenizer's chat template.
+"""How a conversation is written as tokens: what training reads and what the tokenizer's chat template renders.
 
-A document of a corpus of conversations is `opening(prompt) + response`; the end-of-text token that follows every
-document ends the assistant's turn. The roles are plain text, so a base model's vocabulary stays as it is.
+Each turn is the mark of its role and its text; the end-of-text token ends what the assistant says, and with it a
+generation. Marks are special tokens. Texts are encoded without a look at special tokens, in training here and in the
+service, so a text that spells a mark is plain text and starts no turn. Records are read in `model.text.conversations`.
 """
 
-USER, ASSISTANT = "### User:\n", "\n\n### Assistant:\n"
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from model.errors import PipelineError
+
+if TYPE_CHECKING:  # seconds to import, and reading a corpus needs none of it
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+MARKS = {role: f"<|{role}|>" for role in ("system", "user", "assistant", "tool")}
+"""The special token that starts a turn, by the role that speaks."""
 
 TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
-{{ message['content'] + eos_token }}
+{{ '<|assistant|>' + message['content'] + eos_token }}
 {%- elif message['role'] == 'user' -%}
-{{ '### User:\\n' + message['content'] + '\\n\\n### Assistant:\\n' }}
+{{ '<|user|>' + message['content'] }}
+{%- elif message['role'] == 'system' or message['role'] == 'developer' -%}
+{{ '<|system|>' + message['content'] }}
+{%- elif message['role'] == 'tool' -%}
+{{ '<|tool|>' + message['content'] }}
 {%- else -%}
-{{ message['content'] + '\\n\\n' }}
+{{ raise_exception('no turn of the role ' + message['role']) }}
 {%- endif -%}
-{%- endfor -%}"""
-"""Jinja, for `PreTrainedTokenizerFast.chat_template`. A user's turn always ends with the assistant's heading."""
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<|assistant|>' }}
+{%- endif -%}"""
+"""Jinja, for `PreTrainedTokenizerFast.chat_template`. It joins parts of text nowhere: callers give one text a turn."""
+
+Ids = npt.NDArray[np.uint32]
 
 
-def opening(prompt: str) -> str:
-    """The text that precedes a response. Raises ValueError for a prompt that contains the assistant's heading."""
-    if ASSISTANT in prompt:
-        raise ValueError(f"the prompt holds {ASSISTANT!r}, which starts the response")
-    return USER + prompt + ASSISTANT
+class Turn(NamedTuple):
+    """What one role says; a role of `MARKS`."""
+
+    role: str
+    content: str
 
 
-def response_start(document: str) -> int:
-    """Index of the response's first character. Raises ValueError if the text is not a conversation."""
-    at = document.find(ASSISTANT)
-    if at < 0 or not document.startswith(USER):
-        raise ValueError("no conversation")
-    return at + len(ASSISTANT)
+def document(turns: Sequence[Turn]) -> str:
+    """The text that a corpus keeps of a conversation: JSON with `messages`, as data sets of conversations have it."""
+    return json.dumps({"messages": [turn._asdict() for turn in turns]}, ensure_ascii=False)
+
+
+def turns_of(text: str) -> list[Turn]:
+    """The turns that `document` wrote. Raises PipelineError for another text."""
+    try:
+        return [Turn(message["role"], message["content"]) for message in json.loads(text)["messages"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise PipelineError(
+            f"tokenizer.chat is true, but a document of the corpus is no conversation ({text[:40]!r}...): expected "
+            "messages, or prompts and responses; set corpus.messages_field or corpus.response_field"
+        ) from error
+
+
+def add_marks(tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Make the marks special tokens of `tokenizer`, at the end of its vocabulary where it lacks them, and set the
+    chat template.
+    """
+    tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS.values())})
+    tokenizer.chat_template = TEMPLATE
+
+
+def end_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The tokens that end a generation: end of text, and where the tokenizer has marks, each that starts a turn."""
+    known = tokenizer.get_vocab() if tokenizer.chat_template == TEMPLATE else {}
+    ends = [tokenizer.eos_token_id, *(known[mark] for mark in MARKS.values() if mark in known)]
+    return [int(number) for number in ends if number is not None]
+
+
+@dataclass
+class EncodedConversation:
+    """ids: the tokens, shape (T,). answers: first token of each answer and the one after its last, all that is learned.
+
+    cuts_turns, cuts_prompt, cuts_response: what the window left out of it.
+    """
+
+    ids: Ids
+    answers: list[tuple[int, int]]
+    cuts_turns: bool = False
+    cuts_prompt: bool = False
+    cuts_response: bool = False
+
+
+class ChatEncoder:
+    """Encodes conversations for a window of `length` tokens.
+
+    A conversation that is longer keeps the system's turns at its start and as many of its last exchanges as fit whole;
+    an exchange goes from what is asked to the answer, calls of tools and their results included. The last exchange is
+    kept even where it does not fit: its prompts lose their start, so that its answers are whole; answers longer than
+    three quarters of the window, after prompts of more than a quarter, leave them that quarter and lose their own end.
+    Turns after the last answer go first.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", encode: Callable[[str], Ids], length: int) -> None:
+        """encode: ids of ordinary text, without special tokens."""
+        vocabulary = tokenizer.get_vocab()
+        self._marks = {role: vocabulary[mark] for role, mark in MARKS.items()}
+        self._end = tokenizer.eos_token_id
+        self._encode, self._length = encode, length
+
+    def encode(self, turns: Sequence[Turn]) -> EncodedConversation | None:
+        """The tokens of a conversation, an end-of-text token last; None where the assistant has no turn."""
+        roles = [turn.role for turn in turns]
+        if "assistant" not in roles:
+            return None
+        parts = [self._encode_turn(turn) for turn in turns]
+        last = [] if roles[-1] == "assistant" else [np.array([self._end], np.uint32)]
+        if sum(map(len, [*parts, *last])) <= self._length:
+            return EncodedConversation(np.concatenate([*parts, *last]), _answers(roles, parts))
+        kept = _last_exchanges(roles, [len(part) for part in parts], self._length)
+        roles, whole = [roles[index] for index in kept], [parts[index] for index in kept]
+        shown = _cut_turns(roles, whole, self._length)
+        cut = {role == "assistant" for role, a, b in zip(roles, whole, shown, strict=True) if len(a) > len(b)}
+        return EncodedConversation(
+            np.concatenate(shown), _answers(roles, shown), len(kept) < len(parts), False in cut, True in cut
+        )
+
+    def _encode_turn(self, turn: Turn) -> Ids:
+        end = [self._end] if turn.role == "assistant" else []
+        return np.concatenate([[self._marks[turn.role]], self._encode(turn.content), end]).astype(np.uint32)
+
+
+def _answers(roles: Sequence[str], parts: Sequence[Ids]) -> list[tuple[int, int]]:
+    ends = np.cumsum([len(part) for part in parts]).tolist()
+    return [
+        (end - len(part) + 1, end) for role, part, end in zip(roles, parts, ends, strict=True) if role == "assistant"
+    ]
+
+
+def _last_exchanges(roles: Sequence[str], lengths: Sequence[int], length: int) -> list[int]:
+    """The turns that a window keeps."""
+    beyond = len(roles) - list(reversed(roles)).index("assistant")
+    head = next(index for index, role in enumerate(roles) if role != "system")
+    starts = [
+        index
+        for index in range(head, beyond)
+        if index == head or (roles[index - 1] == "assistant" and roles[index] not in ("assistant", "tool"))
+    ]
+    room = length - sum(lengths[:head])
+    start = next((start for start in starts if sum(lengths[start:beyond]) <= room), starts[-1])
+    # Of more turns than a window has room for marks, the last ones.
+    return [*range(head), *range(start, beyond)][-(length // 4) :]
+
+
+def _cut_turns(roles: Sequence[str], parts: Sequence[Ids], length: int) -> list[Ids]:
+    """The turns cut to `length` tokens together, the longest ones first; every mark stays."""
+    prompts = [len(part) for role, part in zip(roles, parts, strict=True) if role != "assistant"]
+    answers = [len(part) - 1 for role, part in zip(roles, parts, strict=True) if role == "assistant"]
+    room = max(length - sum(answers), min(sum(prompts) + len(answers), length // 4))  # marks of answers included
+    prompt = _largest_share(prompts, room - len(answers))
+    answer = 1 + _largest_share(answers, length - room)
+    return [
+        part[:answer] if role == "assistant" else np.concatenate([part[:1], part[1:][max(len(part) - prompt, 0) :]])
+        for role, part in zip(roles, parts, strict=True)
+    ]
+
+
+def _largest_share(lengths: Sequence[int], total: int) -> int:
+    """The largest number such that lengths cut to it sum to at most `total`."""
+    left = total
+    for waiting, length in zip(range(len(lengths), 0, -1), sorted(lengths), strict=True):
+        if length * waiting > left:
+            return left // waiting
+        left -= length
+    return max(lengths, default=0)
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """What a message says: its text, or its parts of text, a line each. Raises ValueError for anything else."""
+    content = message.get("content")
+    if content is None and message.get("role") == "assistant":
+        return ""
+    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
+        content = "\n".join(map(_text_of_part, content))
+    if isinstance(content, str):
+        return content
+    raise ValueError(f"content is {_kind(content)}; expected text, or parts of text")
+
+
+def _text_of_part(part: dict[str, Any]) -> str:
+    text = part.get("text")
+    if part.get("type", "text") != "text" or not isinstance(text, str):
+        raise ValueError(f"content has a part of the type {part.get('type')!r}; the model reads text")
+    return text
+
+
+def _kind(value: Any) -> str:
+    return "missing" if value is None else f"a {type(value).__name__}"

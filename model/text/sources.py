@@ -21,8 +21,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from model.errors import PipelineError, TransientError
 from model.settings import CorpusSettings
-from model.text.chat import opening
 from model.text.compression import CODECS, BrokenFile, decompressed
+from model.text.conversations import conversation, prompt_and_response
 from model.text.docstrings import docstrings
 from model.text.encodings import Utf8Stream, to_utf8
 from model.text.files import File, Listing, list_files, open_file, reading
@@ -106,9 +106,10 @@ class Sources:
                 raise PipelineError(f"{file.source}: compressed Parquet is not read; store it uncompressed")
             yield from self._read_parquet(file, stored)
             return
-        if self._settings.response_field and kind not in JSON_SUFFIXES:
+        needing = [name for name in ("response_field", "messages_field") if getattr(self._settings, name)]
+        if needing and kind not in JSON_SUFFIXES:
             raise PipelineError(
-                f"{file.source} is plain text: corpus.response_field needs records; expected .jsonl or .parquet"
+                f"{file.source} is plain text: corpus.{needing[0]} needs records; expected .jsonl or .parquet"
             )
         place = [0]  # lines read so far, for the message
         try:
@@ -163,7 +164,6 @@ class Sources:
             start += cut
 
     def _read_lines(self, file: File, stream: BinaryIO, place: list[int]) -> Iterator[bytes]:
-        field, response = self._settings.text_field, self._settings.response_field
         for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE), b""), 1):
             place[0] = number
             where = f"{file.source}, line {number}"
@@ -185,20 +185,29 @@ class Sources:
                 raise PipelineError(f"{where} is JSON nested too deep to read; correct or remove it") from error
             if not isinstance(row, dict):
                 raise PipelineError(f"{where} is a JSON {type(row).__name__}; expected one object a line")
-            if field not in row:
-                raise _unknown_field(where, field, row)
-            if response:
-                if response not in row:
-                    raise _unknown_field(where, response, row, "corpus.response_field")
-                yield _conversation(row[field], row[response], where)
-            else:
-                yield self._value(file.source, _encode(row[field], where, field))
+            yield self._document(file.source, row, where)
+
+    def _document(self, source: str, row: dict[str, Any], where: str) -> bytes:
+        """The document of one record."""
+        if self._settings.holds_conversations:
+            return conversation(row, self._settings, where)
+        field = self._settings.text_field
+        if field not in row:
+            raise _unknown_field(where, field, row)
+        return self._value(source, _encode(row[field], where, field))
 
     def _read_parquet(self, file: File, stored: BinaryIO) -> Iterator[bytes]:
         field, response = self._settings.text_field, self._settings.response_field
         try:
             with pq.ParquetFile(stored, buffer_size=1 << 20) as table:
                 schema = table.schema_arrow
+                if self._settings.messages_field in schema.names:
+                    yield from self._read_messages(file, table)
+                    return
+                if self._settings.messages_field and not response:
+                    raise _unknown_field(
+                        file.source, self._settings.messages_field, schema.names, "corpus.messages_field"
+                    )
                 _check_column(file.source, schema, field, "corpus.text_field")
                 if response:
                     _check_column(file.source, schema, response, "corpus.response_field")
@@ -225,6 +234,15 @@ class Sources:
                 f"{file.source}: broken Parquet file ({_line(error)}); fetch or write it again"
             ) from error
 
+    def _read_messages(self, file: File, table: pq.ParquetFile) -> Iterator[bytes]:
+        """The conversations in a table that has a column of messages."""
+        row = 0
+        for batch in table.iter_batches(PARQUET_BATCH_ROWS, columns=[self._settings.messages_field]):
+            for record in batch.to_pylist():
+                row += 1
+                self._place, self._base = f"row {row:,}, byte", 0
+                yield self._document(file.source, record, f"{file.source}, row {row}")
+
     def _encoding_of(self, schema: pa.Schema, name: str) -> str:
         """Text columns are UTF-8 by their type; binary columns have the encoding of the settings."""
         return self._settings.encoding if _holds_bytes(_value_type(schema.field(name).type)) else ""
@@ -247,16 +265,16 @@ class Sources:
                 f"corpus.dataset {name!r} (config {config!r}, split {split!r}) cannot be opened: {_line(error)}; "
                 "expected a local data set folder or a data set's name on a reachable hub"
             ) from error
-        if rows.column_names is not None:
+        if rows.column_names is not None and not self._settings.holds_conversations:
             if field not in rows.column_names:
                 raise _unknown_field(source, field, rows.column_names)
             rows = rows.select_columns([field])
         try:
             for number, row in enumerate(rows):
-                if field not in row:
+                if field not in row and not self._settings.holds_conversations:
                     raise _unknown_field(source, field, row)
                 self._place, self._base = f"row {number:,}, byte", 0
-                yield source, self._value(source, _encode(row[field], f"{source}, row {number}", field))
+                yield source, self._document(source, row, f"{source}, row {number}")
         except (ValueError, datasets.exceptions.DatasetsError) as error:
             raise PipelineError(f"{source}: broken data ({_line(error)}); fetch or write the data set again") from error
         except OSError as error:
@@ -317,25 +335,15 @@ def _encode(value: object, where: str, field: str) -> bytes:
     return value.encode("utf-8", "surrogatepass")  # a lone surrogate stays invalid, for the caller to count
 
 
-def _conversation(prompt: object, response: object, where: str) -> bytes:
-    if not isinstance(prompt, str) or not isinstance(response, str) or not response:
-        raise PipelineError(f"{where}: expected text as prompt and as response, the response not empty; correct it")
-    try:
-        prompt, response = prompt.removeprefix("\ufeff"), response.removeprefix("\ufeff")
-        return (opening(prompt) + response).encode("utf-8", "surrogatepass")
-    except ValueError as error:
-        raise PipelineError(f"{where}: {error}; change the prompt") from error
-
-
 def _read_docstrings(file: File, stream: BinaryIO) -> Iterator[bytes]:
     for prompt, response in docstrings(stream.read()):
-        yield _conversation(prompt, response, file.source)
+        yield prompt_and_response(prompt, response, file.source)
 
 
 def _joined(prompt: bytes | None, response: bytes | None, where: str) -> bytes:
     """A conversation; bytes that are not UTF-8 are kept, for the caller to count."""
     asked, answered = (data and data.decode("utf-8", "surrogateescape") for data in (prompt, response))
-    return _conversation(asked, answered, where)
+    return prompt_and_response(asked, answered, where)
 
 
 def _check_column(source: str, schema: pa.Schema, name: str, setting: str) -> None:

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from model.errors import PipelineError
 from model.progress import Log, silent, with_lines
 from model.settings import TokenizerSettings
-from model.text.chat import TEMPLATE
+from model.text.chat import MARKS, add_marks
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 SPECIALS = (END_OF_TEXT, PAD)
@@ -50,18 +50,21 @@ def train_tokenizer(settings: TokenizerSettings, texts: Iterable[str], *, log: L
     """Train on `texts`: merges up to vocab_size for "bpe", the characters that occur for "char" (vocab_size unused).
 
     "pretrained" takes the tokenizer of the checkpoint in `settings.path` as it is. With `settings.chat` it carries the
-    chat template of `model/text/chat.py`.
+    chat template of `model/text/chat.py` and its marks: the first ids after the other special tokens, or the last ones
+    of a pretrained tokenizer.
     Raises PipelineError where the texts do not hold enough pairs that occur twice to reach vocab_size.
     """
     made = load_tokenizer(Path(settings.path)) if settings.kind == "pretrained" else _train(settings, texts, log)
     if settings.chat:
-        made.chat_template = TEMPLATE
+        add_marks(made)
     return made
 
 
 def _train(settings: TokenizerSettings, texts: Iterable[str], log: Log) -> PreTrainedTokenizerFast:
-    tokenizer = _train_bpe(settings.vocab_size, texts, log) if settings.kind == "bpe" else _characters(texts)
-    tokenizer.add_special_tokens(list(SPECIALS))
+    specials = [*SPECIALS, *(MARKS.values() if settings.chat else ())]
+    is_bpe = settings.kind == "bpe"
+    tokenizer = _train_bpe(settings.vocab_size, specials, texts, log) if is_bpe else _characters(specials, texts)
+    tokenizer.add_special_tokens(specials)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
@@ -206,7 +209,7 @@ def _may_hold_a_long_run(text: str) -> bool:
     return any(_ONE_KIND.match(text, start) for start in range(0, len(text), _BLOCK))
 
 
-def _train_bpe(vocab_size: int, texts: Iterable[str], log: Log) -> Tokenizer:
+def _train_bpe(vocab_size: int, specials: list[str], texts: Iterable[str], log: Log) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -218,7 +221,7 @@ def _train_bpe(vocab_size: int, texts: Iterable[str], log: Log) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        special_tokens=list(SPECIALS),
+        special_tokens=specials,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -232,11 +235,11 @@ def _train_bpe(vocab_size: int, texts: Iterable[str], log: Log) -> Tokenizer:
     return tokenizer
 
 
-def _characters(texts: Iterable[str]) -> Tokenizer:
+def _characters(specials: list[str], texts: Iterable[str]) -> Tokenizer:
     characters: set[str] = set()
     for text in texts:
         characters.update(text)
-    tokens = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(characters)]
+    tokens = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(characters)]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])

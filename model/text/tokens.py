@@ -19,22 +19,24 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from model.errors import PipelineError, full_disk_as_error
 from model.logits import IGNORE_INDEX
 from model.progress import Log, Progress, silent
 from model.settings import TokenizerSettings
 from model.system.cpu import limit_threads, usable_cores
-from model.text.chat import response_start
+from model.text.chat import ChatEncoder, EncodedConversation, turns_of
 from model.text.corpus import CorpusSummary, read_documents, read_summary
-from model.text.tokenizer import SPECIALS, FastEncoder, even_sample, token_bytes, train_tokenizer
+from model.text.tokenizer import FastEncoder, even_sample, token_bytes, train_tokenizer
 
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 4096
 MOST_COMMON = 20
-_Positions = npt.NDArray[np.int64]
 # Timings differ between runs, so they are left out of the files: same input, same bytes.
 TIMINGS = ("tokenizer_training_seconds", "tokens_per_second")
+# Of conversations alone: other datasets keep the bytes that they had.
+OF_TURNS = ("train_cut_turns", "train_unanswered", "validation_cut_turns", "validation_unanswered")
 
 
 @dataclass
@@ -42,9 +44,10 @@ class TokenizedDatasetSummary:
     """Statistics of a tokenized dataset; `summary.json` has them, except the two timings.
 
     Tokens include one end-of-text token per document. bytes_per_token: compression over both splits.
-    windows: whole windows of sequence_length tokens. cut_prompts, cut_responses: conversations longer than a window,
-    and those whose response does not fit either (`TokenDataset` has the rule). most_common: id, token, count and share
-    in the train split.
+    windows: whole windows of sequence_length tokens. cut_turns, cut_prompts, cut_responses: conversations longer than
+    a window that lose earlier turns, the start of a prompt, the end of a response (`ChatEncoder` has the rule).
+    unanswered: conversations without a turn of the assistant, left out. Bytes of conversations are those of the turns'
+    texts that are kept. most_common: id, token, count and share in the train split.
     """
 
     kind: str
@@ -60,10 +63,14 @@ class TokenizedDatasetSummary:
     train_windows: int
     validation_windows: int
     bytes_per_token: float
+    train_cut_turns: int = 0
     train_cut_prompts: int = 0
     train_cut_responses: int = 0
+    train_unanswered: int = 0
+    validation_cut_turns: int = 0
     validation_cut_prompts: int = 0
     validation_cut_responses: int = 0
+    validation_unanswered: int = 0
     most_common: list[dict[str, Any]] = field(default_factory=list)
     tokenizer_training_seconds: float = 0.0
     tokens_per_second: float = 0.0
@@ -73,13 +80,15 @@ class TokenizedDatasetSummary:
 class SplitTokens:
     """What `encode_split` wrote. counts: how often each id occurs, shape (V,).
 
-    document_offsets: start of each document, and the end; responses: start of each one's response, its own start where
-    the documents are no conversations.
+    document_offsets: start of each document, and the end. The others count conversations, as the summary does.
     """
 
     counts: npt.NDArray[np.int64]
     document_offsets: npt.NDArray[np.int64]
-    responses: npt.NDArray[np.int64]
+    cut_turns: int = 0
+    cut_prompts: int = 0
+    cut_responses: int = 0
+    unanswered: int = 0
 
     @property
     def tokens(self) -> int:
@@ -90,12 +99,6 @@ class SplitTokens:
     def documents(self) -> int:
         """Documents."""
         return len(self.document_offsets) - 1
-
-    def cut(self, sequence_length: int) -> tuple[int, int]:
-        """How many conversations a window cuts in their prompt, and how many in their response (and its end)."""
-        starts, ends = self.document_offsets[:-1], self.document_offsets[1:]
-        firsts = _first_tokens(starts, self.responses, ends, sequence_length)
-        return int((firsts > starts).sum()), int((ends - firsts > sequence_length).sum())
 
 
 def build_tokenized_dataset(
@@ -113,6 +116,8 @@ def build_tokenized_dataset(
     corpus = read_summary(corpus_dir)
     started = time.perf_counter()
     texts = read_documents(corpus_dir, "train")
+    if settings.chat:
+        texts = (turn.content for text in texts for turn in turns_of(text))
     # A character vocabulary needs every character of the train split; merges are as good from a sample.
     wanted = settings.training_bytes if settings.kind == "bpe" else 0
     log(f"tokenizer: training ({settings.kind}) on {min(wanted or corpus.train_bytes, corpus.train_bytes):,} bytes")
@@ -123,6 +128,7 @@ def build_tokenized_dataset(
     byte_counts = np.array([len(data) for data in bytes_by_id], np.int64)
     dtype = np.dtype(np.uint16 if len(bytes_by_id) <= 65_536 else np.uint32)
     encoder = FastEncoder(tokenizer)
+    chat = ChatEncoder(tokenizer, encoder.encode, settings.sequence_length) if settings.chat else None
     splits: dict[str, SplitTokens] = {}
     with full_disk_as_error(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -134,13 +140,11 @@ def build_tokenized_dataset(
             texts = read_documents(corpus_dir, split)
             total = getattr(corpus, f"{split}_documents")
             stem, end = output_dir / split, tokenizer.eos_token_id
-            splits[split] = encode_split(
-                encoder, texts, stem, end, len(bytes_by_id), dtype, total, log, conversations=settings.chat
-            )
+            splits[split] = encode_split(encoder, texts, stem, end, len(bytes_by_id), dtype, total, log, chat=chat)
             _check_split(split, splits[split], byte_counts, settings, corpus, corpus_dir)
         encoding_seconds = time.perf_counter() - started
         train, validation = splits["train"], splits["validation"]
-        cut = {split: splits[split].cut(settings.sequence_length) if settings.chat else (0, 0) for split in splits}
+        train_bytes, validation_bytes = (int(found.counts @ byte_counts) for found in (train, validation))
         summary = TokenizedDatasetSummary(
             kind=settings.kind,
             vocab_size=len(bytes_by_id),
@@ -150,28 +154,39 @@ def build_tokenized_dataset(
             validation_tokens=validation.tokens,
             train_documents=train.documents,
             validation_documents=validation.documents,
-            train_bytes=corpus.train_bytes,
-            validation_bytes=corpus.validation_bytes,
+            train_bytes=train_bytes,
+            validation_bytes=validation_bytes,
             train_windows=count_windows(train.tokens, settings.sequence_length),
             validation_windows=count_windows(validation.tokens, settings.sequence_length),
-            bytes_per_token=corpus.bytes / (train.tokens + validation.tokens),
-            train_cut_prompts=cut["train"][0],
-            train_cut_responses=cut["train"][1],
-            validation_cut_prompts=cut["validation"][0],
-            validation_cut_responses=cut["validation"][1],
-            most_common=_most_common(train.counts, bytes_by_id),
+            bytes_per_token=(train_bytes + validation_bytes) / (train.tokens + validation.tokens),
+            train_cut_turns=train.cut_turns,
+            train_cut_prompts=train.cut_prompts,
+            train_cut_responses=train.cut_responses,
+            train_unanswered=train.unanswered,
+            validation_cut_turns=validation.cut_turns,
+            validation_cut_prompts=validation.cut_prompts,
+            validation_cut_responses=validation.cut_responses,
+            validation_unanswered=validation.unanswered,
+            most_common=_most_common(train.counts, bytes_by_id, tokenizer),
             tokenizer_training_seconds=training_seconds,
             tokens_per_second=(train.tokens + validation.tokens) / encoding_seconds,
         )
-        on_disk = {name: value for name, value in asdict(summary).items() if name not in TIMINGS}
+        hidden = TIMINGS if settings.chat else (*TIMINGS, *OF_TURNS)
+        on_disk = {name: value for name, value in asdict(summary).items() if name not in hidden}
         text = json.dumps(on_disk, indent=2, ensure_ascii=False)
         (output_dir / "summary.json").write_text(text + "\n", encoding="utf-8")
-    for split, (prompts, responses) in cut.items():
-        if prompts or responses:
+    for split, found in splits.items():
+        if found.cut_turns or found.cut_prompts or found.cut_responses:
             log(
-                f"tokens: of {splits[split].documents:,} conversations of the {split} split, a window of "
-                f"{settings.sequence_length:,} tokens cuts the start of {prompts:,} prompts and the end of "
-                f"{responses:,} responses: raise tokenizer.sequence_length to keep them whole"
+                f"tokens: of {found.documents:,} conversations of the {split} split, a window of "
+                f"{settings.sequence_length:,} tokens cuts the start of {found.cut_prompts:,} prompts and the end of "
+                f"{found.cut_responses:,} responses, and {found.cut_turns:,} lose earlier turns: raise "
+                "tokenizer.sequence_length to keep them whole"
+            )
+        if found.unanswered:
+            log(
+                f"tokens: left out {found.unanswered:,} conversations of the {split} split in which the assistant has "
+                "no turn"
             )
     log(
         f"tokens: {train.tokens:,} train, {validation.tokens:,} validation, "
@@ -190,40 +205,43 @@ def encode_split(
     total_documents: int | None = None,
     log: Log = silent,
     *,
-    conversations: bool = False,
+    chat: ChatEncoder | None = None,
 ) -> SplitTokens:
     """Encode documents on all cores and write `{stem}.bin` and `{stem}.documents.npy`, in the order of `texts`.
 
-    conversations: documents have the form of `model/text/chat.py`; prompt and response are encoded separately, as at
-    inference, and `{stem}.responses.npy` (int64) has the token at which each response starts.
+    chat: documents are conversations, and `{stem}.responses.npy` (int64, shape (answers, 2)) has the tokens at which
+    each answer starts and after which it ends.
     Raises PipelineError for a document that is not a conversation.
     """
     progress = Progress(log, f"encoding {stem.name}", total_documents, "documents")
     offsets, responses = array("q", [0]), array("q")
     counts = np.zeros(vocab_size, np.int64)
+    cut_turns = cut_prompts = cut_responses = unanswered = 0
 
-    def encode(batch: list[str]) -> tuple[npt.NDArray[Any], list[int], list[int]]:
-        parts, lengths, prompts = [], [], []
-        for text in batch:
-            start = _response_start(text) if conversations else 0
-            prompt, ids = encoder.encode(text[:start]), encoder.encode(text[start:])
-            parts += [prompt, ids, end]
-            lengths.append(len(prompt) + len(ids) + 1)
-            prompts.append(len(prompt))
-        return np.concatenate(parts).astype(dtype), lengths, prompts
+    def encode(batch: list[str]) -> list[EncodedConversation | None]:
+        if chat:
+            return [chat.encode(turns_of(text)) for text in batch]
+        return [EncodedConversation(np.concatenate([encoder.encode(text), end]), []) for text in batch]
 
-    def write(future: Future[tuple[npt.NDArray[Any], list[int], list[int]]], file: BinaryIO) -> None:
-        ids, lengths, prompts = future.result()
+    def write(future: Future[list[EncodedConversation | None]], file: BinaryIO) -> None:
+        nonlocal cut_turns, cut_prompts, cut_responses, unanswered
+        encoded = future.result()
+        kept = [one for one in encoded if one]
+        ids = np.concatenate([end[:0], *(one.ids for one in kept)]).astype(dtype)
         file.write(ids.data)
         np.add(counts, np.bincount(ids, minlength=vocab_size), out=counts)
-        for length, prompt in zip(lengths, prompts, strict=True):
-            responses.append(offsets[-1] + prompt)
-            offsets.append(offsets[-1] + length)
-        progress.advance(len(lengths))
+        for one in kept:
+            responses.extend(offsets[-1] + bound for bounds in one.answers for bound in bounds)
+            offsets.append(offsets[-1] + len(one.ids))
+        cut_turns += sum(one.cuts_turns for one in kept)
+        cut_prompts += sum(one.cuts_prompt for one in kept)
+        cut_responses += sum(one.cuts_response for one in kept)
+        unanswered += len(encoded) - len(kept)
+        progress.advance(len(encoded))
 
     end = np.array([end_of_text], np.uint32)
     workers = usable_cores()
-    pending: deque[Future[tuple[npt.NDArray[Any], list[int], list[int]]]] = deque()
+    pending: deque[Future[list[EncodedConversation | None]]] = deque()
     with stem.with_name(f"{stem.name}.bin").open("wb") as file, ThreadPoolExecutor(workers) as pool:
         for batch in _batches(texts):
             pending.append(pool.submit(encode, batch))
@@ -232,19 +250,9 @@ def encode_split(
         while pending:
             write(pending.popleft(), file)
     _save(stem.with_name(f"{stem.name}.documents.npy"), np.frombuffer(offsets, np.int64))
-    if conversations:
-        _save(stem.with_name(f"{stem.name}.responses.npy"), np.frombuffer(responses, np.int64))
-    return SplitTokens(counts, np.array(offsets, np.int64), np.array(responses, np.int64))
-
-
-def _response_start(text: str) -> int:
-    try:
-        return response_start(text)
-    except ValueError as error:
-        raise PipelineError(
-            f"tokenizer.chat is true, but a document of the corpus is {error} ({text[:40]!r}...): expected prompts and "
-            "responses, set corpus.response_field"
-        ) from error
+    if chat:
+        _save(stem.with_name(f"{stem.name}.responses.npy"), np.frombuffer(responses, np.int64).reshape(-1, 2))
+    return SplitTokens(counts, np.array(offsets, np.int64), cut_turns, cut_prompts, cut_responses, unanswered)
 
 
 def count_windows(tokens: int, sequence_length: int) -> int:
@@ -257,11 +265,11 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     Item i is {"input_ids": int64 (T,), "labels": the same}; the model shifts labels itself. Neighbors share one token,
     so every token of the windows but the first is predicted exactly once; up to T - 2 tokens at the end are left out.
-    Conversations (`responses`, the token at which each document's response starts; None for other text) are packed
-    whole: a window starts with one and takes as many as fit, and labels are IGNORE_INDEX wherever no response of those
-    is: only what the assistant says is learned, its end-of-text token included. One longer than T loses the start of
-    its prompt, so that its response is whole; a response longer than three quarters of T, after a prompt of more than
-    a quarter, keeps that quarter and loses its own end. tokens: memory-mapped ids, shape (N,). byte_counts: bytes each
+    Conversations (`responses`, the tokens at which each answer starts and after which it ends, shape (answers, 2); None
+    for other text) are packed whole: a window starts with one and takes as many as fit, and labels are IGNORE_INDEX
+    wherever no answer is: only what the assistant says is learned, its end-of-text token included. None is longer than
+    the window that `ChatEncoder` cut it for.
+    tokens: memory-mapped ids, shape (N,). byte_counts: bytes each
     id stands for, 0 for specials, shape (V,). document_offsets: start of each document in `tokens`, and the end.
     """
 
@@ -283,6 +291,8 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             raise PipelineError(_too_short(split, len(self.tokens), sequence_length))
         responses = dataset_dir / f"{split}.responses.npy"
         self.responses = np.load(responses) if responses.is_file() else None
+        if self.responses is not None and self.responses.ndim != 2:
+            raise PipelineError(f"{responses} has one answer for each conversation: make the tokenized dataset again")
         self._first_documents = None if self.responses is None else _packed(self.document_offsets, sequence_length)
 
     def __len__(self) -> int:
@@ -308,13 +318,11 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def _conversations(self, index: int) -> dict[str, torch.Tensor]:
         assert self.responses is not None
         documents = self.documents(index)
-        first = documents[0]
-        start, end = self.document_offsets[first], self.document_offsets[first + 1]
-        start = int(_first_tokens(start, self.responses[first], end, self.sequence_length))
+        start, end = int(self.document_offsets[documents[0]]), self.document_offsets[documents[-1] + 1]
         ids_T = torch.from_numpy(self.tokens[start : start + self.sequence_length].astype(np.int64))
         labels_T = torch.full_like(ids_T, IGNORE_INDEX)
-        for document in documents:
-            low, high = self.responses[document] - start, self.document_offsets[document + 1] - start
+        first, beyond = np.searchsorted(self.responses[:, 0], [start, end])
+        for low, high in self.responses[first:beyond] - start:
             labels_T[low:high] = ids_T[low:high]
         # The last window may pass the end of the split: padding that no label covers.
         missing = self.sequence_length - len(ids_T)
@@ -332,11 +340,6 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def bytes_of(self, ids_T: npt.NDArray[np.integer]) -> bytes:
         """The exact text bytes of these ids."""
         return b"".join(self._token_bytes[number] for number in ids_T)
-
-
-def _first_tokens(start: _Positions, response: _Positions, end: _Positions, sequence_length: int) -> _Positions:
-    """The first token of a conversation that its own window shows: its start where it fits, else see TokenDataset."""
-    return np.maximum(start, np.minimum(end - sequence_length, response - sequence_length // 4))
 
 
 def _packed(offsets: npt.NDArray[np.int64], sequence_length: int) -> npt.NDArray[np.int64]:
@@ -371,7 +374,8 @@ def _check_split(
     corpus_dir: Path,
 ) -> None:
     encoded, expected = int(found.counts @ byte_counts), getattr(corpus, f"{split}_bytes")
-    if encoded != expected:
+    # A corpus counts the bytes of a conversation as JSON, and a window may cut it.
+    if not settings.chat and encoded != expected:
         raise PipelineError(
             f"the {split} split's tokens stand for {encoded:,} bytes, {corpus_dir / 'summary.json'} says {expected:,}: "
             "expected the same; make the corpus again"
@@ -388,17 +392,20 @@ def _too_short(split: str, found: int, needed: int) -> str:
     )
 
 
-def _most_common(counts: npt.NDArray[np.int64], bytes_by_id: list[bytes]) -> list[dict[str, Any]]:
+def _most_common(
+    counts: npt.NDArray[np.int64], bytes_by_id: list[bytes], tokenizer: PreTrainedTokenizerFast
+) -> list[dict[str, Any]]:
     order = np.argsort(-counts, kind="stable")[:MOST_COMMON]
     total = int(counts.sum())
+    names = tokenizer.convert_ids_to_tokens(order.tolist())
     return [
         {
             "id": int(number),
-            "token": bytes_by_id[number].decode("utf-8", "backslashreplace") or SPECIALS[number],
+            "token": bytes_by_id[number].decode("utf-8", "backslashreplace") or name,
             "count": int(counts[number]),
             "share": float(counts[number] / total),
         }
-        for number in order
+        for number, name in zip(order, names, strict=True)
         if counts[number]
     ]
 

@@ -12,14 +12,18 @@ from transformers import PreTrainedTokenizerBase
 
 from model.errors import PipelineError
 from model.modeling_rex import RexForCausalLM
+from model.text.chat import MARKS
 from model.text.tokenizer import load_tokenizer
 from model.weights.loading import WEIGHTS, load_model
 from model.weights.stock import differing_options, read_weights, weight_files
+
+_OF_TOKENS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def start_from(model: RexForCausalLM, checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Load the weights of `training.init_from`: a checkpoint of REX, or a stock Llama or GLM-4 that computes the same.
 
+    Marks of roles that `tokenizer` adds to the checkpoint's vocabulary start as the mean of the other embeddings.
     Raises PipelineError where they are missing, of another shape or vocabulary than `model` and `tokenizer`, or where
     the same weights would compute something else in this experiment, as with another base of rotary embeddings.
     """
@@ -30,6 +34,11 @@ def start_from(model: RexForCausalLM, checkpoint: Path, tokenizer: PreTrainedTok
         found, options = read_weights(checkpoint), differing_options(checkpoint, model.config)
     except PipelineError as error:
         raise PipelineError(f"{option}: {error}") from None
+    theirs, ours = load_tokenizer(checkpoint).get_vocab(), tokenizer.get_vocab()
+    added = ours.keys() - theirs.keys()
+    is_extended = bool(added) and added <= set(MARKS.values()) and {**ours, **theirs} == ours
+    if is_extended:
+        found |= {name: _with_rows(found[name], len(added)) for name in _OF_TOKENS if name in found}
     expected = dict(model.named_parameters())
     for name in sorted({*found, *expected}):
         old, new = (list(given[name].shape) if name in given else "missing" for given in (found, expected))
@@ -41,9 +50,15 @@ def start_from(model: RexForCausalLM, checkpoint: Path, tokenizer: PreTrainedTok
             )
     if options:
         raise PipelineError(f"{option}: it computes something else than this experiment; take over {' '.join(options)}")
-    _check_vocabulary(option, checkpoint, tokenizer)
+    if not is_extended:
+        _check_vocabulary(option, checkpoint, tokenizer)
     # Not strict: a tied head has no entry of its own. All other names were compared.
     model.load_state_dict(found, strict=False)
+
+
+def _with_rows(weight_VD: torch.Tensor, added: int) -> torch.Tensor:
+    """Embeddings with a row for each added token."""
+    return torch.cat([weight_VD, weight_VD.mean(0, keepdim=True).expand(added, -1)])
 
 
 def load_teacher(

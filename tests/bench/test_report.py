@@ -23,7 +23,7 @@ from model.settings import (
     QuantizationSettings,
     TokenizerSettings,
 )
-from model.text.chat import USER
+from model.text.chat import MARKS
 from model.text.corpus import build_corpus
 from model.text.tokens import TokenDataset, build_tokenized_dataset
 from model.weights.loading import load_model
@@ -230,7 +230,7 @@ def test_of_conversations_the_baselines_see_the_responses(tmp_path):
         ids_T, text = held_out(dataset, windows)
         scored = evaluate(model, dataset, max_windows=windows)
         assert (len(ids_T), len(text)) == (scored.tokens, scored.bytes)
-        assert USER.encode() not in text
+        assert MARKS["user"].encode() not in text
 
 
 def test_unigram_bits_are_those_computed_by_hand():

@@ -18,6 +18,7 @@ from bento.api import create_app
 from bento.http.protocol import ConnectionLimits, protocol_class
 from model.generation.engine import Engine
 from model.modeling_rex import RexForCausalLM
+from model.text.chat import TEMPLATE, add_marks
 from tests.tiny import CONTEXT, tiny_model, tiny_tokenizer
 
 MODEL = "rex-tiny:1"
@@ -26,6 +27,17 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|pad|>{{ message.role }}\n{{ message.content | trim }}<|endoftext|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|pad|>assistant\n{% endif %}"
 )
+PLAIN_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{{ message['content'] + eos_token }}
+{%- elif message['role'] == 'user' -%}
+{{ '### User:\\n' + message['content'] + '\\n\\n### Assistant:\\n' }}
+{%- else -%}
+{{ message['content'] + '\\n\\n' }}
+{%- endif -%}
+{%- endfor -%}"""
+"""The template of the project's checkpoints before roles had marks, as their tokenizers have it."""
 GOOD: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "x", "max_tokens": 2},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2},
@@ -69,6 +81,8 @@ def running_service(
     torch.set_num_threads(1)  # two on busy cores wait for each other
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = chat_template
+    if chat_template == TEMPLATE:
+        add_marks(tokenizer)
     model = tiny_model(tokenizer, max_position_embeddings=context)
     app = create_app(
         **{"model_name": MODEL, "request_timeout_s": 60, "max_body_bytes": MAX_BODY_BYTES, **options}  # type: ignore[arg-type]

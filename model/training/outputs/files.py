@@ -12,6 +12,7 @@ from model.artifact import write_json
 from model.errors import full_disk_as_error
 from model.modeling_rex import RexForCausalLM
 from model.settings import ExperimentSettings
+from model.text.chat import end_ids
 from model.training.outputs.curves import plot_loss
 from model.training.outputs.summary import TrainingSummary
 
@@ -55,7 +56,7 @@ def sample_texts(
                 temperature=0.8,
                 top_k=40,
                 use_cache=True,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=end_ids(tokenizer) or None,
                 pad_token_id=tokenizer.pad_token_id,
             )
             texts[prompt] = str(tokenizer.decode(output_1T[0, ids_1T.shape[1] :], skip_special_tokens=True))
@@ -75,9 +76,10 @@ def write_outputs(
     """Write the checkpoint directory. Raises PipelineError for a full disk."""
     with full_disk_as_error(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
+        ends = end_ids(tokenizer)
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=ends[0] if len(ends) == 1 else ends or None,
             pad_token_id=tokenizer.pad_token_id,
         )
         model.save_pretrained(output_dir)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from model.text.chat import TEMPLATE
-from tests.bento.openai_service import CHAT_TEMPLATE, refusal, running_service
+from tests.bento.openai_service import CHAT_TEMPLATE, PLAIN_TEMPLATE, refusal, running_service
 
 PATH = "/v1/chat/completions"
 SYSTEM, USER, ASSISTANT = (
@@ -13,7 +13,11 @@ SYSTEM, USER, ASSISTANT = (
     {"role": "user", "content": "Why?"},
     {"role": "assistant", "content": "Because"},
 )
-TEMPLATES = {"the project's own": TEMPLATE, "with a generation prompt": CHAT_TEMPLATE}
+TEMPLATES = {
+    "the project's own": TEMPLATE,
+    "of its checkpoints without marks": PLAIN_TEMPLATE,
+    "with a generation prompt": CHAT_TEMPLATE,
+}
 
 
 @pytest.fixture(scope="module", params=TEMPLATES.values(), ids=TEMPLATES.keys())

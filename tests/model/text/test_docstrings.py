@@ -1,7 +1,7 @@
 import pytest
 
 from model.settings import CorpusSettings
-from model.text.chat import ASSISTANT, USER, response_start
+from model.text.chat import turns_of
 from model.text.docstrings import docstrings
 from model.text.sources import Sources
 
@@ -32,10 +32,9 @@ def test_heads_and_first_paragraphs_of_what_is_documented():
 def test_the_standard_library_gives_conversations():
     sources = iter(Sources(CorpusSettings(source="docstrings")))
     for _, (source, data) in zip(range(50), sources, strict=False):
-        text = data.decode()
-        head = text.removeprefix(USER).split(ASSISTANT)[0]
+        (_, head), (_, answer) = turns_of(data.decode())
         assert source.endswith(".py") and head.startswith(("def ", "async def ", "class ")) and head.endswith(":")
-        assert text[response_start(text) :].strip()
+        assert answer.strip()
 
 
 def test_text_that_is_not_python_is_a_syntax_error():

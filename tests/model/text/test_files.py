@@ -15,6 +15,7 @@ import pytest
 
 from model.errors import PipelineError, TransientError
 from model.settings import CorpusSettings
+from model.text.chat import turns_of
 from model.text.corpus import SPLITS, CorpusSummary, build_corpus, read_documents
 from model.text.files import list_files
 from model.text.sources import Sources, fingerprint
@@ -206,7 +207,7 @@ def test_conversations_of_parquet_and_of_json_lines_are_the_same(tmp_path: Path)
         build(tmp_path, path, text_field="question", response_field="answer")
         found.append(sorted(text for split in SPLITS for text in read_documents(tmp_path / "out", split)))
     assert found[0] == found[1] and len(found[0]) == 40
-    assert all(text.startswith("### User:\nis ") for text in found[0])
+    assert all(turns_of(text)[0].content.startswith("is ") for text in found[0])
 
 
 def test_conversations_that_lack_a_part_are_named(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from model.errors import PipelineError
 from model.settings import CorpusSettings, TokenizerSettings
-from model.text.chat import ASSISTANT
+from model.text.chat import MARKS
 from model.text.corpus import SPLITS, build_corpus, read_documents
 from model.text.tokenizer import FastEncoder, load_tokenizer
 from model.text.tokens import TokenDataset, TokenizedDatasetSummary, build_tokenized_dataset, count_windows
@@ -236,17 +236,19 @@ def test_a_conversation_longer_than_a_window_keeps_its_answer(tmp_path: Path) ->
     folder = chat_data_set(tmp_path, [*pairs, *held_out], logged)
     shown, learned = zip(*windows(folder), strict=True)
     room = LENGTH - LENGTH // 4
-    assert learned == ("yes" + end, "no" + end, digits[:room], digits[::-1][:room])
-    assert shown[1].endswith(f"ppp?{ASSISTANT}no{end}") and shown[2].startswith(ASSISTANT[-(LENGTH // 4) :])
+    user, assistant = MARKS["user"], MARKS["assistant"]
+    assert learned == ("yes" + end, "no" + end, digits[: LENGTH - 4], digits[::-1][:room])
+    assert shown[1].startswith(f"{user}ppp") and shown[1].endswith(f"ppp?{assistant}no{end}")
+    assert shown[2].startswith(f"{user}r?{assistant}0") and shown[3].startswith(f"{user}bbb")
     summary = json.loads((folder / "summary.json").read_text())
-    assert (summary["train_cut_prompts"], summary["train_cut_responses"]) == (3, 2)
-    assert (summary["validation_cut_prompts"], summary["validation_cut_responses"]) == (3, 2)
-    assert any("cuts the start of 3 prompts and the end of 2 responses" in line for line in logged)
+    assert (summary["train_cut_prompts"], summary["train_cut_responses"]) == (2, 2)
+    assert (summary["validation_cut_prompts"], summary["validation_cut_responses"]) == (2, 2)
+    assert any("cuts the start of 2 prompts and the end of 2 responses" in line for line in logged)
 
 
 def test_conversations_that_fit_are_not_counted_as_cut(tmp_path: Path) -> None:
     logged: list[str] = []
-    room = LENGTH - len("### User:\n\n\n### Assistant:\n") - 1
+    room = LENGTH - 3  # a mark for each turn, and the end
     folder = chat_data_set(tmp_path, [("p" * (room - n), "r" * n) for n in range(1, 9)], logged)
     summary = json.loads((folder / "summary.json").read_text())
     assert not any(summary[f"{split}_cut_{part}"] for split in SPLITS for part in ("prompts", "responses"))

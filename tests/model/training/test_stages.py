@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from model.errors import PipelineError
 from model.modeling_rex import RexForCausalLM
 from model.settings import CorpusSettings, ExperimentSettings, TokenizerSettings
-from model.text.chat import ASSISTANT, USER, response_start
+from model.text.chat import MARKS, end_ids, turns_of
 from model.text.corpus import build_corpus, read_documents
 from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset, build_tokenized_dataset
@@ -88,14 +88,14 @@ def test_training_starts_from_the_checkpoint_and_goes_on_with_other_text(base, d
         torch.testing.assert_close(tensor, load_file(base / "model.safetensors")[name], atol=1e-6, rtol=0, msg=name)
 
 
-def test_only_responses_are_learned_and_the_token_that_ends_them(base, conversations):
-    tokenizer = load_tokenizer(base)
+def test_only_responses_are_learned_and_the_token_that_ends_them(conversations):
+    tokenizer = load_tokenizer(conversations / "tokenizer")
     dataset = TokenDataset(conversations, "train", 64)
     learned: list[str] = []
     for index in range(len(dataset)):
         item = dataset[index]
         assert item["input_ids"].shape == item["labels"].shape == (64,)
-        assert tokenizer.decode(item["input_ids"]).startswith(USER)
+        assert tokenizer.decode(item["input_ids"]).startswith(MARKS["user"])
         kept = item["labels"] >= 0
         assert torch.equal(item["labels"][kept], item["input_ids"][kept])
         learned += tokenizer.decode(item["labels"][kept]).split(tokenizer.eos_token)[:-1]
@@ -108,9 +108,9 @@ def test_only_responses_are_learned_and_the_token_that_ends_them(base, conversat
 def test_the_model_is_asked_in_the_tokens_it_was_trained_on(conversations):
     tokenizer = load_tokenizer(conversations / "tokenizer")
     dataset = TokenDataset(conversations, "train", 64)
-    start, response = int(dataset.document_offsets[0]), int(dataset.responses[0])
-    text = dataset.text_bytes(start, response).decode()
-    prompt = text.removeprefix(USER).removesuffix(ASSISTANT)
+    start, response = int(dataset.document_offsets[0]), int(dataset.responses[0, 0])
+    text = tokenizer.decode(dataset.tokens[start:response])
+    prompt = text.removeprefix(MARKS["user"]).removesuffix(MARKS["assistant"])
     messages = [{"role": "user", "content": prompt}]
     asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert asked == text
@@ -122,11 +122,14 @@ def test_the_model_is_asked_in_the_tokens_it_was_trained_on(conversations):
 def test_a_fine_tuned_checkpoint_answers_and_stops(tuned):
     checkpoint, summary = tuned
     model, tokenizer = RexForCausalLM.from_pretrained(checkpoint), load_tokenizer(checkpoint)
-    asked = tokenizer.apply_chat_template([{"role": "user", "content": "is 7 odd"}], tokenize=False)
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "is 7 odd"}], add_generation_prompt=True, tokenize=False
+    )
     ids = tokenizer(asked, return_tensors="pt").input_ids
     answer = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
     assert tokenizer.decode(answer) in (f"yes{tokenizer.eos_token}", f"no{tokenizer.eos_token}")
     assert summary.validation_loss < 1.0
+    assert model.generation_config.eos_token_id == end_ids(tokenizer) and len(end_ids(tokenizer)) == 5
 
 
 def test_a_checkpoint_of_another_shape_or_vocabulary_is_refused_by_what_differs(base, dataset_dir, tmp_path):
@@ -152,7 +155,6 @@ def test_a_checkpoint_of_another_shape_or_vocabulary_is_refused_by_what_differs(
     [
         ({"prompt": "hello"}, r"line 1 has no field 'response'; found: prompt; set corpus.response_field"),
         ({"prompt": "hello", "response": ""}, r"line 1: expected text as prompt and as response"),
-        ({"prompt": f"a{ASSISTANT}b", "response": "c"}, r"line 1: the prompt holds .* which starts the response"),
     ],
 )
 def test_a_record_that_is_no_conversation_is_refused_by_its_line(tmp_path, row, message):
@@ -169,7 +171,7 @@ def test_a_conversation_stays_whole_where_the_corpus_is_cut(tmp_path):
     build_corpus(settings, tmp_path / "corpus")
     for split in ("train", "validation"):
         texts = list(read_documents(tmp_path / "corpus", split))
-        assert texts and all(response_start(text) < len(text) for text in texts)
+        assert texts and all([turn.role for turn in turns_of(text)] == ["user", "assistant"] for text in texts)
 
 
 def test_plain_text_is_refused_as_conversations(base, tmp_path):

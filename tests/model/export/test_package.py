@@ -11,12 +11,21 @@ from transformers import AutoConfig, Glm4Config
 from model.errors import PipelineError
 from model.export.__main__ import main
 from model.export.gguf import reason_against
-from model.export.package import export
+from model.export.package import _modelfile, export
 from model.settings import TokenizerSettings
+from model.text.chat import MARKS
 from model.text.tokenizer import train_tokenizer
 from model.weights.int8 import quantize
 from model.weights.loading import load_model
 from tests.tiny import TEXT, save_tiny_model, tiny_model
+
+
+def test_the_recipe_of_ollama_renders_what_the_chat_template_renders() -> None:
+    tokenizer = train_tokenizer(TokenizerSettings(vocab_size=280, chat=True, sequence_length=96), [TEXT] * 8)
+    recipe = _modelfile(tiny_model(tokenizer), tokenizer)
+    for role, mark in MARKS.items():
+        assert f'eq .Role "{role}" }}}}{mark}{{{{ .Content }}}}' in recipe and f'PARAMETER stop "{mark}"' in recipe
+    assert '<|endoftext|>{{ else if eq .Role "system" }}' in recipe and '{{ end }}{{ end }}<|assistant|>"""' in recipe
 
 
 def test_the_command_writes_every_format_with_card_modelfile_and_checksums(tmp_path: Path, capsys) -> None:

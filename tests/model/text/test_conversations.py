@@ -103,7 +103,8 @@ def test_what_is_learned_reaches_the_labels_of_the_windows(tmp_path: Path) -> No
         assert (item["labels"][kept] == item["input_ids"][kept]).all()
         whole = len(dataset.documents(index))
         assert tokenizer.decode(item["labels"][kept]) == f"yes{END}no{END}" * whole
-    assert summary.train_bytes == sum(len("".join(t["content"] for t in r["messages"])) for r in talks[:6])
+    said = ["".join(turn["content"] for turn in talk["messages"]) for talk in talks]
+    assert summary.train_bytes == len("".join(said[: summary.train_documents]))
 
 
 def test_a_long_conversation_keeps_the_system_and_its_last_whole_exchanges(characters) -> None:

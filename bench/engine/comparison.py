@@ -1,0 +1,154 @@
+"""Runs contenders beside each other: who is compared with whom, interleaved rounds, medians and ratios."""
+
+import logging
+import multiprocessing
+import statistics
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.engine import llama_cpp
+from bench.engine.contenders import (
+    GreedyLoop,
+    OurEngine,
+    OurEngineInt8,
+    PaddedBatch,
+    ReferenceEngine,
+    TransformersContinuousBatching,
+)
+from bench.engine.llama_cpp import LlamaCpp, LlamaCppFloat32
+from bench.engine.workloads import RAGGED_REQUESTS, RAGGED_STREAMS, Contender, model_of
+from model.errors import PipelineError
+from model.weights.loading import load_model
+
+KINDS: dict[str, type[Contender]] = {
+    "engine float32": OurEngine,
+    "engine int8": OurEngineInt8,
+    "reference float32": ReferenceEngine,
+    "greedy loop": GreedyLoop,
+    "padded batches": PaddedBatch,
+    "transformers' continuous batching": TransformersContinuousBatching,
+    "llama.cpp Q8_0": LlamaCpp,
+    "llama.cpp F32": LlamaCppFloat32,
+}
+Run = tuple[str, str]
+"""A contender of KINDS and a workload."""
+WORKLOADS = {
+    "one_stream": "one stream at 128",
+    "one_long_stream": "one stream at 1,024",
+    "eight_streams": "eight streams at 128",
+    "ragged_even": "sixteen ragged, even",
+    "ragged_long_tailed": "sixteen ragged, long-tailed",
+    "prefill": "prefill of 900",
+}
+_FULL, _INT8 = "engine float32", "engine int8"
+_LLAMA_WORKLOADS = ("one_stream", "one_long_stream", "eight_streams", "ragged_even", "prefill")
+_INT8_PAIRS = [((_INT8, name), (_FULL, name)) for name in ("one_stream", "eight_streams", "ragged_even")]
+PAIRS: dict[str, list[tuple[Run, Run]]] = {
+    "transformers": [
+        ((_FULL, "one_stream"), ("greedy loop", "one_stream")),
+        ((_FULL, "eight_streams"), (_FULL, "one_stream")),
+        ((_FULL, "ragged_long_tailed"), ("transformers' continuous batching", "ragged_long_tailed")),
+        ((_FULL, "ragged_long_tailed"), ("padded batches", "ragged_long_tailed")),
+        ((_FULL, "ragged_even"), ("transformers' continuous batching", "ragged_even")),
+        ((_FULL, "ragged_even"), ("padded batches", "ragged_even")),
+        *_INT8_PAIRS,
+    ],
+    "reference": [((_FULL, name), ("reference float32", name)) for name in ("one_stream", "eight_streams")],
+    "llama.cpp": [
+        *(((_INT8, name), ("llama.cpp Q8_0", name)) for name in _LLAMA_WORKLOADS),
+        *(((_FULL, name), ("llama.cpp F32", name)) for name in _LLAMA_WORKLOADS),
+        *_INT8_PAIRS,
+    ],
+}
+"""Which runs are compared, by opponent."""
+
+_contender: Contender
+
+
+def _set_up(kind: str, model: Path | str, threads: int) -> None:
+    """In a contender's process, once."""
+    global _contender  # what a pool's process keeps between its tasks
+    torch.set_num_threads(threads)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    _contender = KINDS[kind](load_model(model) if isinstance(model, Path) else model_of(model))
+
+
+def _run(workload: str, requests: int = RAGGED_REQUESTS) -> float:
+    _contender.requests = requests
+    speed: float = getattr(_contender, workload)()
+    return speed
+
+
+def _note() -> str:
+    """How the contender of this process computes, where it has a choice."""
+    if isinstance(_contender, OurEngine):
+        return f"step {_contender.name}"
+    if isinstance(_contender, LlamaCpp):
+        best = "; ".join(f"{WORKLOADS[name]}: {setting}" for name, setting in _contender.best.items())
+        return f"{llama_cpp.describe()}; {best}"
+    return ""
+
+
+def measure(
+    model: Path | str,
+    pairs: list[tuple[Run, Run]],
+    rounds: int,
+    threads: int,
+    log: Callable[[str], None],
+) -> dict[str, Any]:
+    """Tokens per second of every run in every round, and the ratios of each round's pairs, by their names."""
+    runs = list(dict.fromkeys(run for pair in pairs for run in pair))
+    speeds: dict[Run, list[float]] = {run: [] for run in runs}
+    fresh = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        processes = {
+            kind: stack.enter_context(ProcessPoolExecutor(1, fresh, _set_up, (kind, model, threads)))
+            for kind in dict.fromkeys(kind for kind, _ in runs)
+        }
+        for number in range(rounds + 1):
+            for kind, workload in runs:
+                if not number:
+                    processes[kind].submit(_run, workload, RAGGED_STREAMS).result()  # warms up
+                else:
+                    speeds[kind, workload].append(processes[kind].submit(_run, workload).result())
+            log(f"round {number} of {rounds}: " + ", ".join(f"{_name(r)} {s[-1]:.0f}" for r, s in speeds.items() if s))
+        notes = {kind: note for kind in processes if (note := processes[kind].submit(_note).result())}
+    ratios = {
+        f"{_name(a)} / {_name(b) if a[1] != b[1] else b[0]}": sorted(
+            x / y for x, y in zip(speeds[a], speeds[b], strict=True)
+        )
+        for a, b in pairs
+    }
+    return {
+        "notes": notes,
+        "tokens_per_second": {_name(run): statistics.median(found) for run, found in speeds.items()},
+        "ratios": {name: statistics.median(found) for name, found in ratios.items()},
+        "ratio_ranges": {name: (found[0], found[-1]) for name, found in ratios.items()},
+    }
+
+
+def _name(run: Run) -> str:
+    return f"{run[0]}, {WORKLOADS[run[1]]}"
+
+
+def choose_pairs(
+    against: list[str] | None, precision: str | None, workloads: list[str] | None
+) -> list[tuple[Run, Run]]:
+    """The pairs of PAIRS that are asked for; None stands for all that is installed, the reference step left out."""
+    if against is None:
+        against = ["transformers", *(["llama.cpp"] if llama_cpp.installed() else [])]
+    if "llama.cpp" in against and not llama_cpp.installed():
+        raise PipelineError("llama.cpp is not installed: run pip install llama-cpp-python, which needs a C++ compiler")
+    pairs = list(dict.fromkeys(pair for name in against for pair in PAIRS[name]))
+    if workloads:
+        pairs = [(a, b) for a, b in pairs if a[1] in workloads and b[1] in workloads]
+    if precision:
+        pairs = [(a, b) for a, b in pairs if a[0] == f"engine {precision}" and (b[0] != _FULL or precision != "int8")]
+    if not pairs:
+        raise PipelineError("nothing to compare: name other workloads or opponents")
+    return pairs

@@ -4,7 +4,6 @@ A sequence's numbers do not depend, to the last bit, on what else is in the step
 slot takes as its text grows; sequences that begin alike share them.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Self
 
@@ -29,6 +28,7 @@ class NativeStep(Step):
         self.slots, self.context_length, self.vocab_size = slots, model.context_length, model.vocab_size
         self.precision = model.precision
         self.bytes_per_token = self._session.bytes_per_token
+        self._no_logits = torch.empty(0, self.vocab_size)
 
     @classmethod
     def unavailable(cls, model: PreTrainedModel) -> str | None:
@@ -42,31 +42,36 @@ class NativeStep(Step):
 
     def compute(self, segments: Sequence[Segment]) -> list[SegmentOutput]:
         """As `Step.compute`; raises PipelineError where a segment does not fit or memory ends."""
-        embedded = [s for s in segments if s.logits == "hidden"]
-        if embedded:
+        if any(s.logits == "hidden" for s in segments):
+            embedded = [s for s in segments if s.logits == "hidden"]
             hidden = iter(self._hidden(embedded))
             others = [s for s in segments if s.logits != "hidden"]
             rest = iter(self.compute(others) if others else ())
             return [next(hidden) if s.logits == "hidden" else next(rest) for s in segments]
-        wanted = [{"none": 0, "argmax": 1, "last": 1, "all": len(s.ids)}[s.logits] for s in segments]
-        has_logits = any(s.logits in ("last", "all") for s in segments)
-        logits_RV, best_R, highest_R = self._session.step(
-            [library.Segment(s.slot, s.start, s.ids, rows) for s, rows in zip(segments, wanted, strict=True)],
-            logits=has_logits,
+        wanted = [len(s.ids) if s.logits == "all" else int(s.logits != "none") for s in segments]
+        logits_RV, best_R, highest_R = self._session.step_over(
+            [(s.slot, s.start, len(s.ids), rows) for s, rows in zip(segments, wanted, strict=True)],
+            [s.ids for s in segments],
+            logits=any(s.logits in ("last", "all") for s in segments),
         )
-        if logits_RV is None:
-            logits_RV = np.empty((0, self.vocab_size), dtype=np.float32)
-        outputs, all_RV, end = [], torch.from_numpy(logits_RV), 0
+        tokens = best_R.tolist()
+        if not np.isfinite(highest_R).all():
+            tokens = [
+                token if is_finite else None
+                for token, is_finite in zip(tokens, np.isfinite(highest_R).tolist(), strict=True)
+            ]
+        outputs, end = [], 0
+        all_RV = None if logits_RV is None else torch.from_numpy(logits_RV)
         for rows in wanted:
             start, end = end, end + rows
-            token = int(best_R[end - 1]) if rows and math.isfinite(highest_R[end - 1]) else None
-            outputs.append(SegmentOutput(all_RV[start:end], token))
+            segment_RV = self._no_logits if all_RV is None else all_RV[start:end]
+            outputs.append(SegmentOutput(segment_RV, tokens[end - 1] if rows else None))
         return outputs
 
     def _hidden(self, segments: Sequence[Segment]) -> list[SegmentOutput]:
         hidden_RD = self._session.hidden_states([library.Segment(s.slot, s.start, s.ids, len(s.ids)) for s in segments])
         parts = torch.from_numpy(hidden_RD).split([len(s.ids) for s in segments])
-        return [SegmentOutput(torch.empty(0, self.vocab_size), None, part_RD) for part_RD in parts]
+        return [SegmentOutput(self._no_logits, None, part_RD) for part_RD in parts]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Let a slot begin with the tokens of another; whole pages are shared, not copied."""

@@ -229,6 +229,8 @@ class Generation:
         """Reason to end this request early, None if it may continue."""
         if self._is_cancelled:
             return "cancelled"
+        if self.request.timeout_s is None and (self.started_at is not None or self.request.queue_timeout_s is None):
+            return None
         waited_s = time.monotonic() - self.submitted_at
         limits_s = [self.request.timeout_s, self.request.queue_timeout_s if self.started_at is None else None]
         return "timeout" if any(limit_s is not None and waited_s > limit_s for limit_s in limits_s) else None

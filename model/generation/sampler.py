@@ -43,12 +43,9 @@ class Sampler:
         self._count_V: Tensor | None = None
         if parameters.presence_penalty or parameters.frequency_penalty:
             self._count_V = torch.zeros(vocab_size, device=device)
-
-    @property
-    def is_plain_greedy(self) -> bool:
-        """Whether the next token is always the one with the highest logit."""
         changes = (self._bias, self._seen_V, self._count_V)
-        return self._parameters.temperature == 0 and all(change is None for change in changes)
+        self.is_plain_greedy: bool = parameters.temperature == 0 and all(change is None for change in changes)
+        """Whether the next token is always the one with the highest logit."""
 
     def next(
         self, logits_V: Tensor, forbidden: Sequence[int] = (), allowed_V: npt.NDArray[np.bool_] | None = None

@@ -9,8 +9,7 @@ Shapes: R rows of logits of one segment, V vocabulary, D hidden size.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +19,7 @@ from transformers import PreTrainedModel
 Wanted = Literal["none", "argmax", "last", "all", "hidden"]
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """Tokens scheduled for one sequence in one step: they follow the first `start` positions of its slot.
 
     ids: int64, at least one. logits: which rows the step computes: none, the last token's arg-max alone, the last
@@ -34,8 +32,7 @@ class Segment:
     logits: Wanted = "last"
 
 
-@dataclass(frozen=True)
-class SegmentOutput:
+class SegmentOutput(NamedTuple):
     """What a step computed for one segment.
 
     logits_RV: float32, R = 1 for "last", len(ids) for "all", 0 for "none"; for "argmax" 0 or 1, as the step likes.

@@ -233,6 +233,7 @@ class NativeSession:
         if not self._handle:
             raise PipelineError(f"the native step cannot start: {error.value.decode()}")
         self.bytes_per_token: int = model.cached_numbers_per_token * dtype.itemsize
+        self._arguments = _Arguments(max(1, slots))
 
     def step(
         self, segments: Sequence[Segment], *, logits: bool = True
@@ -244,23 +245,30 @@ class NativeSession:
         harmless. Raises PipelineError for a segment that does not fit, and where memory or the cache's limit is
         reached.
         """
-        table, ids = _arrays(segments)
-        rows = int(table[3].sum())
+        table = [(s.slot, s.start, len(s.ids), s.wanted) for s in segments]
+        return self.step_over(table, [s.ids for s in segments], logits=logits)
+
+    def step_over(
+        self, table: Sequence[tuple[int, int, int, int]], ids: Sequence[np.ndarray], *, logits: bool
+    ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+        """As `step`. table: slot, start, length and wanted rows of each segment. ids: the tokens of each."""
+        rows = sum([row[3] for row in table])
+        arguments = self._arguments
+        if max(len(table), rows) > arguments.capacity:
+            arguments = self._arguments = _Arguments(max(len(table), rows))
+        tokens = _join(ids)
         logits_RV = np.empty((rows, self.model.vocab_size), dtype=np.float32) if logits else None
-        best, highest = np.empty(rows, dtype=np.int32), np.empty(rows, dtype=np.float32)
-        error = ctypes.create_string_buffer(_ERROR_SIZE)
         failed = self._library.rex_session_step(
             self._handle,
-            len(segments),
-            *(row.ctypes.data for row in table),
-            ids.ctypes.data,
+            len(table),
+            *arguments.fill(table),
+            tokens.ctypes.data,
             None if logits_RV is None else logits_RV.ctypes.data,
-            best.ctypes.data,
-            highest.ctypes.data,
-            error,
+            *arguments.results,
+            arguments.error,
         )
-        _check(failed, error)
-        return logits_RV, best, highest
+        _check(failed, arguments.error)
+        return logits_RV, arguments.best[:rows].copy(), arguments.highest[:rows].copy()
 
     def hidden_states(self, segments: Sequence[Segment]) -> np.ndarray:
         """One pass as `step`, that ends behind the last norm: hidden states (R, D) float32 of the wanted rows."""
@@ -298,10 +306,34 @@ class NativeSession:
             self._library.rex_session_destroy(self._handle)
 
 
+class _Arguments:
+    """Memory for the arguments and results of a step of up to `capacity` segments and rows.
+
+    Kept from step to step: making arrays and asking for their addresses takes as long as a step of a small model.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._table = np.empty((4, capacity), dtype=np.int32)
+        self._addresses = [row.ctypes.data for row in self._table]
+        self.best, self.highest = np.empty(capacity, dtype=np.int32), np.empty(capacity, dtype=np.float32)
+        self.results = (self.best.ctypes.data, self.highest.ctypes.data)
+        self.error = ctypes.create_string_buffer(_ERROR_SIZE)
+
+    def fill(self, table: Sequence[tuple[int, int, int, int]]) -> list[int]:
+        """Addresses of the segments' slots, starts, lengths and wanted rows."""
+        self._table[:, : len(table)] = list(zip(*table, strict=True))
+        return self._addresses
+
+
 def _arrays(segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
     """Slot, start, length and wanted rows of each segment, shape (4, segments), and the ids of all."""
     table = np.array([(s.slot, s.start, len(s.ids), s.wanted) for s in segments], dtype=np.int32).T.copy()
-    return table, np.ascontiguousarray(np.concatenate([s.ids for s in segments]), dtype=np.int64)
+    return table, _join([s.ids for s in segments])
+
+
+def _join(ids: Sequence[np.ndarray]) -> np.ndarray:
+    return np.ascontiguousarray(ids[0] if len(ids) == 1 else np.concatenate(ids), dtype=np.int64)
 
 
 def _check(failed: int, error: Any) -> None:

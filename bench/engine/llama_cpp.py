@@ -14,9 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -43,11 +41,8 @@ def installed() -> bool:
 def describe() -> str:
     """Release and processor features of the build."""
     llama_cpp = importlib.import_module(PACKAGE)
-    release = "without a version"
-    with suppress(PackageNotFoundError):
-        release = version("llama-cpp-python")
     features = llama_cpp.llama_print_system_info().decode()
-    return f"llama-cpp-python {release}, {features.strip(' |')}"
+    return f"llama-cpp-python {llama_cpp.__version__}, {features.strip(' |')}"
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def test_sigterm_lets_running_requests_finish_and_answers_new_ones_503(model_dir
 
 
 def test_after_the_grace_period_the_rest_is_cancelled_with_a_clear_error(model_dir, tmp_path):
-    with serve(tmp_path, model_dir, REX_DRAIN_TIMEOUT_S="0.5") as server:
+    with serve(tmp_path, model_dir, REX_DRAIN_TIMEOUT_S="0.5", REX_STEP="reference") as server:
         plain, stream = Asking(server, max_tokens=8000), Asking(server, max_tokens=8000, stream=True)
         wait_until(lambda: running(server) == 2)
         server.process.send_signal(signal.SIGTERM)

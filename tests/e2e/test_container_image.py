@@ -169,7 +169,19 @@ for path in glob.glob("/proc/[0-9]*/cmdline"):
     assert ask(container, max_tokens=4)["text"]
 
 
-def test_docker_stop_lets_a_running_request_finish(container):
+@pytest.fixture
+def slow_container(image):
+    """A container whose answers take long enough to be interrupted."""
+    running = start(image, "--env", "REX_ALLOW_ANONYMOUS=true", "--env", "REX_STEP=reference")
+    try:
+        running.wait_until_ready()
+        yield running
+    finally:
+        docker("rm", "--force", running.id)
+
+
+def test_docker_stop_lets_a_running_request_finish(slow_container):
+    container = slow_container
     answers: list[httpx.Response] = []
     body = {"model": "", "prompt": "def ", "n": 16, "max_tokens": 200, "ignore_eos": True}
     with httpx.Client(base_url=container.url, timeout=60) as client:

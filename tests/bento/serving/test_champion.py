@@ -56,7 +56,13 @@ def stack(tmp_path_factory):
     with (
         mlflow_server(folder) as uri,
         serve(
-            folder, None, is_ready=False, REX_CHAMPION=NAME, MLFLOW_TRACKING_URI=uri, REX_CHAMPION_POLL_S="0.2"
+            folder,
+            None,
+            is_ready=False,
+            REX_CHAMPION=NAME,
+            MLFLOW_TRACKING_URI=uri,
+            REX_CHAMPION_POLL_S="0.2",
+            REX_STEP="reference",  # a long answer takes seconds there
         ) as server,
     ):
         yield Stack(server, Registered(uri, NAME), directories, texts)

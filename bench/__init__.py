@@ -1,3 +1,3 @@
-"""Measurements on the artifacts themselves and against peers; what was tried and did not help is in LOG.md."""
+"""Measurements of the artifacts and comparisons with peers; LOG.md records the experiments, failed ones included."""
 
 import model  # noqa: F401 - before torch is loaded: it says how long OpenMP's threads spin

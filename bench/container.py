@@ -1,6 +1,7 @@
-"""How a container of the service's image is run, and what the image may weigh.
+"""Options that run a container of the service's image, and size limits of the image.
 
-Shared by the image assets, which check and print it, and by the benchmark and tests, which run it.
+Shared by the image assets, which check the size and print the options, and by the benchmark and tests, which run the
+image.
 """
 
 HARDENED = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")

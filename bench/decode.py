@@ -2,8 +2,8 @@
 
     python -m bench.decode MODEL_DIR --tokens 1024
 
-prints how many times faster the cache makes it, and a JSON line for machines. The loop stands for any engine: it adds
-nothing to the model's own forward pass but the argmax. The first token comes from a prompt of one token.
+prints the speedup of the cache and a JSON line for machines. The loop represents any engine: it adds only the argmax to
+the model's forward pass. The first token comes from a prompt of one token.
 
 Shapes: B sequences, T tokens.
 """
@@ -29,7 +29,7 @@ from model.weights.loading import load_model
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, after the device has finished what it was given."""
+    """Current time in seconds, read after the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -44,11 +44,11 @@ def decode(
     use_cache: bool,
     on_token: Callable[[int], None] = lambda position: None,
 ) -> tuple[Tensor, list[float]]:
-    """Greedy tokens (B, new_tokens) and the seconds that each position took, the first one with the prompt's pass.
+    """Greedy tokens (B, new_tokens) and the seconds per position; the first includes the prompt's pass.
 
-    on_token: called with the number of tokens made so far. End-of-text does not stop it, so that every run does the
-    same work. Without the cache each token recomputes all that came before it; logits are computed for the last
-    position only, in both cases.
+    on_token: called with the number of tokens made so far. End-of-text does not stop decoding, so that every run does
+    the same work. Without the cache each token recomputes all earlier tokens; in both cases logits are computed for the
+    last position only.
     """
     cache = DynamicCache(config=model.config) if use_cache else None
     ids_BT, tokens, seconds = prompt_BT, [], []
@@ -117,7 +117,7 @@ def prompt(model: PreTrainedModel, tokens: int = 1, batch: int = 1) -> Tensor:
 
 
 def check_length(name: str, tokens: int, config: PreTrainedConfig) -> None:
-    """Raise PipelineError where a measurement would leave the context."""
+    """Raise PipelineError if a measurement would exceed the context."""
     if tokens > config.max_position_embeddings:
         raise PipelineError(
             f"{name} is {tokens}: expected at most the model's max_position_embeddings "
@@ -163,7 +163,7 @@ def measure_kv_cache(
 
 @ends_in_one_line
 def main() -> int:
-    """Measure what the KV cache is worth on a model directory."""
+    """Measure the speedup of the KV cache on a model directory."""
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=main.__doc__)
     parser.add_argument("model_dir", type=Path, help="a trained checkpoint or a quantized model")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens to generate (default: 1024)")

@@ -1,4 +1,4 @@
-"""The machine and the versions that a measurement ran on, and how many threads it may use."""
+"""The hardware and package versions of a measurement, and its number of threads."""
 
 import datetime
 import os
@@ -14,14 +14,14 @@ from model.system.cpu import decoding_threads, usable_cores
 
 
 def torch_threads(parameters: int) -> int:
-    """Threads that decoding is measured with: those that the service takes, unless OMP_NUM_THREADS says otherwise."""
+    """Threads for decoding: as many as the service uses, unless OMP_NUM_THREADS is set."""
     if os.environ.get("OMP_NUM_THREADS"):
         return torch.get_num_threads()
     return decoding_threads(parameters, usable_cores())
 
 
 def all_threads() -> int:
-    """Threads for work that is not timed: one for each usable core, unless OMP_NUM_THREADS says otherwise."""
+    """Threads for untimed work: one per usable core, unless OMP_NUM_THREADS is set."""
     return torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else usable_cores()
 
 

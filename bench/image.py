@@ -1,16 +1,16 @@
-"""What the container image costs: to build, to keep, to start, to hold in memory.
+"""Costs of the container image: build time, size, start time and memory.
 
     python -m bench.image [--experiment smoke] [--device cpu] [--rounds 3]
 
-Needs a container engine and a packaged Bento of the experiment (`make pipeline EXPERIMENT=smoke`). The image is built
-with `make image` once, removed by its name, and built again on a clock: warm, with the packages in uv's cache and the
-layers in the engine's. Then, in each round, a container is run as the README says, without a network but the loopback
+Needs a container engine and a packaged Bento of the experiment (`make pipeline EXPERIMENT=smoke`). `make image` builds
+the image once; then the image is removed by name and built again, timed: a warm build, with packages in uv's cache and
+layers in the engine's. Then each round runs a container with the documented options and no network except the loopback
 address.
 
 - ready: seconds from `docker run` to a /readyz of 200;
-- memory: MB of their own that the container's processes hold, which nothing can take back from them (anonymous memory),
-  when it is ready and after 16 texts, without weights (the bytes of the model's safetensors files) and without the
-  cache of keys and values. The files of libraries that they have mapped come on top; those are the system's to drop.
+- memory: anonymous memory of the container's processes, MB, which the kernel cannot reclaim, when the service is ready
+  and after 16 texts, minus the weights (the bytes of the model's safetensors files) and the KV cache. Mapped library
+  files are reported separately; the kernel can drop their pages.
 
 Prints a table, and a JSON line for machines.
 """
@@ -35,8 +35,8 @@ MB = 1e6
 LOOK_EVERY_S = 2.0
 """Seconds between polls of a starting container's state: polling in every iteration slowed the start."""
 REPOSITORY = Path(__file__).resolve().parent.parent
-# Run by the image's Python inside the container: processes, and bytes of their own and of mapped files, shared ones
-# once.
+# Run by the image's Python inside the container: number of processes, anonymous bytes and mapped-file bytes, shared
+# pages counted once.
 HELD = """
 import glob, os, re
 own = f"/proc/{os.getpid()}/smaps_rollup"
@@ -45,7 +45,7 @@ def held(kind):
     return sum(int(re.search(f"^Pss_{kind}: +([0-9]+) kB", text, re.M)[1]) * 1024 for text in texts)
 print(len(texts), held("Anon") + held("Shmem"), held("File"))
 """
-# Likewise: bytes of the weights, and of keys and values for one token.
+# Run the same way: bytes of the weights, and KV cache bytes of one token.
 MODEL = """
 import glob, json, os
 (folder,) = {os.path.dirname(path) for path in glob.glob("/app/bento/models/*/*/config.json")}
@@ -56,13 +56,15 @@ print(weights, 2 * 4 * config["num_hidden_layers"] * config["num_key_value_heads
 
 
 def run(*command: str, **variables: str) -> str:
-    """Standard output of a command with further environment variables; PipelineError with its reason where it fails."""
+    """Standard output of a command run with additional environment variables. Raises PipelineError with its last output
+    if it fails.
+    """
     environment = {**os.environ, **variables}
     return commands.run(command, " ".join(command[:3]), cwd=str(REPOSITORY), environment=environment)
 
 
 def build(experiment: str, device: str) -> tuple[str, float]:
-    """The tag that `make image` ends with, and its seconds."""
+    """The tag that `make image` prints last, and its seconds."""
     started = time.monotonic()
     printed = run("make", "--no-print-directory", "image", f"EXPERIMENT={experiment}", f"DEVICE={device}")
     return printed.splitlines()[-1], time.monotonic() - started
@@ -90,13 +92,13 @@ def start(tag: str, port: int) -> tuple[str, float]:
 
 
 def held(container: str) -> tuple[int, int]:
-    """Bytes that the processes of a container hold: of their own, and of mapped files."""
+    """Memory of a container's processes in bytes: anonymous, and mapped files."""
     _, own, mapped = map(int, run("docker", "exec", container, "python3", "-c", HELD).split())
     return own, mapped
 
 
 def measure(tag: str, port: int) -> dict[str, float]:
-    """One round: start a container, ask it for 16 texts, remove it."""
+    """One round: start a container, request 16 texts, remove it."""
     container, ready = start(tag, port)
     try:
         weights, per_token = map(int, run("docker", "exec", container, "python3", "-c", MODEL).split())
@@ -125,7 +127,7 @@ def measure(tag: str, port: int) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Figures with the ones to reach."""
+    """The figures as a table with their targets."""
     limit = IMAGE_GB[result["device"]]
     rows = [
         ("make image, warm", f"{result['build_s']:.0f} s", "at most 60 s"),
@@ -141,7 +143,7 @@ def table(result: dict[str, Any]) -> str:
 
 @ends_in_one_line
 def main() -> int:
-    """See the module's docstring."""
+    """Measure and print the table and the JSON line."""
     parser = argparse.ArgumentParser(prog="python -m bench.image", description=__doc__.split("\n")[0])
     parser.add_argument("--experiment", default="smoke")
     parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))

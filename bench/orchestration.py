@@ -1,11 +1,11 @@
-"""What Dagster costs: five assets as one run, against the same stages as plain scripts.
+"""The overhead of Dagster: five assets as one run, against the same stages as plain scripts.
 
     python -m bench.orchestration [--experiment smoke] [--rounds 3]
 
-A round runs the plain scripts, one process a stage, as someone without an orchestrator would, and then the Dagster run.
-The difference, over five steps, is what a step pays for its process, the event log, MLflow, digests and publishing.
-(The assets that call BentoML and other engines start processes of their own either way.) First comes the import of the
-definitions.
+A round runs the plain scripts, one process per stage, as without an orchestrator, and then the Dagster run. The
+difference divided by five is the overhead of a step: its process, the event log, MLflow, digests and publishing. (The
+assets that call BentoML and other engines start separate processes either way.) The import of the definitions is timed
+first.
 """
 
 import argparse
@@ -26,7 +26,7 @@ STAGES = ("corpus", "tokenized_dataset", "trained_checkpoint", "quantized_model"
 
 
 def run_stage(stage: str, experiment: ExperimentSettings, folder: Path) -> None:
-    """One stage as a plain script: read the folders of the stages before it, write its own."""
+    """One stage as a plain script: read the folders of earlier stages and write one."""
     corpus, dataset, checkpoint, quantized, report = (folder / name for name in STAGES)
     if stage == "corpus":
         from model.text.corpus import build_corpus
@@ -68,7 +68,7 @@ def resolve(name: str) -> ExperimentSettings:
 
 
 def timed(command: list[str], **environment: str) -> float:
-    """Seconds that a command takes; its output is shown only where it fails."""
+    """Seconds that a command takes; its output is shown only if it fails."""
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
     if done.returncode:
@@ -89,7 +89,7 @@ def measure(name: str) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Print each round's seconds and the cost of a step."""
+    """Print each round's seconds and the overhead of a step."""
     parser = argparse.ArgumentParser(prog="python -m bench.orchestration", description=__doc__.split("\n")[0])
     parser.add_argument("--experiment", default="smoke", help="default: smoke")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")

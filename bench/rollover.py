@@ -2,12 +2,12 @@
 
     python -m bench.rollover [MODEL_DIR] [--clients 4] [--tokens 64] [--seconds 10] [--promotions 3]
 
-Clients stream one answer after the other, each from a new prompt. Meanwhile the model is registered again and again and
-becomes champion each time: the service downloads, checks, loads and warms it, lets it serve and frees the former one.
-Of the requests that began before a promotion and of those under way during one: how many, how many failed (another
-status than 200, or a stream without its end), and the median and 99th percentile of the seconds to the first token and
-to the last. Without a directory it makes a model of the shape of `stdlib_30m` with random weights. Prints a table and
-JSON.
+Clients stream one answer after the other, each from a new prompt. Meanwhile new versions of the model are registered
+and promoted to champion: for each, the service downloads, checks, loads, warms up and switches to the new version and
+frees the previous one. For the requests that began before a promotion and those in flight during one, the table has the
+count, the failures (a status other than 200, or an incomplete stream), and the median and 99th percentile of the
+seconds to the first and the last token. Without a directory it makes a model of the shape of `stdlib_30m` with random
+weights. Prints a table and JSON.
 """
 
 import argparse
@@ -36,11 +36,11 @@ from model.weights.loading import read_config
 
 NAME = "rex-bench"
 AFTER_S = 2.0
-"""From the moment that the new version serves: its former one is freed, which is part of the cost."""
+"""After the switch to the new version: freeing the previous one is part of the cost."""
 
 
 class RegisteredModel:
-    """A tracking server and the registered model in it, over MLflow's REST API."""
+    """A registered model on a tracking server, over MLflow's REST API."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -48,7 +48,7 @@ class RegisteredModel:
         self._call("POST", "registered-models/create", {"name": NAME})
 
     def promote(self, model_dir: Path) -> str:
-        """Register a directory and make it champion; its version."""
+        """Register a directory and promote it to champion; returns its version."""
         run = self._call("POST", "runs/create", {"experiment_id": self._experiment})["run"]["info"]
         source = f"{run['artifact_uri']}/model"
         folder = source.partition(":")[2].strip("/")
@@ -100,7 +100,7 @@ def tracking_server(folder: Path) -> Iterator[str]:
 
 @dataclass
 class Sent:
-    """A request: when it began and ended, and what came of it."""
+    """Start time, end time and outcome of a request."""
 
     began: float
     ended: float
@@ -108,7 +108,7 @@ class Sent:
 
     @property
     def failed(self) -> bool:
-        """Whether a client would have had to ask again."""
+        """Whether a client would have had to retry."""
         return self.answer.status != 200 or not self.answer.is_whole
 
 
@@ -124,7 +124,7 @@ class Load:
             thread.start()
 
     def stop(self) -> None:
-        """Let each client have its last answer."""
+        """Let each client finish its current request."""
         self._is_over.set()
         for thread in self._threads:
             thread.join()
@@ -140,7 +140,7 @@ class Load:
 
 
 def measure(model_dir: Path, *, clients: int, tokens: int, seconds: float, promotions: int) -> dict[str, Any]:
-    """See the module's docstring."""
+    """Measure and print the table and the JSON line."""
     prompts = Prompts(read_config(model_dir).vocab_size)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -177,7 +177,7 @@ def measure(model_dir: Path, *, clients: int, tokens: int, seconds: float, promo
 
 
 def summary(sent: list[Sent]) -> dict[str, Any]:
-    """Numbers of a group of requests."""
+    """Statistics of a group of requests."""
     good = [one.answer for one in sent if not one.failed]
     return {
         "requests": len(sent),
@@ -194,13 +194,13 @@ def _percentiles(values: list[float]) -> tuple[float, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """One row for each group."""
+    """Print one row per group of requests."""
     rows = [f"{'requests':>28} {'failed':>7} {'first token p50, p99 ms':>26} {'last token p50, p99 ms':>26}"]
     for group in ("before", "during", "all"):
         found = result[group]
         first, total = ("{:,.0f}, {:,.0f}".format(*found[name]) for name in ("first_token_ms", "total_ms"))
         rows.append(f"{group:18} {found['requests']:>9} {found['failed']:>7} {first:>26} {total:>26}")
-    return "\n".join([*rows, f"from the promotion to serving: {result['rollover_s']} s, median"])
+    return "\n".join([*rows, f"promotion to serving: {result['rollover_s']} s, median"])
 
 
 def _version(server: Server) -> str | None:
@@ -218,11 +218,11 @@ def _answers(address: str) -> bool:
 
 
 def main() -> None:
-    """See the module's docstring."""
+    """Measure and print the table and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=4, help="who ask again as soon as they are answered")
-    parser.add_argument("--tokens", type=int, default=64, help="of each answer")
-    parser.add_argument("--seconds", type=float, default=10.0, help="before the first promotion and after each")
+    parser.add_argument("--clients", type=int, default=4, help="closed-loop clients")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
+    parser.add_argument("--seconds", type=float, default=10.0, help="load before the first promotion and after each")
     parser.add_argument("--promotions", type=int, default=3)
     run_bench(parser, save_random_30m, measure, table)
 

@@ -1,6 +1,6 @@
-"""A real `bentoml serve` of this checkout on the loopback address, and a client that costs it next to nothing.
+"""A real `bentoml serve` of this checkout on the loopback address, and a client with negligible CPU cost.
 
-The client reads raw sockets: parsing a stream would take more of the machine than serving it.
+The client reads raw sockets: parsing a stream would cost more CPU time than serving it.
 """
 
 import argparse
@@ -28,9 +28,9 @@ HOST = "127.0.0.1"
 
 @dataclass
 class Answer:
-    """One request to the server: its status, events of text, and seconds to the first of them and to the end.
+    """One request to the server: its status, number of text events, and seconds to the first event and to the end.
 
-    is_whole: the stream had its end.
+    is_whole: the stream was complete.
     """
 
     status: int = 0
@@ -81,20 +81,20 @@ class Server:
         return answer
 
     def cpu_s(self) -> tuple[float, float]:
-        """Seconds of a core that the event loop's thread and the whole worker have used."""
+        """CPU seconds used by the event loop's thread and by the whole worker."""
         worker = self.worker()
         used = {thread.id: thread.user_time + thread.system_time for thread in worker.threads()}
         return used[worker.pid], sum(used.values())
 
     def worker(self) -> psutil.Process:
-        """The process that serves."""
+        """The worker process."""
         (worker,) = [one for one in psutil.Process(self.process.pid).children() if "--fd" in one.cmdline()]
         return worker
 
 
 @contextmanager
 def serve(model_dir: Path, folder: Path, **variables: str) -> Iterator[Server]:
-    """The service from this checkout, with the options of the environment (REX_...) and `variables`; ends it."""
+    """Run the service from this checkout with the environment's options (REX_...) and `variables`; stop it on exit."""
     port = free_port()
     environment = {**os.environ, "REX_MODEL": str(model_dir.absolute()), "BENTOML_DO_NOT_TRACK": "True", **variables}
     environment.setdefault("BENTOML_HOME", str(folder / "bentoml"))
@@ -130,7 +130,8 @@ def run_bench(
 ) -> None:
     """Parse the command line, measure and print the table and a JSON line.
 
-    parser: its options are keywords of `measure`. make_model: makes a model in a folder if the command line names none.
+    parser: its options are keyword arguments of `measure`. make_model: creates a model in a folder if the command line
+    names none.
     """
     parser.add_argument("model_dir", type=Path, nargs="?")
     options = vars(parser.parse_args())

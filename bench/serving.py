@@ -1,21 +1,21 @@
-"""What the service adds to the engine, measured with a real server process on the loopback address.
+"""Overhead of the service over the engine, measured with a real server process on the loopback address.
 
     python -m bench.serving [MODEL_DIR] [--rounds 15] [--seconds 20] [--turns 4] [--load-tokens 64] [--starts 3]
 
-REX_... variables are options of the service, REX_THREADS also of the engine in this process.
-Without a directory it makes one of the shape of the `stdlib_30m` experiment with random weights. In one run, the engine
-in this process and the server taking turns:
+REX_... variables are options of the service; REX_THREADS also sets the threads of the engine in this process. Without a
+directory it makes a model of the shape of the `stdlib_30m` experiment with random weights. In one run, the engine in
+this process and the server take turns:
 
-- streams: eight greedy streams, tokens per second of all together; what HTTP, JSON and server-sent events cost of it;
+- streams: eight greedy streams, tokens per second in total, and the share lost to HTTP, JSON and server-sent events;
 - first token: one request while nothing else runs, milliseconds from sending it to its first text;
-- overload: requests at random times (Poisson), as many as the service completes and twice as many; milliseconds to the
-  first token of those admitted, the others answered 429;
+- overload: Poisson arrivals at the service's capacity and at twice that; milliseconds to the first token of admitted
+  requests; the others are answered 429;
 - start: seconds from the command to a /readyz of 200;
-- memory: MB of its own that the worker holds over weights and cache after all of the above. The files of libraries that
-  it maps come on top; those are the system's to drop.
+- memory: anonymous memory of the worker beyond weights and cache after all of the above, MB. Mapped library files are
+  reported separately; the kernel can drop their pages.
 
-Ratios of rounds compare like with like on a quiet machine; on a busy one the client, which is this process, and the
-neighbours take part, and the seconds of a core (CPU) say more. Prints a table, and a JSON line for machines.
+Ratios of rounds are reliable on an idle machine; on a busy one the client (this process) and other processes compete
+for cores, and CPU seconds are the better measure. Prints a table, and a JSON line for machines.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def save_random_30m(directory: Path) -> Path:
 
 
 class Prompts:
-    """Random prompts, each new: a cache of prompts must not help."""
+    """Random prompts, each new, so that a prefix cache cannot help."""
 
     def __init__(self, vocab_size: int) -> None:
         self._numbers, self._vocab_size = random.Random(0), vocab_size
@@ -148,7 +148,7 @@ def capacity(server: Server, prompts: Prompts, tokens: int, clients: int, second
 def offered(
     server: Server, prompts: Prompts, tokens: int, per_second: float, seconds: float, seed: int
 ) -> list[Answer]:
-    """Answers to an open-loop Poisson load: requests of `tokens` at `per_second` on average."""
+    """Answers to an open-loop Poisson load: requests of `tokens` tokens at `per_second` on average."""
     numbers, answers, threads = random.Random(seed), [], []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -181,7 +181,7 @@ def summary(answers: list[Answer]) -> dict[str, Any]:
 def measure(
     model_dir: Path, *, rounds: int, seconds: float, turns: int, load_tokens: int, starts: int
 ) -> dict[str, Any]:
-    """Everything, as a dictionary; its names end in their unit."""
+    """All figures as a dictionary; names end in their unit."""
     model = load_model(model_dir, device="cpu")
     torch.set_num_threads(int(os.environ.get("REX_THREADS") or 0) or _threads_of_the_service(model))
     weights_bytes = sum(p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()])
@@ -216,7 +216,7 @@ def _threads_of_the_service(model: PreTrainedModel) -> int:
 def _note_start(result: dict[str, Any], server: Server) -> None:
     result["start_s"].append(round(server.start_s, 2))
     result["start_cpu_s"].append(round(server.start_cpu_s, 2))
-    _log(f"ready after {server.start_s:.1f} s, of which a core worked {server.start_cpu_s:.1f} s")
+    _log(f"ready after {server.start_s:.1f} s and {server.start_cpu_s:.1f} s of CPU time")
 
 
 def _take_turns(engine: Engine, server: Server, prompts: Prompts, rounds: int) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def _take_turns(engine: Engine, server: Server, prompts: Prompts, rounds: int) -
             _check([answer])
             first["server"].append(answer.first_s)
         _log(f"round {number + 1} of {rounds}: {streams['engine'][-1]:.0f} and {streams['server'][-1]:.0f} tokens/s")
-    # A ratio per round: the machine's speed drifts between rounds.
+    # A ratio per round, because the machine's speed drifts between rounds.
     costs = [1 - over / inside for over, inside in zip(streams["server"], streams["engine"], strict=True)]
     return {
         "streams_engine_tokens_per_s": statistics.median(streams["engine"]),
@@ -278,14 +278,14 @@ def _memory(server: Server, engine: Engine, weights_bytes: int) -> dict[str, flo
 
 
 def table(result: dict[str, Any]) -> str:
-    """Figures with the ones to reach."""
+    """The figures as a table with their targets."""
     load, memory = result["overload"], result["memory_after_load"]
     extra_ms = result["first_token_server_ms"] - result["first_token_engine_ms"]
     rows = [
         ("8 streams, engine in this process", f"{result['streams_engine_tokens_per_s']:.0f} tokens/s", ""),
         ("8 streams, over HTTP", f"{result['streams_server_tokens_per_s']:.0f} tokens/s", ""),
         ("cost of HTTP, SSE and JSON", f"{100 * result['streams_cost']:.1f} %", "at most 8 %"),
-        ("the event loop's part of the worker's CPU", f"{100 * result['streams_loop_share_of_cpu']:.1f} %", ""),
+        ("event loop's share of worker's CPU time", f"{100 * result['streams_loop_share_of_cpu']:.1f} %", ""),
         ("first token when idle, engine", f"{result['first_token_engine_ms']:.1f} ms", ""),
         ("first token when idle, added by HTTP", f"{extra_ms:.1f} ms", "at most 5 ms"),
         ("capacity", f"{load['capacity_per_s']:.2f} requests/s", ""),
@@ -294,20 +294,20 @@ def table(result: dict[str, Any]) -> str:
         ("ratio of the two", f"{load['p99_ratio']:.2f}", "under 3"),
         ("lost at twice the capacity", f"{load['at_twice_capacity']['lost']}", "0"),
         ("start to ready", f"{statistics.median(result['start_s']):.1f} s", "at most 10 s"),
-        ("start to ready, seconds of a core", f"{statistics.median(result['start_cpu_s']):.1f} s", ""),
-        ("worker over weights and cache", f"{memory['over_weights_and_cache_mb']:.0f} MB", "at most 500 MB"),
-        ("the same with the files that it maps", f"{memory['with_mapped_files_mb']:.0f} MB", ""),
+        ("start to ready, CPU seconds", f"{statistics.median(result['start_cpu_s']):.1f} s", ""),
+        ("worker beyond weights and cache", f"{memory['over_weights_and_cache_mb']:.0f} MB", "at most 500 MB"),
+        ("the same with mapped files", f"{memory['with_mapped_files_mb']:.0f} MB", ""),
     ]
     return "\n".join(f"{what:42} {value:>18}   {goal}" for what, value, goal in rows)
 
 
 def main() -> None:
-    """See the module's docstring."""
+    """Measure and print the table and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="of streams and first tokens")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
+    parser.add_argument("--seconds", type=float, default=20.0, help="seconds of each load")
     parser.add_argument("--turns", type=int, default=4, help="of the load at the capacity and at twice it")
-    parser.add_argument("--load-tokens", type=int, default=64, help="of each answer under load")
+    parser.add_argument("--load-tokens", type=int, default=64, help="tokens of each answer under load")
     parser.add_argument("--starts", type=int, default=3, help="of the service")
     run_bench(parser, save_random_30m, measure, table)
 

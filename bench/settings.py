@@ -1,4 +1,4 @@
-"""Settings for a measurement from the files of `configs/`, so that what is measured is what an experiment runs."""
+"""Settings for a measurement from the files of `configs/`, so that it measures exactly an experiment's settings."""
 
 from pathlib import Path
 from typing import TypeVar

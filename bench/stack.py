@@ -1,14 +1,14 @@
-"""What the composed stack costs: to bring up, and a run in it against the same run outside.
+"""Costs of the composed stack: start time, and a run in it against the same run outside.
 
     python -m bench.stack [--experiment smoke] [--rounds 3]
 
-Needs a container engine with compose and the images of the stack (`make stack-image`; what `.env` names). The stack is
-one of its own, beside any other: its project, ports and volumes are new, and gone at the end, as is the state of the
+Needs a container engine with compose and the images of the stack (`make stack-image`; the tags in `.env`). The
+benchmark starts a separate stack: its project, ports and volumes are new and removed at the end, as is the state of the
 runs outside.
 
 - up: seconds of `make up` until the stack is healthy, with empty volumes;
 - in the stack: seconds from a launch on Dagster's webserver to the end of the run, every asset of `llm_pipeline`;
-- outside: seconds of `make pipeline`, the stack idle beside it. The two take turns.
+- outside: seconds of `make pipeline` while the stack is idle. The two take turns.
 
 Prints a table, and a JSON line for machines.
 """
@@ -42,7 +42,7 @@ STATUS = "query Status($id: ID!) { runOrError(runId: $id) { ... on Run { status 
 
 @contextmanager
 def composed() -> Iterator[tuple[str, float]]:
-    """The address of the webserver of a new stack, and the seconds until the stack was healthy."""
+    """Start a stack; yields the webserver's address and the seconds until the stack was healthy."""
     ports = {name: str(free_port()) for name in ("PORT", "UI_PORT", "MLFLOW_PORT")}
     settings = {"COMPOSE_PROJECT_NAME": PROJECT, "REX_CHAMPION": f"rex-{PROJECT}", **ports}
     started = time.monotonic()
@@ -57,7 +57,7 @@ def composed() -> Iterator[tuple[str, float]]:
 
 
 def ask(address: str, query: str, **variables: Any) -> Any:
-    """The data of a GraphQL answer."""
+    """The data of a GraphQL response."""
     body = json.dumps({"query": query, "variables": variables}).encode()
     request = urllib.request.Request(f"{address}/graphql", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as answer:
@@ -102,7 +102,7 @@ def run_outside(folder: Path, experiment: str) -> float:
 
 
 def measure(experiment: str, rounds: int) -> dict[str, Any]:
-    """Seconds of everything; the run of each kind that comes first does not count."""
+    """All timings in seconds; the first run of each kind is a warm-up and does not count."""
     inside, outside = [], []
     with tempfile.TemporaryDirectory() as folder, composed() as (address, up_s):
         print(f"up and healthy after {up_s:.1f} s", file=sys.stderr, flush=True)
@@ -122,10 +122,10 @@ def measure(experiment: str, rounds: int) -> dict[str, Any]:
 
 @ends_in_one_line
 def main() -> int:
-    """See the module's docstring."""
+    """Measure and print the table and the JSON line."""
     parser = argparse.ArgumentParser(prog="python -m bench.stack", description=__doc__.split("\n")[0])
     parser.add_argument("--experiment", default="smoke")
-    parser.add_argument("--rounds", type=int, default=3, help="that count, after one that warms up")
+    parser.add_argument("--rounds", type=int, default=3, help="measured rounds, after one warm-up")
     arguments = parser.parse_args()
     result = measure(arguments.experiment, arguments.rounds)
     inside, outside = (statistics.median(result[name]) for name in ("inside_s", "outside_s"))

@@ -1,8 +1,8 @@
 """Tokenizing speed against `datasets.map` with the same Hugging Face tokenizer, and peak memory at two corpus sizes.
 
-Both sides run in turn, on Python source of this machine (standard library, then installed packages): ours reads Parquet
+Both sides run in turn on Python source of this machine (standard library, then installed packages). Ours reads Parquet
 shards, encodes and writes token files; the baseline is `datasets.map(batched=True, num_proc=2)`, which reads and writes
-Arrow. The ids of every document must be equal. Run: `python -m bench.tokenizing`, about five minutes on two cores.
+Arrow. The ids of every document must match. Run: `python -m bench.tokenizing`, about five minutes on two cores.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def python_source(directory: Path, megabytes: float) -> CorpusSummary:
 def compare_speed(megabytes: float, rounds: int, vocab_size: int, scratch: Path) -> dict[str, Any]:
     """Seconds of both sides per round, and their ratio.
 
-    Raises PipelineError where the ids of a document differ.
+    Raises PipelineError if the ids of a document differ.
     """
     import datasets
 
@@ -89,7 +89,9 @@ def compare_speed(megabytes: float, rounds: int, vocab_size: int, scratch: Path)
 
 
 def check_ids(stem: Path, mapped: Any) -> int:
-    """Compare the ids of every document and return their number. Raises PipelineError at the first that differs."""
+    """Compare the ids of every document and return the number of documents. Raises PipelineError at the first
+    difference.
+    """
     tokens = np.memmap(stem.with_name(f"{stem.name}.bin"), np.uint16, "r")
     offsets = np.load(stem.with_name(f"{stem.name}.documents.npy"))
     if len(mapped) != len(offsets) - 1:
@@ -104,7 +106,7 @@ def check_ids(stem: Path, mapped: Any) -> int:
 
 
 def measure_memory(megabytes: float) -> dict[str, float]:
-    """Peak resident memory of building a corpus and its tokens in a fresh process, MB, and what imports alone take."""
+    """Peak resident memory of building a corpus and its tokens in a new process, MB, and that of the imports alone."""
     command = [sys.executable, "-m", "bench.tokenizing", "--memory-of", str(megabytes)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))

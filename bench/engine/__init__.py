@@ -1,1 +1,1 @@
-"""The generation engine beside what people would use instead: workloads, contenders, the interleaved run."""
+"""Comparison of the generation engine with its alternatives: workloads, contenders, interleaved rounds."""

@@ -1,20 +1,20 @@
-"""The generation engine against what people would use instead, in one interleaved run.
+"""The generation engine against its alternatives, in one interleaved run.
 
     python -m bench.engine [MODEL_DIR] [--shape 2m 30m 125m] [--against transformers reference llama.cpp] [--rounds 5]
 
-Without a directory it takes models with random weights, which do not change the speed: the shape of the `stdlib_30m`
-experiment, or those of --shape. Greedy, no end of text. Against llama.cpp, which `llama_cpp.py` tells how to install,
-int8 stands beside Q8_0 and float32 beside F32:
+Without a directory it uses models with random weights, which do not change the speed: the shape of the `stdlib_30m`
+experiment, or those of --shape. Decoding is greedy and ignores end-of-text. Against llama.cpp (`llama_cpp.py` says how
+to install it), int8 is compared with Q8_0 and float32 with F32:
 
 - one stream and eight up to 128 tokens, one up to 1,024: tokens per second from the first token on;
-- a prompt of 900 tokens: its tokens per second;
-- sixteen ragged streams, prompts of 448 to 576 tokens, each asking again once it is answered, 48 requests in all, by
-  answer tokens per second, prompts included. Answers are even (uniform, 32 to 128), where padding costs least, or
-  long-tailed, as people's are (exponential, 80 tokens on average, 365 at most).
+- prefill of a prompt of 900 tokens: its tokens per second;
+- sixteen ragged streams, prompts of 448 to 576 tokens, each stream sending its next request after an answer, 48
+  requests in total: answer tokens per second, prompts included in the time. Answers are even (uniform, 32 to 128),
+  where padding costs least, or long-tailed, as in real traffic (exponential, 80 tokens on average, 365 at most).
 
-Each contender has a process of its own, as its users would run it: OpenMP lets waiting threads sleep at once where all
-pools of a process together have more threads than there are cores. Prints a table of medians and ratios and a JSON line
-for machines.
+Each contender has its own process, as its users would run it: OpenMP puts waiting threads to sleep at once if all pools
+of a process together have more threads than there are cores. Prints a table of medians and ratios and a JSON line for
+machines.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> int:
     arguments = parser.parse_args()
     pairs = choose_pairs(arguments.against, arguments.precision, arguments.workloads)
     if arguments.model_dir:
-        load_model(arguments.model_dir)  # says here what is wrong with it, not in five processes
+        load_model(arguments.model_dir)  # report a bad directory here, once, rather than in five processes
     for model in [arguments.model_dir] if arguments.model_dir else arguments.shape:
         found = measure(
             model, pairs, arguments.rounds, arguments.threads, lambda line: print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Runs contenders beside each other: who is compared with whom, interleaved rounds, medians and ratios."""
+"""Runs contenders in interleaved rounds: the pairs compared, medians and ratios."""
 
 import logging
 import multiprocessing
@@ -36,7 +36,7 @@ KINDS: dict[str, type[Contender]] = {
     "llama.cpp F32": LlamaCppFloat32,
 }
 Run = tuple[str, str]
-"""A contender of KINDS and a workload."""
+"""A contender (a key of KINDS) and a workload."""
 WORKLOADS = {
     "one_stream": "one stream at 128",
     "one_long_stream": "one stream at 1,024",
@@ -71,8 +71,8 @@ _contender: Contender
 
 
 def _set_up(kind: str, model: Path | str, threads: int) -> None:
-    """In a contender's process, once."""
-    global _contender  # what a pool's process keeps between its tasks
+    """Create the contender, once, in its process."""
+    global _contender  # kept by the pool's process between tasks
     torch.set_num_threads(threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     _contender = KINDS[kind](load_model(model) if isinstance(model, Path) else model_of(model))
@@ -85,7 +85,7 @@ def _run(workload: str, requests: int = RAGGED_REQUESTS) -> float:
 
 
 def _note() -> str:
-    """How the contender of this process computes, where it has a choice."""
+    """How this process's contender computes, if it has a choice."""
     if isinstance(_contender, OurEngine):
         return f"step {_contender.name}"
     if isinstance(_contender, LlamaCpp):
@@ -101,7 +101,7 @@ def measure(
     threads: int,
     log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Tokens per second of every run in every round, and the ratios of each round's pairs, by their names."""
+    """Tokens per second of every run in every round, and the ratios of each round's pairs, by name."""
     runs = list(dict.fromkeys(run for pair in pairs for run in pair))
     speeds: dict[Run, list[float]] = {run: [] for run in runs}
     fresh = multiprocessing.get_context("spawn")
@@ -139,7 +139,7 @@ def _name(run: Run) -> str:
 def choose_pairs(
     against: list[str] | None, precision: str | None, workloads: list[str] | None
 ) -> list[tuple[Run, Run]]:
-    """The pairs of PAIRS that are asked for; None stands for all that is installed, the reference step left out."""
+    """The requested pairs of PAIRS; None selects all that are installed, except the reference step."""
     if against is None:
         against = ["transformers", *(["llama.cpp"] if llama_cpp.installed() else [])]
     if "llama.cpp" in against and not llama_cpp.installed():

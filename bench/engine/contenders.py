@@ -20,7 +20,7 @@ GREEDY = SamplingParameters(temperature=0)
 
 
 class OurEngine(Contender):
-    """`model.generation` with the step that it chooses by itself, and as many threads as the service takes."""
+    """`model.generation` with its default step and as many threads as the service uses."""
 
     step = "auto"
 
@@ -51,7 +51,7 @@ class OurEngine(Contender):
         return sum(answer_tokens) / (max(last) - started)
 
     def _run(self, prompt_tokens: list[int], answer_tokens: list[int]) -> tuple[list[float], list[float], float]:
-        """When each request's first and last token came, and when they were sent."""
+        """Arrival times of each request's first and last token, and the time of sending."""
         requests = [
             GenerationRequest(prompt, count, GREEDY)
             for prompt, count in zip(self._prompts(prompt_tokens), answer_tokens, strict=True)
@@ -82,7 +82,7 @@ class OurEngineInt8(OurEngine):
 
 
 class ReferenceEngine(OurEngine):
-    """The engine with the step that PyTorch computes."""
+    """The engine with the PyTorch step."""
 
     step = "reference"
 

@@ -2,9 +2,9 @@
 
     pip install llama-cpp-python
 
-compiles llama.cpp for the machine at hand; LLAMA_CPP_LIB_PATH in the environment names a folder with another build.
-Each workload runs at its best setting, which is found before the rounds that count: flash attention with float16 keys
-and values, or none with bfloat16; one thread or all.
+compiles llama.cpp for this machine; LLAMA_CPP_LIB_PATH in the environment names a folder with another build. Each
+workload runs at its best setting, found before the measured rounds: flash attention with float16 keys and values, or
+none with bfloat16; one thread or all.
 """
 
 import ctypes
@@ -30,16 +30,16 @@ from model.modeling_rex import RexForCausalLM
 PACKAGE = "llama_cpp"
 BATCH, MICRO_BATCH = 2_048, 512
 F16, BF16, F32 = 1, 30, 0
-"""ggml's numbers of the types of keys and values."""
+"""ggml's type numbers for keys and values."""
 
 
 def installed() -> bool:
-    """Whether this environment has the package."""
+    """Whether llama-cpp-python is installed."""
     return importlib.util.find_spec(PACKAGE) is not None
 
 
 def describe() -> str:
-    """Release and processor features of the build."""
+    """Release of the build and the CPU features it uses."""
     llama_cpp = importlib.import_module(PACKAGE)
     features = llama_cpp.llama_print_system_info().decode()
     return f"llama-cpp-python {llama_cpp.__version__}, {features.strip(' |')}"
@@ -70,7 +70,7 @@ class LlamaCpp(Contender):
         llama_cpp.llama_backend_init()
         self._file = tempfile.TemporaryDirectory()
         path = Path(self._file.name) / "model.gguf"
-        # llama.cpp wants a token for each row of the embedding; texts never come into this.
+        # llama.cpp requires a token for each row of the embedding; the benchmark feeds ids, never text.
         write_gguf(model, _padded_tokenizer(self._vocab_size), path, self.kind, name="bench")
         self._weights = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         if not self._weights:
@@ -80,7 +80,7 @@ class LlamaCpp(Contender):
         threads = sorted({1, torch.get_num_threads()})
         self._settings = [Setting(n, flash) for n, flash in product(threads, (True, False))]
         self.best: dict[str, Setting] = {}
-        """The setting that was fastest, by workload."""
+        """The fastest setting of each workload."""
         self._batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
         self._ids, self._positions, self._wanted, self._slots = self._views()
 
@@ -137,11 +137,11 @@ class LlamaCpp(Contender):
         return streams / statistics.mean(seconds)
 
     def _ragged(self, answer_tokens: list[int]) -> float:
-        """Requests join as slots and room in the step allow, whole prompts at a time."""
+        """Continuous batching: requests join when a slot is free and the step has room, whole prompts at a time."""
         waiting = list(zip(self._prompts(self._prompt_tokens[: len(answer_tokens)]), answer_tokens, strict=True))
         self._start(RAGGED_STREAMS, 768)
         memory = self._library.llama_get_memory(self._context)
-        running: dict[int, list[int]] = {}  # slot: position, token, tokens still to come
+        running: dict[int, list[int]] = {}  # slot: position, token, remaining tokens
         started = time.perf_counter()
         while waiting or running:
             pieces = [(slot, position, [token]) for slot, (position, token, _) in running.items()]
@@ -162,7 +162,7 @@ class LlamaCpp(Contender):
         return sum(answer_tokens) / (time.perf_counter() - started)
 
     def _start(self, streams: int, tokens: int) -> None:
-        """An empty context for that many streams of so many tokens."""
+        """An empty context for `streams` streams of the given length."""
         if self._open == (self._setting, streams, tokens):
             self._library.llama_memory_clear(self._library.llama_get_memory(self._context), False)
             return
@@ -181,7 +181,7 @@ class LlamaCpp(Contender):
         self._open = (self._setting, streams, tokens)
 
     def _views(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """The batch's arrays as numpy's, so that filling them costs the peer nothing to speak of."""
+        """The batch's arrays as NumPy views, so that filling them costs llama.cpp almost nothing."""
         batch, as_array = self._batch, np.ctypeslib.as_array
         slots = np.zeros(BATCH, dtype=np.int32)
         for i in range(BATCH):
@@ -191,7 +191,7 @@ class LlamaCpp(Contender):
         return views[0], views[1], views[2], slots
 
     def _compute(self, pieces: list[tuple[int, int, list[int]]]) -> list[int]:
-        """One pass over pieces (slot, start, ids), and the most likely token after each."""
+        """One pass over segments (slot, start, ids), and the most likely token after each."""
         at, ends = 0, []
         for slot, start, ids in pieces:
             end = at + len(ids)
@@ -217,7 +217,7 @@ class LlamaCppFloat32(LlamaCpp):
 
 
 def _padded_tokenizer(vocab_size: int) -> Any:
-    """The small tokenizer with tokens of no meaning up to the size of the model's vocabulary."""
+    """The small tokenizer, filled with placeholder tokens up to the size of the model's vocabulary."""
     tokenizer = small_tokenizer()
     tokenizer.add_tokens([f"<{number}>" for number in range(len(tokenizer), vocab_size)])
     return tokenizer

@@ -1,4 +1,4 @@
-"""What is asked of every contender: models by their shape, prompts, and workloads as methods of `Contender`."""
+"""The workloads that every contender runs, as methods of `Contender`, with model shapes and prompts."""
 
 import math
 import random
@@ -49,25 +49,25 @@ def model_of(shape: str) -> RexForCausalLM:
 
 
 def small_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer for engines that want one only to turn tokens into text; it knows fewer tokens than the models."""
+    """A tokenizer for engines that require one to turn tokens into text; its vocabulary is smaller than the models'."""
     return train_tokenizer(TokenizerSettings(vocab_size=260), ["def main():\n    return 0\n"] * 4)
 
 
 class Contender:
     """One way to generate; each workload is a method that runs it once and returns tokens per second.
 
-    Those of decoding count from each stream's first token to its last, prompts left out; the ragged ones count answer
-    tokens over all of the time. All are greedy and know no end of text.
+    Decoding workloads count from each stream's first token to its last, without the prompt; the ragged ones divide
+    answer tokens by the total time. All are greedy and ignore end-of-text.
     """
 
     def __init__(self, model: RexForCausalLM) -> None:
         self._model, self._vocab_size = model, model.config.vocab_size
         self._round = 0
         self.requests = RAGGED_REQUESTS
-        """Of the ragged workloads."""
+        """Number of requests of the ragged workloads."""
         numbers = random.Random(0)
         self._prompt_tokens = [numbers.randint(448, 576) for _ in range(RAGGED_REQUESTS)]
-        # Quantiles of the distributions rather than draws from them: no seed decides how ragged they are.
+        # Quantiles of the distributions instead of samples, so that raggedness does not depend on a seed.
         quantiles = [(i + 0.5) / RAGGED_REQUESTS for i in range(RAGGED_REQUESTS)]
         self._even_answers = [round(32 + 96 * quantile) for quantile in quantiles]
         numbers.shuffle(self._even_answers)
@@ -75,7 +75,7 @@ class Contender:
         numbers.shuffle(self._long_tailed_answers)
 
     def _prompts(self, lengths: list[int]) -> list[list[int]]:
-        """Prompts that no earlier round had: a cache of prompts must not help."""
+        """Prompts new in each round, so that a prefix cache cannot help."""
         self._round += 1
         return [self._prompt(length, 1000 * self._round + i) for i, length in enumerate(lengths)]
 

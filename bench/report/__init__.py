@@ -1,1 +1,1 @@
-"""The benchmark report that the pipeline makes: what is scored, timed and drawn, and how it is written."""
+"""The pipeline's benchmark report: quality, timings, memory, plots and Markdown."""

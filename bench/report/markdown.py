@@ -1,11 +1,11 @@
-"""report.json as a page for people: a short summary, then tables. Nothing is measured here."""
+"""Renders report.json as a Markdown page: a short summary, then tables. Nothing is measured here."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 def render(report: dict[str, Any]) -> str:
-    """The report in GitHub's Markdown; the two plots lie beside it."""
+    """The report in GitHub's Markdown; it links the two plots in the same folder."""
     sections = [
         _summary(report),
         "![Latency per token with and without the KV cache](kv_cache.png)",
@@ -21,7 +21,7 @@ def render(report: dict[str, Any]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, the first column to the left and the others to the right."""
+    """A Markdown table, the first column aligned left and the others right."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -103,7 +103,7 @@ def _decode(report: dict[str, Any]) -> str:
 
 Greedy, from a prompt of one token. Medians of interleaved rounds; spread is (slowest - fastest) / median. With the \
 cache every token is timed. Without it the time of a token depends on the number of tokens before it, so one of \
-{report["settings"]["uncached_every"]} positions is timed and stands for its neighbors; the command under Conditions \
+{report["settings"]["uncached_every"]} positions is timed and represents its neighbors; the command under Conditions \
 times them all.
 
 {table(header, rows)}
@@ -168,7 +168,7 @@ configuration in its own; the second column leaves out what importing the librar
 
 
 def _samples(report: dict[str, Any]) -> str:
-    """Samples in fences that no sample can close."""
+    """Samples in code fences longer than any run of backticks in them."""
     parts = []
     for sample in report["samples"]:
         text = sample["prompt"] + sample["text"]
@@ -203,7 +203,7 @@ def _conditions(report: dict[str, Any]) -> str:
 
 {table(["", ""], rows)}
 
-Again, on the same artifacts:
+To measure the same artifacts again:
 
 ```sh
 python -m bench.report CHECKPOINT_DIR QUANTIZED_DIR DATASET_DIR OUTPUT_DIR --name {report["experiment"]} \\
@@ -215,12 +215,12 @@ All rounds are in `report.json`."""
 
 
 def sum_ms(row: dict[str, Any]) -> float:
-    """Milliseconds of a whole run."""
+    """Milliseconds of a complete run."""
     return float(row["ms_per_token"] * row["tokens"])
 
 
 def device_name(report: dict[str, Any]) -> str:
-    """The GPU's name, or how many threads of the CPU."""
+    """The GPU's name, or the number of CPU threads."""
     machine = report["hardware"]
     threads = machine["torch_threads"]
     return str(machine["device"]) if machine["device"] != "cpu" else f"{threads} CPU thread{'s' if threads > 1 else ''}"

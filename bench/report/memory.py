@@ -1,4 +1,4 @@
-"""Peak memory of decoding, each configuration in a process of its own.
+"""Peak memory of decoding, each configuration in a separate process.
 
 A process's peak never falls, so configurations cannot share one. `python -m bench.report.memory` imports once, then
 forks a child for every configuration: the child loads the model, decodes and reports its peak.
@@ -24,10 +24,10 @@ from model.weights.loading import load_model
 
 @dataclass
 class Configuration:
-    """What a child loads and decodes."""
+    """The model that a child process loads, and the length it decodes."""
 
     model: str
-    """The name in the report."""
+    """Name in the report."""
     model_dir: str
     cache: bool
     tokens: int
@@ -36,9 +36,9 @@ class Configuration:
 
 
 def measure_peaks(configurations: list[Configuration]) -> list[dict[str, Any]]:
-    """Each configuration with `peak_bytes` (resident set) and `baseline_bytes`, the part that imports alone take.
+    """Each configuration with `peak_bytes` (resident set) and `baseline_bytes` (the same after the imports alone).
 
-    On a GPU also `peak_gpu_bytes`, what torch allocated there. Raises PipelineError where a child fails.
+    On a GPU also `peak_gpu_bytes`, torch's peak allocation there. Raises PipelineError if a child fails.
     """
     request = json.dumps([asdict(configuration) for configuration in configurations])
     root = str(Path(__file__).parents[2])
@@ -65,7 +65,7 @@ def _run(configuration: Configuration) -> dict[str, Any]:
     if configuration.cache:
         decode(model, prompt(model), configuration.tokens, use_cache=True)
     else:
-        # Without a cache a token's memory depends on its position alone, so the last one gives the peak.
+        # Without a cache a token's memory depends only on its position, so the last token gives the peak.
         decode(model, prompt(model, configuration.tokens), 1, use_cache=False)
     gpu = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None
     return {

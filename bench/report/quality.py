@@ -1,4 +1,4 @@
-"""Bits per byte of models beside the baselines of `model/baselines.py`, on the same held-out bytes; samples of text."""
+"""Bits per byte of the models and of the baselines of `model/baselines.py` on the same held-out bytes; text samples."""
 
 from collections.abc import Mapping
 from pathlib import Path

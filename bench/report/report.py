@@ -3,7 +3,7 @@
     python -m bench.report CHECKPOINT_DIR QUANTIZED_DIR DATASET_DIR OUTPUT_DIR
 
 writes report.json (everything, raw rounds included), report.md, kv_cache.png and model_benchmark_comparison.png.
-What is timed is in `bench/report/speed.py`, what is scored in `bench/report/quality.py`; this file puts it together.
+`bench/report/speed.py` has the timings and `bench/report/quality.py` the scores; this file assembles the report.
 """
 
 import argparse
@@ -58,10 +58,10 @@ def build_report(
     models = {labels[key]: model for key, model in loaded.items()}
     threads = hardware.torch_threads(int8.count_parameters(loaded["full"]))
     with _threads(threads):
-        machine = hardware.describe(device)  # before the work, so that the load average is that of others
+        machine = hardware.describe(device)  # before the work, so that the load average shows only other processes
         log(f"benchmark: {labels['full']} and {labels['quantized']} on {device}, {threads} threads")
         log("benchmark: quality and peak memory")
-        with ThreadPoolExecutor(1) as beside:  # neither is timed
+        with ThreadPoolExecutor(1) as beside:  # neither task is timed
             memory = beside.submit(_memory, settings, directories, labels, str(device), threads)
             with _threads(hardware.all_threads()):
                 quality = measure_quality(models, dataset_dir, settings, log=log)
@@ -100,7 +100,7 @@ def build_report(
 
 
 def summarize(report: dict[str, Any]) -> dict[str, Any]:
-    """The headline numbers, flat: what people plot over time."""
+    """The headline numbers, flat, for plots over time."""
     full, quantized = report["models"]["full"], report["models"]["quantized"]
     quality, common = report["quality"], report["settings"]["common_length"]
 
@@ -175,7 +175,7 @@ def _memory(
         for key, directory in directories.items()
         for cache in (True, False)
     ]
-    # The report names no folder of the machine it was made on.
+    # The report contains no local paths.
     return [{k: v for k, v in row.items() if k != "model_dir"} for row in measure_peaks(configurations)]
 
 
@@ -198,7 +198,7 @@ def main() -> int:
     )
     parser.add_argument("checkpoint_dir", type=Path, help="directory of the trained checkpoint")
     parser.add_argument("quantized_dir", type=Path, help="directory of the quantized model")
-    parser.add_argument("dataset_dir", type=Path, help="directory of the tokenized data set")
+    parser.add_argument("dataset_dir", type=Path, help="directory of the tokenized dataset")
     parser.add_argument("output_dir", type=Path, help="where the four files go")
     parser.add_argument("--name", default="experiment", help="the experiment's name, for the title")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to measure")
@@ -221,10 +221,12 @@ def main() -> int:
 
 
 def settings_of(checkpoint_dir: Path, dataset_dir: Path, options: argparse.Namespace) -> ExperimentSettings:
-    """Settings for artifacts alone: the context from the checkpoint, the window from the data set, the rest given."""
+    """Settings for artifacts alone: the context from the checkpoint, the window from the dataset, the rest from the
+    arguments.
+    """
     summary = dataset_dir / "summary.json"
     if not summary.is_file():
-        raise PipelineError(f"{summary} is missing: expected a tokenized data set")
+        raise PipelineError(f"{summary} is missing: expected a tokenized dataset")
     return ExperimentSettings(
         name=options.name,
         tokenizer=TokenizerSettings(sequence_length=json.loads(summary.read_text("utf-8"))["sequence_length"]),

@@ -1,10 +1,11 @@
-"""Seconds of decoding, prefill and batches, in interleaved rounds, so that a busy moment hits all configurations alike.
+"""Timings of decoding, prefill and batches in interleaved rounds, so that a busy moment affects all configurations
+equally.
 
 One run to the longest length times every token; the seconds for a shorter length are the sum of its first tokens,
-because a shorter run does exactly the same work. Without a cache a token's work depends on nothing but the number of
-tokens before it, so a sample of positions is timed, each standing for the block in whose middle it lies: all of them
-would take longer than everything else together (`bench/decode.py` does that). Everything is kept: a report quotes
-medians, `rounds_s` has the rest.
+because a shorter run does exactly the same work. Without a cache a token's work depends only on the number of tokens
+before it, so a sample of positions is timed, each representing the block around it: timing all of them would take
+longer than everything else together (`bench/decode.py` does that). A report quotes medians; `rounds_s` keeps every
+round.
 """
 
 import statistics
@@ -65,17 +66,17 @@ def common_length(settings: BenchmarkSettings) -> int:
 
 
 def uncached_every(settings: BenchmarkSettings) -> int:
-    """Without a cache one of so many positions is timed: four of them at the shortest length."""
+    """Without a cache, one of this many positions is timed: four at the shortest length."""
     return max(1, min(settings.generated_tokens) // 4)
 
 
 def _middles(tokens: int, every: int) -> list[int]:
-    """Tokens in the text in the middle of each block of `every`."""
+    """Number of tokens before the middle of each block of `every` positions."""
     return [min(start + (every + 1) // 2, tokens) for start in range(0, tokens, every)]
 
 
 def _total(seconds: list[float], tokens: int, every: int) -> float:
-    """Seconds of the first `tokens` tokens, each timed one standing for its block."""
+    """Seconds of the first `tokens` tokens, each timed position representing its block."""
     starts = range(0, tokens, every)
     return sum(value * (min(start + every, tokens) - start) for start, value in zip(starts, seconds, strict=False))
 

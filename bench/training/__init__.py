@@ -1,1 +1,1 @@
-"""Training against peers: nanoGPT and the Trainer's Llama, and what a step, a checkpoint and a resume cost."""
+"""Training compared with nanoGPT and transformers' Trainer; costs of a step, a checkpoint and a resume."""

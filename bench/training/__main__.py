@@ -1,14 +1,14 @@
-"""Training against the trainers people use: quality in a given time, tokens/s, and the share of the machine's limit.
+"""Training compared with common trainers: quality in a given time, tokens/s and model FLOPs utilization.
 
     python -m bench.training shakespeare --nanogpt DIR --text data/tinyshakespeare.txt
     python -m bench.training speed                  # the shape of stdlib_30m against an HF Trainer run of Llama
-    python -m bench.training costs                  # reading data, saving and resuming beside the steps of a training
-    python -m bench.training gpu                    # on a GPU, first: right gradients in each precision, then speed
+    python -m bench.training costs                  # reading data, saving and resuming as shares of the steps
+    python -m bench.training gpu                    # on a GPU: correct gradients in each precision, then speed
     python -m bench.training speed --gpu --nanogpt DIR    # the shape of gpt2_124m against nanoGPT compiled
 
-Sides run in turn on the same machine, every run in a process of its own. The user clones nanoGPT. For the
-first comparison both sides have the same text, split (first 90 % of the characters train), shape (4 layers, 4 heads,
-128 wide, context 64), and are scored alike: mean nats per character over the whole validation part.
+The sides take turns on the same machine, every run in a separate process. The user clones nanoGPT. In the first
+comparison both sides have the same text, split (the first 90 % of the characters train), shape (4 layers, 4 heads,
+hidden size 128, context 64) and score: mean nats per character over the whole validation part.
 """
 
 import argparse
@@ -34,12 +34,12 @@ from model.text.tokenizer import FastEncoder, token_bytes, train_tokenizer
 from model.text.tokens import encode_split
 
 SIDES = ("short", "nanogpt", "long")
-# Steps and windows a step: what a quarter of nanoGPT's time and what all of it allow on two cores without bfloat16.
+# Steps, and windows per step, that fit a quarter of nanoGPT's time and all of it on two cores without bfloat16.
 SHORT, LONG = (150, 16), (950, 16)
 
 
 def character_dataset(text: str, directory: Path) -> Path:
-    """Both splits as one document each, cut where nanoGPT cuts: the first 90 % of the characters train."""
+    """Both splits as one document each, cut as nanoGPT does: the first 90 % of the characters train."""
     tokenizer = train_tokenizer(TokenizerSettings(kind="char"), [text])
     spelled = token_bytes(tokenizer)
     directory.mkdir(parents=True)
@@ -53,7 +53,9 @@ def character_dataset(text: str, directory: Path) -> Path:
 
 
 def shakespeare_settings(steps: int, batch: int) -> ExperimentSettings:
-    """The experiment `shakespeare_char` with other steps and batches; windows predict 64 characters, as nanoGPT's."""
+    """The experiment `shakespeare_char` with other steps and batch sizes; windows predict 64 characters, as in
+    nanoGPT.
+    """
     model = read_settings(ModelSettings, "model/rex_char.yaml")
     training = read_settings(TrainingSettings, "training/char_minutes.yaml")
     length = nanogpt.CONTEXT + 1
@@ -75,13 +77,13 @@ def shakespeare_settings(steps: int, batch: int) -> ExperimentSettings:
 
 
 def train_ours(steps: int, batch: int, dataset_dir: Path) -> dict[str, float]:
-    """Train in a process of its own; its wall time, the loop's, and the loss on the whole validation part."""
+    """Train in a separate process; returns its wall time, the loop's, and the loss on the whole validation part."""
     started, cpu_before = time.perf_counter(), nanogpt.children_cpu_s()
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "bench.training", "run", str(steps), str(batch), str(dataset_dir), scratch]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    # The whole validation part is scored after the training: nanoGPT's score is not in its time either.
+    # Scored after the training, untimed, as nanoGPT's score is.
     process_s, cpu_s = time.perf_counter() - started, nanogpt.children_cpu_s() - cpu_before
     return {**found, "process_s": process_s - found["after_s"], "cpu_s": cpu_s - found["after_cpu_s"]}
 
@@ -110,7 +112,7 @@ def _run(steps: int, batch: int, dataset_dir: Path, scratch: Path) -> dict[str, 
 def compare_shakespeare(
     folder: Path, text: Path, rounds: int, short: Sequence[int], long: Sequence[int], named: Sequence[str] = SIDES
 ) -> dict[str, Any]:
-    """Rounds of nanoGPT, our short and our long run, or of those that are named, in an order that turns."""
+    """Rounds of nanoGPT, our short and our long run, or of the named sides, in rotating order."""
     result: dict[str, Any] = {"short": short, "long": long, "rounds": []}
     with tempfile.TemporaryDirectory() as scratch:
         copy = nanogpt.prepare(folder, text, Path(scratch))
@@ -140,12 +142,12 @@ def compare_shakespeare(
 
 
 def describe_shakespeare(result: dict[str, Any]) -> str:
-    """A line for each side that ran."""
+    """Print a line for each side that ran."""
     lines = []
     for name in SIDES:
         if f"{name}_loss" in result:
             line = f"{name}: {result[f'{name}_loss']:.3f} nats per character after {result[f'{name}_process_s']:.1f} s"
-            line += f" ({result[f'{name}_loop_s']:.1f} s without start and end, "
+            line += f" ({result[f'{name}_loop_s']:.1f} s in the loop, "
             line += f"{result[f'{name}_cpu_s']:.1f} s of CPU time)"
             if f"{name}_loop_s_share" in result:
                 shares = [f"{result[f'{name}_{clock}_share']:.2f}" for clock in ("process_s", "loop_s", "cpu_s")]
@@ -170,12 +172,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     speed_command.add_argument("--steps", type=int, default=4, help="timed optimizer steps a round (default 4)")
     speed_command.add_argument("--gpu", action="store_true", help="gpt2_124m on a GPU against nanoGPT compiled")
     speed_command.add_argument("--nanogpt", type=Path, help="a work tree of nanoGPT, for --gpu")
-    gpu_command = commands.add_parser("gpu", help="are gradients right on this device, and how fast are steps")
+    gpu_command = commands.add_parser("gpu", help="correctness of gradients on this device, and speed of steps")
     gpu_command.add_argument("--shape", choices=list(speed.SHAPES), default="gpt2_124m", help="default: gpt2_124m")
-    gpu_command.add_argument("--nanogpt", type=Path, help="a work tree of nanoGPT, to be timed against")
+    gpu_command.add_argument("--nanogpt", type=Path, help="a work tree of nanoGPT to compare the speed with")
     gpu_command.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
     gpu_command.add_argument("--steps", type=int, default=4, help="timed optimizer steps a round (default 4)")
-    costs_command = commands.add_parser("costs", help="reading, saving and resuming beside the steps")
+    costs_command = commands.add_parser("costs", help="time of reading, saving and resuming as shares of the steps")
     costs_command.add_argument("--rounds", type=int, default=3, help="rounds (default 3)")
     costs_command.add_argument("--shape", choices=list(speed.SHAPES), default="stdlib", help="default: stdlib")
     for command in (quality, speed_command, gpu_command, costs_command):

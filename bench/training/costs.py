@@ -1,11 +1,10 @@
-"""What a training pays beside its steps: reading data, saving a checkpoint, resuming; each as a share of what it
-interrupts.
+"""Overheads of a training: reading data, saving a checkpoint, resuming, each relative to the steps it delays.
 
     python -m bench.training costs [--shape stdlib]
 
-RexTrainer with the experiment's own settings on random ids, first afresh and then from its checkpoint in a process of
-its own, which is given the age of a training's last checkpoint: the whole data order is skipped. Saving includes the
-flush to disk; evaluating is not part of it.
+RexTrainer with the experiment's settings on random ids, first from step 0 and then, in a separate process, from its
+checkpoint, whose step is set near the end of a training: the resume skips the whole data order. Saving includes the
+flush to disk; evaluation is excluded.
 """
 
 import dataclasses
@@ -54,7 +53,7 @@ def _timed(seconds: list[float], call: Callable[[], Any]) -> Any:
 
 
 def run(shape: str, scratch: Path, resumed: bool) -> dict[str, float]:
-    """Train a few steps; what they and their surroundings took, in seconds."""
+    """Train a few steps; returns the seconds of the steps, reads, saves and start."""
     full = read_settings(TrainingSettings, SHAPES[shape][1])
     settings = dataclasses.replace(full, eval_steps=10**6, save_steps=SAVED_AT[0], logging_steps=10**6)
     trainer, clock = build_trainer(_Timed, shape, scratch, settings), Clock()
@@ -80,7 +79,7 @@ def run(shape: str, scratch: Path, resumed: bool) -> dict[str, float]:
 
 
 def measure(shape: str, rounds: int) -> dict[str, Any]:
-    """Medians over rounds of a fresh and a resumed run."""
+    """Medians over rounds of a new and a resumed run."""
     rows = []
     for number in range(rounds):
         with tempfile.TemporaryDirectory() as scratch:

@@ -1,11 +1,11 @@
-"""What to run first where a GPU is: are the gradients right, and then how fast are the steps.
+"""The first benchmark to run on a GPU: correctness of the gradients, then speed of the steps.
 
     python -m bench.training gpu [--nanogpt DIR]            # gpt2_124m, compiled, bfloat16
     python -m bench.training gpu --shape tiny               # the same on any machine, in seconds
 
-Each way of training the shape (eager and compiled, float32 and bfloat16) goes through the self-check that every
-training begins with (`model/training/self_check.py`); a way that fails is reported and the others go on. Then the
-experiment's own way is timed, against nanoGPT compiled where its folder is given.
+Each mode (eager and compiled, float32 and bfloat16) runs the self-check that starts every training
+(`model/training/self_check.py`); a failing mode is reported and the others continue. Then the experiment's own mode is
+timed, and compared with compiled nanoGPT if its folder is given.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def check(shape: str, way: str) -> tuple[bool, str]:
-    """Whether the gradients of one of WAYS are right, and the line that says so."""
+    """Whether the gradients of one of WAYS are correct, and the line to print."""
     lines: list[str] = []
     settings = dataclasses.replace(read_settings(TrainingSettings, speed.SHAPES[shape][1]), device="auto", **WAYS[way])
     with tempfile.TemporaryDirectory() as scratch:
@@ -47,7 +47,7 @@ def check(shape: str, way: str) -> tuple[bool, str]:
 
 
 def measure(shape: str, nanogpt: Path | None, rounds: int, steps: int, ways: list[str] | None = None) -> dict[str, Any]:
-    """The self-check of each way, then the speed of the experiment's own settings."""
+    """The self-check of each mode, then the speed of the experiment's settings."""
     result: dict[str, Any] = {"shape": shape, "gradients": {}}
     for way in ways or list(WAYS):
         passed, line = check(shape, way)

@@ -1,7 +1,7 @@
-"""nanoGPT as a peer: its published CPU run on a text, and its own GPU benchmark; cloned by the user, never kept.
+"""nanoGPT as a peer: its published CPU run on a text, and its own GPU benchmark; the user clones it.
 
-The folder that is given is copied before anything runs in it, so it stays as it was. nanoGPT prints its own evaluations
-on a few random batches; for a comparison its final weights are scored here on the whole validation part.
+The given folder is copied first, so it stays unchanged. nanoGPT evaluates itself on a few random batches; for the
+comparison this file scores its final weights on the whole validation part.
 """
 
 import json
@@ -36,7 +36,7 @@ CPU_SETTING = [
     "--always_save_checkpoint=True",
 ]
 
-# Every character of the validation part but the first predicted once, from at most 64 before it: what `evaluate` does.
+# As `evaluate` does: every character of the validation part but the first is predicted once, from at most 64 before it.
 SCORE = """
 import json, sys
 import numpy as np, torch
@@ -60,9 +60,10 @@ print(json.dumps({"loss": nats / count, "iterations": saved["iter_num"]}))
 class Run:
     """process_s: wall time from start to end of the process; loop_s: from the first evaluation to the last.
 
-    cpu_s: CPU time of the process, which other work on the machine does not stretch; with OMP_NUM_THREADS=1 it is
-    the wall time of an idle core.
-    loss: nats per character on the whole validation part. printed: what nanoGPT itself printed for its last step.
+    cpu_s: CPU time of the process, which other work on the machine does not lengthen; with OMP_NUM_THREADS=1 it is the
+    wall time on an idle core.
+    loss: nats per character on the whole validation part.
+    printed: nanoGPT's own estimate at its last step.
     """
 
     process_s: float
@@ -73,15 +74,15 @@ class Run:
 
 
 def children_cpu_s() -> float:
-    """Processor seconds of all ended child processes."""
+    """CPU seconds of all ended child processes."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def prepare(folder: Path, text: Path, scratch: Path) -> Path:
-    """Copy nanoGPT to `scratch` and make its data set of `text` with its own script.
+    """Copy nanoGPT to `scratch` and make its dataset from `text` with its own script.
 
-    Raises PipelineError where `folder` is not a work tree of nanoGPT.
+    Raises PipelineError if `folder` is not a work tree of nanoGPT.
     """
     if not (folder / "train.py").is_file() or not (folder / "data" / "shakespeare_char" / "prepare.py").is_file():
         raise PipelineError(
@@ -98,7 +99,7 @@ def prepare(folder: Path, text: Path, scratch: Path) -> Path:
 
 
 def train(copy: Path) -> Run:
-    """Run the published CPU setting to its end and score the weights."""
+    """Run the published CPU setting to completion and score the weights."""
     started, cpu_before = time.perf_counter(), children_cpu_s()
     first = last = 0.0
     printed = float("nan")

@@ -1,9 +1,9 @@
-"""Tokens/s of a training step through each trainer, and what share of the measured matrix-multiplication peak that is.
+"""Tokens/s of a training step in each trainer, and its share of the measured matrix-multiplication peak.
 
-`ours` is RexTrainer with the experiment's own settings; `llama` is transformers' Trainer as it comes, with a
-LlamaForCausalLM of the same sizes, float32, the same windows and batch; `llama_bf16` is the same with `bf16=True`,
-where the device multiplies bfloat16. Data are random ids: reading is not measured. The first step of a run is left out.
-`bench.training` starts each side in a process of its own.
+`ours` is RexTrainer with the experiment's own settings; `llama` is transformers' Trainer with its defaults and a
+LlamaForCausalLM of the same sizes, float32, the same windows and batch; `llama_bf16` is the same with `bf16=True`, if
+the device multiplies bfloat16. Data are random ids: reading is not measured. The first step of a run is excluded.
+`bench.training` starts each side in a separate process.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ AnyTrainer = TypeVar("AnyTrainer", bound=RexTrainer)
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
-    """Seconds of each optimizer step, the device waited for."""
+    """Seconds of each optimizer step, with device synchronization."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []
@@ -64,12 +64,12 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         self.marks.append(time.perf_counter())
 
     def median_s(self) -> float:
-        """Of all steps but the first."""
+        """Median over all steps but the first."""
         return statistics.median(b - a for a, b in zip(self.marks[1:-1], self.marks[2:], strict=True))
 
 
 class _Steps(RexTrainer):
-    """Steps and nothing else: the Trainer that it is compared with neither evaluates nor saves."""
+    """No evaluation and no saving, as in the Trainer that it is compared with."""
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         return {"eval_loss": 0.0}
@@ -94,7 +94,7 @@ def build_trainer(kind: type[AnyTrainer], shape: str, scratch: Path, settings: T
 
 
 def measure_side(side: str, steps: int) -> dict[str, float]:
-    """Tokens/s, FLOPs a token and the peak of `SHAPE:TRAINER`; trainers: "ours", "llama", "llama_bf16"."""
+    """Tokens/s, FLOPs per token and the peak of `SHAPE:TRAINER`; trainers: "ours", "llama", "llama_bf16"."""
     shape, trainer = side.split(":")
     model_file, training_file, vocabulary, length = SHAPES[shape]
     settings = dataclasses.replace(
@@ -153,7 +153,9 @@ def measure_side(side: str, steps: int) -> dict[str, float]:
 
 
 def compare_cpu(rounds: int, steps: int) -> dict[str, Any]:
-    """`stdlib_30m` against the Trainer as it comes, in float32 and, where the CPU multiplies it, in bfloat16."""
+    """`stdlib_30m` against transformers' Trainer with its defaults, in float32 and, if the CPU multiplies it,
+    bfloat16.
+    """
     sides = ["ours", "llama"]
     if has_fast_bfloat16(torch.device("cpu")):
         sides.append("llama_bf16")

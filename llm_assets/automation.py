@@ -1,4 +1,4 @@
-"""What may run by itself: all of it is off until a person turns it on, on the page Automation or by the variable below.
+"""What may run by itself: off until a person turns it on, on the page Automation or by the variable below.
 
 - The automation sensor of Dagster materializes quantized_model, exported_model, benchmark_report and packaged_bento of
   an experiment once what they are made from is newer (`dg.AutomationCondition.eager()`). Training stays a person's
@@ -8,13 +8,20 @@
   and code are unchanged, every stage is reused and nothing is trained.
 """
 
+import hashlib
 import json
 import os
 import urllib.request
+from pathlib import Path
 
 import dagster as dg
 
 from llm_assets.experiments.compose import DEFAULT_EXPERIMENT
+from llm_assets.experiments.explain import as_markdown
+from llm_assets.experiments.observed import observations, settings_specs
+from llm_assets.experiments.partitions import experiments
+from llm_assets.resources.hydra import HydraConfig
+from model.errors import PipelineError
 
 WEBHOOK = "LLM_ASSETS_FAILURE_WEBHOOK"
 TIMEOUT_S = 10
@@ -67,3 +74,37 @@ def failure_webhook(context: dg.RunFailureSensorContext) -> None:
 def retraining() -> dg.RunRequest:
     """See the module."""
     return dg.RunRequest(partition_key=DEFAULT_EXPERIMENT)
+
+
+@dg.sensor(
+    name="settings",
+    description="Reports options that changed in configs/, so that what depends on them is shown as out of date.",
+    minimum_interval_seconds=30,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+)
+def observed_settings(context: dg.SensorEvaluationContext, hydra: HydraConfig) -> dg.SensorResult | dg.SkipReason:
+    """See the module. Composing takes seconds: it is done only where files, runs or checkpoints are new."""
+    seen = _state(context.instance, Path(hydra.config_dir))
+    if seen == context.cursor:
+        return dg.SkipReason("no file of the settings and no observation is new")
+    found = []
+    for experiment in experiments.get_partition_keys():
+        try:
+            found += observations(context.instance, experiment, hydra.settings(experiment))
+        except PipelineError as error:
+            context.log.warning(f"settings of {experiment!r} are not observed: {error}")
+    return dg.SensorResult(asset_events=found, cursor=seen)
+
+
+def _state(instance: dg.DagsterInstance, config_dir: Path) -> str:
+    """Changes with options and files, with what a run observed, and with checkpoints that settings may name."""
+    digest = hashlib.sha256(as_markdown().encode())
+    for file in sorted(config_dir.rglob("*.yaml")):
+        digest.update(f"{file} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
+    for spec in settings_specs():
+        digest.update(
+            str([record.storage_id for record in instance.fetch_observations(spec.key, limit=1).records]).encode()
+        )
+    checkpoints = instance.fetch_materializations(dg.AssetKey("trained_checkpoint"), limit=1).records
+    digest.update(str([record.storage_id for record in checkpoints]).encode())
+    return digest.hexdigest()

@@ -173,6 +173,11 @@ def stage_spec(name: str) -> StageSpec:
     return _BY_NAME[name]
 
 
+def settings_asset(group: str) -> str:
+    """The asset that stands for a group of settings (`experiments/observed.py`)."""
+    return f"{group}_settings"
+
+
 def settings_groups(name: str) -> list[str]:
     """The groups of settings that decide asset `name`: its own and those of everything upstream, in pipeline order."""
     spec = stage_spec(name)

@@ -11,7 +11,7 @@ import dagster as dg
 from llm_assets import checks
 from llm_assets.artifacts.io_manager import ArtifactDirectory
 from llm_assets.experiments.partitions import experiments
-from llm_assets.registry import StageSpec, stage_spec
+from llm_assets.registry import StageSpec, settings_asset, stage_spec
 
 
 def asset_arguments(name: str) -> dict[str, Any]:
@@ -26,6 +26,7 @@ def asset_arguments(name: str) -> dict[str, Any]:
         "pool": spec.pool,
         "check_specs": checks.specs(name),
         "partitions_def": experiments,
+        "deps": [settings_asset(group) for group in spec.settings],
         "owners": ["team:llm"],
         "io_manager_key": "artifacts",
         "automation_condition": dg.AutomationCondition.eager() if spec.follows else None,
@@ -40,7 +41,8 @@ def load_asset(spec: StageSpec) -> dg.AssetsDefinition:
     """
     module = importlib.import_module(spec.module or f"{__name__}.{spec.name}")
     asset: dg.AssetsDefinition = getattr(module, spec.name)
-    inputs = {key.path[-1] for key in asset.dependency_keys}
+    settings = {settings_asset(group) for group in spec.settings}
+    inputs = {key.path[-1] for key in asset.dependency_keys} - settings
     if inputs != set(spec.upstream):
         raise TypeError(f"{spec.name} takes {sorted(inputs)}: its entry in the registry says {sorted(spec.upstream)}")
     return asset

@@ -7,12 +7,14 @@ only: every step of a run, and a later run of one asset, resolve the same settin
 from pathlib import Path
 
 import dagster as dg
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from llm_assets.artifacts.io_manager import DirectoryIOManager
 from llm_assets.experiments.compose import CONFIG_DIR, compose
 from llm_assets.experiments.explain import as_markdown
+from llm_assets.experiments.observed import observations
 from llm_assets.experiments.references import resolve
+from model.errors import PipelineError
 from model.settings import ExperimentSettings
 
 
@@ -33,11 +35,30 @@ class HydraConfig(dg.ConfigurableResource):
         description="Compute every selected stage again, unchanged ones too. As the run tag rex/force=true.",
     )
 
+    _composed: dict[str, ExperimentSettings] = PrivateAttr(default_factory=dict)
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Report the settings that a run works with, before Dagster notes what its steps are made from.
+
+        A step that begins later reads what is reported now, not what the files say while another run has overrides.
+        """
+        self._composed.clear()
+        experiment = context.run.tags.get("dagster/partition") if context.run else None
+        if not experiment or context.instance is None:
+            return
+        try:
+            found = observations(context.instance, experiment, self.settings(experiment))
+        except PipelineError:
+            return  # the step raises it again, where it becomes that step's failure
+        for observation in found:
+            context.instance.report_runless_asset_event(observation)
+
     def settings(self, experiment: str) -> ExperimentSettings:
-        """Compose `experiment`, with the newest checkpoints of the experiments that it names.
+        """Compose `experiment`, once in a step, with the newest checkpoints of the experiments that it names.
 
         PipelineError, one line, where that is not possible.
         """
         store = DirectoryIOManager().store()
-        composed = compose(experiment, self.overrides, Path(self.config_dir))
-        return resolve(composed, lambda name: store.load("trained_checkpoint", name))
+        if experiment not in self._composed:
+            self._composed[experiment] = compose(experiment, self.overrides, Path(self.config_dir))
+        return resolve(self._composed[experiment], lambda name: store.load("trained_checkpoint", name))

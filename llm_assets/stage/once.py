@@ -14,6 +14,7 @@ import dagster as dg
 
 from llm_assets.artifacts.io_manager import DirectoryIOManager, Reused
 from llm_assets.artifacts.manifest import Manifest, stage_config
+from llm_assets.experiments.observed import changed_options
 from llm_assets.failures import permanent_failures
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
@@ -74,6 +75,8 @@ def _find_unchanged(
     }
     changed = [name for name, (before, now) in expected.items() if before != now]
     if changed:
+        if "the settings" in changed:
+            changed[:1] = changed_options(latest.config, stage_config(settings, asset)) or ["the settings"]
         context.log.info(
             f"{asset} of {experiment!r} is made anew: changed since version {latest.version}: {', '.join(changed)}"
         )

@@ -42,7 +42,10 @@ def test_nothing_runs_by_itself_until_it_is_turned_on() -> None:
     assert statuses == {
         "default_automation_condition_sensor": dg.DefaultSensorStatus.STOPPED,
         "failure_webhook": dg.DefaultSensorStatus.STOPPED,
+        "settings": dg.DefaultSensorStatus.RUNNING,
     }
+    # It has nothing that it could start a run of.
+    assert not repository.get_sensor_def("settings").targets
     assert [(schedule.name, schedule.default_status) for schedule in repository.schedule_defs] == [
         ("retraining", dg.DefaultScheduleStatus.STOPPED)
     ]

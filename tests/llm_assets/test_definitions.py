@@ -8,6 +8,7 @@ from llm_assets import jobs
 from llm_assets.artifacts.io_manager import DirectoryIOManager
 from llm_assets.definitions import ASSETS, build_defs, defs
 from llm_assets.experiments.compose import DEFAULT_EXPERIMENT, experiment_names
+from llm_assets.experiments.observed import settings_specs
 from llm_assets.experiments.partitions import ExperimentPartitions, experiments
 from model.settings import GROUPS, options
 
@@ -47,8 +48,12 @@ def test_every_asset_says_what_it_is(asset: dg.AssetsDefinition) -> None:
 
 
 def test_each_asset_is_made_from_the_ones_that_the_design_names() -> None:
+    made = {asset.key for asset in ASSETS}
     upstream = {
-        asset.key.path[-1]: {dep.asset_key.path[-1] for spec in asset.specs for dep in spec.deps} for asset in ASSETS
+        asset.key.path[-1]: {
+            dep.asset_key.path[-1] for spec in asset.specs for dep in spec.deps if dep.asset_key in made
+        }
+        for asset in ASSETS
     }
     assert upstream == {
         "corpus": set(),
@@ -59,6 +64,27 @@ def test_each_asset_is_made_from_the_ones_that_the_design_names() -> None:
         "benchmark_report": {"trained_checkpoint", "quantized_model", "tokenized_dataset"},
         "packaged_bento": {"trained_checkpoint", "quantized_model", "benchmark_report"},
     }
+
+
+def test_each_asset_depends_on_the_settings_that_it_reads_and_on_no_others() -> None:
+    made = {asset.key for asset in ASSETS}
+    settings = {
+        asset.key.path[-1]: {dep.asset_key.path[-1] for spec in asset.specs for dep in spec.deps}
+        - {key.path[-1] for key in made}
+        for asset in ASSETS
+    }
+    assert settings == {
+        "corpus": {"corpus_settings"},
+        "tokenized_dataset": {"tokenizer_settings"},
+        "trained_checkpoint": {"model_settings", "training_settings"},
+        "quantized_model": {"quantization_settings"},
+        "exported_model": set(),
+        "benchmark_report": {"benchmark_settings"},
+        "packaged_bento": {"serving_settings"},
+    }
+    external = {spec.key.path[-1]: spec for spec in settings_specs()}
+    assert set(external) == set().union(*settings.values())
+    assert all(spec.partitions_def == experiments and spec.description for spec in external.values())
 
 
 def test_partitions_are_the_experiments() -> None:

@@ -1,5 +1,6 @@
 """A stage is computed again only where something that decides it has changed."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,14 @@ def test_what_decides_a_stage_makes_it_compute(
     change(pipeline)
     assert pipeline.run("corpus").success
     assert computed == ["corpus", "corpus"]
+
+
+def test_the_option_that_made_it_compute_is_named(pipeline: Pipeline, computed: list[str]) -> None:
+    assert pipeline.run("corpus").success
+    change_settings(pipeline)
+    result = pipeline.run("corpus")
+    (said,) = [log.user_message for log in pipeline.instance.all_logs(result.run_id) if "made anew" in log.user_message]
+    assert re.search(r"changed since version \w+: corpus\.max_bytes is 999999, was \d+$", said), said
 
 
 def test_other_code_makes_it_compute(

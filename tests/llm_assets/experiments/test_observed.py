@@ -1,0 +1,159 @@
+"""A changed option makes what reads it out of date, by name, as Dagster's page asks."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+# What Dagster's page shows: GraphQL's `staleStatus` and `staleCauses` call this class.
+from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleCause, StaleStatus
+from dagster._core.loader import LoadingContextForTest
+
+from llm_assets.automation import observed_settings
+from llm_assets.experiments.compose import CONFIG_DIR
+from llm_assets.experiments.observed import changed_options, settings_specs
+from llm_assets.experiments.partitions import experiments
+from llm_assets.resources.hydra import HydraConfig
+
+EXPERIMENTS = {"smoke", "stdlib"}
+
+
+@dg.asset(partitions_def=experiments, deps=["corpus_settings"])
+def corpus(hydra: HydraConfig) -> None:
+    pass
+
+
+@dg.asset(partitions_def=experiments, deps=["model_settings", "training_settings", corpus])
+def trained_checkpoint(hydra: HydraConfig) -> None:
+    pass
+
+
+class Location:
+    """A code location of two assets and two experiments over a copy of `configs/`."""
+
+    def __init__(self, configs: Path, instance: dg.DagsterInstance) -> None:
+        self.configs, self.instance = configs, instance
+        shutil.copytree(CONFIG_DIR, configs)
+        for file in (configs / "experiment").iterdir():
+            if file.stem not in EXPERIMENTS:
+                file.unlink()
+        self.cursor: str | None = None
+
+    def run(self, *overrides: str, experiment: str = "smoke") -> None:
+        """Materialize both assets."""
+        hydra = HydraConfig(config_dir=str(self.configs), overrides=list(overrides))
+        assets = [*settings_specs(), corpus, trained_checkpoint]
+        assert dg.materialize(
+            assets, partition_key=experiment, resources={"hydra": hydra}, instance=self.instance
+        ).success
+
+    def look(self) -> dg.SensorResult | dg.SkipReason:
+        """One tick of the sensor, and what the daemon does with its result."""
+        context = dg.build_sensor_context(
+            self.instance, cursor=self.cursor, resources={"hydra": HydraConfig(config_dir=str(self.configs))}
+        )
+        found = observed_settings(context)
+        assert isinstance(found, dg.SensorResult | dg.SkipReason)
+        if isinstance(found, dg.SensorResult):
+            self.cursor = found.cursor
+            for event in found.asset_events:
+                assert isinstance(event, dg.AssetObservation)
+                self.instance.report_runless_asset_event(event)
+        return found
+
+    def edit(self, file: str, old: str, new: str) -> None:
+        text = (self.configs / file).read_text()
+        assert old in text
+        (self.configs / file).write_text(text.replace(old, new))
+
+    def causes(self, asset: str, experiment: str = "smoke") -> list[StaleCause]:
+        """Why a partition is out of date; empty where it is fresh."""
+        assets = [*settings_specs(), corpus, trained_checkpoint]
+        graph = dg.Definitions(assets, resources={"hydra": HydraConfig()}).resolve_asset_graph()
+        resolver = CachingStaleStatusResolver(self.instance, graph, LoadingContextForTest(self.instance))
+        found = list(resolver.get_stale_causes(dg.AssetKey(asset), experiment))
+        status = resolver.get_status(dg.AssetKey(asset), experiment)
+        assert (status == StaleStatus.STALE) == bool(found)
+        return found
+
+    def newest(self, asset: str, experiment: str = "smoke") -> dg.AssetObservation:
+        filtered = dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), asset_partitions=[experiment])
+        observation = self.instance.fetch_observations(filtered, limit=1).records[0].asset_observation
+        assert observation
+        return observation
+
+
+@pytest.fixture
+def location(tmp_path: Path, var: Path) -> Iterator[Location]:
+    with dg.DagsterInstance.ephemeral() as instance:
+        yield Location(tmp_path / "configs", instance)
+
+
+def test_a_changed_option_makes_what_reads_it_out_of_date_and_is_named(location: Location) -> None:
+    location.run()
+    location.run(experiment="stdlib")
+    location.look()
+    assert not location.causes("corpus") and not location.causes("trained_checkpoint")
+
+    location.edit("experiment/smoke.yaml", "description:", "training:\n  learning_rate: 0.05\ndescription:")
+    location.look()
+    (cause,) = location.causes("trained_checkpoint")
+    assert cause.dependency and cause.dependency.asset_key == dg.AssetKey("training_settings")
+    assert cause.dependency.partition_key == "smoke"
+    assert cause.reason == "has a new dependency data version"
+    assert not location.causes("corpus")
+    assert not location.causes("trained_checkpoint", "stdlib")
+    changed = "training.learning_rate is 0.05, was 0.01"
+    assert location.newest("training_settings").description == changed
+    assert location.newest("training_settings").metadata["changed"].value == changed
+
+    location.run()
+    assert not location.causes("trained_checkpoint")
+
+
+def test_what_was_made_with_overrides_is_out_of_date_by_the_files(location: Location) -> None:
+    location.run("corpus.max_bytes=999999")
+    assert not location.causes("corpus")
+    location.look()
+    (cause,) = location.causes("corpus")
+    assert cause.dependency and cause.dependency.asset_key == dg.AssetKey("corpus_settings")
+    assert (location.newest("corpus_settings").description or "").endswith(", was 999999")
+    assert not location.causes("trained_checkpoint")
+
+
+def test_an_option_set_back_leaves_nothing_out_of_date(location: Location) -> None:
+    location.run()
+    changes = ("description:", "training:\n  learning_rate: 0.05\ndescription:")
+    for old, new in (changes, changes[::-1]):
+        location.edit("experiment/smoke.yaml", old, new)
+        location.look()
+    assert not location.causes("trained_checkpoint")
+
+
+def test_nothing_is_composed_or_reported_while_nothing_changes(location: Location) -> None:
+    first = location.look()
+    assert isinstance(first, dg.SensorResult)
+    assert {event.partition for event in first.asset_events} == EXPERIMENTS
+    second = location.look()
+    assert isinstance(second, dg.SensorResult) and not second.asset_events
+    assert isinstance(location.look(), dg.SkipReason)
+
+
+def test_a_mistake_in_one_experiment_does_not_hide_the_others(location: Location) -> None:
+    location.edit("experiment/smoke.yaml", "description:", "training:\n  no_such_option: 1\ndescription:")
+    found = location.look()
+    assert isinstance(found, dg.SensorResult)
+    seen = {event.partition for event in found.asset_events}
+    assert seen == {"stdlib"}
+
+
+def test_options_that_came_and_went_are_named_too() -> None:
+    before = {"training": {"max_steps": 1, "old": True}}
+    now = {"training": {"max_steps": 2, "new": "a"}}
+    assert changed_options(before, now) == [
+        "training.max_steps is 2, was 1",
+        "training.new is 'a', which was no option",
+        "training.old is no option any more",
+    ]

@@ -48,9 +48,10 @@ MIB = 1 << 20
 class Engine:
     """Generates text with one model in one thread; every method is safe to call from any thread.
 
-    max_batch_size: requests that generate at once. Each has room for the model's whole context in the cache.
-    kv_cache_mib: memory limit for keys and values, in MiB, which may lower the batch size. 0: enough for
-    max_batch_size. kv_cache: False recomputes all earlier tokens for each new one, for comparison.
+    max_batch_size: requests that generate at once.
+    kv_cache_mib: memory limit for keys and values, in MiB: a request starts when its prompt and its longest answer fit
+    beside the running ones. 0: as much as max_batch_size contexts need; a processor commits it as texts grow.
+    kv_cache: False recomputes all earlier tokens for each new one, for comparison.
     prefill_chunk: tokens of one step with prompts in it, those that decode included.
     max_queue, max_queue_tokens: requests that may wait besides those that run, and tokens of their prompts.
     step: how a step is computed, a name of `steps.py` or "auto". step_timeout_s: a step that takes longer counts as
@@ -91,7 +92,11 @@ class Engine:
             encode=lambda data: self._encoder.encode_bytes(data).tolist(),
         )
         self._kv_cache, self._prefill_chunk, self._step_timeout_s = kv_cache, prefill_chunk, step_timeout_s
-        self._slots = _count_slots(model, max_batch_size, kv_cache_mib)
+        chosen = choose_step(model, step)
+        self._cache_tokens, self._is_limited = _cache_tokens(model, max_batch_size, kv_cache_mib), kv_cache_mib > 0
+        self._slots = max_batch_size
+        if not chosen.grows(model):
+            self._slots = min(max_batch_size, self._cache_tokens // self.context_length)
         self._max_queue, self._max_queue_tokens = max_queue, max_queue_tokens
         self._queue = RequestQueue(max_queue, max_queue_tokens)
         self._changed = threading.Condition()
@@ -100,7 +105,7 @@ class Engine:
         self._restarts = 0
         self._step_started: float | None = None
         self._past = EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-        self._step: Step = choose_step(model, step).create(model, self._slots)
+        self._step: Step = chosen.create(model, self._slots)
         keep_freed_memory()
         release_worker_threads()
         self._scheduler = self._new_scheduler()
@@ -143,7 +148,7 @@ class Engine:
             waiting=len(self._queue),
             waiting_tokens=self._queue.tokens,
             cache_tokens=scheduler.cache_tokens,
-            cache_capacity_tokens=self._slots * self.context_length,
+            cache_capacity_tokens=self._cache_tokens,
             prompt_tokens_total=past.prompt_tokens_total + scheduler.prompt_tokens,
             cached_tokens_total=past.cached_tokens_total + scheduler.cached_tokens,
             generated_tokens_total=past.generated_tokens_total + scheduler.generated_tokens,
@@ -257,6 +262,7 @@ class Engine:
             end_of_text_ids=self.end_of_text_ids,
             prefill_chunk=self._prefill_chunk,
             kv_cache=self._kv_cache,
+            cache_tokens=self._cache_tokens if self._is_limited else None,
         )
 
     def _start(self) -> threading.Thread:
@@ -329,17 +335,19 @@ class Engine:
             generation.finish(generation.interruption() or reason, error=error)  # type: ignore[arg-type]
 
 
-def _count_slots(model: PreTrainedModel, max_batch_size: int, kv_cache_mib: int) -> int:
+def _cache_tokens(model: PreTrainedModel, max_batch_size: int, kv_cache_mib: int) -> int:
+    """Most tokens in the cache. Raises PipelineError where the memory does not hold one context."""
+    context = int(model.config.max_position_embeddings)
     if not kv_cache_mib:
-        return max_batch_size
-    size = bytes_per_token(model.config, model.dtype) * model.config.max_position_embeddings
-    slots = kv_cache_mib * MIB // size
-    if not slots:
+        return max_batch_size * context
+    tokens = kv_cache_mib * MIB // bytes_per_token(model.config, model.dtype)
+    if tokens < context:
+        size = bytes_per_token(model.config, model.dtype) * context
         raise PipelineError(
-            f"kv_cache_mib is {kv_cache_mib}: one context of {model.config.max_position_embeddings:,} tokens takes "
-            f"{math.ceil(size / MIB):,} MiB; give it that much"
+            f"kv_cache_mib is {kv_cache_mib}: one context of {context:,} tokens takes {math.ceil(size / MIB):,} MiB; "
+            f"give it that much"
         )
-    return min(max_batch_size, slots)
+    return min(tokens, max_batch_size * context)
 
 
 def _end_of_text_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:

@@ -21,6 +21,7 @@ class NativeStep(Step):
 
     name = "native"
     logits_device = torch.device("cpu")
+    page_tokens = library.PAGE_TOKENS
 
     def __init__(self, model: NativeModel, slots: int, threads: int) -> None:
         self._model, self._threads = model, threads

@@ -79,6 +79,11 @@ class ReferenceStep(Step):
         self._no_mask = torch.zeros(1, 1, 1, 1, device=model.device)
 
     @classmethod
+    def grows(cls, model: PreTrainedModel) -> bool:
+        """True on a processor, whose memory is committed page by page; elsewhere the cache is allocated whole."""
+        return model.device.type == "cpu"
+
+    @classmethod
     def create(cls, model: PreTrainedModel, slots: int) -> "ReferenceStep":
         """The step for a model, its layers packed for decoding."""
         step = cls(model, slots)
@@ -98,6 +103,11 @@ class ReferenceStep(Step):
     def clear(self, slot: int) -> None:
         """Set the keys and values of a slot to zeros."""
         self.cache.clear(slot)
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Give an emptied slot's memory back; a shortened one keeps it, since its next tokens follow at once."""
+        if not length:
+            self.cache.release(slot)
 
     def compute(self, segments: Sequence[Segment]) -> list[SegmentOutput]:
         """Compute all segments in one forward pass of the model; those whose hidden states are wanted in another."""

@@ -35,6 +35,8 @@ class Scheduler:
     """Serves the requests of a queue, step by step.
 
     end_of_text_ids: tokens that end a text. kv_cache: False recomputes all earlier tokens in each step.
+    cache_tokens: most tokens whose keys and values all slots may hold together, at least one context. A request starts
+    when its prompt and its longest answer fit beside those of the running ones; kept prefixes give way to it.
     """
 
     def __init__(
@@ -46,9 +48,11 @@ class Scheduler:
         end_of_text_ids: frozenset[int],
         prefill_chunk: int,
         kv_cache: bool,
+        cache_tokens: int | None = None,
     ) -> None:
         self._step, self._queue = step, queue
         self._slots = SlotTable(step)
+        self._capacity = cache_tokens and max(cache_tokens, self._slots.pages(step.context_length))
         self._token_bytes, self._end_of_text_ids = token_bytes, end_of_text_ids
         self._token_index: TokenIndex | None = None
         self._kv_cache = kv_cache
@@ -139,15 +143,24 @@ class Scheduler:
         reuse = reuse and generation.request.embedding != "mean"  # averages the hidden states of all tokens
         if reuse and self._should_wait(prompt_ids):
             return None
+        if self._capacity is not None and self._reserved(generation) > self._capacity:
+            return None
         self._queue.remove(generation)
         slot, cached = self._slots.take(self._free, prompt_ids, reuse=reuse)
         sequence = self._new_sequence(generation, slot, cached)
         self._free.remove(slot)
         self.running.append(sequence)
+        if self._capacity is not None:
+            self._slots.free_memory(self._free, self._capacity - self._reserved())
         generation.start(cached)
         self.prompt_tokens += len(prompt_ids)
         self.cached_tokens += cached
         return sequence
+
+    def _reserved(self, *further: Generation) -> int:
+        """Tokens of memory that the running requests, and further ones, take at most."""
+        requests = [sequence.request for sequence in self.running] + [generation.request for generation in further]
+        return sum(self._slots.pages(len(request.prompt_ids) + request.max_tokens) for request in requests)
 
     def _new_sequence(self, generation: Generation, slot: int, cached: int) -> Sequence:
         request = generation.request

@@ -64,6 +64,23 @@ class SlotTable:
         self.touch(slot)
         return slot, length
 
+    def free_memory(self, free: list[int], most: int) -> None:
+        """Empty `free` slots, the least recently used first, until together they hold at most `most` tokens.
+
+        The one used last stays the longest: another may have been copied from it.
+        """
+        held = {slot: self.pages(self.length(slot)) for slot in free}
+        for slot in sorted(free, key=lambda slot: self._used[slot]):
+            if sum(held.values()) <= most:
+                return
+            self.truncate(slot, 0)
+            held[slot] = 0
+
+    def pages(self, tokens: int) -> int:
+        """Tokens whose memory a slot with that many takes: whole pages."""
+        page = self._step.page_tokens
+        return -(-tokens // page) * page
+
     def longest_shared(self, prompt_ids: np.ndarray) -> int:
         """Length of the longest cached prefix of a prompt."""
         return int(self._shared_prefixes(prompt_ids[:-1]).max())

@@ -62,11 +62,18 @@ class Step(ABC):
     logits_device: torch.device
     bytes_per_token: int
     """Memory that keys and values of one token take over all layers."""
+    page_tokens: ClassVar[int] = 1
+    """Tokens whose memory a slot takes at once."""
 
     @classmethod
     def unavailable(cls, model: PreTrainedModel) -> str | None:
         """Why this step cannot run the model on this machine, in one line; None where it can."""
         return None
+
+    @classmethod
+    def grows(cls, model: PreTrainedModel) -> bool:
+        """Whether slots take memory as their texts grow, rather than a whole context each from the start."""
+        return True
 
     @classmethod
     @abstractmethod
@@ -90,7 +97,7 @@ class Step(ABC):
         """Empty a slot so that no number in it, not even NaN, reaches a later sequence."""
 
     def truncate(self, slot: int, length: int) -> None:  # noqa: B027  a step with fixed memory has nothing to do
-        """Keys and values from position `length` on are not needed any more; a step may free their memory."""
+        """Drop the keys and values from position `length` on; a step that `grows` frees their memory."""
 
     @abstractmethod
     def renewed(self) -> "Step":

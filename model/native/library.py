@@ -33,6 +33,8 @@ INSTRUCTIONS = ("portable", "avx2", "avxvnni", "avx512", "amx", "dotprod")
 """By their numbers in the library; of those that a processor has, the last is the fastest."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 LIBRARY_VARIABLE, INSTRUCTIONS_VARIABLE = "REX_NATIVE_LIBRARY", "REX_NATIVE_INSTRUCTIONS"
+PAGE_TOKENS = 64
+"""PAGE of kernels.h: the tokens of one page of the cache."""
 ACTIVATION_LEVELS = 127
 """Activations of int8 layers go from -127 to 127: no kernel here saturates, unlike FBGEMM's (`model/weights/int8.py`).
 """

@@ -27,14 +27,14 @@ class ServingSettings(Settings, group="serving"):
     )
     max_batch_size: int = option(
         16,
-        "Requests that generate at once; each has room for the whole context.",
+        "Requests that generate at once.",
         unit="requests",
         above=0,
         maximum=4096,
     )
     kv_cache_mib: int = option(
         0,
-        "Most memory for keys and values; fewer requests then generate at once. 0: as max_batch_size needs.",
+        "Most memory for keys and values: a request waits until its prompt and answer fit. 0: max_batch_size contexts.",
         unit="MiB",
         minimum=0,
         maximum=2**24,

@@ -1,6 +1,7 @@
 """Slots keep what was computed until another sequence needs them."""
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -99,3 +100,30 @@ def test_memory_is_what_is_said_of_a_token(cache):
     config = tiny_model(tiny_tokenizer()).config
     held = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
     assert held == 3 * cache.context_length * bytes_per_token(config, torch.float32)
+
+
+def test_the_memory_of_a_released_slot_goes_back_and_reads_as_zeros():
+    config = tiny_model(tiny_tokenizer(), max_position_embeddings=1 << 15).config
+    made = KeyValueCache(config, 2, dtype=torch.float32, device=torch.device("cpu"))
+    size = bytes_per_token(config, torch.float32) << 15
+    before = psutil.Process().memory_info().rss
+    for tensor in (*made.keys, *made.values):
+        tensor[:] = 1.0
+    filled = psutil.Process().memory_info().rss
+    made.release(1)
+    released = psutil.Process().memory_info().rss
+    assert filled - before > 1.8 * size
+    assert filled - released > 0.8 * size
+    for tensor in (*made.keys, *made.values):
+        assert (tensor[0] == 1).all() and (tensor[1] == 0).all()
+
+
+def test_kept_texts_give_way_in_the_order_of_their_last_use(table):
+    for slot, count in ((2, 30), (0, 20), (1, 10)):
+        hold(table, slot, LONG[:count])
+    table.free_memory([0, 1, 2], 60)
+    assert [table.length(slot) for slot in range(3)] == [20, 10, 30]
+    table.free_memory([0, 1, 2], 31)
+    assert [table.length(slot) for slot in range(3)] == [20, 10, 0]
+    table.free_memory([0, 1], 9)
+    assert [table.length(slot) for slot in range(3)] == [0, 0, 0]

@@ -1,5 +1,6 @@
 """The engine gives what `generate()` gives, to many callers at once."""
 
+import math
 import random
 import threading
 
@@ -7,11 +8,12 @@ import pytest
 import torch
 
 from model.errors import PipelineError
-from model.generation.engine import Engine
+from model.generation.cache import bytes_per_token
+from model.generation.engine import MIB, Engine
 from model.generation.requests import Finished, GenerationRequest, PromptScores, SamplingParameters
 from model.text.tokenizer import token_bytes
 from model.weights import int8
-from tests.model.generation.engines import GREEDY, PROMPT, reference, start, tokens
+from tests.model.generation.engines import GREEDY, PROMPT, StepHook, reference, start, tokens
 from tests.tiny import CONTEXT, TEXT, tiny_model
 
 pytestmark = pytest.mark.usefixtures("each_step")
@@ -191,6 +193,37 @@ def test_memory_for_keys_and_values_decides_how_many_generate_at_once(model, tok
     wide = tiny_model(tokenizer, max_position_embeddings=1 << 12)
     engine = start(wide, tokenizer, max_batch_size=16, kv_cache_mib=3)  # a context takes 1 MiB
     assert engine.stats().cache_capacity_tokens == 3 << 12
+    engine.stop()
+
+
+def test_short_texts_generate_side_by_side_in_the_memory_of_one_context(tokenizer):
+    wide = tiny_model(tokenizer, max_position_embeddings=1 << 12)
+    running = []
+    engine = start(wide, tokenizer, max_batch_size=8, kv_cache_mib=1)  # a context takes 1 MiB
+    hook = StepHook(engine, before=lambda segments: running.append(len(segments)))
+    prompts = [[7, 5 + number, 9] for number in range(8)]
+    asked = [engine.submit(GenerationRequest(prompt, 30, GREEDY)) for prompt in prompts]
+    assert [tokens(generation) for generation in asked] == [reference(wide, prompt, 30) for prompt in prompts]
+    assert max(running) == 8
+    hook.remove()
+    engine.stop()
+
+
+def test_long_texts_wait_for_memory_and_leave_none_of_it_taken(tokenizer):
+    context, count = 256, 100
+    model = tiny_model(tokenizer, max_position_embeddings=context)
+    bytes_of_context = context * bytes_per_token(model.config, model.dtype)
+    held = []
+    engine = start(model, tokenizer, max_batch_size=8, kv_cache_mib=math.ceil(2 * bytes_of_context / MIB))
+    capacity = engine._scheduler._capacity = 2 * context
+    hook = StepHook(engine, after=lambda segments: held.append(len(segments)))
+    prompts = [[number + 3] * 60 for number in range(8)]
+    asked = [engine.submit(GenerationRequest(prompt, count, GREEDY)) for prompt in prompts]
+    assert [tokens(generation) for generation in asked] == [reference(model, prompt, count) for prompt in prompts]
+    table = engine._scheduler._slots
+    assert max(held) == capacity // table.pages(60 + count) < 4
+    assert sum(table.pages(table.length(slot)) for slot in range(8)) <= capacity
+    hook.remove()
     engine.stop()
 
 

@@ -88,7 +88,7 @@ def test_conversations_of_another_tokenizer_are_not_compared(dataset: Path, mode
     for path in dataset.iterdir():
         (tmp_path / path.name).symlink_to(path)
     offsets = np.load(dataset / "validation.documents.npy")
-    np.save(tmp_path / "validation.responses.npy", offsets[:-1])
+    np.save(tmp_path / "validation.responses.npy", np.stack([offsets[:-1], offsets[1:]], axis=1))
     with pytest.raises(PipelineError, match=r"another tokenizer than .*expected the same tokenizer"):
         compare_pair(models[0], models[2], tmp_path, 64, max_pieces=9)
     assert compare_pair(models[0], models[1], tmp_path, 64, max_pieces=9).pieces > 0

@@ -1,4 +1,4 @@
-"""A trained model for other engines: files in their formats, and the proof that they hold the same model.
+"""Exports a trained model to the formats of other engines, and verifies that the exports compute the same model.
 
 Run: `python -m model.export CHECKPOINT OUT --to hf|gguf|compressed-tensors|all`.
 """

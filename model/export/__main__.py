@@ -10,7 +10,7 @@ from model.export.package import FORMATS, export
 
 @ends_in_one_line
 def main(arguments: list[str] | None = None) -> int:
-    """Write a REX checkpoint in the formats of other engines; exit status 1 and one line where that cannot be done."""
+    """Write a REX checkpoint in the formats of other engines; prints one line and exits with 1 on an error."""
     parser = argparse.ArgumentParser(prog="python -m model.export", description=main.__doc__)
     parser.add_argument("checkpoint", type=Path, help="folder of a trained checkpoint")
     parser.add_argument("out", type=Path, help="folder to write to")

@@ -1,4 +1,4 @@
-"""An export whose files are each run by their engine before anything is made from them."""
+"""Exports a checkpoint and runs each file in its engine before later stages use it."""
 
 import json
 from collections.abc import Mapping
@@ -20,14 +20,14 @@ CERTIFICATES = "certificates.json"
 
 @dataclass(frozen=True)
 class CertifiedExport:
-    """What the engines said, and what was not made or not run, and why."""
+    """Certificates of the engines, and reasons for each format that was not written or not run."""
 
     certificates: list[Certificate]
     left_out: list[str]
 
     @property
     def differences(self) -> list[str]:
-        """Every difference found, behind its engine and file."""
+        """Every difference found, prefixed by engine and file."""
         return [f"{found.engine}, {found.file}: {line}" for found in self.certificates for line in found.differences]
 
 
@@ -44,8 +44,8 @@ def export_with_certificates(
 ) -> CertifiedExport:
     """Write every format of a checkpoint, and the certificates of the installed engines to `certificates.json`.
 
-    quantized_dir: its bits per byte stand in the model card beside the commit of the code.
-    Raises PipelineError for an incomplete checkpoint, and where an engine cannot load its file.
+    quantized_dir: the quantized model whose bits per byte the model card quotes, with the commit of the code.
+    Raises PipelineError for an incomplete checkpoint, or if an engine cannot load its file.
     """
     described = {**provenance, **_measured(quantized_dir), "commit": code_revision()}
     made = export(checkpoint_dir, output_dir, name=name, provenance=described)

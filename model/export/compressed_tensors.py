@@ -37,7 +37,7 @@ QUANTIZATION: dict[str, Any] = {
 
 
 def write_compressed_tensors(model: RexForCausalLM, output_dir: Path) -> None:
-    """Write configuration and weights of `model`; each quantized matrix (N, K) has its scales (N, 1) beside it."""
+    """Write configuration and weights of `model`; each quantized matrix (N, K) comes with its scales (N, 1)."""
     output_dir.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for name, weight in export_state_dict(model.state_dict(), model.config).items():

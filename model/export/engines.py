@@ -1,7 +1,7 @@
-"""One engine answers the questions of the parity check, in a process of its own: JSON in, JSON out.
+"""Runs one engine on the inputs of the parity check, in a separate process: JSON in, JSON out.
 
 Run by `model/export/parity.py`: `python -m model.export.engines ENGINE MODEL_PATH < questions.json`. No engine here
-runs code of this project's model: transformers loads its own class, llama.cpp reads the GGUF alone.
+runs this project's model code: transformers loads its own class, llama.cpp reads only the GGUF.
 """
 
 import json
@@ -24,7 +24,7 @@ Answers = dict[str, Any]
 
 
 def installed_engines() -> dict[str, str]:
-    """The release of each engine's package in this environment, by engine."""
+    """Installed release of each engine's package, by engine."""
     found: dict[str, str] = {}
     for engine, package in PACKAGES.items():
         with suppress(PackageNotFoundError):
@@ -33,7 +33,7 @@ def installed_engines() -> dict[str, str]:
 
 
 def transformers(path: Path, asked: Questions) -> Answers:
-    """Stock transformers on an exported directory. Raises TypeError where the class is not transformers' own."""
+    """Stock transformers on an exported directory. Raises TypeError if the class is not one of transformers."""
     import torch
     from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -86,13 +86,14 @@ def llama_cpp(path: Path, asked: Questions) -> Answers:
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(path)
-    # One thread: several wait for each other while the server sorts a distribution, and round by their number.
+    # One thread: several would wait for each other while the server sorts a distribution, and rounding depends on their
+    # number.
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
     parameters.n_ctx, parameters.n_parallel, parameters.warmup = asked["context"], 1, False
     parameters.cache_ram_mib = parameters.n_ctx_checkpoints = parameters.verbosity = 0
     parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    parameters.no_extra_bufts = True  # Kernels for AMX and repacked weights round more than the plain ones.
+    parameters.no_extra_bufts = True  # kernels for AMX and repacked weights round more than the plain ones
     server = xllamacpp.Server(parameters)
 
     def post(route: str, body: dict[str, Any]) -> Any:
@@ -105,12 +106,12 @@ def llama_cpp(path: Path, asked: Questions) -> Answers:
         body = {"content": text, "add_special": False, "parse_special": special}
         return list(post("/tokenize", body)["tokens"]) if text else []
 
-    # The server leaves out the probabilities of tokens in an unfinished UTF-8 character. A letter in place of the
-    # sampled token finishes none; the probabilities are those before it was chosen.
+    # The server omits the probabilities of tokens inside an incomplete UTF-8 character. A letter in place of the
+    # sampled token avoids that; the probabilities are those from which the token was sampled.
     (letter,) = tokenize("a", False)
 
     def distribution(ids: list[int], top: int) -> list[tuple[int, float]]:
-        """The `top` likeliest next tokens with their log-probabilities, likeliest first."""
+        """The `top` most likely next tokens with their log-probabilities, in descending order."""
         body = {"prompt": ids, "n_predict": 1, "n_probs": top, "temperature": 0, "logit_bias": [[letter, 1e9]]}
         (step,) = post("/completion", body)["completion_probabilities"]
         return [(entry["id"], entry["logprob"]) for entry in step["top_logprobs"]]
@@ -119,7 +120,7 @@ def llama_cpp(path: Path, asked: Questions) -> Answers:
         body = {"prompt": ids, "n_predict": asked["steps"], "temperature": 0, "return_tokens": True}
         chosen = list(post("/completion", body)["tokens"])
         scores = [distribution([*ids, *chosen[:count]], 1)[0] for count in range(len(chosen))]
-        # A token that is not the likeliest has no score here: NaN differs from every bound.
+        # A token that is not the most likely has no score here; NaN exceeds every bound.
         return [
             [token, score if likeliest == token else math.nan]
             for token, (likeliest, score) in zip(chosen, scores, strict=True)
@@ -142,7 +143,7 @@ def llama_cpp(path: Path, asked: Questions) -> Answers:
 
 
 def compressed_tensors(path: Path, asked: Questions) -> Answers:
-    """Stock transformers on int8 weights, which the package compressed-tensors reads for it."""
+    """Stock transformers on int8 weights, read by the package compressed-tensors."""
     answers = transformers(path, asked)
     return {**answers, "engine": f"compressed-tensors {version('compressed-tensors')} in {answers['engine']}"}
 
@@ -155,7 +156,7 @@ ENGINES: dict[str, Callable[[Path, Questions], Answers]] = {
 
 
 def main() -> int:
-    """Answer the questions on standard input; the answers go to the file that they name."""
+    """Answer the questions on standard input; writes the answers to the file that the questions name."""
     asked = json.load(sys.stdin)
     answers = ENGINES[sys.argv[1]](Path(sys.argv[2]), asked)
     Path(asked["output"]).write_text(json.dumps(answers))

@@ -1,7 +1,7 @@
 """GGUF, the format of llama.cpp and Ollama: weights, tokenizer, merges, special tokens and chat template in one file.
 
 Starts from the stock layouts of `model/weights/export.py`. Norms are float32 in every file, as llama.cpp requires; rows
-whose length is no multiple of 32 stay in full precision in a Q8_0 file. The keys are those of llama.cpp's converter.
+whose length is not a multiple of 32 stay in full precision in a Q8_0 file. The keys are those of llama.cpp's converter.
 """
 
 import json
@@ -19,9 +19,9 @@ from model.text.tokenizer import splits_as_gpt2
 from model.weights.export import export_state_dict
 
 PRE_TOKENIZER = "gpt-2"
-"""llama.cpp's name of GPT-2's split of a text into words, which `model/text/tokenizer.py` trains with.
+"""llama.cpp's name of GPT-2's pre-tokenizer, which `model/text/tokenizer.py` trains with.
 
-llama.cpp does not cut a run of more than LONGEST_RUN characters of one kind: there, and only there, its tokens differ.
+llama.cpp does not split a run of more than LONGEST_RUN characters of one class; only there its tokens differ.
 """
 NORMAL, CONTROL = 1, 3
 """llama.cpp's token types."""
@@ -46,7 +46,7 @@ _NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_h
 
 
 def reason_against(tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """Why llama.cpp cannot split text as `tokenizer` does, in one line; None where it can."""
+    """Why llama.cpp cannot split text as `tokenizer` does, in one line; None if it can."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     if state["model"].get("byte_fallback"):
         return "the tokenizer has one token per character, and llama.cpp has no such tokenizer"
@@ -61,7 +61,7 @@ def reason_against(tokenizer: PreTrainedTokenizerFast) -> str | None:
 def write_gguf(model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path, kind: str, *, name: str) -> None:
     """Write `model` to `path`. kind: "full" (F32, or BF16 for a bfloat16 model) or "q8_0".
 
-    Raises PipelineError where llama.cpp cannot split text as `tokenizer` does, or turns heads in another way than the
+    Raises PipelineError if llama.cpp cannot split text as `tokenizer` does, or rotates heads differently than the
     model.
     """
     import gguf
@@ -75,7 +75,7 @@ def write_gguf(model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast, path: 
         raise PipelineError(
             f"no GGUF of this model: rope_type is {rope['rope_type']!r}, expected 'default'; use --to hf"
         )
-    # llama.cpp turns Llama's heads by neighboring rows, as it does GLM-4's, so both need them interleaved.
+    # llama.cpp rotates pairs of neighboring rows in Llama's heads, as in GLM-4's, so both need interleaved rows.
     weights = export_state_dict(model.state_dict(), config)
     if not config.post_norm:
         weights = {key: _neighboring(key, weight, config) for key, weight in weights.items()}

@@ -1,4 +1,4 @@
-"""All the files of an export, below one folder, with a model card (README.md) and checksums (SHA256SUMS).
+"""Writes all files of an export to one folder, with a model card (README.md) and checksums (SHA256SUMS).
 
 hf/: GLM-4 or Llama layout in safetensors, for transformers, vLLM and SGLang. compressed-tensors/: int8 in the layout
 that vLLM reads. gguf/: model-f32.gguf (or -bf16), model-q8_0.gguf and a Modelfile, for llama.cpp and Ollama.
@@ -30,7 +30,7 @@ CARD, CHECKSUMS = "README.md", "SHA256SUMS"
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """A model that an engine loads: `path` below the output folder, and how its weights are stored."""
+    """A model that an engine loads: `path` relative to the output folder, and the storage precision of its weights."""
 
     path: str
     precision: str
@@ -40,7 +40,7 @@ class ExportedFile:
 
 @dataclass(frozen=True)
 class Export:
-    """What was written, and why a format was left out."""
+    """The files written, and the reason for each format left out."""
 
     files: tuple[ExportedFile, ...]
     left_out: dict[str, str]
@@ -56,9 +56,9 @@ def export(
 ) -> Export:
     """Write `formats` of a REX checkpoint in full precision.
 
-    name: what the model is called in the card and in GGUF. provenance: lines of the model card, by title.
-    A format that cannot hold the model is left out with the reason where others were asked for as well.
-    Raises PipelineError where `checkpoint_dir` is no REX checkpoint, or the only format asked for cannot hold it.
+    name: of the model in the card and in GGUF. provenance: lines of the model card, by title.
+    A format that cannot represent the model is left out, with the reason, if other formats were requested as well.
+    Raises PipelineError if `checkpoint_dir` is not a REX checkpoint, or the only requested format cannot represent it.
     """
     if not (checkpoint_dir / "config.json").is_file():
         raise PipelineError(f"no config.json in {checkpoint_dir}: expected a REX checkpoint; train one first")
@@ -86,7 +86,7 @@ def export(
 
 
 def copy_tokenizer(checkpoint_dir: Path, output_dir: Path) -> None:
-    """Copy the tokenizer's files, and the chat template where it has a file of its own."""
+    """Copy the tokenizer's files, and the chat template if it has a separate file."""
     for path in (*checkpoint_dir.glob("*token*.json"), *checkpoint_dir.glob("chat_template.jinja")):
         shutil.copy(path, output_dir / path.name)
 
@@ -114,7 +114,7 @@ def _write_ggufs(
 
 
 def _modelfile(model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Ollama's recipe; its templates are Go's, so the chat template is written out again."""
+    """Ollama's Modelfile; its templates are in Go's syntax, so the chat template is translated."""
     template, stops = "{{ .Prompt }}", [tokenizer.eos_token] if tokenizer.eos_token else []
     if tokenizer.chat_template == TEMPLATE:
         stops += MARKS.values()
@@ -127,7 +127,7 @@ def _modelfile(model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast) -> str
             f'{{{{- range .Messages }}}}{{{{ if eq .Role "assistant" }}}}{MARKS["assistant"]}{{{{ .Content }}}}'
             f"{tokenizer.eos_token}{turns}{{{{ end }}}}{{{{ end }}}}{MARKS['assistant']}"
         )
-    elif tokenizer.chat_template:  # of checkpoints before the marks
+    elif tokenizer.chat_template:  # checkpoints from before role marks
         template = (
             '{{- range .Messages }}{{ if eq .Role "assistant" }}{{ .Content }}'
             f'{tokenizer.eos_token}{{{{ else if eq .Role "user" }}}}'
@@ -140,7 +140,7 @@ def _modelfile(model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast) -> str
 
 
 def _card(name: str, files: Sequence[ExportedFile], left_out: Mapping[str, str], provenance: Mapping[str, Any]) -> str:
-    lines = [f"# {name}", "", "A REX model in formats that need no code of its project.", ""]
+    lines = [f"# {name}", "", "A REX model in formats that need no code of this project.", ""]
     lines += ["| folder or file | weights |", "|---|---|"]
     lines += [f"| `{file.path}` | {file.precision} |" for file in files]
     lines += ["", *(f"Left out: {form} ({reason})." for form, reason in left_out.items())]
@@ -157,6 +157,6 @@ def _card(name: str, files: Sequence[ExportedFile], left_out: Mapping[str, str],
         for title, value in provenance.items()
     ]
     lines += [
-        "- License: weights follow the licenses of the text that they were trained on; check them before you share."
+        "- License: weights follow the licenses of the text that they were trained on; check them before you share it."
     ]
     return "\n".join(lines) + "\n"

@@ -1,8 +1,8 @@
-"""Whether an exported model is the same model: its engine's answers beside those of REX, and a certificate.
+"""Compares an exported model in its engine with REX, and writes a certificate.
 
-Compared on prompts that hurt: token ids (with special tokens read as such, and as text), chat templates, greedy
+Compared on difficult prompts: token ids (with special tokens parsed, and as text), chat templates, greedy
 continuations, log-probabilities of the chosen tokens, and bits per byte of held-out text. A greedy difference is
-explained only where REX's own two best log-probabilities lie closer together than twice the format's bound.
+accepted only if REX's two best log-probabilities differ by less than twice the format's bound.
 """
 
 import json
@@ -28,13 +28,13 @@ from model.text.tokens import TokenDataset
 STEPS = 16
 """Greedy tokens after each prompt."""
 LOG_PROBABILITY_BOUND = {"float32": 1e-3, "bfloat16": 0.25, "int8": 0.25, "q8_0": 0.25}
-"""Largest difference of one log-probability, nats, by how the exported weights are stored."""
+"""Largest difference of one log-probability, nats, by storage precision of the exported weights."""
 BITS_PER_BYTE_BOUND = {"float32": 1e-3, "bfloat16": 0.02, "int8": 0.02, "q8_0": 0.02}
 """Largest difference in bits per byte on the same held-out tokens."""
 WINDOWS = 8
-"""Windows of the validation split, evenly spread, that an engine scores which gives whole distributions at once."""
+"""Windows of the validation split, evenly spread, for engines that return whole distributions."""
 LLAMA_CPP_SCORES = 400_000
-"""Log-probabilities of held-out text that llama.cpp is asked for: it gives a whole distribution for each token."""
+"""Held-out tokens scored with llama.cpp: it returns a whole distribution for each token."""
 
 TEXTS = {
     "empty": "",
@@ -60,7 +60,7 @@ CHATS = {
 
 @dataclass
 class Certificate:
-    """What one engine's answers were compared on, and what was found; `differences` is empty where they agree."""
+    """Scope and results of the comparison with one engine; `differences` is empty if they agree."""
 
     engine: str
     file: str
@@ -69,7 +69,7 @@ class Certificate:
     greedy_tokens: int
     explained_differences: list[str]
     log_probability_difference: float
-    """Largest found, nats; the bound is beside it."""
+    """Largest difference found, nats; `bound` is the limit."""
     log_probability_bound: float
     bits_per_byte: float
     """Of the engine, on `scored_tokens` held-out tokens."""
@@ -80,7 +80,7 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        """Whether the engine runs the same model."""
+        """Whether the engine computes the same model."""
         return not self.differences
 
 
@@ -94,10 +94,10 @@ def certify(
     *,
     name: str = "",
 ) -> Certificate:
-    """Ask `engine` about the export at `path`, and compare with `model`, a REX in eval mode on the CPU.
+    """Run `engine` on the export at `path`, and compare with `model`, a REX model in eval mode on the CPU.
 
     precision: how the weights at `path` are stored, a key of LOG_PROBABILITY_BOUND. name: of the file in the
-    certificate. Raises PipelineError with the engine's last line where it cannot load or run the file.
+    certificate. Raises PipelineError with the engine's last line if it cannot load or run the file.
     """
     limit_threads()
     length = min(dataset.sequence_length, model.config.max_position_embeddings)
@@ -123,7 +123,7 @@ def _questions(
         for name, turns in chats.items()
     }
     first = model.config.bos_token_id or 0
-    # An engine completes at least one token: the empty text starts with the end of the text before.
+    # An engine needs at least one token: the empty prompt is an end-of-text token.
     prompts = {name: plain.encode(text).ids[:room] or [first] for name, text in TEXTS.items()}
     prompts |= {name: tokenizer(text, add_special_tokens=False).input_ids[:room] for name, text in rendered.items()}
     prompts["longest context"] = dataset.tokens[:room].astype("int64").tolist()
@@ -139,7 +139,7 @@ def _questions(
 
 
 def _plain(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy that reads special tokens written out as ordinary text."""
+    """A copy that reads special tokens in a text as ordinary text."""
     plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     plain.encode_special_tokens = True
     return plain
@@ -197,7 +197,7 @@ def _compare(
             best = int(log_p[step].argmax())
             margin = float(log_p[step, best] - log_p[step, int(token)])
             if margin > 0:
-                line = f"greedy token {step} of {title!r}: {int(token)}, expected {best}, {margin:.2g} nats likelier"
+                line = f"greedy token {step} of {title!r}: {int(token)}, expected {best}, {margin:.2g} nats more likely"
                 (explained if margin <= 2 * bound else differences).append(line)
             gap = abs(float(log_p[step, int(token)]) - score)
             largest = max(largest, gap if math.isfinite(gap) else math.inf)
@@ -227,23 +227,23 @@ def _compare(
 
 
 def _next_log_probabilities(model: RexForCausalLM, ids: list[int]) -> Tensor:
-    """Log-probabilities (T - 1, V) of what follows each of `ids` but the last, float64."""
+    """Log-probabilities (T - 1, V) after each of `ids` but the last, float64."""
     log_p_TV: Tensor = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
     return log_p_TV
 
 
 def _wrong_ends(model: RexForCausalLM, title: str, chosen: list[int]) -> list[str]:
-    """Where an engine goes on after an end-of-text token of REX's, or ends without one."""
+    """A difference if the engine continues after REX's end-of-text token, or ends without one."""
     ends = model.generation_config.eos_token_id
     stops = set(ends if isinstance(ends, list) else [ends])
-    wrong = [f"greedy continuation of {title!r} goes on after {token}" for token in chosen[:-1] if token in stops]
+    wrong = [f"greedy continuation of {title!r} continues after {token}" for token in chosen[:-1] if token in stops]
     if len(chosen) < STEPS and not stops & set(chosen[-1:]):
         wrong.append(f"greedy continuation of {title!r} ends after {len(chosen)} tokens: expected {STEPS}")
     return wrong
 
 
 def _score(model: RexForCausalLM, windows: list[list[int]], dataset: TokenDataset) -> tuple[float, int, int]:
-    """Nats of predicting each window but its first token, the tokens and the bytes that they stand for."""
+    """Nats of predicting each window but its first token, the number of these tokens and of their bytes."""
     nats, tokens, text_bytes = 0.0, 0, 0
     for window in windows:
         log_p_TV = _next_log_probabilities(model, window)
@@ -254,7 +254,7 @@ def _score(model: RexForCausalLM, windows: list[list[int]], dataset: TokenDatase
 
 
 def as_rows(certificates: list[Certificate]) -> list[dict[str, Any]]:
-    """A row for each certificate, for a table: lists as counts; the engine's releases last, as they are long."""
+    """Table rows, one per certificate: lists as counts; the engine's releases last, as they are long."""
     return [
         {
             key: len(value) if isinstance(value, list) else value

@@ -1,1 +1,1 @@
-"""The generation engine: KV cache, sampling, text that is cut only between whole characters. No web code."""
+"""The generation engine: KV cache, scheduling, sampling, detokenization to whole characters. No web code."""

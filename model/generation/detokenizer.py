@@ -1,7 +1,7 @@
-"""From tokens to text as they come, never half a character.
+"""Incremental detokenization: emits only complete characters.
 
-Tokens of a byte-level vocabulary stand for bytes, so one character can take several. Bytes that are no UTF-8 become
-U+FFFD exactly as in `bytes.decode("utf-8", "replace")`: the pieces joined are the decoding of the whole.
+Tokens of a byte-level vocabulary represent bytes, so one character can take several. Bytes that are not UTF-8 become
+U+FFFD exactly as in `bytes.decode("utf-8", "replace")`: the joined pieces equal the decoding of the whole.
 """
 
 import codecs
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 class Detokenizer:
     """Text of one generation.
 
-    token_bytes: the bytes each id stands for (`model.text.tokenizer.token_bytes`); ids beyond it stand for none, which
-    is what a vocabulary padded to a round size has.
+    token_bytes: the bytes of each id (`model.text.tokenizer.token_bytes`); ids beyond it, the padding of a vocabulary,
+    have no bytes.
     """
 
     def __init__(self, token_bytes: Sequence[bytes]) -> None:
@@ -20,10 +20,10 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """The characters that are complete with this token; the bytes of an incomplete one wait for the next."""
+        """The characters that this token completes; bytes of an incomplete one are kept for the next call."""
         data = self._token_bytes[token_id] if token_id < len(self._token_bytes) else b""
         return self._decoder.decode(data)
 
     def flush(self) -> str:
-        """The end: U+FFFD where a character was left incomplete, else nothing."""
+        """Text at the end: U+FFFD if a character is incomplete, else empty."""
         return self._decoder.decode(b"", final=True)

@@ -3,7 +3,7 @@
     engine = Engine(load_model(path), load_tokenizer(path))
     for event in engine.submit(GenerationRequest(engine.encode("def "), max_tokens=20)): ...
 
-Greedy decoding gives the tokens of transformers' `generate()`, whatever other requests run. This module runs and
+Greedy decoding gives the tokens of transformers' `generate()`, regardless of other requests. This module runs and
 supervises the thread: if it dies or a step hangs, requests in flight fail and the engine restarts once. `scheduler.py`
 assembles the steps, `step.py` is the interface of their computation. HTTP routes and limits are in the server.
 """
@@ -56,7 +56,7 @@ class Engine:
     max_queue, max_queue_tokens: requests that may wait besides those that run, and tokens of their prompts.
     step: how a step is computed, a name of `steps.py` or "auto". step_timeout_s: a step that takes longer counts as
     hung. end_of_text_ids: tokens that end a text; None: the model's own.
-    Raises PipelineError where the memory does not hold one context.
+    Raises PipelineError if the memory does not hold one context.
     """
 
     def __init__(
@@ -157,12 +157,14 @@ class Engine:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text; special tokens written out in it are ordinary text. Long texts take seconds."""
+        """Tokens of a text; special tokens in it are encoded as ordinary text. Long texts take seconds."""
         ids: list[int] = self._encoder.encode(text).tolist()
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of tokens; bytes that are no UTF-8 are U+FFFD. Raises IndexError for an id outside the vocabulary."""
+        """Text of tokens; bytes that are not UTF-8 become U+FFFD. Raises IndexError for an id outside the
+        vocabulary.
+        """
         known = len(self.token_bytes)
         return b"".join(self.token_bytes[i] if i < known else b"" for i in ids).decode("utf-8", "replace")
 
@@ -171,20 +173,20 @@ class Engine:
         return self._grammars.compile(kind, source)
 
     def compiled_grammar(self, kind: Kind, source: str) -> Grammar | None:
-        """The grammar from the cache of compiled ones, else None."""
+        """The grammar if it is in the cache of compiled grammars, else None."""
         return self._grammars.kept(kind, source)
 
     def submit(self, request: GenerationRequest, deliver: Deliver | None = None) -> Generation:
         """Queue a request. Its events go to `deliver`, in the engine's thread, or to the iterator of the Generation.
 
-        Raises PipelineError for a request that can never run, EngineBusy where the queue is full, EngineStopped.
+        Raises PipelineError for a request that can never run, EngineBusy if the queue is full, EngineStopped.
         """
         return self._admit([Generation(request, deliver)])[0]
 
     def submit_all(
         self, requests: Sequence[GenerationRequest], deliver: Callable[[int, Event], None]
     ) -> list[Generation]:
-        """Queue all requests or none; `deliver` takes the place of a request among them and its event.
+        """Queue all requests or none; `deliver` is called with a request's index and an event.
 
         Raises as `submit` does.
         """
@@ -199,7 +201,7 @@ class Engine:
         self._is_warm = True
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """End the thread after its current step; running and waiting requests finish as cancelled."""
+        """End the thread after its current step; running and waiting requests finish as canceled."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()

@@ -1,10 +1,10 @@
-"""Grammars that a text must follow: JSON schemas, regular expressions, Lark and GBNF grammars, compiled by llguidance
-(Moskal, Nori and others, https://github.com/guidance-ai/llguidance: Earley's parser over derivatives of regular
-expressions, walked along a trie of the vocabulary).
+"""Grammars that constrain generated text: JSON schemas, regular expressions, Lark and GBNF grammars, compiled by
+llguidance (Moskal, Nori and others, https://github.com/guidance-ai/llguidance: Earley's parser over derivatives of
+regular expressions, walked along a trie of the vocabulary).
 
-A compiled `Grammar` is shared; each text has a `Matcher` of its own. Both are bounded, in compiling and for each token,
-by work and not by time: the same grammar is refused, or not, on every machine. The package is imported with the first
-grammar. How a server names grammars in a request is not here.
+A compiled `Grammar` is shared; each text has its own `Matcher`. Compilation and matching are bounded by work, not by
+time, so a grammar is accepted or refused alike on every machine. The package is imported with the first grammar. The
+server's request format for grammars is not here.
 """
 
 import json
@@ -20,7 +20,8 @@ from model.errors import PipelineError
 
 Kind = Literal["json", "regex", "grammar", "calls"]
 MOST_WHITE_SPACE = 20
-"""Characters of white space at one place of a JSON text: without a bound a model may write it until its tokens end."""
+"""Most consecutive whitespace characters in a JSON text: without a bound a model may emit whitespace until its tokens
+run out."""
 LONGEST_REASON = 200
 KEPT_GRAMMARS = 32
 JSON_OPTIONS: Any = {
@@ -33,18 +34,18 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
-# A row of an ambiguous grammar costs its items squared, and every other text waits: 300 items are some 15 ms. Rows of
-# JSON are long (four items a property) but unambiguous.
+# A row of an ambiguous grammar costs its items squared and delays every other text: 300 items take about 15 ms. Rows of
+# JSON are long (four items per property) but unambiguous.
 MOST_ITEMS = {"json": 2000, "calls": 2000, "regex": 300, "grammar": 300}
 
 
 class GrammarTooCostly(Exception):
-    """A grammar needs more work for the next token than one text may take."""
+    """A grammar needs more work for the next token than the limit per text."""
 
 
 class Grammar:
     """A compiled grammar. vocab_size: of the model, which may have more ids than the tokenizer. end_of_text_ids: tokens
-    that it allows where a text may end.
+    allowed wherever a text may end.
     """
 
     def __init__(self, template: Any, vocab_size: int, end_of_text_ids: Sequence[int]) -> None:
@@ -57,7 +58,7 @@ class Grammar:
 
 
 class Matcher:
-    """Where a text stands in its grammar."""
+    """State of one text in its grammar."""
 
     def __init__(self, state: Any, vocab_size: int) -> None:
         self._state, self._vocab_size = state, vocab_size
@@ -68,7 +69,7 @@ class Matcher:
         return bool(self._state.is_stopped()) and not self._state.is_error()
 
     def allowed(self) -> npt.NDArray[np.bool_]:
-        """Which tokens may come next, shape (V,); the end-of-text tokens where the text may end.
+        """Mask of the tokens that may come next, shape (V,); includes the end-of-text tokens if the text may end.
 
         Raises GrammarTooCostly.
         """
@@ -78,7 +79,7 @@ class Matcher:
         return bits.view(np.bool_)
 
     def accept(self, token: int) -> None:
-        """Go on behind a token that was allowed. Raises GrammarTooCostly."""
+        """Advance by an allowed token. Raises GrammarTooCostly."""
         self._state.consume_token(token)
         self._check()
 
@@ -90,7 +91,7 @@ class Matcher:
 class GrammarCompiler:
     """Compiles grammars for one vocabulary; safe to call from any thread.
 
-    token_bytes: the bytes each id stands for. special_ids: tokens that are no text. end_of_text_ids: tokens that end a
+    token_bytes: the bytes of each id. special_ids: tokens that are not text. end_of_text_ids: tokens that end a
     text. encode: tokens of a byte string.
     """
 
@@ -111,16 +112,16 @@ class GrammarCompiler:
         self._kept: OrderedDict[tuple[Kind, str], Grammar] = OrderedDict()
 
     def __call__(self, data: bytes) -> list[int]:
-        """For llguidance's wrapper of tokenizers."""
+        """The call that llguidance's tokenizer wrapper makes."""
         return self._encode(data)
 
     def compile(self, kind: Kind, source: str) -> Grammar:
-        """A grammar of texts: JSON that is valid under a schema, what a regular expression (Rust's syntax) matches as a
-        whole, or what a grammar derives from `start` (Lark) or `root` (GBNF, told by its ::=). "calls": a Lark grammar
-        of JSON schemas, which are not its author's.
+        """Compile a grammar: JSON that is valid under a schema, full matches of a regular expression (Rust's syntax),
+        or derivations of a grammar from `start` (Lark) or `root` (GBNF, recognized by its ::=). "calls": a Lark grammar
+        that the server builds from a client's JSON schemas.
 
-        Raises PipelineError, whose line says what is wrong; a schema with a keyword that cannot be enforced is refused.
-        Large grammars take some 100 ms, in which other threads run.
+        Raises PipelineError for an invalid grammar and for a schema with a keyword that cannot be enforced. Large
+        grammars take about 100 ms, during which other threads run.
         """
         if found := self.kept(kind, source):
             return found
@@ -132,7 +133,7 @@ class GrammarCompiler:
         return grammar
 
     def kept(self, kind: Kind, source: str) -> Grammar | None:
-        """The grammar where it was compiled lately."""
+        """The grammar if it is in the cache, else None."""
         with self._lock:
             if found := self._kept.get((kind, source)):
                 self._kept.move_to_end((kind, source))
@@ -154,19 +155,19 @@ class GrammarCompiler:
         if template.is_error():
             raise PipelineError(one_line(template.get_error()))
         first = template.deep_copy()
-        first.compute_bitmask()  # what the first token needs is made here, not between two steps
+        first.compute_bitmask()  # computes the first token's mask here rather than between two steps
         if first.is_error():
             raise PipelineError("no text follows it")
         return template
 
 
 def choice_grammar(choices: Sequence[str]) -> str:
-    """The Lark grammar of a few texts."""
+    """A Lark grammar that matches one of a few texts."""
     return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
 
 
 def one_line(message: str) -> str:
-    """The reason in an error of llguidance, which quotes grammars and points into them over several lines."""
+    """The reason in an error of llguidance, whose text quotes the grammar over several lines."""
     lines = [line.strip() for line in message.splitlines()] or [""]
     reasons = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return " ".join((reasons or lines)[0].split())[:LONGEST_REASON]

@@ -1,7 +1,7 @@
-"""The step in C++, for processors (`model/native/`): int8, bfloat16 and float32 weights, one call for a whole step.
+"""The step in C++ for CPUs (`model/native/`): int8, bfloat16 and float32 weights, one call per step.
 
-A sequence's numbers do not depend, to the last bit, on what else is in the step. Keys and values stand in pages that a
-slot takes as its text grows; sequences that begin alike share them.
+A sequence's results are bit-identical whatever other sequences are in the step. Keys and values are stored in pages
+that a slot allocates as its text grows; sequences with a common prefix share pages.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from model.native.library import NativeModel, NativeSession, unsupported
 
 
 class NativeStep(Step):
-    """Computes with the native library; threads are as many as torch has when it is made."""
+    """Computes with the native library, on as many threads as torch has at construction."""
 
     name = "native"
     logits_device = torch.device("cpu")
@@ -33,16 +33,16 @@ class NativeStep(Step):
 
     @classmethod
     def unavailable(cls, model: PreTrainedModel) -> str | None:
-        """Why the library cannot run the model, in one line; None where it can."""
+        """Why the library cannot run the model, in one line; None if it can."""
         return unsupported(model)
 
     @classmethod
     def create(cls, model: PreTrainedModel, slots: int) -> Self:
-        """The step for a model; the library has its own copy of the weights, so the model may go."""
+        """The step for a model; the library copies the weights, so the model may be freed."""
         return cls(NativeModel(model), slots, torch.get_num_threads())
 
     def compute(self, segments: Sequence[Segment]) -> list[SegmentOutput]:
-        """As `Step.compute`; raises PipelineError where a segment does not fit or memory ends."""
+        """As `Step.compute`; raises PipelineError if a segment does not fit or memory runs out."""
         if any(s.logits == "hidden" for s in segments):
             embedded = [s for s in segments if s.logits == "hidden"]
             hidden = iter(self._hidden(embedded))
@@ -75,17 +75,17 @@ class NativeStep(Step):
         return [SegmentOutput(self._no_logits, None, part_RD) for part_RD in parts]
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Let a slot begin with the tokens of another; whole pages are shared, not copied."""
+        """Copy a prefix of one slot to another; whole pages are shared, not copied."""
         self._session.copy_prefix(source, target, length)
 
     def clear(self, slot: int) -> None:
-        """Empty a slot. Positions that a sequence has not written never count, so its numbers may stay."""
+        """Empty a slot. Attention never reads positions that a sequence has not written, so nothing is zeroed."""
         self._session.truncate(slot, 0)
 
     def truncate(self, slot: int, length: int) -> None:
-        """Give back the pages behind position `length`."""
+        """Free the pages after position `length`."""
         self._session.truncate(slot, length)
 
     def renewed(self) -> "NativeStep":
-        """The same weights with empty slots and threads of its own."""
+        """The same weights with empty slots and new threads."""
         return NativeStep(self._model, self.slots, self._threads)

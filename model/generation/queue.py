@@ -32,7 +32,7 @@ class RequestQueue:
 
     @property
     def tokens(self) -> int:
-        """Prompt tokens of the requests that wait."""
+        """Prompt tokens of the waiting requests."""
         with self._lock:
             return _tokens(self._waiting)
 
@@ -61,12 +61,12 @@ class RequestQueue:
             return self._waiting.first(is_short if only_short else lambda _: True)
 
     def remove(self, generation: Generation) -> None:
-        """Remove a request, if it is still there."""
+        """Remove a request if it is still queued."""
         with self._lock:
             self._waiting.remove(generation, was_served=True)
 
     def finish_interrupted(self) -> int:
-        """Finish cancelled and timed-out requests at once; returns their number."""
+        """Finish canceled and timed-out requests at once; returns their number."""
         if not self:
             return 0
         with self._lock:

@@ -1,8 +1,8 @@
-"""The reference step: eager PyTorch over `modeling_rex.py`, on any device and in any precision.
+"""The reference step: `modeling_rex.py` in eager PyTorch, on any device and in any precision.
 
 All tokens of a step are concatenated into one sequence, so each weight is read once per step; only attention is
 computed per sequence: single tokens of neighboring slots in one call, longer segments one by one. Attention goes
-through transformers' attention interface, so the architecture stands in `modeling_rex.py` alone.
+through transformers' attention interface, so the architecture is defined only in `modeling_rex.py`.
 
 Shapes: N tokens of all segments, n queries of one attention call, H query heads, G key/value heads, r = H / G, K head
 dimension, S positions, R rows of logits, V vocabulary.
@@ -47,20 +47,20 @@ class AttentionBatch:
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """What attention needs to know of a step: travels through the model's forward as the argument `slots`."""
+    """Attention metadata of a step, passed through the model's forward as the argument `slots`."""
 
     cache: KeyValueCache
     slot_N: Tensor
     position_N: Tensor
     batches: tuple[AttentionBatch, ...]
     last_batches: tuple[AttentionBatch, ...]
-    """Those of the last layer, which computes queries only for tokens whose logits are needed."""
+    """Calls of the last layer, which computes queries only for tokens whose logits are needed."""
 
 
 class ReferenceStep(Step):
     """Runs a model on the slots of a cache.
 
-    It has its own copy of the model's modules, which shares the weights: the caller's model stays usable.
+    It copies the model's modules but shares the weights: the caller's model stays usable.
     """
 
     name: ClassVar[str] = "reference"
@@ -110,7 +110,7 @@ class ReferenceStep(Step):
             self.cache.release(slot)
 
     def compute(self, segments: Sequence[Segment]) -> list[SegmentOutput]:
-        """Compute all segments in one forward pass of the model; those whose hidden states are wanted in another."""
+        """Compute all segments in one forward pass; segments whose hidden states are requested take a second pass."""
         embedded = [segment for segment in segments if segment.logits == "hidden"]
         if embedded:
             hidden = iter(self.hidden_states(embedded))
@@ -136,16 +136,16 @@ class ReferenceStep(Step):
         return outputs
 
     def logits(self, segments: Sequence[Segment]) -> list[Tensor]:
-        """Logits (R, V) of each segment, float32; keys and values are then in the cache."""
+        """Logits (R, V) of each segment, float32; fills the cache with keys and values."""
         return self._forward(segments, lambda **arguments: self.model(**arguments).logits[0])
 
     def hidden_states(self, segments: Sequence[Segment]) -> list[Tensor]:
-        """Hidden states (R, D) of all tokens of each segment, float32; keys and values are then in the cache."""
+        """Hidden states (R, D) of all tokens of each segment, float32; fills the cache with keys and values."""
         return self._forward(segments, lambda **arguments: self.model.model(**arguments).last_hidden_state[0])
 
     @torch.inference_mode()
     def _forward(self, segments: Sequence[Segment], compute: Callable[..., Tensor]) -> list[Tensor]:
-        """What `compute` gives for the wanted rows, by segment."""
+        """The outputs of `compute` for the requested rows, by segment."""
         order = sorted(range(len(segments)), key=lambda i: (len(segments[i].ids) > 1, segments[i].slot))
         row = [segments[i] for i in order]
         device = self.model.device
@@ -203,7 +203,7 @@ class ReferenceStep(Step):
 
 
 def _run_key(index: int, segment: Segment) -> tuple[int, int]:
-    """Equal for single tokens whose slots follow each other, different for everything else."""
+    """Grouping key: equal for single tokens in consecutive slots, different for all other segments."""
     return (0, segment.slot - index) if len(segment.ids) == 1 else (1, index)
 
 
@@ -246,7 +246,7 @@ def slot_attention_forward(
     groups = keys.shape[1]
     attn_outputs = []
     for batch in slots.last_batches if module.layer_idx == len(slots.cache.keys) - 1 else slots.batches:
-        # The query heads of a group are rows of one query: each key is read once for all of them.
+        # The query heads of a group become rows of one query, so each key is read once for all of them.
         query_HnK = query_1HNK[0, :, batch.first : batch.last]
         n = batch.last - batch.first
         if batch.b - batch.a == n:

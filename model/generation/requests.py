@@ -160,7 +160,7 @@ class Finished:
     generated_tokens: includes the token that ended the text (finish_reason "stop"), whose text is emitted only with
     include_stop. stopped_by: the stop string or stop token id that matched; None for the end-of-text token.
     cached_tokens: prompt tokens served from the prefix cache. error: one-line reason for finish_reason "error".
-    is_refusal: the request cannot be fulfilled (a client error).
+    is_refusal: the request is invalid (a client error).
     """
 
     finish_reason: FinishReason
@@ -181,7 +181,7 @@ class EngineStats:
     waiting_tokens: int
     """Prompt tokens of waiting requests."""
     cache_tokens: int
-    """Tokens whose keys and values running requests hold."""
+    """Tokens of running requests in the KV cache."""
     cache_capacity_tokens: int
     prompt_tokens_total: int
     cached_tokens_total: int
@@ -236,11 +236,11 @@ class Generation:
         return "timeout" if any(limit_s is not None and waited_s > limit_s for limit_s in limits_s) else None
 
     def start(self, cached_tokens: int) -> None:
-        """Record that the request left the queue; called by the engine."""
+        """Record that the request left the queue; the engine calls it."""
         self.started_at, self.cached_tokens = time.monotonic(), cached_tokens
 
     def emit(self, event: PromptScores | Embedding | TextPiece) -> None:
-        """Deliver an event; called by the engine."""
+        """Deliver an event; the engine calls it."""
         if not self.is_finished:
             self._hand_over(event)
 
@@ -252,7 +252,7 @@ class Generation:
         error: str | None = None,
         is_refusal: bool = False,
     ) -> None:
-        """Deliver the last event, once; called by the engine."""
+        """Deliver the last event, once; the engine calls it."""
         with self._finishing:  # a step that hangs may return after the watchdog has finished its requests
             if self.is_finished:
                 return

@@ -1,8 +1,8 @@
 """Sampling for one request: penalties, bias, temperature, top-k, top-p and min-p, in the order of `generate()`.
 
-Each request has its own random generator and draws one number per token, so a seed gives the same text whatever else
-runs. Sampling inverts the cumulative distribution of the kept tokens: one random number instead of the vocabulary-sized
-vector that `torch.multinomial` draws.
+Each request has its own random generator and draws one number per token, so a seed gives the same text regardless of
+other requests. Sampling inverts the cumulative distribution of the kept tokens: one random number instead of the
+vocabulary-sized vector that `torch.multinomial` draws.
 
 Shapes: V vocabulary, C candidates, the most likely first.
 """
@@ -53,7 +53,7 @@ class Sampler:
         """Sample the next token from float32 logits, shape (V,).
 
         forbidden, allowed_V: tokens to exclude, and a mask of the allowed ones, at least one of them.
-        Raises ValueError for logits that are NaN or infinite, from which any token could come.
+        Raises ValueError for NaN or infinite logits.
         """
         scores_V = self.scores(logits_V, forbidden)
         if allowed_V is not None:
@@ -90,7 +90,7 @@ class Sampler:
     def kept(self, scores_V: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Candidate ids and probabilities, each (C,); sorted by probability if any token is dropped."""
         parameters = self._parameters
-        # float64 and a maximum of 0, so that a temperature near 0 does not overflow.
+        # float64, shifted to a maximum of 0, so that a temperature near 0 does not overflow.
         scaled_V = (scores_V.double() - scores_V.max()) / parameters.temperature
         vocab_size = len(scaled_V)
         top_k = min(parameters.top_k, vocab_size) or vocab_size
@@ -98,7 +98,7 @@ class Sampler:
             return np.arange(vocab_size), scaled_V.softmax(dim=-1).cpu().numpy()
         for size in (min(CANDIDATES, vocab_size), vocab_size) if top_k == vocab_size else (top_k,):
             top_C, ids = torch.topk(scaled_V, size)
-            # top-p is a fraction of the mass that top-k keeps; without top-k, of all mass.
+            # top-p is a fraction of the probability mass that top-k keeps; without top-k, of all mass.
             total = top_C.exp().sum() if top_k < vocab_size else scaled_V.exp().sum()
             probabilities_C = (top_C.exp() / total).cpu().numpy()
             before_C = probabilities_C.cumsum() - probabilities_C

@@ -26,7 +26,7 @@ from model.generation.step import Segment, SegmentOutput, Step
 
 logger = logging.getLogger(__name__)
 SLOTS_PER_KEPT = 16
-"""One slot in this many is reserved for short answers, which then need not wait for long ones."""
+"""One slot in this many is reserved for short answers, so that they do not wait for long ones."""
 FAILED = "generating failed: the server's log has the reason"
 Batch = list[tuple[Sequence, Segment]]
 
@@ -60,7 +60,7 @@ class Scheduler:
         self._prefill_chunk = prefill_chunk if kv_cache else sys.maxsize
         self._free = list(range(step.slots))
         self.running: list[Sequence] = []
-        """In the order in which they got their slots."""
+        """Running sequences, in order of slot assignment."""
         self.request_seconds = 1.0
         """Moving average of the time that a request holds a slot."""
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = self.cancelled = self.answered = 0
@@ -72,7 +72,7 @@ class Scheduler:
 
     @property
     def cache_tokens(self) -> int:
-        """Tokens whose keys and values running sequences hold."""
+        """Tokens of running sequences in the KV cache."""
         return sum(sequence.num_computed_tokens for sequence in list(self.running))
 
     def probe(self) -> None:
@@ -242,7 +242,7 @@ class Scheduler:
             sequence.generation.emit(PromptScores(tuple(sequence.prompt_scores)))
 
     def _take_token(self, sequence: Sequence, segment: Segment, output: SegmentOutput) -> None:
-        """Append the next token and hand over the text that is certain now."""
+        """Append the next token and deliver the text that no later token can change."""
         request, generation = sequence.request, sequence.generation
         if request.max_tokens == 0:
             self._leave(sequence, "length")
@@ -277,7 +277,7 @@ class Scheduler:
             self._end_text(sequence, "length")
 
     def _next_token(self, sequence: Sequence, segment: Segment, output: SegmentOutput) -> int | None:
-        """The next token; None where the request's constraint allows none, so that the text is complete."""
+        """The next token; None if the request's constraint allows no token, which completes the text."""
         if sequence.constraint:
             return self._constrained_token(sequence, sequence.constraint, output)
         if sequence.sampler.is_plain_greedy and output.token is not None and not self._forbidden(sequence):
@@ -299,7 +299,7 @@ class Scheduler:
         return self._token_bytes[token] if token < len(self._token_bytes) else b""
 
     def _forbidden(self, sequence: Sequence) -> list[int]:
-        """Tokens that would end the text too early."""
+        """Tokens excluded because they would end the text before min_tokens."""
         request = sequence.request
         if sequence.generation.generated_tokens >= request.min_tokens:
             return []

@@ -35,7 +35,7 @@ class Sequence:
         self.ids = np.empty(self.num_prompt_tokens + request.max_tokens, dtype=np.int64)
         self.ids[: self.num_prompt_tokens] = request.prompt_ids
         self.num_tokens = self.num_prompt_tokens
-        """Tokens of `ids` that are set: the prompt's, then those generated."""
+        """Number of tokens set in `ids`: the prompt's, then generated ones."""
         self.num_computed_tokens = num_cached_tokens
         """Tokens whose keys and values are in the cache."""
         self.sampler, self.constraint = sampler, constraint
@@ -47,11 +47,11 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether some tokens of the prompt are not computed yet."""
+        """Whether prefill is incomplete."""
         return self.num_computed_tokens < self.num_prompt_tokens
 
     def next_segment(self, most: int, forbidden: collections.abc.Sequence[int]) -> Segment:
-        """The next tokens to compute, at most `most`. forbidden: tokens excluded from sampling."""
+        """The next segment to compute, at most `most` tokens. forbidden: tokens excluded from sampling."""
         end = min(self.num_tokens, self.num_computed_tokens + most)
         return Segment(
             self.slot,

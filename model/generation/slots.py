@@ -82,7 +82,7 @@ class SlotTable:
         return -(-tokens // page) * page
 
     def longest_shared(self, prompt_ids: np.ndarray) -> int:
-        """Length of the longest cached prefix of a prompt."""
+        """Length of a prompt's longest cached prefix."""
         return int(self._shared_prefixes(prompt_ids[:-1]).max())
 
     def touch(self, slot: int) -> None:

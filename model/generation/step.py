@@ -1,8 +1,8 @@
 """The interface between the engine and the computation of one step: segments of sequences in, logits and tokens out.
 
-Scheduling, prefix reuse, sampling and failure isolation know only this. A step owns the model's weights in whatever
-layout it computes with and the storage of keys and values, one slot for each sequence. `steps.py` chooses among the
-implementations; `reference.py` is the one that the others are held to.
+Scheduling, prefix reuse, sampling and failure isolation use only this interface. A step owns the model's weights, in
+its own layout, and the KV cache, one slot per sequence. `steps.py` chooses among the implementations; tests compare
+each with `reference.py`.
 
 Shapes: R rows of logits of one segment, V vocabulary, D hidden size.
 """
@@ -33,12 +33,12 @@ class Segment(NamedTuple):
 
 
 class SegmentOutput(NamedTuple):
-    """What a step computed for one segment.
+    """The results of a step for one segment.
 
-    logits_RV: float32, R = 1 for "last", len(ids) for "all", 0 for "none"; for "argmax" 0 or 1, as the step likes.
-    hidden_RD: float32, hidden states behind the last norm, R = len(ids), for "hidden"; else None.
-    token: the most likely token after the segment, the lowest id among equals; None for "none" and where the highest
-    logit is not finite.
+    logits_RV: float32, R = 1 for "last", len(ids) for "all", 0 for "none"; for "argmax" 0 or 1, up to the step.
+    hidden_RD: float32, hidden states after the final norm, R = len(ids), for "hidden"; else None.
+    token: the most likely token after the segment, the lowest id among equals; None for "none" and if the highest logit
+    is not finite.
     """
 
     logits_RV: Tensor
@@ -58,34 +58,34 @@ class Step(ABC):
     context_length: int
     vocab_size: int
     precision: str
-    """Of the weights and, where they differ, of activations: "float32", "bfloat16", "int8"."""
+    """Precision of the weights and, if different, of activations: "float32", "bfloat16", "int8"."""
     logits_device: torch.device
     bytes_per_token: int
-    """Memory that keys and values of one token take over all layers."""
+    """Memory of one token's keys and values over all layers."""
     page_tokens: ClassVar[int] = 1
-    """Tokens whose memory a slot takes at once."""
+    """Allocation unit of a slot, in tokens."""
 
     @classmethod
     def unavailable(cls, model: PreTrainedModel) -> str | None:
-        """Why this step cannot run the model on this machine, in one line; None where it can."""
+        """Why this step cannot run the model on this machine, in one line; None if it can."""
         return None
 
     @classmethod
     def grows(cls, model: PreTrainedModel) -> bool:
-        """Whether slots take memory as their texts grow, rather than a whole context each from the start."""
+        """Whether slots allocate memory on demand instead of a whole context in advance."""
         return True
 
     @classmethod
     @abstractmethod
     def create(cls, model: PreTrainedModel, slots: int) -> "Step":
-        """The step for a model, with memory for keys and values of `slots` sequences; the model stays as it is."""
+        """The step for a model, with a KV cache for `slots` sequences; does not modify the model."""
 
     @abstractmethod
     def compute(self, segments: Sequence[Segment]) -> list[SegmentOutput]:
-        """Compute all segments, at most one for each slot, and keep their keys and values.
+        """Compute all segments, at most one per slot, and cache their keys and values.
 
-        The outputs stand in the order of the segments. Logits are valid until the next call. Raises whatever the model
-        raises; a failed call may leave any numbers in the positions from `start` on.
+        Outputs are in the order of the segments. Logits are valid until the next call. The model's exceptions
+        propagate; a failed call may leave arbitrary values in the positions from `start` on.
         """
 
     @abstractmethod
@@ -94,11 +94,11 @@ class Step(ABC):
 
     @abstractmethod
     def clear(self, slot: int) -> None:
-        """Empty a slot so that no number in it, not even NaN, reaches a later sequence."""
+        """Empty a slot so that no value in it, not even NaN, affects a later sequence."""
 
     def truncate(self, slot: int, length: int) -> None:  # noqa: B027  a step with fixed memory has nothing to do
         """Drop the keys and values from position `length` on; a step that `grows` frees their memory."""
 
     @abstractmethod
     def renewed(self) -> "Step":
-        """The same weights with empty slots of its own: a thread that hangs may still write to those of this one."""
+        """The same weights with new, empty slots: a hanging thread may still write to the old ones."""

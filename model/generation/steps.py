@@ -1,4 +1,4 @@
-"""Which implementation of a step computes: chosen by model and machine, or by name.
+"""Chooses the implementation of a step, by model and machine or by name.
 
 A new implementation is a subclass of `Step` and a line in STEPS.
 """
@@ -17,11 +17,11 @@ STEPS = {
     "native": "model.generation.native_step:NativeStep",
     "reference": "model.generation.reference:ReferenceStep",
 }
-"""Where each implementation stands, the preferred one first."""
+"""Module and class of each implementation, the preferred one first."""
 
 
 def step_class(name: str) -> type[Step]:
-    """The class of an implementation. Raises PipelineError for a name that this version does not have."""
+    """The class of an implementation. Raises PipelineError for an unknown name."""
     if name not in STEPS:
         names = ", ".join(["auto", *STEPS])
         raise PipelineError(f"step is {name!r}: expected one of {names}")
@@ -36,10 +36,10 @@ def available_steps(model: PreTrainedModel) -> list[str]:
 
 
 def choose_step(model: PreTrainedModel, name: str = "auto") -> type[Step]:
-    """The implementation of that name; "auto": the first of STEPS that can run the model, with a log line for each
-    before it.
+    """The implementation of that name; "auto": the first of STEPS that can run the model, with a log line for each one
+    skipped.
 
-    Raises PipelineError where the one named cannot run the model, or is not known.
+    Raises PipelineError if the named one cannot run the model, or is unknown.
     """
     if name != "auto":
         chosen = step_class(name)

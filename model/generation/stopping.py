@@ -1,6 +1,6 @@
 """Stop strings, also across token boundaries.
 
-Text that may be a prefix of a stop string is held back until the next tokens decide.
+Text that may be the beginning of a stop string is held back until later tokens decide.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,8 @@
-"""Whose request is next: start-time fair queueing (Goyal, Vin and Cheng, 1996) over clients, and over connections of
-each.
+"""Start-time fair queueing (Goyal, Vin and Cheng, 1996) over clients, and over the connections of each client.
 
-A request's tag is the larger of the tag that was served last and its sender's latest tag plus one; the smallest tag is
-served first, equal ones by arrival. So a sender of many requests at once waits behind others for all but the first, and
-a sender that was idle gains nothing from that. Not thread-safe: `queue.py` has the lock.
+A request's tag is the larger of the last served tag and its sender's latest tag plus one; the smallest tag is served
+first, ties by arrival. So a burst from one sender waits behind other senders for all but its first request, and idle
+time earns no credit. Not thread-safe: `queue.py` has the lock.
 """
 
 from collections import deque
@@ -28,7 +27,7 @@ class _Tags:
 
 @dataclass
 class _Line:
-    """Requests of one client. tags: its turns among clients. requests: with their connections' tags, by arrival."""
+    """Requests of one client. tags: its tags among clients. requests: with their connections' tags, by arrival."""
 
     tags: deque[int] = field(default_factory=deque)
     connections: _Tags = field(default_factory=_Tags)
@@ -36,7 +35,7 @@ class _Line:
 
 
 class Turns:
-    """Requests that wait, in the order in which they are to be served."""
+    """Waiting requests in the order of service."""
 
     def __init__(self) -> None:
         self._clients = _Tags()
@@ -50,7 +49,7 @@ class Turns:
         return (generation for line in self._lines.values() for _, _, generation in line.requests)
 
     def append(self, generation: Generation) -> None:
-        """Let a request wait."""
+        """Enqueue a request."""
         request = generation.request
         line = self._lines.setdefault(request.client, _Line())
         line.tags.append(self._clients.next(request.client))
@@ -58,7 +57,7 @@ class Turns:
         line.requests.append((line.connections.next(request.connection), self._arrivals, generation))
 
     def first(self, is_allowed: Callable[[Generation], bool]) -> Generation | None:
-        """The request that is next among those allowed; it stays. None where there is none."""
+        """The next request among those allowed, which stays queued; None if there is none."""
         best: tuple[tuple[int, int], Generation] | None = None
         for line in self._lines.values():
             allowed = [item for item in line.requests if is_allowed(item[2])]
@@ -70,7 +69,7 @@ class Turns:
         return best[1] if best else None
 
     def remove(self, generation: Generation, *, was_served: bool) -> None:
-        """Take a request out; nothing happens where it has gone. was_served: its client has had its turn."""
+        """Remove a request if it is still queued. was_served: count it as its client's turn."""
         line = self._lines.get(generation.request.client)
         item = next((item for item in line.requests if item[2] is generation), None) if line else None
         if line is None or item is None:
@@ -83,7 +82,7 @@ class Turns:
             line.tags.pop()
         if not line.requests:
             del self._lines[generation.request.client]
-        if not self._lines:  # tags only order requests that wait together
+        if not self._lines:  # tags only order requests that are queued at the same time
             self._clients = _Tags()
 
     def count(self, client: str) -> int:
@@ -92,11 +91,11 @@ class Turns:
 
     @property
     def clients(self) -> set[str]:
-        """Clients that wait."""
+        """Waiting clients."""
         return set(self._lines)
 
     def clear(self) -> list[Generation]:
-        """Take all requests out."""
+        """Remove all requests."""
         taken = [
             item[2] for item in sorted((i for line in self._lines.values() for i in line.requests), key=lambda i: i[1])
         ]

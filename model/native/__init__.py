@@ -1,1 +1,1 @@
-"""The generation engine's step in C++, for CPUs: sources, the program that compiles them, and their wrapper."""
+"""The generation engine's step in C++ for CPUs: sources, build script and Python wrapper."""

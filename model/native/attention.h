@@ -1,7 +1,7 @@
-// Attention of a few queries over the pages of one slot's head, and writing keys and values into pages.
+// Attention of a few queries over the pages of one slot and head, and writing keys and values into pages.
 //
-// A page holds, for each layer and head, keys as blocks of BLOCK positions (head_dim lines of one number from each
-// position, in bfloat16 two numbers) and then values, position by position; a head is filled up to a multiple of BLOCK.
+// A page holds, for each layer and head, keys as blocks of BLOCK positions (head_dim lines of one element from each
+// position, in bfloat16 two elements) and then values, position by position; a head is padded to a multiple of BLOCK.
 #include "kernels.h"
 #include "simd.h"
 
@@ -11,7 +11,7 @@ using namespace rex;
 
 struct Cache32 {
     typedef float Element;
-    static constexpr int pair = 1;  // numbers of a head that stand together in a line of keys
+    static constexpr int pair = 1;  // adjacent elements of a head in a line of keys
     template <int Q>
     static INLINE void keys(const uint8_t* line, const float* const (&q)[Q], int64_t i, int part, Vf (&sum)[Q]) {
         const Vf key = load<Vf>(line + part * 4 * W);
@@ -106,7 +106,7 @@ void attend_queries(const Attention& a, int32_t first_query) {
             top = larger(position + splat_int(s) < limit ? load<Vf>(scores[j] + s) : never, top);
         const Vf most_j = splat(largest_lane(top));
         Vf total = {};
-        // Up to the furthest query of this call: positions that this one does not see weigh nothing.
+        // Up to the last position of this call's queries: positions that this query does not see have weight 0.
         for (int32_t s = 0; s < round_up(most, W); s += W) {
             const Vf weight = exponential(load<Vf>(scores[j] + s) - most_j);
             const Vf kept = position + splat_int(s) < limit ? weight : Vf{};

@@ -1,8 +1,8 @@
-"""Compiles the native step with whatever C++ compiler the machine has: `python -m model.native.build`.
+"""Compiles the native step with the machine's C++ compiler: `python -m model.native.build`.
 
-The result is one shared library beside this file, `librex_native.so`, for every processor of this machine's kind:
-kernels are compiled once for each instruction set and chosen when a model is loaded. Without a compiler everything
-works without it, and this program says in one line what is missed. It imports no torch.
+The result is one shared library next to this file, `librex_native.so`, for every CPU of this architecture: kernels are
+compiled once per instruction set and chosen when a model is loaded. Without a compiler everything works without the
+library, and this program prints one line with the consequence. It imports no torch.
 
     python -m model.native.build [--sanitize address,undefined] [--output PATH]
 """
@@ -24,8 +24,8 @@ from model.system.cpu import usable_cores
 SOURCES = Path(__file__).parent
 LIBRARY = SOURCES / "librex_native.so"
 COMPILERS = ("c++", "g++", "clang++")
-# -ffp-contract=off: multiply-adds are fused where the code says so and nowhere else, so that a number does not depend
-# on which of two kernels has formed it.
+# -ffp-contract=off: only explicit fused multiply-adds are fused, so that a result does not depend on which of two
+# kernels computes it.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread"]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
@@ -36,30 +36,30 @@ X86_KERNELS = {
     "amx": [*AVX512, "-mamx-tile", "-mamx-int8"],
 }
 ARM_KERNELS = {"dotprod": ["-march=armv8.2-a+dotprod"]}
-WITHOUT = "the native step is not built, and models generate several times more slowly on a processor"
+WITHOUT = "the native step is not built, and models generate several times more slowly on a CPU"
 
 
 def find_compiler() -> str | None:
-    """Path of a C++ compiler: `CXX` where that is set, else the first of the usual names; None where there is none."""
+    """Path of a C++ compiler: `CXX` if set, else the first of COMPILERS that exists; None if there is none."""
     named = os.environ.get("CXX")
     return next((path for name in ([named] if named else COMPILERS) if (path := shutil.which(name))), None)
 
 
 def build(output: Path = LIBRARY, *, sanitizers: str = "", program: Path | None = None) -> Path:
-    """Compile the library to `output`, which is replaced only once it is whole; nothing is done where it is up to date.
+    """Compile the library to `output`, atomically; does nothing if it is up to date.
 
-    sanitizers: what `-fsanitize=` takes, for tests. program: a source with a `main`, which makes a program of it.
-    Raises RuntimeError, one line, without a compiler or where it fails.
+    sanitizers: argument of `-fsanitize=`, for tests. program: a source with a `main`, to build a program instead.
+    Raises RuntimeError, one line, without a compiler or if it fails.
     """
     compiler = find_compiler()
     if compiler is None and output.is_file() and not program:
-        return output  # carried here, as a Bento carries it into an image
+        return output  # prebuilt, as a Bento brings it into an image
     if compiler is None:
         raise RuntimeError(f"no C++ compiler ({', '.join(COMPILERS)}, or CXX): {WITHOUT}; install g++")
     flags = [*FLAGS, *([f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g", "-O1"] if sanitizers else [])]
     stamp = output.with_suffix(".stamp")
     with output.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # processes that start together compile once
+        fcntl.flock(lock, fcntl.LOCK_EX)  # concurrent processes compile once
         return _build(compiler, flags, output, stamp, program)
 
 
@@ -90,7 +90,7 @@ def _compile(compiler: str, flags: list[str], scratch: Path, made: Path, program
             lambda job: _run([compiler, *flags, *job[2], "-c", str(job[1]), "-o", str(scratch / f"{job[0]}.o")]), jobs
         )
         list(objects)
-    # The C++ runtime goes in: a Bento's image may have an older one.
+    # Link the C++ runtime statically: a Bento's image may have an older one.
     whole = ["-static-libstdc++", "-static-libgcc"] if sys.platform == "linux" and "-g" not in flags else []
     _run(
         [
@@ -111,7 +111,7 @@ def _kernels() -> dict[str, list[str]]:
 
 
 def _accepts(compiler: str, flags: list[str]) -> bool:
-    """Whether the compiler knows these instruction sets; old ones do not know the newest."""
+    """Whether the compiler supports these flags; old compilers lack the newest instruction sets."""
     command = [compiler, *flags, "-x", "c++", "-E", os.devnull]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
@@ -132,10 +132,10 @@ def _digest(parts: list[str]) -> str:
 
 
 def main() -> int:
-    """Build, or say in one line why not; the exit status is 0 either way, since everything works without."""
+    """Build, or print one line with the reason; exits with 0 either way, as the library is optional."""
     parser = argparse.ArgumentParser(prog="python -m model.native.build", description=__doc__.split("\n")[0])  # type: ignore
-    parser.add_argument("--output", type=Path, default=LIBRARY, help="the shared library (default: beside this file)")
-    parser.add_argument("--sanitize", default="", help="what -fsanitize= takes, such as address,undefined; for tests")
+    parser.add_argument("--output", type=Path, default=LIBRARY, help="the shared library (default: next to this file)")
+    parser.add_argument("--sanitize", default="", help="argument of -fsanitize=, such as address,undefined; for tests")
     arguments = parser.parse_args()
     try:
         print(build(arguments.output, sanitizers=arguments.sanitize))

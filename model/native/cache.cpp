@@ -9,7 +9,7 @@ namespace rex {
 
 namespace {
 
-constexpr int64_t LINE = 64;  // in front of each page: how many slots use it
+constexpr int64_t LINE = 64;  // before each page: its reference count
 
 }  // namespace
 
@@ -26,9 +26,9 @@ uint8_t* Cache::take() {
         const size_t bytes = (size_t)(LINE + shape_.bytes());
         std::unique_ptr<uint8_t, Free> memory((uint8_t*)std::aligned_alloc(LINE, bytes));
         if (!memory) throw std::bad_alloc();
-        // What a head is filled up with is multiplied by 0, and 0 * NaN is NaN.
+        // A head's padding is multiplied by 0, and 0 * NaN is NaN.
         std::memset(memory.get(), 0, bytes);
-        free_.reserve(memory_.size() + 1);  // so that leaving a page cannot fail
+        free_.reserve(memory_.size() + 1);  // so that releasing a page cannot fail
         memory_.push_back(std::move(memory));
         free_.push_back(memory_.back().get() + LINE);
     }

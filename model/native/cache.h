@@ -1,4 +1,5 @@
-// Keys and values in pages: a slot takes a page when a text reaches it, and slots that begin alike share pages.
+// Keys and values in pages: a slot allocates a page when its text reaches it, and slots with a common prefix share
+// pages.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -8,7 +9,7 @@
 
 namespace rex {
 
-// What a page holds: of each layer and head, keys and values of PAGE positions.
+// Layout of a page: for each layer and head, keys and values of PAGE positions.
 struct PageShape {
     int64_t layers, groups, head_stride, element_size;
 
@@ -23,7 +24,7 @@ public:
     Cache(PageShape shape, int slots, int64_t most_tokens);
 
     // Make positions first to last (exclusive) of a slot writable; the slot holds at least `first` positions already.
-    // Throws std::bad_alloc, or std::length_error where the limit is reached; the slot keeps what it had.
+    // Throws std::bad_alloc, or std::length_error if the limit is reached; the slot is then unchanged.
     void reserve(int slot, int64_t first, int64_t last);
     void truncate(int slot, int64_t tokens);
     void copy_prefix(int source, int target, int64_t tokens);

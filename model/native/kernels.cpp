@@ -1,8 +1,8 @@
-// The kernels. Compiled once for each instruction set, with its flags and KERNELS (its name) and UNSIGNED_WEIGHTS defined
-// on the command line by build.py.
+// The kernels. Compiled once for each instruction set, with its flags and KERNELS (its name) and UNSIGNED_WEIGHTS
+// defined on the command line by build.py.
 //
-// The order in which a number is formed is part of the contract (kernels.h). A product's outputs add their inputs one
-// after the other; a query adds positions one after the other, up to those it sees.
+// The order of summation is part of the contract (kernels.h). A product's outputs add their inputs one after the other;
+// a query adds positions one after the other, up to the last one it sees.
 #include "kernels.h"
 #include "products.h"
 #include "attention.h"
@@ -38,7 +38,7 @@ void quantize(const float* x, int64_t stride, float levels, int8_t* q, float* sc
         }
     float largest = largest_lane(larger(larger(most[0], most[1]), larger(most[2], most[3])));
     if (largest < 1.17549435e-38f) largest = 1.17549435e-38f;
-    if (any_lane(bad)) largest = __builtin_nanf("");  // whole numbers cannot say so: the row's scale does
+    if (any_lane(bad)) largest = __builtin_nanf("");  // integers have no NaN: the row's scale carries it
     const Vf down = splat(levels / largest), highest = splat(levels), lowest = splat(-levels);
     Vi sums = {};
     for (int64_t i = 0; i < stride; i += W) {

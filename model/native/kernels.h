@@ -1,23 +1,23 @@
 // The kernels of one instruction set, as a table of functions.
 //
-// Rows of activations are float32 with a stride that is a multiple of ROW_UNIT and zeros behind their last number, so no
-// kernel has a rest to care for. Each row's numbers are formed in an order that does not depend on the other rows of a
-// call, nor on how a product is divided among threads.
+// Rows of activations are float32, zero-padded to a stride that is a multiple of ROW_UNIT, so kernels need no tail
+// loops. Each row's summation order does not depend on the other rows of a call, nor on how a product is divided among
+// threads.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 namespace rex {
 
-constexpr int ROW_UNIT = 64;  // numbers that rows are filled up to
-constexpr int PANEL = 16;     // outputs of a matrix that stand together
+constexpr int ROW_UNIT = 64;  // rows are padded to a multiple of this
+constexpr int PANEL = 16;     // outputs of a matrix that are stored together
 constexpr int PAGE = 64;      // positions of a page of the cache
-constexpr int BLOCK = 16;     // positions whose keys stand together
-constexpr int TILE_ROWS = 32; // activations of matrix kernels are filled up to this many rows
+constexpr int BLOCK = 16;     // positions whose keys are stored together
+constexpr int TILE_ROWS = 32; // activations of matrix kernels are padded to this many rows
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// Activations as whole numbers: x = q * scale. sum: of q over the row.
+// Quantized activations: x = q * scale. sum: of q over the row.
 struct QuantizedRows {
     int8_t* q;  // (rows, stride)
     float* scale;
@@ -26,11 +26,11 @@ struct QuantizedRows {
 };
 
 // Panels of a packed matrix with k inputs: each is (k / g) lines of PANEL outputs by g inputs, a line being 64 bytes:
-// g = 1 for float32, 2 for bfloat16, 4 for int8 (offset by 128 where the instructions want them unsigned).
+// g = 1 for float32, 2 for bfloat16, 4 for int8 (offset by 128 if the instructions take unsigned bytes).
 struct Product {
     const uint8_t* panels;
     const float* scale;  // int8: one for each output
-    int64_t k;           // filled up: a multiple of ROW_UNIT
+    int64_t k;           // padded to a multiple of ROW_UNIT
     const float* x;      // float32 and bfloat16: (rows, x_stride)
     int64_t x_stride;
     QuantizedRows xq;  // int8
@@ -41,12 +41,12 @@ struct Product {
 
 // One call of attention: `queries` rows (heads of a group, and neighboring tokens) over the keys of one slot's head.
 struct Attention {
-    const float* const* q;  // each query's numbers, scaled
-    const int32_t* seen;  // positions that each query sees, from the first on
+    const float* const* q;  // each query, scaled
+    const int32_t* seen;  // number of positions that each query sees
     int32_t queries, head_dim;
     uint8_t* const* pages;
-    int64_t offset;  // of this layer and head in a page
-    float* scores;   // room for four rows of positions, filled up to PAGE
+    int64_t offset;  // offset of this layer and head in a page
+    float* scores;   // buffer for four rows of positions, padded to PAGE
     float* const* out;
 };
 
@@ -58,20 +58,20 @@ struct Kernels {
     void (*product_int8)(const Product&, int64_t first_panel, int64_t last_panel);
     void (*attend_f32)(const Attention&);
     void (*attend_bf16)(const Attention&);
-    // out = x / rms(x) * weight; n numbers.
+    // out = x / rms(x) * weight; n elements.
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, int64_t stride, float* out);
     void (*add)(float* x, const float* branch, int64_t stride);
     void (*quantize)(const float* x, int64_t stride, float levels, int8_t* q, float* scale, int32_t* sum);
-    // out[i] = silu(gate[i]) * up[i], where y holds panels of gate and up in turns.
+    // out[i] = silu(gate[i]) * up[i]; y has alternating panels of gate and up.
     void (*swiglu)(const float* y, int64_t panels, float* out);
     void (*rotate)(float* x, const float* cos, const float* sin, int32_t head_dim);
     void (*store_f32)(const float* key, const float* value, int32_t head_dim, int64_t head_stride, uint8_t* page, int32_t at);
     void (*store_bf16)(const float* key, const float* value, int32_t head_dim, int64_t head_stride, uint8_t* page, int32_t at);
-    // The first index of the highest number, and that number; NaN where any is.
+    // The first index of the highest value, and that value; NaN if any is NaN.
     int32_t (*arg_max)(const float* x, int64_t n, float* highest);
 };
 
-// Those that this file was built without are missing from it: library.cpp knows by HAS_... which are there.
+// Only the instruction sets that the compiler supported are defined; library.cpp checks HAS_... macros.
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avxvnni_kernels();

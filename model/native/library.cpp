@@ -1,4 +1,4 @@
-// The C interface over Model and Session: checks what comes in, and turns exceptions into messages.
+// The C interface over Model and Session: checks arguments and converts exceptions to messages.
 #include <cstdio>
 #include <cstring>
 #include <exception>
@@ -37,7 +37,7 @@ bool has_avxvnni() {
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
 }
 
-// Tiles are state of eight kilobytes that the system hands out on demand.
+// AMX tiles are 8 KB of state that the kernel grants on request.
 bool has_amx() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & (1u << 24)) || !(d & (1u << 25))) return false;
@@ -115,7 +115,7 @@ using namespace rex;
 
 namespace {
 
-// The tokens of some segments, which are checked and get room in the cache. Throws where one does not fit.
+// Checks the segments and reserves their cache positions; returns their tokens. Throws if one does not fit.
 std::vector<Row> rows_of(RexSession* session, int32_t segments, const int32_t* slot, const int32_t* start,
                          const int32_t* length, const int32_t* wanted, const int64_t* ids) {
     const RexConfig& config = session->model.config;

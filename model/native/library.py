@@ -1,12 +1,12 @@
-"""The compiled library from Python: a model's weights handed over once, sessions, and passes over segments of slots.
+"""Python wrapper of the compiled library: models, sessions, and forward passes over segments of slots.
 
     model = NativeModel(load_model(path))
     session = NativeSession(model, slots=16)
     logits_RV, best_R, highest_R = session.step([Segment(slot=0, start=0, ids=ids, wanted=1)])
 
-Numpy in and out; ctypes lets go of the interpreter while a pass runs. What the library computes is `rex_native.h`; how
-it is compiled, `build.py`. REX_NATIVE_INSTRUCTIONS in the environment names an instruction set other than the
-processor's best.
+Inputs and outputs are NumPy arrays; ctypes releases the GIL during a pass. `rex_native.h` documents the interface, and
+`build.py` compiles the library. REX_NATIVE_INSTRUCTIONS in the environment selects an instruction set other than the
+CPU's best.
 
 Shapes: R rows of logits, V vocabulary.
 """
@@ -30,7 +30,7 @@ from model.weights.int8 import Int8Matrix, TiedInt8Head, precision_name
 
 ABI = 2
 INSTRUCTIONS = ("portable", "avx2", "avxvnni", "avx512", "amx", "dotprod")
-"""By their numbers in the library; of those that a processor has, the last is the fastest."""
+"""Instruction sets, in the order of their numbers in the library; of those that a CPU has, the last is the fastest."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 LIBRARY_VARIABLE, INSTRUCTIONS_VARIABLE = "REX_NATIVE_LIBRARY", "REX_NATIVE_INSTRUCTIONS"
 PAGE_TOKENS = 64
@@ -40,7 +40,7 @@ ACTIVATION_LEVELS = 127
 """
 _ERROR_SIZE = 256
 _HEAD_UNIT = 16
-"""Numbers that a head is filled up to, BLOCK in kernels.h."""
+"""Heads are padded to a multiple of this, BLOCK in kernels.h."""
 
 
 class _Config(ctypes.Structure):
@@ -77,7 +77,7 @@ class _Weights(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens `ids` that follow the first `start` of a slot; the last `wanted` of them get logits."""
+    """Tokens `ids` after the first `start` positions of a slot; the last `wanted` of them get logits."""
 
     slot: int
     start: int
@@ -87,7 +87,7 @@ class Segment:
 
 @lru_cache
 def open_library(path: Path | None = None) -> ctypes.CDLL | None:
-    """The library at `path`, default REX_NATIVE_LIBRARY or beside this file; None where there is none that loads."""
+    """The library at `path`, default REX_NATIVE_LIBRARY or next to this file; None if none loads."""
     path = path or Path(os.environ.get(LIBRARY_VARIABLE) or LIBRARY)
     try:
         library = ctypes.CDLL(str(path))
@@ -116,7 +116,7 @@ def open_library(path: Path | None = None) -> ctypes.CDLL | None:
 
 
 def available_instructions() -> list[str]:
-    """Instruction sets that this processor and the library have, the fastest last; none without the library."""
+    """Instruction sets that this CPU and the library support, the fastest last; empty without the library."""
     library = open_library()
     if library is None:
         return []
@@ -124,7 +124,7 @@ def available_instructions() -> list[str]:
 
 
 def choose_instructions(named: str | None = None) -> str:
-    """`named`, else REX_NATIVE_INSTRUCTIONS, else the fastest. Raises PipelineError for one that is not available."""
+    """`named`, else REX_NATIVE_INSTRUCTIONS, else the fastest. Raises PipelineError for an unavailable one."""
     available = available_instructions()
     wanted = named or os.environ.get(INSTRUCTIONS_VARIABLE)
     if wanted is None and available:
@@ -138,11 +138,11 @@ def choose_instructions(named: str | None = None) -> str:
 
 
 def unsupported(model: PreTrainedModel) -> str | None:
-    """Why the library cannot compute this model; None where it can."""
+    """Why the library cannot compute this model; None if it can."""
     if open_library() is None:
         return "the native library is not built: run python -m model.native.build, which needs a C++ compiler"
     if model.config.model_type != "rex":
-        return f"it knows models of the type 'rex', not {model.config.model_type!r}"
+        return f"it supports models of the type 'rex', not {model.config.model_type!r}"
     rope = model.config.rope_parameters["rope_type"]
     if model.device.type != "cpu":
         return f"the model is on {model.device}"
@@ -158,7 +158,7 @@ def unsupported(model: PreTrainedModel) -> str | None:
 
 
 class NativeModel:
-    """A model's weights, laid out for the processor; the given model is not needed after.
+    """A model's weights, packed for the CPU; the given model is not needed afterward.
 
     instructions: see `choose_instructions`. Raises PipelineError for a model that the library cannot compute.
     """
@@ -175,7 +175,7 @@ class NativeModel:
         self.hidden_size: int = config.hidden_size
         self.context_length: int = config.max_position_embeddings
         self.precision = precision_name(model)
-        """Of the model as it was given: "float32", "bfloat16" or "int8"; sums are float32 in all of them."""
+        """Precision of the given model: "float32", "bfloat16" or "int8"; sums are float32 in all of them."""
         head = -(-config.head_dim // _HEAD_UNIT) * _HEAD_UNIT
         self.cached_numbers_per_token: int = 2 * config.num_hidden_layers * config.num_key_value_heads * head
         kept: list[Tensor] = []
@@ -211,10 +211,10 @@ class NativeModel:
 
 
 class NativeSession:
-    """Slots with their keys and values, and threads that compute; used by one thread at a time.
+    """A KV cache with slots, and compute threads; used by one thread at a time.
 
     cache_dtype: of keys and values, float32 or bfloat16; default float32 for a model in float32, else bfloat16.
-    cache_tokens: most tokens over all slots, 0 for no limit; memory is taken as texts need it.
+    cache_tokens: most tokens over all slots, 0 for no limit; memory is allocated on demand.
     """
 
     def __init__(
@@ -240,12 +240,12 @@ class NativeSession:
     def step(
         self, segments: Sequence[Segment], *, logits: bool = True
     ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
-        """One pass: logits (R, V) float32 or None, and for each row the highest logit's first index (R,) and itself
-        (R,).
+        """One pass: logits (R, V) float32 or None, and for each row the first index of the highest logit (R,) and its
+        value (R,).
 
-        Rows follow the segments. A highest logit of NaN: some logit of the row is no number. Running a segment again is
-        harmless. Raises PipelineError for a segment that does not fit, and where memory or the cache's limit is
-        reached.
+        Rows are in the order of the segments. The highest logit is NaN if any logit of the row is NaN. Running a
+        segment again is harmless. Raises PipelineError for a segment that does not fit, and if memory or the cache's
+        limit is exhausted.
         """
         table = [(s.slot, s.start, len(s.ids), s.wanted) for s in segments]
         return self.step_over(table, [s.ids for s in segments], logits=logits)
@@ -273,7 +273,7 @@ class NativeSession:
         return logits_RV, arguments.best[:rows].copy(), arguments.highest[:rows].copy()
 
     def hidden_states(self, segments: Sequence[Segment]) -> np.ndarray:
-        """One pass as `step`, that ends behind the last norm: hidden states (R, D) float32 of the wanted rows."""
+        """As `step`, but ends after the final norm: hidden states (R, D) float32 of the requested rows."""
         table, ids = _arrays(segments)
         hidden_RD = np.empty((int(table[3].sum()), self.model.hidden_size), dtype=np.float32)
         error = ctypes.create_string_buffer(_ERROR_SIZE)
@@ -289,18 +289,18 @@ class NativeSession:
         return hidden_RD
 
     def copy_prefix(self, source: int, target: int, tokens: int) -> None:
-        """Let slot `target` begin with the first `tokens` of `source`, without copying whole pages."""
+        """Copy the first `tokens` of slot `source` to `target`, sharing whole pages."""
         error = ctypes.create_string_buffer(_ERROR_SIZE)
         _check(self._library.rex_session_copy_prefix(self._handle, source, target, tokens, error), error)
 
     def truncate(self, slot: int, tokens: int) -> None:
-        """Forget a slot's tokens from position `tokens` on, and give back pages that hold no others."""
+        """Drop a slot's tokens from position `tokens` on, and free pages that hold no others."""
         error = ctypes.create_string_buffer(_ERROR_SIZE)
         _check(self._library.rex_session_truncate(self._handle, slot, tokens, error), error)
 
     @property
     def cache_bytes(self) -> int:
-        """Memory of the keys and values that slots hold."""
+        """Memory of the slots' keys and values, bytes."""
         return int(self._library.rex_session_cache_bytes(self._handle))
 
     def __del__(self) -> None:
@@ -311,7 +311,7 @@ class NativeSession:
 class _Arguments:
     """Memory for the arguments and results of a step of up to `capacity` segments and rows.
 
-    Kept from step to step: making arrays and asking for their addresses takes as long as a step of a small model.
+    Reused between steps: creating arrays and reading their addresses takes as long as a step of a small model.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -352,7 +352,7 @@ def _matrix_names(model: PreTrainedModel) -> list[str]:
 
 
 def _weight(model: PreTrainedModel, name: str) -> Any:
-    """A layer's weight as it is stored; None for a head that is the embedding's table."""
+    """A layer's stored weight; None for a tied head."""
     module = model.get_submodule(name)
     if isinstance(module, TiedInt8Head):
         return None
@@ -363,7 +363,7 @@ def _weight(model: PreTrainedModel, name: str) -> Any:
 
 
 def _gather(model: PreTrainedModel, kept: list[Tensor]) -> _Weights:
-    """Addresses of all weights; `kept` holds what must stay in memory until they are read."""
+    """Addresses of all weights; `kept` holds temporary arrays until the library has read them."""
 
     def address(tensor: Tensor) -> int:
         kept.append(tensor.detach().contiguous())

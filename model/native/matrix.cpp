@@ -13,7 +13,7 @@ Matrix::Matrix(int32_t dtype, int64_t n, int64_t k, bool unsigned_weights)
     }
 }
 
-// Where an element stands, counted in elements.
+// Offset of an element, in elements.
 int64_t Matrix::place(int64_t output, int64_t input) const {
     const int64_t g = inputs();
     return (output / PANEL * (k_ / g) + input / g) * PANEL * g + output % PANEL * g + input % g;

@@ -1,4 +1,4 @@
-// A matrix laid out in panels for the kernels, and how the weights of a model are brought into that layout.
+// A matrix packed into panels for the kernels, and packing of a model's weights.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -14,7 +14,7 @@ struct FreeMemory {
     void operator()(void* memory) const { std::free(memory); }
 };
 
-// Zeros at the address of a cache line; the unused end of a row stays zero.
+// A zeroed buffer aligned to a cache line; the padding of a row stays zero.
 template <class T>
 class Lines {
 public:
@@ -27,7 +27,7 @@ public:
     }
     T* data() const { return memory_.get(); }
     int64_t count() const { return count_; }
-    // At least `count` elements, zeros where it grows.
+    // Grow to at least `count` elements; new elements are zero.
     void grow(int64_t count) {
         if (count > count_) *this = Lines(count);
     }
@@ -40,12 +40,12 @@ private:
 class Matrix {
 public:
     Matrix() = default;
-    // n outputs and k inputs, both filled up with zeros.
+    // n outputs and k inputs, both zero-padded.
     Matrix(int32_t dtype, int64_t n, int64_t k, bool unsigned_weights);
 
-    // Row `row` of `from`, which has `k` numbers, becomes output `output`; its numbers stand at `input` and after.
+    // Copy row `row` of `from`, which has `k` elements, to output `output`, starting at input `input`.
     void set(int64_t output, int64_t input, const RexMatrix& from, int64_t row, int64_t from_k, int64_t from_input, int64_t count);
-    // Output `output` as float32, `count` numbers.
+    // Output `output` as float32, `count` elements.
     void row(int64_t output, int64_t count, float* to) const;
     Product product() const;
     int64_t panels() const { return panels_; }

@@ -19,7 +19,7 @@ Matrix packed(const RexMatrix& from, int64_t n, int64_t k, bool unsigned_weights
     return matrix;
 }
 
-// Queries, keys and values in one matrix; each head is filled up to whole blocks.
+// Queries, keys and values in one matrix; each head is padded to whole blocks.
 Matrix packed_qkv(const RexLayer& layer, const RexConfig& c, int64_t head_stride, bool unsigned_weights) {
     Matrix matrix(layer.q.dtype, (c.heads + 2 * c.groups) * head_stride, c.hidden_size, unsigned_weights);
     int64_t to = 0;
@@ -38,7 +38,7 @@ Matrix packed_o(const RexMatrix& from, const RexConfig& c, int64_t head_stride, 
     return matrix;
 }
 
-// Panels of the two in turns, so that one thread has both sides of an output.
+// Alternating panels of gate and up, so that one thread computes both sides of an output.
 Matrix packed_gate_up(const RexLayer& layer, const RexConfig& c, bool unsigned_weights) {
     Matrix matrix(layer.gate.dtype, 2 * round_up(c.intermediate_size, PANEL), c.hidden_size, unsigned_weights);
     for (int64_t row = 0; row < c.intermediate_size; row++) {

@@ -1,4 +1,4 @@
-// A model's weights as the kernels want them.
+// A model's weights in the layout of the kernels.
 #pragma once
 #include <vector>
 
@@ -13,7 +13,7 @@ struct Layer {
     Lines<float> input_norm, post_attention_norm, attention_branch_norm, mlp_branch_norm;
 };
 
-// Sizes of rows, filled up.
+// Padded row sizes.
 struct Strides {
     int64_t hidden, head, qkv, mixed, intermediate, gate_up, vocab;
 };
@@ -33,7 +33,7 @@ struct Model {
     Lines<float> final_norm, cos, sin;
 };
 
-// The kernels for one of RexInstructions; null where the processor or this file lacks them.
+// The kernels for one of RexInstructions; null if the CPU or this build lacks them.
 const Kernels* find_kernels(int32_t instructions);
 
 }  // namespace rex

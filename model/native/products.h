@@ -1,7 +1,7 @@
 // Matrix products y = x W^T over panels of a packed matrix, for a few rows at a time, and for many.
 //
-// M rows by P panels are accumulated in registers: each weight read serves M rows, each activation P panels. Which M and P
-// a row happens to be computed in changes nothing: an output adds its inputs in their order.
+// M rows by P panels are accumulated in registers: each weight read serves M rows, each activation P panels. Results do
+// not depend on M and P: an output adds its inputs in their order.
 #include "kernels.h"
 #include "simd.h"
 
@@ -12,7 +12,7 @@ using namespace rex;
 constexpr int LINE = 64;            // bytes: PANEL outputs by 1, 2 or 4 inputs
 constexpr int PARTS = PANEL / W;    // vectors of a line of float32
 constexpr int MOST_ROWS = W == 16 ? 6 : 4;
-constexpr int SOLO_PANELS = W == 16 ? 8 : 4;  // for one row: as many streams hide the latency of additions
+constexpr int SOLO_PANELS = W == 16 ? 8 : 4;  // for one row: enough independent sums to hide the latency of additions
 constexpr int PAIR_PANELS = W == 16 ? 4 : 2;  // for two and three rows
 constexpr int FEW_PANELS = W == 16 ? 4 : 1;   // for more
 
@@ -57,15 +57,15 @@ struct BFloat16 {
     static INLINE Vf finish(const Product&, Sum sum, int64_t, int64_t) { return sum; }
 };
 
-// sum + four products of bytes in each lane; weights are offset by 128 where UNSIGNED_WEIGHTS.
+// sum + four products of bytes in each lane; weights are offset by 128 if UNSIGNED_WEIGHTS.
 INLINE Vi dot(Vi sum, Vi weights, int32_t x) {
 #if defined(__AVX512VNNI__) && defined(__AVX512F__)
     return (Vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32(x));
 #elif defined(__AVXVNNI__)
     return (Vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)weights, _mm256_set1_epi32(x));
 #elif defined(__AVX2__)
-    // maddubs wants one side unsigned and saturates at 2^15: |x| times the weight with x's sign, two of which are at most
-    // 2 * 127 * 127.
+    // maddubs takes one unsigned operand and saturates at 2^15: |x| times the weight with x's sign; two products sum to
+    // at most 2 * 127 * 127.
     const __m256i four = _mm256_set1_epi32(x);
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(four), _mm256_sign_epi8((__m256i)weights, four));
     return (Vi)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));

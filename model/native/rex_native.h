@@ -1,8 +1,8 @@
 // The library's C interface, which `library.py` calls through ctypes.
 //
-// A model holds weights, laid out once for the processor's instructions, and never changes: sessions may share it.
-// A session holds a cache of keys and values, buffers and threads, and is used by one thread at a time.
-// Functions that can fail return 0 for success, and else write one line to `error` (ERROR_SIZE bytes).
+// A model holds weights, packed once for the CPU's instructions, and is immutable: sessions may share it.
+// A session holds a KV cache, buffers and threads, and is used by one thread at a time.
+// Functions that can fail return 0 on success; otherwise they write one line to `error` (ERROR_SIZE bytes).
 #pragma once
 #include <cstdint>
 
@@ -19,7 +19,7 @@ enum RexInstructions { REX_PORTABLE = 0, REX_AVX2 = 1, REX_AVXVNNI = 2, REX_AVX5
 struct RexConfig {
     int32_t layers, hidden_size, intermediate_size, heads, groups, head_dim, vocab_size, context_length;
     int32_t post_norm;
-    int32_t activation_levels;  // int8: activations are whole numbers from -levels to levels, 127 at most
+    int32_t activation_levels;  // int8: activations are integers from -levels to levels, 127 at most
     int32_t instructions;       // one of RexInstructions
     float eps;
 };
@@ -33,12 +33,12 @@ struct RexMatrix {
 
 struct RexLayer {
     RexMatrix q, k, v, o, gate, up, down;
-    // Float32, hidden_size numbers each; the two after the branches are null without post_norm.
+    // Float32, hidden_size elements each; the two after the branches are null without post_norm.
     const float *input_norm, *post_attention_norm, *attention_branch_norm, *mlp_branch_norm;
 };
 
 struct RexWeights {
-    RexMatrix embedding, head;  // head.data null: the embedding's table
+    RexMatrix embedding, head;  // head.data null: tied to the embedding
     const RexLayer* layers;
     const float* final_norm;
     const float *cos, *sin;  // (context_length, head_dim / 2)
@@ -48,9 +48,9 @@ struct RexModel;
 struct RexSession;
 
 REX_API int32_t rex_abi();
-// Whether this processor can run the instructions and this file has them.
+// Whether this CPU supports the instructions and this build has them.
 REX_API int32_t rex_supports(int32_t instructions);
-// Copies all that it needs of the weights.
+// Copies the weights it needs.
 REX_API RexModel* rex_model_create(const RexConfig* config, const RexWeights* weights, char* error);
 REX_API int64_t rex_model_bytes(const RexModel* model);
 REX_API void rex_model_destroy(RexModel* model);
@@ -60,20 +60,20 @@ REX_API RexSession* rex_session_create(const RexModel* model, int32_t slots, int
                                        int32_t threads, char* error);
 REX_API void rex_session_destroy(RexSession* session);
 
-// One pass over segments of many slots. Segment i: `length[i]` tokens that follow the first `start[i]` of `slot[i]`; the
-// last `wanted[i]` of them (0 to length) get logits. ids: the tokens of all segments, one after the other.
-// For each wanted row, in order: logits (rows, vocab_size) unless null, the first index of the highest logit, and that
-// logit, NaN where any is.
+// One pass over segments of many slots. Segment i: `length[i]` tokens after the first `start[i]` positions of
+// `slot[i]`; the last `wanted[i]` of them (0 to length) get logits. ids: the tokens of all segments, one after the
+// other. For each such row, in order: logits (rows, vocab_size) unless null, the first index of the highest logit, and
+// that logit, NaN if any is NaN.
 REX_API int32_t rex_session_step(RexSession* session, int32_t segments, const int32_t* slot, const int32_t* start,
                                  const int32_t* length, const int32_t* wanted, const int64_t* ids, float* logits,
                                  int32_t* best, float* highest, char* error);
-// As rex_session_step, but the pass ends behind the last norm. hidden: (rows, hidden_size) of the wanted rows.
+// As rex_session_step, but ends after the final norm. hidden: (rows, hidden_size) of the requested rows.
 REX_API int32_t rex_session_hidden(RexSession* session, int32_t segments, const int32_t* slot, const int32_t* start,
                                    const int32_t* length, const int32_t* wanted, const int64_t* ids, float* hidden,
                                    char* error);
-// Let `target` begin with the first `tokens` of `source`: whole pages are shared until one of the two writes.
+// Copy the first `tokens` of `source` to `target`: whole pages are shared, copy-on-write.
 REX_API int32_t rex_session_copy_prefix(RexSession* session, int32_t source, int32_t target, int32_t tokens, char* error);
-// Forget a slot's positions from `tokens` on.
+// Drop a slot's positions from `tokens` on.
 REX_API int32_t rex_session_truncate(RexSession* session, int32_t slot, int32_t tokens, char* error);
-// Bytes of the pages that slots hold now.
+// Bytes of the pages in use.
 REX_API int64_t rex_session_cache_bytes(const RexSession* session);

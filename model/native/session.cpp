@@ -8,9 +8,9 @@ namespace rex {
 
 namespace {
 
-constexpr int64_t MOST_ROWS = 512;          // computed at once: a longer pass is divided, which bounds the buffers
-constexpr int64_t SHARED_FROM_BYTES = 96 << 10;  // of weights times rows: less is done before another thread has begun
-constexpr int64_t SHARED_FROM_POSITIONS = 256;   // of attention, each with a head's keys and values
+constexpr int64_t MOST_ROWS = 512;          // per chunk: a longer pass is divided, which bounds the buffers
+constexpr int64_t SHARED_FROM_BYTES = 96 << 10;  // weight bytes times rows: less runs on one thread
+constexpr int64_t SHARED_FROM_POSITIONS = 256;   // attention positions per task: fewer are not shared among threads
 constexpr int64_t SHARED_FROM_ROWS = 8;
 
 }  // namespace
@@ -101,7 +101,7 @@ void Session::embed(const Row* rows, int64_t count) {
     each_row(count, [&](int64_t row) {
         float* x = hidden_.data() + row * strides_.hidden;
         model_.embedding.row(rows[row].id, config_.hidden_size, x);
-        // What a row is filled up with may be NaN, after a row that was.
+        // The padding of a row may be NaN, left over from an earlier row.
         std::fill(x + config_.hidden_size, x + strides_.hidden, 0.0f);
     });
 }
@@ -140,7 +140,7 @@ void Session::attend(const std::vector<Row>& rows, int64_t layer) {
     const bool is_small = positions < SHARED_FROM_POSITIONS || threads_.count() == 1;
     const int64_t pieces = is_small ? 1 : std::min<int64_t>(count, 16 * threads_.count());
     threads_.share(pieces, [&](int64_t piece, int thread) {
-        // A task's queries stand token by token, those of a group's heads together.
+        // A task's queries are ordered by token; the heads of a group are adjacent.
         std::vector<int32_t> seen(group_heads * most_tokens);
         std::vector<float*> out(group_heads * most_tokens);
         std::vector<const float*> q(group_heads * most_tokens);
@@ -168,7 +168,7 @@ void Session::attend(const std::vector<Row>& rows, int64_t layer) {
     });
 }
 
-// The first `count` rows of hidden_ behind the last norm.
+// Final norm of the first `count` rows of hidden_.
 void Session::copy_hidden(int64_t count, Outputs& out) {
     each_row(count, [&](int64_t row) {
         float* normed = normed_.data() + row * strides_.hidden;
@@ -211,7 +211,7 @@ void Session::pass(const Row* rows, int64_t count, Outputs& out) {
     kept_.clear();
     for (const Row& row : all)
         if (row.is_wanted) kept_.push_back(row);
-    // x += norm(branch), then the norm and the whole numbers that the next product takes.
+    // x += norm(branch), then the norm and the quantized input of the next product.
     const auto add_branch = [&](int64_t row, const Lines<float>& weight) {
         const float* branch = branch_.data() + row * hidden;
         float* normed = normed_.data() + row * hidden;
@@ -233,7 +233,7 @@ void Session::pass(const Row* rows, int64_t count, Outputs& out) {
         multiply(layer.qkv, normed_, hidden, count, qkv_.data(), strides_.qkv);
         write_cache(rows, count, i);
         if (i == config_.layers - 1 && (int64_t)kept_.size() < count) {
-            // From here on, only tokens whose logits are wanted count.
+            // From here on, compute only tokens whose logits are requested.
             int64_t to = 0;
             for (int64_t row = 0; row < count; row++) {
                 if (!rows[row].is_wanted) continue;

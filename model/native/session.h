@@ -1,4 +1,4 @@
-// One pass over segments of many slots: embedding, layers, logits.
+// Forward pass over segments of many slots: embedding, layers, logits.
 #pragma once
 #include <vector>
 
@@ -12,10 +12,11 @@ namespace rex {
 struct Row {
     int64_t id;
     int32_t slot, position;
-    bool is_wanted;  // its logits, or its hidden state
+    bool is_wanted;  // whether its logits, or its hidden state, are requested
 };
 
-// What the rows that are wanted give; logits may be null. hidden: their hidden states, instead of the others, where not null.
+// Outputs of the requested rows; logits may be null. hidden, if not null: their hidden states, instead of the other
+// outputs.
 struct Outputs {
     float* logits;
     int32_t* best;
@@ -32,7 +33,7 @@ public:
     Cache cache;
 
 private:
-    // Some neighboring tokens of a slot and one head of its keys: queries that share reading them.
+    // Neighboring tokens of a slot and one key/value head: these queries share the reads of keys and values.
     struct Task {
         int64_t row;
         int32_t tokens, group;
@@ -45,7 +46,7 @@ private:
     void attend(const std::vector<Row>& rows, int64_t layer);
     void choose(int64_t count, Outputs& out);
     void copy_hidden(int64_t count, Outputs& out);
-    // y = x W^T, or the whole numbers that x was last quantized to.
+    // y = x W^T, for int8 from the last quantization of x.
     void multiply(const Matrix& matrix, const Lines<float>& x, int64_t x_stride, int64_t rows, float* y, int64_t y_stride);
     void multiply_swiglu(const Matrix& matrix, int64_t rows);
     template <class Work>

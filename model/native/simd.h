@@ -1,7 +1,7 @@
-// Vectors of the widest kind that this file is compiled for: what the kernels are written in.
+// SIMD vectors of the widest instruction set that this file is compiled for; the kernels use only these.
 //
-// Included by kernels.cpp only, which is compiled once for each instruction set. Multiply-adds are fused where the
-// instruction set has them, and only where `fma` is written: the build turns the compiler's own fusing off.
+// Included by kernels.cpp only, which is compiled once for each instruction set. Multiply-adds are fused if the
+// instruction set has them, and only in calls of `fma`: the build disables the compiler's own contraction.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -75,14 +75,14 @@ INLINE Vf fma(Vf a, Vf b, Vf c) {
 #endif
 }
 
-// The larger one, b where either is NaN.
+// The larger one; b if either is NaN.
 INLINE Vf larger(Vf a, Vf b) { return a > b ? a : b; }
 
 INLINE Vf absolute(Vf a) { return (Vf)((Vi)a & splat_int(0x7fffffff)); }
 
-// Whole numbers, ties to even, for |a| below 2^22.
+// Round to integers, ties to even, for |a| below 2^22.
 INLINE Vi to_int(Vf a) {
-    const Vf magic = splat(12582912.0f);  // 1.5 * 2^23: its last bit counts ones
+    const Vf magic = splat(12582912.0f);  // 1.5 * 2^23: the unit of its last bit is 1
     return (Vi)(a + magic) - (Vi)magic;
 }
 
@@ -102,7 +102,7 @@ INLINE float bf16_to_float(uint16_t x) {
     return value;
 }
 
-// Lanes in a fixed order, so that a sum is the same wherever it is formed.
+// Sums lanes in a fixed order, so that all kernels get the same sum.
 INLINE float sum_lanes(Vf a) {
     float lanes[W];
     store(lanes, a);
@@ -131,7 +131,7 @@ INLINE Vf exponential(Vf x) {
     x = larger(splat(-87.0f), x < splat(88.0f) ? x : splat(88.0f));
     const Vi n = to_int(x * splat(1.44269504088896341f));
     const Vf whole = __builtin_convertvector(n, Vf);
-    // ln 2 in two parts, the first of which is exact times any n.
+    // ln 2 in two parts; the first times any n is exact.
     Vf r = fma(whole, splat(-0.693359375f), x);
     r = fma(whole, splat(2.12194440e-4f), r);
     Vf p = splat(1.9875691500e-4f);

@@ -42,7 +42,7 @@ void Threads::run(uint64_t pieces, Call call, const void* work) {
     done_ = 0;
     ticket_ = round << 32 | pieces << 16;
     if (sleeping_ > 0) {
-        { std::lock_guard<std::mutex> lock(mutex_); }  // a thread about to sleep has seen the old round, and sleeps now
+        { std::lock_guard<std::mutex> lock(mutex_); }  // a thread that has seen the old round is asleep after this
         changed_.notify_all();
     }
     work_on(round & 0xffffffff, 0);

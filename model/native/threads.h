@@ -1,8 +1,8 @@
-// Threads of a session: they share out the pieces of one piece of work after another.
+// Thread pool of a session: divides one job after another into pieces.
 //
-// Pieces are claimed one by one, so that a thread that the system has put aside holds up nothing but the piece it has.
-// A thread without work looks for more for a short time, because the next work of a pass comes within microseconds, and
-// then sleeps: other processes want the cores too.
+// Pieces are claimed one by one, so that a preempted thread delays only its current piece. An idle thread spins for a
+// short time, because the next job of a pass comes within microseconds, and then sleeps, to leave the core to other
+// processes.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -41,7 +41,7 @@ private:
     void work_on(uint64_t round, int thread);
     void loop(int thread);
 
-    // Round (32 bits), pieces (16), next piece (16): one word, so that a piece is claimed for the round that it is of.
+    // Round (32 bits), pieces (16), next piece (16): one word, so that a claim applies to the right round.
     std::atomic<uint64_t> ticket_{0};
     std::atomic<uint64_t> done_{0};
     std::atomic<Call> call_{nullptr};

@@ -1,5 +1,5 @@
-// Int8 products by AMX tiles: 32 rows by 2 panels at a time. Integer sums are exact, so that a row has the same bits here
-// and in the kernel for few rows. Included by products.h, inside its namespace.
+// Int8 products with AMX tiles: 32 rows by 2 panels at a time. Integer sums are exact, so results equal those of the
+// kernel for few rows. Included by products.h, inside its namespace.
 
 constexpr int64_t TILES_FROM_ROWS = 9;  // below, the tiles would be mostly empty
 
@@ -62,5 +62,5 @@ void product_int8(const Product& a, int64_t panel, int64_t last) {
     _tile_loadconfig(&config);
     for (; panel + 2 <= last; panel += 2) tile_block<2>(a, panel);
     if (panel < last) tile_block<1>(a, panel);
-    _tile_release();  // a thread that holds tiles costs the system 8 KB at each switch
+    _tile_release();  // live tiles add 8 KB to each context switch
 }

@@ -1,6 +1,6 @@
-"""Converts TrainingSettings to transformers.TrainingArguments: own, passed-through and refused arguments.
+"""Converts TrainingSettings to transformers.TrainingArguments: arguments that settings fix, pass through or refuse.
 
-The options of the optimizer are not among them: they reach it from TrainingSettings alone (optim/optimizer.py).
+Optimizer options are not among them: the optimizer reads them from TrainingSettings (optim/optimizer.py).
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from model.errors import PipelineError
 from model.settings import TrainingSettings
 from model.system.devices import Precision
 
-# These hold the loop together (resume, evaluation, logging): a value from outside would break it silently.
+# The training loop fixes these for resume, evaluation and logging: another value would break it silently.
 _FIXED = frozenset(
     {
         "output_dir",
@@ -42,27 +42,27 @@ _FIXED = frozenset(
 
 
 def world_size() -> int:
-    """Number of processes that train together, from the launcher's environment."""
+    """Number of training processes (world size), from the launcher's environment."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def accumulation_steps(
     settings: TrainingSettings, initial_world_size: int, world_size: int, *, dropout: float = 0.0
 ) -> int:
-    """Passes that each process accumulates, so that `world_size` processes take the batch of `initial_world_size`.
+    """Gradient accumulation steps per process with which `world_size` processes keep the batch of `initial_world_size`.
 
-    dropout: the model's. Raises PipelineError where that is no whole number, and for a model with dropout: each process
-    draws from a random state of its own.
+    dropout: the model's. Raises PipelineError if that is not an integer, and for a model with dropout, since each
+    process has its own random state.
     """
     if initial_world_size == world_size:
         return settings.gradient_accumulation_steps
     total = settings.gradient_accumulation_steps * initial_world_size
     accumulation, remainder = divmod(total, world_size)
-    began = f"{initial_world_size} processes began this training and {world_size} would go on"
+    began = f"{initial_world_size} processes began this training and {world_size} would continue it"
     if dropout:
         raise PipelineError(
             f"{began}, with model.attention_dropout {dropout:g} and a random state for each of {initial_world_size}: "
-            f"start {initial_world_size} processes, or delete the scratch folder to start afresh"
+            f"start {initial_world_size} processes, or delete the scratch folder to start over"
         )
     if remainder:
         raise PipelineError(
@@ -73,7 +73,7 @@ def accumulation_steps(
 
 
 def _distributed(device: torch.device) -> dict[str, Any]:
-    """Options of a training of several processes; transformers refuses `ddp_backend` in a single one."""
+    """Options for several processes; transformers refuses `ddp_backend` in a single process."""
     if world_size() < 2:
         return {}
     return {"ddp_backend": "nccl" if device.type == "cuda" else "gloo", "ddp_find_unused_parameters": False}
@@ -82,7 +82,7 @@ def _distributed(device: torch.device) -> dict[str, Any]:
 def training_arguments(
     settings: TrainingSettings, scratch_dir: Path, device: torch.device, precision: Precision
 ) -> TrainingArguments:
-    """The TrainingArguments of a run; `settings.arguments` are taken over verbatim.
+    """The TrainingArguments of a run; `settings.arguments` are passed through unchanged.
 
     Raises PipelineError for an unknown name, a name that a setting or the loop already fixes, or a refused value.
     """
@@ -117,7 +117,7 @@ def training_arguments(
         "save_total_limit": settings.save_total_limit,
         "logging_strategy": "steps",
         "logging_steps": settings.logging_steps,
-        "logging_nan_inf_filter": False,  # it would hide a diverged loss behind an average
+        "logging_nan_inf_filter": False,  # it would hide a non-finite loss in the average
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
         "seed": settings.seed,
@@ -135,5 +135,5 @@ def training_arguments(
             f"training.arguments {settings.arguments} refused by TrainingArguments: {reason}"
         ) from error
     if device.type == "cuda" and arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # several GPUs in one process would mean DataParallel; they are used by one process each
+        arguments._n_gpu = 1  # several GPUs in one process would mean DataParallel; here each GPU has its own process
     return arguments

@@ -1,8 +1,8 @@
 """Checkpoints of a running training: complete or absent, so that a kill at any moment loses nothing.
 
 A checkpoint is written under `incomplete/`, flushed to disk, marked `committed`, and moved into place with one rename;
-removing one starts with a rename back. Folders in `incomplete/` or without the marker are never read. `run.json` says
-which training the folder belongs to.
+removing one starts with a rename back. Folders in `incomplete/` or without the marker are never read. `run.json`
+identifies the training.
 """
 
 import json
@@ -19,7 +19,7 @@ from model.errors import PipelineError
 RECORD = "run.json"
 STATE = "trainer_state.json"
 LOSS_SUM = "loss_sum.json"
-"""The sums of losses, one a process, since the last log line, and that line's step: the Trainer keeps them in memory.
+"""Loss sums per process since the last log line, and that line's step, which the Trainer keeps only in memory.
 """
 COMMITTED = "committed"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -42,7 +42,7 @@ def steps_saved(scratch_dir: Path) -> list[int]:
 
 
 def last_good(scratch_dir: Path) -> str:
-    """The newest complete checkpoint, in words for an error message."""
+    """Description of the newest complete checkpoint, for an error message."""
     steps = steps_saved(scratch_dir)
     if not steps:
         return "no checkpoint was written yet"
@@ -54,7 +54,7 @@ def commit(scratch_dir: Path, step: int) -> None:
     staged = staging(scratch_dir) / f"checkpoint-{step}"
     for path in staged.iterdir():
         _flush(path)
-    # The marker comes last: on storage whose rename is not atomic (an object store), it decides.
+    # The marker is written last: on storage without atomic rename (an object store) it marks completeness.
     (staged / COMMITTED).touch()
     _flush(staged / COMMITTED)
     _flush(staged)
@@ -83,10 +83,10 @@ def prune(scratch_dir: Path, keep: int, best_step: int | None) -> None:
 
 
 def open_scratch(scratch_dir: Path, identity: dict[str, Any]) -> int | None:
-    """Step to resume from, None for a fresh start; half-written files of a killed run are removed.
+    """Step to resume from, None for a new training; removes incomplete files of a killed run.
 
-    identity: all settings and data that decide the result. Raises PipelineError where `scratch_dir` holds another
-    training: continuing it would mix two.
+    identity: all settings and data that determine the result. Raises PipelineError if `scratch_dir` holds another
+    training: continuing would mix the two.
     """
     scratch_dir.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(staging(scratch_dir), ignore_errors=True)
@@ -96,7 +96,7 @@ def open_scratch(scratch_dir: Path, identity: dict[str, Any]) -> int | None:
         if different := _differences(found, identity):
             raise PipelineError(
                 f"{scratch_dir} holds checkpoints of another training ({', '.join(different)} differ): "
-                "delete the folder to start afresh, or restore the settings to continue"
+                "delete the folder to start over, or restore the settings to continue"
             )
     else:
         partial = record.with_suffix(".tmp")
@@ -107,7 +107,7 @@ def open_scratch(scratch_dir: Path, identity: dict[str, Any]) -> int | None:
 
 
 def initial_world_size(scratch_dir: Path) -> int | None:
-    """How many processes began the training in `scratch_dir`; None where no training began."""
+    """Number of processes that began the training in `scratch_dir`; None if there is no training."""
     record = scratch_dir / RECORD
     return json.loads(record.read_text())["processes"] if record.is_file() else None
 

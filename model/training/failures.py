@@ -19,7 +19,7 @@ _SHOWN = 8
 
 
 def documents_of(dataset: TokenDataset, windows: Sequence[int]) -> list[int]:
-    """Numbers of the documents that these windows hold tokens of, sorted; 0 is the split's first document."""
+    """Sorted indices of the documents in these windows; 0 is the split's first document."""
     found: set[int] = set()
     if dataset.responses is not None:
         for window in windows:
@@ -62,14 +62,14 @@ def cannot_write(step: int, directory: Path, error: Exception) -> PipelineError:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: PyTorch has a type for it on the GPU, and only a text for it on the CPU."""
+    """Whether an allocation failed: on a GPU PyTorch raises a specific type, on a CPU only a message tells."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and re.search(r"can't allocate memory|out of memory", str(error)) is not None
     )
 
 
 def out_of_memory(model: RexForCausalLM, run: TrainingRun) -> PipelineError:
-    """The error for a batch that does not fit, with the size that does: found by trying halves on the same model."""
+    """The error for a batch that does not fit, with a size that does, found by halving on the same model."""
     size, accumulation = run.settings.per_device_train_batch_size, run.settings.gradient_accumulation_steps
     fits = size // 2
     while fits and not _fits(model, fits, run):
@@ -80,12 +80,11 @@ def out_of_memory(model: RexForCausalLM, run: TrainingRun) -> PipelineError:
             message + "one window does not fit either: lower tokenizer.sequence_length or the model's size, or set "
             "training.activation_checkpointing=true"
         )
-    # Of this run, not of the experiment: after a resume on another number of processes, each accumulates differently.
+    # The run's value, not the experiment's: after a resume with another world size, accumulation differs.
     passes = accumulation * size // fits
     same = "the same batch" if fits * passes == accumulation * size else "nearly as large"
     return PipelineError(
-        message + f"{fits} would have fitted: set it to {fits}, and training.gradient_accumulation_steps to "
-        f"{passes} for {same}"
+        message + f"{fits} fits: set it to {fits}, and training.gradient_accumulation_steps to {passes} for {same}"
     )
 
 

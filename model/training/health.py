@@ -1,6 +1,6 @@
-"""Signs that a training does not learn: vanishing or repeated gradients, unmoved parameters, a high loss.
+"""Detects trainings that do not learn: zero or constant gradients, unchanged parameters, a high loss.
 
-Each is a line of text in the log, a count among the metrics, and in the summary where it still holds at the end.
+Each warning is a line in the log and counts in a metric; the summary keeps those that still hold at the end.
 Legend: `V` vocabulary, `T` predicted tokens.
 """
 
@@ -23,21 +23,21 @@ _NAMED = 3
 
 
 def unigram_loss(run: TrainingRun) -> float:
-    """Nats per token that the training split's token frequencies give on the windows of an evaluation."""
+    """Loss of a unigram model of the training split on the windows of an evaluation, nats per token."""
     ids_T, _ = held_out(run.validation, run.settings.eval_windows)
     counts_V = token_counts(run.train.tokens[:COUNTED_TOKENS], len(run.train.byte_counts))
     return unigram_bits(counts_V, ids_T) * float(np.log(2)) / max(len(ids_T), 1)
 
 
 class ParameterMotion:
-    """Which parameters still have the values that they started this process with; a sample of each is compared."""
+    """Tracks parameters that keep their initial values in this process, by comparing a sample of each."""
 
     def __init__(self, model: RexForCausalLM, step: int) -> None:
         self._model, self._first_step = model, step
         self._before = {name: _sample(parameter) for name, parameter in model.named_parameters()}
 
     def unmoved(self, step: int) -> list[str]:
-        """Names of parameters that no step has changed; none before the second step."""
+        """Names of parameters that no step has changed; empty before the second step."""
         if step < self._first_step + 2:
             return []
         same = {name: torch.equal(_sample(p), self._before[name]) for name, p in self._model.named_parameters()}
@@ -52,13 +52,13 @@ def _sample(parameter: Tensor) -> Tensor:
 def find_warnings(
     history: Sequence[dict[str, Any]], settings: TrainingSettings, unigram: float, unmoved: Sequence[str]
 ) -> list[str]:
-    """What is wrong, one line each.
+    """Current warnings, one line each.
 
     history: the Trainer's log. unigram: `unigram_loss`. unmoved: `ParameterMotion.unmoved`.
     """
     found = []
     norms = [(entry["step"], float(entry["grad_norm"])) for entry in history if "grad_norm" in entry]
-    # Without clipping transformers reports no norm, or 0.
+    # Without clipping, transformers reports no norm, or 0.
     if settings.max_grad_norm and norms:
         if zeros := [step for step, norm in norms if norm == 0]:
             found.append(f"the gradient norm is exactly 0 at step {zeros[0]:,} and {len(zeros) - 1:,} later log lines")
@@ -71,7 +71,7 @@ def find_warnings(
     step = history[-1]["step"] if history else 0
     if unmoved and step >= late:
         more = f" and {len(unmoved) - _NAMED} more" if len(unmoved) > _NAMED else ""
-        found.append(f"parameters that have not moved by step {step:,}: {', '.join(unmoved[:_NAMED])}{more}")
+        found.append(f"parameters unchanged at step {step:,}: {', '.join(unmoved[:_NAMED])}{more}")
     scores = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
     if scores and scores[-1][0] >= max(late, 1) and scores[-1][1] >= unigram:
         found.append(

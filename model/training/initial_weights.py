@@ -1,8 +1,7 @@
-"""Finished checkpoints that a training builds on: the initial weights, and the teacher of a distillation.
+"""Loads the initial weights of a training, and the teacher of a distillation.
 
-The teacher runs on each batch beside the student, without gradients and in the training's precision; `loss.py` turns
-both models' hidden states into the loss. Both must have the training's own vocabulary: the same ids would mean other
-tokens.
+The teacher runs on each batch without gradients, in the training's precision; `loss.py` computes the loss from both
+models' hidden states. Both checkpoints must have the training's vocabulary, so that ids mean the same tokens.
 """
 
 from pathlib import Path
@@ -21,11 +20,11 @@ _OF_TOKENS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def start_from(model: RexForCausalLM, checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Load the weights of `training.init_from`: a checkpoint of REX, or a stock Llama or GLM-4 that computes the same.
+    """Load the weights of `training.init_from`: a REX checkpoint, or a stock Llama or GLM-4 of the same architecture.
 
-    Marks of roles that `tokenizer` adds to the checkpoint's vocabulary start as the mean of the other embeddings.
-    Raises PipelineError where they are missing, of another shape or vocabulary than `model` and `tokenizer`, or where
-    the same weights would compute something else in this experiment, as with another base of rotary embeddings.
+    Role marks that `tokenizer` adds to the checkpoint's vocabulary are initialized to the mean of the other embeddings.
+    Raises PipelineError if they are missing, differ in shape or vocabulary from `model` and `tokenizer`, or would
+    compute different results in this experiment, for example with another rotary base.
     """
     option = f"training.init_from is {str(checkpoint)!r}"
     if not weight_files(checkpoint):
@@ -44,15 +43,17 @@ def start_from(model: RexForCausalLM, checkpoint: Path, tokenizer: PreTrainedTok
         old, new = (list(given[name].shape) if name in given else "missing" for given in (found, expected))
         if old != new:
             raise PipelineError(
-                f"{option}: {name} is {old} there and {new} in this experiment; take the model's shape over from it"
+                f"{option}: {name} is {old} there and {new} in this experiment; use the checkpoint's model shape"
                 f"{' (' + ' '.join(options) + ')' if options else ''}, and its tokenizer with tokenizer=pretrained "
                 "tokenizer.path=FOLDER"
             )
     if options:
-        raise PipelineError(f"{option}: it computes something else than this experiment; take over {' '.join(options)}")
+        raise PipelineError(
+            f"{option}: it computes different results than this experiment's model; set {' '.join(options)}"
+        )
     if not is_extended:
         _check_vocabulary(option, checkpoint, tokenizer)
-    # Not strict: a tied head has no entry of its own. All other names were compared.
+    # strict=False because a tied head has no entry. All other names were compared.
     model.load_state_dict(found, strict=False)
 
 
@@ -66,8 +67,8 @@ def load_teacher(
 ) -> RexForCausalLM:
     """The model of `training.distill_from` on `device`, in full precision, without gradients.
 
-    Raises PipelineError where it is no complete checkpoint, has another vocabulary than `tokenizer`, or reads fewer
-    tokens than a window has.
+    Raises PipelineError if it is not a complete checkpoint, has another vocabulary than `tokenizer`, or a context
+    shorter than a window.
     """
     option = f"training.distill_from is {str(checkpoint)!r}"
     _weights(option, checkpoint)
@@ -75,8 +76,8 @@ def load_teacher(
     teacher = load_model(checkpoint, quantized=False)
     if teacher.config.max_position_embeddings < sequence_length:
         raise PipelineError(
-            f"{option}: it reads {teacher.config.max_position_embeddings:,} tokens and a window has "
-            f"{sequence_length:,} (tokenizer.sequence_length); lower that, or take a teacher of a longer context"
+            f"{option}: its context is {teacher.config.max_position_embeddings:,} tokens and a window has "
+            f"{sequence_length:,} (tokenizer.sequence_length); lower that, or use a teacher with a longer context"
         )
     teacher.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
     return teacher
@@ -93,7 +94,7 @@ def _check_vocabulary(option: str, checkpoint: Path, tokenizer: PreTrainedTokeni
     theirs, ours = load_tokenizer(checkpoint).get_vocab(), tokenizer.get_vocab()
     if theirs != ours:
         raise PipelineError(
-            f"{option}: its tokenizer ({len(theirs):,} tokens) is another than this experiment's ({len(ours):,} "
-            f"tokens, {len(theirs.items() ^ ours.items()):,} entries differ); take it over with tokenizer=pretrained "
+            f"{option}: its tokenizer ({len(theirs):,} tokens) differs from this experiment's ({len(ours):,} "
+            f"tokens, {len(theirs.items() ^ ours.items()):,} entries differ); use it with tokenizer=pretrained "
             "tokenizer.path=FOLDER"
         )

@@ -1,4 +1,4 @@
-"""The training loss from final hidden states: shifted labels, autocast, the teacher of a distillation.
+"""The training loss from final hidden states: label shift, autocast, distillation from a teacher.
 
 The arithmetic, in chunks of the vocabulary's logits, is `model/kernels/linear_cross_entropy.py`.
 Legend: `B` windows, `T` tokens, `R` rows (predicted tokens), `D` hidden size, `E` the teacher's, `V` vocabulary.
@@ -20,9 +20,9 @@ from model.settings import TrainingSettings
 class DistillationTargets:
     """A teacher's predictions for the tokens of a batch, and their weight in the loss.
 
-    hidden_BTE: its final hidden states. weight_VE: its output embedding. weight: the divergence's part of the loss, 0
-    to 1. temperature: divides both models' logits. top_k: of the teacher's most likely tokens each is followed, of the
-    others only their sum; 0 follows all.
+    hidden_BTE: its final hidden states. weight_VE: its output embedding. weight: the share of the divergence in the
+    loss, 0 to 1. temperature: divides both models' logits. top_k: the divergence covers the teacher's top k tokens and
+    the sum of the others; 0 covers all tokens.
     """
 
     hidden_BTE: Tensor
@@ -45,12 +45,13 @@ def linear_cross_entropy(
     """Mean nats per predicted token, or their sum over `num_items_in_batch`; a float32 scalar.
 
     hidden_BTD: final hidden states. weight_VD: output embedding. labels_BT: the input ids, shifted here; IGNORE_INDEX
-    is left out. num_items_in_batch: predicted tokens of the whole optimizer step, over all its batches and processes:
-    gradients summed over batches are then those of one large batch, however ragged its parts. z_loss: weight of the
-    squared logarithm of the softmax's denominator (PaLM, section 5, takes 1e-4); it keeps logits from drifting.
-    targets: (1 - its weight) of the loss is the above, the rest the divergence from the teacher at the same tokens.
-    rows: how many go at once; as many as CHUNK_BYTES holds where left out. Under autocast, the products are in its
-    dtype; sums over tokens are always in float32.
+    is excluded. num_items_in_batch: predicted tokens of the whole optimizer step, over all batches and processes, so
+    that gradients summed over batches equal those of one large batch even if batches differ in size. z_loss: weight of
+    the squared log of the softmax denominator (PaLM, section 5, uses 1e-4); it keeps logits from drifting.
+    targets: the loss is (1 - weight) times the above plus weight times the divergence from the teacher at the same
+    tokens.
+    rows: chunk size; default: as many as fit into CHUNK_BYTES. Under autocast, products use its dtype; sums over tokens
+    are always float32.
     """
     device = hidden_BTD.device.type
     labels_R = labels_BT[:, 1:].reshape(-1).to(hidden_BTD.device)
@@ -73,7 +74,7 @@ def linear_cross_entropy(
 
 
 class TrainingLoss:
-    """A model's `linear_loss` under the settings of a training, with a teacher or without."""
+    """A model's `linear_loss` for a training's settings, with or without a teacher."""
 
     def __init__(self, settings: TrainingSettings, teacher: RexForCausalLM | None = None) -> None:
         self._settings, self._teacher = settings, teacher
@@ -86,7 +87,7 @@ class TrainingLoss:
         num_items_in_batch: Tensor | None,
         input_ids_BT: Tensor | None,
     ) -> Tensor:
-        """`linear_cross_entropy`; input_ids_BT: what the teacher reads."""
+        """`linear_cross_entropy`; input_ids_BT: the teacher's input."""
         targets = None
         if self._teacher is not None:
             with torch.no_grad():

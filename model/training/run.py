@@ -1,6 +1,6 @@
-"""One training as it runs here: data, model shape, device, precision, processes and batch, decided once.
+"""The resolved configuration of one training: data, model shape, device, precision, world size and batch size.
 
-`train` builds it (`prepare_run`); the Trainer, the self-check and the error messages read it.
+`train` builds it once (`prepare_run`); the Trainer, the self-check and the error messages read it.
 """
 
 from collections.abc import Callable
@@ -23,10 +23,10 @@ OnMetrics = Callable[[int, dict[str, float]], None]
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What holds for the whole of a training in this process.
+    """Constants of a training in this process.
 
-    settings.gradient_accumulation_steps is what each of the `world_size` processes accumulates now: after a resume on
-    another number of processes it differs from the experiment's, and the batch is the same.
+    settings.gradient_accumulation_steps is the current value per process: after a resume with another world size it
+    differs from the experiment's, so that the batch size stays the same.
     """
 
     settings: TrainingSettings
@@ -38,23 +38,23 @@ class TrainingRun:
     device: torch.device
     precision: Precision
     initial_world_size: int
-    """Processes that began this training."""
+    """Number of processes that began this training."""
     log: Log = silent
     on_metrics: OnMetrics | None = None
 
     @property
     def world_size(self) -> int:
-        """Processes that train now."""
+        """Current number of processes."""
         return int(self.arguments.world_size)
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this process writes and reports."""
+        """Whether this process writes files and reports."""
         return bool(self.arguments.process_index == 0)
 
     @property
     def sequence_length(self) -> int:
-        """Tokens of a window."""
+        """Tokens per window."""
         return self.train.sequence_length
 
     @property
@@ -78,9 +78,10 @@ def prepare_run(
     log: Log = silent,
     on_metrics: OnMetrics | None = None,
 ) -> TrainingRun:
-    """Decide device, precision and accumulation, and build the TrainingArguments. datasets: training and validation.
+    """Resolve device, precision and accumulation, and build the TrainingArguments. datasets: training and validation.
 
-    Raises PipelineError for a device that is not there, refused arguments, and a number of processes that cannot go on.
+    Raises PipelineError for an unavailable device, refused arguments, and a world size that cannot continue the
+    training.
     """
     device = resolve_device(settings.device)
     precision = resolve_precision(settings.precision, device)

@@ -1,13 +1,13 @@
-"""Before the first step: loss and gradients of the path that trains, compared with plain float32 on the CPU.
+"""Compares loss and gradients of the training path with plain float32 on the CPU before the first step.
 
 On some versions of PyTorch, a compiled graph on a GPU computed the right loss and gradients of exactly 0; a training
 that ran for hours learned nothing. Compilers, devices, autocast, process groups and this project's own kernels are all
-on that path, so one batch goes through it and through a reference: eager attention, whole logits, autograd.
+on that path, so one batch runs through it and through a reference: eager attention, unchunked logits, autograd.
 
-Two windows are compared, as many of their tokens as FLOPS allows. A compiled model gets them as part of a batch of the
-training's shape, the rest of it without labels, so that nothing is compiled twice: the model is causal, and the
-reference leaves the rest out.
-Legend: `B` windows, `T` tokens of a window, `N` labeled tokens of one, `R` rows (predicted tokens), `V` vocabulary.
+Two windows are compared, with as many tokens as FLOPS allows. A compiled model gets them in a batch of the training's
+shape, with the other tokens unlabeled, so that nothing is compiled twice; since the model is causal, the reference
+omits the other tokens. Legend: `B` windows, `T` tokens of a window, `N` labeled tokens of one, `R` rows (predicted
+tokens), `V` vocabulary.
 """
 
 import copy
@@ -33,7 +33,7 @@ from model.training.run import TrainingRun
 FLOPS = 8e10
 """Floating point operations of the reference's forward and backward pass: about a second on two cores."""
 MOST_TOKENS = 192
-"""Labeled tokens of a window at most: more than one block of the attention kernel."""
+"""Most labeled tokens of a window: more than one block of the attention kernel."""
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.08, "float16": 0.08}
 """Largest relative error of a gradient, ||found - expected|| / ||expected||, by the precision of the training.
 
@@ -42,7 +42,8 @@ Measured on a CPU, the largest of all parameters and heads: 2e-6 in float32; in 
 """
 LOSS_TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
 _SMALLEST = 1e-6
-"""Gradients below this part of the whole gradient's norm are compared with that instead: theirs is rounding."""
+"""Gradients with a norm below this fraction of the total norm are compared relative to that instead, because they are
+mostly rounding."""
 _NOT_PLAIN = ("label_smoothing_factor", "neftune_noise_alpha")
 
 Backward = Callable[[dict[str, Tensor], Tensor], Tensor]
@@ -51,7 +52,7 @@ Backward = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one gradient is from the reference. part: the head, where only one of them is off."""
+    """Deviation of one gradient from the reference. part: the head, if only one differs."""
 
     name: str
     part: str
@@ -68,13 +69,13 @@ def self_check(
     *,
     gradient_scale: float = 1.0,
 ) -> None:
-    """Compare one batch; every process of a training calls this. The random state and the weights stay as they were.
+    """Compare one batch; every process of a training calls this. Random state and weights are unchanged.
 
-    model: the one that `backward` trains. gradient_scale: what float16's loss scaling multiplied gradients by.
+    model: the one that `backward` trains. gradient_scale: the factor of float16's loss scaling.
     Raises PipelineError, in all processes, with the parameter whose gradient is furthest from the reference.
     """
     if unknown := [name for name in _NOT_PLAIN if run.settings.arguments.get(name)]:
-        run.log(f"self-check: left out, as it does not know training.arguments {', '.join(unknown)}")
+        run.log(f"self-check: skipped, as it does not support training.arguments {', '.join(unknown)}")
         return
     started = time.monotonic()
     rows, tokens = _labeled(run, model, teacher)
@@ -112,7 +113,7 @@ def self_check(
 
 
 def tolerance(run: TrainingRun) -> float:
-    """The largest relative error that passes."""
+    """The largest accepted relative error."""
     return run.settings.self_check_tolerance or TOLERANCES[run.precision]
 
 
@@ -138,7 +139,9 @@ def reference_gradients(
 
 
 def plain_divergence(logits_RV: Tensor, teacher_RV: Tensor, temperature: float, top_k: int) -> Tensor:
-    """temperature^2 * KL(teacher || student), (R,); with top_k, all tokens but the teacher's top k are one event."""
+    """temperature^2 * KL(teacher || student), (R,); with top_k, all tokens outside the teacher's top k form one
+    event.
+    """
     log_q_RV, log_p_RV = ((logits / temperature).log_softmax(1) for logits in (logits_RV, teacher_RV))
     if 0 < top_k < logits_RV.shape[1]:
         top_RK = log_p_RV.topk(top_k, dim=1).indices
@@ -160,11 +163,11 @@ def _plain_copy(model: RexForCausalLM) -> RexForCausalLM:
         plain = RexForCausalLM(config)
     plain.load_state_dict({name: value.float().cpu() for name, value in model.state_dict().items()})
     plain.tie_weights()
-    return plain.eval()  # the hand-written derivatives of norms and rotations are for training mode
+    return plain.eval()  # training mode would use the hand-written derivatives of norms and rotations
 
 
 def _labeled(run: TrainingRun, model: RexForCausalLM, teacher: RexForCausalLM | None) -> tuple[list[int], int]:
-    """Windows of a process's batch that have labels, and how many of their tokens."""
+    """Windows of a process's batch that have labels, and their number of labeled tokens."""
     last = run.settings.per_device_train_batch_size - 1
     rows = [0, last] if last else [0]
     parameters = model.num_parameters() + (teacher.num_parameters() if teacher is not None else 0)
@@ -186,7 +189,7 @@ def _batch(run: TrainingRun, rank: int, rows: list[int], tokens: int) -> dict[st
 
 @contextmanager
 def _state_kept(run: TrainingRun, model: RexForCausalLM) -> Iterator[None]:
-    """No dropout inside; the random state and the mode are put back."""
+    """Disables dropout inside the block; restores random state and mode."""
     dropouts = {module: module.attention_dropout for module in model.modules() if hasattr(module, "attention_dropout")}
     was_training = model.training
     with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
@@ -230,7 +233,7 @@ def _relative(difference: Tensor, norm: float, whole: float) -> float:
 
 def _judge(run: TrainingRun, found_loss: float, loss: float, worst: Difference) -> str | None:
     where = f"{_path(run)}; torch {torch.__version__}, transformers {transformers.__version__}"
-    advice = "another version may be right; or set training.self_check=false to train nevertheless"
+    advice = "try another version, or set training.self_check=false to train anyway"
     if run.settings.torch_compile:
         advice = f"try training.torch_compile=false; {advice}"
     loss_error = abs(found_loss - loss) / max(abs(loss), 1e-6)

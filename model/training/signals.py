@@ -1,7 +1,7 @@
 """Defers SIGTERM and SIGINT to the end of the optimizer step, where a checkpoint can be saved.
 
-The training loop saves at the end of the running step and then delivers the signal to the handler that was there
-before. A second signal is delivered at once.
+The training loop saves at the end of the current step and then delivers the signal to the previous handler. A second
+signal is delivered at once.
 """
 
 import signal
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class DeferredSignals:
-    """Signals that arrived and are not delivered yet."""
+    """Received signals that are not yet delivered."""
 
     def __init__(self) -> None:
         self._arrived: int | None = None
@@ -25,7 +25,7 @@ class DeferredSignals:
         return self._arrived is not None
 
     def deliver(self) -> None:
-        """Restore the earlier handlers and raise the deferred signal, if there is one."""
+        """Restore the previous handlers and raise the deferred signal, if any."""
         self._restore()
         if self._arrived is not None:
             number, self._arrived = self._arrived, None
@@ -53,9 +53,9 @@ class DeferredSignals:
 
 @contextmanager
 def deferred_signals() -> Iterator[DeferredSignals]:
-    """Defer SIGTERM and SIGINT inside the block; one that was not delivered inside is delivered at its end.
+    """Defer SIGTERM and SIGINT inside the block; an undelivered signal is delivered at its end.
 
-    In a thread other than the main one, which gets no signals, this does nothing.
+    Does nothing outside the main thread, which alone receives signals.
     """
     deferred = DeferredSignals()
     if threading.current_thread() is threading.main_thread():

@@ -1,7 +1,7 @@
 """Model FLOP/s of a training, and its share of the measured matrix-multiplication peak.
 
-Model FLOP/s utilization (MFU; PaLM, appendix B) = tokens/s * FLOPs per token / peak. The peak is measured, in the dtype
-of the run, on the machine of the run: a data sheet says little about two cores of a shared CPU.
+Model FLOP/s utilization (MFU; PaLM, appendix B) = tokens/s * FLOPs per token / peak. The peak is measured in the run's
+dtype on the run's machine, because a data sheet says little about two cores of a shared CPU.
 """
 
 import time
@@ -16,7 +16,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def flops_per_token(model: RexForCausalLM, sequence_length: int) -> int:
-    """Floating point operations of forward and backward per token: 6 N + 6 L T H K.
+    """Floating-point operations per token, forward and backward: 6 N + 6 L T H K.
 
     N: parameters of matrix products (all but an untied input embedding); L layers, T tokens, H heads of size K.
     The attention term counts the causal half of 12 L T H K (PaLM, appendix B).
@@ -40,7 +40,7 @@ def matmul_peak(device: torch.device, precision: Precision, *, size: int | None 
     dtype = _DTYPES[precision]
     if size is None:
         size = 8192 if device.type == "cuda" else 1024 if precision == "float32" else 512
-    generator = torch.Generator(device).manual_seed(0)  # its own: the training's random state stays
+    generator = torch.Generator(device).manual_seed(0)  # separate, to keep the training's random state
     a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     with torch.no_grad(), torch.autocast(device.type, enabled=False):

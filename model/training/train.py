@@ -1,4 +1,4 @@
-"""Trains a model on a tokenized dataset and leaves a Hugging Face checkpoint directory.
+"""Trains a model on a tokenized dataset and writes a Hugging Face checkpoint directory.
 
 `train` is the whole stage: it resumes where a killed run stopped, keeps the best weights, evaluates them on the full
 validation split, and writes weights, tokenizer, custom code, model card, curves and samples. `trainer.py` has the loop.
@@ -48,16 +48,16 @@ def train(
     log: Log = silent,
     on_metrics: OnMetrics | None = None,
 ) -> TrainingSummary:
-    """Train the experiment's model; continue from `scratch_dir` where that holds checkpoints of the same training.
+    """Train the experiment's model; resumes from checkpoints of the same training in `scratch_dir`.
 
-    output_dir: becomes a Hugging Face checkpoint directory. on_metrics: called with (step, metrics) at every log.
-    On the CPU a resumed run ends with the same bits as one in one go. `scratch_dir` is left for the caller to delete.
-    SIGTERM and SIGINT wait for the end of the step, save, and then do what they did before (signals.py).
-    Several processes: each calls this with the same arguments; RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT tell them
-    apart under any launcher (torchrun, Ray Train). Rank 0 writes and reports; the folders are shared by all. A training
-    can go on with another number of processes than it began with: the batch stays, and results are equal up to
-    rounding. Raises PipelineError for a device that is not there, a dataset smaller than one batch, refused arguments,
-    a loss that is not finite, memory that does not suffice, and a full disk; the last complete checkpoint then stays.
+    output_dir: becomes a Hugging Face checkpoint directory. on_metrics: called with (step, metrics) at every log. On
+    the CPU a resumed run is bit-identical to an uninterrupted one. The caller deletes `scratch_dir`. SIGTERM and SIGINT
+    are deferred to the end of the step, where a checkpoint is saved (signals.py). Several processes: each calls this
+    with the same arguments; RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT identify them under any launcher (torchrun,
+    Ray Train). Rank 0 writes and reports; all share the folders. A training can resume with another world size: the
+    batch size stays, and results are equal up to rounding. Raises PipelineError for an unavailable device, a dataset
+    smaller than one batch, refused arguments, a non-finite loss, insufficient memory, and a full disk; the last
+    complete checkpoint is kept.
     """
     limit_threads()
     tokenizer = load_tokenizer(dataset_dir / "tokenizer")
@@ -87,7 +87,7 @@ def train(
         best_step = state.best_global_step or state.global_step
         model = build_model(config, run.settings.seed)
         _load_best(model, checkpoints.checkpoint_dir(scratch_dir, best_step))
-        _barrier()  # rank 0 returns, and its caller deletes the checkpoints, only after all ranks have read them
+        _barrier()  # all ranks read the checkpoints before rank 0 returns and its caller deletes them
         model.to(run.device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
         run.log(f"validating the weights of step {best_step:,} on the whole validation split")
         result = evaluate(model, run.validation, batch_size=run.settings.per_device_eval_batch_size, log=run.log)
@@ -123,7 +123,7 @@ def train(
 def _run_steps(
     run: TrainingRun, tokenizer: PreTrainedTokenizerBase, resume_step: int | None, peak_flops: float
 ) -> tuple[TrainerState, float, list[str]]:
-    """The state after the last step, the seconds of optimizer steps in this process, and the warnings of the watch."""
+    """The state after the last step, the seconds of optimizer steps in this process, and the health warnings."""
     settings = run.settings
     newest = checkpoints.checkpoint_dir(run.scratch_dir, resume_step) if resume_step is not None else None
     if newest is not None:
@@ -137,7 +137,7 @@ def _run_steps(
     teacher = None
     if settings.distill_from:
         teacher = load_teacher(Path(settings.distill_from), tokenizer, run.sequence_length, run.device)
-    model.config.use_cache = False  # a cache per step would be filled and thrown away
+    model.config.use_cache = False  # each step would fill a KV cache and discard it
     run.arguments.eval_on_start = newest is None
     run.log(
         f"training {model.num_parameters():,} parameters for {settings.max_steps:,} steps "
@@ -161,7 +161,7 @@ def _run_steps(
 
 
 def broadcast_from_rank_zero(decide: Callable[[], Any]) -> Any:
-    """Rank 0's result of `decide`, in all processes; its PipelineError is raised in all."""
+    """Rank 0's result of `decide`, broadcast to all processes, as is its PipelineError."""
     if not dist.is_initialized():
         return decide()
     outcome: list[Any] = [None]
@@ -183,7 +183,7 @@ def _barrier() -> None:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Silences transformers' progress bars and its warnings about options that the loop fixes; restores both."""
+    """Silences transformers' progress bars and its warnings about options that the loop fixes, inside the block."""
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -203,7 +203,7 @@ def _load_best(model: RexForCausalLM, checkpoint: Path) -> None:
 
 
 def _weights_digest(folder: str) -> str:
-    """The digests of a model's files, one after the other; empty where no folder is named."""
+    """The digests of a model's files, concatenated; empty if no folder is named."""
     found = ""
     for path in weight_files(Path(folder)) if folder else ():
         with path.open("rb") as file:
@@ -216,7 +216,7 @@ _NOT_OF_THE_RESULT = frozenset({"self_check", "self_check_tolerance", "watch_aft
 
 
 def _identity(settings: ExperimentSettings, dataset_dir: Path, initial_world_size: int) -> dict[str, Any]:
-    """All that decides the result of the training; the token files by their size and document boundaries."""
+    """All settings and data that determine the result; token files by their size and document boundaries."""
 
     def digest(*names: str) -> str:
         found = hashlib.sha256()
@@ -233,6 +233,6 @@ def _identity(settings: ExperimentSettings, dataset_dir: Path, initial_world_siz
         "tokenizer": digest("tokenizer/tokenizer.json"),
         "init_from": _weights_digest(settings.training.init_from),
         "distill_from": _weights_digest(settings.training.distill_from),
-        # With the settings, the initial number of processes decides the batch size (arguments.accumulation_steps).
+        # The initial world size and the settings determine the batch size (arguments.accumulation_steps).
         "processes": initial_world_size,
     }

@@ -1,10 +1,10 @@
 """The training loop: transformers' Trainer with this project's optimizer, data order, evaluation and checkpoints.
 
-What differs from the stock Trainer, and why: windows come in an order that depends on the seed alone (a resumed run
-skips to its place without reading data); evaluation gives bits per byte; a checkpoint appears complete or not at all,
-and holds the sum of losses that the next log line will report; a termination waits for the end of the step and saves
-first; a loss that is not finite stops the run before anything is saved. docs/architecture.md lists the private methods
-and attributes of the Trainer that this relies on, with the versions of transformers seen to work.
+Differences from the stock Trainer: the window order depends only on the seed (a resumed run skips to its position
+without reading data); evaluation gives bits per byte; a checkpoint is complete or absent, and holds the loss sum of the
+next log line; a termination signal is deferred to the end of the step, after a save; a non-finite loss stops the run
+before anything is saved. docs/architecture.md lists the private methods and attributes of the Trainer that this relies
+on, with the tested versions of transformers.
 """
 
 import json
@@ -46,13 +46,14 @@ _LOG_EVERY_S = 5.0
 
 
 class WindowSampler(Sampler[int]):
-    """Indices of the windows of a whole training: every pass over the data in an order of its own.
+    """Window indices of a whole training: each epoch is shuffled differently.
 
-    The order depends on `seed` and the pass alone, never on a global generator, so a resumed run finds its place.
+    The order depends only on `seed` and the epoch, never on a global generator, so that a resumed run finds its
+    position.
     """
 
     def __init__(self, windows: int, samples: int, seed: int) -> None:
-        """samples: how many windows the training takes, over as many passes as that needs."""
+        """samples: number of windows of the training, over as many epochs as necessary."""
         self.windows, self.samples, self.seed = windows, samples, seed
 
     def __len__(self) -> int:
@@ -66,7 +67,7 @@ class WindowSampler(Sampler[int]):
 
 
 def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack windows to (B, T). No attention_mask and no position_ids: with either, flash attention is lost."""
+    """Stack windows to (B, T). No attention_mask and no position_ids: either would disable flash attention."""
     input_ids_BT = torch.stack([item["input_ids"] for item in items])
     return {"input_ids": input_ids_BT, "labels": torch.stack([item["labels"] for item in items])}
 
@@ -85,7 +86,7 @@ class RexTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         """teacher: on the run's device. sample: a short text of the model, logged at each evaluation.
 
-        peak_flops: what `model_flops_utilization` is a share of, in FLOP/s of one process.
+        peak_flops: the denominator of `model_flops_utilization`, in FLOP/s of one process.
         """
         self.run, self.settings = run, run.settings
         self._sample, self._network, self._teacher = sample, model, teacher
@@ -126,7 +127,7 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         return WindowSampler(len(self.run.train), samples, self.args.seed)
 
     def _windows(self, step: int) -> list[int]:
-        """Windows of the whole batch of the 1-based `step`, over all processes."""
+        """Windows in the batch of the 1-based `step`, over all processes."""
         batch = self.run.windows_per_step
         return list(islice(iter(self._get_train_sampler()), (step - 1) * batch, step * batch))
 
@@ -160,7 +161,7 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         return min(round(self.settings.decay_fraction * max_steps), max_steps - self.settings.warmup_steps)
 
     def set_momentum(self) -> None:
-        """Set Muon's momentum for the step that begins; it depends on the step alone, so a resumed run has the same."""
+        """Set Muon's momentum for the next step; it depends only on the step, so a resumed run has the same."""
         settings, max_steps = self.settings, self.args.max_steps
         momentum = muon_momentum(
             self.state.global_step,
@@ -176,7 +177,7 @@ class RexTrainer(Trainer):  # type: ignore[misc]
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Loss and bits per byte on `eval_windows` validation windows, in the precision of the training."""
+        """Loss and bits per byte on `eval_windows` validation windows, in the training's precision."""
         started = time.monotonic()
         with self.accelerator.autocast():
             result = evaluate(
@@ -199,7 +200,7 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         if text:
             self.state.log_history[-1]["sample"] = text  # type: ignore[assignment]  # JSON; typed as numbers
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        # Save the early stop in a checkpoint, so that a run killed here does not train on after a resume.
+        # Save the early stop in a checkpoint, so that a run killed here does not continue training after a resume.
         self.control.should_save = self.control.should_save or self.control.should_training_stop
         return metrics
 
@@ -211,7 +212,7 @@ class RexTrainer(Trainer):  # type: ignore[misc]
     # -- logging ------------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train to the end, from the start or from a complete checkpoint of this run."""
+        """Train to completion, from the start or from a complete checkpoint of this run."""
         if isinstance(resume_from_checkpoint, str):
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / checkpoints.STATE))
             self._first_step = self._last_log_step = state.global_step
@@ -222,11 +223,11 @@ class RexTrainer(Trainer):  # type: ignore[misc]
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def check_gradients(self) -> None:
-        """Compare the path that trains with plain float32 on the CPU (self_check.py); not with sharded parameters."""
+        """Compare the training path with plain float32 on the CPU (self_check.py), unless parameters are sharded."""
         if not self.settings.self_check:
             return
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            self.run.log("self-check: left out, as parameters are sharded")
+            self.run.log("self-check: skipped, as parameters are sharded")
             return
         started = time.monotonic()
         scaler = self.accelerator.scaler
@@ -260,14 +261,15 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         if isinstance(self._resumed_from, str):
             held = json.loads((Path(self._resumed_from) / checkpoints.LOSS_SUM).read_text())
             sums = held["sums"]
-            # A log line reports the mean over processes: resumed on another number of them, each starts from it.
+            # A log line reports the mean over processes: after a resume with another world size, each starts from the
+            # mean.
             own = sums[self.args.process_index] if len(sums) == self.args.world_size else sum(sums) / len(sums)
             self._tr_loss = torch.tensor(own, device=self.args.device)
             self._globalstep_last_logged = held["last_logged_step"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add one entry to the history, and pass it to `on_metrics` and, now and then, to the log."""
-        if "train_runtime" in logs:  # the Trainer's closing statistics count a resumed run wrongly; ours replace them
+        """Add one entry to the history, pass it to `on_metrics` and, periodically, to the log."""
+        if "train_runtime" in logs:  # the Trainer's final statistics are wrong for a resumed run; ours replace them
             return
         now, step = time.monotonic(), self.state.global_step
         if "loss" in logs:
@@ -312,7 +314,7 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         return failures.diverged(what, value, step, documents, self.settings, self.run.scratch_dir)
 
     def stop(self, step: int) -> None:
-        """Deliver the deferred termination; the checkpoint of `step` is written."""
+        """Deliver the deferred termination signal, after the checkpoint of `step` is written."""
         self.run.log(f"stopping after a signal: step {step:,} is saved")
         self.interrupts.deliver()
         raise KeyboardInterrupt(
@@ -329,7 +331,7 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         try:
             super()._save_checkpoint(model, trial)
             sums = [self._tr_loss.item()]
-            if dist.is_initialized():  # the barrier as well: each process has added its random state
+            if dist.is_initialized():  # also a barrier: each process has added its random state
                 sums = [0.0] * self.args.world_size
                 dist.all_gather_object(sums, self._tr_loss.item())
             if self.args.should_save:
@@ -363,7 +365,7 @@ class _Schedule(TrainerCallback):  # type: ignore[misc]
 
 
 class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
-    """Restores the loss sum of a checkpoint, and saves at the end of the step in which a termination arrived."""
+    """Restores the loss sum of a checkpoint, and saves at the end of the step in which a termination signal arrived."""
 
     def __init__(self, trainer: RexTrainer) -> None:
         self._trainer = trainer

@@ -1,4 +1,4 @@
-"""Orthogonalization of Muon's updates by Newton-Schulz steps, many matrices of one shape at once.
+"""Orthogonalization of Muon's updates by Newton-Schulz iteration, batched over matrices of one shape.
 
 Legend: `N` matrices of one shape, `R` rows, `C` columns.
 """
@@ -13,21 +13,21 @@ WIDE = 2
 
 
 def orthogonalize(matrices_NRC: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly: singular values end between 0.7 and 1.2 (Newton-Schulz).
+    """Approximates the nearest semi-orthogonal matrices: singular values end between 0.7 and 1.2 (Newton-Schulz).
 
-    matrices_NRC: shape (N, R, C); works in their dtype and returns it.
-    X is scaled by sqrt(||X X^T||_F), which bounds the spectral norm tighter than ||X||_F does (3.4 times for 128 equal
-    singular values): that is worth one step, and the first step needs X X^T anyway.
+    matrices_NRC: shape (N, R, C); computes in their dtype and returns it. X is scaled by sqrt(||X X^T||_F), a tighter
+    bound of the spectral norm than ||X||_F (3.4 times for 128 equal singular values), which saves one step; the first
+    step needs X X^T anyway.
 
     In float32, wide matrices iterate on the Gram matrix X X^T: each step multiplies X by a polynomial of it, so the
-    polynomials are multiplied first and X once, which saves a quarter to a third of the products (`bench/LOG.md`).
+    polynomials are multiplied first and X only once, which saves a quarter to a third of the FLOPs (`bench/LOG.md`).
     """
     a, b, c = COEFFICIENTS
     x_NRC = matrices_NRC
     tall = x_NRC.size(-2) > x_NRC.size(-1)
     if tall:  # the product below is square in the first dimension: keep it the smaller one
         x_NRC = x_NRC.mT.contiguous()
-    # Normalized before squaring: the square of a large or small gradient would leave the range of bfloat16 or float32.
+    # Normalize before squaring: the square of a large or small gradient would leave the range of bfloat16 or float32.
     x_NRC = x_NRC / x_NRC.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     gram_NRR = x_NRC @ x_NRC.mT
     bound = gram_NRR.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-14)

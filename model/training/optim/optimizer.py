@@ -2,7 +2,7 @@
 
 One optimizer means one state_dict and one scheduler; the two base learning rates keep their ratio over the schedule.
 torch.optim.Muon is not used: it always orthogonalizes in bfloat16, which takes 0.5 s for a 256 x 256 matrix on a CPU
-without bfloat16 units against 6 ms in float32, and it goes matrix by matrix. The arithmetic is the same.
+without bfloat16 units against 6 ms in float32, and it processes one matrix at a time. The arithmetic is the same.
 Legend: `N` matrices of one shape, `R` rows, `C` columns.
 """
 
@@ -20,7 +20,7 @@ from model.system.devices import Precision, has_fast_bfloat16
 from model.training.optim.newton_schulz import orthogonalize
 
 ROW_DECAY = 0.95
-"""Decay of the second moment of an update's rows, where they are normalized."""
+"""Decay rate of the second moment of an update's rows (NorMuon)."""
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -41,7 +41,9 @@ class MuonAdamW(torch.optim.Optimizer):
         normalize_rows: bool = False,
         cautious_weight_decay: bool = False,
     ) -> None:
-        """groups: each with "kind", "params", "lr", "weight_decay". The last two: Muon's, see TrainingSettings."""
+        """groups: each with "kind", "params", "lr", "weight_decay". The last two arguments are Muon's, see
+        TrainingSettings.
+        """
         defaults = {
             "betas": betas,
             "eps": 1e-8,
@@ -52,12 +54,12 @@ class MuonAdamW(torch.optim.Optimizer):
             "fused": True,  # read by load_state_dict too: AdamW's step counter then stays a float32 tensor
         }
         super().__init__(groups, defaults)
-        # Not a default of the groups: a checkpoint would carry one machine's choice to another.
+        # Not a group default, because a checkpoint would carry one machine's choice to another.
         self._newton_schulz_dtype = newton_schulz_dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -97,7 +99,9 @@ class MuonAdamW(torch.optim.Optimizer):
                 parameter.add_(update_RC, alpha=-group["lr"] * scale)
 
     def _normalize_rows(self, parameters: list[Tensor], update_NRC: Tensor) -> Tensor:
-        """NorMuon (https://arxiv.org/abs/2510.05491): rows over the root of their second moment, the norm as before."""
+        """NorMuon (https://arxiv.org/abs/2510.05491): divide rows by the root of their second moment, keeping the
+        matrix norm.
+        """
         means_NR1 = update_NRC.float().square().mean(-1, keepdim=True)
         moments = []
         for parameter, mean_R1 in zip(parameters, means_NR1, strict=True):
@@ -159,7 +163,7 @@ def build_optimizer(model: PreTrainedModel, settings: TrainingSettings, precisio
 
     precision: the training's. Muon orthogonalizes in bfloat16 on a GPU, and on a CPU with bfloat16 units where the
     training computes in it; else in float32.
-    The first group has the base learning rate `settings.learning_rate`: that is the one the schedule reports.
+    The first group has the base learning rate `settings.learning_rate`, which the schedule reports.
     """
     device = model.device
     use_bfloat16 = device.type == "cuda" or (has_fast_bfloat16(device) and precision == "bfloat16")

@@ -4,7 +4,7 @@
 def warmup_stable_decay(step: int, *, warmup_steps: int, decay_steps: int, max_steps: int, floor: float = 0.0) -> float:
     """Factor on the base learning rate at 0-based `step`: linear up, constant, linear down to `floor` at `max_steps`.
 
-    The first step already learns (factor 1 / warmup_steps) and the last one still does (1 / decay_steps).
+    The factor is nonzero at the first step (1 / warmup_steps) and at the last (1 / decay_steps).
     """
     up = (step + 1) / warmup_steps if step < warmup_steps else 1.0
     down = floor + (1 - floor) * (max_steps - step) / decay_steps if step > max_steps - decay_steps else 1.0

@@ -1,1 +1,1 @@
-"""What a training leaves behind: checkpoint files, model card, curves, summary."""
+"""Output files of a training: checkpoint files, model card, curves, summary."""

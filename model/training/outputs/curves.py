@@ -1,4 +1,4 @@
-"""The loss curve of a training: its history as numbers, and a picture of it."""
+"""Plots the loss curve of a training."""
 
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 def plot_loss(history: list[dict[str, Any]], path: Path, *, title: str) -> None:
     """Write a PNG of training and validation loss (nats per token) over optimizer steps.
 
-    history: entries with "step" and "loss" or "eval_loss". The y axis leaves out the first steps' fall from chance,
-    which would flatten the rest, once there are enough points to tell.
+    history: entries with "step" and "loss" or "eval_loss". With enough points, the y axis omits the initial drop, which
+    would flatten the rest.
     """
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")  # no pyplot: it keeps global state per process
     FigureCanvasAgg(figure)

@@ -1,4 +1,4 @@
-"""What a training leaves behind: weights, tokenizer, custom code, model card, curves, samples and summary."""
+"""Writes the outputs of a training: weights, tokenizer, custom code, model card, curves, samples and summary."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def sample_texts(
 ) -> dict[str, str]:
     """Continuation of each prompt: at most `tokens` tokens, sampled at temperature 0.8 from the 40 most likely.
 
-    The global generator stays as it was, so sampling in the middle of a training does not change it.
+    Preserves the state of the global generator, so that sampling during a training does not change it.
     """
     texts: dict[str, str] = {}
     was_training = model.training
@@ -83,7 +83,7 @@ def write_outputs(
             pad_token_id=tokenizer.pad_token_id,
         )
         model.save_pretrained(output_dir)
-        (output_dir / "model.safetensors").chmod(0o644)  # safetensors leaves it readable to its owner alone
+        (output_dir / "model.safetensors").chmod(0o644)  # safetensors makes it readable only to its owner
         tokenizer.save_pretrained(output_dir)
         write_json(output_dir / "curves.json", [_without_timing(entry) for entry in history], sort_keys=True)
         (output_dir / "progress.md").write_text(progress(history), encoding="utf-8")
@@ -105,12 +105,12 @@ def progress(history: list[dict[str, Any]]) -> str:
 
 
 def _without_timing(record: dict[str, Any]) -> dict[str, Any]:
-    """Without the fields that differ between identical trainings."""
+    """The entry without the fields that differ between identical trainings."""
     return {key: value for key, value in record.items() if key not in TIMING_FIELDS and key != "sample"}
 
 
 def model_card(settings: ExperimentSettings, model: RexForCausalLM, summary: TrainingSummary, dataset_dir: Path) -> str:
-    """The model's README: what it is, what it was trained on, what it scores, how to load it."""
+    """The model's README: architecture, training data, scores, and how to load it."""
     config = model.config
     dataset_file = dataset_dir / "summary.json"
     dataset = json.loads(dataset_file.read_text(encoding="utf-8")) if dataset_file.is_file() else {}

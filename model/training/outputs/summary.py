@@ -1,4 +1,4 @@
-"""What a training made and what it cost."""
+"""Results and costs of a training."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ class TrainingSummary:
     seconds: float
     """Wall time of the training loop, evaluations included, over all attempts of a resumed run."""
     tokens_per_second: float
-    """In optimizer steps: without evaluating and saving."""
+    """Seconds in optimizer steps, without evaluation and saving."""
     model_flops_per_second: float
     """tokens_per_second times `flops_per_token`."""
     model_flops_utilization: float
@@ -24,15 +24,15 @@ class TrainingSummary:
     train_loss: float
     """Mean over the last logged steps, nats per token."""
     validation_loss: float
-    """Of the weights that are kept, on the whole validation split, nats per token."""
+    """Loss of the saved weights on the whole validation split, nats per token."""
     bits_per_byte: float
     best_step: int
     resumed_from_step: int
-    """0 for a run in one go."""
+    """Number of resumes; 0 for an uninterrupted run."""
     peak_memory_bytes: int
     precision: str
     device: str
     warnings: list[str]
-    """What was still wrong with the training at its end, one line each (health.py); empty for a sound one."""
+    """Health warnings that held at the end, one line each (health.py); empty for a healthy training."""
     samples: dict[str, str]
-    """Prompt to the model's continuation."""
+    """Continuations by prompt."""

@@ -156,7 +156,9 @@ def test_a_teacher_of_another_tokenizer_or_a_shorter_context_is_refused_in_one_l
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "tokenizer.json").write_bytes((teacher / "tokenizer.json").read_bytes())
     settings.training.distill_from = str(copy)
-    with pytest.raises(PipelineError, match=r"it reads 32 tokens and a window has 64 \(tokenizer.sequence_length\)"):
+    with pytest.raises(
+        PipelineError, match=r"its context is 32 tokens and a window has 64 \(tokenizer.sequence_length\)"
+    ):
         train(settings, dataset_dir, tmp_path / "out", tmp_path / "scratch3")
 
 

@@ -92,7 +92,9 @@ def test_another_number_of_processes_keeps_the_batch(initial, now, passes):
 
 def test_a_number_of_processes_that_cannot_go_on_is_told_which_can():
     settings = experiment(gradient_accumulation_steps=4)
-    with pytest.raises(PipelineError, match=r"2 processes began this training and 1 would go on, with .*dropout 0.1"):
+    with pytest.raises(
+        PipelineError, match=r"2 processes began this training and 1 would continue it, with .*dropout 0.1"
+    ):
         accumulation_steps(settings.training, 2, 1, dropout=0.1)
     with pytest.raises(PipelineError, match=r"8 passes a step .* do not share out among 3; start 2 processes"):
         accumulation_steps(settings.training, 2, 3)

@@ -166,7 +166,7 @@ def test_poisoned_weights_stop_the_run_and_the_last_good_checkpoint_stays(datase
     [
         (
             2,
-            r"is 8: out of memory on cpu; 2 would have fitted: set it to 2, and .*accumulation_steps to 8 for the same",
+            r"is 8: out of memory on cpu; 2 fits: set it to 2, and .*accumulation_steps to 8 for the same",
         ),
         (0, r"is 8: out of memory on cpu; one window does not fit either: lower tokenizer.sequence_length"),
     ],

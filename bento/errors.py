@@ -10,7 +10,10 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-PRIVATE_FIELDS = {"prompt", "context", "messages", "suffix", "stop", "user", "metadata", "prompt_cache_key"}
+PRIVATE_FIELDS = {
+    "prompt", "context", "messages", "input", "instructions", "system", "suffix", "stop", "stop_sequences", "user",
+    "metadata", "prompt_cache_key",
+}  # fmt: skip
 ANTHROPIC_PATH = "/v1/messages"
 ANTHROPIC_TYPES = {
     400: "invalid_request_error",

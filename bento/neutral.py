@@ -8,8 +8,10 @@ from typing import Any
 
 TEXTS = {"context", "input", "messages", "prompt"}
 """The text itself, of this route or another: an empty one is a mistake."""
-LABELS = {"cache_salt", "keep_alive", "prompt_cache_retention", "request_id", "rid"}
-"""Texts or numbers that name a request or concern caches."""
+LABELS = {
+    "cache_salt", "guided_decoding_backend", "keep_alive", "prompt_cache_retention", "request_id", "rid",
+}  # fmt: skip
+"""Texts or numbers that name a request, concern caches, or choose among ways to the same text."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     # vLLM and SGLang, and the routers in front of them
     "add_special_tokens": (True, False),  # the tokenizer has none to add
@@ -20,6 +22,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "detokenize": (True,),
     "early_stopping": (False,),
     "echo": (False,),
+    "embed_dtype": ("float32",),
+    "endianness": ("native", "little"),
     "include_reasoning": (True, False),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1, 1.0),
@@ -53,7 +57,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     # OpenAI
     "logprobs": (False,),
     "top_logprobs": (0,),
+    "n": (1,),
     "parallel_tool_calls": (),
+    "stream": (False,),
     "suffix": ("",),
 }
 

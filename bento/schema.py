@@ -104,6 +104,18 @@ OnlyFalse = Annotated[bool, AfterValidator(_only_false), WithJsonSchema({"type":
 """`Literal[False]` would take 0."""
 
 
+def _text_or_objects(value: Any) -> Any:
+    if isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, dict) for one in value)):
+        return value
+    raise PydanticCustomError("text_or_objects", "expected a text, or a list of objects")
+
+
+TextOrObjects = Annotated[
+    Any, AfterValidator(_text_or_objects), forms({"type": "string"}, {"type": "array", "items": {"type": "object"}})
+]
+"""A union of the two would be refused with the name of a Python type."""
+
+
 class StrictRequest(BaseModel):
     """A body: JSON types, no NaN, no infinity, and no unknown field unless its value asks for nothing."""
 
@@ -211,6 +223,7 @@ class Sampling(StrictRequest):
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         grammar: Grammar | None = None,
+        stop_until: str | None = None,
     ) -> GenerationRequest:
         """The engine's form of the request for one prompt. See `GenerationRequest` for the other arguments."""
         return GenerationRequest(
@@ -219,6 +232,7 @@ class Sampling(StrictRequest):
             self.sampling(choice),
             min_tokens=self.min_tokens or 0,
             stop=tuple(self.stop or ()),
+            stop_until=stop_until,
             stop_token_ids=frozenset(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
@@ -269,7 +283,7 @@ class TokenizeRequest(StrictRequest):
 
     model: str | None = Field(None, description="The served model, the only one.")
     prompt: str = Field(description="The text.", examples=["def main():\n"])
-    add_special_tokens: OnlyFalse | None = Field(None, description="Only false: none are added.")
+    add_special_tokens: bool | None = Field(None, description="Taken and not used: the tokenizer has none to add.")
     return_token_strs: bool | None = Field(None, description="Show each token's text as well.")
 
 

@@ -43,19 +43,21 @@ def encode_chat(
     *,
     opens_turn: bool = True,
     continues: bool = False,
+    name: str = "messages",
 ) -> list[int]:
     """The tokens of a conversation, up to where the assistant speaks.
 
     encode: tokens of ordinary text. opens_turn: render the heading of the assistant's turn. continues: end inside the
-    last message instead. Raises ApiError 400 where the model has no template, where its template refuses the
-    conversation (its order of roles, say) or where the text would not end where the assistant speaks.
+    last message instead. name: the request's field of the conversation. Raises ApiError 400 where the model has no
+    template, where its template refuses the conversation (its order of roles, say) or where the text would not end
+    where the assistant speaks.
     """
     if not tokenizer.chat_template:
         raise ApiError(
             400,
             "this model has no chat template, it only continues texts: use /v1/completions",
             code="no_chat_template",
-            param="messages",
+            param=name,
         )
     contents: dict[str, str] = {}
 
@@ -73,11 +75,11 @@ def encode_chat(
         for turn in messages
     ]
     if continues:
-        text = _open_last_message(tokenizer, hidden, messages[-1].content, contents)
+        text = _open_last_message(tokenizer, hidden, messages[-1].content, contents, name)
     else:
-        text = _render(tokenizer, hidden, opens_turn=opens_turn)
+        text = _render(tokenizer, hidden, name, opens_turn=opens_turn)
         if text and not _ends_where_the_assistant_speaks(tokenizer, hidden, text):
-            raise _no_turn(messages[-1].role, opens_turn=opens_turn)
+            raise _no_turn(messages[-1].role, name, opens_turn=opens_turn)
     ids: list[int] = []
     specials = _special_tokens(tokenizer)
     for part in _split(text, specials):
@@ -87,7 +89,7 @@ def encode_chat(
             # In one pass: a content may spell another content's word.
             ids += encode(HIDDEN.sub(lambda found: contents.get(found[0], found[0]), part))
     if not ids:
-        raise ApiError(400, "messages: there is nothing to continue", code="empty_prompt", param="messages")
+        raise ApiError(400, f"{name}: there is nothing to continue", code="empty_prompt", param=name)
     return ids
 
 
@@ -96,19 +98,23 @@ def _new_word() -> str:
 
 
 def _open_last_message(
-    tokenizer: "PreTrainedTokenizerFast", hidden: list[dict[str, str]], content: str, contents: dict[str, str]
+    tokenizer: "PreTrainedTokenizerFast",
+    hidden: list[dict[str, str]],
+    content: str,
+    contents: dict[str, str],
+    name: str,
 ) -> str:
     """The conversation up to the end of its last message's content."""
     word = _new_word()
     contents[word] = content
-    text = _render(tokenizer, [*hidden[:-1], {**hidden[-1], "content": word}], opens_turn=False)
+    text = _render(tokenizer, [*hidden[:-1], {**hidden[-1], "content": word}], name, opens_turn=False)
     before, found, _ = text.rpartition(word)
     if not found:
         raise ApiError(
             400,
-            "messages: the model's chat template does not show the last message, so it cannot be continued",
+            f"{name}: the model's chat template does not show the last message, so it cannot be continued",
             code="chat_template",
-            param="messages",
+            param=name,
         )
     return before + word
 
@@ -123,28 +129,29 @@ def _ends_where_the_assistant_speaks(
     """
     word = _new_word()
     try:
-        plain = _render(tokenizer, hidden, opens_turn=False)
+        plain = _render(tokenizer, hidden, "", opens_turn=False)
         if text != plain:
             return text.startswith(plain)
-        answered = _render(tokenizer, [*hidden, {"role": "assistant", "content": word}], opens_turn=False)
+        answered = _render(tokenizer, [*hidden, {"role": "assistant", "content": word}], "", opens_turn=False)
     except ApiError:  # the template refuses one of them
         return False
     return hidden[-1]["role"] == "user" and answered.startswith(text + word)
 
 
-def _no_turn(role: str, *, opens_turn: bool) -> ApiError:
+def _no_turn(role: str, name: str, *, opens_turn: bool) -> ApiError:
     if role == "assistant":
-        reason = (
-            "the last message is the assistant's: continue it with continue_final_message=true, or end with a user's"
-        )
+        how = "continue it with continue_final_message=true, or " if name == "messages" else ""
+        reason = f"the last message is the assistant's: {how}end with a user's"
     elif not opens_turn:
         reason = "add_generation_prompt=false leaves the text without the assistant's turn, which it has to end with"
     else:
         reason = f"the model's chat template opens no turn of the assistant after a message of the role {role!r}"
-    return ApiError(400, f"messages: {reason}", code="no_assistant_turn", param="messages")
+    return ApiError(400, f"{name}: {reason}", code="no_assistant_turn", param=name)
 
 
-def _render(tokenizer: "PreTrainedTokenizerFast", messages: list[dict[str, str]], *, opens_turn: bool) -> str:
+def _render(
+    tokenizer: "PreTrainedTokenizerFast", messages: list[dict[str, str]], name: str, *, opens_turn: bool
+) -> str:
     from jinja2 import TemplateError, TemplateSyntaxError
 
     try:
@@ -155,9 +162,9 @@ def _render(tokenizer: "PreTrainedTokenizerFast", messages: list[dict[str, str]]
         reason = " ".join(str(error).split())[:200]
         raise ApiError(
             400,
-            f"messages: the model's chat template does not take this conversation ({reason})",
+            f"{name}: the model's chat template does not take this conversation ({reason})",
             code="chat_template",
-            param="messages",
+            param=name,
         ) from None
 
 

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -14,12 +14,14 @@ from pydantic import ValidationError
 
 from bento.errors import validation_error
 from bento.openai.chat import encode_chat
-from bento.openai.schema import ChatRequest
+from bento.openai.schema import ChatRequest, Dialogue
 from bento.openai.structured import compile_form, compile_grammar
-from bento.openai.tools import Arguments, CallReader, CallStart, Part, plain_turns
+from bento.openai.tools import Arguments, CallReader, CallStart, Part, spoken
 from bento.serving.answers import Answers
 from bento.serving.backend import SHORT_TEXT, Backend, Prompt
 from model.generation.grammar import Grammar
+from model.text.chat import has_marks
+from model.text.tools import OPENING, plain_turns
 
 MESSAGE_COST = 64
 """Characters of text that take as long as a message does besides its text."""
@@ -35,8 +37,11 @@ class Conversation:
     may_call: bool
 
 
-async def read_conversation(backend: Backend, body: ChatRequest, names: tuple[str, str] | None = None) -> Conversation:
-    """What a body asks the engine for. names: the request's own fields of the conversation and of the number of tokens.
+NO_NAMES: Mapping[str, str] = {}
+
+
+async def read_conversation(backend: Backend, body: ChatRequest, names: Mapping[str, str] = NO_NAMES) -> Conversation:
+    """What a body asks the engine for. names: those of another API for the fields of the chat route.
 
     Raises ApiError 400 for what the model, its chat template or the context does not take.
     """
@@ -45,10 +50,21 @@ async def read_conversation(backend: Backend, body: ChatRequest, names: tuple[st
     if source := body.calls_grammar():
         grammar = await compile_grammar(backend, "tools", "calls", source)
     else:
-        grammar = await compile_form(backend, body)
+        grammar = await compile_form(backend, body, names)
+    ids = await encode_dialogue(backend, body, names)
+    asked = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+    name = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
+    prompt = backend.truncate(Prompt(ids), body.truncate_prompt_tokens, asked)
+    own = names.get("messages", "messages"), names.get(name, name)
+    count = backend.fit(len(prompt.ids), asked, default=None, names=own)
+    return Conversation(prompt, count, grammar, bool(body.callable_functions()))
+
+
+async def encode_dialogue(backend: Backend, body: Dialogue, names: Mapping[str, str] = NO_NAMES) -> list[int]:
+    """The tokens of a conversation up to where the model speaks. Raises ApiError 400."""
     engine = backend.engine
-    functions = body.callable_functions()
-    turns = plain_turns(body.messages, functions)
+    tools = [f.model_dump(include={"name", "description", "parameters"}) for f in body.callable_functions()]
+    turns = plain_turns(spoken(body.messages), tools, has_tool_role=has_marks(engine.tokenizer))
     size = sum(len(turn.content) + MESSAGE_COST for turn in turns)
     encode = partial(
         encode_chat,
@@ -57,17 +73,19 @@ async def read_conversation(backend: Backend, body: ChatRequest, names: tuple[st
         engine.encode,
         opens_turn=body.add_generation_prompt is not False,
         continues=bool(body.continue_final_message),
+        name=names.get("messages", "messages"),
     )
-    ids = encode() if size <= SHORT_TEXT else await backend.heavy.run(encode)
-    asked = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    name = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
-    prompt = backend.truncate(Prompt(ids), body.truncate_prompt_tokens, asked)
-    count = backend.fit(len(prompt.ids), asked, default=None, names=names or ("messages", name))
-    return Conversation(prompt, count, grammar, bool(functions))
+    return encode() if size <= SHORT_TEXT else await backend.heavy.run(encode)
 
 
-def as_chat(fields: Mapping[str, Any], names: Mapping[str, str]) -> ChatRequest:
-    """A body of another API as one of /v1/chat/completions. names: of the other's fields. Raises ApiError 400."""
+Place = tuple[str | int, ...]
+
+
+def as_chat(fields: Mapping[str, Any], names: Mapping[str, str], places: Sequence[Place] = ()) -> ChatRequest:
+    """A body of another API as one of /v1/chat/completions. Raises ApiError 400.
+
+    names: of the other's fields. places: where in the other's body each message stands.
+    """
     try:
         return ChatRequest.model_validate({name: value for name, value in fields.items() if value is not None})
     except ValidationError as error:
@@ -75,14 +93,19 @@ def as_chat(fields: Mapping[str, Any], names: Mapping[str, str]) -> ChatRequest:
         context = dict(first.get("ctx", {}))
         if "param" in context:
             context["param"] = names.get(context["param"], context["param"])
-        place = [names.get(str(first["loc"][0]), first["loc"][0]), *first["loc"][1:]] if first["loc"] else []
+        place = list(first["loc"])
+        if place[:1] == ["messages"] and len(place) > 1 and places:
+            place = [*places[place[1]], *[names.get(part, part) for part in place[2:][-1:]]]
+        elif place:
+            place[0] = names.get(str(place[0]), place[0])
         raise validation_error([{**first, "loc": place, "ctx": context}]) from None
 
 
 def submit(backend: Backend, request: Request, body: ChatRequest, conversation: Conversation) -> Answers:
     """Start the one answer to a conversation."""
     prompts, counts = [conversation.prompt], [conversation.count]
-    generations = backend.generations(body, prompts, counts, grammar=conversation.grammar)
+    until = OPENING if conversation.may_call else None
+    generations = backend.generations(body, prompts, counts, grammar=conversation.grammar, stop_until=until)
     request.state.record.prompt_tokens = len(conversation.prompt.ids)
     return backend.submit(request, generations)
 

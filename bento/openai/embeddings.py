@@ -17,8 +17,9 @@ from starlette.responses import JSONResponse, Response
 from bento.errors import ApiError
 from bento.http.body import JsonRoute
 from bento.http.openapi import GENERATING
-from bento.openai.schema import Label, prompts_schema, read_prompts
-from bento.schema import WHOLE, OnlyFalse, StrictRequest
+from bento.openai.schema import not_zero, prompts_schema, read_prompts
+from bento.openai.turns import Label
+from bento.schema import WHOLE, StrictRequest
 from bento.serving.backend import Backend, BackendOf
 from model.generation.requests import Embedding, GenerationRequest
 
@@ -52,11 +53,11 @@ class EmbeddingRequest(StrictRequest):
         None, description="Of a text's hidden states: their mean, or the last one. Default: mean."
     )
     normalize: bool | None = Field(None, description="Make vectors of length 1. Default: true.")
-    truncate_prompt_tokens: Annotated[int, WHOLE] | None = Field(
+    truncate_prompt_tokens: Annotated[int, WHOLE, AfterValidator(not_zero)] | None = Field(
         None, ge=-1, le=2**31 - 1, description="Keep so many of a text's last tokens; -1: as many as the context has."
     )
     user: Label | None = Field(None, description="Taken and not used.")
-    add_special_tokens: OnlyFalse | None = Field(None, description="Only false: none are added.")
+    add_special_tokens: bool | None = Field(None, description="Taken and not used: the tokenizer has none to add.")
 
 
 class EmbeddingObject(BaseModel):
@@ -153,7 +154,7 @@ async def _tokens(backend: Backend, text: str | list[int], most: int | None) -> 
         ids = text
     context = backend.engine.context_length
     if most is not None:
-        ids = ids[-(context if most < 0 else max(most, 1)) :]
+        ids = ids[-(context if most < 0 else most) :]
     if len(ids) > context:
         raise ApiError(
             400,

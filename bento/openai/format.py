@@ -132,7 +132,7 @@ class Format(ABC):
             tokens = [token for _, some in read for token in some]
             self._note_cached(index, last)
             content = self._content("".join(text for text, _ in read))
-            extras = self._extras(choice, tokens, is_whole=True)
+            extras = self._extras(choice, tokens, has_text=True)
             choices.append({"index": index, **content, "finish_reason": choice.finish_reason(last), **extras})
         return {**self._head, "object": self.object, "choices": choices, "usage": self._usage()}
 
@@ -188,7 +188,8 @@ class Format(ABC):
         *first, last = deltas or [self._delta("")]
         usage = self._usage() if self._has_running_usage else None
         chunks = [{"index": index, **delta, "finish_reason": None, "logprobs": None} for delta in first]
-        chunks.append({"index": index, **last, "finish_reason": finish_reason, **self._extras(choice, tokens)})
+        extras = self._extras(choice, tokens, has_text=bool(text))
+        chunks.append({"index": index, **last, "finish_reason": finish_reason, **extras})
         return [self._event([chunk], usage) for chunk in chunks]
 
     def _deltas(self, index: int, text: str, *, is_last: bool) -> list[dict[str, Any]]:
@@ -199,8 +200,9 @@ class Format(ABC):
         """The reason for the end of a streamed choice."""
         return reason
 
-    def _extras(self, choice: Choice, tokens: Sequence[PositionedToken], *, is_whole: bool = False) -> dict[str, Any]:
-        is_scored = self.shown.is_scored and bool(tokens or is_whole)  # a text without tokens has an empty list
+    def _extras(self, choice: Choice, tokens: Sequence[PositionedToken], *, has_text: bool) -> dict[str, Any]:
+        # A text without tokens of its own has an empty list: they came with an earlier part of it.
+        is_scored = self.shown.is_scored and bool(tokens or has_text)
         extras: dict[str, Any] = {"logprobs": self._logprobs(tokens) if is_scored else None}
         if self.shown.has_ids:
             extras["token_ids"] = [token.token_id for token in tokens if not token.is_prompt]

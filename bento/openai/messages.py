@@ -8,22 +8,44 @@ from collections.abc import AsyncGenerator, Iterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
+from pydantic_core import PydanticCustomError
 from starlette.responses import JSONResponse, Response
 
 from bento.errors import ApiError, anthropic_error
 from bento.http.body import JsonRoute
 from bento.http.openapi import GENERATING, READING, stream_of
-from bento.openai.conversation import Block, Blocks, Conversation, as_chat, named_event, read_conversation, submit
-from bento.openai.schema import MOST_MESSAGES, ChatRequest
-from bento.openai.tools import MOST_TOOLS, Name
-from bento.schema import WHOLE, Count, StrictRequest
+from bento.neutral import asks_for_nothing
+from bento.openai.conversation import (
+    Block,
+    Blocks,
+    Conversation,
+    Place,
+    as_chat,
+    encode_dialogue,
+    named_event,
+    read_conversation,
+    submit,
+)
+from bento.openai.schema import ChatRequest
+from bento.openai.tools import MOST_TOOLS, Name, Parameters
+from bento.openai.turns import MOST_MESSAGES
+from bento.schema import WHOLE, Count, StrictRequest, TextOrObjects
 from bento.serving.answers import Batch, EventStream
 from bento.serving.backend import BackendOf
 from model.generation.requests import Finished, TextPiece
 
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-NAMES = {"max_completion_tokens": "max_tokens", "stop": "stop_sequences"}
+NAMES = {"max_completion_tokens": "max_tokens", "stop": "stop_sequences", "tool_call_id": "tool_use_id"}
+BLOCK_FIELDS = {
+    "text": {"text"},
+    "tool_use": {"id", "name", "input"},
+    "tool_result": {"tool_use_id", "content", "is_error"},
+    "thinking": {"thinking", "signature"},
+    "redacted_thinking": {"data"},
+}
+BLOCK_LABELS = {"type", "cache_control", "citations", "caller"}
+BLOCKS_OF = {"user": {"text", "tool_result"}, "assistant": BLOCK_FIELDS.keys() - {"tool_result"}}
 
 
 class AnthropicTool(StrictRequest):
@@ -32,7 +54,8 @@ class AnthropicTool(StrictRequest):
     type: Literal["custom"] | None = None
     name: Name
     description: str | None = Field(None, max_length=16_384)
-    input_schema: dict[str, Any] = Field(description="JSON schema of its arguments.")
+    input_schema: Parameters = Field(description="JSON schema of its arguments.")
+    strict: bool | None = Field(None, description="Taken and not used: the schema is always enforced.")
     cache_control: dict[str, Any] | None = Field(None, description="Taken and not used.")
 
 
@@ -43,12 +66,18 @@ class AnthropicChoice(StrictRequest):
     name: Name | None = None
     disable_parallel_tool_use: bool | None = None
 
+    @model_validator(mode="after")
+    def _check_name(self) -> "AnthropicChoice":
+        if (self.type == "tool") != (self.name is not None):
+            raise PydanticCustomError("tool_choice", "name goes with the type tool", {"param": "tool_choice"})
+        return self
+
 
 class AnthropicMessage(StrictRequest):
     """One turn."""
 
     role: Literal["user", "assistant"]
-    content: str | list[dict[str, Any]] = Field(description="A text, or blocks: text, tool_use, tool_result.")
+    content: TextOrObjects = Field(description="A text, or blocks: text, tool_use, tool_result.")
 
 
 class Thinking(StrictRequest):
@@ -67,7 +96,8 @@ class CountRequest(StrictRequest):
         description="The conversation so far; a last message of the assistant's is continued.",
         examples=[[{"role": "user", "content": "Write a function."}]],
     )
-    system: str | list[dict[str, Any]] | None = Field(None, description="What the model is told first.")
+    system: TextOrObjects | None = Field(None, description="What the model is told first.")
+    cache_control: dict[str, Any] | None = Field(None, description="Taken and not used.")
     tools: list[AnthropicTool] | None = Field(None, max_length=MOST_TOOLS, description="Functions.")
     tool_choice: AnthropicChoice | None = Field(None, description="Default: auto.")
     thinking: Thinking | None = Field(None, description='Not supported: only null, {"type": "disabled"}.')
@@ -129,7 +159,7 @@ def message_routes(backend_of: BackendOf) -> APIRouter:
     async def create(body: MessagesRequest, request: Request) -> Response:
         backend = backend_of(request)
         chat = _as_chat(body)
-        conversation = await read_conversation(backend, chat, ("messages", "max_tokens"))
+        conversation = await read_conversation(backend, chat, NAMES)
         answers = submit(backend, request, chat, conversation)
         form = _Form(request.state.record.id, backend.model_name, conversation)
         if body.stream:
@@ -139,20 +169,23 @@ def message_routes(backend_of: BackendOf) -> APIRouter:
 
     @router.post("/messages/count_tokens", response_model=CountResponse, responses=READING, summary="Count tokens")
     async def count(body: CountRequest, request: Request) -> Response:
-        conversation = await read_conversation(backend_of(request), _as_chat(body))
-        return JSONResponse({"input_tokens": len(conversation.prompt.ids)})
+        backend = backend_of(request)
+        backend.check_model(body.model)
+        return JSONResponse({"input_tokens": len(await encode_dialogue(backend, _as_chat(body), NAMES))})
 
     return router
 
 
 def _as_chat(body: CountRequest) -> ChatRequest:
     messages: list[dict[str, Any]] = []
+    places: list[Place] = []
     if body.system:
         messages.append({"role": "system", "content": _text(body.system, "system")})
+        places.append(("system",))
     for number, message in enumerate(body.messages):
-        messages += _plain(message, f"messages[{number}].content")
-    if not messages:
-        raise _refusal("messages", "there is nothing to answer")
+        is_last = number == len(body.messages) - 1
+        messages += _plain(message, f"messages[{number}].content", is_last=is_last)
+        places += [("messages", number, "content")] * (len(messages) - len(places))
     fields: dict[str, Any] = {"model": body.model, "messages": messages}
     if isinstance(body, MessagesRequest):
         fields |= {name: getattr(body, name) for name in ("temperature", "top_k", "top_p")}
@@ -167,40 +200,74 @@ def _as_chat(body: CountRequest) -> ChatRequest:
             }
             for t in body.tools
         ]
-    if choice := body.tool_choice:
+    if (choice := body.tool_choice) and (body.tools or choice.type != "auto"):
         named = {"type": "function", "function": {"name": choice.name or ""}}
         fields["tool_choice"] = named if choice.type == "tool" else CHOICES[choice.type]
         fields["parallel_tool_calls"] = False if choice.disable_parallel_tool_use else None
-    return as_chat(fields, NAMES)
+    return as_chat(fields, NAMES, places)
 
 
-def _plain(message: AnthropicMessage, place: str) -> Iterator[dict[str, Any]]:
+def _plain(message: AnthropicMessage, place: str, *, is_last: bool) -> Iterator[dict[str, Any]]:
     """A turn as messages of the chat route: results of calls are messages of their own."""
     if isinstance(message.content, str):
         yield {"role": message.role, "content": message.content}
         return
-    texts, calls = [], []
-    for block in message.content:
-        kind = block.get("type")
+    if not message.content and not (is_last and message.role == "assistant"):
+        raise _refusal(place, "expected a block at least")
+    texts: list[str] = []
+    calls: list[dict[str, Any]] = []
+    for number, block in enumerate(message.content):
+        here = f"{place}[{number}]"
+        kind = _kind(block, message.role, here)
+        if kind == "text" and calls:
+            raise _refusal(here, "expected calls at the end: the model writes no text after them")
         if kind == "text":
-            texts.append(_text([block], place))
-        elif kind == "tool_use" and message.role == "assistant" and isinstance(block.get("name"), str):
-            arguments = json.dumps(block.get("input") or {}, ensure_ascii=False)
-            calls.append({"type": "function", "function": {"name": block["name"], "arguments": arguments}})
-        elif kind == "tool_result" and message.role == "user":
-            call_id = str(block.get("tool_use_id", ""))
-            yield {"role": "tool", "tool_call_id": call_id, "content": _text(block.get("content") or "", place)}
-        elif kind not in ("thinking", "redacted_thinking"):
-            raise _refusal(place, f"the model reads text: a block of the type {str(kind)[:40]!r} is not supported here")
+            texts.append(_text([block], here))
+        elif kind == "tool_use":
+            calls.append(_call(block, here))
+        elif kind == "tool_result" and texts:
+            raise _refusal(here, "expected results of tools first, before any text")
+        elif kind == "tool_result":
+            yield _result(block, here)
     if texts or calls or message.role == "assistant":
         yield {"role": message.role, "content": "\n".join(texts), **({"tool_calls": calls} if calls else {})}
+
+
+def _kind(block: dict[str, Any], role: str, place: str) -> str:
+    kind = block.get("type")
+    if not isinstance(kind, str) or kind not in BLOCKS_OF[role]:
+        raise _refusal(place, f"a block of the type {str(kind)[:40]!r} is not supported here: the model reads text")
+    for name in sorted(block.keys() - BLOCK_FIELDS[kind] - BLOCK_LABELS):
+        if not asks_for_nothing(name, block[name]):
+            raise _refusal(place, f"{name[:40]!r} is not a field of a block of the type {kind}")
+    return kind
+
+
+def _call(block: dict[str, Any], place: str) -> dict[str, Any]:
+    name, number = block.get("name"), block.get("id")
+    if not isinstance(name, str) or not isinstance(number, str) or not isinstance(block.get("input"), dict):
+        raise _refusal(place, "expected id, a string, name, a string, and input, an object")
+    arguments = json.dumps(block["input"], ensure_ascii=False)
+    return {"id": number, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _result(block: dict[str, Any], place: str) -> dict[str, Any]:
+    number, is_error = block.get("tool_use_id"), block.get("is_error")
+    if not isinstance(number, str):
+        raise _refusal(place, "expected tool_use_id, a string")
+    if is_error is not None and not isinstance(is_error, bool):
+        raise _refusal(place, "expected true or false as is_error")
+    content = block.get("content")
+    text = "" if content is None or content == [] else _text(content, place)
+    return {"role": "tool", "tool_call_id": number, "content": f"Error: {text}" if is_error else text}
 
 
 def _text(value: Any, place: str) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(
-        isinstance(block, dict) and isinstance(block.get("text"), str) for block in value
+        isinstance(block, dict) and block.get("type") == "text" and isinstance(block.get("text"), str)
+        for block in value
     ):
         return "\n".join(block["text"] for block in value)
     raise _refusal(place, "expected a text or blocks of the type text")

@@ -1,27 +1,46 @@
 """OpenAI's /v1/responses, over the chat path. Nothing is stored: a request brings its whole conversation."""
 
+import json
 import time
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
+from pydantic_core import PydanticCustomError
 from starlette.responses import JSONResponse, Response
 
 from bento.errors import ApiError
 from bento.http.body import JsonRoute
 from bento.http.openapi import GENERATING, stream_of
-from bento.openai.conversation import Block, Blocks, Conversation, as_chat, named_event, read_conversation, submit
-from bento.openai.schema import MOST_MESSAGES, ChatRequest, Label, unsupported
+from bento.neutral import asks_for_nothing
+from bento.openai.conversation import (
+    Block,
+    Blocks,
+    Conversation,
+    Place,
+    as_chat,
+    named_event,
+    read_conversation,
+    submit,
+)
+from bento.openai.schema import ChatRequest
 from bento.openai.structured import Schema
-from bento.openai.tools import MOST_TOOLS, Name
-from bento.schema import Count, OnlyFalse, StrictRequest
+from bento.openai.tools import MOST_TOOLS, Name, Parameters
+from bento.openai.turns import MOST_MESSAGES, Label, unsupported
+from bento.schema import Count, OnlyFalse, StrictRequest, TextOrObjects, forms
 from bento.serving.answers import Batch, EventStream
 from bento.serving.backend import BackendOf
 from model.generation.requests import Finished, TextPiece
 
-NAMES = {"messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text"}
+NAMES = {
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text",
+    "tool_call_id": "call_id",
+}
 TEXT_PARTS = {"input_text", "output_text", "text"}
+ROLES = ("user", "assistant", "system", "developer")
 
 
 class ResponseTool(StrictRequest):
@@ -30,7 +49,7 @@ class ResponseTool(StrictRequest):
     type: Literal["function"]
     name: Name
     description: str | None = Field(None, max_length=16_384)
-    parameters: dict[str, Any] | None = None
+    parameters: Parameters | None = None
     strict: bool | None = None
 
 
@@ -58,11 +77,36 @@ class Reasoning(StrictRequest):
     summary: None = unsupported()
 
 
+def _not_empty(value: Any) -> Any:
+    if not value:
+        raise PydanticCustomError("empty_input", "there is nothing to answer")
+    return value
+
+
+def _choice(value: Any) -> Any:
+    if value is None or (isinstance(value, str) and value in ("none", "auto", "required")):
+        return value
+    if isinstance(value, dict) and value.keys() == {"type", "name"} and value["type"] == "function":
+        return value
+    raise PydanticCustomError("tool_choice", 'expected "none", "auto", "required" or {"type": "function", "name": ...}')
+
+
+_NAMED = {
+    "type": "object",
+    "properties": {"type": {"const": "function"}, "name": {"type": "string"}},
+    "required": ["type", "name"],
+    "additionalProperties": False,
+}
+ToolChoice = Annotated[
+    Any, AfterValidator(_choice), forms({"enum": ["none", "auto", "required"]}, _NAMED, {"type": "null"})
+]
+
+
 class ResponsesRequest(StrictRequest):
     """A conversation to continue."""
 
     model: str | None = Field(None, description="The served model, the only one; /v1/models names it.")
-    input: Annotated[str, Field(min_length=1)] | list[dict[str, Any]] = Field(
+    input: Annotated[TextOrObjects, AfterValidator(_not_empty)] = Field(
         description="A text of the user's, or items: messages, function_call, function_call_output.",
         examples=["Write a function."],
     )
@@ -75,7 +119,7 @@ class ResponsesRequest(StrictRequest):
     stream: bool | None = Field(None, description="Answer with server-sent events. Default: false.")
     text: TextOptions | None = Field(None, description="`format`: text, json_object or json_schema.")
     tools: list[ResponseTool] | None = Field(None, max_length=MOST_TOOLS, description="Functions.")
-    tool_choice: Literal["none", "auto", "required"] | dict[str, str] | None = Field(
+    tool_choice: ToolChoice = Field(
         None, description='Default: auto. {"type": "function", "name": ...}: a call of this function.'
     )
     parallel_tool_calls: bool | None = Field(None, description="Several calls in one answer. Default: true.")
@@ -132,7 +176,7 @@ def response_routes(backend_of: BackendOf) -> APIRouter:
     async def respond(body: ResponsesRequest, request: Request) -> Response:
         backend = backend_of(request)
         chat = _as_chat(body)
-        conversation = await read_conversation(backend, chat, ("input", "max_output_tokens"))
+        conversation = await read_conversation(backend, chat, NAMES)
         answers = submit(backend, request, chat, conversation)
         form = _Form(request.state.record.id, backend.model_name, body, conversation)
         if body.stream:
@@ -147,9 +191,14 @@ def _as_chat(body: ResponsesRequest) -> ChatRequest:
     items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
     if len(items) > MOST_MESSAGES:
         raise _refusal("input", f"{len(items):,} items: at most {MOST_MESSAGES:,}")
-    messages = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    messages: list[dict[str, Any]] = []
+    places: list[Place] = []
+    if body.instructions:
+        messages.append({"role": "system", "content": body.instructions})
+        places.append(("instructions",))
     for number, item in enumerate(items):
         _add_item(messages, item, f"input[{number}]")
+        places += [("input", number)] * (len(messages) - len(places))
     fields: dict[str, Any] = {
         "model": body.model,
         "messages": messages,
@@ -162,40 +211,55 @@ def _as_chat(body: ResponsesRequest) -> ChatRequest:
         fields["tools"] = [{"type": "function", "function": function} for function in shown]
         fields["parallel_tool_calls"] = body.parallel_tool_calls
     if isinstance(body.tool_choice, dict):
-        given = body.tool_choice
-        if given.keys() != {"type", "name"} or given["type"] != "function":
-            raise _refusal("tool_choice", 'expected {"type": "function", "name": ...}')
-        fields["tool_choice"] = {"type": "function", "function": {"name": given["name"]}}
+        fields["tool_choice"] = {"type": "function", "function": {"name": body.tool_choice["name"]}}
     elif body.tools or body.tool_choice == "required":
         fields["tool_choice"] = body.tool_choice
     form = body.text.format if body.text else None
+    if form and (form.type == "json_schema") != (form.json_schema is not None):
+        raise _refusal("text", "format.schema goes with the type json_schema")
     if form and form.type == "json_schema":
         fields["response_format"] = {"type": "json_schema", "json_schema": {"schema": form.json_schema}}
-        if form.json_schema is None:
-            raise _refusal("text", "format.schema is missing")
     elif form:
         fields["response_format"] = {"type": form.type}
-    return as_chat(fields, NAMES)
+    return as_chat(fields, NAMES, places)
+
+
+ITEM_FIELDS = {
+    "message": {"role", "content"},
+    "function_call": {"name", "arguments", "call_id"},
+    "function_call_output": {"call_id", "output"},
+    "reasoning": {"summary", "content", "encrypted_content"},
+}
+ITEM_LABELS = {"type", "id", "status", "phase"}
 
 
 def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], place: str) -> None:
-    kind = item.get("type", "message")
+    kind = "message" if item.get("type") is None else item["type"]
+    if not isinstance(kind, str) or kind not in ITEM_FIELDS:
+        raise _refusal(place, f"an item of the type {str(kind)[:40]!r} is not supported")
+    for name in sorted(item.keys() - ITEM_FIELDS[kind] - ITEM_LABELS):
+        if not asks_for_nothing(name, item[name]):
+            raise _refusal(place, f"{name[:40]!r} is not a field of a {kind}")
     if kind == "message":
-        known = {"type", "role", "content", "id", "status", "phase"}
-        if unknown := sorted(item.keys() - known):
-            raise _refusal(place, f"{unknown[0][:40]!r} is not a field of a message")
-        messages.append({"role": item.get("role"), "content": _text(item.get("content"), place)})
-    elif kind == "function_call" and isinstance(item.get("name"), str):
-        call = {"type": "function", "function": {"name": item["name"], "arguments": str(item.get("arguments", ""))}}
+        if item.get("role") not in ROLES:
+            raise _refusal(place, f"expected a role of {', '.join(ROLES)}")
+        messages.append({"role": item["role"], "content": _text(item.get("content"), place)})
+    elif kind == "function_call":
+        name, arguments, call_id = (_string(item, name, place) for name in ("name", "arguments", "call_id"))
+        call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
         if messages and messages[-1].get("tool_calls"):
             messages[-1]["tool_calls"].append(call)
         else:
             messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
     elif kind == "function_call_output":
-        call_id = str(item.get("call_id", ""))
-        messages.append({"role": "tool", "tool_call_id": call_id, "content": _text(item.get("output"), place)})
-    elif kind != "reasoning":
-        raise _refusal(place, f"an item of the type {str(kind)[:40]!r} is not supported")
+        content = _text(item.get("output"), place)
+        messages.append({"role": "tool", "tool_call_id": _string(item, "call_id", place), "content": content})
+
+
+def _string(item: dict[str, Any], name: str, place: str) -> str:
+    if not isinstance(item.get(name), str):
+        raise _refusal(place, f"expected {name}, a string")
+    return str(item[name])
 
 
 def _text(value: Any, place: str) -> str:
@@ -235,9 +299,7 @@ class _Form:
             "previous_response_id": None,
             "store": False,
             "temperature": 1.0 if body.temperature is None else body.temperature,
-            "text": {"format": {"type": "text"}}
-            if not (body.text and body.text.format)
-            else body.text.model_dump(exclude_none=True, by_alias=True),
+            "text": _shown_text(body.text),
             "tool_choice": body.tool_choice or "auto",
             "tools": [tool.model_dump() for tool in body.tools or ()],
             "top_p": 1.0 if body.top_p is None else body.top_p,
@@ -334,6 +396,14 @@ class _Form:
     def _event(self, name: str, data: dict[str, Any]) -> str:
         self._sent += 1
         return named_event(name, {"type": name, "sequence_number": self._sent - 1, **data})
+
+
+def _shown_text(text: TextOptions | None) -> dict[str, Any]:
+    shown = text.model_dump(exclude_none=True, by_alias=True) if text else {}
+    form = shown.setdefault("format", {"type": "text"})
+    if "schema" in form:
+        form["schema"] = json.loads(form["schema"])
+    return shown
 
 
 def _part(text: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from bento.serving.backend import Backend, BackendOf, Prompt, check_model
 from bento.serving.models import Models
 from model.generation.grammar import Grammar
 from model.generation.requests import Event, Finished, TextPiece
+from model.text.tools import OPENING
 
 Result = tuple[list[Event], Finished]
 FEW_EVENTS = 4096
@@ -147,6 +148,7 @@ async def _chat(backend: Backend, body: ChatRequest, request: Request) -> Respon
         scores,
         conversation.grammar,
         make_format,
+        OPENING if conversation.may_call else None,
     )
 
 
@@ -159,12 +161,13 @@ async def _answer(
     scores: dict[str, int | None],
     grammar: Grammar | None,
     make_format: Callable[..., Format],
+    stop_until: str | None = None,
 ) -> Response:
     """Continue each prompt by its count of tokens, n times."""
     n, drawn = body.n or 1, body.drawn()
     if drawn > n and scores["logprobs"] is None:
         scores = {**scores, "logprobs": 0}
-    generations = backend.generations(body, prompts, counts, drawn, grammar=grammar, **scores)
+    generations = backend.generations(body, prompts, counts, drawn, grammar=grammar, stop_until=stop_until, **scores)
     request.state.record.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
     options = body.stream_options
     form = make_format(

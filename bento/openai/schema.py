@@ -10,25 +10,16 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from bento.neutral import EMPTY, asks_for_nothing
 from bento.openai.structured import Structured
-from bento.openai.tools import ToolCall, ToolFields
+from bento.openai.tools import ToolFields, spoken
+from bento.openai.turns import MOST_MESSAGES, Label, Message, unsupported
 from bento.schema import ALL_THAT_FITS, LARGEST_COUNT, WHOLE, Count, OnlyFalse, Sampling, StrictRequest, forms
+from model.text.tools import has_unpaired_results
 
 DEFAULT_COMPLETION_TOKENS = 16
 MOST_CHOICES = 64
 MOST_PROMPTS = 64
 MOST_LOGPROBS = 20
-MOST_MESSAGES = 1024
-LONGEST_LABEL = 512
-
-MESSAGE_LABELS = {
-    "annotations", "cache_control", "created", "id", "metadata", "model", "phase", "provider_specific_fields",
-    "reasoning", "reasoning_content",
-    "reasoning_details", "refusal", "status", "thinking", "thinking_blocks", "timestamp",
-}  # fmt: skip
-"""Fields of a message that clients send back from other servers' answers and no chat template here reads."""
-PART_LABELS = {"annotations", "cache_control", "id"}
 
 
 def _nothing(value: list[Any]) -> list[Any]:
@@ -38,11 +29,11 @@ def _nothing(value: list[Any]) -> list[Any]:
 
 
 EmptyList = Annotated[list[Any], AfterValidator(_nothing), Field(json_schema_extra={"maxItems": 0})]
-Label = Annotated[str, Field(max_length=LONGEST_LABEL)]
 Logprobs = Annotated[int, WHOLE, Field(ge=0, le=MOST_LOGPROBS)]
 
 
-def _not_zero(value: int) -> int:
+def not_zero(value: int) -> int:
+    """A number of tokens that may be -1. Raises for 0."""
     if value == 0:
         raise PydanticCustomError("greater_than_equal", "expected 1 or more, or -1")
     return value
@@ -53,7 +44,7 @@ def _false_is_none(value: Any) -> Any:
 
 
 def read_prompts(value: Any, most: int = MOST_PROMPTS) -> list[str] | list[list[int]]:
-    """A prompt in any of its four forms as a list of texts or of token lists. most: of them."""
+    """A text, a list of texts or tokens in any of their forms, as a list of texts or of token lists. most: of them."""
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list):
@@ -63,9 +54,9 @@ def read_prompts(value: Any, most: int = MOST_PROMPTS) -> list[str] | list[list[
     if _are_ids(value) and value:
         value = [value]
     if len(value) > most:
-        raise PydanticCustomError("too_many_prompts", f"{len(value)} prompts: at most {most} in a request")
+        raise PydanticCustomError("too_many_prompts", f"{len(value)} texts: at most {most} in a request")
     if not value or any(prompt == [] for prompt in value):
-        raise PydanticCustomError("empty_prompt", "a prompt is an empty list: expected a text, empty or not, or tokens")
+        raise PydanticCustomError("empty_prompt", "an empty list: expected a text or tokens")
     if all(isinstance(prompt, str) for prompt in value):
         return value
     if all(isinstance(prompt, list) and _are_ids(prompt) for prompt in value):
@@ -92,12 +83,6 @@ _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": L
 Prompts = Annotated[Any, AfterValidator(read_prompts), prompts_schema(MOST_PROMPTS)]
 
 
-def unsupported(*neutral: str) -> Any:
-    """A field that is known and not supported: only the neutral values are taken."""
-    names = ", ".join(("null", *neutral))
-    return Field(None, description=f"Not supported: only {names}.")
-
-
 class StreamOptions(StrictRequest):
     """What a stream carries besides the text."""
 
@@ -118,7 +103,7 @@ class OpenAIRequest(Structured, Sampling):
     )
     stream: bool | None = Field(None, description="Answer with server-sent events. Default: false.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
-    truncate_prompt_tokens: Annotated[int, WHOLE, AfterValidator(_not_zero)] | None = Field(
+    truncate_prompt_tokens: Annotated[int, WHOLE, AfterValidator(not_zero)] | None = Field(
         None,
         ge=-1,
         le=LARGEST_COUNT,
@@ -225,75 +210,8 @@ def _check_one_count(max_tokens: int | None, max_completion_tokens: int | None) 
         raise PydanticCustomError("max_tokens", "max_completion_tokens says otherwise", {"param": "max_tokens"})
 
 
-def _content(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and value:
-        if all(isinstance(part, dict) and _is_text_part(part) for part in value):
-            texts = [part["text"] for part in value if part["type"] == "text"]
-            if len(texts) == len(value) and all(isinstance(text, str) for text in texts):
-                return "\n".join(texts)
-        raise PydanticCustomError("content_part", 'the model reads text: expected parts {"type": "text", "text": ...}')
-    raise PydanticCustomError("content_type", "expected a string or a list of text parts")
-
-
-def _is_text_part(part: dict[str, Any]) -> bool:
-    extras = part.keys() - {"type", "text"}
-    return {"type", "text"} <= part.keys() and all(
-        name in PART_LABELS or asks_for_nothing(name, part[name]) for name in extras
-    )
-
-
-_PART = {
-    "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}, **{key: {} for key in sorted(PART_LABELS)}},
-    "required": ["type", "text"],
-    "additionalProperties": {"anyOf": EMPTY},
-}
-Content = Annotated[
-    Any,
-    AfterValidator(_content),
-    forms({"type": "string"}, {"type": "array", "items": _PART, "minItems": 1}, {"type": "null"}),
-]
-
-
-class Message(StrictRequest):
-    """One turn of a conversation."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_no_template_reads(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        kept = {name: one for name, one in value.items() if name not in MESSAGE_LABELS}
-        has_none = "content" in kept and kept["content"] is None
-        if kept.get("role") == "assistant" and (has_none or ("content" not in kept and kept.get("tool_calls"))):
-            kept["content"] = ""
-        return kept
-
-    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(description="Who speaks.")
-    content: Content = Field(description="What is said: a text, or parts that are texts.")
-    name: Label | None = Field(None, description="Given to the chat template, which may use it.")
-    audio: None = unsupported()
-    tool_calls: list[ToolCall] | None = Field(
-        None, max_length=MOST_MESSAGES, description="The assistant's: calls that it made."
-    )
-    tool_call_id: str | None = Field(
-        None, max_length=256, description="The tool's: results stand in the order of the calls, so it is not used."
-    )
-    function_call: None = unsupported()
-
-    @model_validator(mode="after")
-    def _check_role(self) -> "Message":
-        if self.tool_calls and self.role != "assistant":
-            raise PydanticCustomError("tool_calls", "tool_calls: only the assistant makes calls")
-        if (self.tool_call_id is not None) != (self.role == "tool"):
-            raise PydanticCustomError("tool_call_id", "tool_call_id goes with the role tool")
-        return self
-
-
-class ChatRequest(ToolFields, OpenAIRequest):
-    """A conversation to continue."""
+class Dialogue(ToolFields):
+    """A conversation, and where the model speaks in it."""
 
     messages: list[Message] = Field(
         min_length=1,
@@ -301,6 +219,39 @@ class ChatRequest(ToolFields, OpenAIRequest):
         description="The conversation so far.",
         examples=[[{"role": "user", "content": "Write a function."}]],
     )
+    add_generation_prompt: bool | None = Field(
+        None, description="Open the assistant's turn. Default: true, but for continue_final_message."
+    )
+    continue_final_message: bool | None = Field(
+        None, description="Continue the last message, which is the assistant's, instead of a new one. Default: false."
+    )
+
+    @model_validator(mode="after")
+    def _check_turns(self) -> "Dialogue":
+        if self.continue_final_message and self.add_generation_prompt:
+            raise PydanticCustomError(
+                "continue_final_message",
+                "add_generation_prompt opens another turn: only one of them can be true",
+                {"param": "continue_final_message"},
+            )
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise PydanticCustomError(
+                "continue_final_message",
+                "the last message is not the assistant's",
+                {"param": "continue_final_message"},
+            )
+        if has_unpaired_results(spoken(self.messages)):
+            raise PydanticCustomError(
+                "unpaired_results",
+                "the results after the assistant's calls are not one for each call, by its id",
+                {"param": "messages"},
+            )
+        return self
+
+
+class ChatRequest(Dialogue, OpenAIRequest):
+    """A conversation to continue."""
+
     max_completion_tokens: Count | None = Field(
         None, description="Most tokens to generate. Default: what fits after the conversation.", examples=[16]
     )
@@ -308,12 +259,6 @@ class ChatRequest(ToolFields, OpenAIRequest):
     logprobs: bool | None = Field(None, description="Show the log-probability of each token.")
     top_logprobs: Logprobs | None = Field(
         None, description="Of this many most likely tokens at each place; with logprobs."
-    )
-    add_generation_prompt: bool | None = Field(
-        None, description="Open the assistant's turn. Default: true, but for continue_final_message."
-    )
-    continue_final_message: bool | None = Field(
-        None, description="Continue the last message, which is the assistant's, instead of a new one. Default: false."
     )
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = unsupported('["text"]')
     function_call: Literal["none"] | None = unsupported('"none"')
@@ -327,18 +272,6 @@ class ChatRequest(ToolFields, OpenAIRequest):
     @model_validator(mode="after")
     def _check_together(self) -> "ChatRequest":
         _check_one_count(self.max_tokens, self.max_completion_tokens)
-        if self.continue_final_message and self.add_generation_prompt:
-            raise PydanticCustomError(
-                "continue_final_message",
-                "add_generation_prompt opens another turn: only one of them can be true",
-                {"param": "continue_final_message"},
-            )
-        if self.continue_final_message and self.messages[-1].role != "assistant":
-            raise PydanticCustomError(
-                "continue_final_message",
-                "the last message is not the assistant's",
-                {"param": "continue_final_message"},
-            )
         if self.callable_functions() and self.forms():
             field = self.forms()[0][0]
             raise PydanticCustomError("one_form", "not together with tools that may be called", {"param": field})

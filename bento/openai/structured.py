@@ -7,7 +7,8 @@ bounds.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -33,7 +34,7 @@ def _schema(value: Any) -> str:
             raise PydanticCustomError("json_schema", "the string is not JSON: expected a JSON schema") from None
     if not isinstance(value, dict | bool):
         raise PydanticCustomError("json_schema", "expected a JSON schema: an object")
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps({} if value is True else value, ensure_ascii=False)
 
 
 _SCHEMA = {"type": "object", "additionalProperties": True}
@@ -133,10 +134,15 @@ class Structured(StrictRequest):
         return asked
 
 
-async def compile_form(backend: Backend, body: Structured) -> Grammar | None:
-    """The grammar of a request's form, None where it asks for none. Raises ApiError 400 for a form that is wrong."""
+async def compile_form(
+    backend: Backend, body: Structured, names: Mapping[str, str] = MappingProxyType({})
+) -> Grammar | None:
+    """The grammar of a request's form, None where it asks for none. names: those of another API for the fields.
+
+    Raises ApiError 400 for a form that is wrong.
+    """
     for field, kind, source in body.forms():
-        return await compile_grammar(backend, field, kind, source)
+        return await compile_grammar(backend, names.get(field, field), kind, source)
     return None
 
 

@@ -16,17 +16,19 @@ class ToolChatFormat(ChatFormat):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._readers = [CallReader() for _ in self._choices]
+        self._whole = 0
+        """Choices of a whole answer that were read."""
 
     def whole(self, results: Sequence[tuple[list[Event], Finished]]) -> dict[str, Any]:
         """The answer in one piece."""
         answer = super().whole(results)
         for choice in answer["choices"]:
-            if choice["finish_reason"] == "stop" and choice["message"].get("tool_calls"):
-                choice["finish_reason"] = "tool_calls"
+            choice["finish_reason"] = self._finish_reason(choice["index"], choice["finish_reason"])
         return answer
 
     def _content(self, text: str) -> dict[str, Any]:
-        content, calls = read_answer(text)
+        content, calls = read_answer(text, self._readers[self._whole])
+        self._whole += 1
         message = {"role": "assistant", "content": content, "refusal": None}
         return {"message": {**message, "tool_calls": calls} if calls else message}
 
@@ -36,7 +38,8 @@ class ToolChatFormat(ChatFormat):
         return [{"delta": _delta(part)} for part in parts]
 
     def _finish_reason(self, index: int, reason: str) -> str:
-        return "tool_calls" if reason == "stop" and self._readers[index].calls else reason
+        reader = self._readers[index]
+        return "tool_calls" if reason == "stop" and reader.calls and not reader.is_inside_call else reason
 
 
 def _delta(part: Part) -> dict[str, Any]:

@@ -8,29 +8,32 @@ both, as `tool_choice` says. `CallReader` takes the calls out of the text, also 
 import json
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from bento.schema import StrictRequest, forms
-from model.text.tools import (
-    CALL_TAIL,
-    CLOSING,
-    OPENING,
-    call_head,
-    compact,
-    describe_tools,
-    write_call,
-    write_result,
-)
+from model.text.tools import CALL_TAIL, CLOSING, OPENING, Call, Spoken, call_head
 
 MOST_TOOLS = 128
 MOST_CALLS = 16
 NAME_PATTERN = "^[a-zA-Z0-9_.:-]{1,128}$"
+OTHER_TYPES = ("array", "boolean", "integer", "null", "number", "string")
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+
+
+def _parameters(value: dict[str, Any]) -> dict[str, Any]:
+    """A schema of arguments, which are an object: one that does not say so means it."""
+    kind = value.get("type", "object")
+    if isinstance(kind, list) or kind in OTHER_TYPES:
+        raise PydanticCustomError("parameters", 'expected a schema of the type "object": arguments have names')
+    return {"type": "object", **value}
+
+
+Parameters = Annotated[dict[str, Any], AfterValidator(_parameters)]
 
 
 class Function(StrictRequest):
@@ -38,7 +41,7 @@ class Function(StrictRequest):
 
     name: Name = Field(description="Its name.")
     description: str | None = Field(None, max_length=16_384, description="What it does.")
-    parameters: dict[str, Any] | None = Field(None, description="JSON schema of its arguments. Default: none.")
+    parameters: Parameters | None = Field(None, description="JSON schema of its arguments. Default: none.")
     strict: bool | None = Field(None, description="Taken and not used: the schema is always enforced.")
 
 
@@ -57,15 +60,19 @@ class NamedTool:
 
 
 def _choice(value: Any) -> Any:
-    if value in ("none", "auto", "required") and isinstance(value, str):
+    if value is None or (isinstance(value, str) and value in ("none", "auto", "required")):
         return value
-    if isinstance(value, dict) and value.keys() == {"type", "function"} and value["type"] == "function":
+    if isinstance(value, dict) and _given(value) == {"type", "function"} and value["type"] == "function":
         function = value["function"]
-        if isinstance(function, dict) and function.keys() == {"name"} and isinstance(function["name"], str):
+        if isinstance(function, dict) and _given(function) == {"name"} and isinstance(function["name"], str):
             return NamedTool(function["name"])
     raise PydanticCustomError(
         "tool_choice", 'expected "none", "auto", "required" or {"type": "function", "function": {"name": ...}}'
     )
+
+
+def _given(value: dict[str, Any]) -> set[str]:
+    return {name for name, one in value.items() if one is not None}
 
 
 _NAMED = {
@@ -97,7 +104,7 @@ class CalledFunction(StrictRequest):
 class ToolCall(StrictRequest):
     """A call of the assistant's."""
 
-    id: str | None = Field(None, max_length=256, description="Taken and not used.")
+    id: str | None = Field(None, max_length=256, description="What a result names it by.")
     type: Literal["function"] | None = None
     index: int | None = None
     function: CalledFunction
@@ -119,10 +126,12 @@ class ToolFields(StrictRequest):
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
             raise PydanticCustomError("tools", "two functions have the same name", {"param": "tools"})
-        if not names:
-            for field in ("tool_choice", "parallel_tool_calls"):
-                if getattr(self, field) not in (None, "none"):
-                    raise PydanticCustomError("no_tools", "only with tools", {"param": field})
+        # With an empty list of tools, auto is what it says; without any it asks for what is missing.
+        taken = (None, "none") if self.tools is None else (None, "none", "auto")
+        if not names and self.tool_choice not in taken:
+            raise PydanticCustomError("no_tools", "only with tools", {"param": "tool_choice"})
+        if self.tools is None and self.parallel_tool_calls is not None:
+            raise PydanticCustomError("no_tools", "only with tools", {"param": "parallel_tool_calls"})
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.name not in names:
             raise PydanticCustomError("tool_choice", "no tool has this name", {"param": "tool_choice"})
         return self
@@ -208,6 +217,11 @@ class CallReader:
             if (self._state, len(self._held)) == before:
                 return
 
+    @property
+    def is_inside_call(self) -> bool:
+        """Whether a call has begun and not ended."""
+        return self._state != "content"
+
     def flush(self) -> Iterator[Part]:
         """The end: what was held back of a text. A call that has no name yet is dropped."""
         if self._state == "content" and self._held:
@@ -250,9 +264,9 @@ class CallReader:
         yield from ()
 
 
-def read_answer(text: str) -> tuple[str | None, list[dict[str, Any]]]:
+def read_answer(text: str, reader: CallReader | None = None) -> tuple[str | None, list[dict[str, Any]]]:
     """A whole answer's content, None where there are only calls, and its calls in OpenAI's form."""
-    reader = CallReader()
+    reader = reader or CallReader()
     content, calls = "", list[dict[str, Any]]()
     for part in (*reader.push(text), *reader.flush()):
         if isinstance(part, Content):
@@ -262,15 +276,6 @@ def read_answer(text: str) -> tuple[str | None, list[dict[str, Any]]]:
         else:
             calls[-1]["function"]["arguments"] += part.text
     return content or (None if calls else ""), calls
-
-
-@dataclass(frozen=True)
-class PlainTurn:
-    """A message as a chat template takes it."""
-
-    role: str
-    content: str
-    name: str | None = None
 
 
 class MessageWithTools(Protocol):
@@ -292,36 +297,20 @@ class MessageWithTools(Protocol):
     def tool_calls(self) -> list[ToolCall] | None:
         """The assistant's calls."""
 
-
-def plain_turns(messages: Sequence[MessageWithTools], functions: Sequence[Function]) -> list[PlainTurn]:
-    """A conversation with functions, calls and results as text.
-
-    Functions stand in the system's message, results of calls in a turn of the user.
-    """
-    turns: list[PlainTurn] = []
-    was_result = False
-    for message in messages:
-        calls = [write_call(c.function.name, _compacted(c.function.arguments)) for c in message.tool_calls or ()]
-        content = "\n".join([*([message.content] if message.content or not calls else []), *calls])
-        is_result = message.role == "tool"
-        if is_result:
-            content = write_result(content)
-            if was_result:
-                content = f"{turns.pop().content}\n{content}"
-        turns.append(PlainTurn("user" if is_result else message.role, content, message.name))
-        was_result = is_result
-    if functions:
-        shown = describe_tools([f.model_dump(include={"name", "description", "parameters"}) for f in functions])
-        if turns and turns[0].role in ("system", "developer"):
-            turns[0] = replace(turns[0], content=f"{turns[0].content}\n\n{shown}")
-        else:
-            turns.insert(0, PlainTurn("system", shown))
-    return turns
+    @property
+    def tool_call_id(self) -> str | None:
+        """The call that it answers."""
 
 
-def _compacted(arguments: str) -> str:
-    """A call's arguments as the model writes them; what is no JSON stays as it is."""
-    try:
-        return compact(json.loads(arguments))
-    except ValueError:
-        return arguments
+def spoken(messages: Sequence[MessageWithTools]) -> list[Spoken]:
+    """A conversation in the form that is written as text."""
+    return [
+        Spoken(
+            message.role,
+            message.content,
+            message.name,
+            tuple(Call(c.function.name, c.function.arguments, c.id) for c in message.tool_calls or ()),
+            message.tool_call_id,
+        )
+        for message in messages
+    ]

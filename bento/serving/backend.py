@@ -135,12 +135,13 @@ class Backend:
         n: int = 1,
         *,
         grammar: Grammar | None = None,
+        stop_until: str | None = None,
         **scores: int | None,
     ) -> list[GenerationRequest]:
         """The engine's form of a request: each prompt continued by its count of tokens, n times.
 
-        grammar: what each text follows. scores: logprobs, prompt_logprobs. Raises ApiError 400 where they ask for more
-        than there is.
+        grammar: what each text follows. stop_until: see `GenerationRequest`. scores: logprobs, prompt_logprobs. Raises
+        ApiError 400 where they ask for more than there is.
         """
         if len(prompts) * n > self.max_choices:
             raise ApiError(
@@ -168,7 +169,7 @@ class Backend:
                 param=name,
             )
         return [
-            body.generation(prompt.ids, count, choice, grammar=grammar, **scores)
+            body.generation(prompt.ids, count, choice, grammar=grammar, stop_until=stop_until, **scores)
             for prompt, count in zip(prompts, counts, strict=True)
             for choice in range(n)
         ]

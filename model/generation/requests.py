@@ -83,7 +83,8 @@ class GenerationRequest:
 
     prompt_ids: tokens of the prompt, at least one. max_tokens: 0 only scores the prompt.
     min_tokens: number of tokens before which no end-of-text token, stop token or stop string ends the text.
-    stop: strings that end the text, also where they span tokens; excluded from the text. stop_token_ids: tokens that
+    stop: strings that end the text, also where they span tokens; excluded from the text. stop_until: only the text
+    before this string is searched for them. stop_token_ids: tokens that
     end the text as the end-of-text token does. ignore_eos: continue past the end-of-text token.
     logprobs: return the log-probability of each generated token and of the top this many; None: none.
     grammar: constrains the text, which is a prefix of a match where max_tokens cut it off (finish_reason "length");
@@ -100,6 +101,7 @@ class GenerationRequest:
     sampling: SamplingParameters = field(default_factory=SamplingParameters)
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
+    stop_until: str | None = None
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     logprobs: int | None = None

@@ -307,7 +307,7 @@ class Scheduler:
 
     def _end_text(self, sequence: Sequence, reason: FinishReason, *, stopped_by: int | None = None) -> None:
         """Emit the held-back text, then finish. Bytes of an incomplete character become U+FFFD."""
-        rest, stop = sequence.stops.push(sequence.text.flush())
+        rest, stop = sequence.stops.push(sequence.text.flush(), is_last=True)
         if stop is None:
             rest += sequence.stops.flush()
         if rest:

@@ -43,7 +43,7 @@ class Sequence:
         """Sum of the hidden states of the prompt's computed tokens, float64, shape (D,)."""
         self.prompt_scores: list[TokenLogprob | None] = [None]
         self.text = Detokenizer(token_bytes)
-        self.stops = StopStrings(request.stop, is_included=request.include_stop)
+        self.stops = StopStrings(request.stop, is_included=request.include_stop, until=request.stop_until)
 
     @property
     def is_prefilling(self) -> bool:

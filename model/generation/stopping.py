@@ -7,28 +7,35 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Finds the first of several stop strings in streamed text. is_included: keep the stop string in the text."""
+    """Finds the first of several stop strings in streamed text.
 
-    def __init__(self, stops: Sequence[str], *, is_included: bool = False) -> None:
-        self._stops, self._is_included = tuple(stops), is_included
+    is_included: keep the stop string in the text. until: search only the text before this string.
+    """
+
+    def __init__(self, stops: Sequence[str], *, is_included: bool = False, until: str | None = None) -> None:
+        self._stops, self._is_included, self._until = tuple(stops), is_included, until or ""
         self._held = ""
 
-    def push(self, text: str, *, may_stop: bool = True) -> tuple[str, str | None]:
+    def push(self, text: str, *, may_stop: bool = True, is_last: bool = False) -> tuple[str, str | None]:
         """Text that can be emitted, and the stop string found after it, else None.
 
-        may_stop=False: a stop string completed by this text counts as ordinary text.
+        may_stop=False: a stop string completed by this text counts as ordinary text. is_last: no more text follows.
         """
         if not self._stops:
             return text, None
         self._held += text
-        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        end, is_over = self._searchable(is_last=is_last)
+        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop, 0, end)) >= 0]
         if found and may_stop:
             at, stop = min(found)
             kept, self._held = self._held[: at + len(stop) if self._is_included else at], ""
             return kept, stop
+        if is_over:
+            self._stops = ()
+            return self.flush(), None
         # Ignore this match: continue the search after its first character.
         start = max((at + 1 for at, _ in found), default=0)
-        keep = next(at for at in range(start, len(self._held) + 1) if self._may_begin(self._held[at:]))
+        keep = next(at for at in range(start, end + 1) if at == end or self._may_begin(self._held[at:]))
         kept, self._held = self._held[:keep], self._held[keep:]
         return kept, None
 
@@ -36,6 +43,15 @@ class StopStrings:
         """Return the held-back text at the end of the generation."""
         rest, self._held = self._held, ""
         return rest
+
+    def _searchable(self, *, is_last: bool) -> tuple[int, bool]:
+        """How much of the held text is searched: none of `until` or of what may become it; whether `until` is there."""
+        if not self._until:
+            return len(self._held), False
+        if (at := self._held.find(self._until)) >= 0:
+            return at, True
+        begun = (n for n in range(len(self._until) - 1, 0, -1) if self._held.endswith(self._until[:n]))
+        return len(self._held) - (0 if is_last else next(begun, 0)), False
 
     def _may_begin(self, text: str) -> bool:
         return not text or any(stop.startswith(text) for stop in self._stops)

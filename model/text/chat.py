@@ -74,9 +74,14 @@ def add_marks(tokenizer: "PreTrainedTokenizerFast") -> None:
     tokenizer.chat_template = TEMPLATE
 
 
+def has_marks(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether conversations are written with `TEMPLATE`, which has turns of tools."""
+    return bool(tokenizer.chat_template == TEMPLATE)
+
+
 def end_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The tokens that end a generation: end of text, and where the tokenizer has marks, each that starts a turn."""
-    known = tokenizer.get_vocab() if tokenizer.chat_template == TEMPLATE else {}
+    known = tokenizer.get_vocab() if has_marks(tokenizer) else {}
     ends = [tokenizer.eos_token_id, *(known[mark] for mark in MARKS.values() if mark in known)]
     return [int(number) for number in ends if number is not None]
 

@@ -1,15 +1,117 @@
 """How functions that a model may call, its calls and their results are written as text in a conversation.
 
 A call is the assistant's text `<tool_call>`, a line of JSON and `</tool_call>`, as models of the Hermes and Qwen
-families write it. The JSON has no white space between its parts. Serving constrains a model to this form; a corpus that
-teaches calls should be written by these functions.
+families write it. The JSON has no white space between its parts. `plain_turns` writes a whole conversation, for
+training and for serving alike; serving constrains a model's answers to this form.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
+
+
+class Call(NamedTuple):
+    """A call of a function. arguments: JSON. id: what a result names it by."""
+
+    name: str
+    arguments: str
+    id: str | None = None
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A message. calls: the assistant's. answers: id of the call that a result (role "tool") belongs to."""
+
+    role: str
+    content: str
+    name: str | None = None
+    calls: tuple[Call, ...] = ()
+    answers: str | None = None
+
+
+@dataclass(frozen=True)
+class PlainTurn:
+    """A message as a chat template takes it."""
+
+    role: str
+    content: str
+    name: str | None = None
+
+
+def plain_turns(
+    messages: Sequence[Spoken], tools: Sequence[Mapping[str, Any]], *, has_tool_role: bool
+) -> list[PlainTurn]:
+    """A conversation with tools, calls and results as text.
+
+    Tools stand in the system's message, a message's calls after its text, results in the order of the calls.
+    has_tool_role: whether the chat template has turns of the role "tool"; results are else written in the user's.
+    """
+    turns: list[PlainTurn] = []
+    was_result = False
+    for message in _in_order(messages):
+        calls = [write_call(call.name, _compacted(call.arguments)) for call in message.calls]
+        content = "\n".join([*([message.content] if message.content or not calls else []), *calls])
+        is_result = message.role == "tool" and not has_tool_role
+        if is_result:
+            content = write_result(content)
+            if was_result:
+                content = f"{turns.pop().content}\n{content}"
+        turns.append(PlainTurn("user" if is_result else message.role, content, message.name))
+        was_result = is_result
+    if tools:
+        shown = describe_tools(tools)
+        if turns and turns[0].role in ("system", "developer"):
+            turns[0] = replace(turns[0], content=f"{turns[0].content}\n\n{shown}")
+        else:
+            turns.insert(0, PlainTurn("system", shown))
+    return turns
+
+
+def has_unpaired_results(messages: Sequence[Spoken]) -> bool:
+    """Whether a result belongs to none of the calls before it, or a call lacks its result where others have one.
+
+    Results without ids, and those of calls without ids or with one id for several, stand where they are.
+    """
+    calls: list[str | None] = []
+    answered: list[str | None] = []
+    for message in [*messages, Spoken("", "")]:
+        if message.role == "tool":
+            answered.append(message.answers)
+            continue
+        is_named = bool(calls and answered) and None not in [*calls, *answered] and len(set(calls)) == len(calls)
+        if is_named and sorted(map(str, answered)) != sorted(map(str, calls)):
+            return True
+        calls, answered = [call.id for call in message.calls], []
+    return False
+
+
+def _in_order(messages: Sequence[Spoken]) -> list[Spoken]:
+    """The messages with each call's result in the call's place."""
+    ordered: list[Spoken] = []
+    calls: list[str | None] = []
+    for message in messages:
+        ordered.append(message)
+        if message.role != "tool":
+            calls = [call.id for call in message.calls]
+            continue
+        first = len(ordered) - 1
+        while first and ordered[first - 1].role == "tool":
+            first -= 1
+        results = ordered[first:]
+        if None not in calls and all(result.answers in calls for result in results):
+            ordered[first:] = sorted(results, key=lambda result: calls.index(result.answers))
+    return ordered
+
+
+def _compacted(arguments: str) -> str:
+    """A call's arguments as the model writes them; what is no JSON stays as it is."""
+    try:
+        return compact(json.loads(arguments))
+    except ValueError:
+        return arguments
 
 
 def describe_tools(tools: Sequence[Mapping[str, Any]]) -> str:

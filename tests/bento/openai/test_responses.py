@@ -74,6 +74,7 @@ def test_forms_are_parsed_by_the_package(client):
 
     response = client.responses.parse(model=MODEL, input="x", text_format=Answer, max_output_tokens=100)
     assert isinstance(response.output_parsed, Answer) and response.status == "completed"
+    assert response.text.format.schema_["properties"].keys() == {"ok"}
     form = {"format": {"type": "json_object"}}
     assert client.responses.create(input="x", text=form, **GREEDY).output_text.startswith("{")
 

@@ -2,24 +2,33 @@
 
     <root>/<asset>/<experiment>/<first 16 digits of the content hash>/...   manifest.json is written last
     <root>/<asset>/<experiment>/LATEST                                      the version's name, swapped in one step
+    <root>/<asset>/.<experiment>.lock                                       held by the process that publishes
 
 A reader goes pointer -> manifest -> every digest. The root is a folder or anything that fsspec opens by URL; versions
-of a remote root are read through a local cache. No Dagster here: `io_managers` calls it.
+of a remote root are read through a local cache. Processes that share a folder publish one after the other, and none
+removes a version that another reads; an object store has no locks, so there the lock holds for one machine. No Dagster
+here: `io_managers` calls it.
 """
 
+import dataclasses
 import os
 import shutil
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from upath import UPath
 
+from llm_assets.artifacts.locks import exclusive, hold, unread
 from llm_assets.artifacts.manifest import Manifest, refresh_command
 from model.artifact import MANIFEST, verify
 from model.errors import PipelineError, full_disk_as_error
 
 LATEST = "LATEST"
+_INCOMING, _REMOVED, _FRESH = ".incoming-", ".removed-", ".fresh-"
+"""Names on the way to a version, away from it, and to LATEST or a manifest: only the holder of the lock makes them."""
 
 
 @dataclass(frozen=True)
@@ -48,24 +57,50 @@ class ArtifactStore:
         Raises PipelineError for a directory without a manifest and for a full disk.
         """
         with full_disk_as_error(Path(str(self.root)) if self._local else staging):
-            return self._publish(staging, Manifest.read(staging))
+            manifest = Manifest.read(staging)
+            with exclusive(self._lock(manifest.asset, manifest.experiment)):
+                return self._publish(staging, manifest)
 
     def _publish(self, staging: Path, manifest: Manifest) -> Publication:
         base = self.root / manifest.asset / manifest.experiment
         target = base / manifest.version
+        if self._local:
+            _clear(Path(str(base)))
+        manifest = self._newest(base, manifest)
         unchanged = self._is_whole(target, manifest)
         if unchanged:
             # Same content from another run: only its provenance is new.
-            self._write_text(target / MANIFEST, manifest.to_json())
-        elif self._local:
+            self._write_text(base, f"{manifest.version}/{MANIFEST}", manifest.to_json())
+        else:
+            self._place(staging, target, manifest)
+        latest = not manifest.failed_checks
+        if latest:
+            self._write_text(base, LATEST, manifest.version + "\n")
+            if not self._local and not self._is_whole(target, manifest):
+                # Another machine removed it as an old version before it was the latest.
+                self._place(staging, target, manifest)
+        self._prune(base)
+        return Publication(str(target), manifest.version, unchanged, latest)
+
+    def _lock(self, asset: str, experiment: str) -> Path:
+        folder = Path(str(self.root)) if self._local else self._cache_dir
+        return folder / asset / f".{experiment}.lock"
+
+    def _newest(self, base: Path | UPath, manifest: Manifest) -> Manifest:
+        """The manifest, later by its date than every other version's, also where the clock has gone back."""
+        others = [created for created, path in self._versions(base) if path.name != manifest.version]
+        last = max(others, default="")
+        if manifest.created > last:
+            return manifest
+        later = datetime.fromisoformat(last) + timedelta(milliseconds=1)
+        return dataclasses.replace(manifest, created=later.isoformat(timespec="milliseconds"))
+
+    def _place(self, staging: Path, target: Path | UPath, manifest: Manifest) -> None:
+        if self._local:
+            (staging / MANIFEST).write_text(manifest.to_json())
             _publish_folder(staging, Path(str(target)))
         else:
             self._upload(staging, target, manifest)
-        latest = not manifest.failed_checks
-        if latest:
-            self._write_text(base / LATEST, manifest.version + "\n")
-        self._prune(base)
-        return Publication(str(target), manifest.version, unchanged, latest)
 
     def latest_manifest(self, asset: str, experiment: str) -> Manifest | None:
         """The manifest of the latest version; None if it is missing or unreadable."""
@@ -84,6 +119,16 @@ class ArtifactStore:
 
         Raises PipelineError naming the path where there is none, or where a file is missing or altered.
         """
+        try:
+            return self._load(asset, experiment)
+        except (PipelineError, FileNotFoundError):
+            lock = self._lock(asset, experiment)
+            if self._local and not os.access(lock, os.W_OK):
+                raise  # nothing was published here by a process that took turns, or the folder is for reading only
+            with exclusive(lock):  # a publication may have replaced or removed it meanwhile
+                return self._load(asset, experiment)
+
+    def _load(self, asset: str, experiment: str) -> Path:
         base = self.root / asset / experiment
         version = self._read_text(base / LATEST)
         if version is None:
@@ -93,6 +138,8 @@ class ArtifactStore:
             )
         source = base / version.strip()
         if isinstance(source, Path) and self._local:
+            with suppress(FileNotFoundError):
+                hold(source)
             verify(source)
             return source
         return self._download(source, self._cache_dir / asset / experiment / version.strip())
@@ -120,21 +167,26 @@ class ArtifactStore:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             assert isinstance(target, UPath)
             target.fs.put_file(str(staging / name), (target / name).path)
-        self._write_text(target / MANIFEST, manifest.to_json())
+        self._write_text(target.parent, f"{manifest.version}/{MANIFEST}", manifest.to_json())
 
     def _download(self, source: UPath | Path, cached: Path) -> Path:
+        with exclusive(cached.with_name(f".{cached.name}.lock")):
+            return self._download_alone(source, cached)
+
+    def _download_alone(self, source: UPath | Path, cached: Path) -> Path:
         text = self._read_text(source / MANIFEST)
         if text is None:
             raise PipelineError(f"no {MANIFEST} in {source}: expected a complete artifact; materialize it again")
         manifest = Manifest.from_json(text, source / MANIFEST)
+        incoming = cached.with_name(f"{_INCOMING}{uuid.uuid4().hex}")
         if cached.is_dir():
-            (cached / MANIFEST).write_text(text)
+            incoming.write_text(text)
+            incoming.replace(cached / MANIFEST)
             try:
                 verify(cached)
                 return cached
             except PipelineError:
                 shutil.rmtree(cached)  # a damaged copy is fetched again
-        incoming = cached.with_name(f".incoming-{uuid.uuid4().hex}")
         try:
             for name in manifest.files:
                 (incoming / name).parent.mkdir(parents=True, exist_ok=True)
@@ -152,22 +204,35 @@ class ArtifactStore:
             shutil.rmtree(incoming, ignore_errors=True)
         return cached
 
-    def _prune(self, base: Path | UPath) -> None:
-        """Remove all but the newest versions; a folder without a manifest may be one on its way and stays."""
-        latest = (self._read_text(base / LATEST) or "").strip()
+    def _versions(self, base: Path | UPath) -> list[tuple[str, Path | UPath]]:
+        """Date and place of each version, the newest first; of a manifest that this code cannot read, no date.
+
+        A folder without a manifest may be one on its way, and is none.
+        """
         versions: list[tuple[str, Path | UPath]] = []
-        for path in base.iterdir():
+        for path in base.iterdir() if base.exists() else ():
             text = self._read_text(path / MANIFEST) if path.name != LATEST else None
-            if text is not None and not path.name.startswith("."):
+            if text is None or path.name.startswith("."):
+                continue
+            try:
                 versions.append((Manifest.from_json(text, path / MANIFEST).created, path))
-        newest_first = sorted(versions, key=lambda version: version[0], reverse=True)
-        for _, path in newest_first[self._keep_versions :]:
+            except PipelineError:
+                versions.append(("", path))
+        return sorted(versions, key=lambda version: version[0], reverse=True)
+
+    def _prune(self, base: Path | UPath) -> None:
+        """Remove all but the newest versions, the latest, and those that a process reads."""
+        latest = (self._read_text(base / LATEST) or "").strip()
+        for _, path in self._versions(base)[self._keep_versions :]:
             if path.name == latest:
                 continue
             if isinstance(path, UPath) and not self._local:
-                path.fs.rm(path.path, recursive=True)
+                with suppress(FileNotFoundError):  # another machine was faster
+                    path.fs.rm(path.path, recursive=True)
             else:
-                shutil.rmtree(str(path))
+                with unread(Path(str(path))) as free:
+                    if free:
+                        _remove(Path(str(path)))
 
     def _read_text(self, path: Path | UPath) -> str | None:
         if isinstance(path, UPath) and not self._local:
@@ -177,13 +242,15 @@ class ArtifactStore:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def _write_text(self, path: Path | UPath, text: str) -> None:
-        """Replace a small file in one step: a rename in a folder, a single PUT in an object store."""
+    def _write_text(self, base: Path | UPath, name: str, text: str) -> None:
+        """Replace a small file below `base` in one step: a rename in a folder, a single PUT in an object store."""
+        path = base / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if not self._local:
             path.write_text(text)
             return
-        fresh = Path(f"{path}.{uuid.uuid4().hex}")
+        # Not inside a version: a reader digests every file that it finds there.
+        fresh = Path(str(base), f"{_FRESH}{uuid.uuid4().hex}")
         try:
             with fresh.open("w") as file:
                 file.write(text)
@@ -197,16 +264,28 @@ class ArtifactStore:
 def _publish_folder(staging: Path, target: Path) -> None:
     """Let `target` appear whole: one rename on one file system, else a copy beside it and a rename."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    incoming = target.with_name(f".incoming-{uuid.uuid4().hex}")
+    incoming = target.with_name(f"{_INCOMING}{uuid.uuid4().hex}")
     try:
         try:
             staging.rename(incoming)
         except OSError:  # another file system
             shutil.copytree(staging, incoming)
-        if target.exists():  # a damaged version makes room
-            target.rename(target.with_name(f".damaged-{uuid.uuid4().hex}"))
+        if target.exists():
+            _remove(target)  # damaged
         incoming.rename(target)
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
-        for damaged in target.parent.glob(".damaged-*"):
-            shutil.rmtree(damaged, ignore_errors=True)
+
+
+def _remove(version: Path) -> None:
+    """Remove a version in one step for a reader; what cannot be deleted is tried again by the next publication."""
+    removed = version.with_name(f"{_REMOVED}{uuid.uuid4().hex}")
+    version.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def _clear(base: Path) -> None:
+    """Delete what processes that were killed left on its way."""
+    for kind in (_INCOMING, _REMOVED, _FRESH):
+        for left in base.glob(f"{kind}*"):
+            left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,78 @@
+"""Locks of a folder of artifacts: one publication at a time, and no removal of a version that a process reads.
+
+Both are `flock`s, which end with their process. Where a file system has none, versions are read and removed as without.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from model.errors import TransientError
+
+WAIT_S = 600.0
+"""Longest wait for another process: it verifies and copies one artifact."""
+_held: dict[Path, int] = {}
+"""Descriptor of each version's folder that this process reads."""
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the file `path`, which stays: a process that waits on a deleted file would not exclude the next one.
+
+    Raises TransientError, one line, where another process keeps it.
+    """
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=WAIT_S)
+    except Timeout:
+        raise TransientError(
+            f"another process has held {path} for {WAIT_S:.0f} s: expected it to publish or fetch one artifact; look "
+            "whether it is stopped, continue or end it, and run again"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def hold(directory: Path) -> None:
+    """Keep `directory` from being removed while this process lives. Raises FileNotFoundError where it is gone."""
+    if directory in _held:
+        if os.fstat(_held[directory]).st_ino == directory.stat().st_ino:
+            return
+        os.close(_held.pop(directory))  # that one was damaged and replaced
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise FileNotFoundError(f"{directory} is being removed") from None
+    except OSError:
+        os.close(descriptor)  # a file system without locks
+        return
+    _held[directory] = descriptor
+
+
+@contextmanager
+def unread(directory: Path) -> Iterator[bool]:
+    """Whether no process reads `directory`; none can start to while this lasts."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield _is_unread(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_unread(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import yaml
 
-from model import settings as groups
 from model.settings import ExperimentSettings
 
 STAGES = ("corpus", "tokenized_dataset", "trained_checkpoint", "quantized_model", "benchmark_report")
@@ -55,16 +54,7 @@ def resolve(name: str) -> ExperimentSettings:
     """The experiment's settings, as the project's own command prints them."""
     command = [sys.executable, "-m", "llm_assets.experiments", name]
     printed = yaml.safe_load(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    types = {
-        "corpus": groups.CorpusSettings,
-        "tokenizer": groups.TokenizerSettings,
-        "model": groups.ModelSettings,
-        "training": groups.TrainingSettings,
-        "quantization": groups.QuantizationSettings,
-        "benchmark": groups.BenchmarkSettings,
-        "serving": groups.ServingSettings,
-    }
-    return ExperimentSettings(**{k: types[k](**v) if k in types else v for k, v in printed.items()})
+    return ExperimentSettings.from_record(printed)
 
 
 def timed(command: list[str], **environment: str) -> float:

@@ -27,12 +27,14 @@ def trained_checkpoint(
     A run that was killed, retried or executed again continues at its last checkpoint.
     """
     from model.baselines import token_baselines
-    from model.training.train import train
+    from model.training.launch.start import launch
 
     with stage(
         context, hydra, mlflow, {"tokenized_dataset": tokenized_dataset}, resumable=True, exclusive=True
     ) as work:
-        summary = train(work.settings, tokenized_dataset, work.output, work.scratch, log=work.log, on_metrics=work.live)
+        summary = launch(
+            work.settings, tokenized_dataset, work.output, work.scratch, log=work.log, on_metrics=work.live
+        )
         baselines = token_baselines(tokenized_dataset, work.settings.tokenizer.sequence_length)
         for name in ("loss.png", "README.md", "curves.json", "progress.md"):
             work.tracked.log_artifact(work.output / name)

@@ -6,6 +6,7 @@ composes `configs/` into `ExperimentSettings`; unknown keys and wrong types are 
 
 from model.settings.architecture import ModelSettings
 from model.settings.benchmark import BenchmarkSettings
+from model.settings.compute import ComputeSettings
 from model.settings.corpus import CorpusSettings
 from model.settings.experiment import GROUPS, ExperimentSettings
 from model.settings.option import Option, Settings, options
@@ -17,6 +18,7 @@ from model.settings.training import TrainingSettings
 __all__ = [
     "GROUPS",
     "BenchmarkSettings",
+    "ComputeSettings",
     "CorpusSettings",
     "ExperimentSettings",
     "ModelSettings",

@@ -1,9 +1,11 @@
 """One experiment: everything that decides what the pipeline makes (`configs/experiment/`)."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from model.settings.architecture import ModelSettings
 from model.settings.benchmark import BenchmarkSettings
+from model.settings.compute import ComputeSettings
 from model.settings.corpus import CorpusSettings
 from model.settings.option import Settings, expect
 from model.settings.quantization import QuantizationSettings
@@ -21,6 +23,7 @@ GROUPS: dict[str, type[Settings]] = {
         QuantizationSettings,
         BenchmarkSettings,
         ServingSettings,
+        ComputeSettings,
     )
 }
 """The settings class of each folder of `configs/`, in the order of the pipeline."""
@@ -41,6 +44,7 @@ class ExperimentSettings:
     quantization: QuantizationSettings = field(default_factory=QuantizationSettings)
     benchmark: BenchmarkSettings = field(default_factory=BenchmarkSettings)
     serving: ServingSettings = field(default_factory=ServingSettings)
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
 
     def __post_init__(self) -> None:
         context = self.model.max_position_embeddings
@@ -56,3 +60,29 @@ class ExperimentSettings:
             expect(
                 windows <= most, f"training.{name}", windows, f"at most {most:,} windows of {length:,} tokens in a pass"
             )
+        self._expect_a_batch_that_can_be_shared()
+
+    def _expect_a_batch_that_can_be_shared(self) -> None:
+        processes = self.compute.processes * max(self.compute.nodes, 1)
+        batch = self.training.per_device_train_batch_size * self.training.gradient_accumulation_steps
+        expect(
+            batch % processes == 0,
+            "compute.processes times compute.nodes",
+            processes,
+            f"a number that divides the {batch:,} windows of a step (training.per_device_train_batch_size times "
+            "training.gradient_accumulation_steps)",
+        )
+        expect(
+            processes == 1 or not self.model.attention_dropout,
+            "model.attention_dropout",
+            self.model.attention_dropout,
+            f"0 for {processes} training processes, as each would drop other weights than one process does",
+        )
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "ExperimentSettings":
+        """The settings that `dataclasses.asdict` made a record of."""
+        values: dict[str, Any] = {
+            name: GROUPS[name](**value) if name in GROUPS else value for name, value in record.items()
+        }
+        return cls(**values)

@@ -72,6 +72,27 @@ def accumulation_steps(
     return accumulation
 
 
+def share_batch(
+    settings: TrainingSettings, initial_world_size: int, world_size: int, *, dropout: float = 0.0
+) -> TrainingSettings:
+    """The settings of each of `world_size` processes, which together take the batch of `initial_world_size`.
+
+    Passes are shared out; where their number does not divide, the windows are, in the largest passes that divide them.
+    Raises PipelineError as `accumulation_steps` does, where the windows do not divide either.
+    """
+    size, passes = settings.per_device_train_batch_size, settings.gradient_accumulation_steps * initial_world_size
+    windows, remainder = divmod(size * passes, world_size)
+    if passes % world_size == 0 or remainder or dropout:
+        accumulation = accumulation_steps(settings, initial_world_size, world_size, dropout=dropout)
+        return dataclasses.replace(settings, gradient_accumulation_steps=accumulation)
+    size = max(fewer for fewer in range(1, size + 1) if windows % fewer == 0)
+    return dataclasses.replace(settings, per_device_train_batch_size=size, gradient_accumulation_steps=windows // size)
+
+
+_SHARDING = ("fsdp", "fsdp_config", "deepspeed", "parallelism_config")
+"""Arguments that divide the parameters among processes."""
+
+
 def _distributed(device: torch.device) -> dict[str, Any]:
     """Options for several processes; transformers refuses `ddp_backend` in a single process."""
     if world_size() < 2:
@@ -96,6 +117,11 @@ def training_arguments(
         if name not in known:
             raise PipelineError(
                 f"training.arguments names {name!r}: expected a name of transformers.TrainingArguments; correct it"
+            )
+        if name in _SHARDING and settings.arguments[name] and device.type == "cpu":
+            raise PipelineError(
+                f"training.arguments names {name!r}: on a CPU it would shard nothing and each process would hold the "
+                "whole model; remove it, or train on GPUs"
             )
     values: dict[str, Any] = {
         "output_dir": str(scratch_dir),

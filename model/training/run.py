@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from model.settings import TrainingSettings
 from model.system.devices import Precision, resolve_device, resolve_precision
 from model.text.tokens import TokenDataset
 from model.training import checkpoints
-from model.training.arguments import accumulation_steps, training_arguments, world_size
+from model.training.arguments import share_batch, training_arguments, world_size
 
 OnMetrics = Callable[[int, dict[str, float]], None]
 
@@ -25,8 +25,8 @@ OnMetrics = Callable[[int, dict[str, float]], None]
 class TrainingRun:
     """Constants of a training in this process.
 
-    settings.gradient_accumulation_steps is the current value per process: after a resume with another world size it
-    differs from the experiment's, so that the batch size stays the same.
+    settings.gradient_accumulation_steps and per_device_train_batch_size are the current values per process: where
+    processes share the batch, and after a resume with another world size, they differ from the experiment's.
     """
 
     settings: TrainingSettings
@@ -38,7 +38,7 @@ class TrainingRun:
     device: torch.device
     precision: Precision
     initial_world_size: int
-    """Number of processes that began this training."""
+    """Number of processes that began this training, each with the batch of the settings; 1 where they share it."""
     log: Log = silent
     on_metrics: OnMetrics | None = None
 
@@ -77,17 +77,17 @@ def prepare_run(
     *,
     log: Log = silent,
     on_metrics: OnMetrics | None = None,
+    shares_batch: bool = False,
 ) -> TrainingRun:
     """Resolve device, precision and accumulation, and build the TrainingArguments. datasets: training and validation.
 
-    Raises PipelineError for an unavailable device, refused arguments, and a world size that cannot continue the
-    training.
+    shares_batch: as in `train`. Raises PipelineError for an unavailable device, refused arguments, and a world size
+    that cannot continue the training.
     """
     device = resolve_device(settings.device)
     precision = resolve_precision(settings.precision, device)
-    initial = checkpoints.initial_world_size(scratch_dir) or world_size()
-    accumulation = accumulation_steps(settings, initial, world_size(), dropout=config.attention_dropout)
-    settings = replace(settings, gradient_accumulation_steps=accumulation)
+    initial = checkpoints.initial_world_size(scratch_dir) or (1 if shares_batch else world_size())
+    settings = share_batch(settings, initial, world_size(), dropout=config.attention_dropout)
     arguments = training_arguments(settings, scratch_dir, device, precision)  # joins the other processes
     is_main_process = arguments.process_index == 0
     return TrainingRun(

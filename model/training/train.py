@@ -47,6 +47,7 @@ def train(
     *,
     log: Log = silent,
     on_metrics: OnMetrics | None = None,
+    shares_batch: bool = False,
 ) -> TrainingSummary:
     """Train the experiment's model; resumes from checkpoints of the same training in `scratch_dir`.
 
@@ -54,10 +55,11 @@ def train(
     the CPU a resumed run is bit-identical to an uninterrupted one. The caller deletes `scratch_dir`. SIGTERM and SIGINT
     are deferred to the end of the step, where a checkpoint is saved (signals.py). Several processes: each calls this
     with the same arguments; RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT identify them under any launcher (torchrun,
-    Ray Train). Rank 0 writes and reports; all share the folders. A training can resume with another world size: the
-    batch size stays, and results are equal up to rounding. Raises PipelineError for an unavailable device, a dataset
-    smaller than one batch, refused arguments, a non-finite loss, insufficient memory, and a full disk; the last
-    complete checkpoint is kept.
+    Ray Train). Rank 0 writes and reports; all share the folders. shares_batch: the settings' batch is that of all
+    processes together; else of each that begins. A training can resume with another world size: the batch size stays,
+    and results are equal up to rounding. Raises PipelineError for an unavailable device, a dataset smaller than one
+    batch, refused arguments, a non-finite loss, insufficient memory, and a full disk; the last complete checkpoint is
+    kept.
     """
     limit_threads()
     tokenizer = load_tokenizer(dataset_dir / "tokenizer")
@@ -70,7 +72,15 @@ def train(
         pad_token_id=tokenizer.pad_token_id,
     )
     datasets = TokenDataset(dataset_dir, "train", length), TokenDataset(dataset_dir, "validation", length)
-    run = prepare_run(settings.training, config, datasets, scratch_dir, log=log, on_metrics=on_metrics)
+    run = prepare_run(
+        settings.training,
+        config,
+        datasets,
+        scratch_dir,
+        log=log,
+        on_metrics=on_metrics,
+        shares_batch=shares_batch,
+    )
     if len(run.train) < run.windows_per_step:
         raise PipelineError(
             f"{dataset_dir} holds {len(run.train)} training windows of {length} tokens: expected at least one batch "

@@ -1,0 +1,64 @@
+"""Processes that end with the one that started them, however that ends: a pipe to their standard input closes with it.
+
+A kernel's death signal (`ending_with_parent`) would leave no time to save. `Presence` tells when all are gone.
+"""
+
+import fcntl
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+GRACE_S = 60.0
+"""Time to save for a process that has to end, before it is killed."""
+
+
+def end_with_input(*, after_parent: bool = False) -> None:
+    """Start to watch standard input, an empty pipe: at its end this process gets SIGTERM, and GRACE_S later SIGKILL.
+
+    after_parent: SIGTERM only once the parent is gone too, for a child that gets it from its parent: a second one would
+    end it without saving.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            pass
+        ends_s = time.monotonic() + GRACE_S
+        while after_parent and os.getppid() == parent and time.monotonic() < ends_s:
+            time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+
+
+class Presence:
+    """A lock file that every process of a group holds while it lives; the system releases it when one is killed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor: int | None = None
+
+    def hold(self) -> None:
+        """Be present until this process ends."""
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+
+    def wait_for_none(self, seconds: float) -> bool:
+        """Wait until no process of the group is left; false where one still is after `seconds`."""
+        ends_s = time.monotonic() + seconds
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return True
+                except BlockingIOError:
+                    if time.monotonic() > ends_s:
+                        return False
+                    time.sleep(0.1)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,137 @@
+"""Starts a training where `compute` says: in this process, or in several processes of one or more hosts by torchrun.
+
+Each process runs `worker.py`, which calls the same `train`. The job, and what the processes report, are files in the
+scratch folder, which all hosts share. Several hosts: the first starts here, the others join it with the command that
+the log shows (`agent.py`).
+"""
+
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from model.errors import PipelineError, TransientError
+from model.progress import Log, silent
+from model.settings import ExperimentSettings
+from model.system.lifeline import GRACE_S, Presence
+from model.training.launch.job import JOB, PRESENCE, REPORTS, meeting_place
+from model.training.outputs.summary import TrainingSummary
+from model.training.run import OnMetrics
+from model.training.train import train
+
+_READ_EVERY_S = 0.2
+
+
+def launch(
+    settings: ExperimentSettings,
+    dataset_dir: Path,
+    output_dir: Path,
+    scratch_dir: Path,
+    *,
+    log: Log = silent,
+    on_metrics: OnMetrics | None = None,
+) -> TrainingSummary:
+    """`train` in this process, or in those that `settings.compute` names; the batch is the same for any number of them.
+
+    All processes end when this one does, however it ends: with time to save, except where the kernel kills them.
+    Raises what `train` raises, PipelineError where several hosts have no place to meet, and RuntimeError where
+    processes died more often than `compute.restarts` allows: another call goes on at the last checkpoint.
+    """
+    if settings.compute.engine == "local":
+        return train(
+            settings, dataset_dir, output_dir, scratch_dir, log=log, on_metrics=on_metrics, shares_batch=True
+        )  # fmt: skip
+    scratch_dir.mkdir(parents=True, exist_ok=True)
+    presence = Presence(scratch_dir / PRESENCE)
+    if not presence.wait_for_none(GRACE_S):
+        raise PipelineError(
+            f"processes of an earlier try still train in {scratch_dir}: wait until they have ended, or end them"
+        )
+    (scratch_dir / JOB).unlink(missing_ok=True)
+    shutil.rmtree(scratch_dir / REPORTS, ignore_errors=True)
+    (scratch_dir / REPORTS).mkdir()
+    job = {"settings": asdict(settings)} | {
+        name: str(path.absolute())
+        for name, path in {"dataset": dataset_dir, "output": output_dir, "scratch": scratch_dir}.items()
+    }
+    partial = scratch_dir / f"{JOB}.partial"
+    partial.write_text(json.dumps(job))
+    partial.rename(scratch_dir / JOB)
+    nodes, endpoint = meeting_place(settings.compute)
+    if nodes > 1:
+        command = ["python", "-m", "model.training.launch.agent", str(scratch_dir / JOB)]
+        log(f"waiting at {endpoint} for {nodes - 1} more hosts: run on each `{shlex.join(command)}`")
+    reports = Reports(scratch_dir / REPORTS, log, on_metrics)
+    with _agent(scratch_dir / JOB) as agent:
+        while agent.poll() is None:
+            time.sleep(_READ_EVERY_S)
+            reports.read()
+        reports.read()
+    (scratch_dir / JOB).unlink()
+    if not presence.wait_for_none(2 * GRACE_S):
+        log("processes of this training on other hosts have not ended yet")
+    if reports.summary is None:
+        raise RuntimeError(
+            f"the training processes ended with status {agent.returncode} and no result: their errors are above; "
+            "the next try goes on at the last checkpoint"
+        )
+    return reports.summary
+
+
+@contextmanager
+def _agent(job: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Torchrun on this host; at the end of the block it and its workers end, with time to save."""
+    command = [sys.executable, "-m", "model.training.launch.agent", "--end-with-input", str(job)]
+    agent = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield agent
+    finally:
+        agent.send_signal(signal.SIGTERM)  # does nothing to one that has ended
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                agent.wait(GRACE_S)
+        finally:
+            agent.kill()
+            assert agent.stdin is not None
+            agent.stdin.close()  # workers whose agent was killed end by this
+            agent.wait()
+
+
+class Reports:
+    """What the processes of a training report, read from the files that they append to."""
+
+    def __init__(self, directory: Path, log: Log, on_metrics: OnMetrics | None) -> None:
+        """log, on_metrics: for what rank 0 says."""
+        self._directory, self._log, self._on_metrics = directory, log, on_metrics
+        self._read: dict[Path, int] = {}
+        self.summary: TrainingSummary | None = None
+        """Once the training is finished."""
+
+    def read(self) -> None:
+        """Pass on what is new. Raises the PipelineError that a process ended with."""
+        for path in sorted(self._directory.glob("rank-*.jsonl")):
+            with path.open("rb") as file:
+                file.seek(self._read.get(path, 0))
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break  # the rest of it is still being written
+                    self._read[path] = self._read.get(path, 0) + len(line)
+                    self._pass_on(json.loads(line))
+
+    def _pass_on(self, report: dict[str, Any]) -> None:
+        if "error" in report:
+            raise (TransientError if report["is_transient"] else PipelineError)(report["error"])
+        if "log" in report:
+            self._log(report["log"])
+        elif "metrics" in report and self._on_metrics is not None:
+            self._on_metrics(report["step"], report["metrics"])
+        elif "summary" in report:
+            self.summary = TrainingSummary(**report["summary"])

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from model.errors import PipelineError, ends_in_one_line
 from model.settings import ExperimentSettings
-from model.system.lifeline import end_with_input
-from model.training.launch.job import SHUTDOWN_S, meeting_place, worker_environment
+from model.system.lifeline import Presence, end_with_input
+from model.training.launch.job import PRESENCE, SHUTDOWN_S, meeting_place, worker_environment
 
 WAIT_S = 3600.0
 
@@ -40,20 +40,29 @@ def main() -> int:
     compute = ExperimentSettings.from_record(json.loads(arguments.job.read_text())["settings"]).compute
     nodes, endpoint = meeting_place(compute)
     os.environ.update(worker_environment(compute.processes))
+    presence = Presence(arguments.job.parent / PRESENCE)
+    presence.hold()
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     place = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "rex"] if nodes > 1 else []
-    torchrun(
-        [
-            *(place or ["--standalone"]),
-            *("--nnodes", str(nodes)),
-            *("--nproc-per-node", str(compute.processes)),
-            *("--max-restarts", str(compute.restarts)),
-            *("--shutdown-timeout", str(SHUTDOWN_S)),
-            *("--module", "model.training.launch.worker", str(arguments.job)),
-            *(["--end-with-input"] if arguments.end_with_input else []),
-        ]
-    )
+    try:
+        torchrun(
+            [
+                *(place or ["--standalone"]),
+                *("--nnodes", str(nodes)),
+                *("--nproc-per-node", str(compute.processes)),
+                *("--max-restarts", str(compute.restarts)),
+                *("--shutdown-timeout", str(SHUTDOWN_S)),
+                *("--module", "model.training.launch.worker", str(arguments.job)),
+                *(["--end-with-input"] if arguments.end_with_input else []),
+            ]
+        )
+    except SignalException as error:  # the workers have saved and ended
+        return 128 + int(error.sigval)
+    except ChildFailedError:  # torchrun has printed which one
+        return 1
     return 0
 
 

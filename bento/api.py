@@ -1,8 +1,8 @@
-"""The routes: an ASGI app that BentoML mounts, and that a test can call without a server.
+"""The routes: an ASGI app that BentoML mounts and that tests call without a server.
 
 This module has the app and the service's own routes; those of the OpenAI API are in `openai/routes.py`. A route
 validates a request, submits it to the engine and returns the engine's events as one JSON answer or as server-sent
-events. When the client disconnects, the generation is cancelled. The loader of a model makes it serve through
+events. When the client disconnects, the generation is canceled. The model loader publishes a model through
 `app.state.models`.
 """
 
@@ -51,9 +51,9 @@ from model.generation.requests import Finished, TextPiece
 
 MAX_CHOICES = 64
 EXACT_COUNT = "num_of_token_generated"
-"""Asks for a number of tokens, where max_tokens is a bound."""
+"""A body that sets the number of tokens, not a maximum."""
 FEW_TOKENS = 4096
-"""Tokens whose answer is rendered in the event loop."""
+"""Largest answer, in tokens, that is rendered in the event loop."""
 PLAIN = Sampling.model_validate({})
 
 
@@ -74,8 +74,8 @@ def create_app(
 
     model_name, aliases: see `Models`. request_timeout_s: from a request's arrival to its last token. queue_timeout_s:
     from its arrival to its start. receive_timeout_s: from a request's first byte to its last.
-    max_choices: most texts that one request may ask for. clamp_max_tokens: see `Backend`. api_keys: each grants access
-    to every route; without any the service is open. cors_origins: web sites whose pages may call.
+    max_choices: maximum number of texts per request. clamp_max_tokens: see `Backend`. api_keys: each grants access to
+    every route; without keys the service is open. cors_origins: allowed CORS origins.
     """
     app = FastAPI(
         title="REX text generation",
@@ -129,7 +129,7 @@ def create_app(
 
 
 def own_routes(backend_of: BackendOf) -> APIRouter:
-    """/generate and the two routes of the service's earlier version."""
+    """/generate and the two legacy routes."""
     router = APIRouter(route_class=JsonRoute, tags=["Generate"])
 
     async def start(
@@ -190,7 +190,7 @@ def own_routes(backend_of: BackendOf) -> APIRouter:
 
 
 def token_routes(backend_of: BackendOf) -> APIRouter:
-    """From text to tokens and back."""
+    """The routes /tokenize and /detokenize."""
     router = APIRouter(route_class=JsonRoute, tags=["Tokens"])
 
     @router.post("/tokenize", response_model=TokenizeResponse, responses=READING, summary="The tokens of a text")

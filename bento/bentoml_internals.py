@@ -1,13 +1,13 @@
-"""The parts of BentoML and uvicorn that this service uses without a public interface, all in one place.
+"""The private parts of BentoML and uvicorn that this service uses, all in one place.
 
-Seen to work with bentoml 1.4.39 and uvicorn 0.54.0. `tests/bento/test_service.py` and `test_lifecycle.py` cover each:
+Tested with bentoml 1.4.39 and uvicorn 0.54.0. `tests/bento/test_service.py` and `test_lifecycle.py` cover each:
 
 - BentoML hands its worker the listening socket as the option `--fd` of the worker's command line;
 - BentoML's worker runs `uvicorn.Server`, whose method `handle_exit` handles SIGTERM, and gives it no other options than
   the keep-alive timeout and the grace period;
-- BentoML restarts a worker that ends, again and again, so only the parent process can end the service;
+- BentoML restarts a worker whenever it ends, so only the parent process can end the service;
 - the path of the model store is in `BentoMLContainer`;
-- its package has a copy of Swagger UI.
+- its package contains a copy of Swagger UI.
 """
 
 import atexit
@@ -25,9 +25,9 @@ FAILURE_FILE = "REX_START_FAILURE_FILE"
 
 
 def listening_host() -> str:
-    """The address of this worker's socket: command line, configuration and variables of BentoML all end there.
+    """The address of this worker's socket, which reflects BentoML's command line, configuration and variables.
 
-    Empty where there is none: in a test, or with another server around the app.
+    Empty if there is none: in a test, or under another server.
     """
     with suppress(ValueError, IndexError, OSError):
         descriptor = int(sys.argv[sys.argv.index("--fd") + 1])
@@ -38,7 +38,7 @@ def listening_host() -> str:
 
 
 def uvicorn_server() -> uvicorn.Server | None:
-    """The server that handles this process's SIGTERM, None where another program runs the app."""
+    """The server that handles this process's SIGTERM; None if another program runs the app."""
     server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     return server if isinstance(server, uvicorn.Server) else None
 
@@ -51,7 +51,7 @@ def model_store() -> str:
 
 
 def swagger_ui_file(name: str) -> Path:
-    """A file of Swagger UI, which BentoML's package brings."""
+    """A file of Swagger UI, from BentoML's package."""
     import bentoml._internal.server
 
     return Path(bentoml._internal.server.__path__[0]) / "static_content" / name
@@ -60,8 +60,8 @@ def swagger_ui_file(name: str) -> Path:
 def report_start_failures() -> None:
     """Called in the parent before the worker starts: create a file for the reason of a failed start.
 
-    BentoML would restart such a worker for ever. At the parent's exit a reason in the file becomes one line and status
-    1.
+    BentoML would restart such a worker forever. At the parent's exit a reason in the file is printed as one line, with
+    status 1.
     """
     handle, name = tempfile.mkstemp(prefix="rex-start-")
     os.close(handle)
@@ -79,7 +79,7 @@ def report_start_failures() -> None:
 
 
 def end_service(reason: str) -> bool:
-    """In the worker: hand `reason` to the parent process and end it. False where no parent waits for reasons."""
+    """In the worker: pass `reason` to the parent process and end it. False if no parent waits for reasons."""
     parent, _, name = os.environ.get(FAILURE_FILE, "").partition(":")
     if parent != str(os.getppid()):
         return False

@@ -46,13 +46,13 @@ class ApiError(HTTPException):
         self.content = error_content(message, type=type, param=param, code=code)
 
     def response(self, path: str = "") -> JSONResponse:
-        """The JSON response, in the shape of the API that `path` belongs to."""
+        """The JSON response, in the format of the API that `path` belongs to."""
         content = anthropic_error(self) if path.startswith(ANTHROPIC_PATH) else self.content
         return JSONResponse(content, self.status_code, self.headers)
 
 
 def anthropic_error(error: ApiError) -> dict[str, Any]:
-    """An error in the shape of Anthropic's API, with the fields of OpenAI's."""
+    """An error in Anthropic's format, with the fields of OpenAI's."""
     kind = ANTHROPIC_TYPES.get(error.status_code, "api_error")
     return {"type": "error", "error": {**error.content["error"], "type": kind}}
 

@@ -1,13 +1,13 @@
-"""Values that ask for nothing: defaults that other servers' clients spell out, and labels.
+"""Neutral values of unsupported fields: explicit defaults from other servers' clients, and labels.
 
-A field that this service does not have is refused by name, unless its value would change no answer. Null, an empty list
-and an empty object ask for nothing whatever the field is; other values are listed with their fields.
+An unsupported field is refused by name, unless its value would not change the answer. Null, an empty list and an empty
+object are neutral for every field; other values are listed with their fields.
 """
 
 from typing import Any
 
 TEXTS = {"context", "input", "messages", "prompt"}
-"""The text itself, of this route or another: an empty one is a mistake."""
+"""Fields with the text itself, on this route or another: an empty one is an error."""
 LABELS = {
     "cache_salt", "guided_decoding_backend", "keep_alive", "prompt_cache_retention", "request_id", "rid",
 }  # fmt: skip
@@ -65,16 +65,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 EMPTY = [{"type": "null"}, {"type": "array", "maxItems": 0}, {"type": "object", "maxProperties": 0}]
-"""JSON schemas of values that ask for nothing whatever their field is."""
+"""JSON schemas of values that are neutral for every field."""
 
 
 def document_neutral(schema: dict[str, Any]) -> None:
-    """Tell in a body's JSON schema that unknown fields may be empty; the other neutral values would drown the rest."""
+    """Document in a body's JSON schema that unknown fields may be empty; other neutral values are too many to list."""
     schema["additionalProperties"] = {"anyOf": EMPTY}
 
 
 def asks_for_nothing(name: str, value: Any) -> bool:
-    """Whether a field with this value would change no answer."""
+    """Whether this value of a field leaves every answer unchanged."""
     if name in TEXTS:
         return False
     if value is None or (isinstance(value, list | dict) and not value):

@@ -31,7 +31,7 @@ class ServiceSettings(ServingSettings):
     )
     model: str = option("", "Tag in the BentoML model store, or directory of a checkpoint or quantized model.")
     served_model_name: str = option(
-        "", "Names of the model for clients, comma separated; answers bear the first. Empty: its tag."
+        "", "Names of the model for clients, comma separated; answers have the first. Empty: its tag."
     )
     champion: str = option(
         "",
@@ -42,11 +42,11 @@ class ServiceSettings(ServingSettings):
         10.0, "Interval at which MLflow is polled for the champion.", unit="seconds", above=0, maximum=86_400
     )
     clamp_max_tokens: bool = option(
-        True, "Generate as many tokens as fit where more are asked for; false: refuse with a 400."
+        True, "Reduce max_tokens to what fits into the context; false: refuse a larger value with a 400."
     )
     receive_timeout_s: float = option(
         30.0,
-        "From a connection or a request's first byte to its last; later is answered 408.",
+        "Time limit from a connection, or a request's first byte, to its last byte; then 408.",
         unit="seconds",
         above=0,
         maximum=86_400,
@@ -93,7 +93,7 @@ class BentoArgs(_Arguments):
 
 
 def with_overrides(arguments: BentoArgs, environment: Mapping[str, str] | None = None) -> BentoArgs:
-    """The arguments, overridden by REX_MODEL, REX_DEVICE, ... where they are set.
+    """The arguments, overridden by the variables REX_MODEL, REX_DEVICE, ... that are set.
 
     Raises bentoml's InvalidArgument, one line that names the variable.
     """
@@ -128,7 +128,7 @@ def is_path(model: str) -> bool:
 
 
 def find_model(model: str) -> Path:
-    """The directory of a tag or a path. Raises BentoMLException, one line that says what to do."""
+    """The directory of a tag or a path. Raises BentoMLException, one line with the remedy."""
     if not model:
         raise InvalidArgument(
             "no model is given: set REX_MODEL, or pass --arg model=..., to a tag of the BentoML model store or a "
@@ -154,7 +154,7 @@ def find_model(model: str) -> Path:
 
 
 def variables() -> list[Option]:
-    """The options as environment variables REX_MODEL, REX_CHAMPION, ...; those of a deployment come first."""
+    """The options as environment variables REX_MODEL, REX_CHAMPION, ...; deployment options first."""
     pipelines = {item.name for item in options(ServingSettings)}
     found = [replace(item, group="", name=PREFIX + item.name.upper()) for item in options(ServiceSettings)]
     return sorted(found, key=lambda item: item.name.removeprefix(PREFIX).lower() in pipelines)

@@ -1,6 +1,6 @@
 """Schemas of request and response bodies, for validation and for the OpenAPI document.
 
-A field is supported exactly or refused: types are strict, unknown fields and numbers that are not finite are errors.
+A field is supported exactly or refused: types are strict; unknown fields and non-finite numbers are errors.
 null means the same as an absent field. Limits that depend on the model (tokens that fit into its context, ids that
 are in its vocabulary) are checked in `serving/backend.py`. The OpenAI API's bodies are in `openai/schema.py`.
 """
@@ -25,17 +25,17 @@ LARGEST_PENALTY = 100.0
 SMALLEST_TOP_P = 1e-9
 DRAWN_SEED = -1
 SMALLEST_REPETITION_PENALTY = 0.01
-"""Logits are divided by it, and must stay numbers."""
+"""Smallest penalty: logits are divided by it and must stay finite."""
 
 
 def _whole(value: Any) -> Any:
-    """4.0 is an integer in JSON Schema."""
+    """Convert integral floats: 4.0 is an integer in JSON Schema."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 WHOLE = BeforeValidator(_whole)
 ALL_THAT_FITS = -1
-"""As a number of tokens: up to the end of the context."""
+"""-1 as a number of tokens: up to the end of the context."""
 
 
 def _count(value: Any) -> Any:
@@ -75,7 +75,9 @@ def _biases(value: Any) -> Any:
 
 
 def forms(*schemas: dict[str, Any]) -> WithJsonSchema:
-    """JSON schema of a field of several forms, which a validator tells apart: pydantic reports one error for each."""
+    """JSON schema of a field of several forms, told apart by a validator, because pydantic would report one error per
+    form.
+    """
     return WithJsonSchema({"anyOf": list(schemas)})
 
 
@@ -101,7 +103,7 @@ def _only_false(value: bool) -> bool:
 
 
 OnlyFalse = Annotated[bool, AfterValidator(_only_false), WithJsonSchema({"type": "boolean", "enum": [False]})]
-"""`Literal[False]` would take 0."""
+"""A strict check, because `Literal[False]` would accept 0."""
 
 
 def _text_or_objects(value: Any) -> Any:
@@ -117,7 +119,7 @@ TextOrObjects = Annotated[
 
 
 class StrictRequest(BaseModel):
-    """A body: JSON types, no NaN, no infinity, and no unknown field unless its value asks for nothing."""
+    """A body: JSON types, no NaN, no infinity, and no unknown field unless its value is neutral."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=document_neutral)
 
@@ -201,7 +203,9 @@ class Sampling(StrictRequest):
     ignore_eos: bool | None = Field(None, description="Go on after the end-of-text token. Default: false.")
 
     def sampling(self, choice: int = 0) -> SamplingParameters:
-        """These fields for the engine. choice: index of the text among those of one prompt, each with its own seed."""
+        """These fields as engine parameters. choice: index of the text among those of one prompt, each with its own
+        seed.
+        """
         return SamplingParameters(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=max(self.top_k or 0, 0),
@@ -257,7 +261,7 @@ class GenerateRequest(Sampling):
 
 
 class GenerateTextRequest(StrictRequest):
-    """A text to continue by a number of tokens; `context` is put before the prompt, on a line of its own."""
+    """A text to continue by a number of tokens; `context` precedes the prompt on a separate line."""
 
     prompt: str = Field(min_length=1, description="The text to continue.", examples=["def main():\n"])
     context: str | None = Field(None, description="Text before the prompt, separated from it by a newline.")
@@ -279,7 +283,7 @@ class GenerateTextWithoutPromptRequest(StrictRequest):
 
 
 class TokenizeRequest(StrictRequest):
-    """A text to tokenize. Special tokens written out in it are ordinary text."""
+    """A text to tokenize. Special tokens in it are ordinary text."""
 
     model: str | None = Field(None, description="The served model, the only one.")
     prompt: str = Field(description="The text.", examples=["def main():\n"])
@@ -304,13 +308,13 @@ class DetokenizeRequest(StrictRequest):
 
 
 class DetokenizeResponse(BaseModel):
-    """The text of the tokens; bytes that are no UTF-8 are U+FFFD."""
+    """The text of the tokens; bytes that are not UTF-8 become U+FFFD."""
 
     prompt: str
 
 
 class Usage(BaseModel):
-    """Tokens of one request. The end-of-text token counts where the text ended with it."""
+    """Tokens of one request. The end-of-text token counts if it ended the text."""
 
     prompt_tokens: int
     generated_tokens: int
@@ -333,7 +337,7 @@ class GenerateTextResponse(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """The error in one line; `param` names the wrong field, where one field is wrong."""
+    """The error in one line; `param` names the invalid field, if there is one."""
 
     message: str
     type: str

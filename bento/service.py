@@ -1,13 +1,13 @@
-"""The generation service as BentoML packs and runs it.
+"""The generation service for BentoML.
 
     bentoml serve NAME:VERSION                                              a Bento of the BentoML store
     REX_MODEL=/path/to/model bentoml serve bento.service:RexService         from the source, in the repository
     bentoml build bento.service:RexService --name N --version V --arg model=TAG --arg device=cpu -o tag
 
 The options are the fields of `bento.options.BentoArgs`; a variable REX_<NAME> overrides each when the service starts.
-API keys: `bento/http/auth.py`. A start that cannot work (a device, a model or a file that is not there, an open address
-without a key) ends with one line and exit status 1. SIGTERM drains: `bento/serving/admission.py`. The module has
-effects at import because BentoML builds a service from decorators; `bentoml_internals.py` has the internals it needs.
+API keys: `bento/http/auth.py`. A failing start (a missing device, model or file, an open address without a key) ends
+with one line and exit status 1. SIGTERM drains: `bento/serving/admission.py`. The module has effects at import because
+BentoML builds a service from decorators; `bentoml_internals.py` has the internals it needs.
 """
 
 import asyncio
@@ -57,20 +57,20 @@ PYTORCH = "2.13.0"
 
 
 def is_installed(package: str) -> bool:
-    """Whether this environment has an optional package, so that the image gets it too."""
+    """Whether this environment has an optional package, which the image then gets too."""
     with suppress(PackageNotFoundError):
         return bool(version(package))
     return package not in OPTIONAL_PACKAGES
 
 
 args = bentoml.use_arguments(BentoArgs)
-# Checked at import, where `bentoml serve` and `bentoml build` still end with one line: later, BentoML would look for a
-# missing model on its cloud.
+# Checked at import, so that `bentoml serve` and `bentoml build` end with one line: later, BentoML would look for a
+# missing model in its cloud.
 packed_model = None if not args.model or is_path(args.model) else str(BentoModel(args.model).tag)
 if packed_model:
     find_model(packed_model)
 options = with_overrides(args)
-# With a champion to watch, a packed model only serves until the first champion is loaded.
+# With REX_CHAMPION, a packed model serves only until the first champion is loaded.
 MODEL_DIR = find_model(options.model) if options.model or not options.champion else None
 REGISTRY = ModelRegistry(os.environ.get("MLFLOW_TRACKING_URI", "")) if options.champion else None
 API_KEYS = read_api_keys()
@@ -124,12 +124,12 @@ class OnlyOurRoutes:
     envs=[{"name": name, "value": value} for name, value in IMAGE_VARIABLES.items()],
     description="# REX text generation\n\nOpen `/docs` for the routes. Variables read at start:\n\n"
     f"{describe_variables()}\n",
-    workers=1,  # a second worker would use the same cores and hold the weights twice
-    # BentoML's default is every address. In a container the published ports decide what others can reach.
+    workers=1,  # a second worker would compete for the cores and duplicate the weights
+    # BentoML's default is every address. In a container the published ports decide which clients can connect.
     http={"host": "0.0.0.0" if "BENTOML_CONTAINERIZED" in os.environ else "127.0.0.1"},
     # BentoML's timeout ends at the first byte; the engine enforces the deadline of the whole answer.
     traffic={"timeout": options.request_timeout_s + 30},
-    metrics={"enabled": False},  # uses each requested path as a label; /metrics is our own
+    metrics={"enabled": False},  # BentoML uses each requested path as a label; telemetry/metrics.py has ours
     logging={"access": {"enabled": False}},
     tracing={"excluded_urls": ".*"},  # one span per chunk of a stream; ours: telemetry/tracing.py
 )
@@ -160,7 +160,7 @@ class RexService:
 
     @bentoml.on_startup
     async def configure_server(self) -> None:
-        """In the server's event loop, before the first connection: its protocol, and the handling of SIGTERM."""
+        """In the server's event loop, before the first connection: set the protocol and the SIGTERM handler."""
         if server := uvicorn_server():
             server.config.http_protocol_class = protocol_class(  # type: ignore[assignment]
                 ConnectionLimits(
@@ -244,7 +244,7 @@ def _packed_version() -> str | None:
 
 
 def _end_service(reason: str) -> None:
-    """End the whole service with `reason`; under another server than BentoML's, log it."""
+    """End the whole service with `reason`; under a server other than BentoML's, log it."""
     reason = " ".join(reason.split())
     if not end_service(reason):
         logger.error("cannot serve: %s", reason)

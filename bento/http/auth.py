@@ -21,16 +21,16 @@ from bento.errors import ApiError
 KEYS, KEYS_FILE = "LLM_API_KEYS", "LLM_API_KEYS_FILE"
 HEALTH_PATHS = frozenset({"/livez", "/readyz", "/healthz"})
 OPEN_PATHS = HEALTH_PATHS | {"/", "/docs", "/redoc", "/health", "/openapi.json", "/ping", "/version"}
-"""Answered without a key: health, and documents that hold no data (the page asks for a key and sends it itself)."""
+"""Paths that need no key: health, and documents without data (the page prompts for a key and sends it itself)."""
 OPEN_PREFIXES = ("/page/", "/docs/")
 """Files of the page and of the documentation."""
 
 
 def read_api_keys(environment: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """The keys, none where neither variable is set.
+    """The keys; empty if neither variable is set.
 
-    Raises InvalidArgument, one line without any key in it, for a file that cannot be read or holds none, and for a key
-    that no header can carry.
+    Raises InvalidArgument, one line without any key in it, for a file that cannot be read or contains no key, and for a
+    key that a header cannot carry.
     """
     environment = os.environ if environment is None else environment
     keys = [key.strip() for key in environment.get(KEYS, "").split(",")]

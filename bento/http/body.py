@@ -1,8 +1,9 @@
 r"""Parses a request's body: strict JSON, bounded in its cost before it is parsed.
 
-Python's parser takes more than JSON allows or than the routes can bear: duplicate names, half characters (`\ud800`),
-any depth, and any number of values, each of which costs more than its byte. NaN and Infinity pass here and are refused
-with the name of their field. Long bodies are parsed in another thread, one at a time (`heavy.py`).
+Python's parser accepts more than JSON allows or the routes can handle: duplicate names, lone surrogates (`\ud800`),
+unbounded depth, and an unbounded number of values, each of which costs more memory than its bytes. NaN and Infinity
+pass here; the schema refuses them with the name of their field. Long bodies are parsed in another thread, one at a time
+(`heavy.py`).
 """
 
 import json
@@ -16,11 +17,11 @@ from fastapi.routing import APIRoute
 from bento.errors import ApiError
 
 DEEPEST = 48
-"""Lists and objects in each other: a JSON schema has two for each object in an object."""
+"""Maximum nesting depth: a JSON schema has two levels for each nested object."""
 MOST_VALUES = 131_072
-"""Values of a body in all: 64 prompts of 2,000 token ids."""
+"""Maximum number of values in a body: 64 prompts of 2,000 token ids."""
 MOST_NAMES = 8_192
-"""Names, objects and lists of a body: a thousand messages and a thousand biases."""
+"""Maximum number of names, objects and lists in a body: a thousand messages and a thousand biases."""
 LONG_BODY = 16_384
 _STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
@@ -29,7 +30,7 @@ class JsonRoute(APIRoute):
     """A route whose body is read by `parse`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's own, with another way to read JSON."""
+        """FastAPI's handler with a strict JSON parser."""
         handle = super().get_route_handler()
 
         async def handle_json(request: Request) -> Response:
@@ -63,7 +64,7 @@ def parse(body: bytes) -> Any:
     except ValueError:  # Python's limit on the digits of an integer
         raise _refusal("the body has a number with thousands of digits", "invalid_number") from None
     _check_depth(value)
-    if b"\\ud" in body or b"\\uD" in body:  # the only way to write half a character in valid UTF-8
+    if b"\\ud" in body or b"\\uD" in body:  # the only way to write a lone surrogate in valid UTF-8
         _check_characters(value)
     return value
 
@@ -72,7 +73,7 @@ def check_cost(body: bytes) -> None:
     """Bound the values that a parser would make of a body. Raises ApiError 400."""
     if len(body) <= MOST_NAMES:
         return
-    # Only a quote after a backslash is no end of a string, or at most every second one is: half of them is a bound.
+    # Only a quote after a backslash does not end a string: half of the quotes is a bound on the strings.
     if body.count(b'"') - body.count(b'\\"') > 2 * MOST_VALUES:
         raise _too_many("values", MOST_VALUES)
     skeleton = _STRINGS.sub(b"", body)

@@ -73,7 +73,7 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        # A copy, because the server reads the method of its own scope to drop the body for HEAD.
+        # A copy, because the server reads the method from the original scope to drop the body for HEAD.
         inner = {**scope, **_as_routed(scope)}
         headers = Headers(scope=scope)
         record = RequestRecord(_request_id(headers), self._metrics)
@@ -129,7 +129,7 @@ class RequestMiddleware:
 
 
 def _as_routed(scope: Scope) -> dict[str, Any]:
-    """The method and path that the routes see: HEAD is answered as GET is, and needless slashes do not count."""
+    """The method and path that the routes see: HEAD becomes GET, and redundant slashes are removed."""
     path = re.sub("//+", "/", scope["path"])
     return {
         "path": path.rstrip("/") or "/" if path != "*" else path,
@@ -147,6 +147,6 @@ def _method(scope: Scope) -> str:
 
 
 def _request_id(headers: Headers) -> str:
-    """The client's own id where it is short and plain (it ends up in the log), else a new one."""
+    """The client's id if it is short and plain (it is logged), else a new one."""
     given = headers.get("x-request-id", "")
     return given if CLIENT_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

@@ -22,8 +22,7 @@ READING = {
         _400="The request is wrong; the message names the field.",
         _404="The named model is not served.",
         _413="The body is too large.",
-        _503="No model answers now or no place became free in time; Retry-After says when to try again, where that "
-        "helps.",
+        _503="No model is ready or no slot became free in time; Retry-After says when to try again, where that helps.",
     ),
 }
 """Error answers of a route with a body."""
@@ -38,7 +37,7 @@ GENERATING = {
 
 
 def stream_of(kind: str) -> dict[str, Any]:
-    """The 200 of a route that can stream. kind: object type of an event's data."""
+    """The 200 response of a route that can stream. kind: object type of an event's data."""
     data = {"type": "string", "description": f"JSON of a {kind}, an error object or, at last, [DONE]."}
     event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     example = 'data: {"object": "' + kind + '", ...}\n\ndata: [DONE]\n\n'
@@ -49,7 +48,7 @@ def stream_of(kind: str) -> dict[str, Any]:
 
 
 def without(responses: Responses, *statuses: int) -> Responses:
-    """`responses` without these statuses."""
+    """`responses` without the given statuses."""
     return {status: response for status, response in responses.items() if status not in statuses}
 
 

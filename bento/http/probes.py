@@ -1,7 +1,7 @@
-"""Routes that other programs ask for by name: probes of gateways and load tools, and what evaluation harnesses read.
+"""Compatibility routes: health probes of gateways and load tools, and metadata for evaluation harnesses.
 
-`/health` and `/ping` answer as vLLM's, TGI's and SageMaker's do, `/version`, `/server_info` and `/tokenizer_info` as
-vLLM's, `/schema.json` as BentoML's own client expects it. `/docs` loads BentoML's copy of Swagger UI, no other host.
+`/health` and `/ping` follow vLLM's, TGI's and SageMaker's, `/version`, `/server_info` and `/tokenizer_info` as
+vLLM's, `/schema.json` what BentoML's client expects. `/docs` loads BentoML's copy of Swagger UI, without other hosts.
 """
 
 from collections.abc import Callable

@@ -1,16 +1,16 @@
-"""HTTP/1 on a connection: uvicorn's httptools protocol with the limits and the tolerance of a server on an open port.
+"""HTTP/1 connections: uvicorn's httptools protocol with the limits and tolerance of a public server.
 
-uvicorn sets no bounds for headers, for idle connections or for requests that arrive slowly, takes an offer to upgrade
-as the end of HTTP and drops the body, and answers malformed requests in plain text. This class adds:
+uvicorn does not limit headers, idle connections or slow requests, treats an upgrade request as the end of HTTP and
+drops the body, and answers malformed requests in plain text. This class adds:
 
 - bounds: bytes and number of headers (431), seconds until a request has arrived (408), connections, idle time,
   pipelining;
-- offers to upgrade (h2c, websocket) are ignored, as RFC 9110 section 7.8 allows, and the body is read;
+- upgrade requests (h2c, websocket) are ignored, as RFC 9110 section 7.8 allows, and the body is read;
 - a client that has closed its sending side (a half-closed connection) still gets its answer;
 - HTTP/1.0 clients get streams without chunks; malformed requests get the service's error object.
 
-httptools is kept because h11 costs 6 to 9 microseconds for each streamed chunk against 1.7 (bench/LOG.md). Seen to work
-with uvicorn 0.54.0 and httptools 0.9.0. The body's deadline is in `upload.py`.
+httptools is kept because h11 costs 6 to 9 microseconds for each streamed chunk against 1.7 (bench/LOG.md). Tested with
+uvicorn 0.54.0 and httptools 0.9.0. The body's deadline is in `upload.py`.
 """
 
 import asyncio
@@ -37,13 +37,13 @@ FEED_BYTES = 4096
 """Bytes passed to the parser at a time, which limits the requests parsed from one read."""
 HOP_BY_HOP = {b"upgrade", b"http2-settings"}
 MESSAGE_BEGAN = "message_began"
-"""Key of the scope's state: seconds of `time.monotonic()` at the first byte of the request."""
+"""Key of the scope's state: `time.monotonic()` at the first byte of the request, seconds."""
 HALF_CLOSE_S = 0.2
-"""The end of a client's data within this time of its request belongs to the request."""
+"""If the client's data ends within this time of its request, the end belongs to the request."""
 FIRST_PROBE_S, PROBE_S = 1.0, 5.0
 RESET_S = 0.02
 SPARE_FILES = 128
-"""Files besides connections: libraries, the model, logs."""
+"""File descriptors reserved for libraries, the model and logs."""
 TCP_CLOSED = 7
 """TCP_CLOSE of Linux's tcp_states.h."""
 
@@ -52,9 +52,9 @@ TCP_CLOSED = 7
 class ConnectionLimits:
     """Bounds on all connections of one server.
 
-    receive_timeout_s: from a connection's or a request's first moment until the request has arrived.
-    keep_alive_s: idle time between two requests. max_connections: beyond it, the connection that is idle longest is
-    closed for each new one.
+    receive_timeout_s: from a new connection, or a request's first byte, until the request is complete.
+    keep_alive_s: idle time between two requests. max_connections: beyond it, each new connection closes the longest
+    idle one.
     """
 
     receive_timeout_s: float = 30.0
@@ -75,7 +75,7 @@ class ConnectionLimits:
 
 
 def protocol_class(limits: ConnectionLimits) -> Callable[..., "Http1Protocol"]:
-    """For uvicorn's setting `http`."""
+    """The protocol class for uvicorn's setting `http`."""
     return partial(Http1Protocol, limits=limits)
 
 
@@ -95,7 +95,7 @@ class Http1Protocol(HttpToolsProtocol):
         self._refusal: tuple[int, str, str] | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the deadline of the first request; refuse the connection where there are too many."""
+        """Start the deadline of the first request; refuse the connection if there are too many."""
         super().connection_made(transport)
         self.flow = _Flow(transport, self._received)
         if not self._limits.make_room(len(self.connections)):
@@ -105,7 +105,7 @@ class Http1Protocol(HttpToolsProtocol):
         self._start_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
+        """Remove the connection from the limits."""
         self._limits.idle.pop(self, None)
         self._stop_deadline()
         self._received.clear()
@@ -126,17 +126,17 @@ class Http1Protocol(HttpToolsProtocol):
         self._feed()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
-        """Keep a half-closed connection open for the answers that are due.
+        """Keep a half-closed connection open for its pending answers.
 
-        The end of the client's data looks the same whether it closed its sending side or left. Where it comes with the
-        request, it is taken for the former. Later, and again and again while the answer is not ready, the client gets
-        an interim response, which clients skip (RFC 9110 section 15.2): one that has left answers with a reset.
+        A client that closed its sending side and one that left look the same. If the end comes with the request, the
+        client is assumed to wait. Later, repeatedly while the answer is not ready, the client gets an interim response,
+        which clients skip (RFC 9110 section 15.2) and which a client that left answers with a reset.
         """
         due = self.cycle is not None and not self.cycle.response_complete and not self._is_in_message
         if not due or self.scheme == "https" or not hasattr(socket, "TCP_INFO"):
             return None
         came_with_request = self.loop.time() - self._completed_at < HALF_CLOSE_S
-        is_old = self.scope["http_version"] == "1.0"  # which knows no interim responses
+        is_old = self.scope["http_version"] == "1.0"  # HTTP/1.0 has no interim responses
         if is_old and not came_with_request:
             return None
         self.cycle.keep_alive = False
@@ -146,7 +146,7 @@ class Http1Protocol(HttpToolsProtocol):
 
     def _probe(self) -> None:
         if self.transport.is_closing() or self.pipeline or self.cycle.response_started:
-            return  # writing the answers shows whether the client is there
+            return  # writing the answers shows whether the client is connected
         self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.loop.call_later(RESET_S, self._abort_if_reset)
         self.loop.call_later(PROBE_S, self._probe)
@@ -181,7 +181,7 @@ class Http1Protocol(HttpToolsProtocol):
             rest = piece[pause.args[0] :]
             if self._has_upgrade_offer:
                 self._parse_without_offer(rest)
-            else:  # CONNECT: what follows would be a tunnel's
+            else:  # CONNECT: the following bytes would belong to a tunnel
                 self._refuse(405, "CONNECT is not a method of this service", "http_405")
             return
         except httptools.HttpParserError:
@@ -193,7 +193,7 @@ class Http1Protocol(HttpToolsProtocol):
                 self._refuse(431, f"the headers are longer than {MAX_HEAD_BYTES:,} bytes", "headers_too_large")
 
     def _parse_without_offer(self, rest: bytes) -> None:
-        """Parse the request again without its offer to upgrade, then the bytes after its head."""
+        """Parse the request again without its upgrade header, then the bytes after its head."""
         self._has_upgrade_offer = False
         head = [self.scope["method"].encode(), b" ", self.url, b" HTTP/", self.scope["http_version"].encode(), b"\r\n"]
         for name, value in self.headers:
@@ -224,7 +224,7 @@ class Http1Protocol(HttpToolsProtocol):
             raise ValueError
 
     def on_headers_complete(self) -> None:
-        """Parser: the head is complete. Start the app, or queue the request behind the one that runs."""
+        """Parser: the head is complete. Start the app, or queue the request after the current one."""
         self._is_in_head = False
         self.scope["method"] = self.parser.get_method().decode("ascii")
         self.scope["http_version"] = self.parser.get_http_version()
@@ -269,7 +269,7 @@ class Http1Protocol(HttpToolsProtocol):
         if self._has_upgrade_offer or self.cycle is None:
             return
         if self.cycle.response_complete:
-            self._stop_deadline()  # of a body that was answered before it had arrived
+            self._stop_deadline()  # of a body answered before it arrived
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
@@ -281,7 +281,7 @@ class Http1Protocol(HttpToolsProtocol):
             self._refuse(*self._refusal)
         elif self.cycle.response_complete:
             self._limits.idle[self] = None
-            if self._is_in_message:  # the rest of the body is still to come
+            if self._is_in_message:  # the rest of the body is still arriving
                 self._start_deadline()
         self._feed()
 
@@ -296,9 +296,9 @@ class Http1Protocol(HttpToolsProtocol):
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
             if not self._is_in_message or self._is_in_head or self.pipeline:
-                self._refusal = (status, message, code)  # a later request is wrong: answer the earlier ones first
+                self._refusal = (status, message, code)  # a later request is invalid: answer the earlier ones first
                 return
-            cycle.disconnected = True  # its own body is wrong: the app gives up
+            cycle.disconnected = True  # its own body is invalid: the app stops
             cycle.message_event.set()
             if cycle.response_started:
                 self.transport.close()
@@ -324,26 +324,26 @@ class Http1Protocol(HttpToolsProtocol):
     def _miss_deadline(self) -> None:
         self._deadline = None
         if self.cycle is not None and self._is_in_message and not self._is_in_head:
-            self.transport.abort()  # answered long ago, and the body still has no end
+            self.transport.abort()  # answered long ago, and the body is still incomplete
             return
         self._refuse(408, f"no request arrived in {self._limits.receive_timeout_s:g} s", "request_timeout")
 
 
 class _Flow(FlowControl):
-    """Reads nothing more while received bytes wait to be parsed."""
+    """Pauses reading while received bytes wait for the parser."""
 
     def __init__(self, transport: asyncio.Transport, received: bytearray) -> None:
         super().__init__(transport)
         self._received = received
 
     def resume_reading(self) -> None:
-        """Called by uvicorn's request cycle and by the protocol."""
+        """Resume reading; uvicorn's request cycle and the protocol call it."""
         if not self._received:
             super().resume_reading()
 
 
 class _Http10Cycle(RequestResponseCycle):
-    """A response to HTTP/1.0, which has no chunks: a body of unknown length ends with the connection."""
+    """A response to HTTP/1.0, which has no chunked encoding: a body of unknown length ends with the connection."""
 
     async def send(self, message: Any) -> None:
         """ASGI."""
@@ -358,7 +358,7 @@ class _Http10Cycle(RequestResponseCycle):
 
 
 def usable_connections(wanted: int) -> int:
-    """`wanted`, or as many as the process may open files for; raises the process's limit as far as it may."""
+    """`wanted`, or fewer if the process's file limit is lower; raises that limit as far as allowed."""
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,7 +1,7 @@
-"""Reads a request's body before the request counts as work: within its size, its deadline and its encoding.
+"""Reads a request's body before admission: limits its size, time and encoding.
 
-The routes get the body in one piece. An upload that is not complete holds no place, and a shutdown waits for it for two
-seconds at most. Connections and headers have their bounds in `protocol.py`.
+The routes get the body in one piece. An incomplete upload occupies no slot, and a shutdown waits at most two seconds
+for it. Connections and headers have their bounds in `protocol.py`.
 """
 
 import asyncio
@@ -23,8 +23,8 @@ CLOSE = {"Connection": "close"}
 
 class UploadMiddleware:
     """Receives the body. max_body_bytes: of a body, as sent and after decompression. timeout_s: from its first byte of
-    the request's head to the last of its body. refusal: why no request is taken now, asked before and after the upload.
-    uploads: the deadlines of uploads in progress, which a shutdown brings forward.
+    the request's head to the last of its body. refusal: returns why requests are not accepted, or None; called before
+    and after the upload. uploads: deadlines of uploads in progress, which a shutdown shortens.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class UploadMiddleware:
                 finally:
                     self._uploads.discard(deadline)
         except TimeoutError:
-            if refusal := self._refusal():  # a shutdown brought the deadline forward
+            if refusal := self._refusal():  # a shutdown shortened the deadline
                 refusal.headers = {**(refusal.headers or {}), **CLOSE}
                 raise refusal from None
             raise ApiError(
@@ -98,7 +98,7 @@ class UploadMiddleware:
 
 
 def _encoding(headers: Headers) -> str:
-    """The body's compression, empty for none. Raises ApiError 415 for one that is not supported."""
+    """The body's compression; empty if uncompressed. Raises ApiError 415 for one that is not supported."""
     named = headers.get("content-encoding", "").lower().strip().removeprefix("x-")
     if named in ("", "identity"):
         return ""
@@ -113,7 +113,7 @@ def _encoding(headers: Headers) -> str:
 
 
 def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
-    """The body without its compression. Raises ApiError 400 where it is broken, 413 above `max_bytes`."""
+    """The decompressed body. Raises ApiError 400 if it is broken, 413 above `max_bytes`."""
     plain = bytearray()
     # 47: gzip or zlib by their headers. Some clients send "deflate" without zlib's header.
     wbits = 47 if encoding == "gzip" or body[0] & 15 == 8 else -zlib.MAX_WBITS
@@ -127,7 +127,7 @@ def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
             raise _too_large(max_bytes)
         if not stream.eof:
             raise ApiError(400, f"the body's {encoding} data is cut short", code="invalid_encoding")
-        body = stream.unused_data  # gzip files may be joined
+        body = stream.unused_data  # gzip files may be concatenated
     return bytes(plain)
 
 

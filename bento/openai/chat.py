@@ -1,9 +1,9 @@
-"""From a conversation to tokens, with the model's own chat template.
+"""Renders a conversation to tokens with the model's chat template.
 
-A template puts special tokens around messages, and no message may be able to spell one. So the template is rendered
-with unguessable words in place of the contents, and only the special tokens of that text count as such. The contents
-are put in afterwards. The text between two special tokens is encoded as ordinary text in one piece, so the tokens equal
-those of `apply_chat_template` for every content that spells no special token.
+A template puts special tokens around messages, and a message must not be able to inject one. So the template is
+rendered with random placeholders in place of the contents, and only special tokens in that rendering count as such.
+Then the contents replace the placeholders. The text between two special tokens is encoded as ordinary text in one
+piece, so the tokens equal those of `apply_chat_template` for every content without special tokens.
 """
 
 import re
@@ -45,12 +45,12 @@ def encode_chat(
     continues: bool = False,
     name: str = "messages",
 ) -> list[int]:
-    """The tokens of a conversation, up to where the assistant speaks.
+    """The tokens of a conversation, up to the start of the assistant's answer.
 
     encode: tokens of ordinary text. opens_turn: render the heading of the assistant's turn. continues: end inside the
-    last message instead. name: the request's field of the conversation. Raises ApiError 400 where the model has no
-    template, where its template refuses the conversation (its order of roles, say) or where the text would not end
-    where the assistant speaks.
+    last message instead. name: the request's field of the conversation. Raises ApiError 400 if the model has no
+    template, if its template refuses the conversation (its order of roles, say) or if the text would not end at the
+    assistant's turn.
     """
     if not tokenizer.chat_template:
         raise ApiError(
@@ -62,7 +62,7 @@ def encode_chat(
     contents: dict[str, str] = {}
 
     def hide(text: str) -> str:
-        # White space and empty contents stay visible: templates strip or test for them.
+        # Whitespace and empty contents are not replaced: templates strip or test for them.
         core = text.strip()
         if not core:
             return text
@@ -86,7 +86,7 @@ def encode_chat(
         if part in specials:
             ids.append(specials[part])
         elif part:
-            # In one pass: a content may spell another content's word.
+            # In one pass: a content may contain another content's placeholder.
             ids += encode(HIDDEN.sub(lambda found: contents.get(found[0], found[0]), part))
     if not ids:
         raise ApiError(400, f"{name}: there is nothing to continue", code="empty_prompt", param=name)
@@ -124,8 +124,8 @@ def _ends_where_the_assistant_speaks(
 ) -> bool:
     """Whether `text` opens the assistant's turn.
 
-    It does where the template adds a generation prompt when asked to. A template without one must have put the heading
-    after the user's last turn: the next message of the assistant then begins right there.
+    It does if the template supports a generation prompt. A template without one must have put the heading after the
+    user's last turn: the next message of the assistant then begins there.
     """
     word = _new_word()
     try:

@@ -1,4 +1,4 @@
-"""From a body of a chat route to what the engine takes: prompt, number of tokens and grammar.
+"""Converts a body of a chat route to prompt, number of tokens and grammar.
 
 /v1/responses and /v1/messages become a `ChatRequest` first, by `as_chat`; `Blocks` reads the answers of both.
 """
@@ -24,12 +24,12 @@ from model.text.chat import has_marks
 from model.text.tools import OPENING, plain_turns
 
 MESSAGE_COST = 64
-"""Characters of text that take as long as a message does besides its text."""
+"""Cost of a message besides its text, in characters of text."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation to continue by `count` tokens. may_call: the answer may have calls of functions."""
+    """A conversation to continue by `count` tokens. may_call: the answer may contain function calls."""
 
     prompt: Prompt
     count: int
@@ -43,7 +43,7 @@ NO_NAMES: Mapping[str, str] = {}
 async def read_conversation(backend: Backend, body: ChatRequest, names: Mapping[str, str] = NO_NAMES) -> Conversation:
     """What a body asks the engine for. names: those of another API for the fields of the chat route.
 
-    Raises ApiError 400 for what the model, its chat template or the context does not take.
+    Raises ApiError 400 if the model, its chat template or the context does not accept it.
     """
     backend.check_model(body.model)
     grammar: Grammar | None
@@ -102,7 +102,7 @@ def as_chat(fields: Mapping[str, Any], names: Mapping[str, str], places: Sequenc
 
 
 def submit(backend: Backend, request: Request, body: ChatRequest, conversation: Conversation) -> Answers:
-    """Start the one answer to a conversation."""
+    """Submit the single answer to a conversation."""
     prompts, counts = [conversation.prompt], [conversation.count]
     until = OPENING if conversation.may_call else None
     generations = backend.generations(body, prompts, counts, grammar=conversation.grammar, stop_until=until)
@@ -112,7 +112,9 @@ def submit(backend: Backend, request: Request, body: ChatRequest, conversation: 
 
 @dataclass
 class Block:
-    """A part of an answer: a text, or a call. number: among the parts; text: its text, or the call's arguments."""
+    """A part of an answer: a text, or a call. number: index among the parts; text: its text, or the call's
+    arguments.
+    """
 
     number: int
     call: CallStart | None = None
@@ -124,7 +126,7 @@ BlockEvent = tuple[Literal["open", "delta", "close"], Block, str]
 
 @dataclass
 class Blocks:
-    """An answer's parts as its text comes. may_call: it may have calls."""
+    """Splits streamed text into an answer's parts. may_call: the answer may contain calls."""
 
     may_call: bool
     all: list[Block] = field(default_factory=list)
@@ -134,7 +136,7 @@ class Blocks:
         self._open: Block | None = None
 
     def push(self, text: str) -> Iterator[BlockEvent]:
-        """What becomes certain with this text."""
+        """The parts that this text completes."""
         if self._reader:
             for part in self._reader.push(text):
                 yield from self._read(part)
@@ -142,7 +144,7 @@ class Blocks:
             yield from self._add(text)
 
     def finish(self) -> Iterator[BlockEvent]:
-        """The end; an answer without a part has an empty text."""
+        """The remaining parts at the end; an answer without parts has one empty text."""
         for part in self._reader.flush() if self._reader else ():
             yield from self._read(part)
         if not self.all:
@@ -177,5 +179,5 @@ class Blocks:
 
 
 def named_event(name: str, data: dict[str, Any]) -> str:
-    """A server-sent event with a name."""
+    """A named server-sent event."""
     return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"

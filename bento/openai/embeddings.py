@@ -1,7 +1,7 @@
-"""/v1/embeddings: one vector for each text, made of the model's hidden states.
+"""/v1/embeddings: one vector per text, from the model's hidden states.
 
-A causal model is no encoder: the vectors are as good as its hidden states are. Texts of one request are computed a few
-at a time, so that a long list leaves places to other clients.
+A causal model is not trained as an encoder: the vectors are only as good as its hidden states. Texts of one request are
+computed a few at a time, so that a long list leaves slots to other clients.
 """
 
 import base64
@@ -25,7 +25,7 @@ from model.generation.requests import Embedding, GenerationRequest
 
 MOST_INPUTS = 2048
 AT_ONCE = 16
-"""Texts of one request in the queue."""
+"""Most texts of one request in the queue."""
 
 
 def _inputs(value: Any) -> list[str] | list[list[int]]:
@@ -97,7 +97,7 @@ def embedding_routes(backend_of: BackendOf) -> APIRouter:
 
 @dataclass(frozen=True)
 class _Form:
-    """How vectors are written. dimensions: numbers of each."""
+    """Encoding of vectors. dimensions: length of each."""
 
     dimensions: int
     is_normalized: bool

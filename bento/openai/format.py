@@ -1,7 +1,7 @@
-"""The engine's events in the OpenAI API's form: whole answers and the chunks of a stream.
+"""Formats the engine's events as the OpenAI API's responses: whole answers and stream chunks.
 
-Nearly every chunk carries text and nothing else. Such a chunk is joined from two constant parts and the text: encoding
-its whole JSON would cost more, for each token of each stream.
+Most chunks carry only text. Such a chunk is concatenated from two constant parts and the text, because encoding its
+whole JSON would cost more for each token of each stream.
 """
 
 import json
@@ -35,8 +35,8 @@ TEXT_GOES_HERE = "a7c3text91f0goes5e2dhere"
 class ChoiceOptions:
     """The parts of a choice besides its text.
 
-    is_echoed: the text begins with the prompt. endings: tokens that end a text but are shown, because the engine was
-    told to go on after them.
+    is_echoed: the text begins with the prompt. endings: end-of-text tokens that are shown, because the engine continues
+    after them.
     """
 
     is_scored: bool
@@ -63,7 +63,7 @@ class Choice:
         self.prompt_scores: tuple[TokenLogprob | None, ...] = ()
 
     def read(self, event: Event) -> tuple[str, list[PositionedToken]]:
-        """The text and tokens that became certain with an event; the first ones begin with an echoed prompt."""
+        """The text and tokens that an event completes; the first ones begin with an echoed prompt."""
         text, self._start = self._start, ""
         tokens: list[PositionedToken] = []
         if isinstance(event, PromptScores):
@@ -87,13 +87,13 @@ class Choice:
 
 
 class Format(ABC):
-    """The answers to one request. number: makes its id; n: choices of each prompt, which follow each other."""
+    """The answers to one request. number: used for its id; n: consecutive choices per prompt."""
 
     id_prefix: ClassVar[str]
     object: ClassVar[str]
     chunk_object: ClassVar[str]
     is_plain_text: ClassVar[bool] = True
-    """Whether a text is shown as it is."""
+    """Whether a text is shown unmodified."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class Format(ABC):
             "system_fingerprint": fingerprint,
         }
         self.unshown_tokens = 0
-        """Generated for texts that are not among the choices."""
+        """Tokens generated for texts that are not among the choices."""
         self._cached: list[int | None] = [None] * len(prompts)
         self._around: list[tuple[str, str]] = []
 
@@ -193,7 +193,7 @@ class Format(ABC):
         return [self._event([chunk], usage) for chunk in chunks]
 
     def _deltas(self, index: int, text: str, *, is_last: bool) -> list[dict[str, Any]]:
-        """The parts that a choice's next text is shown in."""
+        """The parts that wrap a choice's next text."""
         return [self._delta(text)] if text else []
 
     def _finish_reason(self, index: int, reason: str) -> str:

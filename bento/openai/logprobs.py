@@ -1,6 +1,6 @@
 """Log-probabilities in the OpenAI API's form: the tokens of a text with their names and offsets.
 
-The engine reports a token when it is sampled, but its text only once that is certain: a stop string may remove it, a
+The engine reports a token when it is sampled, but its text only once it is final: a stop string may remove it, a
 character may be incomplete. `TokenAligner` aligns the two.
 """
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from model.generation.engine import Engine
 
 LOWEST = -9999.0
-"""Stands for minus infinity, which JSON cannot write."""
+"""Represents minus infinity, which JSON cannot represent."""
 
 
 class TokenNames:
-    r"""How a token is written: its text, `bytes:\xe2\x80` where that is not whole characters, `<|name|>` where none."""
+    r"""A token's name: its text, `bytes:\xe2\x80` for incomplete characters, `<|name|>` for a token without text."""
 
     def __init__(self, engine: "Engine") -> None:
         self._token_bytes, self._tokenizer = engine.token_bytes, engine.tokenizer
 
     def data(self, token_id: int) -> bytes:
-        """The bytes of text that a token stands for; none for special tokens and for ids that pad the vocabulary."""
+        """The bytes of a token's text; empty for special tokens and ids that pad the vocabulary."""
         return self._token_bytes[token_id] if token_id < len(self._token_bytes) else b""
 
     def __getitem__(self, token_id: int) -> str:
@@ -57,7 +57,7 @@ class TokenOffsets:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def next(self, token_id: int) -> int:
-        """Offset of the character that the next token begins in; an earlier token may have begun that character."""
+        """Offset of the character in which the next token begins; an earlier token may have begun that character."""
         data = self._token_bytes[token_id] if token_id < len(self._token_bytes) else b""
         was_inside = bool(self._decoder.getstate()[0])
         first = self._decoder.decode(data[:1])
@@ -84,7 +84,7 @@ class TokenAligner:
         self._held: deque[PositionedToken] = deque()
 
     def push(self, piece: TextPiece) -> list[PositionedToken]:
-        """The tokens whose text became certain with this piece."""
+        """The tokens whose text is final with this piece."""
         for number, token_id in enumerate(piece.token_ids):
             score = piece.logprobs[number] if piece.logprobs else None
             self._held.append(PositionedToken(self._offsets.next(token_id), token_id, score))
@@ -143,7 +143,7 @@ def _chat_token(names: TokenNames, token_id: int, logprob: float) -> dict[str, A
 
 def _legacy_top(score: TokenLogprob, names: TokenNames) -> dict[str, float]:
     top: dict[str, float] = {}
-    # The token itself is always among them. Two ids can have one name: the first, likelier one stays.
+    # The token itself is always among them. Two ids can have one name: the first, more likely one stays.
     for token_id, logprob in (*score.top, (score.token_id, score.logprob)):
         top.setdefault(names[token_id], _finite(logprob))
     return top

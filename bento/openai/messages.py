@@ -1,6 +1,6 @@
 """Anthropic's /v1/messages, over the chat path: texts, tools, streams and counted tokens.
 
-`ApiError.response` gives the errors of these paths Anthropic's shape.
+`ApiError.response` formats the errors of these paths as Anthropic's.
 """
 
 import json
@@ -208,7 +208,7 @@ def _as_chat(body: CountRequest) -> ChatRequest:
 
 
 def _plain(message: AnthropicMessage, place: str, *, is_last: bool) -> Iterator[dict[str, Any]]:
-    """A turn as messages of the chat route: results of calls are messages of their own."""
+    """A turn as messages of the chat route: results of calls become separate messages."""
     if isinstance(message.content, str):
         yield {"role": message.role, "content": message.content}
         return

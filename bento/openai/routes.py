@@ -38,7 +38,7 @@ from model.text.tools import OPENING
 
 Result = tuple[list[Event], Finished]
 FEW_EVENTS = 4096
-"""Events, times log-probabilities of each, whose answer is rendered in the event loop."""
+"""Largest answer, in events times log-probabilities per event, that is rendered in the event loop."""
 
 
 def openai_routes(backend_of: BackendOf, models: Models) -> APIRouter:
@@ -113,7 +113,7 @@ async def _complete(backend: Backend, body: CompletionRequest, request: Request)
         has_prompt_scores=body.prompt_logprobs is not None,
     )
     if shown.is_scored and shown.is_echoed and body.count() == 1 and not (body.min_tokens or body.ignore_eos):
-        # Clients that score a prompt request one token and discard it, so return it even if it ends the text.
+        # Clients that score a prompt request one token and discard it, so return the token even if it ends the text.
         shown = replace(shown, endings=backend.engine.end_of_text_ids.union(body.stop_token_ids or ()))
         body = body.model_copy(update={"ignore_eos": True, "stop_token_ids": None})
     prompt_scores = body.prompt_logprobs
@@ -163,7 +163,7 @@ async def _answer(
     make_format: Callable[..., Format],
     stop_until: str | None = None,
 ) -> Response:
-    """Continue each prompt by its count of tokens, n times."""
+    """Continue each prompt n times by its number of tokens."""
     n, drawn = body.n or 1, body.drawn()
     if drawn > n and scores["logprobs"] is None:
         scores = {**scores, "logprobs": 0}

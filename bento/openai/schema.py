@@ -1,8 +1,8 @@
-"""Bodies of the OpenAI API: the fields that this service honors, and those that it takes only with a value that asks
-for nothing (its description says which).
+"""Request bodies of the OpenAI API: supported fields, and fields accepted only with a neutral value (named in the
+description).
 
 Anything else in a body is refused by name. `user`, `metadata`, `safety_identifier`, `prompt_cache_key` and
-`service_tier` are labels of the caller: they change no text, are not kept and are not logged.
+`service_tier` are labels of the caller: they change no text and are neither stored nor logged.
 """
 
 from typing import Annotated, Any, Literal
@@ -84,7 +84,7 @@ Prompts = Annotated[Any, AfterValidator(read_prompts), prompts_schema(MOST_PROMP
 
 
 class StreamOptions(StrictRequest):
-    """What a stream carries besides the text."""
+    """Additional content of a stream."""
 
     include_usage: bool | None = Field(None, description="End with a chunk without choices that has the usage.")
     continuous_usage_stats: bool | None = Field(None, description="Show the usage so far in every chunk.")
@@ -92,7 +92,7 @@ class StreamOptions(StrictRequest):
 
 
 class OpenAIRequest(Structured, Sampling):
-    """What both routes of the OpenAI API take."""
+    """Fields of both routes of the OpenAI API."""
 
     model: str | None = Field(None, description="The served model, the only one; /v1/models names it.")
     n: Annotated[int, WHOLE] | None = Field(
@@ -197,7 +197,7 @@ class CompletionRequest(OpenAIRequest):
         return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
 
     def count_name(self) -> str:
-        """The name that the request gave the number; the more usual one where it gave none."""
+        """The field name in the request; the more common one if the request has neither."""
         return (
             "max_completion_tokens"
             if self.max_completion_tokens is not None and self.max_tokens is None
@@ -299,7 +299,8 @@ class CompletionLogprobs(BaseModel):
     r"""One item for each token of the text, also of an echoed prompt, whose first token has none.
 
     text_offset: where the token begins in the choice's text, in characters. A token that is not whole characters is
-    written `bytes:\xe2\x80`; names of two tokens that are alike share an entry of top_logprobs, the likelier's.
+    written `bytes:\xe2\x80`; names of two tokens that are alike share an entry of top_logprobs, that of the more likely
+    one.
     """
 
     tokens: list[str]
@@ -309,7 +310,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class PromptLogprob(BaseModel):
-    """A token at one place of the prompt. rank: 1 for the likeliest; null for one that is none of those asked for."""
+    """A token at one place of the prompt. rank: 1 for the most likely; null for a token outside the requested ones."""
 
     logprob: float
     rank: int | None
@@ -317,7 +318,7 @@ class PromptLogprob(BaseModel):
 
 
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
-"""For each token of the prompt, by id, it and the most likely ones; null for the first."""
+"""For each token of the prompt, the token and the most likely ones, by id; null for the first."""
 
 
 class CompletionChoice(BaseModel):
@@ -345,7 +346,7 @@ class CompletionResponse(BaseModel):
 
 
 class TopLogprob(BaseModel):
-    """A token; bytes: those of its text, null where it stands for none."""
+    """A token; bytes: of its text, null for a token without text."""
 
     token: str
     logprob: float
@@ -374,7 +375,7 @@ class AnsweredCall(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """The answer. content: null where there are only calls."""
+    """The answer. content: null if there are only calls."""
 
     role: Literal["assistant"]
     content: str | None

@@ -1,9 +1,8 @@
-"""Structured output: the fields of a request that say what form its text has, and the grammar they become.
+"""Structured output: request fields that constrain the text, and their conversion to a grammar.
 
-OpenAI's `response_format`, and vLLM's `structured_outputs` and earlier `guided_*`. The text has the form, or is the
-beginning of one that has it where its tokens ended (finish_reason "length"). A schema, an expression or a grammar that
-cannot be enforced exactly is refused. Grammars are compiled off the event loop; `model/generation/grammar.py` has the
-bounds.
+OpenAI's `response_format`, and vLLM's `structured_outputs` and earlier `guided_*`. The text matches, or is a prefix of
+a match if its tokens ran out (finish_reason "length"). A schema, an expression or a grammar that cannot be enforced
+exactly is refused. Grammars are compiled off the event loop; `model/generation/grammar.py` has the bounds.
 """
 
 import json
@@ -26,7 +25,7 @@ ANY_OBJECT = '{"type": "object"}'
 
 
 def _schema(value: Any) -> str:
-    """A JSON schema, itself or written as JSON in a string, as JSON."""
+    """A JSON schema, given as an object or as a JSON string, as JSON text."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -44,7 +43,7 @@ Choices = Annotated[list[str], Field(max_length=MOST_ALTERNATIVES)]
 
 
 class NamedSchema(StrictRequest):
-    """A JSON schema in OpenAI's form. It is enforced whatever `strict` says."""
+    """A JSON schema in OpenAI's form. It is enforced regardless of `strict`."""
 
     name: str | None = Field(None, max_length=256, description="Taken and not used.")
     description: str | None = Field(None, description="Taken and not used.")
@@ -96,7 +95,7 @@ class StructuredOutputs(StrictRequest):
 
 
 class Structured(StrictRequest):
-    """Fields of both generating routes of the OpenAI API; at most one of them asks for a form."""
+    """Fields of both generating routes of the OpenAI API; at most one of them may constrain the text."""
 
     response_format: ResponseFormat | None = Field(None, description="The form of the text. Default: any.")
     structured_outputs: StructuredOutputs | None = Field(None, description="The form of the text, as vLLM has it.")
@@ -112,11 +111,11 @@ class Structured(StrictRequest):
         fields = [field for field, _, _ in self.forms()]
         if len(fields) > 1:
             field = fields[1]
-            raise PydanticCustomError("one_form", "a text has one form, another is asked for too", {"param": field})
+            raise PydanticCustomError("one_form", "a text has one form: a second one is requested", {"param": field})
         return self
 
     def forms(self) -> list[tuple[str, Kind, str]]:
-        """The field, kind and source of each grammar that is asked for."""
+        """Field, kind and source of each requested grammar."""
         asked: list[tuple[str, Kind, str]] = []
         if self.response_format and self.response_format.type != "text":
             named = self.response_format.named
@@ -154,7 +153,7 @@ async def compile_grammar(backend: Backend, field: str, kind: Kind, source: str)
     try:
         if found := engine.compiled_grammar(kind, source):
             return found
-        # GBNF is translated in Python; the rest lets other threads run.
+        # GBNF is translated in Python, which holds the GIL; the rest releases it.
         return await backend.heavy.run(engine.compile_grammar, kind, source, holds_lock=kind == "grammar")
     except PipelineError as error:
         raise _refusal(field, str(error)) from None

@@ -1,4 +1,4 @@
-"""Answers of a chat model that may call functions: its calls stand beside the text, not in it."""
+"""Answers of a chat model that may call functions: calls are separated from the text."""
 
 from collections.abc import Sequence
 from typing import Any

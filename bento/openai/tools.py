@@ -1,8 +1,8 @@
 """Functions that a chat model may call: OpenAI's `tools`, `tool_choice` and `parallel_tool_calls`.
 
 The functions, the assistant's earlier calls and their results become text (`model/text/tools.py`), whatever the chat
-template is. A grammar holds the answer to text, to calls whose arguments are valid under the functions' schemas, or to
-both, as `tool_choice` says. `CallReader` takes the calls out of the text, also while it streams.
+template is. A grammar constrains the answer to text, to calls whose arguments are valid under the functions' schemas,
+or to both, depending on `tool_choice`. `CallReader` extracts the calls from the text, also while it streams.
 """
 
 import json
@@ -102,7 +102,7 @@ class CalledFunction(StrictRequest):
 
 
 class ToolCall(StrictRequest):
-    """A call of the assistant's."""
+    """A call made by the assistant."""
 
     id: str | None = Field(None, max_length=256, description="What a result names it by.")
     type: Literal["function"] | None = None
@@ -147,7 +147,7 @@ class ToolFields(StrictRequest):
         return functions
 
     def calls_grammar(self) -> str | None:
-        """The grammar of the answer, in llguidance's Lark; None where it cannot call."""
+        """The grammar of the answer, in llguidance's Lark; None if it cannot call."""
         functions = self.callable_functions()
         if not functions:
             return None
@@ -175,7 +175,7 @@ def _text(text: str) -> str:
 
 @dataclass(frozen=True)
 class Content:
-    """Text of an answer that is no call."""
+    """Text of an answer outside calls."""
 
     text: str
 
@@ -201,7 +201,7 @@ Part = Content | CallStart | Arguments
 
 
 class CallReader:
-    """Takes calls out of a text that follows `calls_grammar`, as it comes."""
+    """Extracts calls from a streamed text that follows `calls_grammar`."""
 
     def __init__(self) -> None:
         self._held = ""
@@ -209,7 +209,7 @@ class CallReader:
         self.calls = 0
 
     def push(self, text: str) -> Iterator[Part]:
-        """The parts that are certain with this text."""
+        """The parts that this text completes."""
         self._held += text
         while True:
             before = self._state, len(self._held)
@@ -223,7 +223,7 @@ class CallReader:
         return self._state != "content"
 
     def flush(self) -> Iterator[Part]:
-        """The end: what was held back of a text. A call that has no name yet is dropped."""
+        """The held-back text at the end. A call without a name is dropped."""
         if self._state == "content" and self._held:
             yield Content(self._held)
         elif self._state == "arguments" and self._held:
@@ -237,7 +237,7 @@ class CallReader:
         else:
             held = next((n for n in range(len(OPENING) - 1, 0, -1) if self._held.endswith(OPENING[:n])), 0)
             text, self._held = self._held[: len(self._held) - held], self._held[len(self._held) - held :]
-        if text and not (self.calls and text.isspace()):  # calls are on lines of their own
+        if text and not (self.calls and text.isspace()):  # each call is on a separate line
             yield Content(text)
 
     def _read_head(self) -> Iterator[Part]:
@@ -249,7 +249,7 @@ class CallReader:
             yield CallStart(self.calls - 1, f"call_{secrets.token_hex(12)}", name)
 
     def _read_arguments(self) -> Iterator[Part]:
-        # JSON without white space has no line break: the first one is that of the closing.
+        # JSON without whitespace has no line break: the first one belongs to the closing.
         line, newline, rest = self._held.partition("\n")
         if newline:
             text, self._held, self._state = line[:-1], rest, "tail"
@@ -265,7 +265,7 @@ class CallReader:
 
 
 def read_answer(text: str, reader: CallReader | None = None) -> tuple[str | None, list[dict[str, Any]]]:
-    """A whole answer's content, None where there are only calls, and its calls in OpenAI's form."""
+    """The content and the calls of a whole answer in OpenAI's form; content is None if there are only calls."""
     reader = reader or CallReader()
     content, calls = "", list[dict[str, Any]]()
     for part in (*reader.push(text), *reader.flush()):
@@ -279,7 +279,7 @@ def read_answer(text: str, reader: CallReader | None = None) -> tuple[str | None
 
 
 class MessageWithTools(Protocol):
-    """A message that may have calls, or answer one (role "tool")."""
+    """A message that may contain calls, or the result of one (role "tool")."""
 
     @property
     def role(self) -> str:

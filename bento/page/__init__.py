@@ -19,13 +19,13 @@ MEDIA_TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-"""Fixed here because the system's MIME table may differ, and browsers reject modules of another type."""
+"""Set here because the system's MIME table may differ, and browsers reject modules of another type."""
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 )
 HEADERS = {
-    # Revalidated each time (304), so that a page never loads scripts of another version.
+    # Revalidated on each request (304), so that a page never loads scripts of another version.
     "Cache-Control": "no-cache",
     "Content-Security-Policy": POLICY,
     "Referrer-Policy": "no-referrer",
@@ -34,7 +34,7 @@ HEADERS = {
 
 
 def add_page(app: FastAPI) -> None:
-    """Add the routes `/` and `/page/NAME`; the files are read once, here."""
+    """Add the routes `/` and `/page/NAME`; reads the files once."""
     files = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.suffix in MEDIA_TYPES}
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)

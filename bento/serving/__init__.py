@@ -1,1 +1,1 @@
-"""From a request to the engine and back: loaded models, admission, answers, the champion."""
+"""Connects requests with the engine: loaded models, admission, answers, the champion."""

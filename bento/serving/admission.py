@@ -1,4 +1,4 @@
-"""Whether the service accepts requests: not while it loads, after a failure, or while it drains.
+"""Admission control: the service accepts no requests while it loads, after a failure, or while it drains.
 
 SIGTERM starts draining: the port stays open, new requests are answered 503, running ones finish, and the process ends
 after the last of them or after the grace period.
@@ -22,7 +22,7 @@ from model.generation.requests import Generation
 logger = logging.getLogger("bentoml.admission")
 RETRY_AFTER_S = 5
 LAST_ANSWERS_S = 5.0
-"""After the grace period: time to send the errors of cancelled requests, and for clients to read their answers."""
+"""After the grace period: time to send the errors of canceled requests, and for clients to read them."""
 UPLOAD_GRACE_S = 2.0
 """While draining: time for uploads in progress to complete. They are not work in flight."""
 
@@ -42,7 +42,7 @@ class Admission:
         """Deadlines of request bodies that are still arriving."""
 
     def refusal(self) -> ApiError | None:
-        """Why the service accepts no request now; None if it does. A restarting engine refuses by itself."""
+        """Why the service accepts no requests; None if it does. A restarting engine refuses requests itself."""
         served = self._models.current
         if self.is_draining:
             return unavailable("the service is stopping: another instance or the next one answers", "draining")
@@ -55,13 +55,13 @@ class Admission:
     async def drain(self, timeout_s: float, cancel: Callable[[], Awaitable[None]]) -> None:
         """Accept nothing more and wait for the requests in flight; after `timeout_s` call `cancel`."""
         self.is_draining = True
-        logger.info("draining: %d requests under way, at most %g s", self.under_way, timeout_s)
+        logger.info("draining: %d requests in flight, at most %g s", self.under_way, timeout_s)
         last = asyncio.get_running_loop().time() + UPLOAD_GRACE_S
         for upload in self.uploads:
             upload.reschedule(min(last, upload.when() or last))
         await self._wait_for_last(timeout_s)
         if self.under_way:
-            logger.warning("the grace period is over: %d requests are cancelled", self.under_way)
+            logger.warning("the grace period is over: %d requests are canceled", self.under_way)
             await cancel()
             await self._wait_for_last(LAST_ANSWERS_S)
 
@@ -73,7 +73,7 @@ class Admission:
 
 
 def never_started(generation: Generation) -> bool:
-    """Whether a generation timed out in the queue and not by the deadline of the whole answer."""
+    """Whether a generation timed out in the queue, not at the deadline of the whole answer."""
     limit_s, waited_s = generation.request.timeout_s, time.monotonic() - generation.submitted_at
     return generation.started_at is None and (limit_s is None or waited_s < limit_s)
 
@@ -113,7 +113,7 @@ class AdmissionMiddleware:
 
 
 def drain_on_signal(admission: Admission, timeout_s: float, cancel: Callable[[], Awaitable[None]]) -> None:
-    """From now on SIGTERM and SIGINT drain before the server ends; a second SIGINT does not wait.
+    """Make SIGTERM and SIGINT drain before the server ends; a second SIGINT ends it at once.
 
     Called in the event loop of a uvicorn server, whose own handlers would close the port at once and refuse later
     connections. Does nothing in another thread (a test's client).
@@ -137,7 +137,7 @@ def drain_on_signal(admission: Admission, timeout_s: float, cancel: Callable[[],
                 try:
                     await admission.drain(timeout_s, cancel)
                 finally:
-                    if server:  # uvicorn would wait for ever for a client that does not read its answer
+                    if server:  # uvicorn would wait forever for a client that does not read its answer
                         server.config.timeout_graceful_shutdown = int(LAST_ANSWERS_S)
                     end_server(number, None)
 

@@ -1,7 +1,7 @@
-"""The events of one HTTP request's generations in the event loop, and their stream.
+"""Delivers the events of one HTTP request's generations to the event loop and streams them.
 
-The engine emits events in its own thread. All events of a step wake the event loop once, whatever requests they belong
-to: a wake-up costs more than an event. The routes decide what the events become.
+The engine emits events in its own thread. All events of a step wake the event loop once, for all requests, because a
+wake-up costs more than an event. The routes format the events.
 """
 
 import asyncio
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from model.generation.engine import Engine
 
 Batch = list[tuple[int, Event]]
-"""Events that came together, each with the place of its generation among those of the request."""
+"""A batch of events, each with the index of its generation in the request."""
 T = TypeVar("T")
 PING_S = 3.0
 DONE = "data: [DONE]\n\n"
 GATHER_S = 0.001
-"""Time for the other events of a step of several generations; an event loop's clock is no finer."""
+"""Wait for the other events of the same step; the event loop's clock has no finer resolution."""
 
 
 class Mailbox:
@@ -39,10 +39,10 @@ class Mailbox:
         self._events: deque[tuple[Answers, int, Event]] = deque()
         self._is_scheduled = False
         self.running = 0
-        """Generations that events are expected of."""
+        """Generations that still have events to come."""
 
     def post(self, answers: "Answers", index: int, event: Event) -> None:
-        """Called in the engine's thread. Raises RuntimeError where the loop is closed."""
+        """Called in the engine's thread. Raises RuntimeError if the loop is closed."""
         self._events.append((answers, index, event))
         if not self._is_scheduled:
             self._is_scheduled = True
@@ -80,9 +80,9 @@ def _mailbox() -> Mailbox:
 
 
 class Answers:
-    """The generations of one request under way: all of them were admitted together.
+    """The generations of one request, admitted together.
 
-    Raises what `Engine.submit_all` raises.
+    Raises as `Engine.submit_all` does.
     """
 
     def __init__(self, engine: "Engine", requests: Sequence[GenerationRequest], record: RequestRecord) -> None:
@@ -119,7 +119,7 @@ class Answers:
             yield batch
 
     async def whole(self, receive: Receive) -> list[tuple[list[Event], Finished]]:
-        """For each generation all events before the last, and the last. Ends when the client leaves.
+        """For each generation all events before the last, and the last. Stops when the client leaves.
 
         Raises ApiError where one fails.
         """
@@ -142,7 +142,7 @@ class Answers:
         return [(events[index], last[index]) for index in range(len(events))]
 
     def close(self) -> None:
-        """Cancel the generations that still run."""
+        """Cancel the running generations."""
         for index in list(self._running):
             self._generations[index].cancel()
             self._end(index, None)
@@ -173,11 +173,11 @@ class Answers:
 
 
 class EventStream(Response):
-    """Server-sent events, which `events` makes of what the engine answers, then `ending`: [DONE].
+    """Server-sent events, produced by `events` from the engine's events, then `ending`: [DONE].
 
-    A failure before the first is an ordinary error answer; after it, the event that `failure` writes. A client that
-    leaves ends it. A stream that has nothing to send sends its status and a comment line every PING_S, so that proxies
-    keep it open.
+    A failure before the first event is an ordinary error response; after it, the event that `failure` returns. The
+    stream stops when the client leaves. An idle stream sends its status and a comment line every PING_S, so that
+    proxies keep it open.
     """
 
     media_type = "text/event-stream"
@@ -202,7 +202,7 @@ class EventStream(Response):
         try:
             await until_disconnect(receive, self._send_all(send))
         except ApiError:
-            # Before the first piece this still is an answer, and the server around it waits for one.
+            # Before the first piece an ordinary response is still possible, and the server expects one.
             if not self._is_started:
                 raise
         finally:
@@ -250,7 +250,7 @@ def server_sent(data: str) -> str:
 
 
 async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client leaves. Raises ApiError 499 then, for the log."""
+    """The result of `work`. When the client leaves, cancels it and raises ApiError 499, for the log."""
 
     async def disconnect() -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -1,7 +1,6 @@
-"""The engine behind the routes: what a route needs to turn a checked body into generations, and the limits that depend
-on the model.
+"""The engine behind the routes: converts validated bodies to generations and checks limits that depend on the model.
 
-A request gets its backend once, and with it one model for its whole life: another may take over meanwhile.
+A request gets its backend once and keeps that model until it ends, even if another model takes over.
 """
 
 import time
@@ -24,12 +23,12 @@ if TYPE_CHECKING:
     from model.generation.engine import Engine
 
 SHORT_TEXT = 4096
-"""Characters that are tokenized faster than another thread is woken."""
+"""Longest text, in characters, that is tokenized in the event loop: waking a thread would take longer."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text's tokens; the text where it was given as such."""
+    """Tokens of a prompt, and its text if the request had one."""
 
     ids: Sequence[int]
     text: str | None = None
@@ -37,12 +36,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Backend:
-    """What a route needs of one model and the service's limits.
+    """The engine of one model and the service's limits, for routes.
 
     request_timeout_s: from a request's arrival to its last token. queue_timeout_s: to its start; None waits on.
-    max_choices: texts that one request may ask for, prompts times choices. heavy: runs what would hold up the event
-    loop. clamp_max_tokens: give as many tokens as fit where more are asked for (finish_reason "length"), instead of a
-    refusal.
+    max_choices: texts per request, prompts times choices. heavy: runs work that would block the event loop.
+    clamp_max_tokens: reduce max_tokens to what fits (finish_reason "length") instead of refusing.
     """
 
     engine: "Engine"
@@ -59,18 +57,18 @@ class Backend:
         return self.models.name
 
     def check_model(self, name: str | None) -> None:
-        """Raises ApiError 404 where a request names a model that is not served."""
+        """Raises ApiError 404 if a request names a model that is not served."""
         check_model(name, self.models)
 
     async def encode(self, text: str) -> list[int]:
-        """The tokens of a text; special tokens written out in it are ordinary text."""
+        """The tokens of a text; special tokens in it are ordinary text."""
         if len(text) <= SHORT_TEXT:
             return self.engine.encode(text)
         # Tokenizing a long text takes seconds, and the event loop serves every request.
         return await self.heavy.run(self.engine.encode, text, holds_lock=False)
 
     def check_ids(self, ids: Collection[int], *, param: str) -> None:
-        """Raises ApiError 400 where a token is not in the vocabulary."""
+        """Raises ApiError 400 if a token is not in the vocabulary."""
         size = self.engine.vocab_size
         if ids and not 0 <= min(ids) <= max(ids) < size:
             wrong = next(token for token in ids if not 0 <= token < size)
@@ -92,10 +90,9 @@ class Backend:
     def fit(self, prompt: int, wanted: int | None, *, default: int | None, names: tuple[str, str]) -> int:
         """The number of tokens to generate after `prompt` tokens.
 
-        wanted: None takes the default, or what fits if less; a default of None and ALL_THAT_FITS are all that fits.
-        names: the request's fields of the text and of the number. Raises ApiError 400 where the text leaves no room for
-        a token or, with `clamp_max_tokens` off, less room than wanted. The sentence is OpenAI's, which clients look
-        for.
+        wanted: None takes the default, or what fits if less; a default of None and ALL_THAT_FITS mean all that fits.
+        names: the request's fields of the text and of the number. Raises ApiError 400 if the text leaves no room for a
+        token or, with `clamp_max_tokens` off, less room than wanted. Clients match on the message, which is OpenAI's.
         """
         context = self.engine.context_length
         text_name, count_name = names
@@ -205,7 +202,7 @@ BackendOf = Callable[[Request], Backend]
 
 
 def _sender(request: Request) -> tuple[str, str]:
-    """Whose request it is, by API key or address, and on which connection."""
+    """The client, by API key or address, and its connection."""
     host, port = request.client or ("", 0)
     return getattr(request.state, "api_key", None) or host, f"{host}:{port}"
 

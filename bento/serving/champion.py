@@ -1,9 +1,9 @@
-"""Serves the champion of a registered model: MLflow decides which version that is, and a watcher follows it.
+"""Serves the champion of a registered model: a watcher follows its alias in MLflow.
 
 A thread polls the tracking server for the version with the alias `champion`. A new champion is downloaded through the
 server's artifact proxy, verified against its manifest, loaded and warmed up beside the served model. Then new requests
-go to it; the former model finishes its requests and is freed. So two models are in memory for a while, never three. An
-error is one line in the log and leaves the served model in place.
+go to it; the former model finishes its requests and is freed. So at most two models are in memory. An error is logged
+in one line and leaves the served model in place.
 
 Three calls of MLflow's REST API suffice; its client package would take more memory than the model.
 """
@@ -51,8 +51,8 @@ class Version:
 class ModelRegistry:
     """A tracking server's registered models, over its REST API.
 
-    uri: http or https. MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, are sent along
-    where set, as MLflow's own client does. Raises InvalidArgument, one line, for another URI.
+    uri: http or https. MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, are sent if
+    set, as MLflow's own client does. Raises InvalidArgument, one line, for another URI.
     """
 
     def __init__(self, uri: str, environment: Mapping[str, str] | None = None) -> None:
@@ -68,7 +68,7 @@ class ModelRegistry:
         self._token = environment.get("MLFLOW_TRACKING_TOKEN", "")
 
     def champion(self, name: str) -> Version | None:
-        """The version with the alias, None where there is none. Raises httpx.HTTPError, PipelineError."""
+        """The version with the alias; None if there is none. Raises httpx.HTTPError, PipelineError."""
         answer = self._client.get("/api/2.0/mlflow/registered-models/alias", params={"name": name, "alias": ALIAS})
         if _error_code(answer) in NOT_THERE:
             return None
@@ -77,9 +77,9 @@ class ModelRegistry:
         return Version(str(found["version"]), str(found.get("source", "")))
 
     def download(self, version: Version, folder: Path) -> Path:
-        """A new directory below `folder` with the version's files, whole and as its manifest says.
+        """Download the version's files to a new directory below `folder` and verify them against its manifest.
 
-        Raises httpx.HTTPError where the server does not answer, PipelineError for files that are not right.
+        Raises httpx.HTTPError if the server does not answer, PipelineError for missing or altered files.
         """
         source = urlsplit(version.source)
         if source.scheme != "mlflow-artifacts":
@@ -119,7 +119,7 @@ class ModelRegistry:
 
 
 def _listed(manifest: Path) -> list[str]:
-    """The files that a manifest lists. Raises PipelineError where it is none, or would write outside its folder."""
+    """The files that a manifest lists. Raises PipelineError if it is invalid, or would write outside its folder."""
     try:
         names = list(json.loads(manifest.read_text())["files"])
     except (ValueError, KeyError, TypeError):
@@ -142,7 +142,7 @@ def _error_code(answer: "httpx.Response") -> str:
 class ChampionWatcher:
     """Keeps the champion of `name` serving, in its own thread.
 
-    load: makes a warm engine from a model directory and a version number. settle: called when memory became free.
+    load: creates a warmed-up engine from a model directory and a version number. settle: called after memory is freed.
     waits: receives the reason while no model is loaded. poll_s: seconds between polls. drain_s: most seconds for a
     former model's requests, whose own deadlines may end them sooner.
     """

@@ -1,8 +1,8 @@
-"""Work of one request that would hold up all others: parsing, tokenizing and rendering of long texts.
+"""Runs work of one request that would delay all others: parsing, tokenizing and rendering of long texts.
 
-It runs in one thread, one piece at a time, in turns of the clients. After a piece that held the interpreter's lock the
-thread pauses for three times as long, so that such work takes at most a quarter of the time from the event loop and the
-engine, however much of it clients send. Short pieces run where they are: waking a thread would cost more.
+One thread runs one task at a time, alternating among clients. After a task that held the GIL the thread pauses for
+three times as long, so that such work takes at most a quarter of the time of event loop and engine, regardless of the
+load. Short tasks run in the calling thread, because waking a thread would cost more.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ class HeavyWork:
         self._free_at = 0.0
 
     async def run(self, work: Callable[..., T], *arguments: Any, holds_lock: bool = True) -> T:
-        """The result of `work(*arguments)`. holds_lock: whether it holds the interpreter lock; Rust and zlib do not."""
+        """The result of `work(*arguments)`. holds_lock: whether it holds the GIL; Rust and zlib release it."""
         async with self._turn:
             pause_s = self._free_at - time.monotonic()
             if pause_s > 0:

@@ -1,4 +1,4 @@
-"""From a model directory to an engine that has answered once. torch is imported inside, so the routes start first."""
+"""Loads a model directory into a warmed-up engine. Imports torch inside functions, so that the routes start first."""
 
 import gc
 import logging

@@ -30,7 +30,7 @@ class Served:
 
     @property
     def fingerprint(self) -> str:
-        """What an answer depends on besides its request: weights, engine and precision. /server_info has the parts."""
+        """`system_fingerprint`: identifies weights, engine and precision. /server_info has the parts."""
         return f"fp_{self.version or 'local'}_{self.engine.step_name}_{self.engine.precision}"
 
 
@@ -57,7 +57,7 @@ class Models:
 
     @contextmanager
     def hold(self) -> Iterator[Served]:
-        """The served model, which is not retired inside this context. Raises AssertionError if none is loaded."""
+        """Hold the served model: it is not retired inside this context. Raises AssertionError if none is loaded."""
         with self._lock:
             served = self.current
             assert served

@@ -1,7 +1,7 @@
-"""Prometheus metrics of the service, in a registry of their own, named like vLLM's with `rex_` in front.
+"""Prometheus metrics of the service, in a separate registry, named like vLLM's with the prefix `rex_`.
 
 Label values come from fixed sets: BentoML's own metrics use the requested path as a label, so any client could grow
-them without bound. Only the event loop's thread counts, in plain numbers: prometheus_client's counters would take a
+them without bound. Only the event loop's thread counts, in plain numbers: prometheus_client's counters would need a
 lock and a memory map per token (because of BentoML's PROMETHEUS_MULTIPROC_DIR). The engine's numbers are read at each
 scrape.
 """
@@ -49,9 +49,9 @@ class Histogram:
 class ServiceMetrics(Collector):
     """All metrics of the service.
 
-    stats: the engines' numbers now. model_name: label of the served model. version: of the served model; None while
-    no model is loaded, an empty text for one without a version. engine: step and precision of the served model's
-    engine.
+    stats: returns the engines' current numbers. model_name: label of the served model. version: of the served model;
+    None while no model is loaded, an empty text for one without a version. engine: step and precision of the served
+    model's engine.
     """
 
     def __init__(
@@ -65,9 +65,9 @@ class ServiceMetrics(Collector):
         self._engine = engine
         self._stats, self._model_name, self._version = stats, model_name, version
         self.requests: Counter[tuple[str, str, str]] = Counter()
-        """By route, status and finish reason; "-" where nothing was generated."""
+        """Requests by route, status and finish reason; "-" if nothing was generated."""
         self.rejections: Counter[str] = Counter()
-        """By error code, of requests that the service had no capacity or no model for."""
+        """Refused requests by error code: no capacity, or no model."""
         self.time_to_first_token = Histogram(
             "rex_time_to_first_token_seconds", "From a request's arrival to its first token.", SECONDS
         )

@@ -1,4 +1,4 @@
-"""The record of one request: its route fills it in; log, metrics and trace read it when the request ends."""
+"""The record of one request: the route fills it in; log, metrics and trace read it when the request ends."""
 
 import time
 from dataclasses import dataclass, field
@@ -13,9 +13,8 @@ CLIENT_LEFT = 499
 class RequestRecord:
     """One request; routes find it in `request.state.record`.
 
-    started: seconds of `time.monotonic()`; started_ns: the same moment by the clock. error_code: of the refusal, where
-    it was refused. submitted_s, first_token_s: seconds from `started` to the first submission and token. queue_s:
-    seconds in the queue.
+    started: seconds of `time.monotonic()`; started_ns: the same moment by the clock. error_code: of a refused request.
+    submitted_s, first_token_s: seconds from `started` to the first submission and token. queue_s: seconds in the queue.
     """
 
     id: str
@@ -33,7 +32,7 @@ class RequestRecord:
     first_token_s: float | None = None
 
     def follow(self, generation: Generation) -> "TokenClock":
-        """A clock for one generation of this request, once for each that is submitted."""
+        """A clock for one generation of this request; call once per generation."""
         return TokenClock(self, generation)
 
 
@@ -49,7 +48,7 @@ class TokenClock:
         self._last: float | None = None
 
     def tick(self) -> None:
-        """Note the arrival of a piece of text."""
+        """Record the arrival of a piece of text."""
         now = time.monotonic()
         record = self._record
         if self._last is not None:
@@ -62,7 +61,7 @@ class TokenClock:
         self._last = now
 
     def stop(self, last: Finished | None) -> None:
-        """Note the end of the generation; called once. `last` is None if the client left before the last event."""
+        """Record the end of the generation; called once. `last` is None if the client left before the last event."""
         record, generation = self._record, self._generation
         record.cached_tokens += generation.cached_tokens
         record.generated_tokens += generation.generated_tokens

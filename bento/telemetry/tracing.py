@@ -1,4 +1,4 @@
-"""OpenTelemetry: one span for each request, sent to a collector where OTEL_EXPORTER_OTLP_ENDPOINT names one.
+"""OpenTelemetry: one span per request, sent to the collector at OTEL_EXPORTER_OTLP_ENDPOINT, if set.
 
 A span is made from the request's record when the request has ended, so tracing adds no cost per token. It continues the
 trace of a `traceparent` header (W3C). The SDK's own variables apply: OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER, ...
@@ -23,16 +23,16 @@ NANO = 1e9
 
 
 def start_tracing(environment: Mapping[str, str] | None = None) -> "Tracer | None":
-    """The tracer that the variables describe, None where they name no collector.
+    """The tracer that the variables configure; None without a collector.
 
-    Raises InvalidArgument, one line, where the package that speaks to a collector is not installed.
+    Raises InvalidArgument, one line, if the exporter package is not installed.
     """
     environment = os.environ if environment is None else environment
     if not any(environment.get(name) for name in ENDPOINTS):
         return None
     try:
         found = find_spec(EXPORTER)
-    except ModuleNotFoundError:  # a parent package is not there
+    except ModuleNotFoundError:  # a parent package is missing
         found = None
     if not found:
         raise InvalidArgument(
@@ -48,8 +48,7 @@ class Tracer:
     """Sends spans to `exporter` in batches, in its own thread; spans are dropped while the collector is unreachable."""
 
     def __init__(self, exporter: SpanExporter) -> None:
-        # Read here because the SDK keeps the `os.environ` that it saw at import, and `datasets` replaces that by a
-        # copy.
+        # Read here because the SDK keeps the `os.environ` of its import, which `datasets` replaces with a copy.
         named = Resource.create({SERVICE_NAME: os.environ.get("OTEL_SERVICE_NAME") or "rex"})
         # `stop` shuts it down: the exit hook would block on an unreachable collector.
         self._provider = TracerProvider(resource=named, shutdown_on_exit=False)

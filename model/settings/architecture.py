@@ -32,9 +32,7 @@ class ModelSettings(Settings, group="model"):
     )
     tie_word_embeddings: bool = option(True, "One table for input and output embeddings.")
     initializer_range: float = option(0.02, "Standard deviation of the initial weights.", above=0, maximum=10.0)
-    attention_dropout: float = option(
-        0.0, "Part of the attention weights that is dropped in training.", minimum=0, below=1
-    )
+    attention_dropout: float = option(0.0, "Dropout rate of the attention weights in training.", minimum=0, below=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,4 +50,4 @@ class ModelSettings(Settings, group="model"):
             f"a multiple of model.num_key_value_heads ({self.num_key_value_heads})",
         )
         head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        expect(head_dim % 2 == 0, "model.head_dim", head_dim, "an even number, as rotary embeddings turn pairs")
+        expect(head_dim % 2 == 0, "model.head_dim", head_dim, "an even number, as rotary embeddings rotate pairs")

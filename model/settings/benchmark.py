@@ -19,7 +19,7 @@ class BenchmarkSettings(Settings, group="benchmark"):
         maximum=2**20,
     )
     prefill_tokens: list[int] = option(
-        [64, 256, 1000], "Lengths of prompts that are read in one pass.", unit="tokens", above=0, maximum=2**20
+        [64, 256, 1000], "Prompt lengths, each prefilled in one pass.", unit="tokens", above=0, maximum=2**20
     )
     batch_sizes: list[int] = option([1, 4, 8], "Sequences decoded at once.", unit="sequences", above=0, maximum=4096)
     batch_tokens: int = option(

@@ -47,20 +47,22 @@ class CorpusSettings(Settings, group="corpus"):
     )
     split_by: Literal["hash", "position"] = option(
         "hash",
-        "hash: a document's hash decides its split, so it never moves; position: the last part of the text validates.",
+        "hash: a document's hash decides its split, so it never moves; position: the text's last part validates.",
     )
-    validation_fraction: float = option(0.1, "Part of the documents (or of the text) that validates.", above=0, below=1)
+    validation_fraction: float = option(
+        0.1, "Fraction of the documents (or of the text) in the validation split.", above=0, below=1
+    )
     max_bytes: int = option(
         0, "Reading stops after this much text; 0: all is read.", unit="bytes", minimum=0, maximum=10**15
     )
     shard_bytes: int = option(
         67_108_864, "Text in one Parquet file; a document may not be larger.", unit="bytes", above=0, maximum=2**30
     )
-    license: str = option("unknown", "Noted in the summary and the model card.")
+    license: str = option("unknown", "License of the text, for the summary and the model card.")
 
     @property
     def holds_conversations(self) -> bool:
-        """Whether documents are conversations, which lose their value when cut."""
+        """Whether documents are conversations, which must not be split."""
         return self.source == "docstrings" or bool(self.response_field or self.messages_field)
 
     def __post_init__(self) -> None:

@@ -22,14 +22,14 @@ _KEY = "option"
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a number, or each number of a list, may be. `above` and `below` are exclusive, the others inclusive."""
+    """Range of a number, or of each number of a list. `above` and `below` are exclusive, the others inclusive."""
 
     above: float | None = None
     minimum: float | None = None
     below: float | None = None
     maximum: float | None = None
     reason: str = ""
-    """Said behind the lower bound: why it is where it is."""
+    """Reason for the lower bound, shown after it."""
 
     def admits(self, value: float) -> bool:
         """Whether `value` is in range; NaN never is."""
@@ -62,7 +62,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Option:
-    """One option as people read about it. default: None where a value has to be given."""
+    """Documentation of one option. default: None if a value is required."""
 
     group: str
     name: str
@@ -130,7 +130,7 @@ def option(
 
 
 def expect(ok: bool, name: str, value: object, expected: str) -> None:
-    """Raises PipelineError, one line, where `ok` is false. name: the option with its group."""
+    """Raises PipelineError, one line, if `ok` is false. name: the option with its group."""
     if not ok:
         raise PipelineError(f"{name} is {value!r}: expected {expected}")
 

@@ -15,7 +15,7 @@ class QuantizationSettings(Settings, group="quantization"):
     )
     evaluation_windows: int = option(
         32,
-        "Validation windows on which the loss in quality is measured.",
+        "Validation windows for the loss in quality.",
         unit="windows",
         above=0,
         maximum=10**9,

@@ -21,9 +21,9 @@ class ServingSettings(Settings, group="serving"):
         "Hold activations, and weights that are not int8, in bfloat16: for GPUs and processors with AMX or "
         "AVX512-BF16.",
     )
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU where there is one.")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU if there is one.")
     step: Literal["auto", "reference", "native"] = option(
-        "auto", "What computes a step of the engine; auto: the fastest that runs the model on the machine that serves."
+        "auto", "Implementation of the engine's step; auto: the fastest that runs the model on the serving machine."
     )
     max_batch_size: int = option(
         16,
@@ -41,41 +41,41 @@ class ServingSettings(Settings, group="serving"):
     )
     prefill_chunk: int = option(
         256,
-        "Tokens of one step with prompts in it, those of running texts included: bounds how long a prompt delays them.",
+        "Tokens of a step with prefill, decoded ones included: bounds how long a prompt delays running texts.",
         unit="tokens",
         above=0,
         maximum=2**20,
     )
-    max_queue: int = option(128, "Requests that wait; more are answered 429.", unit="requests", above=0, maximum=65_536)
+    max_queue: int = option(
+        128, "Most waiting requests; more are answered 429.", unit="requests", above=0, maximum=65_536
+    )
     max_queue_tokens: int = option(
-        262_144, "Prompt tokens that wait; more are answered 429.", unit="tokens", above=0, maximum=2**30
+        262_144, "Most prompt tokens of waiting requests; more are answered 429.", unit="tokens", above=0, maximum=2**30
     )
     queue_timeout_s: float = option(
-        60.0, "From a request's arrival to its start; later is answered 503.", unit="seconds", above=0, maximum=_DAY_S
+        60.0, "Time limit from a request's arrival to its start; then 503.", unit="seconds", above=0, maximum=_DAY_S
     )
     request_timeout_s: float = option(
         300.0,
-        "From a request's arrival to its last token; later is answered 504, or ends the stream with an error.",
+        "Time limit from a request's arrival to its last token; then 504, or an error in the stream.",
         unit="seconds",
         above=0,
         maximum=_DAY_S,
     )
     step_timeout_s: float = option(
         60.0,
-        "Of one step of the model; a longer one hangs, and the engine starts again, once.",
+        "Time limit of one step of the model; a longer one counts as hung, and the engine restarts, once.",
         unit="seconds",
         above=0,
         maximum=_DAY_S,
     )
     drain_timeout_s: float = option(
-        30.0, "That running requests have to finish after SIGTERM.", unit="seconds", minimum=0, maximum=_DAY_S
+        30.0, "Grace period of running requests after SIGTERM.", unit="seconds", minimum=0, maximum=_DAY_S
     )
     max_body_bytes: int = option(
-        1_048_576, "Of a request's body; more is answered 413.", unit="bytes", above=0, maximum=2**30
+        1_048_576, "Largest request body; a larger one is answered 413.", unit="bytes", above=0, maximum=2**30
     )
     cors_origins: str = option(
         "", "Web sites whose pages may call the service, comma separated; * for all; empty: none."
     )
-    allow_anonymous: bool = option(
-        False, "Where no API key is set, let in everyone who reaches the service, on all addresses."
-    )
+    allow_anonymous: bool = option(False, "Without API keys, accept every client, on all addresses.")

@@ -17,7 +17,7 @@ class TokenizerSettings(Settings, group="tokenizer"):
         "bpe",
         "bpe: byte-level BPE; char: every character of the train split, others as bytes; pretrained: that of `path`.",
     )
-    path: str = option("", "Checkpoint whose tokenizer is taken (kind pretrained): its folder, or latest:EXPERIMENT.")
+    path: str = option("", "Checkpoint whose tokenizer is used (kind pretrained): its folder, or latest:EXPERIMENT.")
     chat: bool = option(
         False,
         "Documents are conversations (corpus.messages_field, corpus.response_field): the tokenizer gets a special "
@@ -25,14 +25,14 @@ class TokenizerSettings(Settings, group="tokenizer"):
     )
     vocab_size: int = option(
         4096,
-        "Tokens, the special ones included; kind char takes what the text has.",
+        "Tokens, special ones included; kind char derives it from the text.",
         unit="tokens",
         above=0,
         maximum=2**20,
     )
     training_bytes: int = option(
         33_554_432,
-        "Text of the train split that merges are learned from; 0: all of it.",
+        "Text of the train split from which merges are learned; 0: all of it.",
         unit="bytes",
         minimum=0,
         maximum=10**11,

@@ -46,7 +46,7 @@ class TrainingSettings(Settings, group="training"):
         False, "Scale each row of Muon's updates by the root of its second moment (NorMuon)."
     )
     muon_cautious_weight_decay: bool = option(
-        False, "Muon's weight decay only where it and the update have one direction."
+        False, "Apply Muon's weight decay only where weight and update agree in sign."
     )
     newton_schulz_steps: int = option(
         5,
@@ -60,7 +60,9 @@ class TrainingSettings(Settings, group="training"):
     )
     adam_beta1: float = option(0.9, "Decay of AdamW's first moment.", minimum=0, below=1)
     adam_beta2: float = option(0.95, "Decay of AdamW's second moment.", minimum=0, below=1)
-    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0: never.", minimum=0, maximum=1e9)
+    max_grad_norm: float = option(
+        1.0, "Largest gradient norm; larger gradients are scaled down; 0: no clipping.", minimum=0, maximum=1e9
+    )
     z_loss: float = option(
         0.0,
         "Weight in the loss of the squared log of the softmax denominator; 1e-4 keeps logits from drifting.",
@@ -73,11 +75,9 @@ class TrainingSettings(Settings, group="training"):
         "empty: random weights.",
     )
     distill_from: str = option(
-        "", "Teacher whose predictions training follows too: a checkpoint's folder, or latest:EXPERIMENT; empty: none."
+        "", "Teacher for distillation: a checkpoint's folder, or latest:EXPERIMENT; empty: none."
     )
-    distill_weight: float = option(
-        0.5, "Part of the loss that is the divergence from the teacher.", minimum=0, maximum=1
-    )
+    distill_weight: float = option(0.5, "Share of the divergence from the teacher in the loss.", minimum=0, maximum=1)
     distill_temperature: float = option(
         1.0,
         "Divides both models' logits in the divergence; higher gives unlikely tokens more weight.",
@@ -86,7 +86,7 @@ class TrainingSettings(Settings, group="training"):
     )
     distill_top_k: int = option(
         0,
-        "The teacher's most likely tokens that are followed one by one, the others as their sum; 0: all one by one.",
+        "The teacher's most likely tokens in the divergence, the others as their sum; 0: all tokens.",
         unit="tokens",
         minimum=0,
         maximum=2**20,
@@ -99,20 +99,18 @@ class TrainingSettings(Settings, group="training"):
         maximum=_MOST_STEPS,
     )
     decay_fraction: float = option(
-        0.4, "Last part of the steps, in which the learning rate falls linearly to zero.", minimum=0, maximum=1
+        0.4, "Fraction of the steps, at the end, in which the learning rate decays linearly.", minimum=0, maximum=1
     )
-    final_learning_rate: float = option(
-        0.0, "Part of the peak learning rate that the decay ends at.", minimum=0, maximum=1
-    )
+    final_learning_rate: float = option(0.0, "Final learning rate as a fraction of the peak.", minimum=0, maximum=1)
     precision: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "Of the forward and backward pass; auto: bfloat16 where the hardware computes it fast."
+        "auto", "Precision of the forward and backward pass; auto: bfloat16 if the hardware computes it fast."
     )
     torch_compile: bool = option(False, "Compile the model; pays from about ten minutes of training on.")
     activation_checkpointing: bool = option(
         False, "Recompute activations in the backward pass: less memory, a third more work."
     )
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU where there is one.")
-    eval_steps: int = option(100, "From one evaluation to the next.", unit="steps", above=0, maximum=_MOST_STEPS)
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU if there is one.")
+    eval_steps: int = option(100, "Interval between evaluations.", unit="steps", above=0, maximum=_MOST_STEPS)
     eval_windows: int = option(
         64,
         "Validation windows of an evaluation during training; the last one reads the whole split.",
@@ -122,23 +120,23 @@ class TrainingSettings(Settings, group="training"):
     )
     early_stopping_patience: int = option(
         0,
-        "Evaluations without progress before training stops; 0: never.",
+        "Evaluations without improvement before training stops; 0: never stop early.",
         unit="evaluations",
         minimum=0,
         maximum=10**9,
     )
     save_steps: int = option(
         100,
-        "From one checkpoint to the next; a multiple of eval_steps.",
+        "Interval between checkpoints; a multiple of eval_steps.",
         unit="steps",
         above=0,
         maximum=_MOST_STEPS,
     )
     save_total_limit: int = option(
-        2, "Checkpoints kept beside the best one.", unit="checkpoints", above=0, maximum=1000
+        2, "Newest checkpoints to keep, in addition to the best one.", unit="checkpoints", above=0, maximum=1000
     )
     logging_steps: int = option(
-        10, "From one log line with tracked metrics to the next.", unit="steps", above=0, maximum=_MOST_STEPS
+        10, "Interval between log lines with tracked metrics.", unit="steps", above=0, maximum=_MOST_STEPS
     )
     self_check: bool = option(
         True,
@@ -153,19 +151,19 @@ class TrainingSettings(Settings, group="training"):
     )
     watch_after: float = option(
         0.1,
-        "Part of the steps after which it is a warning that the validation loss is not below that of token "
-        "frequencies, or that a parameter has not moved.",
+        "Fraction of the steps after which it warns if the validation loss is not below that of token "
+        "frequencies, or if a parameter has not changed.",
         minimum=0,
         maximum=1,
     )
     watch_repeats: int = option(
         3,
-        "Log lines with the same gradient norm that are a warning; a norm of exactly 0 is one at once.",
+        "Consecutive log lines with the same gradient norm that cause a warning; a norm of exactly 0 warns at once.",
         unit="log lines",
         minimum=2,
         maximum=10**6,
     )
-    seed: int = option(0, "Of the initial weights and the data order.", minimum=0, maximum=2**32 - 1)
+    seed: int = option(0, "Seed of the initial weights and the data order.", minimum=0, maximum=2**32 - 1)
     sample_prompts: list[str] = option(
         ["def", "class", "import"], "Prompts that the model continues at each evaluation, shown with the run."
     )

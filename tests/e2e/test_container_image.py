@@ -198,7 +198,7 @@ def test_docker_stop_lets_a_running_request_finish(slow_container):
     assert answers[0].json()["usage"]["completion_tokens"] == 16 * 200
     state = container.inspect()["State"]
     assert (state["Status"], state["ExitCode"]) == ("exited", 0)
-    assert re.search(r"draining: [1-9]\d* requests under way", container.log())
+    assert re.search(r"draining: [1-9]\d* requests in flight", container.log())
 
 
 def test_a_device_that_is_not_there_ends_the_start_in_one_line(image):

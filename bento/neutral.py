@@ -11,7 +11,7 @@ TEXTS = {"context", "input", "messages", "prompt"}
 LABELS = {
     "cache_salt", "guided_decoding_backend", "keep_alive", "prompt_cache_retention", "request_id", "rid",
 }  # fmt: skip
-"""Texts or numbers that name a request, concern caches, or choose among ways to the same text."""
+"""Labels of a request, cache hints, and choices that do not change the text."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     # vLLM and SGLang, and the routers in front of them
     "add_special_tokens": (True, False),  # the tokenizer has none to add

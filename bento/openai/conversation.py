@@ -41,7 +41,7 @@ NO_NAMES: Mapping[str, str] = {}
 
 
 async def read_conversation(backend: Backend, body: ChatRequest, names: Mapping[str, str] = NO_NAMES) -> Conversation:
-    """What a body asks the engine for. names: those of another API for the fields of the chat route.
+    """The engine's request for a body. names: another API's names for the fields of the chat route.
 
     Raises ApiError 400 if the model, its chat template or the context does not accept it.
     """
@@ -61,7 +61,7 @@ async def read_conversation(backend: Backend, body: ChatRequest, names: Mapping[
 
 
 async def encode_dialogue(backend: Backend, body: Dialogue, names: Mapping[str, str] = NO_NAMES) -> list[int]:
-    """The tokens of a conversation up to where the model speaks. Raises ApiError 400."""
+    """The tokens of a conversation up to the start of the model's answer. Raises ApiError 400."""
     engine = backend.engine
     tools = [f.model_dump(include={"name", "description", "parameters"}) for f in body.callable_functions()]
     turns = plain_turns(spoken(body.messages), tools, has_tool_role=has_marks(engine.tokenizer))
@@ -82,7 +82,7 @@ Place = tuple[str | int, ...]
 
 
 def as_chat(fields: Mapping[str, Any], names: Mapping[str, str], places: Sequence[Place] = ()) -> ChatRequest:
-    """A body of another API as one of /v1/chat/completions. Raises ApiError 400.
+    """Convert a body of another API to /v1/chat/completions. Raises ApiError 400.
 
     names: of the other's fields. places: where in the other's body each message stands.
     """

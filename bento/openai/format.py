@@ -201,7 +201,7 @@ class Format(ABC):
         return reason
 
     def _extras(self, choice: Choice, tokens: Sequence[PositionedToken], *, has_text: bool) -> dict[str, Any]:
-        # A text without tokens of its own has an empty list: they came with an earlier part of it.
+        # A text without tokens has an empty list: its tokens came with an earlier part.
         is_scored = self.shown.is_scored and bool(tokens or has_text)
         extras: dict[str, Any] = {"logprobs": self._logprobs(tokens) if is_scored else None}
         if self.shown.has_ids:

@@ -33,7 +33,7 @@ Logprobs = Annotated[int, WHOLE, Field(ge=0, le=MOST_LOGPROBS)]
 
 
 def not_zero(value: int) -> int:
-    """A number of tokens that may be -1. Raises for 0."""
+    """A number of tokens or -1. Raises for 0."""
     if value == 0:
         raise PydanticCustomError("greater_than_equal", "expected 1 or more, or -1")
     return value
@@ -44,7 +44,9 @@ def _false_is_none(value: Any) -> Any:
 
 
 def read_prompts(value: Any, most: int = MOST_PROMPTS) -> list[str] | list[list[int]]:
-    """A text, a list of texts or tokens in any of their forms, as a list of texts or of token lists. most: of them."""
+    """A text, a list of texts or tokens in any of their forms, as a list of texts or of token lists. most: maximum
+    number of texts.
+    """
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list):
@@ -211,7 +213,7 @@ def _check_one_count(max_tokens: int | None, max_completion_tokens: int | None) 
 
 
 class Dialogue(ToolFields):
-    """A conversation, and where the model speaks in it."""
+    """A conversation, and the start of the model's answer."""
 
     messages: list[Message] = Field(
         min_length=1,

@@ -136,7 +136,7 @@ class Structured(StrictRequest):
 async def compile_form(
     backend: Backend, body: Structured, names: Mapping[str, str] = MappingProxyType({})
 ) -> Grammar | None:
-    """The grammar of a request's form, None where it asks for none. names: those of another API for the fields.
+    """The grammar of a request, None without one. names: another API's names for the fields.
 
     Raises ApiError 400 for a form that is wrong.
     """

@@ -26,7 +26,7 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
 def _parameters(value: dict[str, Any]) -> dict[str, Any]:
-    """A schema of arguments, which are an object: one that does not say so means it."""
+    """A schema of arguments; its type is "object", also if it does not say so."""
     kind = value.get("type", "object")
     if isinstance(kind, list) or kind in OTHER_TYPES:
         raise PydanticCustomError("parameters", 'expected a schema of the type "object": arguments have names')
@@ -104,7 +104,7 @@ class CalledFunction(StrictRequest):
 class ToolCall(StrictRequest):
     """A call made by the assistant."""
 
-    id: str | None = Field(None, max_length=256, description="What a result names it by.")
+    id: str | None = Field(None, max_length=256, description="Id by which a result refers to the call.")
     type: Literal["function"] | None = None
     index: int | None = None
     function: CalledFunction
@@ -126,7 +126,7 @@ class ToolFields(StrictRequest):
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
             raise PydanticCustomError("tools", "two functions have the same name", {"param": "tools"})
-        # With an empty list of tools, auto is what it says; without any it asks for what is missing.
+        # With an empty list of tools, auto is accepted; without the field it is an error.
         taken = (None, "none") if self.tools is None else (None, "none", "auto")
         if not names and self.tool_choice not in taken:
             raise PydanticCustomError("no_tools", "only with tools", {"param": "tool_choice"})

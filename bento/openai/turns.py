@@ -1,4 +1,4 @@
-"""The messages of a conversation, as the chat route takes them."""
+"""The message schemas of the chat route."""
 
 from typing import Annotated, Any, Literal
 
@@ -16,14 +16,14 @@ MESSAGE_LABELS = {
     "reasoning", "reasoning_content",
     "reasoning_details", "refusal", "status", "thinking", "thinking_blocks", "timestamp",
 }  # fmt: skip
-"""Fields of a message that clients send back from other servers' answers and no chat template here reads."""
+"""Message fields that clients copy from other servers' answers; no chat template here reads them."""
 PART_LABELS = {"annotations", "cache_control", "id"}
 
 Label = Annotated[str, Field(max_length=LONGEST_LABEL)]
 
 
 def unsupported(*neutral: str) -> Any:
-    """A field that is known and not supported: only the neutral values are taken."""
+    """An unsupported field: only its neutral values are accepted."""
     names = ", ".join(("null", *neutral))
     return Field(None, description=f"Not supported: only {names}.")
 
@@ -41,7 +41,7 @@ def _content(value: Any) -> str:
 
 
 def _is_without_text(message: dict[str, Any]) -> bool:
-    """Whether a message says so that it has no text: null, or calls alone."""
+    """Whether a message has no text: content null, or only calls."""
     if "content" not in message or message["content"] == []:
         return bool(message.get("tool_calls"))
     return message["content"] is None

@@ -189,4 +189,4 @@ def test_an_upload_that_is_not_complete_does_not_hold_up_the_end(model_dir, tmp_
             assert generating.result().json()["usage"]["generated_tokens"] == 400
             assert server.process.wait(30) == 0
         assert "Traceback" not in server.log
-        assert "requests are cancelled" not in server.log
+        assert "requests are canceled" not in server.log

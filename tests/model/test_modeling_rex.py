@@ -267,7 +267,7 @@ def test_the_compiled_model_with_a_padding_mask_is_still_one_graph_and_right() -
             {"num_attention_heads": 4, "num_key_value_heads": 3},
             "num_attention_heads is 4: expected a multiple of num_key_value_heads (3)",
         ),
-        ({"head_dim": 7}, "head_dim is 7: expected an even number, as rotary embeddings turn pairs"),
+        ({"head_dim": 7}, "head_dim is 7: expected an even number, as rotary embeddings rotate pairs"),
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0: expected at least 1"),
     ],
 )

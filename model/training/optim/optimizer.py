@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from model.settings import TrainingSettings
 from model.system.devices import Precision, has_fast_bfloat16
 from model.training.optim.newton_schulz import orthogonalize
+from model.training.optim.shared import is_shared, orthogonalize_shared
 
 ROW_DECAY = 0.95
 """Decay rate of the second moment of an update's rows (NorMuon)."""
@@ -76,27 +77,38 @@ class MuonAdamW(torch.optim.Optimizer):
         by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for parameter in parameters:
             by_shape[parameter.shape].append(parameter)
-        for shape, same in by_shape.items():
-            updates = []
-            for parameter in same:
-                state = self.state[parameter]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                assert parameter.grad is not None
-                state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                updates.append(parameter.grad.lerp(state["momentum_buffer"], group["momentum"]))
-            stacked_NRC = torch.stack(updates).to(self._newton_schulz_dtype)
-            update_NRC = orthogonalize(stacked_NRC, group["newton_schulz_steps"])
-            scale = 0.2 * max(shape) ** 0.5
-            if group["normalize_rows"]:
-                update_NRC = self._normalize_rows(same, update_NRC)
-            for parameter, update_RC in zip(same, update_NRC, strict=True):
-                decay = group["lr"] * group["weight_decay"]
-                if group["cautious_weight_decay"]:
-                    parameter.addcmul_(parameter, update_RC * parameter > 0, value=-decay)
-                else:
-                    parameter.mul_(1 - decay)
-                parameter.add_(update_RC, alpha=-group["lr"] * scale)
+        steps = group["newton_schulz_steps"]
+        if is_shared(parameters):
+            stacks = [self._momentum_updates(group, same) for same in by_shape.values()]
+            for same, update_NRC in zip(by_shape.values(), orthogonalize_shared(stacks, steps), strict=True):
+                self._apply_updates(group, same, update_NRC)
+        else:  # shape by shape: the updates of all would take as much memory as the gradients
+            for same in by_shape.values():
+                self._apply_updates(group, same, orthogonalize(self._momentum_updates(group, same), steps))
+
+    def _momentum_updates(self, group: dict[str, Any], parameters: list[Tensor]) -> Tensor:
+        """Nesterov momentum of parameters of one shape, in the dtype of the orthogonalization; shape (N, R, C)."""
+        updates = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            assert parameter.grad is not None
+            state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+            updates.append(parameter.grad.lerp(state["momentum_buffer"], group["momentum"]))
+        return torch.stack(updates).to(self._newton_schulz_dtype)
+
+    def _apply_updates(self, group: dict[str, Any], parameters: list[Tensor], update_NRC: Tensor) -> None:
+        scale = 0.2 * max(parameters[0].shape) ** 0.5
+        if group["normalize_rows"]:
+            update_NRC = self._normalize_rows(parameters, update_NRC)
+        for parameter, update_RC in zip(parameters, update_NRC, strict=True):
+            decay = group["lr"] * group["weight_decay"]
+            if group["cautious_weight_decay"]:
+                parameter.addcmul_(parameter, update_RC * parameter > 0, value=-decay)
+            else:
+                parameter.mul_(1 - decay)
+            parameter.add_(update_RC, alpha=-group["lr"] * scale)
 
     def _normalize_rows(self, parameters: list[Tensor], update_NRC: Tensor) -> Tensor:
         """NorMuon (https://arxiv.org/abs/2510.05491): divide rows by the root of their second moment, keeping the

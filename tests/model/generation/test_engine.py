@@ -210,18 +210,18 @@ def test_short_texts_generate_side_by_side_in_the_memory_of_one_context(tokenize
 
 
 def test_long_texts_wait_for_memory_and_leave_none_of_it_taken(tokenizer):
-    context, count = 256, 100
+    context, count = 128, 30
     model = tiny_model(tokenizer, max_position_embeddings=context)
     bytes_of_context = context * bytes_per_token(model.config, model.dtype)
     held = []
     engine = start(model, tokenizer, max_batch_size=8, kv_cache_mib=math.ceil(2 * bytes_of_context / MIB))
     capacity = engine._scheduler._capacity = 2 * context
     hook = StepHook(engine, after=lambda segments: held.append(len(segments)))
-    prompts = [[number + 3] * 60 for number in range(8)]
+    prompts = [[number + 3] * 40 for number in range(6)]
     asked = [engine.submit(GenerationRequest(prompt, count, GREEDY)) for prompt in prompts]
     assert [tokens(generation) for generation in asked] == [reference(model, prompt, count) for prompt in prompts]
     table = engine._scheduler._slots
-    assert max(held) == capacity // table.pages(60 + count) < 4
+    assert max(held) == capacity // table.pages(40 + count) < 4
     assert sum(table.pages(table.length(slot)) for slot in range(8)) <= capacity
     hook.remove()
     engine.stop()

@@ -40,7 +40,7 @@ def run_stage(stage: str, experiment: ExperimentSettings, folder: Path) -> None:
 
         train(experiment, dataset, checkpoint, folder / "scratch")
     elif stage == "quantized_model":
-        from model.weights.quantization import quantize_checkpoint
+        from model.quantization import quantize_checkpoint
 
         length = experiment.tokenizer.sequence_length
         quantize_checkpoint(experiment.quantization, checkpoint, dataset, quantized, sequence_length=length)

@@ -94,7 +94,7 @@ PIPELINE = (
             "keeps_quality": f"Bits per byte are at most {QUANTIZATION_ERROR:.0%} above full precision's (else an "
             f"error), or {QUANTIZATION_WARNING:.0%} (else a warning)."
         },
-        preload=("model.weights.quantization",),
+        preload=("model.quantization",),
     ),
     StageSpec(
         "exported_model",

@@ -9,9 +9,10 @@ Legend: `B` windows in a batch, `T` tokens of a window, `D` hidden size, `R` row
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from model.errors import PipelineError
@@ -46,9 +47,57 @@ class Agreement:
     """Mean KL(reference || model), nats per token."""
 
 
+class Predictor(Protocol):
+    """What is evaluated: a model, or a step of the generation engine (`model/generation/predictor.py`)."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Logits of a row."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the logits are."""
+
+    def logits(self, ids_BT: Tensor, selected_BT: Tensor, rows: int) -> Iterator[Tensor]:
+        """Logits (rows, V), float32, of the token after each selected one, window by window; the last may have fewer.
+
+        selected_BT: bool, (B, T - 1): the last token of a window has no next one to predict.
+        """
+
+
+class ModelPredictor:
+    """A model in evaluation mode: one forward pass per batch, and its head over `rows` rows at a time."""
+
+    def __init__(self, model: RexForCausalLM) -> None:
+        self._model = model
+        self.vocab_size: int = model.config.vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._model.device
+
+    def logits(self, ids_BT: Tensor, selected_BT: Tensor, rows: int) -> Iterator[Tensor]:
+        """As `Predictor.logits`; leaves the model in the mode it was in."""
+        model, mode = self._model, self._model.training
+        model.eval()
+        try:
+            hidden_BTD = model.model(input_ids=ids_BT.to(model.device), use_cache=False).last_hidden_state
+            hidden_RD = hidden_BTD[:, :-1][selected_BT.to(hidden_BTD.device)]
+            for start in range(0, len(hidden_RD), rows):
+                yield model.lm_head(hidden_RD[start : start + rows]).float()
+        finally:
+            model.train(mode)
+
+
+def as_predictor(model: "RexForCausalLM | Predictor") -> Predictor:
+    """The model itself where it is no predictor yet."""
+    return ModelPredictor(model) if isinstance(model, nn.Module) else model  # type: ignore[arg-type, return-value]
+
+
 @torch.no_grad()  # not inference_mode: what the model caches under it could not be used in training again
 def evaluate(
-    model: RexForCausalLM,
+    model: RexForCausalLM | Predictor,
     dataset: TokenDataset,
     *,
     batch_size: int = 4,
@@ -64,16 +113,13 @@ def evaluate(
     Raises PipelineError where there is nothing to predict.
     """
     limit_threads()
+    predictor = as_predictor(model)
     progress = Progress(log, "evaluation", sum(_count(dataset, max_windows)), "windows")
     byte_counts_V = torch.from_numpy(dataset.byte_counts)
     nats, tokens, text_bytes = 0.0, 0, 0
-    for labels_BT, (hidden_BTD,) in _forward([model], _batches(dataset, batch_size, max_windows)):
-        labels_BT = labels_BT[:, 1:]
-        counted = labels_BT != IGNORE_INDEX  # only the responses of conversations count
-        labels_R = labels_BT[counted]
-        for start, (logits_RV,) in _chunks([model], [hidden_BTD[:, :-1][counted.to(hidden_BTD.device)]]):
-            targets = labels_R[start : start + len(logits_RV)].to(logits_RV.device)
-            nats += functional.cross_entropy(logits_RV, targets, reduction="none").double().sum().item()
+    for ids_BT, labels_BT in _batches(dataset, batch_size, max_windows):
+        labels_R, nats_R = _nats(predictor, ids_BT, labels_BT)
+        nats += sum(part.sum().item() for part in nats_R)
         tokens += len(labels_R)
         text_bytes += int(byte_counts_V[labels_R].sum())
         progress.advance(len(labels_BT))
@@ -90,28 +136,25 @@ def evaluate(
 
 
 @torch.no_grad()
-def window_bits(model: RexForCausalLM, batches: Iterator[tuple[Tensor, Tensor]]) -> list[float]:
+def window_bits(model: RexForCausalLM | Predictor, batches: Iterator[tuple[Tensor, Tensor]]) -> list[float]:
     """Bits that each window costs, in order: of its predicted tokens, those whose label is IGNORE_INDEX left out.
 
     batches: token ids and labels, each (B, T), as a TokenDataset gives them; the first token of a window is not
     predicted.
     """
-    bits: list[float] = []
-    for labels_BT, (hidden_BTD,) in _forward([model], batches):
-        for labels_T, hidden_TD in zip(labels_BT[:, 1:], hidden_BTD[:, :-1], strict=True):
-            counted = labels_T != IGNORE_INDEX
-            labels_R, nats = labels_T[counted], 0.0
-            for start, (logits_RV,) in _chunks([model], [hidden_TD[counted.to(hidden_TD.device)]]):
-                targets = labels_R[start : start + len(logits_RV)].to(logits_RV.device)
-                nats += functional.cross_entropy(logits_RV, targets, reduction="none").double().sum().item()
-            bits.append(nats / math.log(2))
+    predictor, bits = as_predictor(model), []
+    for ids_BT, labels_BT in batches:
+        _, nats = _nats(predictor, ids_BT, labels_BT)
+        counts = (labels_BT[:, 1:] != IGNORE_INDEX).sum(dim=1).tolist()
+        nats_R = torch.cat([torch.zeros(0, dtype=torch.float64), *nats])
+        bits += [part.sum().item() / math.log(2) for part in nats_R.split(counts)]
     return bits
 
 
 @torch.no_grad()
 def compare(
-    model: RexForCausalLM,
-    reference: RexForCausalLM,
+    model: RexForCausalLM | Predictor,
+    reference: RexForCausalLM | Predictor,
     dataset: TokenDataset,
     *,
     max_windows: int | None,
@@ -120,15 +163,29 @@ def compare(
     """How closely `model` follows `reference` on the windows that `evaluate` would take."""
     limit_threads()
     same, divergence, tokens = 0, 0.0, 0
-    models = [model, reference]
-    for _, states in _forward(models, _batches(dataset, batch_size, max_windows)):
-        for _, (logits_RV, expected_RV) in _chunks(models, [hidden[:, :-1].flatten(0, 1) for hidden in states]):
+    first, second = as_predictor(model), as_predictor(reference)
+    rows = min(rows_at_once(each.vocab_size, each.device) for each in (first, second))
+    for ids_BT, _ in _batches(dataset, batch_size, max_windows):
+        every_BT = torch.ones_like(ids_BT[:, 1:], dtype=torch.bool)
+        pairs = zip(first.logits(ids_BT, every_BT, rows), second.logits(ids_BT, every_BT, rows), strict=True)
+        for logits_RV, expected_RV in pairs:
             log_q_RV = functional.log_softmax(logits_RV, dim=-1)
             log_p_RV = functional.log_softmax(expected_RV.to(log_q_RV.device), dim=-1)
             same += int((log_q_RV.argmax(-1) == log_p_RV.argmax(-1)).sum())
             divergence += (log_p_RV.exp() * (log_p_RV - log_q_RV)).double().sum().item()
             tokens += len(log_q_RV)
     return Agreement(top1_agreement=same / tokens, kl_divergence=divergence / tokens)
+
+
+def _nats(predictor: Predictor, ids_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Labels (R,) of the tokens that count (in conversations, those of answers), and their nats, float64, in parts."""
+    counted_BT = labels_BT[:, 1:] != IGNORE_INDEX
+    labels_R, nats, start = labels_BT[:, 1:][counted_BT], [], 0
+    for logits_RV in predictor.logits(ids_BT, counted_BT, rows_at_once(predictor.vocab_size, predictor.device)):
+        targets_R = labels_R[start : start + len(logits_RV)].to(logits_RV.device)
+        nats.append(functional.cross_entropy(logits_RV, targets_R, reduction="none").double().cpu())
+        start += len(logits_RV)
+    return labels_R, nats
 
 
 def _count(dataset: TokenDataset, max_windows: int | None) -> tuple[int, bool]:
@@ -154,29 +211,3 @@ def _batches(dataset: TokenDataset, batch_size: int, max_windows: int | None) ->
         tail = dataset.tokens[len(dataset) * (dataset.sequence_length - 1) :]
         ids_1T = torch.from_numpy(tail.astype("int64")).unsqueeze(0)
         yield ids_1T, ids_1T
-
-
-def _forward(
-    models: list[RexForCausalLM], batches: Iterator[tuple[Tensor, Tensor]]
-) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """(labels (B, T), each model's final hidden states (B, T, D)) per batch; leaves the models in the mode they were
-    in.
-    """
-    modes = [model.training for model in models]
-    try:
-        for model in models:
-            model.eval()
-        for ids_BT, labels_BT in batches:
-            inputs = ((m.model, ids_BT.to(m.device)) for m in models)
-            yield labels_BT, [decoder(input_ids=ids, use_cache=False).last_hidden_state for decoder, ids in inputs]
-    finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
-
-
-def _chunks(models: list[RexForCausalLM], states: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
-    """(first row, each model's float32 logits (rows, V)) for the same rows of each model's hidden states (R, D)."""
-    rows = min(rows_at_once(m.config.vocab_size, m.device) for m in models)
-    for start in range(0, len(states[0]), rows):
-        pairs = zip(models, states, strict=True)
-        yield start, [model.lm_head(hidden_RD[start : start + rows]).float() for model, hidden_RD in pairs]

@@ -24,7 +24,7 @@ def quantized_model(
     tokenized_dataset: Path,
 ) -> Iterator[dg.MaterializeResult]:
     """The checkpoint's weights in int8 (or as they are, method `none`), with the measured loss in quality."""
-    from model.weights.quantization import quantize_checkpoint
+    from model.quantization import quantize_checkpoint
 
     upstream = {"trained_checkpoint": trained_checkpoint, "tokenized_dataset": tokenized_dataset}
     with stage(context, hydra, mlflow, upstream) as work:
@@ -48,6 +48,7 @@ def quantized_model(
                         "full_precision_on_the_same": f"{summary.bits_per_byte_before:.4f}",
                     },
                     same_most_likely_token=f"{summary.top1_agreement:.1%}",
+                    measured_through=f"the {summary.step} step of the engine",
                 ),
                 "picture": ui_metadata.bars(
                     "bytes of the weights", {"full precision": summary.bytes_before, "quantized": summary.bytes_after}

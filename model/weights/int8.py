@@ -1,6 +1,6 @@
 """Int8 weights: one signed byte per weight and one float32 scale per output channel (per token for the embedding).
 
-`quantize` and `dequantize` swap the layers of a model in memory; files and quality are `model/weights/quantization.py`.
+`quantize` and `dequantize` swap the layers of a model in memory; files and quality are `model/quantization.py`.
 On x86 CPUs large layers multiply in int8 (FBGEMM, activations quantized to 7 bits per token). Small layers, other
 devices and torch.compile dequantize the weights. Quantization is per token, so results do not depend on the rest of the
 batch, and cached logits equal uncached ones; torch's dynamic quantization (`linear_dynamic`) uses one range per batch

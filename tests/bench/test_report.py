@@ -16,6 +16,7 @@ from model.baselines import held_out, token_counts, unigram_bits, xz_bits
 from model.build import build_config, build_model
 from model.errors import PipelineError
 from model.evaluation import evaluate
+from model.quantization import quantize_checkpoint
 from model.settings import (
     BenchmarkSettings,
     CorpusSettings,
@@ -27,7 +28,6 @@ from model.text.chat import MARKS
 from model.text.corpus import build_corpus
 from model.text.tokens import TokenDataset, build_tokenized_dataset
 from model.weights.loading import load_model
-from model.weights.quantization import quantize_checkpoint
 from tests.model.training.tiny import TOKENIZER, experiment, make_dataset
 
 BENCHMARK = BenchmarkSettings(

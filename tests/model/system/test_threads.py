@@ -7,6 +7,7 @@ import torch
 
 from model.build import build_config, build_model
 from model.evaluation import compare, evaluate
+from model.quantization import quantize_checkpoint
 from model.settings import QuantizationSettings
 from model.system import cpu
 from model.system.cpu import limit_threads
@@ -14,7 +15,6 @@ from model.text import tokens
 from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset, build_tokenized_dataset
 from model.training.train import train
-from model.weights.quantization import quantize_checkpoint
 from tests.model.training.tiny import TOKENIZER, experiment, make_dataset
 
 CONFIG = build_config(experiment().model, TOKENIZER.vocab_size, bos_token_id=0, eos_token_id=0, pad_token_id=1)

@@ -10,15 +10,17 @@ from transformers import DynamicCache
 
 from model.build import build_config, build_model
 from model.errors import PipelineError
-from model.evaluation import compare
+from model.evaluation import compare, evaluate
+from model.generation.predictor import StepPredictor
+from model.generation.steps import choose_step
 from model.modeling_rex import RexForCausalLM
+from model.quantization import QuantizationSummary, quantize_checkpoint
 from model.settings import ModelSettings, QuantizationSettings
 from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset
 from model.weights import int8
 from model.weights.int8 import Int8Embedding, Int8Linear, count_parameters, dequantize, quantize, quantize_weight
 from model.weights.loading import load_model
-from model.weights.quantization import QuantizationSummary, quantize_checkpoint
 from tests.model.training.tiny import TOKENIZER, make_dataset
 
 SHAPE = ModelSettings(
@@ -235,7 +237,11 @@ def test_the_summary_tells_size_and_quality(int8_dir, checkpoint_dir, dataset_di
     assert summary.bytes_after == (directory / "model.safetensors").stat().st_size < summary.bytes_before / 2
     assert summary.parameters == sum(p.numel() for p in tiny_model().parameters())
     dataset = TokenDataset(dataset_dir, "validation", TOKENIZER.sequence_length)
-    agreement = compare(load_model(directory), load_model(checkpoint_dir), dataset, max_windows=3)
+    step = choose_step(load_model(directory))
+    served = StepPredictor(step.create(load_model(directory), 1))
+    agreement = compare(served, load_model(checkpoint_dir), dataset, max_windows=3)
+    assert summary.step == step.name
+    assert summary.bits_per_byte_after == pytest.approx(evaluate(served, dataset, max_windows=3).bits_per_byte)
     assert summary.top1_agreement == pytest.approx(agreement.top1_agreement)
     assert summary.kl_divergence == pytest.approx(agreement.kl_divergence, rel=1e-4)
     assert 0 < summary.kl_divergence < 0.01
@@ -280,7 +286,7 @@ def test_a_quantized_directory_is_not_quantized_again(tmp_path, int8_dir, datase
 def test_files_that_load_as_another_model_elsewhere_are_not_published(
     tmp_path, checkpoint_dir, dataset_dir, monkeypatch
 ):
-    monkeypatch.setattr("model.weights.quantization.logits_digest", lambda model: "0" * 64)
+    monkeypatch.setattr("model.quantization.logits_digest", lambda model: "0" * 64)
     with pytest.raises(PipelineError, match="a fresh process gets other logits"):
         quantize_checkpoint(
             QuantizationSettings("none", evaluation_windows=1),

@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from model.artifact import write_json
 from model.errors import PipelineError, full_disk_as_error
 from model.evaluation import Agreement, compare, evaluate
+from model.generation.predictor import StepPredictor
+from model.generation.steps import choose_step
 from model.modeling_rex import RexForCausalLM
 from model.progress import Log, silent
 from model.settings import QuantizationSettings
@@ -47,11 +49,14 @@ class QuantizationSummary:
     bits_per_byte_before: float
     """On `evaluated_tokens` of the validation split, the same for both."""
     bits_per_byte_after: float
+    """Through `step`, as the service computes it; so are the next two."""
     top1_agreement: float
     """Share of positions, 0 to 1, at which both models find the same token most likely."""
     kl_divergence: float
     """Mean KL(full precision || quantized), nats per token."""
     evaluated_tokens: int
+    step: str
+    """Which implementation of a step computed the quantized model, see `model/generation/steps.py`."""
 
 
 def quantize_checkpoint(
@@ -82,9 +87,11 @@ def quantize_checkpoint(
         with _load_in_a_fresh_process(output_dir) as fresh:  # while this one evaluates
             before = evaluate(reference, dataset, max_windows=windows, log=log)
             after, agreement = before, Agreement(top1_agreement=1.0, kl_divergence=0.0)
+            chosen = choose_step(model)
             if settings.method != "none":
-                after = evaluate(model, dataset, max_windows=windows, log=log)
-                agreement = compare(model, reference, dataset, max_windows=windows)
+                served = StepPredictor(chosen.create(model, 1))
+                after = evaluate(served, dataset, max_windows=windows, log=log)
+                agreement = compare(served, reference, dataset, max_windows=windows)
             _check_fresh(fresh, output_dir, logits_digest(model))
         log("quantization: a fresh process loads the files and gets the same logits")
         sizes = [(directory / WEIGHTS).stat().st_size for directory in (checkpoint_dir, output_dir)]
@@ -100,6 +107,7 @@ def quantize_checkpoint(
             top1_agreement=agreement.top1_agreement,
             kl_divergence=agreement.kl_divergence,
             evaluated_tokens=after.tokens,
+            step=chosen.name,
         )
         write_json(output_dir / "summary.json", asdict(summary))
         (output_dir / "README.md").write_text(_model_card(checkpoint_dir / "README.md", summary), encoding="utf-8")
@@ -187,6 +195,7 @@ model = load_model(Path("."))  # this project's package; transformers alone does
 | model.safetensors, bytes | {summary.bytes_before:,} | {summary.bytes_after:,} |
 | bits per byte | {summary.bits_per_byte_before:.4f} | {summary.bits_per_byte_after:.4f} |
 
-The same top token at {100 * summary.top1_agreement:.2f} % of positions, KL divergence {summary.kl_divergence:.6f} nats
-per token, over {summary.evaluated_tokens:,} tokens of the validation split.
+Measured through the {summary.step} step of the generation engine. The same top token at
+{100 * summary.top1_agreement:.2f} % of positions, KL divergence {summary.kl_divergence:.6f} nats per token, over
+{summary.evaluated_tokens:,} tokens of the validation split.
 """

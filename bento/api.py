@@ -19,26 +19,22 @@ from starlette.responses import JSONResponse, Response
 from bento.errors import ApiError, validation_error
 from bento.http.body import JsonRoute
 from bento.http.middleware import add_middleware
-from bento.http.openapi import GENERATING, READING, describe, stream_of, without
+from bento.http.openapi import GENERATING, describe, stream_of, without
 from bento.http.probes import add_probes
 from bento.openai.embeddings import embedding_routes
-from bento.openai.logprobs import TokenNames
 from bento.openai.messages import message_routes
 from bento.openai.responses import response_routes
 from bento.openai.routes import openai_routes
+from bento.openai.tokenizing import token_routes
 from bento.page import add_page
 from bento.schema import (
     DEFAULT_MAX_TOKENS,
-    DetokenizeRequest,
-    DetokenizeResponse,
     GenerateRequest,
     GenerateResponse,
     GenerateTextRequest,
     GenerateTextResponse,
     GenerateTextWithoutPromptRequest,
     Sampling,
-    TokenizeRequest,
-    TokenizeResponse,
     Usage,
 )
 from bento.serving.admission import Admission
@@ -52,8 +48,6 @@ from model.generation.requests import Finished, TextPiece
 MAX_CHOICES = 64
 EXACT_COUNT = "num_of_token_generated"
 """A body that sets the number of tokens, not a maximum."""
-FEW_TOKENS = 4096
-"""Largest answer, in tokens, that is rendered in the event loop."""
 PLAIN = Sampling.model_validate({})
 
 
@@ -185,39 +179,6 @@ def own_routes(backend_of: BackendOf) -> APIRouter:
         names = (EXACT_COUNT, EXACT_COUNT)
         text, _ = await whole(request, await start(request, None, PLAIN, body.num_of_token_generated, names))
         return JSONResponse({"generated_text": text})
-
-    return router
-
-
-def token_routes(backend_of: BackendOf) -> APIRouter:
-    """The routes /tokenize and /detokenize."""
-    router = APIRouter(route_class=JsonRoute, tags=["Tokens"])
-
-    @router.post("/tokenize", response_model=TokenizeResponse, responses=READING, summary="The tokens of a text")
-    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
-        backend = backend_of(request)
-        backend.check_model(body.model)
-        ids = await backend.encode(body.prompt)
-        engine = backend.engine
-
-        def render() -> Response:
-            content: dict[str, Any] = {"count": len(ids), "max_model_len": engine.context_length, "tokens": ids}
-            if body.return_token_strs:
-                names = TokenNames(engine)
-                content["token_strs"] = [names[token] for token in ids]
-            return JSONResponse(content)
-
-        return render() if len(ids) <= FEW_TOKENS else await backend.heavy.run(render)
-
-    @router.post("/detokenize", response_model=DetokenizeResponse, responses=READING, summary="The text of tokens")
-    async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
-        backend = backend_of(request)
-        backend.check_model(body.model)
-        backend.check_ids(body.tokens, param="tokens")
-        decode = backend.engine.decode
-        is_short = len(body.tokens) <= FEW_TOKENS
-        text = decode(body.tokens) if is_short else await backend.heavy.run(decode, body.tokens)
-        return JSONResponse({"prompt": text})
 
     return router
 

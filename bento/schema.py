@@ -282,37 +282,6 @@ class GenerateTextWithoutPromptRequest(StrictRequest):
     )
 
 
-class TokenizeRequest(StrictRequest):
-    """A text to tokenize. Special tokens in it are ordinary text."""
-
-    model: str | None = Field(None, description="The served model, the only one.")
-    prompt: str = Field(description="The text.", examples=["def main():\n"])
-    add_special_tokens: bool | None = Field(None, description="Taken and not used: the tokenizer has none to add.")
-    return_token_strs: bool | None = Field(None, description="Show each token's text as well.")
-
-
-class TokenizeResponse(BaseModel):
-    """The tokens of a text. max_model_len: most tokens of a prompt and its answer together."""
-
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: list[str] | None = None
-
-
-class DetokenizeRequest(StrictRequest):
-    """Tokens to detokenize."""
-
-    model: str | None = Field(None, description="The served model, the only one.")
-    tokens: list[TokenId] = Field(description="Token ids of the model's vocabulary.", examples=[[2, 3, 4]])
-
-
-class DetokenizeResponse(BaseModel):
-    """The text of the tokens; bytes that are not UTF-8 become U+FFFD."""
-
-    prompt: str
-
-
 class Usage(BaseModel):
     """Tokens of one request. The end-of-text token counts if it ended the text."""
 

@@ -44,13 +44,14 @@ def encode_chat(
     opens_turn: bool = True,
     continues: bool = False,
     name: str = "messages",
+    is_continued: bool = True,
 ) -> list[int]:
     """The tokens of a conversation, up to the start of the assistant's answer.
 
     encode: tokens of ordinary text. opens_turn: render the heading of the assistant's turn. continues: end inside the
-    last message instead. name: the request's field of the conversation. Raises ApiError 400 if the model has no
-    template, if its template refuses the conversation (its order of roles, say) or if the text would not end at the
-    assistant's turn.
+    last message instead. name: the request's field of the conversation. is_continued: the text has to end at the
+    assistant's turn. Raises ApiError 400 if it does not, if the model has no template or if its template refuses the
+    conversation (its order of roles, say).
     """
     if not tokenizer.chat_template:
         raise ApiError(
@@ -78,7 +79,7 @@ def encode_chat(
         text = _open_last_message(tokenizer, hidden, messages[-1].content, contents, name)
     else:
         text = _render(tokenizer, hidden, name, opens_turn=opens_turn)
-        if text and not _ends_where_the_assistant_speaks(tokenizer, hidden, text):
+        if text and is_continued and not _ends_where_the_assistant_speaks(tokenizer, hidden, text):
             raise _no_turn(messages[-1].role, name, opens_turn=opens_turn)
     ids: list[int] = []
     specials = _special_tokens(tokenizer)

@@ -60,8 +60,13 @@ async def read_conversation(backend: Backend, body: ChatRequest, names: Mapping[
     return Conversation(prompt, count, grammar, bool(body.callable_functions()))
 
 
-async def encode_dialogue(backend: Backend, body: Dialogue, names: Mapping[str, str] = NO_NAMES) -> list[int]:
-    """The tokens of a conversation up to the start of the model's answer. Raises ApiError 400."""
+async def encode_dialogue(
+    backend: Backend, body: Dialogue, names: Mapping[str, str] = NO_NAMES, *, is_continued: bool = True
+) -> list[int]:
+    """The tokens of a conversation up to the start of the model's answer. Raises ApiError 400.
+
+    is_continued: refuse a conversation that does not end there.
+    """
     engine = backend.engine
     tools = [f.model_dump(include={"name", "description", "parameters"}) for f in body.callable_functions()]
     turns = plain_turns(spoken(body.messages), tools, has_tool_role=has_marks(engine.tokenizer))
@@ -74,6 +79,7 @@ async def encode_dialogue(backend: Backend, body: Dialogue, names: Mapping[str, 
         opens_turn=body.add_generation_prompt is not False,
         continues=bool(body.continue_final_message),
         name=names.get("messages", "messages"),
+        is_continued=is_continued,
     )
     return encode() if size <= SHORT_TEXT else await backend.heavy.run(encode)
 

@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from bento.errors import ApiError
 from bento.http.body import JsonRoute
 from bento.http.openapi import GENERATING, LISTING, stream_of
 from bento.openai.conversation import read_conversation
@@ -36,7 +37,17 @@ from model.generation.grammar import Grammar
 from model.generation.requests import Event, Finished, TextPiece
 from model.text.tools import OPENING
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 Result = tuple[list[Event], Finished]
+INFILL_MARKS = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
+    ("<|fim▁begin|>", "<|fim▁hole|>", "<|fim▁end|>"),
+)
+"""Of the Qwen and Gemma, StarCoder, SantaCoder and DeepSeek families."""
 FEW_EVENTS = 4096
 """Largest answer, in events times log-probabilities per event, that is rendered in the event loop."""
 
@@ -100,7 +111,12 @@ def _add_model_routes(router: APIRouter, models: Models) -> None:
 
 async def _complete(backend: Backend, body: CompletionRequest, request: Request) -> Response:
     backend.check_model(body.model)
+    marks = infill_marks(backend.engine.tokenizer) if body.suffix else None
     read = [await _read(backend, prompt) for prompt in body.prompt]
+    if marks and body.suffix:
+        after = await backend.encode(body.suffix)
+        before, between, middle = marks
+        read = [Prompt([before, *prompt.ids, between, *after, middle]) for prompt in read]
     prompts = [backend.truncate(prompt, body.truncate_prompt_tokens, body.count()) for prompt in read]
     counts = [
         backend.fit(len(p.ids), body.count(), default=DEFAULT_COMPLETION_TOKENS, names=("prompt", body.count_name()))
@@ -205,6 +221,20 @@ def _likeliest(results: list[Result], drawn: int, n: int) -> list[Result]:
 
     prompts = [results[first : first + drawn] for first in range(0, len(results), drawn)]
     return [one for texts in prompts for one in sorted(texts, key=score, reverse=True)[:n]]
+
+
+def infill_marks(tokenizer: "PreTrainedTokenizerFast") -> tuple[int, int, int]:
+    """The special tokens before the prompt, the suffix and the text between them. Raises ApiError 400 without."""
+    known = tokenizer.get_added_vocab()
+    for prefix, suffix, middle in INFILL_MARKS:
+        if prefix in known and suffix in known and middle in known:
+            return known[prefix], known[suffix], known[middle]
+    raise ApiError(
+        400,
+        f"suffix: this model's tokenizer has no marks for a text to fill in, such as {INFILL_MARKS[0][0]}",
+        code="unsupported_parameter",
+        param="suffix",
+    )
 
 
 async def _read(backend: Backend, prompt: str | list[int]) -> Prompt:

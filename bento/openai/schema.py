@@ -93,6 +93,14 @@ class StreamOptions(StrictRequest):
     include_obfuscation: OnlyFalse | None = unsupported("false")
 
 
+def _no_beams(value: bool) -> bool:
+    if value:
+        raise PydanticCustomError(
+            "unsupported_value", "beam search is not supported: best_of of /v1/completions takes the likeliest samples"
+        )
+    return value
+
+
 class OpenAIRequest(Structured, Sampling):
     """Fields of both routes of the OpenAI API."""
 
@@ -127,6 +135,9 @@ class OpenAIRequest(Structured, Sampling):
     prompt_cache_key: Label | None = Field(None, description="Taken and not used: common prefixes are always reused.")
     service_tier: Literal["auto", "default"] | None = Field(None, description="There is one tier.")
     store: OnlyFalse | None = unsupported("false")
+    use_beam_search: Annotated[bool, AfterValidator(_no_beams)] | None = Field(
+        None, description="Not supported: only null, false.", json_schema_extra={"anyOf": [{"enum": [False, None]}]}
+    )
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "OpenAIRequest":
@@ -171,7 +182,10 @@ class CompletionRequest(OpenAIRequest):
         le=MOST_CHOICES,
         description="Generate so many texts and return the n whose tokens are likeliest on average. Default: n.",
     )
-    suffix: Literal[""] | None = unsupported('""')
+    suffix: str | None = Field(
+        None,
+        description="Fill in the text between prompt and suffix, if the tokenizer has marks for it. Not with echo.",
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> "CompletionRequest":
@@ -183,6 +197,9 @@ class CompletionRequest(OpenAIRequest):
             raise PydanticCustomError(
                 "prompt_logprobs", "with echo expected as many as logprobs", {"param": "prompt_logprobs"}
             )
+        for field in ("echo", "truncate_prompt_tokens"):
+            if self.suffix and getattr(self, field):
+                raise PydanticCustomError("suffix", "not together with {field}", {"param": "suffix", "field": field})
         _check_one_count(self.max_tokens, self.max_completion_tokens)
         if self.count() == 0 and not self.echo:
             raise PydanticCustomError(
@@ -236,13 +253,13 @@ class Dialogue(ToolFields):
                 "add_generation_prompt opens another turn: only one of them can be true",
                 {"param": "continue_final_message"},
             )
-        if self.continue_final_message and self.messages[-1].role != "assistant":
+        if self.continue_final_message and self.messages and self.messages[-1].role != "assistant":
             raise PydanticCustomError(
                 "continue_final_message",
                 "the last message is not the assistant's",
                 {"param": "continue_final_message"},
             )
-        if has_unpaired_results(spoken(self.messages)):
+        if has_unpaired_results(spoken(self.messages or ())):
             raise PydanticCustomError(
                 "unpaired_results",
                 "the results after the assistant's calls are not one for each call, by its id",

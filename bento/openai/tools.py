@@ -30,7 +30,7 @@ def _parameters(value: dict[str, Any]) -> dict[str, Any]:
     kind = value.get("type", "object")
     if isinstance(kind, list) or kind in OTHER_TYPES:
         raise PydanticCustomError("parameters", 'expected a schema of the type "object": arguments have names')
-    return {"type": "object", **value}
+    return value
 
 
 Parameters = Annotated[dict[str, Any], AfterValidator(_parameters)]
@@ -164,7 +164,11 @@ class ToolFields(StrictRequest):
         for number, function in enumerate(functions):
             head = call_head(function.name).removeprefix(OPENING)
             rules.append(f"call_{number}: {_text(head)} arguments_{number} {_text(CALL_TAIL)}")
-            schema = {**(function.parameters or NO_ARGUMENTS), "x-guidance": {"whitespace_flexible": False}}
+            schema = {
+                "type": "object",
+                **(function.parameters or NO_ARGUMENTS),
+                "x-guidance": {"whitespace_flexible": False},
+            }
             rules.append(f"arguments_{number}: %json {json.dumps(schema)}")
         return "\n".join(rules)
 

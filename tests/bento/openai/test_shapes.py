@@ -5,7 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from model.text.chat import TEMPLATE
+from model.text.chat import TEMPLATE, ChatEncoder, turns_of
+from model.text.conversations import read_messages
+from model.text.tokenizer import FastEncoder
 from model.text.tools import write_call
 from tests.bento.openai_service import GOOD, Service, events, refusal, running_service
 
@@ -210,3 +212,77 @@ def test_what_a_body_gets_wrong_is_named_where_it_stands_in_that_body(service, p
 def test_a_call_of_the_history_is_written_as_the_model_writes_it(service):
     prompt = prompt_of(service, [*chat_calls("1"), result("1")])
     assert write_call("call_1", "{}") in prompt and prompt.endswith("result of 1<|assistant|>")
+
+
+@pytest.mark.parametrize("more", [{}, {"tools": TOOLS}, {"continue_final_message": True}], ids=str)
+def test_a_conversation_is_tokenized_as_it_is_continued(service, more):
+    messages = [USER, {"role": "assistant", "content": "y"}] if "continue_final_message" in more else [USER]
+    continued = ask(service, CHAT, messages=messages, return_token_ids=True, **more)["choices"][0]["prompt_token_ids"]
+    body = service.post("/tokenize", messages=messages, return_token_strs=True, **more).json()
+    assert body["tokens"] == continued and body["count"] == len(continued) == len(body["token_strs"])
+    assert body["token_strs"][-2 if "continue_final_message" in more else -1] == "<|assistant|>"
+
+
+def test_a_conversation_is_tokenized_without_a_place_to_speak_where_that_is_asked_for(service):
+    whole = service.post("/tokenize", messages=[USER], add_special_tokens=True).json()["tokens"]
+    assert service.post("/tokenize", messages=[USER], add_generation_prompt=False).json()["tokens"] == whole[:-1]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": "x", "messages": [USER]}, "messages"),
+        ({"prompt": "x", "tools": TOOLS}, "tools"),
+        ({"prompt": "x", "add_generation_prompt": True}, "add_generation_prompt"),
+        ({"messages": []}, "messages"),
+        ({"messages": [USER], "continue_final_message": True}, "continue_final_message"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_tokenized_is_refused(service, body, param):
+    assert refusal(service.post("/tokenize", **body))["param"] == param
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", CHAT])
+def test_beam_search_is_refused_by_name_with_what_there_is_instead(service, path):
+    error = refusal(service.post(path, **{**GOOD[path], "use_beam_search": True}))
+    assert error["param"] == "use_beam_search" and "best_of" in error["message"]
+
+
+def test_a_text_is_filled_in_where_the_tokenizer_has_marks_for_it_and_refused_where_not(service):
+    error = refusal(service.post("/v1/completions", prompt="def ", suffix="return"))
+    assert error["param"] == "suffix" and "marks" in error["message"]
+    assert refusal(service.post("/v1/completions", prompt="x", suffix="y", echo=True))["param"] == "suffix"
+    with running_service(chat_template=TEMPLATE) as other:
+        known = other.tokenizer.get_added_vocab()
+        roles = [known[f"<|{role}|>"] for role in ("system", "user", "tool")]
+        names = dict(zip(("<fim_prefix>", "<fim_suffix>", "<fim_middle>"), roles, strict=True))
+        other.tokenizer.get_added_vocab = lambda: names
+        body = {"prompt": "def ", "suffix": "return", "max_tokens": 1, "return_token_ids": True}
+        ids = ask(other, "/v1/completions", **body)["choices"][0]["prompt_token_ids"]
+        before, between, middle = roles
+        assert ids == [before, *other.engine.encode("def "), between, *other.engine.encode("return"), middle]
+
+
+def test_training_and_serving_write_a_conversation_with_tools_as_the_same_tokens(service):
+    calls = [{"id": i, "type": "function", "function": {"name": "f", "arguments": '{"a": "b"}'}} for i in "12"]
+    messages = [
+        {"role": "system", "content": "Be terse."},
+        {"role": "user", "content": "größer <|tool|>?"},
+        {"role": "assistant", "content": "So:", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "2", "content": "second"},
+        {"role": "tool", "tool_call_id": "1", "content": "first"},
+        {"role": "assistant", "content": "Done."},
+    ]
+    functions = [tool["function"] for tool in TOOLS]
+    for served in (messages, messages[1:]):
+        turns = turns_of(read_messages(served, "here", functions).decode())
+        encode = FastEncoder(service.tokenizer).encode
+        trained = ChatEncoder(service.tokenizer, encode, 1024).encode(turns).ids.tolist()
+        body = {"messages": served, "tools": TOOLS, "add_generation_prompt": False}
+        assert service.post("/tokenize", **body).json()["tokens"] == trained
+        asked = {"messages": served[:-1], "tools": TOOLS, "return_token_ids": True}
+        prompt = ask(service, CHAT, **asked)["choices"][0]["prompt_token_ids"]
+        assert trained[: len(prompt)] == prompt

@@ -16,6 +16,7 @@ from model.text.chat import MARKS, TEMPLATE, ChatEncoder, EncodedConversation, T
 from model.text.corpus import SPLITS, build_corpus, read_documents
 from model.text.tokenizer import FastEncoder, load_tokenizer, train_tokenizer
 from model.text.tokens import TokenDataset, build_tokenized_dataset
+from model.text.tools import describe_tools, write_call
 
 SYSTEM, USER, ASSISTANT, TOOL = MARKS.values()
 END = "<|endoftext|>"
@@ -221,6 +222,9 @@ def test_a_saved_tokenizer_has_the_template_and_ends_generations_at_every_mark(c
         ({"messages": [{"role": "user", "content": 5}]}, r"messages\[0\]\.content is a int"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of the type 'image'"),
         ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "has tool_calls"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"name": "f"}]}]}, "only the assistant"),
+        ({"messages": TALK, "tools": "{"}, "tools is a text that is not JSON"),
+        ({"messages": TALK, "tools": [5]}, r"tools\[0\] is no function"),
         ({"conversations": SHAREGPT}, "no field 'messages'; found: conversations; set corpus.messages_field"),
     ],
 )
@@ -238,3 +242,34 @@ def test_parts_of_text_are_lines_of_one_text(tmp_path: Path) -> None:
     corpus_of(tmp_path, write_lines(tmp_path / "a.jsonl", rows))
     (text,) = read_documents(tmp_path / "corpus", "train")
     assert turns_of(text)[0] == Turn("user", "a\nb")
+
+
+WEATHER = {"name": "weather", "description": "The weather.", "parameters": {"type": "object", "properties": {}}}
+OF_TOOLS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Rain?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"city":  "Oslo"}'}},
+            {"id": "b", "type": "function", "function": {"name": "weather", "arguments": {"city": "Rom", "at": None}}},
+        ],
+    },
+    {"role": "tool", "tool_call_id": "b", "content": "sun"},
+    {"role": "tool", "tool_call_id": "a", "content": "rain"},
+    {"role": "assistant", "content": "Yes."},
+]
+
+
+@pytest.mark.parametrize("tools", [[{"type": "function", "function": WEATHER}], [WEATHER], json.dumps([WEATHER])])
+def test_functions_calls_and_results_are_turns_of_text(tmp_path: Path, tools) -> None:
+    rows = [{"messages": OF_TOOLS, "tools": tools}, {"messages": TALK}]
+    corpus_of(tmp_path, write_lines(tmp_path / "a.jsonl", rows))
+    (text,) = read_documents(tmp_path / "corpus", "train")
+    turns = turns_of(text)
+    calls = [write_call("weather", json.dumps({"city": city}, separators=(",", ":"))) for city in ("Oslo", "Rom")]
+    assert [turn.role for turn in turns] == ["system", "user", "assistant", "tool", "tool", "assistant"]
+    assert turns[0].content == "Be brief.\n\n" + describe_tools([WEATHER])
+    assert turns[2].content == "\n".join(calls)
+    assert [turn.content for turn in turns[3:]] == ["rain", "sun", "Yes."]

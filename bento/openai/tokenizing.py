@@ -1,0 +1,104 @@
+"""/tokenize and /detokenize: from a text or a conversation to tokens, and back."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field, model_validator
+from pydantic_core import PydanticCustomError
+from starlette.responses import JSONResponse, Response
+
+from bento.http.body import JsonRoute
+from bento.http.openapi import READING
+from bento.openai.conversation import encode_dialogue
+from bento.openai.logprobs import TokenNames
+from bento.openai.schema import Dialogue
+from bento.openai.turns import MOST_MESSAGES, Message
+from bento.schema import StrictRequest, TokenId
+from bento.serving.backend import BackendOf
+
+FEW_TOKENS = 4096
+"""Largest answer, in tokens, that is rendered in the event loop."""
+
+
+class TokenizeRequest(Dialogue):
+    """A text or a conversation to tokenize. Special tokens in it are ordinary text."""
+
+    model: str | None = Field(None, description="The served model, the only one.")
+    prompt: str | None = Field(None, description="The text, in place of messages.", examples=["def main():\n"])
+    messages: list[Message] | None = Field(  # type: ignore[assignment]
+        None,
+        min_length=1,
+        max_length=MOST_MESSAGES,
+        description="A conversation, whose tokens are those that /v1/chat/completions continues.",
+    )
+    add_special_tokens: bool | None = Field(None, description="Taken and not used: the tokenizer has none to add.")
+    return_token_strs: bool | None = Field(None, description="Show each token's text as well.")
+
+    @model_validator(mode="after")
+    def _check_one(self) -> "TokenizeRequest":
+        if self.messages is None and self.prompt is None:
+            raise PydanticCustomError("missing", "it is missing, and so is messages", {"param": "prompt"})
+        if self.messages is not None and self.prompt is not None:
+            raise PydanticCustomError("one_text", "not together with prompt", {"param": "messages"})
+        for field in ("tools", "add_generation_prompt", "continue_final_message"):
+            if self.messages is None and getattr(self, field):
+                raise PydanticCustomError("one_text", "only with messages", {"param": field})
+        return self
+
+
+class TokenizeResponse(BaseModel):
+    """The tokens of a text. max_model_len: most tokens of a prompt and its answer together."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(StrictRequest):
+    """Tokens to detokenize."""
+
+    model: str | None = Field(None, description="The served model, the only one.")
+    tokens: list[TokenId] = Field(description="Token ids of the model's vocabulary.", examples=[[2, 3, 4]])
+
+
+class DetokenizeResponse(BaseModel):
+    """The text of the tokens; bytes that are not UTF-8 become U+FFFD."""
+
+    prompt: str
+
+
+def token_routes(backend_of: BackendOf) -> APIRouter:
+    """The routes /tokenize and /detokenize."""
+    router = APIRouter(route_class=JsonRoute, tags=["Tokens"])
+
+    @router.post("/tokenize", response_model=TokenizeResponse, responses=READING, summary="The tokens of a text")
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
+        backend = backend_of(request)
+        backend.check_model(body.model)
+        if body.prompt is None:
+            ids = await encode_dialogue(backend, body, is_continued=False)
+        else:
+            ids = await backend.encode(body.prompt)
+        engine = backend.engine
+
+        def render() -> Response:
+            content: dict[str, Any] = {"count": len(ids), "max_model_len": engine.context_length, "tokens": ids}
+            if body.return_token_strs:
+                names = TokenNames(engine)
+                content["token_strs"] = [names[token] for token in ids]
+            return JSONResponse(content)
+
+        return render() if len(ids) <= FEW_TOKENS else await backend.heavy.run(render)
+
+    @router.post("/detokenize", response_model=DetokenizeResponse, responses=READING, summary="The text of tokens")
+    async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
+        backend = backend_of(request)
+        backend.check_model(body.model)
+        backend.check_ids(body.tokens, param="tokens")
+        decode = backend.engine.decode
+        is_short = len(body.tokens) <= FEW_TOKENS
+        text = decode(body.tokens) if is_short else await backend.heavy.run(decode, body.tokens)
+        return JSONResponse({"prompt": text})
+
+    return router

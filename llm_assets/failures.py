@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import dagster as dg
 
-from model.errors import PipelineError, TransientError
+from llm_assets.paths import var_dir
+from model.errors import PipelineError, TransientError, limits_as_error
 
 
 @contextmanager
@@ -29,8 +30,12 @@ def terminated_for_good(context: dg.AssetExecutionContext) -> Iterator[None]:
 
 @contextmanager
 def permanent_failures() -> Iterator[None]:
-    """Raise `dg.Failure` for a PipelineError, with retries for a TransientError alone; let everything else pass."""
+    """Raise `dg.Failure` for a PipelineError, with retries for a TransientError alone; let everything else pass.
+
+    What the system refuses (`limits_as_error`) counts as one.
+    """
     try:
-        yield
+        with limits_as_error(var_dir()):
+            yield
     except PipelineError as error:
         raise dg.Failure(description=str(error), allow_retries=isinstance(error, TransientError)) from None

@@ -2,6 +2,9 @@
 
 import errno
 import functools
+import os
+import re
+import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -38,19 +41,122 @@ def ends_in_one_line(main: Callable[P, int]) -> Callable[P, int]:
     return run
 
 
+OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Limits of a process or its machine: whatever file it works on, that file is not at fault."""
+_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_MEMORY = re.compile(r"can't allocate memory|std::bad_alloc|cannot allocate memory", re.IGNORECASE)
+_THREADS = re.compile(r"can't start new thread|failed to (spawn|create) thread", re.IGNORECASE)
+_NUMBER = re.compile(r"(?:errno|os error) (\d+)", re.IGNORECASE)
+_SQLITE = {
+    "database or disk is full": errno.ENOSPC,
+    "attempt to write a readonly database": errno.EROFS,
+    "disk I/O error": errno.EIO,
+}
+_PASSING = (errno.ENFILE, errno.EIO, errno.ESTALE, errno.EAGAIN)
+"""Errors that another try may not meet: of a neighbor, a disk or a network."""
+_FIXED = {
+    errno.EMFILE: "raise the limit of open files (`ulimit -n 1024`)",
+    errno.ENFILE: "the whole machine has too many open files: end other programs, or raise fs.file-max",
+    errno.EROFS: "mount it for writing, or choose another folder",
+    errno.EACCES: "give this user the right to it, or choose another folder",
+    errno.EPERM: "give this user the right to it, or choose another folder",
+    errno.EIO: "the disk or its connection failed (`dmesg` may say more): mend it, or choose another folder",
+    errno.ESTALE: "the network folder was exported again: mount it again",
+    errno.EFBIG: "raise the limit of a file's size (`ulimit -f unlimited`), or choose another file system",
+    errno.ENAMETOOLONG: "choose a shorter name or folder",
+    errno.ENOTDIR: "a file stands where a folder is expected: move it away, or choose another folder",
+    errno.EAGAIN: "raise the limit of processes and threads (`ulimit -u`, a container's pids), or end other programs",
+}
+
+
 @contextmanager
 def full_disk_as_error(directory: Path) -> Iterator[None]:
     """Turn "no space left on device" (or a spent quota) while writing below `directory` into a PipelineError."""
     try:
         yield
     except Exception as error:
-        # Rust extensions (tokenizers, safetensors) raise their own types, with the system's message in the text.
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and "No space left on device" not in str(error):
+        if _cause(error)[1] not in _SPACE:
             raise
-        existing = next(path for path in [directory, *directory.absolute().parents] if path.exists())
-        free = shutil.disk_usage(existing).free
-        raise PipelineError(
-            f"no disk space left while writing to {directory} ({free:,} bytes free): free some or choose another "
-            "folder, then run again"
-        ) from error
+        raise _no_space(directory) from error
+
+
+@contextmanager
+def limits_as_error(directory: Path) -> Iterator[None]:
+    """Turn what the system refuses (space, memory, files, threads, rights) into one line.
+
+    directory: what is worked on, named where the error names no file. Raises PipelineError, or TransientError where
+    another try may meet a better moment; other errors pass.
+    """
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:
+        if (line := _refusal(error, directory)) is None:
+            raise
+        raise line from error
+
+
+def _refusal(error: BaseException, directory: Path) -> PipelineError | None:
+    cause, number = _cause(error)
+    if number in _SPACE:
+        return _no_space(directory)
+    if number == errno.ENOMEM:
+        return PipelineError(
+            f"out of memory while working on {directory} ({_memory()}): raise the limit (`ulimit -v`, a container's "
+            "memory), end other programs, or make the work smaller, then run again"
+        )
+    if number not in _FIXED:
+        return None
+    named = getattr(cause, "filename", None)
+    where = directory if named is None else os.fsdecode(named) if isinstance(named, bytes | str) else named
+    kind = TransientError if number in _PASSING else PipelineError
+    return kind(f"{where}: {os.strerror(number)}; {_FIXED[number]}, then run again")
+
+
+def _cause(error: BaseException | None) -> tuple[BaseException | None, int]:
+    """The error, or the cause of it, that has a number of the system's, and the number; 0 where none has.
+
+    Rust extensions (tokenizers, safetensors), SQLite and torch raise their own types, with the system's message in the
+    text.
+    """
+    while error is not None:
+        if isinstance(error, MemoryError):
+            return error, errno.ENOMEM
+        if isinstance(error, OSError) and error.errno is not None:
+            return error, error.errno
+        if number := _number_in(str(error)):
+            return error, number
+        error = error.__cause__
+    return None, 0
+
+
+def _number_in(text: str) -> int:
+    if _MEMORY.search(text):
+        return errno.ENOMEM
+    if _THREADS.search(text):
+        return errno.EAGAIN
+    for words, number in _SQLITE.items():
+        if words in text:
+            return number
+    if found := _NUMBER.search(text):
+        return int(found[1])
+    for number in (*_SPACE, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.EIO):
+        if os.strerror(number) in text:
+            return number
+    return 0
+
+
+def _no_space(directory: Path) -> PipelineError:
+    existing = next(path for path in [directory, *directory.absolute().parents] if path.exists())
+    free = shutil.disk_usage(existing).free
+    return PipelineError(
+        f"no disk space left while writing to {directory} ({free:,} bytes free): free some or choose another "
+        "folder, then run again"
+    )
+
+
+def _memory() -> str:
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    held = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6:,.0f} MB held at most"
+    return held if limit == resource.RLIM_INFINITY else f"{held}, limit {limit / 1e6:,.0f} MB"

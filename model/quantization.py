@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from model.artifact import write_json
-from model.errors import PipelineError, full_disk_as_error
+from model.errors import PipelineError, limits_as_error
 from model.evaluation import Agreement, compare, evaluate
 from model.generation.predictor import StepPredictor
 from model.generation.steps import choose_step
@@ -79,7 +79,7 @@ def quantize_checkpoint(
     limit_threads()
     reference = load_model(checkpoint_dir)
     log(f"quantization: {int8.count_parameters(reference):,} parameters, method {settings.method}")
-    with full_disk_as_error(output_dir):
+    with limits_as_error(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         scheme = _write_model(settings.method, checkpoint_dir, output_dir)
         model = load_model(output_dir)

@@ -25,7 +25,7 @@ from bench.report.plots import plot_comparison, plot_kv_cache
 from bench.report.quality import measure_quality, write_samples
 from bench.report.speed import FULL, common_length, measure_speed, uncached_every
 from model.configuration_rex import RexConfig
-from model.errors import PipelineError, ends_in_one_line, full_disk_as_error
+from model.errors import PipelineError, ends_in_one_line, limits_as_error
 from model.modeling_rex import RexForCausalLM
 from model.progress import Log, silent
 from model.settings import BenchmarkSettings, ExperimentSettings, ModelSettings, ServingSettings, TokenizerSettings
@@ -85,7 +85,7 @@ def build_report(
         "samples": samples,
     }
     report["summary"] = summarize(report)
-    with full_disk_as_error(output_dir):
+    with limits_as_error(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
         (output_dir / "report.md").write_text(render(report), encoding="utf-8")

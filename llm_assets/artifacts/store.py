@@ -24,7 +24,7 @@ from upath import UPath
 from llm_assets.artifacts.locks import exclusive, hold, unread
 from llm_assets.artifacts.manifest import Manifest, refresh_command
 from model.artifact import MANIFEST, verify
-from model.errors import PipelineError, full_disk_as_error
+from model.errors import PipelineError, limits_as_error
 
 LATEST = "LATEST"
 _INCOMING, _REMOVED, _FRESH = ".incoming-", ".removed-", ".fresh-"
@@ -56,7 +56,7 @@ class ArtifactStore:
         `staging` may be moved. The previous version stays whole whatever happens on the way.
         Raises PipelineError for a directory without a manifest and for a full disk.
         """
-        with full_disk_as_error(Path(str(self.root)) if self._local else staging):
+        with limits_as_error(Path(str(self.root)) if self._local else staging):
             manifest = Manifest.read(staging)
             with exclusive(self._lock(manifest.asset, manifest.experiment)):
                 return self._publish(staging, manifest)

@@ -34,7 +34,7 @@ from llm_assets.stage import metadata as ui_metadata
 from llm_assets.stage.code import code_digest, code_version
 from llm_assets.stage.evidence import champion_comparison
 from llm_assets.stage.interrupts import end_with_run, noticed_interrupts
-from model.errors import PipelineError, full_disk_as_error
+from model.errors import PipelineError, limits_as_error
 from model.progress import Log
 from model.settings import ExperimentSettings
 from model.system.memory import peak_resident_bytes
@@ -199,7 +199,7 @@ def stage(
     with (
         terminated_for_good(context),
         permanent_failures(),
-        full_disk_as_error(scratch_dir()),
+        limits_as_error(scratch_dir()),
         noticed_interrupts() as check_interrupt,
     ):
         experiment, asset = context.partition_key, context.asset_key.path[-1]

@@ -18,7 +18,7 @@ from typing import Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model.errors import PipelineError, full_disk_as_error
+from model.errors import PipelineError, limits_as_error
 from model.progress import Log, Progress, silent
 from model.settings import CorpusSettings
 from model.text.sources import Sources, whole_characters
@@ -80,10 +80,11 @@ def build_corpus(settings: CorpusSettings, output_dir: Path, *, log: Log = silen
     """Write `{split}-00000.parquet`... (columns id, text, source, split) and `summary.json` to `output_dir`.
 
     A document's id is the 128-bit BLAKE2b of its text, in hex.
-    Raises PipelineError for a source that is missing or broken, a corpus or a split that is empty, and a full disk.
+    Raises PipelineError for a source that is missing or broken, a corpus or a split that is empty, and
+    for what the system refuses (`limits_as_error`).
     """
     sources = Sources(settings)
-    with full_disk_as_error(output_dir):
+    with limits_as_error(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         for stale in output_dir.glob("*-?????.parquet"):
             stale.unlink()

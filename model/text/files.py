@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from model.errors import PipelineError, TransientError
+from model.errors import OF_THE_PROCESS, PipelineError, TransientError
 
 _HTTP_TRANSIENT = {408, 425, 429}
 _KINDS = {
@@ -87,6 +87,8 @@ def reading(source: str, fs: Any) -> Iterator[None]:
             f"{source} cannot be read", error, "make it readable, or leave it out of corpus.paths"
         ) from error
     except OSError as error:
+        if error.errno in OF_THE_PROCESS:
+            raise
         raise TransientError(
             f"{source} cannot be read: {_line(error)}; run again when its disk or network is well"
         ) from error
@@ -117,6 +119,7 @@ class _Local(LocalFileSystem):
     def __init__(self) -> None:
         super().__init__()
         self.unreadable: list[tuple[str, str]] = []
+        self.refused: OSError | None = None
 
     def ls(self, path: str, detail: bool = False, **options: Any) -> Any:
         """As the base class's."""
@@ -125,6 +128,9 @@ class _Local(LocalFileSystem):
         except FileNotFoundError:
             raise
         except OSError as error:
+            if error.errno in OF_THE_PROCESS:
+                self.refused = error  # fsspec's glob would pass it over
+                raise
             self.unreadable.append((path, _line(error)))
             raise
 
@@ -171,6 +177,8 @@ def _match_local(pattern: str, path: str) -> Listing:
         raise PipelineError(
             f"corpus.paths {pattern!r} cannot be listed: {_line(error)}; make it readable, or choose another path"
         ) from error
+    if fs.refused:
+        raise fs.refused
     for folder, reason in fs.unreadable:
         raise PipelineError(
             f"corpus.paths {pattern!r}: the folder {named(folder)} cannot be read ({reason}); make it readable, or "

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from model.errors import PipelineError, full_disk_as_error
+from model.errors import PipelineError, limits_as_error
 from model.logits import IGNORE_INDEX
 from model.progress import Log, Progress, silent
 from model.settings import TokenizerSettings
@@ -130,7 +130,7 @@ def build_tokenized_dataset(
     encoder = FastEncoder(tokenizer)
     chat = ChatEncoder(tokenizer, encoder.encode, settings.sequence_length) if settings.chat else None
     splits: dict[str, SplitTokens] = {}
-    with full_disk_as_error(output_dir):
+    with limits_as_error(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(output_dir / "tokenizer")
         _save(output_dir / "token_bytes.npy", np.frombuffer(b"".join(bytes_by_id), np.uint8))

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from model.artifact import write_json
-from model.errors import full_disk_as_error
+from model.errors import limits_as_error
 from model.modeling_rex import RexForCausalLM
 from model.settings import ExperimentSettings
 from model.text.chat import end_ids
@@ -73,8 +73,8 @@ def write_outputs(
     dataset_dir: Path,
     output_dir: Path,
 ) -> None:
-    """Write the checkpoint directory. Raises PipelineError for a full disk."""
-    with full_disk_as_error(output_dir):
+    """Write the checkpoint directory. Raises PipelineError for what the system refuses (`limits_as_error`)."""
+    with limits_as_error(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         ends = end_ids(tokenizer)
         model.generation_config = GenerationConfig(

@@ -1,11 +1,10 @@
-"""What may run by itself: off until a person turns it on, on the page Automation or by the variable below.
+"""Automation: off until enabled on the Automation page or by the variable below.
 
 - The automation sensor of Dagster materializes quantized_model, exported_model, benchmark_report and packaged_bento of
-  an experiment once what they are made from is newer (`dg.AutomationCondition.eager()`). Training stays a person's
-  decision.
-- `failure_webhook` posts each failed run to LLM_ASSETS_FAILURE_WEBHOOK; it is on where the variable is set.
-- `retraining` is an example of a schedule: the pipeline of the default experiment each night. Where its text, settings
-  and code are unchanged, every stage is reused and nothing is trained.
+  an experiment once their upstream is newer (`dg.AutomationCondition.eager()`). Training is started by hand.
+- `failure_webhook` posts each failed run to LLM_ASSETS_FAILURE_WEBHOOK; it is on if the variable is set.
+- `retraining` is an example schedule: the pipeline of the default experiment each night. If text, settings and code are
+  unchanged, every stage is reused and nothing is trained.
 """
 
 import hashlib
@@ -28,7 +27,7 @@ TIMEOUT_S = 10
 
 
 def failure_message(run: dg.DagsterRun, error: str) -> dict[str, str]:
-    """What is posted: a line for chats (`text`) and the same in parts."""
+    """The posted message: a line for chats (`text`) and its fields."""
     partition = run.tags.get("dagster/partition", "")
     first = error.strip().splitlines()[0] if error.strip() else "no reason given"
     return {
@@ -41,7 +40,7 @@ def failure_message(run: dg.DagsterRun, error: str) -> dict[str, str]:
 
 
 def post(url: str, message: dict[str, str]) -> None:
-    """Send a message as JSON. Raises OSError where it is not taken; Dagster shows that at the sensor's tick."""
+    """Send a message as JSON. Raises OSError if it fails; Dagster shows that at the sensor's tick."""
     request = urllib.request.Request(
         url, json.dumps(message).encode(), {"Content-Type": "application/json"}, method="POST"
     )
@@ -68,7 +67,7 @@ def failure_webhook(context: dg.RunFailureSensorContext) -> None:
 @dg.schedule(
     cron_schedule="0 3 * * *",
     job_name="llm_pipeline",
-    description=f"Each night at 3: {DEFAULT_EXPERIMENT} anew where text, settings or code have changed. An example.",
+    description=f"Each night at 3: {DEFAULT_EXPERIMENT} again if text, settings or code have changed. An example.",
     default_status=dg.DefaultScheduleStatus.STOPPED,
 )
 def retraining() -> dg.RunRequest:

@@ -1,7 +1,7 @@
-"""What a Bento or an image holds, as a CycloneDX bill of materials: each package with its version and its license.
+"""CycloneDX bill of materials of a Bento or an image: each package with its version and its license.
 
-Python packages say their license in their metadata. Debian's say it in `/usr/share/doc/PACKAGE/copyright`, which the
-base image is asked for (`ContainerEngine.base_packages`). The same content gives the same bytes.
+Python packages state their license in their metadata, Debian packages in `/usr/share/doc/PACKAGE/copyright`, read from
+the base image (`ContainerEngine.base_packages`). The output is reproducible.
 """
 
 import json
@@ -27,9 +27,9 @@ _NO_TIME = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def of_requirements(requirements: Iterable[str]) -> list[Component]:
-    """The packages of this environment that the requirements need, those of their requirements included.
+    """The packages of this environment that the requirements need, transitively.
 
-    A requirement that is not installed is left out: it is for another platform.
+    A requirement that is not installed is omitted: it is for another platform.
     """
     found: dict[str, Distribution] = {}
     wanted = [Requirement(line) for line in requirements]
@@ -56,7 +56,7 @@ def of_folder(packages: Path) -> list[Component]:
 
 
 def of_base_image(found: Mapping[str, Any]) -> list[Component]:
-    """What `ContainerEngine.base_packages` found: the interpreter, and Debian's packages."""
+    """The result of `ContainerEngine.base_packages`: the interpreter and Debian packages."""
     purls = [PackageURL("generic", None, "cpython", found["python"])]
     purls += [
         PackageURL("deb", "debian", one["name"], one["version"], {"arch": one["architecture"]})
@@ -76,7 +76,7 @@ def of_base_image(found: Mapping[str, Any]) -> list[Component]:
 
 
 def licenses(bill: str) -> dict[str, int]:
-    """How many components of a written bill state each license, the commonest first."""
+    """Number of components per license in a bill of materials, the most common license first."""
     stated = Counter(
         " and ".join(one.get("expression") or one["license"].get("id") or one["license"]["name"] for one in given)
         for given in (component.get("licenses", ()) for component in json.loads(bill)["components"])
@@ -117,7 +117,7 @@ def _python(package: Distribution) -> Component:
 
 
 def _license(package: Distribution) -> str:
-    """By the field made for it, else the short name in the older field, the classifiers, or the license's own file."""
+    """From the license expression, else the short name in the older field, the classifiers, or the license file."""
     metadata = package.metadata
     if "License-Expression" in metadata:
         return metadata["License-Expression"]

@@ -1,11 +1,11 @@
-"""The champion of an experiment's models: who it is and why, promotion and rollback by hand.
+"""The champion of an experiment's models: shows it with its decisions, promotes and rolls back by hand.
 
     python -m llm_assets.champion show smoke
     python -m llm_assets.champion promote smoke 3 --reason "the samples read better"
     python -m llm_assets.champion rollback smoke --reason "complaints about version 3"
 
-A service that follows the champion (REX_CHAMPION) takes it over within its polling interval. What is set by hand stays
-until a version is better on the champion's own text by more than chance.
+A service that follows the champion (REX_CHAMPION) switches within its polling interval. A manual choice stays until a
+version is significantly better on the champion's own text.
 """
 
 import argparse
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 @ends_in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what was asked for; one line and status 1 where there is no such model or version."""
+    """Run the command; prints one line and exits with 1 if there is no such model or version."""
     parser = argparse.ArgumentParser(prog="python -m llm_assets.champion", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for command, text in (
-        ("show", "print the versions, the champion and who was it before"),
+        ("show", "print the versions, the champion and former champions"),
         ("promote", "make a version champion"),
         ("rollback", "make the champion before this one champion again, or the version that is named"),
     ):
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _former(client: "MlflowClient", name: str, current: str | None) -> str:
-    """The champion before the present one."""
+    """The previous champion."""
     before = [entry["version"] for entry in history(client, name) if entry["version"] != current]
     if not before:
         raise PipelineError(f"{name} has had no champion before version {current}: name the version to go back to")

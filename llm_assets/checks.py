@@ -1,6 +1,6 @@
 """Asset checks: conditions that an artifact must meet before downstream assets use it.
 
-They run in the step that makes the artifact, on its files, before it is published: a check as a step of its own would
+They run in the step that makes the artifact, on its files, before it is published: a check as a separate step would
 cost a process start, and could not keep a bad version from becoming the latest. A blocking check that fails stops the
 run and leaves the last good version the latest.
 """
@@ -25,7 +25,7 @@ ROUND_TRIP_DOCUMENTS = 64
 def specs(asset: str) -> Sequence[dg.AssetCheckSpec]:
     """The checks that `asset` reports, all blocking."""
     with warnings.catch_warnings():
-        # In preview; without partitions, a failed run of one experiment turns the checks of all experiments red.
+        # A preview feature; without partitions, a failed check of one experiment would show for all experiments.
         warnings.simplefilter("ignore", dg.PreviewWarning)
         return [
             dg.AssetCheckSpec(name, asset=asset, description=description, blocking=True, partitions_def=experiments)
@@ -41,7 +41,7 @@ def splits_are_disjoint(corpus_dir: Path) -> dg.AssetCheckResult:
         for path in sorted(corpus_dir.glob(f"{split}-*.parquet")):
             yield set(pq.read_table(path, columns=["id"])["id"].to_pylist())
 
-    # The small split is held whole, the large one goes by shard after shard.
+    # The small split is kept in memory, the large one is read shard by shard.
     validation = set().union(*shards("validation"))
     train_documents, shared = 0, 0
     for ids in shards("train"):
@@ -59,7 +59,7 @@ def splits_are_disjoint(corpus_dir: Path) -> dg.AssetCheckResult:
 
 
 def round_trip_is_exact(corpus_dir: Path, dataset_dir: Path, sequence_length: int) -> dg.AssetCheckResult:
-    """Decode the first documents of each split and compare their bytes; of conversations, those of what is said.
+    """Decode the first documents of each split and compare their bytes; of conversations, the bytes of their messages.
 
     A conversation that was cut has fewer bytes and is not compared.
     """
@@ -105,7 +105,7 @@ def beats_baselines(loss: float, bits_per_byte: float, *, uniform: float, unigra
 
 
 def trains_soundly(warnings: Sequence[str]) -> dg.AssetCheckResult:
-    """Whether the watch over the training had nothing left to warn of at its end (`model/training/health.py`)."""
+    """Whether no health warning held at the end of the training (`model/training/health.py`)."""
     return dg.AssetCheckResult(
         check_name="trains_soundly",
         passed=not warnings,
@@ -115,7 +115,7 @@ def trains_soundly(warnings: Sequence[str]) -> dg.AssetCheckResult:
 
 
 def training_warnings(checkpoint_dir: Path) -> list[str]:
-    """Health warnings at the end of the training; with any, no model of this checkpoint is promoted."""
+    """Health warnings at the end of the training; any warning blocks promotion of this checkpoint's models."""
     return list(json.loads((checkpoint_dir / "summary.json").read_text(encoding="utf-8")).get("warnings", []))
 
 
@@ -135,7 +135,7 @@ def keeps_quality(bits_per_byte: float, full_bits_per_byte: float) -> dg.AssetCh
 
 
 def is_the_same_model(rows: Sequence[Mapping[str, Any]], differences: Sequence[str]) -> dg.AssetCheckResult:
-    """Judge the certificates of an export: `rows` of them, and every difference that they found."""
+    """Check the certificates of an export: its `rows`, and every difference found."""
     return dg.AssetCheckResult(
         check_name="is_the_same_model",
         passed=bool(rows) and not differences,
@@ -150,9 +150,8 @@ def is_the_same_model(rows: Sequence[Mapping[str, Any]], differences: Sequence[s
 def is_fit_for_release(
     report: Mapping[str, Any], decision: Mapping[str, Any], export_agrees: bool | None
 ) -> dg.AssetCheckResult:
-    """Judge what would be served: `report` is the summary of a benchmark report, `decision` what is recorded of the
-    served model (`decision_of`), `export_agrees` what the exported model's check found, None where there is no such
-    model.
+    """Check a release: `report` is the summary of a benchmark report, `decision` the recorded decision on the served
+    model (`decision_of`), `export_agrees` the result of the exported model's check, None without an export.
     """
     found = []
     speedup = float(report["kv_cache_speedup"])
@@ -182,7 +181,7 @@ def is_fit_for_release(
 
 
 def is_in_store(bento: dict[str, Any] | None, model: dict[str, Any]) -> dg.AssetCheckResult:
-    """Look at the folders that BentoML named."""
+    """Check the folders that BentoML named."""
     paths = [Path(found["path"]) for found in (bento, model) if found]
     return dg.AssetCheckResult(
         check_name="is_in_store",
@@ -192,7 +191,7 @@ def is_in_store(bento: dict[str, Any] | None, model: dict[str, Any]) -> dg.Asset
 
 
 def of_image(asset: str, device: str, inside: dict[str, Any], size: int) -> list[dg.AssetCheckResult]:
-    """Judge what a container of the image found (`ContainerEngine.look_into`), and the image's bytes."""
+    """Check the findings in a container of the image (`ContainerEngine.look_into`) and the image's size."""
     has_cuda = [bool(inside["cuda"]), inside["cuda_packages"] > 0]
     return [
         dg.AssetCheckResult(

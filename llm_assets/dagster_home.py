@@ -1,8 +1,8 @@
-"""Whether Dagster can write its records, found out before Dagster does: it would end in a traceback of 70 lines.
+"""Checks that Dagster can write its records, in place of Dagster's traceback of 70 lines.
 
     python -m llm_assets.dagster_home
 
-The make targets and the sweep check it first. Nothing is left behind.
+The make targets and the sweep run it first. It leaves no files behind.
 """
 
 import os
@@ -13,14 +13,14 @@ from pathlib import Path
 from model.errors import PipelineError, ends_in_one_line
 
 DATABASES = ("history/runs.db", "history/runs/index.db", "schedules/schedules.db")
-"""What Dagster's SQLite storage opens for writing at every start."""
+"""Files that Dagster's SQLite storage opens for writing at every start."""
 
 
 def check_dagster_home() -> None:
-    """Raise PipelineError, one line, where DAGSTER_HOME is set and cannot be written."""
+    """Raise PipelineError, one line, if DAGSTER_HOME is set and cannot be written."""
     home = os.environ.get("DAGSTER_HOME")
     if not home:
-        return  # Dagster keeps its records in a temporary folder then
+        return  # Dagster then keeps its records in a temporary folder
     try:
         Path(home).mkdir(parents=True, exist_ok=True)
         for folder in [Path(home), *{(Path(home) / name).parent for name in DATABASES}]:

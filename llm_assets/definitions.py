@@ -28,7 +28,7 @@ ASSETS = [load_asset(stage) for stage in PIPELINE]
 
 
 def build_defs(resource_overrides: Mapping[str, Any] | None = None) -> dg.Definitions:
-    """A fresh code location; `resource_overrides` replaces resources by key (artifacts, bentos, hydra, mlflow)."""
+    """A new code location; `resource_overrides` replaces resources by key (artifacts, bentos, hydra, mlflow)."""
     resources = {
         "artifacts": DirectoryIOManager(),
         "bentos": BentoBuilder(),
@@ -48,5 +48,5 @@ def build_defs(resource_overrides: Mapping[str, Any] | None = None) -> dg.Defini
 
 @dg.definitions
 def defs() -> dg.Definitions:
-    """What Dagster's tools load."""
+    """The definitions that Dagster's tools load."""
     return build_defs()

@@ -1,7 +1,7 @@
 """Passes artifacts between assets: publishes the output of a stage and loads verified folders.
 
-A stage returns its sealed directory (`manifest.seal`). Where that lies below the scratch folder, its workspace, the
-directory's parent, is deleted once the version is published.
+A stage returns its sealed directory (`manifest.seal`). If it is below the scratch folder, its workspace, the
+directory's parent, is deleted after the version is published.
 """
 
 import os
@@ -20,7 +20,9 @@ from llm_assets.paths import var_dir
 
 @dataclass(frozen=True)
 class Staged:
-    """A sealed directory to publish, and what to call where that fails: Dagster does not tell the asset in time."""
+    """A sealed directory to publish, and a callback for a failure, which Dagster does not report to the asset in
+    time.
+    """
 
     path: Path
     on_failure: Callable[[BaseException], None]
@@ -28,7 +30,7 @@ class Staged:
 
 @dataclass(frozen=True)
 class Reused:
-    """A version that is published already."""
+    """An already published version."""
 
     path: str
     version: str
@@ -42,7 +44,7 @@ ArtifactDirectory = dg.DagsterType(
 
 
 def scratch_dir() -> Path:
-    """Where stages work: `<asset>/<experiment>/<key>/`, on the disk of the default artifact root."""
+    """Workspaces of stages: `<asset>/<experiment>/<key>/`, on the disk of the default artifact root."""
     return var_dir() / "scratch"
 
 

@@ -1,7 +1,7 @@
 """The typed record in every artifact, `manifest.json`, and the rules of compatibility between artifacts.
 
-`content_hash` is over the files alone: when and by which run they were made does not change it. `stage_config` is the
-part of an experiment's settings that decides an asset; a stage refuses an upstream made with another one.
+`content_hash` covers only the files, not the time and run that made them. `stage_config` is the part of an experiment's
+settings that determines an asset; a stage refuses an upstream made with a different one.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ _CHECKPOINT = re.compile(rf"/.*/(trained_checkpoint/[^/]+/[0-9a-f]{{{VERSION_DIG
 class Manifest:
     """Identity and provenance of an artifact.
 
-    files: digest by path relative to the artifact. config: the part of the settings that decided it.
-    upstream: content hash by asset. failed_checks: the blocking checks it did not pass; such a version is kept for a
-    look but never becomes the latest. warned_checks: those it passed with a warning.
-    code, source: hashes of the code that made it and of what it was made from besides its upstream; empty: unknown.
-    registration: what the model registry was told of a model (`register_version`).
-    certificates: what other engines were seen to do with the artifact (`model.export.parity.Certificate`).
+    files: digest by path relative to the artifact. config: the part of the settings that determines it.
+    upstream: content hash by asset. failed_checks: the blocking checks it did not pass; such a version is kept for
+    inspection but never becomes the latest. warned_checks: those it passed with a warning.
+    code, source: hashes of the code and of the inputs other than the upstream; empty: unknown.
+    registration: arguments of the model's registration (`register_version`).
+    certificates: comparisons with other engines (`model.export.parity.Certificate`).
     """
 
     asset: str
@@ -71,7 +71,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str, source: object) -> "Manifest":
-        """Parse a manifest; `source` is named in the PipelineError for one that this code cannot read."""
+        """Parse a manifest; the PipelineError for an unreadable one names `source`."""
         try:
             fields = json.loads(text)
             manifest = cls(**{**fields, "config": _portable(fields["config"])})
@@ -110,7 +110,7 @@ def seal(
     registration: Mapping[str, Any] | None = None,
     certificates: Sequence[Mapping[str, Any]] = (),
 ) -> Manifest:
-    """Write the manifest of a finished directory: the last file that goes into it."""
+    """Write the manifest of a finished directory, as its last file."""
     files = file_digests(directory)
     if not files:
         raise PipelineError(f"{directory} is empty: expected the files of {asset}")
@@ -138,7 +138,7 @@ def seal(
 
 
 def stage_config(settings: ExperimentSettings, asset: str) -> dict[str, Any]:
-    """The groups of the settings that decide `asset`, as plain data (what JSON gives back)."""
+    """The settings groups that determine `asset`, as plain data (JSON types)."""
     groups = {group: dataclasses.asdict(getattr(settings, group)) for group in settings_groups(asset)}
     plain: dict[str, Any] = _portable(json.loads(json.dumps(groups)))
     return plain
@@ -147,7 +147,7 @@ def stage_config(settings: ExperimentSettings, asset: str) -> dict[str, Any]:
 def _portable(config: Any) -> Any:
     """Plain data with published checkpoints named by asset, experiment and version in place of their folders.
 
-    `latest:NAME` is resolved to a folder of this machine: an artifact must stay what it is when the checkout moves.
+    `latest:NAME` resolves to a local folder, and an artifact's identity must not change when the checkout moves.
     """
     if isinstance(config, Mapping):
         return {key: _portable(value) for key, value in config.items()}
@@ -162,7 +162,7 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys; an empty mapping stays a value."""
+    """Nested mappings flattened to dotted keys; an empty mapping stays a value."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
@@ -173,7 +173,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def refresh_command(asset: str, experiment: str, overrides: Sequence[str] = ()) -> str:
-    """The command that materializes `asset` and all that is made from it."""
+    """The command that materializes `asset` and everything downstream."""
     module = "llm_assets.images" if asset in {stage.name for stage in IMAGES} else "llm_assets.definitions"
     command = f"dagster asset materialize -m {module} --select '{asset}+' --partition {experiment}"
     if overrides:
@@ -185,7 +185,7 @@ def refresh_command(asset: str, experiment: str, overrides: Sequence[str] = ()) 
 def assert_compatible(
     upstream: Sequence[Manifest], settings: ExperimentSettings, experiment: str, overrides: Sequence[str] = ()
 ) -> None:
-    """Refuse upstream artifacts that this run's settings would not make, or that do not come from each other.
+    """Refuse upstream artifacts made with other settings than this run's, or that do not belong together.
 
     Raises PipelineError with the first differing options, both values and the command that refreshes the artifact.
     """

@@ -1,7 +1,7 @@
 """Published artifacts: immutable versions and the pointer to the latest, in a folder or an object store.
 
     <root>/<asset>/<experiment>/<first 16 digits of the content hash>/...   manifest.json is written last
-    <root>/<asset>/<experiment>/LATEST                                      the version's name, swapped in one step
+    <root>/<asset>/<experiment>/LATEST                                      the version's name, replaced atomically
     <root>/<asset>/.<experiment>.lock                                       held by the process that publishes
 
 A reader goes pointer -> manifest -> every digest. The root is a folder or anything that fsspec opens by URL; versions
@@ -33,7 +33,7 @@ _INCOMING, _REMOVED, _FRESH = ".incoming-", ".removed-", ".fresh-"
 
 @dataclass(frozen=True)
 class Publication:
-    """Location of a version; `unchanged`: its content had been published before."""
+    """Location of a version; `unchanged`: the content was already published."""
 
     path: str
     version: str
@@ -53,7 +53,7 @@ class ArtifactStore:
     def publish(self, staging: Path) -> Publication:
         """Make a sealed directory a version, and the latest one unless it failed a blocking check.
 
-        `staging` may be moved. The previous version stays whole whatever happens on the way.
+        `staging` may be moved. The previous version stays intact even if publishing fails.
         Raises PipelineError for a directory without a manifest and for a full disk.
         """
         with limits_as_error(Path(str(self.root)) if self._local else staging):
@@ -117,7 +117,7 @@ class ArtifactStore:
     def load(self, asset: str, experiment: str) -> Path:
         """The verified local folder of the latest version.
 
-        Raises PipelineError naming the path where there is none, or where a file is missing or altered.
+        Raises PipelineError naming the path if there is none, or if a file is missing or altered.
         """
         try:
             return self._load(asset, experiment)
@@ -145,7 +145,7 @@ class ArtifactStore:
         return self._download(source, self._cache_dir / asset / experiment / version.strip())
 
     def _is_whole(self, target: Path | UPath, manifest: Manifest) -> bool:
-        """Whether the version is there and sound; a damaged one is published again."""
+        """Whether the version exists and is intact; a damaged one is published again."""
         text = self._read_text(target / MANIFEST)
         if text is None:
             return False
@@ -262,7 +262,7 @@ class ArtifactStore:
 
 
 def _publish_folder(staging: Path, target: Path) -> None:
-    """Let `target` appear whole: one rename on one file system, else a copy beside it and a rename."""
+    """Move to `target` atomically: one rename on the same file system, else a copy next to it and a rename."""
     target.parent.mkdir(parents=True, exist_ok=True)
     incoming = target.with_name(f"{_INCOMING}{uuid.uuid4().hex}")
     try:

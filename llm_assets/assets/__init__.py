@@ -35,9 +35,9 @@ def asset_arguments(name: str) -> dict[str, Any]:
 
 
 def load_asset(spec: StageSpec) -> dg.AssetsDefinition:
-    """Import a stage's module and take the asset of its name; its inputs must be the upstream that the registry says.
+    """Import a stage's module and return its asset; its inputs must equal the registry's upstream.
 
-    Raises TypeError where they are not.
+    Raises TypeError otherwise.
     """
     module = importlib.import_module(spec.module or f"{__name__}.{spec.name}")
     asset: dg.AssetsDefinition = getattr(module, spec.name)

@@ -1,4 +1,4 @@
-"""What the model can do, measured."""
+"""The benchmark report of a model."""
 
 import re
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def benchmark_report(
         work.tracked.log_artifact(work.output)
         served = "quantized_model" if work.settings.serving.quantized else "trained_checkpoint"
         decision = work.tracked.find_decision(model_name(work.experiment), served, work.upstream[served].content_hash)
-        # The UI cannot open the pictures beside the report: they have entries of their own.
+        # The UI cannot open pictures next to the report: they get separate entries.
         text = re.sub(r"!\[.*\n\n", "", (work.output / "report.md").read_text())
         yield work.result(
             {
@@ -70,7 +70,7 @@ def benchmark_report(
 
 
 def _export_agrees(work: Stage) -> bool | None:
-    """Whether the exported model of this checkpoint passed its checks; None without an export."""
+    """Whether this checkpoint's export passed its checks; None without an export."""
     exported = DirectoryIOManager().store().latest_manifest("exported_model", work.experiment)
     checkpoint = work.upstream["trained_checkpoint"].content_hash
     if exported is None or exported.upstream.get("trained_checkpoint") != checkpoint:

@@ -1,6 +1,6 @@
-"""The service as a container image: one asset for CPUs, one for GPUs, of the same Bento except for the device.
+"""The service as a container image: one asset for CPUs and one for GPUs, from the same Bento except for the device.
 
-A code location of their own (`llm_assets.images`): the pipeline materializes without a container engine.
+They are in a separate code location (`llm_assets.images`), so that the pipeline needs no container engine.
 """
 
 import json

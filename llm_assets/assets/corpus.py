@@ -15,7 +15,7 @@ from model.settings import ExperimentSettings
 
 
 def source_fingerprint(settings: ExperimentSettings) -> str:
-    """Hash of the files that the corpus is made from."""
+    """Hash of the source files of the corpus."""
     from model.text.sources import fingerprint
 
     return fingerprint(settings.corpus)
@@ -31,7 +31,7 @@ def corpus(
 ) -> Iterator[dg.MaterializeResult]:
     """Documents as Parquet shards (id, text, source, split): cleaned, exact duplicates dropped, split by their content.
 
-    From local files, URLs, a Hugging Face data set or, by default, the Python standard library of the interpreter.
+    From local files, URLs, a Hugging Face dataset or, by default, the interpreter's standard library.
     """
     from model.text.corpus import build_corpus
 

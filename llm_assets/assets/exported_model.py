@@ -1,4 +1,4 @@
-"""The model for other engines, with the proof that it is the same one."""
+"""The model for other engines, with certificates that they compute the same."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -18,7 +18,7 @@ from model.settings import ExperimentSettings
 
 
 def fingerprint(settings: ExperimentSettings) -> str:
-    """The engines that certify: with another release, or one more of them, the certificates are made anew."""
+    """Fingerprint of the certifying engines: another release or engine renews the certificates."""
     from model.export.engines import installed_engines
 
     return ", ".join(f"{engine} {release}" for engine, release in installed_engines().items())
@@ -43,7 +43,7 @@ def exported_model(
         "quantized_model": quantized_model,
         "tokenized_dataset": tokenized_dataset,
     }
-    # Exclusive, because its load would spoil the timings of a benchmark.
+    # Exclusive, because its load would distort the timings of a benchmark.
     with stage(context, hydra, mlflow, upstream, exclusive=True, fingerprint=fingerprint) as work:
         found = export_with_certificates(
             trained_checkpoint,

@@ -21,7 +21,7 @@ def tokenized_dataset(
 ) -> Iterator[dg.MaterializeResult]:
     """A tokenizer trained on the train split, and both splits as memory-mapped tokens with document boundaries.
 
-    Holds the bytes that each token stands for, so that bits per byte are exact.
+    Includes the byte length of each token, so that bits per byte are exact.
     """
     from model.text.tokens import build_tokenized_dataset
 

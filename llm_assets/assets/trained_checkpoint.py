@@ -16,7 +16,7 @@ from llm_assets.stage.stage import Registration, stage
 
 @dg.asset(
     **asset_arguments("trained_checkpoint"),
-    retry_policy=dg.RetryPolicy(max_retries=1, delay=10),  # continues at the last checkpoint
+    retry_policy=dg.RetryPolicy(max_retries=1, delay=10),  # resumes from the last checkpoint
 )
 @reuses_unchanged()
 def trained_checkpoint(
@@ -24,7 +24,7 @@ def trained_checkpoint(
 ) -> Iterator[dg.MaterializeResult]:
     """`RexForCausalLM` in safetensors with its tokenizer, code, model card, curves and samples.
 
-    A run that was killed, retried or executed again continues at its last checkpoint.
+    A killed, retried or re-executed run resumes from its last checkpoint.
     """
     from model.baselines import token_baselines
     from model.training.launch.start import launch

@@ -1,4 +1,4 @@
-"""What an image is built from: a Bento for one device, the lock of its packages, and the labels.
+"""The build context of an image: a Bento for one device, the lock of its packages, and the labels.
 
 FOLDER/bento/      the Bento with its model: `src/bento/Dockerfile` has the instructions,
                    `env/python/requirements.txt` the lock, `sbom.cdx.json` beside it the bill of materials
@@ -38,7 +38,7 @@ class ImageContext:
 
     @property
     def bill(self) -> Path:
-        """The bill of materials; the Bento brings one of its own, which the image's replaces."""
+        """The bill of materials, which replaces the Bento's."""
         return self.lock.with_name(bill_of_materials.FILE)
 
     @property
@@ -47,12 +47,12 @@ class ImageContext:
         return self.folder / "bento" / "env" / "python" / "requirements.txt"
 
     def tag(self, base_id: str) -> str:
-        """The image's tag: the model's name, the hash of all that decides the image, the device."""
+        """The image's tag: the model's name, the hash of everything that determines the image, the device."""
         name, content = self.bento.partition(":")[0], [self.bento, base_id, self.lock.read_text()]
         return f"{name}:{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:VERSION_DIGITS]}-{self.device}"
 
     def unpack(self, log: Log = silent) -> None:
-        """Bring in the packages."""
+        """Unpack the packages."""
         packages.unpack(self.lock, self.folder / "packages", device=self.device, python=self.python, log=log)
 
 
@@ -61,7 +61,7 @@ def prepare_context(
 ) -> ImageContext:
     """Build the Bento of `device` like the packaged one (`bento.json`), copy it to `folder` and lock its packages.
 
-    Raises PipelineError where the lock is not one for the device.
+    Raises PipelineError if the lock is not for the device.
     """
     bento = bentos.build_once(
         packaged["bento"].partition(":")[0],
@@ -78,7 +78,7 @@ def prepare_context(
 
 
 def labels(context: ImageContext, *, model: str, experiment: str, base: str) -> dict[str, str]:
-    """The labels of the Open Container Initiative, and `rex.` for what those have no name for."""
+    """Labels of the Open Container Initiative, and `rex.` labels for everything else."""
     return {
         "org.opencontainers.image.title": "REX text generation",
         "org.opencontainers.image.source": source(git("remote", "get-url", "origin")),
@@ -92,7 +92,7 @@ def labels(context: ImageContext, *, model: str, experiment: str, base: str) -> 
 
 
 def source(remote: str) -> str:
-    """Where the code comes from: git's remote without a user's name or password, else the project's name."""
+    """The code's source: git's remote without user name and password, else the project's name."""
     parts = urlsplit(remote)
     if parts.scheme in ("https", "http", "ssh", "git") and parts.hostname:
         return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))

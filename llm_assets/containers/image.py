@@ -1,4 +1,4 @@
-"""Builds the service's image for one device from a packaged Bento, and looks into it."""
+"""Builds the service's image for one device from a packaged Bento, and inspects it."""
 
 import json
 import shutil
@@ -20,9 +20,10 @@ BILL = f"/app/bento/env/python/{bill_of_materials.FILE}"
 
 @dataclass(frozen=True)
 class BuiltImage:
-    """An image of the engine's store. inside: what `ContainerEngine.look_into` found. run: the command that starts it.
+    """An image of the engine's store. inside: the result of `ContainerEngine.look_into`. run: the command that starts
+    it.
 
-    reused: an image of the same content was there already. licenses: the packages that state each.
+    reused: an image of the same content already existed. licenses: number of packages per license.
     """
 
     tag: str
@@ -51,7 +52,7 @@ def build_image(
     materials to `output`.
 
     device: `cpu` or `gpu`. workspace: a folder for the build context.
-    Raises PipelineError where no engine answers or a build fails.
+    Raises PipelineError if no engine answers or a build fails.
     """
     started = time.monotonic()
     engine.require()

@@ -1,8 +1,8 @@
 """An image's Python packages: locked and unpacked on this machine with uv, for the Python of the image.
 
-The image's build itself then needs no network and no index. uv reads variables of its own (UV_DEFAULT_INDEX, UV_INDEX,
-UV_FIND_LINKS, SSL_CERT_FILE); what they leave open is taken from pip's configuration, which uv does not read. PyPI's
-torch is the CUDA build; the CPU build comes from a folder that pip's `find-links` names, else from PyTorch's own index.
+The image build then needs no network and no index. uv reads its own variables (UV_DEFAULT_INDEX, UV_INDEX,
+UV_FIND_LINKS, SSL_CERT_FILE); unset ones are filled from pip's configuration, which uv does not read. PyPI's torch is
+the CUDA build; the CPU build comes from a folder that pip's `find-links` names, else from PyTorch's own index.
 """
 
 import os
@@ -17,16 +17,16 @@ from model.errors import PipelineError
 from model.progress import Log, silent
 from model.system.commands import run
 
-# What only a CUDA build of torch needs; BentoML needs nvidia-ml-py everywhere.
+# Packages that only a CUDA build of torch needs; BentoML needs nvidia-ml-py everywhere.
 CUDA_PACKAGES = ("nvidia-cu", "cuda-", "triton")
 _PIP_OPTIONS = {"index-url": "UV_DEFAULT_INDEX", "cert": "SSL_CERT_FILE"}
 
 
 def uv_environment(device: str, pip: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for uv: `environment`, and what it leaves open from pip's options by name.
+    """The environment for uv: `environment`, completed from pip's options, given by name.
 
-    device: `cpu` or `gpu`. Folders of wheels count for `cpu` alone, and where they hold a CPU build of torch: it would
-    end in a GPU image as well, as `torch==X` is met by `X+cpu`.
+    device: `cpu` or `gpu`. Folders of wheels are used only for `cpu`, and only if they hold a CPU build of torch: it
+    would get into a GPU image as well, because `X+cpu` satisfies `torch==X`.
     """
     found = {variable: pip[option] for option, variable in _PIP_OPTIONS.items() if pip.get(option)}
     if "UV_INDEX_URL" in environment:
@@ -38,7 +38,7 @@ def uv_environment(device: str, pip: Mapping[str, str], environment: Mapping[str
 
 
 def pip_options() -> dict[str, str]:
-    """Options of pip by name, as its configuration files and variables set them together; later ones win."""
+    """Options of pip by name, merged from its configuration files and variables; later ones win."""
     printed = run([sys.executable, "-m", "pip", "config", "list"], "reading pip's configuration")
     options: dict[str, str] = {}
     for line in printed.splitlines():
@@ -52,8 +52,8 @@ def pip_options() -> dict[str, str]:
 def lock(requirements: Path, constraints: Path, target: Path, *, device: str, python: str, log: Log = silent) -> None:
     """Write every package that `requirements` needs, with its version and the hashes of its files, to `target`.
 
-    constraints: the versions that the project is tested with. python: version of the image's Python, as "3.11".
-    Raises PipelineError where packages are not found, or where those of the other device are among them.
+    constraints: the versions that the project is tested with. python: version of the image's Python, as "3.11". Raises
+    PipelineError if packages are not found, or if packages of the other device are among them.
     """
     command = [*_uv("compile", python), "--no-header", "--no-annotate", "--generate-hashes", "--quiet"]
     command += ["--constraint", str(constraints), "--output-file", str(target), str(requirements)]
@@ -67,7 +67,7 @@ def pinned(locked: str) -> list[str]:
 
 
 def refuse_other_device(locked: str, device: str) -> None:
-    """Raise PipelineError where a lock for `cpu` has CUDA packages, or one for `gpu` none or a CPU build of torch."""
+    """Raise PipelineError if a lock for `cpu` has CUDA packages, or one for `gpu` has none or a CPU build of torch."""
     names = pinned(locked)
     cuda = [name.partition("==")[0] for name in names if name.startswith(CUDA_PACKAGES)]
     torch = next((name for name in names if name.startswith("torch==")), "no torch")
@@ -86,7 +86,7 @@ def refuse_other_device(locked: str, device: str) -> None:
 def unpack(locked: Path, folder: Path, *, device: str, python: str, log: Log = silent) -> None:
     """Unpack the packages of a lock into `folder`, which the image has on its PYTHONPATH.
 
-    Raises PipelineError where a file has another hash than the lock says.
+    Raises PipelineError if a file's hash differs from the lock.
     """
     command = [
         *_uv("install", python),
@@ -106,7 +106,7 @@ def unpack(locked: Path, folder: Path, *, device: str, python: str, log: Log = s
 
 def _uv(command: str, python: str) -> list[str]:
     machine = {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platform.machine())
-    # The glibc of Debian 11 and later. Source distributions would be built for this machine, and by its compiler.
+    # The glibc of Debian 11 and later. Source distributions would be built for and by this machine.
     for_image = ["--python-version", python, "--python-platform", f"{machine}-manylinux_2_31", "--only-binary", ":all:"]
     return [sys.executable, "-m", "uv", "pip", command, "--python", sys.executable, *for_image]
 

@@ -1,11 +1,11 @@
-"""Makes the composed stack's database server ready, before anything else of the stack starts.
+"""Prepares the composed stack's database server before the other services start.
 
     python -m llm_assets.containers.prepare
 
-Creates the databases `dagster` and `mlflow` where they are missing and brings both to this version's tables: here once,
-because two processes that do it at once get into each other's way. Reads POSTGRES_HOST, POSTGRES_PORT, POSTGRES_USER,
-POSTGRES_PASSWORD, LLM_API_KEYS, REX_BIND and REX_UI_BIND. A user who publishes the stack to a network with the
-example's password, or the generation service without a key, is refused.
+Creates missing databases `dagster` and `mlflow` and migrates both to this version's tables, once and here, because two
+concurrent migrations would conflict. Reads POSTGRES_HOST, POSTGRES_PORT, POSTGRES_USER, POSTGRES_PASSWORD,
+LLM_API_KEYS, REX_BIND and REX_UI_BIND. Refuses to publish the stack to a network with the example's password, or the
+generation service without a key.
 """
 
 import ipaddress
@@ -45,7 +45,7 @@ def check_settings(environment: Mapping[str, str]) -> None:
 
 
 def create_databases(environment: Mapping[str, str]) -> list[str]:
-    """Create the databases that are missing; their names. Raises PipelineError where the server refuses."""
+    """Create the missing databases and return their names. Raises PipelineError if the server refuses."""
     import psycopg2
 
     try:
@@ -61,7 +61,7 @@ def create_databases(environment: Mapping[str, str]) -> list[str]:
             f"the database server refuses: {' '.join(str(error).split())}; a volume keeps the password that it was "
             "made with"
         ) from None
-    connection.autocommit = True  # CREATE DATABASE is no part of a transaction
+    connection.autocommit = True  # CREATE DATABASE cannot run in a transaction
     try:
         with connection.cursor() as cursor:
             cursor.execute("SELECT datname FROM pg_database")
@@ -83,7 +83,7 @@ def mlflow_uri(environment: Mapping[str, str]) -> str:
 
 @ends_in_one_line
 def main() -> int:
-    """See the module's docstring."""
+    """Prepare both databases; prints one line and exits with 1 on an error."""
     check_settings(os.environ)
     created = create_databases(os.environ)
     print(f"databases: {', '.join(created) or 'none'} created", flush=True)

@@ -3,7 +3,8 @@
     python -m llm_assets.containers.stack [--device cpu] [--tag rex-pipeline:cpu]
 
 The packages are those of `pyproject.toml`, at the versions of `constraints.txt`, unpacked into var/stack/packages. They
-stay there, and an unchanged lock is not unpacked again. LLM_ASSETS_BASE_IMAGE names another base than the Dockerfile.
+stay there, and an unchanged lock is not unpacked again. LLM_ASSETS_BASE_IMAGE overrides the base image of the
+Dockerfile.
 """
 
 import argparse
@@ -22,18 +23,18 @@ from model.errors import PipelineError, ends_in_one_line
 PYTHON = "3.11"
 EXTRAS = ("postgres", "tracing")
 PACKAGES = REPOSITORY / "var" / "stack" / "packages"
-"""Below the checkout, as a build sees nothing else, wherever LLM_ASSETS_VAR points."""
+"""Below the checkout, regardless of LLM_ASSETS_VAR, as a build sees only the checkout."""
 
 
 def requirements(device: str) -> list[str]:
-    """What the image needs, from the project's own list; torch is the build for the device."""
+    """The image's requirements, from the project's list; torch is the build for the device."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *(one for extra in EXTRAS for one in project["optional-dependencies"][extra])]
     return [f"{one}+cpu" if device == "cpu" and one.startswith("torch==") else one for one in wanted]
 
 
 def prepare_packages(device: str) -> None:
-    """Fill `PACKAGES`. Raises PipelineError where a package is not found."""
+    """Fill `PACKAGES`. Raises PipelineError if a package is not found."""
     PACKAGES.parent.mkdir(parents=True, exist_ok=True)
     wanted, locked, done = (PACKAGES.parent / name for name in ("requirements.in", "requirements.txt", "unpacked"))
     wanted.write_text("\n".join(requirements(device)) + "\n")
@@ -49,7 +50,7 @@ def prepare_packages(device: str) -> None:
 
 @ends_in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
-    """Build the image; its tag is the last line."""
+    """Build the image and print its tag as the last line."""
     parser = argparse.ArgumentParser(prog="python -m llm_assets.containers.stack", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="default: cpu")
     parser.add_argument("--tag", default="", help="default: rex-pipeline:DEVICE")
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if base := os.environ.get("LLM_ASSETS_BASE_IMAGE"):
         command += ["--build-arg", f"BASE_IMAGE={base}"]
     if subprocess.run([*command, str(REPOSITORY)], check=False).returncode:
-        raise PipelineError(f"building {tag} failed: the engine's own lines above say why")
+        raise PipelineError(f"building {tag} failed: see the engine's output above")
     print(tag)
     return 0
 

@@ -1,12 +1,12 @@
 """Composes an experiment's settings from `configs/` with Hydra.
 
     python -m llm_assets.experiments NAME [overrides]               prints the resolved settings as YAML
-    python -m llm_assets.experiments NAME [overrides] --explain     the same, with what each option means
+    python -m llm_assets.experiments NAME [overrides] --explain     the same, with an explanation of each option
     python -m llm_assets.experiments --list                         prints the experiments
 
 `name` is a file of `configs/experiment/`; an override is Hydra's `group.option=value` or `group=file`. Composing reads
-nothing but the files, the overrides and the environment variables that the files name, so that every step of a run
-resolves the same settings.
+only the files, the overrides and the environment variables that the files name, so that every step of a run resolves
+the same settings.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from model.settings import ExperimentSettings
 CONFIG_DIR = Path(os.environ.get("LLM_ASSETS_CONFIG_DIR") or REPOSITORY / "configs")
 DEFAULT_EXPERIMENT = "stdlib"
 COMPOSING_ERRORS = (HydraException, OmegaConfBaseException)
-"""What a mistake in a configuration or an override raises in Hydra; `one_line` says it."""
+"""Exceptions of Hydra for errors in a configuration or an override; `one_line` formats them."""
 
 ConfigStore.instance().store(name="settings", node=ExperimentSettings)
 
@@ -54,8 +54,8 @@ def experiment_names(config_dir: Path = CONFIG_DIR) -> list[str]:
 def compose(name: str, overrides: Sequence[str] = (), config_dir: Path = CONFIG_DIR) -> ExperimentSettings:
     """Resolve experiment `name` with Hydra overrides applied.
 
-    Raises PipelineError, one line, for an experiment that is not there, a mistake in one of its files, an option that
-    is not there, a value of the wrong type and a value out of range.
+    Raises PipelineError, one line, for an unknown experiment or option, an error in one of its files, a value of the
+    wrong type and a value out of range.
     """
     names = experiment_names(config_dir)
     if name not in names:
@@ -69,7 +69,7 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: Path = CONFIG_
     try:
         with initialize_config_dir(str(config_dir.resolve())):
             composed = hydra_compose("config", [f"experiment={name}", *overrides, f"++name={name}"])
-        # Hydra's `+group.option=` opens the tree for keys that no setting has: merging once more refuses them.
+        # Hydra's `+group.option=` admits keys that no setting has: merging once more refuses them.
         typed = OmegaConf.merge(OmegaConf.structured(ExperimentSettings), OmegaConf.to_container(composed))
         settings = OmegaConf.to_object(typed)
     except (*COMPOSING_ERRORS, PipelineError) as error:
@@ -110,10 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("name", nargs="?", default=DEFAULT_EXPERIMENT, help=f"default: {DEFAULT_EXPERIMENT}")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as training.max_steps=100 model=rex_30m")
-    parser.add_argument("--list", action="store_true", help="print the experiments and what each is")
-    parser.add_argument(
-        "--explain", action="store_true", help="print beside each option its meaning, range and default"
-    )
+    parser.add_argument("--list", action="store_true", help="print the experiments with their descriptions")
+    parser.add_argument("--explain", action="store_true", help="print each option with its meaning, range and default")
     parser.add_argument("--config-dir", type=Path, default=CONFIG_DIR, help="default: configs/ of this repository")
     arguments = parser.parse_args(argv)
     if arguments.list:
@@ -124,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print_list(config_dir: Path) -> int:
-    """Print every experiment, then what is wrong with those that cannot run; status 1 where there is one."""
+    """Print every experiment, then the errors of invalid ones; exits with 1 if there is one."""
     mistakes = list(misnamed_files(config_dir))
     for name in experiment_names(config_dir):
         try:

@@ -1,6 +1,6 @@
 """Help on the options: resolved settings with comments, a list for `--help`, tables for the documentation.
 
-All of it is made from the fields of `model/settings/`.
+Generated from the fields of `model/settings/`.
 """
 
 import json

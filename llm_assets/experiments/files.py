@@ -1,7 +1,7 @@
-"""Reads the YAML files of `configs/` before Hydra does: a mistake is one line with file, line and expectation.
+"""Validates the YAML files of `configs/` before Hydra reads them: an error is one line with file, line and expectation.
 
-Hydra's own errors name no line, and most YAML mistakes pass through it as tracebacks. What an option may be is in
-`model/settings/`.
+Hydra's own errors name no line, and it passes most YAML errors on as tracebacks. `model/settings/` defines the values
+of options.
 """
 
 import difflib
@@ -24,7 +24,7 @@ NAME_RULE = (
     "a letter first"
 )
 HYDRA_WORDS = {"null", "true", "false", "inf", "nan", "none"}
-"""What an override `experiment=...` would read as something else than a name."""
+"""Names that an override `experiment=...` would parse as another type."""
 PACKAGE = "# @package _global_"
 _CHOICE = re.compile(r"(?:override\s+)?/?(?P<group>\w+)")
 
@@ -39,7 +39,7 @@ class ConfigFile:
 
 
 def names_of_files(config_dir: Path) -> list[str]:
-    """Names of the experiments in `config_dir` that may be run, sorted; the content of their files is not looked at."""
+    """Names of the experiments in `config_dir`, sorted; does not read their files."""
     stems = sorted(path.stem for path in (config_dir / "experiment").glob("*.yaml"))
     return [name for name in stems if name_mistake(name) is None]
 
@@ -53,7 +53,7 @@ def misnamed_files(config_dir: Path) -> Iterator[str]:
 
 
 def name_mistake(name: str) -> str | None:
-    """Reason why `name` is no valid name of an experiment, else None.
+    """Reason why `name` is not a valid experiment name, else None.
 
     The name is a Dagster partition key, a value on Hydra's command line and a part of paths, of MLflow's model names,
     of BentoML's tags and of image repositories, which allow the fewest characters.
@@ -68,7 +68,7 @@ def name_mistake(name: str) -> str | None:
 def read_files(config_dir: Path, experiment: str, overrides: Sequence[str]) -> list[ConfigFile]:
     """The files that compose `experiment`, each checked: config.yaml, the experiment, then one of each group.
 
-    A file that is missing is left to Hydra, which lists those that are there.
+    A missing file is left to Hydra, which lists the existing ones.
     Raises PipelineError, one line, for the first mistake.
     """
     root = read_file(config_dir / "config.yaml", group=None)
@@ -85,7 +85,7 @@ def read_files(config_dir: Path, experiment: str, overrides: Sequence[str]) -> l
 def read_file(path: Path, *, group: str | None, needs_package: bool = False) -> ConfigFile:
     """Check one file of group `group`, or of the whole tree (None). Raises PipelineError, one line.
 
-    needs_package: the file has to begin with the line that makes its options those of the whole tree.
+    needs_package: the file must begin with the line that applies its options to the whole tree.
     """
     text = _text(path)
     found = ConfigFile(path)
@@ -103,7 +103,7 @@ def read_file(path: Path, *, group: str | None, needs_package: bool = False) -> 
     if node is None:
         if not text.strip() or group is None:
             raise _mistake(path, 1, "nothing", "options as `option: value`")
-        return found  # comments alone: a group as its defaults are
+        return found  # only comments: a group with its defaults
     if not isinstance(node, yaml.MappingNode):
         kind = "a list" if isinstance(node, yaml.SequenceNode) else f"the value {node.value!r}"
         raise _mistake(path, node.start_mark.line + 1, f"{kind} at the top", "options as `option: value`")
@@ -119,14 +119,14 @@ def read_file(path: Path, *, group: str | None, needs_package: bool = False) -> 
 
 
 def locate(message: str, files: Sequence[ConfigFile], overrides: Sequence[str]) -> str | None:
-    """`file, line N` of the option that an error message names, where a file set it and no override did."""
+    """`file, line N` of the option that an error message names, if a file set it and no override did."""
     named = re.search(r"full_key: ([\w.]+)", message) or re.search(r"^([a-z]\w*\.\w+) is ", message)
     if named is None:
         return None
     option = ".".join(named[1].split(".")[:2])
     if any(override.lstrip("+~").partition("=")[0].startswith(option) for override in overrides):
         return None
-    # As Hydra merges: the experiment's own options come last.
+    # Hydra's merge order: the experiment's options come last.
     for file in [*files[1:2], *files[2:], *files[:1]]:
         if option in file.lines:
             return f"{shown(file.path)}, line {file.lines[option]}"
@@ -134,7 +134,7 @@ def locate(message: str, files: Sequence[ConfigFile], overrides: Sequence[str]) 
 
 
 def did_you_mean(message: str) -> str:
-    """`; did you mean ...?` for an error message about an option that is not there."""
+    """`; did you mean ...?` for an error message about an unknown option."""
     named = re.search(r"full_key: (\w+)\.(\w+)", message)
     if named is None or "not in" not in message or named[1] not in GROUPS:
         return ""
@@ -143,7 +143,7 @@ def did_you_mean(message: str) -> str:
 
 
 def shown(path: Path) -> str:
-    """The path from the folder above `configs/` on, as a person finds it."""
+    """The path relative to the folder above `configs/`, for messages."""
     parts = path.parts
     return str(Path(*parts[-3:])) if path.parent.name != "configs" else str(Path(*parts[-2:]))
 
@@ -219,7 +219,7 @@ def _check_nodes(path: Path, root: yaml.MappingNode) -> None:
 
 
 def _choices(node: yaml.Node) -> Iterator[tuple[str, str]]:
-    """Group and file of each entry of a defaults list; what is no such entry is left to Hydra."""
+    """Group and file of each entry of a defaults list; invalid entries are left to Hydra."""
     for entry in node.value if isinstance(node, yaml.SequenceNode) else ():
         if isinstance(entry, yaml.MappingNode):
             for key, value in entry.value:

@@ -18,7 +18,7 @@ _TABLE = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- /generated -->)", re
 
 
 def generated(page: str) -> str:
-    """The text of a page with its tables made anew."""
+    """The text of a page with regenerated tables."""
 
     def table(match: re.Match[str]) -> str:
         items = variables() if match[2] == "service" else options(GROUPS[match[2]])

@@ -35,7 +35,7 @@ def preloaded_modules(gpu_drivers: Sequence[str] = GPU_DRIVERS) -> list[str]:
 
 
 def build_executor(modules: Sequence[str]) -> dg.ExecutorDefinition:
-    """Steps in processes of their own, forked from one that has imported these modules."""
+    """Steps in separate processes, forked from one that has imported these modules."""
     start_method = {"forkserver": {"preload_modules": list(modules)}}
     return dg.multiprocess_executor.configured({"max_concurrent": MAX_CONCURRENT_STEPS, "start_method": start_method})
 

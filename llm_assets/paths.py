@@ -2,7 +2,7 @@
 
 Below it: `artifacts/` (published versions), `scratch/` (work in progress), `cache/` (copies of a remote store's
 artifacts), `mlflow.db` and `mlartifacts/` (tracking), `logs/` (records of runs), `sweeps/` (tables of results). Read
-when it is asked for, so that a test can move it.
+at each call, so that a test can move it.
 """
 
 import os

@@ -46,7 +46,7 @@ def run_point(job: Job, sweep: Sweep | None) -> float | None:
     configuration = HydraConfig.get()
     experiment = configuration.runtime.choices["experiment"]
     overrides = [item for item in configuration.overrides.task if not item.startswith("experiment=")]
-    # In a process of its own: Hydra is busy with the sweep in this one.
+    # In a separate process: Hydra is busy with the sweep in this one.
     check = [sys.executable, "-m", "llm_assets.experiments", experiment, *overrides]
     status = subprocess.run(check, stdout=subprocess.DEVNULL, check=False).returncode
     tags = dict(job.tags)

@@ -1,4 +1,4 @@
-"""Program that reads and fills BentoML's stores; `bentos.py` runs it in a process of its own.
+"""Program that reads and fills BentoML's stores; `bentos.py` runs it in a separate process.
 
     python bento_store.py model NAME:VERSION DIRECTORY LABELS_JSON     import a model directory unless it is there
     python bento_store.py bento NAME:VERSION                           find a Bento

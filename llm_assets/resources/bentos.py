@@ -1,4 +1,4 @@
-"""The BentoML stores, each command in a process of its own.
+"""The BentoML stores, each command in a separate process.
 
 BentoML reads BENTOML_HOME once, and a second build in one process reuses the first one's service module: a Bento would
 then hold another model than its arguments say. Commands run in their own process group, which is ended with the step.

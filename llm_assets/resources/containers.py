@@ -1,6 +1,6 @@
 """The container engine, by its command line: Docker, with or without BuildKit, or what takes Docker's arguments.
 
-Each command runs in a process of its own, which is ended with the step. `llm_assets/containers/context.py` prepares
+Each command runs in a separate process, which is ended with the step. `llm_assets/containers/context.py` prepares
 the build context; the instructions are `bento/Dockerfile`.
 """
 

@@ -173,9 +173,7 @@ def _weigh(scores: "PairedComparison", current: str | None, ratio: float, most_r
 
 def _set_champion(client: "MlflowClient", name: str, version: str, reason: str, *, former: str | None) -> None:
     entries = history(client, name)
-    if former and (
-        not entries or entries[-1]["version"] != former
-    ):  # set on MLflow's page, where no reason is asked for
+    if former and (not entries or entries[-1]["version"] != former):  # set on MLflow's page, which takes no reason
         entries.append({"version": former, "at": "", "reason": "set on another way"})
     now = datetime.now(UTC).isoformat(timespec="seconds")
     entries.append({"version": version, "at": now, "reason": reason[:_REASON_CHARACTERS]})

@@ -78,13 +78,13 @@ def _find_unchanged(
         if "the settings" in changed:
             changed[:1] = changed_options(latest.config, stage_config(settings, asset)) or ["the settings"]
         context.log.info(
-            f"{asset} of {experiment!r} is made anew: changed since version {latest.version}: {', '.join(changed)}"
+            f"{asset} of {experiment!r} is recomputed: changed since version {latest.version}: {', '.join(changed)}"
         )
         return None
     try:
         return store.load(asset, experiment), latest
     except PipelineError as error:
-        context.log.warning(f"{asset} of {experiment!r} is made anew: {error}")
+        context.log.warning(f"{asset} of {experiment!r} is recomputed: {error}")
         return None
 
 

@@ -174,7 +174,7 @@ class Stage:
 def peak_memory_mb() -> float:
     """Megabytes that this process and its largest child, of those that have ended, held at most, each at its own peak.
 
-    A step is a process of its own; one that has one child at a time never held more.
+    A step is a separate process; one that has one child at a time never held more.
     """
     return round((peak_resident_bytes() + peak_resident_bytes(resource.RUSAGE_CHILDREN)) / 1e6, 1)
 

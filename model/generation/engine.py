@@ -286,7 +286,7 @@ class Engine:
                     self._is_warm = self._is_warm or scheduler.answered > 0
         except BaseException:
             logger.exception("the engine's thread died")
-            self._recover(scheduler, "the engine died: it starts again, ask again")
+            self._recover(scheduler, "the engine died: it restarts, try again")
         else:
             if self._scheduler is scheduler:
                 self._finish_all("cancelled")
@@ -304,7 +304,7 @@ class Engine:
             scheduler, started = self._scheduler, self._step_started
             if started is not None and time.monotonic() - started > self._step_timeout_s:
                 logger.error("a step has taken longer than %g s", self._step_timeout_s)
-                self._recover(scheduler, "the engine hung: it starts again, ask again")
+                self._recover(scheduler, "the engine hung: it restarts, try again")
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping, timeout=min(1.0, self._step_timeout_s / 4))
 

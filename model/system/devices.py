@@ -16,7 +16,7 @@ Precision = Literal["float32", "bfloat16", "float16"]
 def resolve_device(name: str, *, setting: str = "training.device") -> torch.device:
     """The device for "auto" (the GPU where there is one), "cpu" or "cuda".
 
-    setting: the setting that an error names. Raises PipelineError where a GPU is asked for and PyTorch sees none.
+    setting: the setting that an error names. Raises PipelineError if a GPU is requested and PyTorch sees none.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -263,7 +263,7 @@ class Sources:
             kind = TransientError if isinstance(error, ConnectionError | TimeoutError) else PipelineError
             raise kind(
                 f"corpus.dataset {name!r} (config {config!r}, split {split!r}) cannot be opened: {_line(error)}; "
-                "expected a local data set folder or a data set's name on a reachable hub"
+                "expected a local dataset folder or a dataset's name on a reachable hub"
             ) from error
         if rows.column_names is not None and not self._settings.holds_conversations:
             if field not in rows.column_names:

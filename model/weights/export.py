@@ -67,7 +67,7 @@ def export_state_dict(state_dict: dict[str, Tensor], config: RexConfig) -> dict[
 
 
 def interleave_pairs(weight: Tensor, hidden_size: int, head_dim: int | None) -> Tensor:
-    """Rows of each head from (0 .. K/2, K/2 .. K) to (0, K/2, 1, K/2 + 1, ..): GLM-4 turns neighbouring rows."""
+    """Rows of each head from (0 .. K/2, K/2 .. K) to (0, K/2, 1, K/2 + 1, ..): GLM-4 turns neighboring rows."""
     rows_HK = weight.view(-1, 2, (head_dim or 0) // 2, hidden_size)
     return rows_HK.transpose(1, 2).reshape(-1, hidden_size)
 

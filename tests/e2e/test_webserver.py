@@ -15,7 +15,7 @@ from tests.e2e.workplace import BIN, REPO, free_port, new_workplace, stop, wait_
 pytestmark = pytest.mark.e2e
 
 STEPS = 150
-TRAINING = [f"training.max_steps={STEPS}"]  # seconds, so that it can be cancelled in the middle
+TRAINING = [f"training.max_steps={STEPS}"]  # seconds, so that it can be canceled in the middle
 
 TO_CHECKPOINT = ("corpus", "tokenized_dataset", "trained_checkpoint")
 TERMINATE = "mutation Terminate($id: String!) { terminateRun(runId: $id) { __typename } }"
@@ -120,7 +120,7 @@ def test_a_cancelled_run_leaves_no_process_and_the_next_one_goes_on_to_the_same_
     assert training_status(workplace, run_id) == "KILLED"
     wait_until(lambda: processes(workplace) <= running, seconds=30)
     assert workplace.latest("trained_checkpoint") == before
-    # The content hash is over weights, loss curve and everything else: what a run in one go gave, and made anew.
+    # The content hash is over weights, loss curve and everything else: an uninterrupted run has the same.
     again = launch(client, TRAINING)
     assert ended(client, again) == "SUCCESS"
     assert workplace.manifest("trained_checkpoint")["dagster_run_id"] == again

@@ -203,14 +203,14 @@ def gate(service) -> Iterator[Gate]:
 
 
 def wait_until_idle(service: Service) -> None:
-    """Until the engine holds nothing; a request that is not cancelled would end much later."""
+    """Until the engine holds nothing; a request that is not canceled would end much later."""
     while service.engine.stats().running or service.engine.stats().waiting:
         threading.Event().wait(0.01)
 
 
 @pytest.fixture
 def cancelled(monkeypatch) -> threading.Event:
-    """Set once the server has cancelled a request. Until then a test holds the model, as it would finish the answer
+    """Set once the server has canceled a request. Until then a test holds the model, as it would finish the answer
     before a busy server notices that its client left."""
     event, cancel = threading.Event(), Generation.cancel
     monkeypatch.setattr(Generation, "cancel", lambda handle: (cancel(handle), event.set()))

@@ -73,7 +73,7 @@ def test_a_request_that_waits_too_long_is_503_and_was_never_started():
 
 
 async def drained(under_way: int, timeout_s: float) -> list[str]:
-    """What happened: the last request ends 0.1 s after it was cancelled."""
+    """What happened: the last request ends 0.1 s after it was canceled."""
     admission, happened = Admission(Models("m")), []
     admission.under_way = under_way
 

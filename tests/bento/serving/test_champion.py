@@ -85,7 +85,7 @@ def test_without_a_champion_the_service_lives_and_says_what_it_waits_for(stack):
 
 @dataclass
 class Load:
-    """Clients who ask again and again, some of them for a stream, until it is over."""
+    """Closed-loop clients, some of them streaming, until the end of the block."""
 
     url: str
     answers: Counter[tuple[int, str]] = field(default_factory=Counter)

@@ -41,7 +41,7 @@ def staged(directory: Path, text: str) -> Path:
 
 
 def at_once(*works: Callable[[], object]) -> list[object]:
-    """What each function returned or raised, all begun together in processes of their own."""
+    """What each function returned or raised, all begun together in separate processes."""
     barrier = FORK.Barrier(len(works))
 
     def work(function: Callable[[], object], answer: Connection) -> None:

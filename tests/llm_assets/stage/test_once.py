@@ -88,7 +88,9 @@ def test_the_option_that_made_it_compute_is_named(pipeline: Pipeline, computed: 
     assert pipeline.run("corpus").success
     change_settings(pipeline)
     result = pipeline.run("corpus")
-    (said,) = [log.user_message for log in pipeline.instance.all_logs(result.run_id) if "made anew" in log.user_message]
+    (said,) = [
+        log.user_message for log in pipeline.instance.all_logs(result.run_id) if "is recomputed" in log.user_message
+    ]
     assert re.search(r"changed since version \w+: corpus\.max_bytes is 999999, was \d+$", said), said
 
 

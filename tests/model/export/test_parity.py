@@ -51,7 +51,7 @@ def glm4(source: tuple[PreTrainedTokenizerFast, TokenDataset], tmp_path: Path) -
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers is imported here already; in a process of its own it would be again, for seconds."""
+    """transformers is imported here already; in a separate process it would be again, for seconds."""
     monkeypatch.setattr(parity, "_ask", lambda engine, path, asked: engines.ENGINES[engine](path, asked))
 
 

@@ -1,4 +1,4 @@
-"""An engine's queue and its life: what waits, what is cancelled, and what a failure, a death or a hang does to whom."""
+"""An engine's queue and its life: what waits, what is canceled, and what a failure, a death or a hang does to whom."""
 
 import threading
 import time

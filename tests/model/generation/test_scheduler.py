@@ -168,7 +168,7 @@ def test_the_queue_counts_requests_and_tokens_and_what_starts_at_once():
     first = queue.first()
     assert first is not None
     first.cancel()
-    queue.put([make(1)], room=0)  # what was cancelled makes room at once
+    queue.put([make(1)], room=0)  # a canceled request makes room at once
     assert first.is_finished and queue.tokens == 1
 
 

@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
 
 @contextlib.contextmanager
 def as_nobody() -> Iterator[Path]:
-    """A folder that everybody may enter, as a user who may not read all of it."""
+    """A folder that every user may enter, as a user who may not read all of it."""
     place = Path(tempfile.mkdtemp())
     place.chmod(0o755)
     is_root = os.geteuid() == 0

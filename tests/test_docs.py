@@ -78,7 +78,7 @@ def prose(file: Path) -> Iterator[tuple[int, str]]:
 
 def test_comments_and_messages_are_in_american_english_and_name_their_subjects() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True).stdout.split()
-    kinds = {".py", ".md", ".yaml", ".yml", ".toml", ".cpp", ".h", ".js", ".css", ".html", ".txt", ""}
+    kinds = {".py", ".md", ".yaml", ".yml", ".toml", ".cpp", ".h", ".js", ".css", ".html", ".txt", ".example", ""}
     files = [REPO / name for name in listed if Path(name).suffix in kinds and name != "tests/test_docs.py"]
     found = [
         f"{file.relative_to(REPO)}:{line}: {match[0]}"

@@ -29,7 +29,7 @@ SHARED := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow coverage lint docs bench clean
+.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow coverage lint docs screenshots bench clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -113,6 +113,9 @@ coverage: setup  ## Run the fast tests with coverage; fails below the floor in p
 
 docs: setup  ## Write the tables of options into the documentation
 	PYTHONPATH=. $(BIN)/python docs/generate.py
+
+screenshots: setup  ## Take the documentation's pictures of Dagster's pages with EXPERIMENT (after `make pipeline`)
+	PYTHONPATH=. $(BIN)/python docs/screenshots.py $(EXPERIMENT)
 
 lint: setup  ## Check style and types
 	$(BIN)/ruff check .

@@ -121,7 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
         command += ["--backend-store-uri", f"sqlite:///{database}", "--default-artifact-root", str(artifacts)]
         servers.append(Server("MLflow", mlflow, command, logs / "mlflow.log"))
-        command = [*python, "dagster", "dev", "--workspace", str(REPOSITORY / "workspace.yaml")]
+        # Without Dagster's advice to use `dg`, which stands beside it here.
+        command = [sys.executable, "-W", "ignore::FutureWarning", "-m", "dagster", "dev"]
+        command += ["--workspace", str(REPOSITORY / "workspace.yaml")]
         command += ["--host", given.host, "--port", str(given.port)]
         servers.append(Server("Dagster", dagster, command, logs / "dagster.log"))
         started = time.monotonic()

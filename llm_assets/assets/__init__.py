@@ -4,6 +4,9 @@ Their names, upstream, versions and checks are entries of `llm_assets/registry.p
 """
 
 import importlib
+import importlib.util
+import warnings
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -22,6 +25,7 @@ def asset_arguments(name: str) -> dict[str, Any]:
         "description": spec.description,
         "group_name": spec.group,
         "kinds": set(spec.kinds),
+        "metadata": code_reference(spec),
         "code_version": spec.code_version,
         "pool": spec.pool,
         "check_specs": checks.specs(name),
@@ -32,6 +36,20 @@ def asset_arguments(name: str) -> dict[str, Any]:
         "automation_condition": dg.AutomationCondition.eager() if spec.follows else None,
         "dagster_type": ArtifactDirectory,
     }
+
+
+def code_reference(spec: StageSpec) -> dict[str, Any]:
+    """Metadata with the file that declares the asset, which the asset's page opens in an editor.
+
+    `dg.with_source_code_references` would name the file of the decorator `reuses_unchanged`.
+    """
+    found = importlib.util.find_spec(spec.module or f"{__name__}.{spec.name}")
+    if found is None or found.origin is None:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        reference = dg.LocalFileCodeReference(file_path=found.origin, label=Path(found.origin).name)
+        return {"dagster/code_references": dg.CodeReferencesMetadataValue(code_references=[reference])}
 
 
 def load_asset(spec: StageSpec) -> dg.AssetsDefinition:

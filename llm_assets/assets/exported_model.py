@@ -69,6 +69,14 @@ def exported_model(
                         for row in rows
                     }
                 ),
+                "picture": ui_metadata.bars(
+                    "bytes of the exported model",
+                    {
+                        folder.name: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+                        for folder in sorted(work.output.iterdir())
+                        if folder.is_dir()
+                    },
+                ),
                 "certificates": ui_metadata.table(rows),
                 "left_out": "; ".join(found.left_out) or "nothing",
             },

@@ -84,9 +84,9 @@ def bars(title: str, values: Mapping[str, float]) -> dg.MarkdownMetadataValue:
     for number, (name, value) in enumerate(list(values.items())[:4]):
         y, width = 20 * number, round(150 * value / top)
         parts.append(f"<text x='0' y='{y + 13}'>{_escaped(name)}</text>")
-        parts.append(f"<rect x='95' y='{y + 3}' width='{width}' height='12' fill='#48c'/>")
-        parts.append(f"<text x='{100 + width}' y='{y + 13}'>{_short(value)}</text>")
-    return _svg(title, "".join(parts), 310, 20 * min(len(values), 4))
+        parts.append(f"<rect x='115' y='{y + 3}' width='{width}' height='12' fill='#48c'/>")
+        parts.append(f"<text x='{120 + width}' y='{y + 13}'>{_short(value)}</text>")
+    return _svg(title, "".join(parts), 330, 20 * min(len(values), 4))
 
 
 def line(title: str, points: Sequence[tuple[float, float]]) -> dg.MarkdownMetadataValue:

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import dagster as dg
 import pytest
@@ -45,6 +46,8 @@ def test_every_asset_says_what_it_is(asset: dg.AssetsDefinition) -> None:
     assert spec.code_version
     assert spec.description
     assert asset.partitions_def == experiments
+    (reference,) = spec.metadata["dagster/code_references"].code_references
+    assert f"def {asset.key.path[-1]}(" in Path(reference.file_path).read_text()
 
 
 def test_each_asset_is_made_from_the_ones_that_the_design_names() -> None:

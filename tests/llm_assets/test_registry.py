@@ -6,7 +6,7 @@ from bench import orchestration
 from llm_assets.artifacts.manifest import stage_config
 from llm_assets.assets import load_asset
 from llm_assets.experiments.compose import compose
-from llm_assets.registry import IMAGES, PIPELINE, model_name, settings_groups, stage_spec
+from llm_assets.registry import IMAGES, PIPELINE, model_name, settings_asset, settings_groups, stage_spec
 
 
 def test_each_stage_comes_after_what_it_is_made_from() -> None:
@@ -20,7 +20,8 @@ def test_each_stage_comes_after_what_it_is_made_from() -> None:
 def test_an_asset_is_what_its_entry_says(stage) -> None:
     (spec,) = load_asset(stage).specs
     assert spec.key.path == [stage.name]
-    assert {dep.asset_key.path[-1] for dep in spec.deps} == set(stage.upstream)
+    settings = {settings_asset(group) for group in stage.settings}
+    assert {dep.asset_key.path[-1] for dep in spec.deps} == set(stage.upstream) | settings
     assert (spec.group_name, spec.code_version) == (stage.group, stage.code_version)
     assert {check.name for check in load_asset(stage).check_specs} == set(stage.checks)
     for module in stage.preload:

@@ -22,7 +22,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 def refused(work: Callable[[], object], limit: int | None = None, soft: int = 0, user: int = 0) -> tuple[str, str]:
-    """Kind and text of the error that `work` ends in, in a process of its own under a limit, or as another user."""
+    """Kind and text of the error that `work` ends in, in a separate process under a limit, or as another user."""
     receiver, sender = FORK.Pipe(duplex=False)
 
     def run(answer: Connection) -> None:

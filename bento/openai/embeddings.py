@@ -122,7 +122,7 @@ async def _embed(backend: Backend, body: EmbeddingRequest, request: Request) -> 
             code="invalid_dimensions",
             param="dimensions",
         )
-    texts = [await _tokens(backend, text, body.truncate_prompt_tokens) for text in body.input]
+    texts = await _tokens(backend, body.input, body.truncate_prompt_tokens)
     count = sum(map(len, texts))
     request.state.record.prompt_tokens = count
     form = _Form(body.dimensions or hidden_size, body.normalize is not False, body.encoding_format == "base64")
@@ -146,21 +146,23 @@ async def _embed(backend: Backend, body: EmbeddingRequest, request: Request) -> 
     return render() if len(vectors) * form.dimensions <= AT_ONCE * 1024 else await backend.heavy.run(render)
 
 
-async def _tokens(backend: Backend, text: str | list[int], most: int | None) -> list[int]:
-    if isinstance(text, str):
-        ids = await backend.encode(text)
-    else:
-        backend.check_ids(text, param="input")
-        ids = text
+async def _tokens(backend: Backend, inputs: list[str] | list[list[int]], most: int | None) -> list[list[int]]:
+    """The tokens of each input. most: of the last ones to keep, None for all."""
+    texts = [one for one in inputs if isinstance(one, str)]
+    encoded = await backend.encode_all(texts) if texts else [one for one in inputs if isinstance(one, list)]
     context = backend.engine.context_length
+    if not texts:
+        for ids in encoded:
+            backend.check_ids(ids, param="input")
     if most is not None:
-        ids = ids[-(context if most < 0 else most) :]
-    if len(ids) > context:
+        encoded = [ids[-(context if most < 0 else most) :] for ids in encoded]
+    longest = max(map(len, encoded))
+    if longest > context:
         raise ApiError(
             400,
-            f"This model's maximum context length is {context} tokens. However, your input resulted in {len(ids)} "
+            f"This model's maximum context length is {context} tokens. However, your input resulted in {longest} "
             "tokens. Please reduce the length of the input, or set truncate_prompt_tokens.",
             code="context_length_exceeded",
             param="input",
         )
-    return ids
+    return encoded

@@ -112,7 +112,7 @@ def _add_model_routes(router: APIRouter, models: Models) -> None:
 async def _complete(backend: Backend, body: CompletionRequest, request: Request) -> Response:
     backend.check_model(body.model)
     marks = infill_marks(backend.engine.tokenizer) if body.suffix else None
-    read = [await _read(backend, prompt) for prompt in body.prompt]
+    read = await _read(backend, body.prompt)
     if marks and body.suffix:
         after = await backend.encode(body.suffix)
         before, between, middle = marks
@@ -237,10 +237,11 @@ def infill_marks(tokenizer: "PreTrainedTokenizerFast") -> tuple[int, int, int]:
     )
 
 
-async def _read(backend: Backend, prompt: str | list[int]) -> Prompt:
-    if prompt == "":  # a new text
-        return Prompt([min(backend.engine.end_of_text_ids, default=0)], "")
-    if isinstance(prompt, str):
-        return Prompt(await backend.encode(prompt), prompt)
-    backend.check_ids(prompt, param="prompt")
-    return Prompt(prompt)
+async def _read(backend: Backend, prompts: Sequence[str] | Sequence[list[int]]) -> list[Prompt]:
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if not texts:
+        for ids in prompts:
+            backend.check_ids([token for token in ids if isinstance(token, int)], param="prompt")
+        return [Prompt([token for token in ids if isinstance(token, int)]) for ids in prompts]
+    beginning = [min(backend.engine.end_of_text_ids, default=0)]  # of a new text
+    return [Prompt(ids or beginning, text) for text, ids in zip(texts, await backend.encode_all(texts), strict=True)]

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 SHORT_TEXT = 4096
 """Longest text, in characters, that is tokenized in the event loop: waking a thread would take longer."""
+PART_OF_TEXTS = 65_536
+"""Characters of several texts that are tokenized in one turn of the other thread."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,24 @@ class Backend:
             return self.engine.encode(text)
         # Tokenizing a long text takes seconds, and the event loop serves every request.
         return await self.heavy.run(self.engine.encode, text, holds_lock=False)
+
+    async def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of several texts, which are many short ones as often as a long one."""
+        if len(texts) == 1 or sum(map(len, texts)) <= SHORT_TEXT:
+            return [await self.encode(text) for text in texts]
+        encoded: list[list[int]] = []
+        part: list[str] = []
+        size = 0
+        for number, text in enumerate(texts, start=1):
+            part.append(text)
+            size += len(text)
+            if size > PART_OF_TEXTS or number == len(texts):
+                encoded += await self.heavy.run(self._encode_part, part, holds_lock=False)
+                part, size = [], 0
+        return encoded
+
+    def _encode_part(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.engine.encode(text) for text in texts]
 
     def check_ids(self, ids: Collection[int], *, param: str) -> None:
         """Raises ApiError 400 if a token is not in the vocabulary."""

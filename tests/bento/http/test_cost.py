@@ -92,3 +92,32 @@ def test_a_failure_of_heavy_work_is_the_callers_and_the_next_piece_runs():
         return await heavy.run(bytes, 3)
 
     assert asyncio.run(play()) == bytes(3)
+
+
+def test_many_short_texts_are_tokenized_off_the_event_loop_and_keep_their_order():
+    loop_thread: list[int] = []
+    encoded_in: set[int] = set()
+    texts = [f"text {number} " * 40 for number in range(300)]
+    with running_service(max_body_bytes=1 << 20) as service:
+        encode = service.engine.encode
+
+        def noting(text: str) -> list[int]:
+            encoded_in.add(threading.get_ident())
+            return encode(text)
+
+        service.engine.encode = noting  # type: ignore[method-assign]
+
+        @service.app.middleware("http")
+        async def note_thread(request, call_next):
+            loop_thread.append(threading.get_ident())
+            return await call_next(request)
+
+        body = {"input": texts, "truncate_prompt_tokens": 2}
+        vectors = [one["embedding"] for one in service.post("/v1/embeddings", **body).json()["data"]]
+        assert encoded_in and not encoded_in & set(loop_thread)
+        for number in (0, 299):
+            (alone,) = service.post("/v1/embeddings", **{**body, "input": texts[number]}).json()["data"]
+            assert vectors[number] == pytest.approx(alone["embedding"], abs=1e-4)
+        asked = {"prompt": texts[:64], "max_tokens": 1, "truncate_prompt_tokens": 5, "return_token_ids": True}
+        choices = service.post("/v1/completions", **asked).json()["choices"]
+        assert [choice["prompt_token_ids"] for choice in choices] == [encode(text)[-5:] for text in texts[:64]]

@@ -19,8 +19,9 @@ from llm_assets.paths import REPOSITORY
         (["experiment=smoke", "training.max_steps=many"], "'many' of type 'str' could not be converted to Integer"),
         (["experiment=smok"], "Could not find 'experiment/smok'"),
         (["experiment=smoke", "training.max_steps"], "training.max_steps"),
+        (["--multirun", "experiment=smoke", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=0"], "n_trials is 0"),
     ],
-    ids=["one run", "a sweep", "an unknown option", "a wrong type", "an unknown experiment", "no value"],
+    ids=["one run", "a sweep", "an unknown option", "a wrong type", "an unknown experiment", "no value", "no trials"],
 )
 def test_a_mistake_ends_the_sweep_before_a_run_starts(arguments, says):
     done = subprocess.run(

@@ -90,7 +90,7 @@ class RexConfig(PreTrainedConfig):  # type: ignore[misc]
                 )
             head_dim = hidden_size // heads
         if head_dim < 2 or head_dim % 2:
-            raise ValueError(f"head_dim is {head_dim}: expected an even number, as rotary embeddings turn pairs")
+            raise ValueError(f"head_dim is {head_dim}: expected an even number, as rotary embeddings rotate pairs")
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size

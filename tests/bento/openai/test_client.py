@@ -121,7 +121,7 @@ def test_a_streamed_chat_is_the_whole_one(client):
     [
         ({"temperature": -1}, "greater_than_equal", "temperature"),
         ({"max_tokens": CONTEXT * 2}, "context_length_exceeded", "max_tokens"),
-        ({"suffix": "x"}, "literal_error", "suffix"),
+        ({"suffix": "x"}, "unsupported_parameter", "suffix"),
         ({"extra_body": {"color": "red"}}, "extra_forbidden", "color"),
     ],
 )

@@ -148,7 +148,7 @@ def test_an_engine_that_dies_fails_what_is_in_flight_and_starts_again_once(model
     handle = StepHook(engine, after=die_once)
     held.open()
     failed = last(running)
-    assert failed.finish_reason == "error" and "starts again" in failed.error
+    assert failed.finish_reason == "error" and "it restarts" in failed.error
     while not engine.is_ready:
         assert engine.is_alive
         time.sleep(0.01)

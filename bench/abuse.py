@@ -131,12 +131,12 @@ KINDS: dict[str, tuple[Callable[[], bytes], bool]] = {
 
 
 def abuse(name: str, port: int, clients: int, end: float) -> None:
-    """Send requests of a kind from `clients` threads until the clock's `end`; called in a process of its own."""
+    """Send requests of a kind from `clients` threads until the clock's `end`; called in a separate process."""
     make, is_slow = KINDS[name]
     request = make()
 
     def again() -> None:
-        while time.time() < end:
+        while time.monotonic() < end:
             try:
                 _send(request, port, end, is_slow=is_slow)
             except OSError:  # refused, cut off or not answered in time: try again
@@ -146,17 +146,17 @@ def abuse(name: str, port: int, clients: int, end: float) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(max(end - time.time(), 0))
+        thread.join(max(end - time.monotonic(), 0))
 
 
 def _send(request: bytes, port: int, end: float, *, is_slow: bool) -> None:
     """One request; returns when its answer ends, or has been quiet for a while."""
-    left_s = max(end - time.time(), 0.1)
+    left_s = max(end - time.monotonic(), 0.1)
     with socket.create_connection((HOST, port), timeout=left_s, source_address=(ABUSER, 0)) as sent:
         if is_slow:
             sent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sent.sendall(request)
-        while time.time() < end:
+        while time.monotonic() < end:
             if is_slow:
                 time.sleep(0.2)
             answer = sent.recv(1 if is_slow else 1 << 20)
@@ -167,7 +167,7 @@ def _send(request: bytes, port: int, end: float, *, is_slow: bool) -> None:
 def good_client(server: Server, prompts: Prompts, end: float) -> list[Answer]:
     """Answers to one request after the other until the clock's `end`."""
     answers = []
-    while time.time() < end:
+    while time.monotonic() < end:
         answers.append(server.ask(prompts(IDLE_PROMPT_TOKENS), 8))
         time.sleep(0.02)
     return answers
@@ -190,11 +190,11 @@ def measure(model_dir: Path, *, seconds: float, clients: int, only: list[str]) -
     prompts, spawn = Prompts(vocab_size), multiprocessing.get_context("spawn")
     beside: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder, serve(model_dir, Path(folder)) as server:
-        good_client(server, prompts, time.time() + 2)  # warm
-        alone = good_client(server, prompts, time.time() + seconds)
+        good_client(server, prompts, time.monotonic() + 2)  # warm
+        alone = good_client(server, prompts, time.monotonic() + seconds)
         for name in only or KINDS:
             # Two seconds for the process to start and to make its bodies.
-            end = time.time() + 2 + seconds
+            end = time.monotonic() + 2 + seconds
             abuser = spawn.Process(target=abuse, args=(name, server.port, clients, end))
             abuser.start()
             time.sleep(2)
@@ -202,8 +202,8 @@ def measure(model_dir: Path, *, seconds: float, clients: int, only: list[str]) -
             abuser.join(10)
             if abuser.is_alive():
                 abuser.kill()
-            time.sleep(1)  # what the abusers left is cancelled
-        alone += good_client(server, prompts, time.time() + seconds)
+            time.sleep(1)  # what the abusers left is canceled
+        alone += good_client(server, prompts, time.monotonic() + seconds)
     result: dict[str, Any] = {"alone": summary(alone), "beside": beside}
     for row in beside.values():
         row["ratio"] = row["first_token_ms_p99"] / result["alone"]["first_token_ms_p99"]

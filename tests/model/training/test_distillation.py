@@ -147,7 +147,8 @@ def test_a_teacher_of_another_tokenizer_or_a_shorter_context_is_refused_in_one_l
         (copy / path.name).write_bytes(path.read_bytes())
     other.save_pretrained(copy)
     settings.training.distill_from = str(copy)
-    with pytest.raises(PipelineError, match=r"distill_from is .*its tokenizer \(\d+ tokens\) differs from .*300 tokens"):
+    expected = r"distill_from is .*its tokenizer \(\d+ tokens\) differs from .*300 tokens"
+    with pytest.raises(PipelineError, match=expected):
         train(settings, dataset_dir, tmp_path / "out", tmp_path / "scratch")
     settings.training.distill_from = "/nowhere"
     with pytest.raises(PipelineError, match=r"distill_from is '/nowhere': no model.safetensors there; name the folder"):

@@ -4,6 +4,7 @@ Both fields have defaults, so that the UI starts a run without a configuration t
 only: every step of a run, and a later run of one asset, resolve the same settings.
 """
 
+import logging
 from pathlib import Path
 
 import dagster as dg
@@ -16,6 +17,8 @@ from llm_assets.experiments.observed import observations
 from llm_assets.experiments.references import resolve
 from model.errors import PipelineError
 from model.settings import ExperimentSettings
+
+logger = logging.getLogger(__name__)
 
 
 class HydraConfig(dg.ConfigurableResource):
@@ -47,11 +50,14 @@ class HydraConfig(dg.ConfigurableResource):
         if not experiment or context.instance is None:
             return
         try:
-            found = observations(context.instance, experiment, self.settings(experiment))
+            settings = self.settings(experiment)
         except PipelineError:
             return  # the step raises it again, where it becomes that step's failure
-        for observation in found:
-            context.instance.report_runless_asset_event(observation)
+        try:
+            for observation in observations(context.instance, experiment, settings):
+                context.instance.report_runless_asset_event(observation)
+        except Exception as error:  # noqa: BLE001 - a locked or full event log costs a run no work
+            logger.warning("the settings are not shown as observed: %s", str(error).partition("\n")[0])
 
     def settings(self, experiment: str) -> ExperimentSettings:
         """Compose `experiment`, once in a step, with the newest checkpoints of the experiments that it names.

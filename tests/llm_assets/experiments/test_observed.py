@@ -1,6 +1,7 @@
 """A changed option makes what reads it out of date, by name, as Dagster's page asks."""
 
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -157,3 +158,14 @@ def test_options_that_came_and_went_are_named_too() -> None:
         "training.new is 'a', which was no option",
         "training.old is no option any more",
     ]
+
+
+def test_a_refused_observation_costs_a_run_nothing(
+    location: Location, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError("database is locked")
+
+    monkeypatch.setattr(dg.DagsterInstance, "report_runless_asset_event", refused)
+    location.run()
+    assert "the settings are not shown as observed: database is locked" in caplog.text

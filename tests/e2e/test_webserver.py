@@ -74,7 +74,9 @@ def wait_until(condition, seconds: float = 180):
     return pytest.fail(f"not reached within {seconds} s")
 
 
-def ended(client: httpx.Client, run_id: str, seconds: float = 180) -> str:
+def ended(client: httpx.Client, run_id: str, seconds: float = 400) -> str:
+    """Status of a run that has ended. seconds: a guard against a run that hangs, on a busy machine too."""
+
     def status():
         found = ask(client, STATUS, id=run_id)["runOrError"]["status"]
         return found if found in ("SUCCESS", "FAILURE", "CANCELED") else None

@@ -70,17 +70,6 @@ _FIXED = {
 
 
 @contextmanager
-def full_disk_as_error(directory: Path) -> Iterator[None]:
-    """Turn "no space left on device" (or a spent quota) while writing below `directory` into a PipelineError."""
-    try:
-        yield
-    except Exception as error:
-        if _cause(error)[1] not in _SPACE:
-            raise
-        raise _no_space(directory) from error
-
-
-@contextmanager
 def limits_as_error(directory: Path) -> Iterator[None]:
     """Turn what the system refuses (space, memory, files, threads, rights) into one line.
 

@@ -33,7 +33,7 @@ def require_engine() -> None:
         pytest.skip("no container engine: there is no command docker (Debian's docker.io)")
     answer = docker("version", "--format", "{{.Server.Version}}")
     if answer.returncode:
-        pytest.skip(f"no container engine: {answer.stdout.strip().splitlines()[-1]}")
+        pytest.skip(f"no container engine: {(answer.stdout.strip() or 'docker says nothing').splitlines()[-1]}")
     if docker("image", "inspect", BASE_IMAGE).returncode and docker("pull", "--quiet", BASE_IMAGE).returncode:
         pytest.skip(f"no image {BASE_IMAGE}, and none can be pulled: .ci/base-image makes one")
 

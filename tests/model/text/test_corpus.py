@@ -11,7 +11,7 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer, models
 
-from model.errors import PipelineError, full_disk_as_error
+from model.errors import PipelineError, limits_as_error
 from model.settings import CorpusSettings
 from model.text.corpus import SPLITS, build_corpus, read_documents, read_summary
 from model.text.sources import Sources, whole_characters
@@ -347,14 +347,14 @@ def full(tmp_path: Path) -> Path:
 def test_a_full_disk_is_one_line_from_every_writer_and_other_errors_pass(tmp_path: Path, full: Path) -> None:
     message = r"no disk space left while writing to .*bytes free\): free some"
     table = pa.table({"a": list(range(100_000))})
-    with pytest.raises(PipelineError, match=message), full_disk_as_error(tmp_path):  # noqa: SIM117
+    with pytest.raises(PipelineError, match=message), limits_as_error(tmp_path):  # noqa: SIM117
         with pq.ParquetWriter(full, table.schema) as writer:
             writer.write_table(table)
-    with pytest.raises(PipelineError, match=message), full_disk_as_error(tmp_path / "not there yet"):
+    with pytest.raises(PipelineError, match=message), limits_as_error(tmp_path / "not there yet"):
         full.write_text("x")
-    with pytest.raises(PipelineError, match=message), full_disk_as_error(tmp_path):
+    with pytest.raises(PipelineError, match=message), limits_as_error(tmp_path):
         Tokenizer(models.BPE()).save(str(full))
-    with pytest.raises(FileNotFoundError), full_disk_as_error(tmp_path):
+    with pytest.raises(FileNotFoundError), limits_as_error(tmp_path):
         (tmp_path / "nothing").read_bytes()
 
 

@@ -4,22 +4,24 @@
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from fastapi import Request
 from pydantic import ValidationError
+from starlette.responses import JSONResponse, Response
 
-from bento.errors import validation_error
+from bento.errors import ApiError, validation_error
 from bento.openai.chat import encode_chat
 from bento.openai.schema import ChatRequest, Dialogue
 from bento.openai.structured import compile_form, compile_grammar
 from bento.openai.tools import Arguments, CallReader, CallStart, Part, spoken
-from bento.serving.answers import Answers
+from bento.serving.answers import Answers, Batch, EventStream
 from bento.serving.backend import SHORT_TEXT, Backend, Prompt
 from model.generation.grammar import Grammar
+from model.generation.requests import Finished, TextPiece
 from model.text.chat import has_marks
 from model.text.tools import OPENING, plain_turns
 
@@ -114,6 +116,27 @@ def submit(backend: Backend, request: Request, body: ChatRequest, conversation: 
     generations = backend.generations(body, prompts, counts, grammar=conversation.grammar, stop_until=until)
     request.state.record.prompt_tokens = len(conversation.prompt.ids)
     return backend.submit(request, generations)
+
+
+class AnswerForm(Protocol):
+    """How an API writes the one answer to a conversation."""
+
+    def stream(self, batches: AsyncGenerator[Batch]) -> AsyncGenerator[str]:
+        """Its events."""
+
+    def whole(self, text: str, last: Finished) -> dict[str, Any]:
+        """The object of an answer that is not streamed."""
+
+    def failure(self, error: ApiError) -> str:
+        """The event of an error after the first one."""
+
+
+async def send(request: Request, answers: Answers, form: AnswerForm, *, is_stream: bool) -> Response:
+    """The answer in its form, streamed or whole."""
+    if is_stream:
+        return EventStream(answers, form.stream, ending="", failure=form.failure)
+    ((events, last),) = await answers.whole(request.receive)
+    return JSONResponse(form.whole("".join(e.text for e in events if isinstance(e, TextPiece)), last))
 
 
 @dataclass

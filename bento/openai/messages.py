@@ -25,13 +25,14 @@ from bento.openai.conversation import (
     encode_dialogue,
     named_event,
     read_conversation,
+    send,
     submit,
 )
 from bento.openai.schema import ChatRequest
 from bento.openai.tools import MOST_TOOLS, Name, Parameters
 from bento.openai.turns import MOST_MESSAGES
 from bento.schema import WHOLE, Count, StrictRequest, TextOrObjects
-from bento.serving.answers import Batch, EventStream
+from bento.serving.answers import Batch
 from bento.serving.backend import BackendOf
 from model.generation.requests import Finished, TextPiece
 
@@ -162,10 +163,7 @@ def message_routes(backend_of: BackendOf) -> APIRouter:
         conversation = await read_conversation(backend, chat, NAMES)
         answers = submit(backend, request, chat, conversation)
         form = _Form(request.state.record.id, backend.model_name, conversation)
-        if body.stream:
-            return EventStream(answers, form.stream, ending="", failure=_failure)
-        ((events, last),) = await answers.whole(request.receive)
-        return JSONResponse(form.whole("".join(e.text for e in events if isinstance(e, TextPiece)), last))
+        return await send(request, answers, form, is_stream=bool(body.stream))
 
     @router.post("/messages/count_tokens", response_model=CountResponse, responses=READING, summary="Count tokens")
     async def count(body: CountRequest, request: Request) -> Response:
@@ -285,6 +283,10 @@ class _Form:
         self._prompt_tokens = len(conversation.prompt.ids)
         self._head = {"id": f"msg_{number}", "type": "message", "role": "assistant", "model": model}
 
+    def failure(self, error: ApiError) -> str:
+        """An error after the first event."""
+        return named_event("error", anthropic_error(error))
+
     def whole(self, text: str, last: Finished) -> dict[str, Any]:
         """The answer in one piece."""
         list(self._blocks.push(text)), list(self._blocks.finish())
@@ -353,7 +355,3 @@ def _block(block: Block, *, is_whole: bool) -> dict[str, Any]:
         except ValueError:  # max_tokens cut it off
             value = {}
     return {"type": "tool_use", "id": block.call.id.replace("call_", "toolu_"), "name": block.call.name, "input": value}
-
-
-def _failure(error: ApiError) -> str:
-    return named_event("error", anthropic_error(error))

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import AfterValidator, BaseModel, Field
 from pydantic_core import PydanticCustomError
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from bento.errors import ApiError
 from bento.http.body import JsonRoute
@@ -22,6 +22,7 @@ from bento.openai.conversation import (
     as_chat,
     named_event,
     read_conversation,
+    send,
     submit,
 )
 from bento.openai.schema import ChatRequest
@@ -29,7 +30,7 @@ from bento.openai.structured import Schema
 from bento.openai.tools import MOST_TOOLS, Name, Parameters
 from bento.openai.turns import MOST_MESSAGES, Label, unsupported
 from bento.schema import Count, OnlyFalse, StrictRequest, TextOrObjects, forms
-from bento.serving.answers import Batch, EventStream
+from bento.serving.answers import Batch
 from bento.serving.backend import BackendOf
 from model.generation.requests import Finished, TextPiece
 
@@ -179,10 +180,7 @@ def response_routes(backend_of: BackendOf) -> APIRouter:
         conversation = await read_conversation(backend, chat, NAMES)
         answers = submit(backend, request, chat, conversation)
         form = _Form(request.state.record.id, backend.model_name, body, conversation)
-        if body.stream:
-            return EventStream(answers, form.stream, ending="", failure=form.failure)
-        ((events, last),) = await answers.whole(request.receive)
-        return JSONResponse(form.whole("".join(e.text for e in events if isinstance(e, TextPiece)), last))
+        return await send(request, answers, form, is_stream=bool(body.stream))
 
     return router
 

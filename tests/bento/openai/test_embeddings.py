@@ -4,7 +4,6 @@ import base64
 from collections.abc import Iterator
 
 import numpy as np
-import openai
 import pytest
 import torch
 
@@ -12,7 +11,7 @@ from bento.openai.embeddings import MOST_INPUTS
 from model.generation.engine import Engine
 from model.generation.requests import Embedding, GenerationRequest
 from model.generation.steps import available_steps
-from tests.bento.openai_service import MODEL, Service, on_a_port, refusal, running_service
+from tests.bento.openai_service import MODEL, Service, refusal, running_service
 from tests.tiny import CONTEXT, tiny_model, tiny_tokenizer
 
 TEXTS = ["def main():", "größer als nichts", "🦖" * 9, "return"]
@@ -22,12 +21,6 @@ TEXTS = ["def main():", "größer als nichts", "🦖" * 9, "return"]
 def service() -> Iterator[Service]:
     with running_service(max_body_bytes=1 << 20, max_batch_size=4, max_queue=16) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def client(service) -> Iterator[openai.OpenAI]:
-    with on_a_port(service.app) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made:
-        yield made
 
 
 def hidden_states(service: Service, text: str) -> np.ndarray:

@@ -4,11 +4,10 @@ import json
 import re
 from collections.abc import Iterator
 
-import openai
 import pydantic
 import pytest
 
-from tests.bento.openai_service import CHAT_TEMPLATE, MODEL, Service, on_a_port, refusal, running_service
+from tests.bento.openai_service import CHAT_TEMPLATE, MODEL, Service, refusal, running_service
 
 TOOL = {
     "type": "function",
@@ -28,12 +27,6 @@ GREEDY = {"model": MODEL, "temperature": 0, "max_output_tokens": 12}
 def service() -> Iterator[Service]:
     with running_service(chat_template=CHAT_TEMPLATE, context=1024) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def client(service) -> Iterator[openai.OpenAI]:
-    with on_a_port(service.app) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made:
-        yield made
 
 
 def test_a_response_is_the_chats_answer(client):

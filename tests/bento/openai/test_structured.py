@@ -29,12 +29,6 @@ def service() -> Iterator[Service]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def client(service) -> Iterator[openai.OpenAI]:
-    with on_a_port(service.app) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
 def is_answer(text: str) -> bool:
     value = json.loads(text)
     return value.keys() == {"ok", "size"} and type(value["ok"]) is bool and value["size"] in (1, 2, 3)

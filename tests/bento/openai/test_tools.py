@@ -10,7 +10,7 @@ import pytest
 
 from bento.openai.tools import Arguments, CallReader, CallStart, Content, read_answer
 from model.text.tools import write_call
-from tests.bento.openai_service import CHAT_TEMPLATE, MODEL, Service, on_a_port, refusal, running_service
+from tests.bento.openai_service import CHAT_TEMPLATE, MODEL, Service, refusal, running_service
 
 MESSAGES = [{"role": "user", "content": "x"}]
 WEATHER = {
@@ -30,12 +30,6 @@ NAMED = {"type": "function", "function": {"name": "weather"}}
 def service() -> Iterator[Service]:
     with running_service(chat_template=CHAT_TEMPLATE, context=1024) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def client(service) -> Iterator[openai.OpenAI]:
-    with on_a_port(service.app) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made:
-        yield made
 
 
 def ask(client, **body):

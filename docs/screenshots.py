@@ -3,7 +3,7 @@
     python docs/screenshots.py [EXPERIMENT] [--into FOLDER]
 
 Starts the pages of `make ui` on free ports over this checkout's var/, where `make pipeline EXPERIMENT=...` has run.
-Needs Debian's packages `chromium` and `chromium-driver`. The test of the pages reads them with the functions below.
+Needs Debian's packages `chromium` and `chromium-driver`.
 """
 
 import argparse

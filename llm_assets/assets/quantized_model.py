@@ -42,7 +42,7 @@ def quantized_model(
                     scheme=summary.scheme,
                     weights=f"{ui_metadata.size(summary.bytes_after)} of {ui_metadata.size(summary.bytes_before)}",
                     **{
-                        f"bits_per_byte_of_{summary.evaluated_tokens:,}_validation_tokens": (
+                        f"bits per byte of {summary.evaluated_tokens:,} validation tokens": (
                             f"{summary.bits_per_byte_after:.4f}"
                         ),
                         "full_precision_on_the_same": f"{summary.bits_per_byte_before:.4f}",

@@ -1,6 +1,6 @@
 """Takes the documentation's pictures of Dagster's pages in a headless browser: `make screenshots`.
 
-    python docs/screenshots.py [EXPERIMENT] [--into FOLDER]
+    make screenshots EXPERIMENT=stdlib
 
 Starts the pages of `make ui` on free ports over this checkout's var/, where `make pipeline EXPERIMENT=...` has run.
 Needs Debian's packages `chromium` and `chromium-driver`.
@@ -9,6 +9,7 @@ Needs Debian's packages `chromium` and `chromium-driver`.
 import argparse
 import base64
 import io
+import os
 import subprocess
 import sys
 import tempfile
@@ -140,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if missing():
         raise PipelineError(f"no browser to take pictures with: {missing()}")
+    if "DAGSTER_HOME" not in os.environ:
+        raise PipelineError("DAGSTER_HOME is not set, so the pages would show no run: use `make screenshots`")
     latest_artifacts(given.experiment)  # raises, with the command that makes it, where an asset is missing
     given.into.mkdir(parents=True, exist_ok=True)
     with pages() as address, tempfile.TemporaryDirectory() as profile, browser(Path(profile)) as driver:

@@ -102,13 +102,13 @@ endif
 test: setup  ## Run all tests on WORKERS=2 processes; one of them runs the images and the stack
 	$(BIN)/pytest $(SHARED)
 
-test-fast: setup  ## Run the tests that are not slow and start no process
-	$(BIN)/pytest $(SHARED) -m 'not slow and not processes'
+test-fast: setup  ## Run the tests that take less than a second each and start no process: most of them
+	$(BIN)/pytest $(SHARED) -m 'not medium and not slow and not processes'
 
 test-slow: setup  ## Run the other tests: slow ones, and those that start processes, containers or a browser
 	$(BIN)/pytest $(SHARED) -m 'slow or processes' --durations 40 --durations-min 5
 
-coverage: setup  ## Run the fast tests with coverage; fails below the floor in pyproject.toml
+coverage: setup  ## Run the fast and the medium tests with coverage; fails below the floor in pyproject.toml
 	$(BIN)/pytest $(SHARED) -m 'not slow and not processes' --cov --cov-report=term:skip-covered
 
 docs: setup  ## Write the tables of options into the documentation

@@ -1,7 +1,7 @@
 """Fixtures and hooks for every test: one compute thread, markers that tell the truth, distribution by file.
 
-`make test-fast` selects by marker, so a test that starts a process and does not say so fails here, and tests over ten
-seconds without the marker `slow` are listed at the end of a run.
+`make test-fast` selects by marker, so a test that starts a process and does not say so fails here, and tests that take
+longer than their marker says are listed at the end of a run.
 """
 
 import os
@@ -27,7 +27,8 @@ from model.native.build import build, find_compiler
 if find_compiler():
     build()
 
-SLOW_S = 10.0
+LIMITS_S = {"medium": 3.0, "slow": 10.0}
+"""Seconds from which a test needs the marker, with room for a busy machine."""
 PROGRAMS = (
     "bash",
     "bentoml",
@@ -53,7 +54,7 @@ MARKS_OF_FIXTURES = {
 
 _started: list[str] = []
 _durations: dict[str, float] = {}
-_marked_slow: set[str] = set()
+_marked: dict[str, set[str]] = {name: set() for name in LIMITS_S}
 
 
 def _note_process(event: str, arguments: tuple[Any, ...]) -> None:
@@ -108,16 +109,20 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Add up setup, call and teardown."""
     _durations[report.nodeid] = _durations.get(report.nodeid, 0.0) + report.duration
-    if "slow" in report.keywords:
-        _marked_slow.add(report.nodeid)
+    for name, marked in _marked.items():
+        if name in report.keywords:
+            marked.add(report.nodeid)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """List what took long and does not say so; a busy machine makes this list longer."""
-    unmarked = sorted(
-        (name for name, s in _durations.items() if s > SLOW_S and name not in _marked_slow), key=_durations.get
-    )
-    if unmarked:
-        terminalreporter.section(f"over {SLOW_S:.0f} s without the marker `slow`")
-        for name in reversed(unmarked):
-            terminalreporter.write_line(f"{_durations[name]:6.1f} s  {name}")
+    slow = _marked["slow"]
+    for name, limit, marked in (
+        ("slow", LIMITS_S["slow"], slow),
+        ("medium", LIMITS_S["medium"], slow | _marked["medium"]),
+    ):
+        unmarked = {test: s for test, s in _durations.items() if s > limit and test not in marked}
+        if unmarked:
+            terminalreporter.section(f"over {limit:.0f} s without the marker `{name}`")
+            for test, seconds in sorted(unmarked.items(), key=lambda entry: -entry[1]):
+                terminalreporter.write_line(f"{seconds:6.1f} s  {test}")

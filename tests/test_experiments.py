@@ -16,6 +16,8 @@ from model.text.corpus import build_corpus
 from model.text.tokens import build_tokenized_dataset
 from model.training.train import train
 
+pytestmark = pytest.mark.medium
+
 MILLIONS = {
     "smoke": (0.1, 0.2),
     "stdlib": (2, 5),

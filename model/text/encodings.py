@@ -34,6 +34,8 @@ def find_encoding(head: bytes) -> tuple[str, int]:
     """(codec, length of the mark) of a text that starts with `head`: "utf-8" unless a mark or NULs tell otherwise."""
     for mark, codec in _MARKS:
         if head.startswith(mark) and (codec == "utf-8" or len(head) > len(mark)):
+            if codec == "utf-32-le" and not _is_utf32(head, len(mark)):
+                continue  # UTF-16 whose first character is a NUL
             return codec, len(mark)
     if b"\0" in head and not _is_utf8(head):
         found = [
@@ -45,6 +47,11 @@ def find_encoding(head: bytes) -> tuple[str, int]:
 
 _WIDE = (("utf-32-le", 4, 3), ("utf-32-be", 4, 0), ("utf-16-le", 2, 1), ("utf-16-be", 2, 0))
 """Codecs, bytes of a character, and which of them is the highest."""
+
+
+def _is_utf32(head: bytes, mark: int) -> bool:
+    """Whether `head`, after a mark of UTF-32-LE, is text in it: of whole characters unless the file goes on."""
+    return (len(head) >= HEAD_BYTES or len(head) % 4 == 0) and _decoded(head[mark:], "utf-32-le") is not None
 
 
 def _is_in(head: bytes, codec: str, width: int, high: int) -> bool:

@@ -102,6 +102,7 @@ def test_generation_stops_at_the_end_of_text_token_and_pads_the_rest() -> None:
     assert set(made[end:].tolist()) <= {model.config.pad_token_id}
 
 
+@pytest.mark.medium
 def test_continuous_batching_of_transformers_runs_rex() -> None:
     model = tiny_model()
     model.generation_config.eos_token_id = None

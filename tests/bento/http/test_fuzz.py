@@ -7,8 +7,11 @@ from collections import Counter
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.bento.openai_service import CHAT_TEMPLATE, GOOD, Service, refusal, running_service
+
+pytestmark = pytest.mark.medium
 
 NAN, INFINITY = float("nan"), float("inf")
 VALUES: list[Any] = [

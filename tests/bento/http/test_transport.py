@@ -160,6 +160,7 @@ def test_curl_is_answered(address, options, tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("javac"), reason="no JDK is installed (Debian's default-jdk-headless)")
+@pytest.mark.processes
 def test_javas_http_client_is_answered(address, tmp_path):
     program = Path(tmp_path / "Ask.java")
     program.write_text(

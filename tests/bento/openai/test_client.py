@@ -232,6 +232,7 @@ def test_a_client_that_times_out_has_its_request_cancelled(service, url, gate, s
     assert service.engine.stats().cancelled_total > before
 
 
+@pytest.mark.medium
 def test_a_stream_that_is_left_early_is_cancelled(service, client, cancelled):
     before = service.engine.stats().cancelled_total
     steps = threading.Semaphore(3)

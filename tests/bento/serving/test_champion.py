@@ -196,6 +196,7 @@ def follower(caplog):
     models.stop()
 
 
+@pytest.mark.medium
 def test_a_former_model_is_kept_for_its_requests_and_then_freed(follower):
     shelf, models, _, engines = follower
     shelf.now = Version("1", "")

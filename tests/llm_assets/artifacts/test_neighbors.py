@@ -17,6 +17,8 @@ from llm_assets.artifacts.store import ArtifactStore
 from model.artifact import MANIFEST
 from model.errors import PipelineError, TransientError
 
+pytestmark = pytest.mark.medium
+
 FORK = multiprocessing.get_context("fork")
 AT_ONCE, ROUNDS = 5, 4
 

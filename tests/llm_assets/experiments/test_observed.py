@@ -18,6 +18,8 @@ from llm_assets.experiments.observed import changed_options, settings_specs
 from llm_assets.experiments.partitions import experiments
 from llm_assets.resources.hydra import HydraConfig
 
+pytestmark = pytest.mark.medium
+
 EXPERIMENTS = {"smoke", "stdlib"}
 
 

@@ -11,6 +11,8 @@ from model.modeling_rex import RexForCausalLM
 from model.settings import ModelSettings, TrainingSettings
 from model.training.loss import TrainingLoss
 
+pytestmark = pytest.mark.medium
+
 SHAPE = ModelSettings(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
 )

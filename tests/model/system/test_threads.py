@@ -36,6 +36,7 @@ def four_threads_and_a_quota_of_one_and_a_half_cores(dataset_dir, tmp_path, monk
     torch.set_num_threads(before)
 
 
+@pytest.mark.medium
 def test_training_keeps_to_the_quota(dataset_dir, tmp_path):
     seen: list[int] = []
     train(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from model.errors import PipelineError
@@ -104,9 +104,24 @@ def test_utf8_is_never_taken_for_another_encoding(language: str) -> None:
         assert find_encoding(plain.encode()[:HEAD_BYTES]) == ("utf-8", 0)
 
 
+def is_utf32(data: bytes) -> bool:
+    if not data.startswith(codecs.BOM_UTF32_LE):
+        return False
+    try:
+        data.decode("utf-32")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 @given(st.text(), st.sampled_from(sorted(MARKS)))
+@example("\0" + "0", "utf-16-le")
+@example("\0" + "some text", "utf-16-le")
 def test_marked_text_comes_back_exactly(text: str, codec: str) -> None:
-    converted, _, marked = to_utf8(MARKS[codec] + text.encode(codec, "surrogatepass"))
+    data = MARKS[codec] + text.encode(codec, "surrogatepass")
+    # A NUL after the mark of UTF-16 makes that of UTF-32: what is valid in both is taken for UTF-32.
+    assume(codec != "utf-16-le" or not is_utf32(data))
+    converted, _, marked = to_utf8(data)
     if codec == "utf-8" or text:
         assert (converted, marked) == (text.encode(), True)
 

@@ -19,6 +19,8 @@ from model.training.loss import DistillationTargets, linear_cross_entropy
 from model.training.train import train
 from tests.model.training.tiny import experiment
 
+pytestmark = pytest.mark.medium
+
 B, T, D, E, V = 3, 9, 24, 16, 61
 
 

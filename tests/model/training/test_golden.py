@@ -21,6 +21,8 @@ from model.text.tokens import build_tokenized_dataset
 from model.training.train import train
 from tests.model.training.tiny import experiment
 
+pytestmark = pytest.mark.medium
+
 GOLDEN = Path(__file__).with_name("golden.json")
 TOLERANCE = 1e-5
 KINDS = ("muon", "adamw", "distilled")

@@ -14,6 +14,8 @@ from model.training.optim.optimizer import MuonAdamW, parameter_groups
 from model.training.train import train
 from tests.model.training.tiny import experiment
 
+pytestmark = pytest.mark.medium
+
 SETTINGS = experiment(max_steps=100).training
 
 

@@ -228,6 +228,7 @@ def test_cautious_weight_decay_leaves_alone_what_the_update_moves_outwards():
     torch.testing.assert_close(cautious[~inwards], update[~inwards])
 
 
+@pytest.mark.medium
 def test_a_warmed_momentum_reaches_the_optimizer_at_each_step(dataset_dir, tmp_path, monkeypatch):
     seen: list[float] = []
 

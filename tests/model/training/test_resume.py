@@ -12,6 +12,8 @@ from model.training.outputs.summary import TrainingSummary
 from model.training.train import train
 from tests.model.training.tiny import experiment
 
+pytestmark = pytest.mark.medium
+
 REPO = Path(__file__).resolve().parents[3]
 
 KILLED_BETWEEN_CHECKPOINTS = """

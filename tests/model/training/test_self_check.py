@@ -21,6 +21,8 @@ from model.training.train import train
 from model.training.trainer import RexTrainer
 from tests.model.training.tiny import TOKENIZER, experiment
 
+pytestmark = pytest.mark.medium
+
 SHAPE = ModelSettings(
     hidden_size=32,
     intermediate_size=64,

@@ -23,6 +23,8 @@ from model.training.train import train
 from model.weights.export import export_checkpoint
 from tests.model.training.tiny import experiment
 
+pytestmark = pytest.mark.medium
+
 PAIRS = [(f"is {n} odd", "yes" if n % 2 else "no") for n in range(60)]
 
 

@@ -19,6 +19,8 @@ from model.training.outputs.summary import TrainingSummary
 from model.training.train import train
 from tests.model.training.tiny import TOKENIZER, experiment
 
+pytestmark = pytest.mark.medium
+
 Run = tuple[Path, TrainingSummary, list[tuple[int, dict[str, float]]], list[str]]
 
 

@@ -99,7 +99,7 @@ else
 endif
 	@$(BIN)/python -m llm_assets.latest $(EXPERIMENT) --image $(DEVICE)
 
-test: setup  ## Run all tests on WORKERS=2 processes; one of them runs the images and the stack
+test: setup  ## Run all tests on WORKERS=2 processes
 	$(BIN)/pytest $(SHARED)
 
 test-fast: setup  ## Run the tests that take less than a second each and start no process: most of them

@@ -29,6 +29,8 @@ if find_compiler():
 
 LIMITS_S = {"medium": 3.0, "slow": 10.0}
 """Seconds from which a test needs the marker, with room for a busy machine."""
+STACK = "test_stack.py"
+"""Of `tests/e2e`, the file that shares no pipeline run with the others."""
 PROGRAMS = (
     "bash",
     "bentoml",
@@ -67,8 +69,8 @@ sys.addaudithook(_note_process)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put `tests/e2e` first, which one worker runs: it shares one pipeline run and the container engine."""
-    items.sort(key=lambda item: "e2e" not in item.path.parts)  # stable: the order within a file stays
+    """Put the longest first: the composed stack on one worker, the rest of `tests/e2e` on another."""
+    items.sort(key=lambda item: ("e2e" not in item.path.parts, item.path.name != STACK))  # stable within a file
     for item in items:
         for fixture in MARKS_OF_FIXTURES.keys() & set(getattr(item, "fixturenames", ())):
             for name in MARKS_OF_FIXTURES[fixture]:
@@ -79,13 +81,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give each worker whole files. Not by the mark `xdist_group`, which pytest-xdist 3.8 loses under pytest 9.2."""
+    """Give each worker whole files, and all of `tests/e2e` but the stack, which shares one pipeline run.
+
+    Not by the mark `xdist_group`, which pytest-xdist 3.8 loses under pytest 9.2.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return "tests/e2e" if file.startswith("tests/e2e/") else file
+            return "tests/e2e" if file.startswith("tests/e2e/") and not file.endswith(STACK) else file
 
     return ByFile(config, log)
 

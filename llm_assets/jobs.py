@@ -5,7 +5,7 @@ the container's share of them. The partition tag lets `dagster job execute -j ll
 partitions; `--tags '{"dagster/partition": "NAME"}'` picks another experiment.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import dagster as dg
 
 from llm_assets.experiments.compose import DEFAULT_EXPERIMENT
 from llm_assets.registry import PIPELINE
+from llm_assets.stage import stopped
 
 MAX_CONCURRENT_STEPS = 2
 EVERY_STEP = ("llm_assets.definitions", "mlflow")
@@ -34,10 +35,44 @@ def preloaded_modules(gpu_drivers: Sequence[str] = GPU_DRIVERS) -> list[str]:
     return modules
 
 
+class WatchedExecutor(dg.Executor):
+    """Dagster's executor of steps in processes, which says so where one of them is stopped (`stage/stopped.py`)."""
+
+    def __init__(self, inner: dg.Executor) -> None:
+        self._inner = inner
+
+    @property
+    def retries(self) -> Any:
+        """As Dagster's."""
+        return self._inner.retries
+
+    @property
+    def step_dependency_config(self) -> Any:
+        """As Dagster's."""
+        return self._inner.step_dependency_config
+
+    def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
+        """As Dagster's."""
+        names: dict[int, str] = {}
+        with stopped.watch(plan_context.log.warning, names):
+            for event in self._inner.execute(plan_context, execution_plan):
+                if event.event_type_value == "STEP_WORKER_STARTED" and event.step_key:
+                    names[int(str(event.engine_event_data.metadata["pid"].value))] = event.step_key
+                yield event
+
+
 def build_executor(modules: Sequence[str]) -> dg.ExecutorDefinition:
     """Steps in separate processes, forked from one that has imported these modules."""
+    dagsters: Any = dg.multiprocess_executor
+    watched = dg.ExecutorDefinition(
+        name=dagsters.name,
+        config_schema=dagsters.config_schema,
+        requirements=dagsters.get_requirements,
+        executor_creation_fn=lambda context: WatchedExecutor(dagsters.executor_creation_fn(context)),
+        description=dagsters.description,
+    )
     start_method = {"forkserver": {"preload_modules": list(modules)}}
-    return dg.multiprocess_executor.configured({"max_concurrent": MAX_CONCURRENT_STEPS, "start_method": start_method})
+    return watched.configured({"max_concurrent": MAX_CONCURRENT_STEPS, "start_method": start_method})
 
 
 executor = build_executor(preloaded_modules())

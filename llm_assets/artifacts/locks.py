@@ -1,20 +1,46 @@
 """Locks of a folder of artifacts: one publication at a time, and no removal of a version that a process reads.
 
-Both are `flock`s, which end with their process. Where a file system has none, versions are read and removed as without.
+All are `flock`s, which end with their process. Where a file system has none, versions are read and removed as without.
 """
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from model.errors import TransientError
+from model.system.processes import stopped_holder
 
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+LOOK_EVERY_S = 3.0
+"""How often a process that waits for a lock looks whether its holder is stopped."""
 WAIT_S = 600.0
 """Longest wait for another process: it verifies and copies one artifact."""
 _held: dict[Path, int] = {}
 """Descriptor of each version's folder that this process reads."""
+
+
+def acquire(lock: "BaseFileLock", wait_s: float = WAIT_S) -> None:
+    """Wait for a lock. Raises filelock's Timeout after `wait_s`, TransientError where the holder is stopped."""
+    from filelock import Timeout
+
+    end = time.monotonic() + wait_s
+    while True:
+        left_s = end - time.monotonic()
+        try:
+            lock.acquire(timeout=max(min(LOOK_EVERY_S, left_s), 0.0))
+        except Timeout:
+            if said := stopped_holder(Path(lock.lock_file)):
+                raise TransientError(f"{said}; then run again") from None
+            if left_s <= LOOK_EVERY_S:
+                raise
+        else:
+            return
 
 
 @contextmanager
@@ -28,11 +54,11 @@ def exclusive(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=WAIT_S)
+        acquire(lock, WAIT_S)
     except Timeout:
         raise TransientError(
-            f"another process has held {path} for {WAIT_S:.0f} s: expected it to publish or fetch one artifact; look "
-            "whether it is stopped, continue or end it, and run again"
+            f"another process has held {path} for {WAIT_S:.0f} s: expected it to publish or fetch one artifact; end it "
+            "and run again"
         ) from None
     try:
         yield

@@ -21,6 +21,7 @@ from urllib.parse import urlparse
 import dagster as dg
 from pydantic import Field
 
+from llm_assets.artifacts.locks import WAIT_S, acquire
 from llm_assets.artifacts.manifest import Manifest
 from llm_assets.paths import var_dir
 from llm_assets.registry import model_name
@@ -28,7 +29,7 @@ from llm_assets.resources import tracking_database
 from llm_assets.resources.model_versions import is_registered
 from llm_assets.resources.promotion import CompareWithChampion, warned
 from llm_assets.resources.tracked_run import TrackedRun, one_line, send_unsent
-from model.errors import PipelineError
+from model.errors import PipelineError, TransientError
 from model.progress import Log, silent
 
 if TYPE_CHECKING:
@@ -145,19 +146,25 @@ class MlflowTracking(dg.ConfigurableResource):
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        from filelock import FileLock
+        from filelock import FileLock, Timeout
 
         uri = self._uri()
         database = _sqlite_file(uri)
         lock = database.with_name(database.name + ".lock") if database else var_dir() / "mlflow.lock"
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(lock):
+            held = FileLock(lock)
+            acquire(held)
+            try:
                 if database:
                     tracking_database.prepare(database, log)
                 return self._open(uri, database, log)
+            finally:
+                held.release()
         except PipelineError:
             raise
+        except Timeout:
+            raise TransientError(f"another process has held {lock} for {WAIT_S:.0f} s: end it and run again") from None
         except Exception as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from model.errors import PipelineError
 from model.progress import Log, silent
+from model.system.processes import stopped_holder
 
-WAIT_S, SAY_EVERY_S = 600.0, 10.0
-"""Longest wait for another writer of the database, and how often it is logged."""
+WAIT_S, SAY_AFTER_S, SAY_EVERY_S = 600.0, 3.0, 10.0
+"""Longest wait for another writer of the database, when it is first logged, and how often after that."""
 ARTIFACTS = "mlartifacts"
 """Folder of the logged files, beside the database."""
 _LOCATIONS = (
@@ -85,7 +86,8 @@ def _create(path: Path) -> None:
 
 def _wait_for_writers(path: Path, log: Log) -> None:
     """Return once the database can be written to."""
-    started = said = time.monotonic()
+    started = time.monotonic()
+    next_said = started + SAY_AFTER_S
     while True:
         try:
             with closing(sqlite3.connect(path, timeout=1.0, isolation_level=None)) as database:
@@ -102,9 +104,9 @@ def _wait_for_writers(path: Path, log: Log) -> None:
                 raise PipelineError(
                     f"{path} has been locked by another program for {WAIT_S:.0f} s: end that program and run again"
                 ) from None
-            if now - said > SAY_EVERY_S:
-                said = now
-                log(f"waiting for another program that holds {path}")
+            if now > next_said:
+                next_said = now + SAY_EVERY_S
+                log(stopped_holder(path) or f"waiting for another program that holds {path}")
 
 
 def _relocate(path: Path, log: Log) -> None:

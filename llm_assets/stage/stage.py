@@ -10,6 +10,7 @@ not the run.
 """
 
 import dataclasses
+import math
 import resource
 import shutil
 import time
@@ -22,6 +23,7 @@ from typing import Any
 import dagster as dg
 
 from llm_assets.artifacts.io_manager import Staged, scratch_dir
+from llm_assets.artifacts.locks import acquire
 from llm_assets.artifacts.manifest import Manifest, assert_compatible, config_hash, flatten, seal, stage_config
 from llm_assets.experiments.compose import to_yaml
 from llm_assets.failures import permanent_failures, terminated_for_good
@@ -256,7 +258,7 @@ def workspace_lock(workspace: Path, experiment: str, asset: str) -> Iterator[Non
     # it.
     lock = FileLock(workspace.with_name(f".{workspace.name}.lock"))
     try:
-        lock.acquire(timeout=WORKSPACE_WAIT_S)
+        acquire(lock, WORKSPACE_WAIT_S)
     except Timeout:
         raise PipelineError(
             f"another run is making {asset} of {experiment!r} in {workspace}: wait for it or terminate it"
@@ -271,6 +273,7 @@ def workspace_lock(workspace: Path, experiment: str, asset: str) -> Iterator[Non
 def device_lock(context: dg.AssetExecutionContext, exclusive: bool) -> Iterator[None]:
     """Hold the machine's cores and GPU.
 
+    Waits as long as the holder works, and raises TransientError where it is stopped.
     A file lock instead of a Dagster pool's limit: a killed run keeps its pool slot forever unless a daemon frees it,
     and every later run would wait for that slot.
     """
@@ -285,7 +288,7 @@ def device_lock(context: dg.AssetExecutionContext, exclusive: bool) -> Iterator[
         lock.acquire(timeout=0)
     except Timeout:
         context.log.info("waiting for another training, benchmark or export on this machine to end")
-        lock.acquire(poll_interval=1.0)
+        acquire(lock, math.inf)
     try:
         yield
     finally:

@@ -21,14 +21,17 @@ from pathlib import Path
 from rich.console import Console
 
 from llm_assets.paths import shown_path, var_dir
-from llm_assets.terminal.records import Follower
+from llm_assets.terminal.records import Follower, Record
 from llm_assets.terminal.view import View
 from model.errors import ends_in_one_line
+from model.system.processes import is_stopped
 
 DEFINITIONS, PIPELINE = "llm_assets.definitions", "llm_pipeline"
 LOCATION_TAG = ".dagster/repository"
 """With it, a run that was started here is listed on its job's page."""
 LOOK_EVERY_S = 0.2
+SAY_STOPPED_AFTER = 15
+"""Looks at which the run's process is found stopped before that is said."""
 _INTERRUPTED = 130
 
 
@@ -65,7 +68,7 @@ def execute_job(
         command = [sys.executable, "-W", "ignore", "-m", "dagster", "job", "execute", "-m", module, "-j", job]
         command += ["-c", str(config_file), "--tags", json.dumps(all_tags)]
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-        before = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(signal.SIGTERM))
+        before = signal.signal(signal.SIGTERM, lambda number, frame: _end(process, signal.SIGTERM))
         try:
             with view.live():
                 status = _watch(process, follower, view)
@@ -77,12 +80,22 @@ def execute_job(
     return status
 
 
+def _end(process: subprocess.Popen[bytes], *signals: signal.Signals) -> None:
+    """Send signals to the run, which acts on them even if it was stopped."""
+    for number in (*signals, signal.SIGCONT):
+        process.send_signal(number)
+
+
 def _watch(process: subprocess.Popen[bytes], follower: Follower, view: View) -> int:
     """Show records until the process has ended; Ctrl-C reaches it too, and it is waited for."""
     interrupted = False
+    stopped_looks = 0
     while True:
         try:
             ended = process.poll()
+            stopped_looks = stopped_looks + 1 if is_stopped(process.pid) else 0
+            if stopped_looks == SAY_STOPPED_AFTER:
+                view.take(Record("WARNING", "", "", f"the run is stopped: `kill -CONT {process.pid}` continues it"))
             for record in follower.records():
                 view.take(record)
             view.tick()
@@ -91,6 +104,7 @@ def _watch(process: subprocess.Popen[bytes], follower: Follower, view: View) -> 
             time.sleep(LOOK_EVERY_S)
         except KeyboardInterrupt:
             interrupted = True
+            _end(process)
 
 
 def _explain(console: Console, view: View, log: Path) -> None:

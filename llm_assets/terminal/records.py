@@ -13,6 +13,11 @@ from typing import Any
 import dagster as dg
 
 NONE = "-"
+KILLED = (
+    "its process was killed from outside, by the system where memory ran out (`dmesg` says so): raise the limit, end "
+    "other programs or make the work smaller, then run again; the last good artifact is untouched"
+)
+"""Reason of a step that ended without one."""
 _LINE = re.compile(r"(?P<time>\S+) (?P<level>\S+) +(?P<stage>\S+) +(?P<event>\S+) +(?P<text>.*)")
 
 
@@ -48,6 +53,8 @@ def _reason(event: dg.DagsterEvent) -> str:
     while error and error.cause:
         error = error.cause
     said = error.message.strip() if error else ""
+    if said.endswith("ChildProcessCrashException"):
+        return KILLED
     return "terminated" if said.endswith("DagsterExecutionInterruptedError") else said
 
 

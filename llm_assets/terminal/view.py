@@ -21,6 +21,7 @@ WIDTH = 80
 STAGE_LINES = 16
 """Messages of a stage that are shown; the file has them all."""
 PROGRESS_EVERY_S = 30.0
+WARNINGS = ("WARNING", "ERROR", "CRITICAL")
 _PERCENT = re.compile(r"\((\d+) %\)")
 _BAR = 16
 
@@ -51,7 +52,7 @@ class View:
                 self._print(f"{record.stage}: started")
         elif record.event in ("STEP_SUCCESS", "STEP_FAILURE", "STEP_UP_FOR_RETRY"):
             self._end(record)
-        elif not record.event and record.stage:
+        elif not record.event and (record.stage or record.level in WARNINGS):
             self._message(record)
 
     def tick(self) -> None:
@@ -77,7 +78,7 @@ class View:
         if text.startswith("unchanged: "):
             self._unchanged.add(record.stage)
         self._said[record.stage] = text.removeprefix(f"{record.stage}: ")
-        is_warning = record.level in ("WARNING", "ERROR", "CRITICAL") or text.startswith("warning: ")
+        is_warning = record.level in WARNINGS or text.startswith("warning: ")
         if _PERCENT.search(text) and not is_warning:
             if self._clock() - self._last_progress < PROGRESS_EVERY_S:
                 return

@@ -299,14 +299,23 @@ class Engine:
             return not self._stopping
 
     def _watch(self) -> None:
-        """Watchdog for hanging steps. A thread cannot be killed, so it is abandoned and its results are ignored."""
+        """Watchdog for hanging steps. A thread cannot be killed, so it is abandoned and its results are ignored.
+
+        Time in which this process was stopped (SIGSTOP, a paused container) is no step's: a look counts for at most
+        two intervals.
+        """
+        interval_s = min(1.0, self._step_timeout_s / 4)
+        watched: float | None = None
+        age_s, looked = 0.0, time.monotonic()
         while not self._stopping:
-            scheduler, started = self._scheduler, self._step_started
-            if started is not None and time.monotonic() - started > self._step_timeout_s:
+            scheduler, started, now = self._scheduler, self._step_started, time.monotonic()
+            age_s = (age_s if started == watched else 0.0) + min(now - looked, 2 * interval_s)
+            watched, looked = started, now
+            if started is not None and age_s > self._step_timeout_s:
                 logger.error("a step has taken longer than %g s", self._step_timeout_s)
                 self._recover(scheduler, "the engine hung: it restarts, try again")
             with self._changed:
-                self._changed.wait_for(lambda: self._stopping, timeout=min(1.0, self._step_timeout_s / 4))
+                self._changed.wait_for(lambda: self._stopping, timeout=interval_s)
 
     def _recover(self, scheduler: Scheduler, reason: str) -> None:
         """Fail requests in flight and restart; a second failure leaves the engine dead."""

@@ -2,10 +2,12 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import model.generation.engine as engine_module
 from model.errors import PipelineError
 from model.generation.requests import EngineBusy, EngineStopped, Finished, GenerationRequest, TextPiece
 from model.generation.step import Segment
@@ -189,6 +191,22 @@ def test_a_step_that_hangs_is_noticed_and_left_behind(model, tokenizer, gate):
         time.sleep(0.01)
     assert tokens(engine.submit(GenerationRequest(PROMPT, 5, GREEDY))) == reference(model, PROMPT, 5)
     assert engine.stats().restarts_total == 1
+    engine.stop()
+
+
+def test_time_in_which_the_process_was_stopped_is_no_steps(model, tokenizer, gate, monkeypatch):
+    stopped_s = 0.0
+    monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + stopped_s))
+    engine = start(model, tokenizer, step_timeout_s=2.0)
+    engine.warm_up()
+    held = gate(engine)
+    generation = engine.submit(GenerationRequest(PROMPT, 5, GREEDY))
+    assert held.reached.wait(30)
+    stopped_s = 3600.0
+    time.sleep(0.8)  # the watchdog looks every 0.5 s
+    held.open()
+    assert last(generation).finish_reason == "length"
+    assert engine.stats().restarts_total == 0
     engine.stop()
 
 

@@ -25,6 +25,7 @@ from bento.openai.embeddings import embedding_routes
 from bento.openai.messages import message_routes
 from bento.openai.responses import response_routes
 from bento.openai.routes import openai_routes
+from bento.openai.similarity import similarity_routes
 from bento.openai.tokenizing import token_routes
 from bento.page import add_page
 from bento.schema import (
@@ -107,7 +108,7 @@ def create_app(
         )
 
     app.include_router(openai_routes(backend_of, models))
-    for routes in (embedding_routes, response_routes, message_routes):
+    for routes in (embedding_routes, similarity_routes, response_routes, message_routes):
         app.include_router(routes(backend_of))
     app.include_router(own_routes(backend_of))
     app.include_router(token_routes(backend_of))

@@ -12,7 +12,8 @@ from starlette.responses import JSONResponse
 
 PRIVATE_FIELDS = {
     "prompt", "context", "messages", "input", "instructions", "system", "suffix", "stop", "stop_sequences", "user",
-    "metadata", "prompt_cache_key",
+    "metadata", "prompt_cache_key", "text_1", "text_2", "queries", "query", "documents", "data_1", "data_2",
+    "chat_template_kwargs",
 }  # fmt: skip
 ANTHROPIC_PATH = "/v1/messages"
 ANTHROPIC_TYPES = {

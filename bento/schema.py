@@ -186,7 +186,10 @@ class Sampling(StrictRequest):
         None, max_length=MOST_STOP_IDS, description="End the text at one of these tokens, which is not part of it."
     )
     min_tokens: Annotated[int, WHOLE] | None = Field(
-        None, ge=0, le=LARGEST_COUNT, description="Nothing ends the text before this many tokens. Default: 0."
+        None,
+        ge=0,
+        le=LARGEST_COUNT,
+        description="Nothing but the end of its form ends the text before this many tokens. Default: 0.",
     )
     include_stop_str_in_output: bool | None = Field(
         None,

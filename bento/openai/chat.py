@@ -3,13 +3,17 @@
 A template puts special tokens around messages, and a message must not be able to inject one. So the template is
 rendered with random placeholders in place of the contents, and only special tokens in that rendering count as such.
 Then the contents replace the placeholders. The text between two special tokens is encoded as ordinary text in one
-piece, so the tokens equal those of `apply_chat_template` for every content without special tokens.
+piece, so the tokens equal those of `apply_chat_template` for every content without special tokens. Values of template
+variables (`chat_template_kwargs`) may be tested and compared by the template: they are passed as they are, and refused
+if they spell a special token.
 """
 
 import re
 import secrets
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
 
 from bento.errors import ApiError, server_error
 
@@ -18,6 +22,9 @@ if TYPE_CHECKING:
 
 
 HIDDEN = re.compile("content[0-9a-f]{32}")
+GENERATION_BLOCK = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
+DECIDED_BY_FIELDS = ("add_generation_prompt", "continue_final_message")
+NO_VALUES: Mapping[str, Any] = MappingProxyType({})
 
 
 class Turn(Protocol):
@@ -43,15 +50,16 @@ def encode_chat(
     *,
     opens_turn: bool = True,
     continues: bool = False,
+    values: Mapping[str, Any] = NO_VALUES,
     name: str = "messages",
     is_continued: bool = True,
 ) -> list[int]:
     """The tokens of a conversation, up to the start of the assistant's answer.
 
     encode: tokens of ordinary text. opens_turn: render the heading of the assistant's turn. continues: end inside the
-    last message instead. name: the request's field of the conversation. is_continued: the text has to end at the
-    assistant's turn. Raises ApiError 400 if it does not, if the model has no template or if its template refuses the
-    conversation (its order of roles, say).
+    last message instead. values: of the template's variables; those that it does not read are dropped. name: the
+    request's field of the conversation. is_continued: the text has to end at the assistant's turn. Raises ApiError 400
+    if it does not, if the model has no template or if its template refuses the conversation (its order of roles, say).
     """
     if not tokenizer.chat_template:
         raise ApiError(
@@ -60,6 +68,8 @@ def encode_chat(
             code="no_chat_template",
             param=name,
         )
+    specials = _special_tokens(tokenizer)
+    render = partial(_render, tokenizer, _read_values(tokenizer, values, specials))
     contents: dict[str, str] = {}
 
     def hide(text: str) -> str:
@@ -76,13 +86,12 @@ def encode_chat(
         for turn in messages
     ]
     if continues:
-        text = _open_last_message(tokenizer, hidden, messages[-1].content, contents, name)
+        text = _open_last_message(render, hidden, messages[-1].content, contents, name)
     else:
-        text = _render(tokenizer, hidden, name, opens_turn=opens_turn)
-        if text and is_continued and not _ends_where_the_assistant_speaks(tokenizer, hidden, text):
+        text = render(hidden, name, opens_turn=opens_turn)
+        if text and is_continued and not _ends_where_the_assistant_speaks(render, hidden, text):
             raise _no_turn(messages[-1].role, name, opens_turn=opens_turn)
     ids: list[int] = []
-    specials = _special_tokens(tokenizer)
     for part in _split(text, specials):
         if part in specials:
             ids.append(specials[part])
@@ -99,7 +108,7 @@ def _new_word() -> str:
 
 
 def _open_last_message(
-    tokenizer: "PreTrainedTokenizerFast",
+    render: "Render",
     hidden: list[dict[str, str]],
     content: str,
     contents: dict[str, str],
@@ -108,7 +117,7 @@ def _open_last_message(
     """The conversation up to the end of its last message's content."""
     word = _new_word()
     contents[word] = content
-    text = _render(tokenizer, [*hidden[:-1], {**hidden[-1], "content": word}], name, opens_turn=False)
+    text = render([*hidden[:-1], {**hidden[-1], "content": word}], name, opens_turn=False)
     before, found, _ = text.rpartition(word)
     if not found:
         raise ApiError(
@@ -120,9 +129,7 @@ def _open_last_message(
     return before + word
 
 
-def _ends_where_the_assistant_speaks(
-    tokenizer: "PreTrainedTokenizerFast", hidden: list[dict[str, str]], text: str
-) -> bool:
+def _ends_where_the_assistant_speaks(render: "Render", hidden: list[dict[str, str]], text: str) -> bool:
     """Whether `text` opens the assistant's turn.
 
     It does if the template supports a generation prompt. A template without one must have put the heading after the
@@ -130,10 +137,10 @@ def _ends_where_the_assistant_speaks(
     """
     word = _new_word()
     try:
-        plain = _render(tokenizer, hidden, "", opens_turn=False)
+        plain = render(hidden, "", opens_turn=False)
         if text != plain:
             return text.startswith(plain)
-        answered = _render(tokenizer, [*hidden, {"role": "assistant", "content": word}], "", opens_turn=False)
+        answered = render([*hidden, {"role": "assistant", "content": word}], "", opens_turn=False)
     except ApiError:  # the template refuses one of them
         return False
     return hidden[-1]["role"] == "user" and answered.startswith(text + word)
@@ -150,16 +157,73 @@ def _no_turn(role: str, name: str, *, opens_turn: bool) -> ApiError:
     return ApiError(400, f"{name}: {reason}", code="no_assistant_turn", param=name)
 
 
+def _read_values(
+    tokenizer: "PreTrainedTokenizerFast", values: Mapping[str, Any], specials: Iterable[str]
+) -> dict[str, Any]:
+    """The values that the template reads. Raises ApiError 400 for one that spells a special token."""
+    if not values:
+        return {}
+    names = _variables(tokenizer.get_chat_template())
+    kept = {name: value for name, value in values.items() if name in names and name not in DECIDED_BY_FIELDS}
+    texts = list(_texts(list(kept.values())))
+    for special in specials:
+        if any(special in text for text in texts):
+            raise ApiError(
+                400,
+                f"chat_template_kwargs: a value spells the special token {special!r}, which no request may",
+                code="template_value",
+                param="chat_template_kwargs",
+            )
+    return kept
+
+
+def _texts(values: Iterable[Any]) -> Iterator[str]:
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+
+
+@lru_cache(maxsize=8)
+def _variables(template: str) -> frozenset[str]:
+    """The variables that a template reads; none for a broken one."""
+    from jinja2 import Environment, TemplateSyntaxError, meta
+
+    plain = GENERATION_BLOCK.sub("", template)  # a tag of transformers
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    except TemplateSyntaxError:
+        return frozenset()
+    return frozenset(meta.find_undeclared_variables(tree))
+
+
+class Render(Protocol):
+    """Renders a conversation. name: the request's field of it."""
+
+    def __call__(self, messages: list[dict[str, str]], name: str, *, opens_turn: bool) -> str:
+        """The text. Raises ApiError."""
+
+
 def _render(
-    tokenizer: "PreTrainedTokenizerFast", messages: list[dict[str, str]], name: str, *, opens_turn: bool
+    tokenizer: "PreTrainedTokenizerFast",
+    values: Mapping[str, Any],
+    messages: list[dict[str, str]],
+    name: str,
+    *,
+    opens_turn: bool,
 ) -> str:
     from jinja2 import TemplateError, TemplateSyntaxError
 
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_turn))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_turn, **values))
     except TemplateSyntaxError:
         raise server_error(500, "the model's chat template is broken", code="chat_template") from None
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ApiError(
             400,

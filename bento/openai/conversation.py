@@ -72,7 +72,8 @@ async def encode_dialogue(
     engine = backend.engine
     tools = [f.model_dump(include={"name", "description", "parameters"}) for f in body.callable_functions()]
     turns = plain_turns(spoken(body.messages), tools, has_tool_role=has_marks(engine.tokenizer))
-    size = sum(len(turn.content) + MESSAGE_COST for turn in turns)
+    values = body.chat_template_kwargs or {}
+    size = sum(len(turn.content) + MESSAGE_COST for turn in turns) + (len(json.dumps(values)) if values else 0)
     encode = partial(
         encode_chat,
         engine.tokenizer,
@@ -80,6 +81,7 @@ async def encode_dialogue(
         engine.encode,
         opens_turn=body.add_generation_prompt is not False,
         continues=bool(body.continue_final_message),
+        values=values,
         name=names.get("messages", "messages"),
         is_continued=is_continued,
     )

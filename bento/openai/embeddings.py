@@ -5,6 +5,7 @@ computed a few at a time, so that a long list leaves slots to other clients.
 """
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -122,18 +123,10 @@ async def _embed(backend: Backend, body: EmbeddingRequest, request: Request) -> 
             code="invalid_dimensions",
             param="dimensions",
         )
-    texts = await _tokens(backend, body.input, body.truncate_prompt_tokens)
+    texts = await encode_inputs(backend, body.input, body.truncate_prompt_tokens)
     count = sum(map(len, texts))
-    request.state.record.prompt_tokens = count
     form = _Form(body.dimensions or hidden_size, body.normalize is not False, body.encoding_format == "base64")
-    vectors: list[np.ndarray] = []
-    for start in range(0, len(texts), AT_ONCE):
-        requests = [
-            GenerationRequest(ids, max_tokens=0, embedding=body.pooling or "mean")
-            for ids in texts[start : start + AT_ONCE]
-        ]
-        for events, _ in await backend.submit(request, requests).whole(request.receive):
-            vectors += [event.vector for event in events if isinstance(event, Embedding)]
+    vectors = await embed_tokens(backend, request, texts, body.pooling or "mean")
 
     def render() -> Response:
         data = [
@@ -146,23 +139,40 @@ async def _embed(backend: Backend, body: EmbeddingRequest, request: Request) -> 
     return render() if len(vectors) * form.dimensions <= AT_ONCE * 1024 else await backend.heavy.run(render)
 
 
-async def _tokens(backend: Backend, inputs: list[str] | list[list[int]], most: int | None) -> list[list[int]]:
-    """The tokens of each input. most: of the last ones to keep, None for all."""
+async def embed_tokens(
+    backend: Backend, request: Request, texts: Sequence[Sequence[int]], pooling: Literal["mean", "last"] = "mean"
+) -> list[np.ndarray]:
+    """The vector of each text, float32, shape (D,). texts: their tokens."""
+    request.state.record.prompt_tokens = sum(map(len, texts))
+    vectors: list[np.ndarray] = []
+    for start in range(0, len(texts), AT_ONCE):
+        requests = [GenerationRequest(ids, 0, embedding=pooling) for ids in texts[start : start + AT_ONCE]]
+        for events, _ in await backend.submit(request, requests).whole(request.receive):
+            vectors += [event.vector for event in events if isinstance(event, Embedding)]
+    return vectors
+
+
+async def encode_inputs(
+    backend: Backend, inputs: list[str] | list[list[int]], most: int | None, name: str = "input"
+) -> list[list[int]]:
+    """The tokens of each input. most: of the last ones to keep, -1 for the context's, None for all. name: the request's
+    field of the texts. Raises ApiError 400 for a text that the context does not hold.
+    """
     texts = [one for one in inputs if isinstance(one, str)]
     encoded = await backend.encode_all(texts) if texts else [one for one in inputs if isinstance(one, list)]
     context = backend.engine.context_length
     if not texts:
         for ids in encoded:
-            backend.check_ids(ids, param="input")
+            backend.check_ids(ids, param=name)
     if most is not None:
         encoded = [ids[-(context if most < 0 else most) :] for ids in encoded]
     longest = max(map(len, encoded))
     if longest > context:
         raise ApiError(
             400,
-            f"This model's maximum context length is {context} tokens. However, your input resulted in {longest} "
-            "tokens. Please reduce the length of the input, or set truncate_prompt_tokens.",
+            f"This model's maximum context length is {context} tokens. However, your {name} resulted in {longest} "
+            f"tokens. Please reduce the length of the {name}, or set truncate_prompt_tokens.",
             code="context_length_exceeded",
-            param="input",
+            param=name,
         )
     return encoded

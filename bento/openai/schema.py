@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from bento.openai.structured import Structured
 from bento.openai.tools import ToolFields, spoken
-from bento.openai.turns import MOST_MESSAGES, Label, Message, unsupported
+from bento.openai.turns import MOST_MESSAGES, Label, Message, TemplateValues, unsupported
 from bento.schema import ALL_THAT_FITS, LARGEST_COUNT, WHOLE, Count, OnlyFalse, Sampling, StrictRequest, forms
 from model.text.tools import has_unpaired_results
 
@@ -244,6 +244,11 @@ class Dialogue(ToolFields):
     continue_final_message: bool | None = Field(
         None, description="Continue the last message, which is the assistant's, instead of a new one. Default: false."
     )
+    chat_template_kwargs: TemplateValues | None = Field(
+        None,
+        description="Values of variables of the model's chat template, such as enable_thinking. A name that the "
+        "template does not read changes nothing.",
+    )
 
     @model_validator(mode="after")
     def _check_turns(self) -> "Dialogue":
@@ -259,6 +264,15 @@ class Dialogue(ToolFields):
                 "the last message is not the assistant's",
                 {"param": "continue_final_message"},
             )
+        opens, continues = self.add_generation_prompt is not False, bool(self.continue_final_message)
+        fields = {"add_generation_prompt": opens and not continues, "continue_final_message": continues}
+        for name, value in fields.items():
+            if (self.chat_template_kwargs or {}).get(name) not in (None, value):
+                raise PydanticCustomError(
+                    "template_value",
+                    "{name} says otherwise than the request's field of that name",
+                    {"param": "chat_template_kwargs", "name": name},
+                )
         if has_unpaired_results(spoken(self.messages or ())):
             raise PydanticCustomError(
                 "unpaired_results",

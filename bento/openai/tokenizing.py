@@ -40,7 +40,7 @@ class TokenizeRequest(Dialogue):
             raise PydanticCustomError("missing", "it is missing, and so is messages", {"param": "prompt"})
         if self.messages is not None and self.prompt is not None:
             raise PydanticCustomError("one_text", "not together with prompt", {"param": "messages"})
-        for field in ("tools", "add_generation_prompt", "continue_final_message"):
+        for field in ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
             if self.messages is None and getattr(self, field):
                 raise PydanticCustomError("one_text", "only with messages", {"param": field})
         return self

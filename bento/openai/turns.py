@@ -17,6 +17,8 @@ MESSAGE_LABELS = {
     "reasoning_details", "refusal", "status", "thinking", "thinking_blocks", "timestamp",
 }  # fmt: skip
 """Message fields that clients copy from other servers' answers; no chat template here reads them."""
+OWN_TEMPLATE_VALUES = {"chat_template", "conversation", "messages", "tokenize", "tools"}
+"""Names that the service gives to the chat template's renderer."""
 PART_LABELS = {"annotations", "cache_control", "id"}
 
 Label = Annotated[str, Field(max_length=LONGEST_LABEL)]
@@ -65,6 +67,16 @@ Content = Annotated[
     AfterValidator(_content),
     forms({"type": "string"}, {"type": "array", "items": _PART, "minItems": 1}, {"type": "null"}),
 ]
+
+
+def _template_values(values: dict[str, Any]) -> dict[str, Any]:
+    for name in values.keys() & OWN_TEMPLATE_VALUES:
+        raise PydanticCustomError("template_value", "{name} cannot be set here", {"name": name})
+    return values
+
+
+TemplateValues = Annotated[dict[str, Any], AfterValidator(_template_values)]
+"""Values of a chat template's variables, by name."""
 
 
 class Message(StrictRequest):

@@ -88,9 +88,14 @@ class Constraint:
         """Whether nothing can follow."""
         return self._matcher is not None and self._matcher.is_complete
 
+    @property
+    def may_end(self) -> bool:
+        """Whether the text is complete as it is. Without a grammar, always."""
+        return self._matcher is None or self._matcher.may_end
+
     def allowed(self, forbidden: Collection[int], ends: Collection[int]) -> npt.NDArray[np.bool_]:
         """Which tokens may come next, shape (V,). ends: tokens that end the text; no other token without text passes a
-        grammar. Raises GrammarTooCostly.
+        grammar. Raises GrammarFailure.
         """
         allowed_V = self._allowed_V.copy()
         if self._matcher is not None and self._grammar is not None:
@@ -102,7 +107,7 @@ class Constraint:
         return allowed_V
 
     def accept(self, token: int, data: bytes) -> None:
-        """Go on behind a token, which stands for `data`. Raises GrammarTooCostly."""
+        """Go on behind a token, which stands for `data`. Raises GrammarFailure."""
         if self._matcher is not None:
             self._matcher.accept(token)
         if self._banned:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.errors import PipelineError
+from model.generation.finite import check_lark, check_schema
 
 Kind = Literal["json", "regex", "grammar", "calls"]
 MOST_WHITE_SPACE = 20
@@ -39,8 +40,11 @@ LIMITS: dict[str, Any] = {
 MOST_ITEMS = {"json": 2000, "calls": 2000, "regex": 300, "grammar": 300}
 
 
-class GrammarTooCostly(Exception):
-    """A grammar needs more work for the next token than the limit per text."""
+DEAD_END = "the grammar allows no token at this place, where the text may not end: correct the grammar"
+
+
+class GrammarFailure(Exception):
+    """A grammar gives no next token, in one line: it takes more work than the limit per text, or allows none."""
 
 
 class Grammar:
@@ -68,10 +72,15 @@ class Matcher:
         """Whether the text follows the grammar and nothing can be added to it."""
         return bool(self._state.is_stopped()) and not self._state.is_error()
 
+    @property
+    def may_end(self) -> bool:
+        """Whether the text follows the grammar as it is."""
+        return bool(self._state.is_accepting())
+
     def allowed(self) -> npt.NDArray[np.bool_]:
         """Mask of the tokens that may come next, shape (V,); includes the end-of-text tokens if the text may end.
 
-        Raises GrammarTooCostly.
+        Raises GrammarFailure.
         """
         mask = self._state.compute_bitmask()
         self._check()
@@ -79,13 +88,13 @@ class Matcher:
         return bits.view(np.bool_)
 
     def accept(self, token: int) -> None:
-        """Advance by an allowed token. Raises GrammarTooCostly."""
+        """Advance by an allowed token. Raises GrammarFailure."""
         self._state.consume_token(token)
         self._check()
 
     def _check(self) -> None:
         if self._state.is_error():
-            raise GrammarTooCostly(one_line(self._state.get_error()))
+            raise _failure(one_line(self._state.get_error()))
 
 
 class GrammarCompiler:
@@ -173,12 +182,22 @@ def one_line(message: str) -> str:
     return " ".join((reasons or lines)[0].split())[:LONGEST_REASON]
 
 
+def _failure(reason: str) -> GrammarFailure:
+    if "NoExtension" in reason:
+        return GrammarFailure(DEAD_END)
+    return GrammarFailure(f"the grammar takes too much work for the next token of this text ({reason}): simplify it")
+
+
 def _translate(kind: Kind, source: str) -> str:
+    """A grammar in the form of llguidance. Raises ValueError, and PipelineError for one that no finite text matches."""
     import llguidance
 
     if kind == "json":
+        check_schema(source)
         return str(llguidance.LLMatcher.grammar_from_json_schema(source, overrides=JSON_OPTIONS))
     if kind == "regex":
         return str(llguidance.LLMatcher.grammar_from_regex(source))
     is_gbnf = kind == "grammar" and "::=" in source
-    return str(llguidance.grammar_from("gbnf" if is_gbnf else "lark", source))
+    translated = str(llguidance.grammar_from("gbnf" if is_gbnf else "lark", source))
+    check_lark(translated)
+    return translated

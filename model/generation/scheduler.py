@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model.generation.constraints import Constraint, TokenIndex, is_constrained
-from model.generation.grammar import GrammarTooCostly
+from model.generation.grammar import DEAD_END, GrammarFailure
 from model.generation.queue import RequestQueue, is_short
 from model.generation.requests import Embedding, FinishReason, Generation, PromptScores, TextPiece, TokenLogprob
 from model.generation.sampler import Sampler, token_logprobs
@@ -212,9 +212,8 @@ class Scheduler:
                 self._score_prompt(sequence, segment, output)
             if sequence.num_computed_tokens == sequence.num_tokens:
                 self._take_token(sequence, segment, output)
-        except GrammarTooCostly as error:
-            reason = f"the grammar takes too much work for the next token of this text ({error}): simplify it"
-            self._leave(sequence, "error", error=reason, is_refusal=True)
+        except GrammarFailure as error:
+            self._leave(sequence, "error", error=str(error), is_refusal=True)
         except Exception:
             logger.exception("a request failed; the others go on")
             self._leave(sequence, "error", error=FAILED)
@@ -247,6 +246,7 @@ class Scheduler:
         if request.max_tokens == 0:
             self._leave(sequence, "length")
             return
+        may_end = generation.generated_tokens >= request.min_tokens
         token = self._next_token(sequence, segment, output)
         if token is None:
             self._end_text(sequence, "stop")
@@ -257,7 +257,8 @@ class Scheduler:
         self.generated_tokens += 1
         self.answered += 1
         is_end = token in self._end_of_text_ids and not request.ignore_eos
-        ends = is_end or token in request.stop_token_ids
+        # Before min_tokens a stop token comes only where the form allows no other token: it is part of the text.
+        ends = is_end or (token in request.stop_token_ids and may_end)
         if ends and not (request.include_stop and self._bytes_of(token)):
             self._end_text(sequence, "stop", stopped_by=None if is_end else token)
             return
@@ -288,8 +289,15 @@ class Scheduler:
 
     def _constrained_token(self, sequence: Sequence, constraint: Constraint, output: SegmentOutput) -> int | None:
         ends = frozenset() if sequence.request.ignore_eos else self._end_of_text_ids
-        allowed_V = constraint.allowed(self._forbidden(sequence), ends)
+        forbidden = self._forbidden(sequence)
+        allowed_V = constraint.allowed(forbidden, ends)
+        if forbidden and not allowed_V.any() and not constraint.may_end:
+            # The form takes precedence over min_tokens: it needs one of the request's stop tokens here.
+            forbidden = [token for token in forbidden if token in ends]
+            allowed_V = constraint.allowed(forbidden, ends)
         if not allowed_V.any():
+            if not constraint.may_end:
+                raise GrammarFailure(DEAD_END)
             return None
         token = sequence.sampler.next(output.logits_RV[-1], allowed_V=allowed_V)
         constraint.accept(token, self._bytes_of(token))

@@ -42,6 +42,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "x", "max_tokens": 2},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2},
     "/v1/embeddings": {"input": "x"},
+    "/score": {"text_1": "x", "text_2": ["x", "y"]},
+    "/rerank": {"query": "x", "documents": ["x", "y"]},
     "/v1/responses": {"input": "x", "max_output_tokens": 2},
     "/v1/messages": {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 2},
     "/generate": {"prompt": "x", "max_tokens": 2},

@@ -71,6 +71,10 @@ FIELDS = [
     "input",
     "dimensions",
     "encoding_format",
+    "chat_template_kwargs",
+    "text_1",
+    "documents",
+    "top_n",
     "no_such_field",
 ]
 

@@ -114,6 +114,21 @@ def test_every_form_holds_on_both_routes(client, form, pattern, route):
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": 7}}}, "response_format"),
         ({"guided_json": "{"}, "guided_json"),
         ({"guided_json": {"type": "array", "uniqueItems": True}}, "guided_json"),
+        ({"guided_json": {"$ref": "#"}, "stream": True}, "guided_json"),
+        ({"guided_json": {"properties": {"a": {"$ref": "#/properties/a"}}, "type": "object"}}, "guided_json"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {
+                        "schema": {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+                    },
+                },
+                "stream": True,
+            },
+            "response_format",
+        ),
+        ({"guided_grammar": 'start: "a" start'}, "guided_grammar"),
         ({"guided_regex": "("}, "guided_regex"),
         ({"guided_regex": "a" * (LONGEST_GRAMMAR + 1)}, "guided_regex"),
         ({"guided_json": {"enum": ["a" * LONGEST_GRAMMAR]}}, "guided_json"),

@@ -86,3 +86,70 @@ def test_a_template_without_the_assistants_turn_is_refused_and_not_answered_with
         error = refusal(service.post(PATH, messages=[USER]))
         assert error["code"] == "no_assistant_turn" and "'user'" in error["message"]
         assert prompt_of(service, [USER, ASSISTANT], continue_final_message=True).endswith("[assistant]Because")
+
+
+THINKING = (
+    "{%- for m in messages %}<|pad|>{{ m.role }}:{{ m.content }}<|endoftext|>{% endfor -%}"
+    "{%- if add_generation_prompt %}<|pad|>assistant:{% generation %}{% endgeneration %}"
+    "{%- if enable_thinking is defined and not enable_thinking %}(no thoughts){% endif -%}"
+    "{%- if style == 'long' %}(long){% elif style is mapping %}({{ style.name }}){% endif -%}"
+    "{%- for doc in documents or [] %}[{{ doc.text }}]{% endfor -%}{%- if size %}{{ 7 // (size - 1) }}{% endif -%}"
+    "{%- endif -%}"
+)
+
+
+@pytest.fixture(scope="module")
+def thinking():
+    with running_service(chat_template=THINKING) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("values", "ending"),
+    [
+        (None, "assistant:"),
+        ({}, "assistant:"),
+        ({"enable_thinking": True}, "assistant:"),
+        ({"enable_thinking": False}, "assistant:(no thoughts)"),
+        ({"enable_thinking": False, "no_template_reads_this": [1, "<|endoftext|>"]}, "assistant:(no thoughts)"),
+        ({"style": "long", "add_generation_prompt": True}, "assistant:(long)"),
+        ({"style": {"name": "größer"}, "continue_final_message": False}, "assistant:(größer)"),
+        ({"documents": [{"text": "a"}, {"text": "b"}]}, "assistant:[a][b]"),
+    ],
+)
+def test_values_of_the_templates_variables_reach_it(thinking, values, ending):
+    assert prompt_of(thinking, [USER], chat_template_kwargs=values).endswith(ending)
+    tokens = thinking.post("/tokenize", messages=[USER], chat_template_kwargs=values).json()["tokens"]
+    assert thinking.tokenizer.decode(tokens).endswith(ending)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"chat_template": "{{ 1 }}"},
+        {"tokenize": True},
+        {"messages": []},
+        {"tools": []},
+        {"add_generation_prompt": False},
+        {"continue_final_message": True},
+        {"style": "<|endoftext|>"},
+        {"documents": [{"text": {"<|pad|>": 1}}]},
+        "enable_thinking",
+    ],
+)
+def test_values_that_the_request_may_not_set_are_refused(thinking, values):
+    answer = thinking.post(PATH, messages=[USER], max_tokens=1, chat_template_kwargs=values)
+    assert refusal(answer)["param"] == "chat_template_kwargs"
+
+
+@pytest.mark.parametrize("values", [{"size": 1}, {"size": "x"}, {"documents": 7}, {"documents": [None]}])
+def test_values_that_the_template_fails_on_are_the_requests_fault(thinking, values):
+    answer = thinking.post(PATH, messages=[USER], max_tokens=1, chat_template_kwargs=values)
+    assert refusal(answer)["code"] == "chat_template"
+
+
+def test_values_need_messages_and_every_template_takes_unknown_ones(service):
+    plain = prompt_of(service, [USER])
+    assert prompt_of(service, [USER], chat_template_kwargs={"enable_thinking": True}) == plain
+    answer = service.post("/tokenize", prompt="x", chat_template_kwargs={"enable_thinking": True})
+    assert refusal(answer)["param"] == "chat_template_kwargs"

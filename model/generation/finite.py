@@ -1,0 +1,346 @@
+"""Refuses grammars with a part that no finite text matches, such as an object that requires itself.
+
+Generation that enters such a part never ends, or has no next token. llguidance detects contradictions but no endless
+recursion. A part is finite if one of its alternatives consists of finite parts: the least fixed point over all parts
+(as for productive nonterminals: Hopcroft and Ullman, Introduction to Automata Theory, 4.4). Whether a finite part can
+be satisfied at all is left to llguidance, and so is every form that is not recognized here.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+from urllib.parse import unquote, urldefrag, urljoin
+
+from model.errors import PipelineError
+
+T = TypeVar("T")
+Schema = dict[str, Any]
+ONE = ("additionalProperties", "items", "unevaluatedProperties", "unevaluatedItems")
+SEVERAL = ("allOf", "anyOf", "oneOf", "prefixItems")
+NAMED = ("$defs", "definitions", "patternProperties", "properties")
+"""Keywords whose value is a schema, a list of schemas, or schemas by name."""
+LONGEST_PLACE = 80
+
+
+def check_schema(source: str) -> None:
+    """Raises PipelineError for a JSON schema, as JSON text, with a part that only an infinite value could match."""
+    root = json.loads(source)
+    if not isinstance(root, dict) or '"$ref"' not in source:
+        return  # recursion needs a reference
+    schemas = _Schemas(root)
+    finite = _least_fixed_point({at: schemas.used(at) for at in range(len(schemas.all))}, schemas.is_finite)
+    for number in schemas.reached():
+        if number not in finite:
+            place = schemas.places[number][:LONGEST_PLACE]
+            raise PipelineError(
+                f"no text is ever complete under {place}: it requires itself inside; make a part optional"
+            )
+
+
+def check_lark(source: str) -> None:
+    """Raises PipelineError for a Lark grammar with a rule that only an infinite text could match.
+
+    JSON schemas in it (`%json {...}`) are checked as well.
+    """
+    for schema in _embedded_schemas(source):
+        check_schema(schema)
+    try:
+        rules = _LarkReader(source).rules()
+        uses = {name: list(_names(rule)) for name, rule in rules.items()}
+    except (ValueError, RecursionError):
+        return  # not read here: the compiler decides
+    finite = _least_fixed_point(uses, lambda name, known: _is_finite(rules[name], rules, known))
+    reached, waiting = set[str](), ["start"]
+    while waiting:
+        name = waiting.pop()
+        if name in rules and name not in reached:
+            reached.add(name)
+            waiting += uses[name]
+            if name not in finite:
+                raise PipelineError(
+                    f"no text is ever complete in the rule {name[:LONGEST_PLACE]!r}: it requires itself inside"
+                )
+
+
+def _least_fixed_point(uses: Mapping[T, Iterable[T]], is_finite: Callable[[T, set[T]], bool]) -> set[T]:
+    """The finite parts. uses: the parts that each consists of. is_finite: decides for one, given those known so far."""
+    users: dict[T, list[T]] = {}
+    for name, used in uses.items():
+        for one in used:
+            users.setdefault(one, []).append(name)
+    known: set[T] = set()
+    waiting = list(uses)[::-1]  # inner parts follow outer ones
+    while waiting:
+        following: dict[T, None] = {}
+        for name in waiting:
+            if name not in known and is_finite(name, known):
+                known.add(name)
+                following.update(dict.fromkeys(users.get(name, ())))
+        waiting = [name for name in following if name not in known]
+    return known
+
+
+class _Schemas:
+    """All subschemas of a JSON schema that are objects, numbered; the root is 0."""
+
+    def __init__(self, root: Schema) -> None:
+        self.all: list[Schema] = []
+        self.places: list[str] = []
+        self._numbers: dict[int, int] = {}
+        self._bases: list[str] = []
+        self._documents: dict[str, Any] = {"": root}
+        self._anchors: dict[tuple[str, str], Schema] = {}
+        waiting: list[tuple[Any, str, str]] = [(root, "#", "")]
+        while waiting:
+            schema, place, base = waiting.pop()
+            if not isinstance(schema, dict):
+                continue
+            if isinstance(schema.get("$id"), str):
+                base = urldefrag(urljoin(base, schema["$id"]))[0]
+                self._documents[base] = schema
+            if isinstance(schema.get("$anchor"), str):
+                self._anchors[base, schema["$anchor"]] = schema
+            self._numbers[id(schema)] = len(self.all)
+            self.all.append(schema)
+            self.places.append(place)
+            self._bases.append(base)
+            waiting += [(inner, f"{place}/{name}", base) for name, inner in _children(schema)]
+
+    def reached(self) -> list[int]:
+        """The subschemas that a value can be validated by: definitions only where something refers to them."""
+        reached, waiting = dict.fromkeys([0]), [0]
+        while waiting:
+            at = waiting.pop()
+            new = [number for number in self.used(at) if number not in reached]
+            reached.update(dict.fromkeys(new))
+            waiting += new
+        return sorted(reached)
+
+    def used(self, at: int) -> list[int]:
+        """The subschemas that a subschema applies: not its definitions."""
+        inner = [one for name, one in _children(self.all[at]) if not name.startswith(("$defs/", "definitions/"))]
+        found = [*(self._number(one) for one in inner), self._target(at)]
+        return [number for number in found if number is not None]
+
+    def is_finite(self, at: int, known: set[int]) -> bool:
+        """Whether some finite value is valid, given the subschemas of which that is known."""
+        schema = self.all[at]
+
+        def known_finite(inner: Any) -> bool:
+            number = self._number(inner)
+            return number is None or number in known
+
+        target = self._target(at)
+        if target is not None and target not in known:
+            return False
+        if not all(map(known_finite, _list(schema, "allOf"))):
+            return False
+        for name in ("anyOf", "oneOf"):
+            if (parts := _list(schema, name)) and not any(map(known_finite, parts)):
+                return False
+        if "const" in schema or "enum" in schema:
+            return True
+        if schema.get("type") in ("object", ["object"]):
+            return all(any(map(known_finite, inner)) for inner in _required(schema))
+        if schema.get("type") in ("array", ["array"]):
+            least = schema.get("minItems", 0)
+            first = _list(schema, "prefixItems")
+            needed = first[: least if isinstance(least, int) else 0]
+            if isinstance(least, int) and least > len(first):
+                needed = [*first, schema.get("items")]
+            return all(map(known_finite, needed))
+        return True
+
+    def _target(self, at: int) -> int | None:
+        """The subschema that `$ref` refers to; None without one, and for one that is not found."""
+        reference = self.all[at].get("$ref")
+        if not isinstance(reference, str):
+            return None
+        document, fragment = urldefrag(urljoin(self._bases[at], reference))
+        if fragment and not fragment.startswith("/"):
+            return self._number(self._anchors.get((document, unquote(fragment))))
+        found: Any = self._documents.get(document)
+        for part in unquote(fragment).split("/")[1:]:
+            part = part.replace("~1", "/").replace("~0", "~")
+            if isinstance(found, list):
+                found = found[int(part)] if part.isdecimal() and int(part) < len(found) else None
+            else:
+                found = found.get(part) if isinstance(found, dict) else None
+        return self._number(found)
+
+    def _number(self, schema: Any) -> int | None:
+        return self._numbers.get(id(schema))
+
+
+def _children(schema: Schema) -> Iterator[tuple[str, Any]]:
+    for name in ONE:
+        if name in schema:
+            yield name, schema[name]
+    for name in SEVERAL:
+        yield from ((f"{name}/{index}", inner) for index, inner in enumerate(_list(schema, name)))
+    for name in NAMED:
+        yield from ((f"{name}/{key}", inner) for key, inner in _dict(schema, name).items())
+
+
+def _list(schema: Schema, name: str) -> list[Any]:
+    value = schema.get(name)
+    return value if isinstance(value, list) else []
+
+
+def _dict(schema: Schema, name: str) -> dict[str, Any]:
+    value = schema.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _required(schema: Schema) -> Iterator[list[Any]]:
+    """For each required property the schemas of which one applies to it."""
+    properties = _dict(schema, "properties")
+    others = [*_dict(schema, "patternProperties").values(), schema.get("additionalProperties")]
+    for name in _list(schema, "required"):
+        possible = [properties[name]] if isinstance(name, str) and name in properties else others
+        yield [inner for inner in possible if inner is not False] or [True]
+
+
+# ---- Lark
+
+Expression = str | tuple[str, list[Any]] | None
+"""A rule's name; "any" or "all" of several; None for what is always finite."""
+TOKENS = re.compile(
+    r"""(?P<skip>[ \t\r]+|//[^\n]*|\#[^\n]*|\n(?=\s*\|))|(?P<line>\n)
+    |(?P<text>"(?:\\.|[^"\\\n])*"i?|/(?![/*])(?:\\.|[^/\\\n])+/[a-z]*|<[^<>\n]*>)
+    |(?P<name>[a-zA-Z_](?:[a-zA-Z0-9_.]|-(?!>))*)|(?P<number>[0-9]+)|(?P<sign>\.\.|->|[:|()\[\]?*+~{},!&=])
+    |(?P<block>%(?:json|regex|lark)\s*(?=\{))|(?P<directive>%[a-z]+[^\n]*)""",
+    re.VERBOSE,
+)
+
+
+def _embedded_schemas(source: str) -> Iterator[str]:
+    for found in re.finditer(r"%json\s*(?=\{)", source):
+        try:
+            schema, _ = json.JSONDecoder().raw_decode(source, found.end())
+        except ValueError:
+            continue
+        yield json.dumps(schema)
+
+
+class _LarkReader:
+    """Reads rules as expressions. Raises ValueError for syntax that it does not know."""
+
+    def __init__(self, source: str) -> None:
+        self._tokens: list[tuple[str, str]] = []
+        at = 0
+        while at < len(source):
+            found = TOKENS.match(source, at)
+            if not found or not found.lastgroup:
+                raise ValueError(source[at : at + 20])
+            at = found.end()
+            if found.lastgroup == "block":
+                _, at = json.JSONDecoder().raw_decode(source, at)
+                self._tokens.append(("text", ""))
+            elif found.lastgroup not in ("skip", "directive"):
+                self._tokens.append((found.lastgroup, found[0]))
+        self._tokens.append(("line", ""))
+        self._at = 0
+
+    def rules(self) -> dict[str, Expression]:
+        """The expression of each rule; terminals cannot be recursive and are left out."""
+        rules: dict[str, Expression] = {}
+        while self._at < len(self._tokens):
+            if self._take("line"):
+                continue
+            while self._take("sign", "?!"):
+                pass
+            name = self._expect("name")
+            if self._take("sign", "["):  # attributes of the rule
+                while not self._take("sign", "]"):
+                    self._at += 1
+                    if self._at >= len(self._tokens):
+                        raise ValueError(name)
+            self._expect("sign", ":")
+            if _is_terminal(name):
+                while not self._take("line"):
+                    self._at += 1
+            else:
+                rules[name.partition(".")[0]] = self._alternatives()
+                self._expect("line")
+        return rules
+
+    def _alternatives(self) -> Expression:
+        parts = [self._sequence()]
+        while self._take("sign", "|"):
+            parts.append(self._sequence())
+        return "any", parts
+
+    def _sequence(self) -> Expression:
+        parts: list[Expression] = []
+        while (part := self._item()) is not False:
+            parts.append(part)  # type: ignore[arg-type]
+        if self._take("sign", "->"):
+            self._expect("name")
+        return "all", parts
+
+    def _item(self) -> Expression | bool:
+        """One element with its repetition; False at the end of a sequence."""
+        if self._take("text"):
+            if self._take("sign", ".."):
+                self._expect("text")
+            part: Expression = None
+        elif name := self._take("name"):
+            part = None if _is_terminal(name) else name
+        elif self._take("sign", "("):
+            part = self._alternatives()
+            self._expect("sign", ")")
+        elif self._take("sign", "["):
+            part = ("any", [None, self._alternatives()])
+            self._expect("sign", "]")
+        else:
+            return False
+        return self._repeated(part)
+
+    def _repeated(self, part: Expression) -> Expression:
+        while True:
+            if self._take("sign", "?*"):
+                part = ("any", [None, part])
+            elif self._take("sign", "~") or self._take("sign", "{"):
+                least = self._take("number")
+                while self._take("sign", ("..", ",", "}")) or self._take("number"):
+                    pass
+                part = part if least and int(least) else ("any", [None, part])
+            elif not self._take("sign", "+"):
+                return part
+
+    def _take(self, kind: str, values: Iterable[str] = ()) -> str | None:
+        """The next token if it is of this kind and one of these; a line's end counts as a token."""
+        if self._at < len(self._tokens) and self._tokens[self._at][0] == kind:
+            value = self._tokens[self._at][1]
+            if not values or value in values:
+                self._at += 1
+                return value or " "
+        return None
+
+    def _expect(self, kind: str, values: Iterable[str] = ()) -> str:
+        if found := self._take(kind, values):
+            return found
+        raise ValueError(kind)
+
+
+def _is_terminal(name: str) -> bool:
+    return name.lstrip("_")[:1].isupper()
+
+
+def _is_finite(part: Expression, rules: dict[str, Expression], known: set[str]) -> bool:
+    if part is None:
+        return True
+    if isinstance(part, str):
+        return part not in rules or part in known
+    decide = any if part[0] == "any" else all
+    return decide(_is_finite(one, rules, known) for one in part[1])
+
+
+def _names(part: Expression) -> Iterator[str]:
+    if isinstance(part, str):
+        yield part
+    elif part is not None:
+        for one in part[1]:
+            yield from _names(one)

@@ -51,7 +51,7 @@ return [...document.images].filter((image) => image.naturalWidth && image.client
 
 
 def lineage_address(address: str) -> str:
-    """The lineage page with the groups of the stages unfolded, filtered as a person does: without the settings."""
+    """The lineage page with the groups of the stages unfolded, filtered to leave out the settings."""
     groups = ",".join(f"global@global:{group}" for group in dict.fromkeys(stage.group for stage in PIPELINE))
     selection = urllib.parse.quote('not group:"settings"')
     return f"{address}/asset-groups~{selection}?{urllib.parse.urlencode({'expanded': groups})}"
@@ -73,7 +73,7 @@ def boxes(driver: Chrome, assets: Sequence[str]) -> list[list[float]]:
 
 
 def text_of(driver: Chrome, *expected: str) -> str:
-    """What a person reads on the page, once all of `expected` is there."""
+    """The visible text of the page, once it contains all of `expected`."""
 
     def shown(page: Chrome) -> str | None:
         text = str(page.execute_script("return document.body.innerText"))
@@ -106,7 +106,7 @@ def pages() -> Iterator[str]:
         try:
             assert process.stdout
             if not process.stdout.readline():
-                raise PipelineError("the pages did not start: var/ui/ has what the servers printed")
+                raise PipelineError("the pages did not start: see the servers' output in var/ui/")
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise PipelineError(f"no browser to take pictures with: {missing()}")
     if "DAGSTER_HOME" not in os.environ:
         raise PipelineError("DAGSTER_HOME is not set, so the pages would show no run: use `make screenshots`")
-    latest_artifacts(given.experiment)  # raises, with the command that makes it, where an asset is missing
+    latest_artifacts(given.experiment)  # raises if an asset is missing, with the command that makes it
     given.into.mkdir(parents=True, exist_ok=True)
     with pages() as address, tempfile.TemporaryDirectory() as profile, browser(Path(profile)) as driver:
         take(driver, address, given.experiment, given.into)

@@ -1,10 +1,11 @@
-"""Automation: off until enabled on the Automation page or by the variable below.
+"""Automation: off until enabled on the Automation page or by the variable below, except the sensor `settings`.
 
 - The automation sensor of Dagster materializes quantized_model, exported_model, benchmark_report and packaged_bento of
   an experiment once their upstream is newer (`dg.AutomationCondition.eager()`). Training is started by hand.
 - `failure_webhook` posts each failed run to LLM_ASSETS_FAILURE_WEBHOOK; it is on if the variable is set.
 - `retraining` is an example schedule: the pipeline of the default experiment each night. If text, settings and code are
   unchanged, every stage is reused and nothing is trained.
+- The sensor `settings` reports options that changed in configs/ (`experiments/observed.py`).
 """
 
 import hashlib
@@ -48,7 +49,7 @@ def post(url: str, message: dict[str, str]) -> None:
 
 
 @dg.run_failure_sensor(
-    description=f"Posts each failed run as JSON to the address in {WEBHOOK}; off where there is none.",
+    description=f"Posts each failed run as JSON to the address in {WEBHOOK}; off if it is not set.",
     default_status=dg.DefaultSensorStatus.RUNNING if os.environ.get(WEBHOOK) else dg.DefaultSensorStatus.STOPPED,
 )
 def failure_webhook(context: dg.RunFailureSensorContext) -> None:
@@ -77,15 +78,15 @@ def retraining() -> dg.RunRequest:
 
 @dg.sensor(
     name="settings",
-    description="Reports options that changed in configs/, so that what depends on them is shown as out of date.",
+    description="Reports changed options in configs/, so that assets that depend on them are shown as out of date.",
     minimum_interval_seconds=30,
     default_status=dg.DefaultSensorStatus.RUNNING,
 )
 def observed_settings(context: dg.SensorEvaluationContext, hydra: HydraConfig) -> dg.SensorResult | dg.SkipReason:
-    """See the module. Composing takes seconds: it is done only where files, runs or checkpoints are new."""
+    """See the module. Composing takes seconds, so it waits for new files, observations or checkpoints."""
     seen = _state(context.instance, Path(hydra.config_dir))
     if seen == context.cursor:
-        return dg.SkipReason("no file of the settings and no observation is new")
+        return dg.SkipReason("no new settings file, observation or checkpoint")
     found = []
     for experiment in experiments.get_partition_keys():
         try:
@@ -96,7 +97,7 @@ def observed_settings(context: dg.SensorEvaluationContext, hydra: HydraConfig) -
 
 
 def _state(instance: dg.DagsterInstance, config_dir: Path) -> str:
-    """Changes with options and files, with what a run observed, and with checkpoints that settings may name."""
+    """A digest that changes with options, files, observations by runs, and checkpoints that settings may name."""
     digest = hashlib.sha256(as_markdown().encode())
     for file in sorted(config_dir.rglob("*.yaml")):
         digest.update(f"{file} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())

@@ -117,7 +117,7 @@ def _python(package: Distribution) -> Component:
 
 
 def _license(package: Distribution) -> str:
-    """From the license expression, else the short name in the older field, the classifiers, or the license file."""
+    """The license expression, else the short name in the older field, the classifiers, or the license file's title."""
     metadata = package.metadata
     if "License-Expression" in metadata:
         return metadata["License-Expression"]

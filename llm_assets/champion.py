@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command, text in (
         ("show", "print the versions, the champion and former champions"),
         ("promote", "make a version champion"),
-        ("rollback", "make the champion before this one champion again, or the version that is named"),
+        ("rollback", "restore the previous champion, or the named version"),
     ):
         one = commands.add_parser(command, help=text, description=text)
         one.add_argument("experiment", help="as in configs/experiment/")
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             numbers = ", ".join(str(known.version) for known in versions)
             raise PipelineError(f"{name} has no version {version}: expected one of {numbers}")
         if version == str(current):
-            raise PipelineError(f"version {version} of {name} is the champion already: nothing was changed")
+            raise PipelineError(f"version {version} of {name} is already the champion: nothing was changed")
         set_by_hand(client, name, version, given.reason.strip())
         print(f"{name}: version {version} is champion" + (f", was {current}" if current else ""))
         return 0
@@ -65,7 +65,7 @@ def _former(client: "MlflowClient", name: str, current: str | None) -> str:
     """The previous champion."""
     before = [entry["version"] for entry in history(client, name) if entry["version"] != current]
     if not before:
-        raise PipelineError(f"{name} has had no champion before version {current}: name the version to go back to")
+        raise PipelineError(f"{name} has had no champion before version {current}: name the version to roll back to")
     return before[-1]
 
 

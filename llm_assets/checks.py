@@ -157,12 +157,13 @@ def is_fit_for_release(
     speedup = float(report["kv_cache_speedup"])
     if not speedup > 1:
         found.append(
-            f"the KV cache makes {report['kv_cache_tokens']} tokens {speedup:.2f} times as fast: expected more than 1"
+            f"with the KV cache, {report['kv_cache_tokens']} tokens are generated {speedup:.2f} times as fast: "
+            "expected more than 1"
         )
     if decision.get("low", 0) > 0:
         found.append(
-            f"{decision['difference']:+.4f} bits per byte to the champion, version {decision['champion']}: expected "
-            "no more than chance"
+            f"{decision['difference']:+.4f} bits per byte against the champion, version {decision['champion']}: "
+            "expected no significant increase"
         )
     if export_agrees is False:
         found.append("the exported model differs from the checkpoint: see the checks of exported_model")
@@ -171,7 +172,7 @@ def is_fit_for_release(
         passed=not found,
         severity=dg.AssetCheckSeverity.WARN,
         metadata={
-            "found": "; ".join(found) or "nothing against it",
+            "found": "; ".join(found) or "no objection",
             "kv_cache_speedup": speedup,
             **({"bits_per_byte_to_champion": decision["difference"]} if "difference" in decision else {}),
             "champion_decision": decision.get("decision", "none"),
@@ -191,7 +192,7 @@ def is_in_store(bento: dict[str, Any] | None, model: dict[str, Any]) -> dg.Asset
 
 
 def of_image(asset: str, device: str, inside: dict[str, Any], size: int) -> list[dg.AssetCheckResult]:
-    """Check the findings in a container of the image (`ContainerEngine.look_into`) and the image's size."""
+    """Check the findings in a container of the image (`ContainerEngine.probe`) and the image's size."""
     has_cuda = [bool(inside["cuda"]), inside["cuda_packages"] > 0]
     return [
         dg.AssetCheckResult(

@@ -1,4 +1,4 @@
-"""Checks that Dagster can write its records, in place of Dagster's traceback of 70 lines.
+"""Checks that Dagster can write to its home: an error is one line instead of Dagster's traceback of 70.
 
     python -m llm_assets.dagster_home
 
@@ -39,7 +39,7 @@ def check_dagster_home() -> None:
 
 @ends_in_one_line
 def main() -> int:
-    """Check it."""
+    """Check DAGSTER_HOME."""
     check_dagster_home()
     return 0
 

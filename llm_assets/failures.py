@@ -1,6 +1,6 @@
-"""Turns the errors of a stage into Dagster failures of one line, permanent where no retry can mend them.
+"""Turns the errors of a stage into Dagster failures of one line, permanent if a retry cannot help.
 
-`allow_retries=False` stops an asset's RetryPolicy; run retries and automation do not look at it.
+`allow_retries=False` stops an asset's RetryPolicy; run retries and automation ignore it.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from model.errors import PipelineError, TransientError, limits_as_error
 
 
 @contextmanager
-def terminated_for_good(context: dg.AssetExecutionContext) -> Iterator[None]:
-    """End a step that a person terminates without the retry that its policy would order.
+def no_retry_after_termination(context: dg.AssetExecutionContext) -> Iterator[None]:
+    """Do not retry a step that was terminated.
 
     Dagster applies an asset's RetryPolicy to terminations too, but not to a failure that allows no retries.
     """
@@ -24,15 +24,15 @@ def terminated_for_good(context: dg.AssetExecutionContext) -> Iterator[None]:
         if context.op_def.retry_policy is None:
             raise
         raise dg.Failure(
-            description="terminated; the next run goes on from what is saved", allow_retries=False
+            description="terminated; the next run resumes from the saved state", allow_retries=False
         ) from None
 
 
 @contextmanager
 def permanent_failures() -> Iterator[None]:
-    """Raise `dg.Failure` for a PipelineError, with retries for a TransientError alone; let everything else pass.
+    """Raise `dg.Failure` for a PipelineError, with retries only for a TransientError; let everything else pass.
 
-    What the system refuses (`limits_as_error`) counts as one.
+    Limits of the operating system (`limits_as_error`) count as PipelineErrors.
     """
     try:
         with limits_as_error(var_dir()):

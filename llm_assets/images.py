@@ -1,9 +1,9 @@
-"""The code location of the container images, apart from the pipeline's: only here is a container engine needed.
+"""The code location of the container images, separate from the pipeline's, which needs no container engine.
 
     dagster job execute -m llm_assets.images -j container_image_cpu_job --tags '{"dagster/partition": "smoke"}'
     dagster job execute -m llm_assets.images -j container_image_gpu_job
 
-Both build from the latest `packaged_bento`. In the UI the assets stand downstream of it, in the same graph.
+Both build from the latest `packaged_bento`. The UI shows them downstream of it, in the same graph.
 """
 
 from collections.abc import Mapping
@@ -49,5 +49,5 @@ def build_defs(resource_overrides: Mapping[str, Any] | None = None) -> dg.Defini
 
 @dg.definitions
 def defs() -> dg.Definitions:
-    """What Dagster's tools load."""
+    """The definitions that Dagster's tools load."""
     return build_defs()

@@ -1,8 +1,8 @@
 """Jobs: the whole pipeline, and one per stage.
 
 Selections are objects, not strings. The executor's limit is explicit: Dagster's default counts the machine's cores, not
-the container's share of them. The partition tag lets `dagster job execute -j llm_pipeline` run without a word about
-partitions; `--tags '{"dagster/partition": "NAME"}'` picks another experiment.
+the container's share of them. The partition tag lets `dagster job execute -j llm_pipeline` run without naming a
+partition; `--tags '{"dagster/partition": "NAME"}'` picks another experiment.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,11 +23,11 @@ GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 def preloaded_modules(gpu_drivers: Sequence[str] = GPU_DRIVERS) -> list[str]:
-    """What the process that steps are forked from imports, once a run, in place of each step.
+    """The modules that the fork server of a run imports once, so that its steps need not.
 
-    A fresh interpreter takes 4 s to Dagster and MLflow and 4 s more to torch and transformers. Importing these starts
-    no threads that a step needs, but a GPU that they touched could not be used after the fork: where there is one, each
-    step imports them itself.
+    A new interpreter takes 4 s to import Dagster and MLflow and 4 s more for torch and transformers. These imports
+    start no threads that a step needs, but a GPU that was initialized before a fork cannot be used after it: on a
+    machine with a GPU, each step imports torch and transformers itself.
     """
     modules = [*EVERY_STEP]
     if not any(Path(driver).exists() for driver in gpu_drivers):
@@ -76,7 +76,7 @@ def build_executor(modules: Sequence[str]) -> dg.ExecutorDefinition:
 
 
 executor = build_executor(preloaded_modules())
-"""The pipeline's."""
+"""The pipeline's executor."""
 
 
 def build_jobs(assets: Sequence[dg.AssetsDefinition]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Says where an experiment's newest artifacts are and how to serve its model.
+"""Prints where an experiment's newest artifacts are and how to serve its model.
 
 python -m llm_assets.latest [EXPERIMENT]           the artifacts, the report and the command that serves
 python -m llm_assets.latest [EXPERIMENT] --bento   the Bento's tag alone, for scripts
@@ -25,15 +25,16 @@ STAGES = [stage.name for stage in PIPELINE]
 
 
 def latest_artifacts(experiment: str) -> dict[str, Path]:
-    """The verified folder of each asset's newest version, in the order of the pipeline; PipelineError for a missing
-    one.
+    """The verified folder of each asset's newest version, in the order of the pipeline.
+
+    Raises PipelineError if one is missing.
     """
     store = DirectoryIOManager().store()
     return {asset: store.load(asset, experiment) for asset in STAGES}
 
 
 def results(artifacts: Mapping[str, Path]) -> dict[str, str]:
-    """What a person asks of a model first, in rounded numbers with units, by name."""
+    """The headline results of a model by name, as rounded numbers with units."""
 
     def read(asset: str, name: str = "summary.json") -> dict[str, Any]:
         found: dict[str, Any] = json.loads((artifacts[asset] / name).read_text())
@@ -58,7 +59,7 @@ def results(artifacts: Mapping[str, Path]) -> dict[str, str]:
 
 
 def bento_tag(experiment: str) -> str:
-    """The tag of the experiment's newest Bento; PipelineError where BentoML's store has lost it."""
+    """The tag of the experiment's newest Bento. Raises PipelineError if BentoML's store does not have it."""
     record = DirectoryIOManager().store().load("packaged_bento", experiment) / "bento.json"
     tag: str = json.loads(record.read_text())["bento"]
     bentos = Path(os.environ.get("BENTOML_HOME") or Path.home() / "bentoml") / "bentos"
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name:34} {value}")
     experiment = "" if arguments.experiment == DEFAULT_EXPERIMENT else f" EXPERIMENT={arguments.experiment}"
     print(f"\nReport: {shown_path(artifacts['benchmark_report'] / 'report.md')}")
-    print("Look:   make ui")
+    print("View:   make ui")
     print(f"Serve:  make serve{experiment}")
     print(f"        bentoml serve {bento_tag(arguments.experiment)}")
     return 0

@@ -17,11 +17,11 @@ QUANTIZATION_ERROR, QUANTIZATION_WARNING = 0.05, 0.02
 class StageSpec:
     """One stage of the pipeline: the asset `name`.
 
-    upstream: assets it is made from. settings: groups of the experiment's settings that it reads itself.
+    upstream: assets that it is made from. settings: groups of the experiment's settings that it reads itself.
     checks: description by check name; all block. preload: modules that its steps import, loaded once per run.
-    code: folders besides `model/` whose files decide what it makes.
+    code: folders besides `model/` whose code determines its output.
     module: where the asset of this name is defined; empty: `llm_assets.assets.<name>`.
-    follows: whether Dagster may make it by itself once its upstream is newer (`llm_assets/automation.py`).
+    eager: whether automation materializes it once its upstream is newer (`llm_assets/automation.py`).
     """
 
     name: str
@@ -36,7 +36,7 @@ class StageSpec:
     preload: tuple[str, ...] = ()
     code: tuple[str, ...] = ()
     module: str = ""
-    follows: bool = False
+    eager: bool = False
 
 
 PIPELINE = (
@@ -75,7 +75,7 @@ PIPELINE = (
             "beats_baselines": "The loss is finite, and bits per byte are below those of a uniform distribution over "
             "tokens (else an error) and of token frequencies (else a warning).",
             "trains_soundly": "At the end of the training gradients change, every parameter has moved, and the "
-            "validation loss is below that of token frequencies (else a warning, and the model is no "
+            "validation loss is below that of token frequencies (else a warning, and the model is not a "
             "candidate for champion).",
         },
         pool="device",
@@ -86,7 +86,7 @@ PIPELINE = (
         "The checkpoint's weights in int8 (or unchanged, method `none`), with the measured loss in quality.",
         group="model",
         kinds=("pytorch",),
-        follows=True,
+        eager=True,
         code_version="1",
         settings=("quantization",),
         upstream=("trained_checkpoint", "tokenized_dataset"),
@@ -99,16 +99,16 @@ PIPELINE = (
     StageSpec(
         "exported_model",
         "The checkpoint for other engines: GLM-4 or Llama layout in safetensors, int8 in the compressed-tensors "
-        "layout, GGUF in full precision and Q8_0, an Ollama Modelfile, a model card and checksums. Each engine that "
-        "is installed proves that it runs the same model; `certificates.json` says on what.",
+        "layout, GGUF in full precision and Q8_0, an Ollama Modelfile, a model card and checksums. Each installed "
+        "engine is checked to run the same model; `certificates.json` has the comparisons.",
         group="release",
         kinds=("huggingface",),
-        follows=True,
+        eager=True,
         code_version="1",
         upstream=("trained_checkpoint", "quantized_model", "tokenized_dataset"),
         checks={
             "is_the_same_model": "Token ids, chat templates and greedy continuations are equal, log-probabilities and "
-            "bits per byte within stated bounds, in stock transformers and, where it is installed, llama.cpp."
+            "bits per byte within stated bounds, in stock transformers and, if it is installed, llama.cpp."
         },
         pool="device",
         preload=("model.export.certified",),
@@ -118,13 +118,13 @@ PIPELINE = (
         "Quality, latency, throughput and memory of both models, with and without KV cache: JSON, Markdown and plots.",
         group="release",
         kinds=("pytorch", "markdown"),
-        follows=True,
+        eager=True,
         code_version="2",
         settings=("benchmark",),
         upstream=("trained_checkpoint", "quantized_model", "tokenized_dataset"),
         checks={
             "is_fit_for_release": "The KV cache makes decoding faster, bits per byte are not above the champion's by "
-            "more than chance, and the exported model, where there is one, agrees with the checkpoint (else a warning)."
+            "more than chance, and the exported model, if there is one, agrees with the checkpoint (else a warning)."
         },
         pool="device",
         preload=("bench.report.report",),
@@ -136,7 +136,7 @@ PIPELINE = (
         "The artifact is `bento.json`: the tags, their sizes and the command that serves the Bento.",
         group="release",
         kinds=("bentoml",),
-        follows=True,
+        eager=True,
         code_version="1",
         settings=("serving",),
         upstream=("trained_checkpoint", "quantized_model", "benchmark_report"),
@@ -155,8 +155,8 @@ IMAGES = tuple(
         code_version="1",
         upstream=("trained_checkpoint", "packaged_bento"),
         checks={
-            "fits_the_device": "torch is a CUDA build and CUDA's libraries are there if and only if it is a GPU image; "
-            "the user is not root.",
+            "fits_the_device": "torch is a CUDA build and CUDA's libraries are present if and only if it is a GPU "
+            "image; the user is not root.",
             "is_small": f"The image has at most {gigabytes} GB (else a warning).",
         },
         module="llm_assets.assets.container_image",
@@ -179,7 +179,7 @@ def settings_asset(group: str) -> str:
 
 
 def settings_groups(name: str) -> list[str]:
-    """The groups of settings that decide asset `name`: its own and those of everything upstream, in pipeline order."""
+    """The groups of settings that determine asset `name`: its own and those of its upstream, in pipeline order."""
     spec = stage_spec(name)
     groups = [group for upstream in spec.upstream for group in settings_groups(upstream)]
     return list(dict.fromkeys([*groups, *spec.settings]))

@@ -21,11 +21,11 @@ class WatchedRunLauncher(DefaultRunLauncher):
 
     @property
     def supports_check_run_worker_health(self) -> bool:
-        """Run monitoring asks."""
+        """Tells run monitoring to check the health of runs."""
         return True
 
     def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
-        """RUNNING while the server has a process for the run. Raises what the client does where it does not answer."""
+        """RUNNING while the server has a process for the run. Raises the client's error if there is no answer."""
         client = self._get_grpc_client_for_termination(run.run_id)
         if client is None:  # it has ended since it was listed, or was never started
             return CheckRunHealthResult(WorkerStatus.UNKNOWN)

@@ -8,7 +8,7 @@
 
 Each point is one Dagster run of `llm_pipeline`, or of another job of a code location: the experiment is its partition,
 the other overrides go to the `hydra` resource and are its tag `rex/overrides`. After several points a table names the
-best one; var/sweeps/ keeps it, and MLflow has it as an artifact of a run of its own. `hydra/sweeper=optuna` looks for
+best one; var/sweeps/ keeps it, and MLflow has it as an artifact of a separate run. `hydra/sweeper=optuna` searches for
 the best point instead of trying all (`experiments/optuna_sweeper.py`).
 """
 
@@ -23,7 +23,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 
 from llm_assets.dagster_home import check_dagster_home
-from llm_assets.experiments import optuna_sweeper  # noqa: F401 - names `hydra/sweeper=optuna`
+from llm_assets.experiments import optuna_sweeper  # noqa: F401 - registers `hydra/sweeper=optuna`
 from llm_assets.experiments.compose import COMPOSING_ERRORS, CONFIG_DIR, one_line
 from llm_assets.terminal.execute import DEFINITIONS, PIPELINE, execute_job
 from llm_assets.terminal.points import Sweep
@@ -32,7 +32,7 @@ from model.errors import PipelineError, ends_in_one_line
 
 @dataclass(frozen=True)
 class Job:
-    """What is run at each point."""
+    """The job that is run at each point."""
 
     module: str
     name: str
@@ -40,14 +40,14 @@ class Job:
 
 
 def run_point(job: Job, sweep: Sweep | None) -> float | None:
-    """Run the point of the sweep that Hydra is at; its bits per byte, which Optuna makes small, None for another job.
+    """Run the current point of the sweep; returns its bits per byte, which Optuna minimizes, or None for other jobs.
 
-    Stops the sweep at the first failure, but for one that looks for the best point: that goes on with the next.
+    A failure stops the sweep, except that Optuna's search goes on with the next point.
     """
     configuration = HydraConfig.get()
     experiment = configuration.runtime.choices["experiment"]
     overrides = [item for item in configuration.overrides.task if not item.startswith("experiment=")]
-    # In a separate process: Hydra is busy with the sweep in this one.
+    # In a separate process, because Hydra's global state belongs to the sweep in this one.
     check = [sys.executable, "-m", "llm_assets.experiments", experiment, *overrides]
     status = subprocess.run(check, stdout=subprocess.DEVNULL, check=False).returncode
     tags = dict(job.tags)
@@ -66,17 +66,17 @@ def run_point(job: Job, sweep: Sweep | None) -> float | None:
 
 @ends_in_one_line
 def main() -> int:
-    """Let Hydra read the command line and call `run_point` for each point; the exit status."""
+    """Let Hydra read the command line and call `run_point` for each point; returns the exit status."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--module", default=DEFINITIONS)
     parser.add_argument("--job", default=PIPELINE)
     parser.add_argument("--force", action="store_true")
     ours, hydras = parser.parse_known_args()
-    if {"--help", "-h"} & set(hydras):  # Hydra's own lists the options, which llm_assets.experiments does better
+    if {"--help", "-h"} & set(hydras):  # Hydra's own help lists the options; llm_assets.experiments does that better
         print(__doc__)
         return 0
     check_dagster_home()
-    # Hydra would make a folder and a log for each point; the record of a run is Dagster's and MLflow's.
+    # Hydra would make a folder and a log for each point, but Dagster and MLflow record the runs.
     sys.argv[1:] = [*hydras, "hydra.output_subdir=null", "hydra.run.dir=.", "hydra.sweep.dir=var/sweep"]
     sys.argv += ["hydra.sweep.subdir=.", "hydra/job_logging=none", "hydra/hydra_logging=none"]
     job = Job(ours.module, ours.job, {"rex/force": "true"} if ours.force else {})
@@ -85,7 +85,7 @@ def main() -> int:
     def point(_: Any) -> float | None:
         return run_point(job, sweep)
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # it raises what it would print in many lines
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them in many lines
     try:
         hydra.main(config_path=str(CONFIG_DIR), config_name="config")(point)()
     except COMPOSING_ERRORS as error:

@@ -2,8 +2,8 @@
 
     python -m llm_assets.ui [--host 127.0.0.1] [--port 3001] [--mlflow-port 5000]
 
-Prints two addresses once both answer; what the servers print goes to var/ui/. TERM, INT and HUP (a closed terminal) end
-them, also where a script started this in the background and INT is ignored. A run at work gets time to save its state.
+Prints two addresses once both answer; the servers' output goes to var/ui/. TERM, INT and HUP (a closed terminal) end
+them, even if a script started this in the background, where INT is ignored. An active run gets time to save its state.
 """
 
 import argparse
@@ -32,7 +32,7 @@ START_S, STOP_S = 180.0, 7.0
 
 
 class Server:
-    """One server in a session of its own, so that all its processes can be found and ended."""
+    """One server in a separate session, so that all its processes can be found and ended."""
 
     def __init__(self, name: str, url: str, command: Sequence[str], log: Path) -> None:
         self.name, self.url, self.log = name, url, log
@@ -47,11 +47,11 @@ class Server:
             )
 
     def answers(self) -> bool:
-        """Whether the page is there. Raises PipelineError where the server has ended."""
+        """Whether the server answers. Raises PipelineError if it has ended."""
         if self.process.poll() is not None:
             lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
             reason = lines[-1].strip() if lines else f"exit status {self.process.returncode}"
-            raise PipelineError(f"{self.name} has ended: {reason} ({self.log} has all it printed)")
+            raise PipelineError(f"{self.name} has ended: {reason} (see its output in {self.log})")
         with suppress(urllib.error.URLError, OSError), urllib.request.urlopen(self.url, timeout=2):
             return True
         return False
@@ -67,7 +67,7 @@ class Server:
 
 
 def stop(servers: Sequence[Server]) -> None:
-    """End every process of the servers: politely, then by SIGKILL."""
+    """End every process of the servers: by SIGINT, and by SIGKILL after STOP_S."""
     members = [process for server in servers for process in server.members()]
     for server in servers:
         with suppress(ProcessLookupError):
@@ -81,7 +81,7 @@ def stop(servers: Sequence[Server]) -> None:
 
 
 class _Stopped(Exception):
-    """A signal to end."""
+    """A signal arrived that ends the servers."""
 
 
 def _raise_stopped(number: int, frame: FrameType | None) -> None:
@@ -90,7 +90,7 @@ def _raise_stopped(number: int, frame: FrameType | None) -> None:
 
 @ends_in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until a signal comes or a server ends."""
+    """Serve until a signal arrives or a server ends."""
     parser = argparse.ArgumentParser(prog="python -m llm_assets.ui", description=__doc__.split("\n")[0])
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on, default: 127.0.0.1")
     parser.add_argument("--port", type=int, default=3001, help="port of Dagster's page, default: 3001")
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     servers: list[Server] = []
     try:
         check_dagster_home()
-        MlflowTracking().client()  # makes the database before the server does
+        MlflowTracking().client()  # creates the database before the server does
         logs = var_dir() / "ui"
         logs.mkdir(parents=True, exist_ok=True)
         mlflow, dagster = (f"http://{given.host}:{port}" for port in (given.mlflow_port, given.port))
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
         command += ["--backend-store-uri", f"sqlite:///{database}", "--default-artifact-root", str(artifacts)]
         servers.append(Server("MLflow", mlflow, command, logs / "mlflow.log"))
-        # Without Dagster's advice to use `dg`, which stands beside it here.
+        # Without Dagster's warning that advises `dg`.
         command = [sys.executable, "-W", "ignore::FutureWarning", "-m", "dagster", "dev"]
         command += ["--workspace", str(REPOSITORY / "workspace.yaml")]
         command += ["--host", given.host, "--port", str(given.port)]
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         started = time.monotonic()
         while not all(server.answers() for server in servers):
             if time.monotonic() - started > START_S:
-                raise PipelineError(f"no answer within {START_S:.0f} s: {logs} has what the servers printed")
+                raise PipelineError(f"no answer within {START_S:.0f} s: see the servers' output in {logs}")
             time.sleep(0.2)
         print(f"Dagster  {dagster}\nMLflow   {mlflow}", flush=True)
         while True:

@@ -20,9 +20,7 @@ from llm_assets.paths import var_dir
 
 @dataclass(frozen=True)
 class Staged:
-    """A sealed directory to publish, and a callback for a failure, which Dagster does not report to the asset in
-    time.
-    """
+    """A sealed directory to publish. on_failure: called if that fails, as Dagster tells the asset too late."""
 
     path: Path
     on_failure: Callable[[BaseException], None]
@@ -86,7 +84,7 @@ class DirectoryIOManager(dg.ConfigurableIOManager):
             }
         )
         if publication.unchanged:
-            context.log.info(f"unchanged: {publication.path} had this content already")
+            context.log.info(f"unchanged: {publication.path} already had this content")
         if not publication.latest:
             context.log.warning(f"{publication.path} failed a blocking check: the latest good version stays the latest")
         if obj.path.is_relative_to(scratch_dir()):

@@ -1,6 +1,7 @@
 """Locks of a folder of artifacts: one publication at a time, and no removal of a version that a process reads.
 
-All are `flock`s, which end with their process. Where a file system has none, versions are read and removed as without.
+All are `flock`s, which the kernel releases when their process ends. On a file system without locks, versions are read
+and removed without this protection.
 """
 
 import fcntl
@@ -17,27 +18,27 @@ from model.system.processes import stopped_holder
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-LOOK_EVERY_S = 3.0
-"""How often a process that waits for a lock looks whether its holder is stopped."""
+POLL_EVERY_S = 3.0
+"""How often a process that waits for a lock checks whether its holder is stopped."""
 WAIT_S = 600.0
-"""Longest wait for another process: it verifies and copies one artifact."""
+"""Longest wait for another process, which verifies and copies one artifact."""
 _held: dict[Path, int] = {}
 """Descriptor of each version's folder that this process reads."""
 
 
 def acquire(lock: "BaseFileLock", wait_s: float = WAIT_S) -> None:
-    """Wait for a lock. Raises filelock's Timeout after `wait_s`, TransientError where the holder is stopped."""
+    """Wait for a lock. Raises filelock's Timeout after `wait_s`, TransientError if the holder is stopped."""
     from filelock import Timeout
 
     end = time.monotonic() + wait_s
     while True:
         left_s = end - time.monotonic()
         try:
-            lock.acquire(timeout=max(min(LOOK_EVERY_S, left_s), 0.0))
+            lock.acquire(timeout=max(min(POLL_EVERY_S, left_s), 0.0))
         except Timeout:
             if said := stopped_holder(Path(lock.lock_file)):
                 raise TransientError(f"{said}; then run again") from None
-            if left_s <= LOOK_EVERY_S:
+            if left_s <= POLL_EVERY_S:
                 raise
         else:
             return
@@ -45,9 +46,9 @@ def acquire(lock: "BaseFileLock", wait_s: float = WAIT_S) -> None:
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold the file `path`, which stays: a process that waits on a deleted file would not exclude the next one.
+    """Hold the lock file `path`, which is never deleted: a process waiting on a deleted file would not exclude others.
 
-    Raises TransientError, one line, where another process keeps it.
+    Raises TransientError, one line, if another process holds it for WAIT_S.
     """
     from filelock import FileLock, Timeout
 
@@ -67,11 +68,11 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 def hold(directory: Path) -> None:
-    """Keep `directory` from being removed while this process lives. Raises FileNotFoundError where it is gone."""
+    """Keep `directory` from being removed while this process lives. Raises FileNotFoundError if it is gone."""
     if directory in _held:
         if os.fstat(_held[directory]).st_ino == directory.stat().st_ino:
             return
-        os.close(_held.pop(directory))  # that one was damaged and replaced
+        os.close(_held.pop(directory))  # that version was damaged and has been replaced
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -86,7 +87,7 @@ def hold(directory: Path) -> None:
 
 @contextmanager
 def unread(directory: Path) -> Iterator[bool]:
-    """Whether no process reads `directory`; none can start to while this lasts."""
+    """Whether no process reads `directory`; inside the context no process can start to."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield _is_unread(descriptor)

@@ -4,10 +4,10 @@
     <root>/<asset>/<experiment>/LATEST                                      the version's name, replaced atomically
     <root>/<asset>/.<experiment>.lock                                       held by the process that publishes
 
-A reader goes pointer -> manifest -> every digest. The root is a folder or anything that fsspec opens by URL; versions
-of a remote root are read through a local cache. Processes that share a folder publish one after the other, and none
-removes a version that another reads; an object store has no locks, so there the lock holds for one machine. No Dagster
-here: `io_managers` calls it.
+A reader follows the pointer to the manifest and verifies every digest in it. The root is a folder or a URL that fsspec
+opens; versions of a remote root are read through a local cache. Processes that share a folder publish one after the
+other, and none removes a version that another is reading; an object store has no locks, so there the lock covers only
+the processes of one machine. No Dagster here: `io_manager.py` calls this.
 """
 
 import dataclasses
@@ -28,7 +28,10 @@ from model.errors import PipelineError, limits_as_error
 
 LATEST = "LATEST"
 _INCOMING, _REMOVED, _FRESH = ".incoming-", ".removed-", ".fresh-"
-"""Names on the way to a version, away from it, and to LATEST or a manifest: only the holder of the lock makes them."""
+"""Prefixes of temporary names: a version being published, a version being removed, and a new LATEST or manifest.
+
+Only the lock's holder creates them.
+"""
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,9 @@ class ArtifactStore:
         base = self.root / manifest.asset / manifest.experiment
         target = base / manifest.version
         if self._local:
-            _clear(Path(str(base)))
-        manifest = self._newest(base, manifest)
-        unchanged = self._is_whole(target, manifest)
+            _delete_leftovers(Path(str(base)))
+        manifest = self._dated_last(base, manifest)
+        unchanged = self._is_intact(target, manifest)
         if unchanged:
             # Same content from another run: only its provenance is new.
             self._write_text(base, f"{manifest.version}/{MANIFEST}", manifest.to_json())
@@ -76,8 +79,8 @@ class ArtifactStore:
         latest = not manifest.failed_checks
         if latest:
             self._write_text(base, LATEST, manifest.version + "\n")
-            if not self._local and not self._is_whole(target, manifest):
-                # Another machine removed it as an old version before it was the latest.
+            if not self._local and not self._is_intact(target, manifest):
+                # Another machine removed it as an old version before it became the latest.
                 self._place(staging, target, manifest)
         self._prune(base)
         return Publication(str(target), manifest.version, unchanged, latest)
@@ -86,8 +89,8 @@ class ArtifactStore:
         folder = Path(str(self.root)) if self._local else self._cache_dir
         return folder / asset / f".{experiment}.lock"
 
-    def _newest(self, base: Path | UPath, manifest: Manifest) -> Manifest:
-        """The manifest, later by its date than every other version's, also where the clock has gone back."""
+    def _dated_last(self, base: Path | UPath, manifest: Manifest) -> Manifest:
+        """The manifest with a date later than every other version's, even if the clock has gone back."""
         others = [created for created, path in self._versions(base) if path.name != manifest.version]
         last = max(others, default="")
         if manifest.created > last:
@@ -124,7 +127,7 @@ class ArtifactStore:
         except (PipelineError, FileNotFoundError):
             lock = self._lock(asset, experiment)
             if self._local and not os.access(lock, os.W_OK):
-                raise  # nothing was published here by a process that took turns, or the folder is for reading only
+                raise  # no lock file: no process has published here with locks, or the folder is read-only
             with exclusive(lock):  # a publication may have replaced or removed it meanwhile
                 return self._load(asset, experiment)
 
@@ -144,7 +147,7 @@ class ArtifactStore:
             return source
         return self._download(source, self._cache_dir / asset / experiment / version.strip())
 
-    def _is_whole(self, target: Path | UPath, manifest: Manifest) -> bool:
+    def _is_intact(self, target: Path | UPath, manifest: Manifest) -> bool:
         """Whether the version exists and is intact; a damaged one is published again."""
         text = self._read_text(target / MANIFEST)
         if text is None:
@@ -171,9 +174,9 @@ class ArtifactStore:
 
     def _download(self, source: UPath | Path, cached: Path) -> Path:
         with exclusive(cached.with_name(f".{cached.name}.lock")):
-            return self._download_alone(source, cached)
+            return self._download_locked(source, cached)
 
-    def _download_alone(self, source: UPath | Path, cached: Path) -> Path:
+    def _download_locked(self, source: UPath | Path, cached: Path) -> Path:
         text = self._read_text(source / MANIFEST)
         if text is None:
             raise PipelineError(f"no {MANIFEST} in {source}: expected a complete artifact; materialize it again")
@@ -195,7 +198,7 @@ class ArtifactStore:
                     source.fs.get_file((source / name).path, str(incoming / name))
                 except FileNotFoundError:
                     raise PipelineError(
-                        f"{source / name} is missing, its manifest lists it; materialize the asset again"
+                        f"{source / name} is missing, but its manifest lists it; materialize the asset again"
                     ) from None
             (incoming / MANIFEST).write_text(text)
             verify(incoming)
@@ -205,9 +208,9 @@ class ArtifactStore:
         return cached
 
     def _versions(self, base: Path | UPath) -> list[tuple[str, Path | UPath]]:
-        """Date and place of each version, the newest first; of a manifest that this code cannot read, no date.
+        """Date and path of each version, newest first; the date is empty if this code cannot read the manifest.
 
-        A folder without a manifest may be one on its way, and is none.
+        A folder without a manifest, perhaps one that is being written, is not a version.
         """
         versions: list[tuple[str, Path | UPath]] = []
         for path in base.iterdir() if base.exists() else ():
@@ -221,13 +224,13 @@ class ArtifactStore:
         return sorted(versions, key=lambda version: version[0], reverse=True)
 
     def _prune(self, base: Path | UPath) -> None:
-        """Remove all but the newest versions, the latest, and those that a process reads."""
+        """Remove all but the newest versions, the latest, and those that a process is reading."""
         latest = (self._read_text(base / LATEST) or "").strip()
         for _, path in self._versions(base)[self._keep_versions :]:
             if path.name == latest:
                 continue
             if isinstance(path, UPath) and not self._local:
-                with suppress(FileNotFoundError):  # another machine was faster
+                with suppress(FileNotFoundError):  # another machine removed it first
                     path.fs.rm(path.path, recursive=True)
             else:
                 with unread(Path(str(path))) as free:
@@ -249,7 +252,7 @@ class ArtifactStore:
         if not self._local:
             path.write_text(text)
             return
-        # Not inside a version: a reader digests every file that it finds there.
+        # The temporary file is not inside a version: readers digest every file there.
         fresh = Path(str(base), f"{_FRESH}{uuid.uuid4().hex}")
         try:
             with fresh.open("w") as file:
@@ -278,14 +281,14 @@ def _publish_folder(staging: Path, target: Path) -> None:
 
 
 def _remove(version: Path) -> None:
-    """Remove a version in one step for a reader; what cannot be deleted is tried again by the next publication."""
+    """Remove a version atomically for readers; the next publication deletes the files that are left."""
     removed = version.with_name(f"{_REMOVED}{uuid.uuid4().hex}")
     version.rename(removed)
     shutil.rmtree(removed, ignore_errors=True)
 
 
-def _clear(base: Path) -> None:
-    """Delete what processes that were killed left on its way."""
+def _delete_leftovers(base: Path) -> None:
+    """Delete the temporary files and folders of killed processes."""
     for kind in (_INCOMING, _REMOVED, _FRESH):
         for left in base.glob(f"{kind}*"):
             left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)

@@ -33,7 +33,7 @@ def asset_arguments(name: str) -> dict[str, Any]:
         "deps": [settings_asset(group) for group in spec.settings],
         "owners": ["team:llm"],
         "io_manager_key": "artifacts",
-        "automation_condition": dg.AutomationCondition.eager() if spec.follows else None,
+        "automation_condition": dg.AutomationCondition.eager() if spec.eager else None,
         "dagster_type": ArtifactDirectory,
     }
 

@@ -20,8 +20,7 @@ BILL = f"/app/bento/env/python/{bill_of_materials.FILE}"
 
 @dataclass(frozen=True)
 class BuiltImage:
-    """An image of the engine's store. inside: the result of `ContainerEngine.look_into`. run: the command that starts
-    it.
+    """An image of the engine's store. inside: the result of `ContainerEngine.probe`. run: the command that starts it.
 
     reused: an image of the same content already existed. licenses: number of packages per license.
     """
@@ -69,7 +68,7 @@ def build_image(
         bill_of_materials.write(context.bill, name=name, version=version, model=packaged["model"], components=held)
         named = labels(context, model=packaged["model"], experiment=experiment, base=base)
         found = engine.build(tag, context.folder, base, named, log=log)
-    inside, run = engine.look_into(tag), engine.run_command(tag, device)
+    inside, run = engine.probe(tag), engine.run_command(tag, device)
     record = {"image": tag, **found, "bento": context.bento, "inside": inside, "run": run}
     (output / "image.json").write_text(json.dumps(record, indent=2) + "\n")
     shutil.copy(context.lock, output)

@@ -26,7 +26,7 @@ def check_settings(environment: Mapping[str, str]) -> None:
     password = environment.get("POSTGRES_PASSWORD", "")
     if not re.fullmatch(r"[A-Za-z0-9._~-]+", password):
         raise PipelineError(
-            "POSTGRES_PASSWORD is empty or has a character that an address cannot carry: expected letters, digits and "
+            "POSTGRES_PASSWORD is empty or has a character that a URL cannot contain: expected letters, digits and "
             "._~-; set it in .env"
         )
     for name in ("REX_BIND", "REX_UI_BIND"):
@@ -58,8 +58,8 @@ def create_databases(environment: Mapping[str, str]) -> list[str]:
         )
     except psycopg2.OperationalError as error:
         raise PipelineError(
-            f"the database server refuses: {' '.join(str(error).split())}; a volume keeps the password that it was "
-            "made with"
+            f"the database server refused the connection: {' '.join(str(error).split())}; a volume keeps the password "
+            "that it was created with"
         ) from None
     connection.autocommit = True  # CREATE DATABASE cannot run in a transaction
     try:
@@ -98,7 +98,9 @@ def main() -> int:
     for name, process in running.items():
         said, _ = process.communicate()
         if process.returncode:
-            raise PipelineError(f"bringing the database {name} to this version failed: {' '.join(said[-500:].split())}")
+            raise PipelineError(
+                f"migrating the database {name} to this version failed: {' '.join(said[-500:].split())}"
+            )
     print("both databases have this version's tables", flush=True)
     return 0
 

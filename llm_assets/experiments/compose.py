@@ -4,7 +4,7 @@
     python -m llm_assets.experiments NAME [overrides] --explain     the same, with an explanation of each option
     python -m llm_assets.experiments --list                         prints the experiments
 
-`name` is a file of `configs/experiment/`; an override is Hydra's `group.option=value` or `group=file`. Composing reads
+NAME is a file of `configs/experiment/`; an override is Hydra's `group.option=value` or `group=file`. Composing reads
 only the files, the overrides and the environment variables that the files name, so that every step of a run resolves
 the same settings.
 """
@@ -88,7 +88,7 @@ def to_yaml(settings: ExperimentSettings) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Hydra's and OmegaConf's many lines as one: the reason, then the option that it concerns."""
+    """An error of Hydra or OmegaConf in one line instead of many: the reason, then the option that it concerns."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     cause = error.__cause__
     if cause is not None:

@@ -67,7 +67,7 @@ def _entry(name: str, value: Any) -> str:
     dumped = (
         yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6).removesuffix("...\n").strip()
     )
-    # JSON is YAML, and writes line ends as \\n.
+    # JSON is valid YAML, and escapes line breaks.
     return f"{name}: {json.dumps(value, ensure_ascii=False) if chr(10) in dumped else dumped}"
 
 

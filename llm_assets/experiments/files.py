@@ -1,7 +1,7 @@
 """Validates the YAML files of `configs/` before Hydra reads them: an error is one line with file, line and expectation.
 
-Hydra's own errors name no line, and it passes most YAML errors on as tracebacks. `model/settings/` defines the values
-of options.
+Hydra's own errors have no line numbers, and most YAML errors in it end as tracebacks. `model/settings/` defines the
+values of options.
 """
 
 import difflib
@@ -59,9 +59,9 @@ def name_mistake(name: str) -> str | None:
     of BentoML's tags and of image repositories, which allow the fewest characters.
     """
     if not NAME.fullmatch(name) or len(name) > MOST_NAME_CHARACTERS:
-        return f"the name {name!r} cannot be an experiment's: {NAME_RULE}"
+        return f"{name!r} is not a valid experiment name: {NAME_RULE}"
     if name in HYDRA_WORDS:
-        return f"the name {name!r} cannot be an experiment's: Hydra reads it as a value; expected another"
+        return f"{name!r} is not a valid experiment name: Hydra reads it as a value; expected another"
     return None
 
 
@@ -164,13 +164,13 @@ def _text(path: Path) -> str:
             f"{shown(path)} cannot be read ({error.strerror}): expected a YAML file of options"
         ) from None
     if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
-        raise _mistake(path, 1, "a byte order mark", "UTF-8 without one: save the file again so")
+        raise _mistake(path, 1, "a byte order mark", "UTF-8 without one: save the file as UTF-8")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise _mistake(
-            path, line, f"the byte {data[error.start]:#04x}, not UTF-8", "UTF-8: save the file again so"
+            path, line, f"the byte {data[error.start]:#04x}, not UTF-8", "UTF-8: save the file as UTF-8"
         ) from None
     return text
 
@@ -183,7 +183,7 @@ def _expected_instead(text: str, line: int) -> str:
     lines = text.splitlines()
     wrong = lines[line - 1] if line <= len(lines) else ""
     if "\t" in wrong:
-        return "spaces where a tab is"
+        return "spaces instead of a tab"
     if re.search(r"[\[:,-]\s*[*&@`%!|>]", wrong):
         return "quotes around a text with a special character: '*.txt'"
     if wrong.startswith(("---", "...")):
@@ -209,7 +209,7 @@ def _check_nodes(path: Path, root: yaml.MappingNode) -> None:
             for key, value in node.value:
                 at = key.start_mark.line + 1
                 if key.tag != "tag:yaml.org,2002:str":
-                    raise _mistake(path, at, f"{key.value!r} where an option's name belongs", "`option: value`")
+                    raise _mistake(path, at, f"{key.value!r} in place of an option's name", "`option: value`")
                 if key.value in seen:
                     raise _mistake(
                         path, at, f"{key.value!r} is given twice, first on line {seen[key.value]}", "it once"

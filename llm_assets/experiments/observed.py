@@ -1,9 +1,9 @@
-"""An experiment's settings as assets: one for each group of options, observed and never made.
+"""An experiment's settings as assets: one for each group of options, observed but never materialized.
 
-Their data version is a hash of the group's options, so that Dagster shows a changed option: what reads its group is out
-of date, by a new data version of `training_settings`, say. That asset's newest observation names the options that
-changed, with both values. Two places observe: a run before each of its steps, with the overrides that it has
-(`resources/hydra.py`), and the sensor `settings` what the files say now (`automation.py`).
+The data version is a hash of the group's options. When an option changes, Dagster shows the stages that read its group
+as out of date, because `training_settings`, for example, has a new data version; that asset's newest observation names
+the changed options with both values. Observations come from each step of a run, with the run's overrides
+(`resources/hydra.py`), and from the sensor `settings`, with the current files (`automation.py`).
 """
 
 from collections.abc import Mapping
@@ -27,8 +27,8 @@ def settings_specs() -> list[dg.AssetSpec]:
         dg.AssetSpec(
             settings_asset(group),
             description=f"{(kind.__doc__ or '').splitlines()[0]} The options `{group}.*` of each experiment, from "
-            f"`configs/{group}/`, `configs/experiment/` and overrides. What reads them is out of date once one "
-            "changes: the newest observation names it.",
+            f"`configs/{group}/`, `configs/experiment/` and overrides. Stages that read them are out of date once one "
+            "changes; the newest observation names it.",
             group_name=GROUP_NAME,
             kinds={"yaml"},
             owners=["team:llm"],
@@ -42,7 +42,7 @@ def settings_specs() -> list[dg.AssetSpec]:
 def observations(
     instance: dg.DagsterInstance, experiment: str, settings: ExperimentSettings
 ) -> list[dg.AssetObservation]:
-    """What has changed since the newest observation of each group; empty where nothing has."""
+    """An observation for each group that has changed since its newest one."""
     groups: dict[str, Any] = {}
     for stage in PIPELINE:
         groups |= stage_config(settings, stage.name)
@@ -77,9 +77,9 @@ def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     lines = []
     for name in dict.fromkeys([*new, *old]):
         if name not in old:
-            lines.append(f"{name} is {new[name]!r}, which was no option")
+            lines.append(f"{name} is {new[name]!r}, was not an option")
         elif name not in new:
-            lines.append(f"{name} is no option any more")
+            lines.append(f"{name} is no longer an option")
         elif old[name] != new[name]:
             lines.append(f"{name} is {new[name]!r}, was {old[name]!r}")
     return lines

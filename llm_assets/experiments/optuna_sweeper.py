@@ -1,12 +1,12 @@
-"""A Hydra sweeper that looks for the best point with Optuna: `hydra/sweeper=optuna`.
+"""A Hydra sweeper that searches for the best point with Optuna: `hydra/sweeper=optuna`.
 
     python -m llm_assets.sweep --multirun experiment=smoke hydra/sweeper=optuna hydra.sweeper.n_trials=20 \
         'training.muon_learning_rate=tag(log,interval(0.005,0.1))' training.optim=muon,adamw
 
 Overrides are Hydra's own: a choice (`a,b`), a `range(start,stop,step)`, or an `interval(low,high)`, with `tag(log, ..)`
-on a logarithmic scale; what has one value is fixed. Trials run one after the other; one that fails is counted and the
-search goes on. The package hydra-optuna-sweeper is not used: its last release needs Optuna below 3, this one runs with
-Optuna 5.
+on a logarithmic scale; an override with one value is fixed. Trials run one after the other; a failed one counts, and
+the search goes on. The package hydra-optuna-sweeper is not used: its last release needs Optuna below 3, this one runs
+with Optuna 5.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class OptunaSweeperOptions:
 
 
 class OptunaSweeper(Sweeper):  # type: ignore[misc]
-    """Asks Optuna's TPE sampler for each next point; the task's returned number is made small."""
+    """Minimizes the number that the task returns; Optuna's TPE sampler chooses each next point."""
 
     def __init__(self, n_trials: int, seed: int) -> None:
         if n_trials < 1:
@@ -51,7 +51,7 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
         self._parser = OverridesParser.create(config_loader=hydra_context.config_loader)
 
     def sweep(self, arguments: list[str]) -> float:
-        """Run the trials; the best value. Raises PipelineError where Optuna is missing or no trial succeeded."""
+        """Run the trials; returns the best value. Raises PipelineError if Optuna is missing or no trial succeeded."""
         try:
             import optuna
         except ImportError:
@@ -70,12 +70,12 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
             except (SystemExit, TypeError, ValueError):  # a failed run, or one without a score
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
         if not [trial for trial in study.trials if trial.value is not None]:
-            raise PipelineError(f"none of {self._trials} trials gave bits per byte: the logs in var/logs say why")
+            raise PipelineError(f"none of {self._trials} trials has a score: see the reasons in var/logs")
         return float(study.best_value)
 
 
 def _suggest(trial: "Trial", override: Override) -> str:
-    """The override with one value, which Optuna chooses where it has several."""
+    """The override with one value, chosen by Optuna if it has several."""
     key = override.get_key_element()
     if not override.is_sweep_override():
         return f"{key}={override.get_value_element_as_str()}"

@@ -1,8 +1,8 @@
 """One partition per experiment: a file of `configs/experiment/`.
 
 A partition rather than run configuration: the UI asks for it, history and plots are kept for each experiment, a sweep
-is a backfill, and upstream and downstream of one run always belong together. A new file shows up when the code location
-is loaded again.
+is a backfill, and upstream and downstream of one run always belong together. A new file appears when the code location
+is reloaded.
 """
 
 import dagster as dg
@@ -11,7 +11,7 @@ from llm_assets.experiments.compose import CONFIG_DIR, experiment_names
 
 
 class ExperimentPartitions(dg.StaticPartitionsDefinition):
-    """The experiments; a key that is none of them is refused in one line.
+    """The experiments; another key is refused in one line.
 
     `dagster job execute --tags` starts a run with any partition key. Dagster notices inside the step, when it resolves
     the key of an input or an output, with a message about ranges.

@@ -1,8 +1,7 @@
 """Checkpoints that settings name by experiment: `latest:NAME` is the newest trained_checkpoint of experiment NAME.
 
-Resolved when a stage begins and not when an experiment is composed, which reads only files of `configs/`. What a stage
-records is the folder, whose name is the checkpoint's content hash: made from a newer checkpoint, an artifact is
-another.
+References are resolved when a stage begins, not when an experiment is composed, which reads only files of `configs/`.
+A stage records the folder, whose name is the checkpoint's content hash, so a newer checkpoint makes its artifact stale.
 """
 
 from collections.abc import Callable
@@ -18,7 +17,7 @@ _OPTIONS = (("tokenizer", "path"), ("training", "init_from"), ("training", "dist
 def resolve(settings: ExperimentSettings, checkpoint_of: Callable[[str], Path]) -> ExperimentSettings:
     """The settings with the folders in place of the names.
 
-    checkpoint_of: an experiment's name to its newest checkpoint; it raises PipelineError where there is none.
+    checkpoint_of: an experiment's name to its newest checkpoint; it raises PipelineError if there is none.
     """
     for group, option in _OPTIONS:
         value = getattr(getattr(settings, group), option)

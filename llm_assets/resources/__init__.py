@@ -1,1 +1,1 @@
-"""What assets are given: composed settings, tracking, the Bento builder."""
+"""Dagster resources of the assets: composed settings, tracking, the BentoML stores, the container engine."""

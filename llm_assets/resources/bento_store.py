@@ -1,10 +1,10 @@
 """Program that reads and fills BentoML's stores; `bentos.py` runs it in a separate process.
 
-    python bento_store.py model NAME:VERSION DIRECTORY LABELS_JSON     import a model directory unless it is there
+    python bento_store.py model NAME:VERSION DIRECTORY LABELS_JSON     import a model directory unless the store has it
     python bento_store.py bento NAME:VERSION                           find a Bento
     python bento_store.py export NAME:VERSION DIRECTORY                copy a Bento with its models to a new directory
 
-The last line printed is JSON: what was found, null for a Bento that is not there.
+The last line of output is JSON: the entry of the store, or null if there is no such Bento.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def import_model(tag: str, directory: str, labels: str) -> dict[str, Any]:
-    """Import a directory under `tag`; a directory that fails half-way leaves nothing in the store."""
+    """Import a directory under `tag`; a failed import leaves nothing in the store."""
     import bentoml
     from bentoml.exceptions import NotFound
 
@@ -45,7 +45,7 @@ def find_bento(tag: str) -> dict[str, Any] | None:
 def export(tag: str, directory: str) -> dict[str, Any]:
     """Copy the Bento `tag` and its models to a directory that `bentoml serve` takes; every user may read it.
 
-    Not BentoML's own export: that puts the models into the Bento's folder of the store for a while.
+    BentoML's own export is not used: it temporarily adds the models to the Bento's folder in the store.
     """
     import bentoml
     from bentoml.models import BentoModel
@@ -54,7 +54,7 @@ def export(tag: str, directory: str) -> dict[str, Any]:
     shutil.copytree(bento.path, directory)
     models = Path(directory, "models")
     models.mkdir()
-    info: Any = bento.info  # of which BentoML has two kinds; ours is the one with an image
+    info: Any = bento.info  # BentoML has two types of it; ours is the one with an image
     for model in info.all_models:
         BentoModel(str(model.tag)).resolve(models)
     for path in Path(directory).rglob("*"):

@@ -1,7 +1,8 @@
-"""The BentoML stores, each command in a separate process.
+"""BentoML's stores of models and Bentos; each command runs in a separate process.
 
-BentoML reads BENTOML_HOME once, and a second build in one process reuses the first one's service module: a Bento would
-then hold another model than its arguments say. Commands run in their own process group, which is ended with the step.
+BentoML reads BENTOML_HOME once, and a second build in one process reuses the first one's service module: the Bento
+would contain a different model than its arguments name. Commands run in their own process group, which ends with the
+step.
 `bento_store.py` beside this file is the program that reads and fills the stores.
 """
 
@@ -34,25 +35,25 @@ class BentoBuilder(dg.ConfigurableResource):
     source_dir: str = Field(default=str(REPOSITORY), description="Folder that the build runs in.")
 
     def import_model(self, tag: str, model_dir: Path, labels: Mapping[str, str], log: Log = silent) -> dict[str, Any]:
-        """Put a model directory into the model store under `tag`, unless it is there.
+        """Put a model directory into the model store under `tag`, unless the store has it.
 
-        Returns `{"tag", "path", "bytes", "created"}`; created is False where the store had it.
+        Returns `{"tag", "path", "bytes", "created"}`; created is False if the store already had it.
         """
         return self._store("model", tag, str(model_dir), json.dumps(dict(labels)), log=log)
 
     def find_bento(self, tag: str, log: Log = silent) -> dict[str, Any] | None:
-        """`{"tag", "path", "bytes"}` of a Bento in the store, None where there is none."""
+        """`{"tag", "path", "bytes"}` of a Bento in the store, or None."""
         found = self._store("bento", tag, log=log)
         return found or None
 
     def build(
         self, tag: str, *, labels: Mapping[str, str], arguments: Mapping[str, Any], log: Log = silent
     ) -> dict[str, Any]:
-        """Build the Bento `name:version` with the service's arguments; returns what `find_bento` finds.
+        """Build the Bento `name:version` with the service's arguments; returns its `find_bento` entry.
 
-        Beside the list of its packages it gets a bill of materials: those of this environment, with their licenses.
+        Adds a bill of materials beside the Bento's list of packages: this environment's packages with their licenses.
 
-        Raises PipelineError with BentoML's last line where the build fails.
+        Raises PipelineError with the last line of BentoML's output if the build fails.
         """
         name, version = tag.split(":")
         command = [sys.executable, "-m", "bentoml", "build", self.service, "--name", name, "--version", version]
@@ -62,10 +63,12 @@ class BentoBuilder(dg.ConfigurableResource):
             command += ["--arg", f"{key}={str(value).lower() if isinstance(value, bool) else value}"]
         printed = self._run([*command, "-o", "tag"], f"building Bento {tag}", log)
         if f"__tag__:{tag}" not in printed:
-            raise PipelineError(f"bentoml build of {tag} did not name the tag it built: its log is in the run's log")
+            raise PipelineError(f"bentoml build of {tag} did not print that tag: see its output in the run's log")
         found = self.find_bento(tag)
         if found is None:
-            raise PipelineError(f"bentoml built {tag}, but its store has no such Bento: is BENTOML_HOME the same?")
+            raise PipelineError(
+                f"bentoml built {tag}, but the store has no such Bento: is BENTOML_HOME the same for both?"
+            )
         requirements = Path(found["path"], "env", "python", "requirements.txt")
         needed = bill_of_materials.of_requirements(requirements.read_text().splitlines())
         bill = requirements.with_name(bill_of_materials.FILE)
@@ -75,9 +78,9 @@ class BentoBuilder(dg.ConfigurableResource):
     def build_once(
         self, name: str, *, labels: Mapping[str, str], arguments: Mapping[str, Any], log: Log = silent
     ) -> dict[str, Any]:
-        """The Bento `name` of these arguments and the present source, built unless the store has it.
+        """The Bento `name` for these arguments and the current source, built unless the store has it.
 
-        Returns `{"tag", "path", "bytes", "created"}`; the version is the hash of what decides the Bento.
+        Returns `{"tag", "path", "bytes", "created"}`; the version is a hash of everything that determines the Bento.
         """
         self._compile_native_step(log)
         content = json.dumps(dict(arguments), sort_keys=True) + self.source_digest()
@@ -95,26 +98,26 @@ class BentoBuilder(dg.ConfigurableResource):
         labels: Mapping[str, str],
         log: Log = silent,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Import a model directory as `name:version` and build the Bento that serves it; returns both, as found."""
+        """Import a model directory as `name:version` and build the Bento that serves it; returns both store entries."""
         model = self.import_model(f"{name}:{version}", model_dir, labels, log=log)
         arguments = {
             **dataclasses.asdict(serving),
             "model": model["tag"],
-            # As the artifact has it: quantization.method none makes a quantized_model in full precision.
+            # auto: read from the artifact, since with quantization.method=none quantized_model is in full precision.
             "quantized": "auto" if serving.quantized else False,
         }
         bento = self.build_once(name, labels=labels, arguments=arguments, log=log)
         return {**bento, "arguments": arguments}, model
 
     def export(self, tag: str, folder: Path, log: Log = silent) -> dict[str, Any]:
-        """Copy a Bento with its models into a new folder, as an image holds it.
+        """Copy a Bento with its models into a new folder, in the layout of an image.
 
-        Returns `{"base_image", "python_version"}`, what the Bento says of its image.
+        Returns the Bento's image settings, `{"base_image", "python_version"}`.
         """
         return self._store("export", tag, str(folder), log=log)
 
     def source_digest(self) -> str:
-        """Hash of what a build packs besides the model: the service's and the model's code, and the package pins."""
+        """Hash of everything a build packs except the weights: the code in bento/ and model/, and the package pins."""
         root, total = Path(self.source_dir), hashlib.sha256()
         files = [path for folder in ("bento", "model") for path in (root / folder).rglob("*") if path.is_file()]
         for path in sorted([*files, root / "bentofile.yaml", root / "constraints.txt"]):
@@ -123,9 +126,9 @@ class BentoBuilder(dg.ConfigurableResource):
         return total.hexdigest()
 
     def _compile_native_step(self, log: Log) -> None:
-        """Compile what generates on processors, so that a Bento carries it and its image needs no compiler.
+        """Compile the native CPU step, so that the Bento contains it and its image needs no compiler.
 
-        Without a compiler on this machine either, the log says what is missed.
+        If this machine has no compiler, the log says what that costs.
         """
         program = Path(self.source_dir, "model", "native", "build.py")
         if program.is_file():
@@ -138,7 +141,7 @@ class BentoBuilder(dg.ConfigurableResource):
         return answer
 
     def _run(self, command: Sequence[str], what: str, log: Log) -> str:
-        """Standard output of a command that sees the stores; what it writes to standard error goes to the log."""
+        """Standard output of a command on the stores; its standard error goes to the log."""
         # REX_... configure a running service. Dagster reads them from the stack's .env; a build must ignore them.
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("REX_")}
         environment = {**inherited, "BENTOML_DO_NOT_TRACK": "True"}

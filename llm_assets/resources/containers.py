@@ -1,6 +1,6 @@
-"""The container engine, by its command line: Docker, with or without BuildKit, or what takes Docker's arguments.
+"""The container engine through its command line: Docker, with or without BuildKit, or a compatible engine.
 
-Each command runs in a separate process, which is ended with the step. `llm_assets/containers/context.py` prepares
+Each command runs in a separate process, which ends with the step. `llm_assets/containers/context.py` prepares
 the build context; the instructions are `bento/Dockerfile`.
 """
 
@@ -20,7 +20,7 @@ from model.errors import PipelineError
 from model.progress import Log, silent
 from model.system.commands import run
 
-# Without importing torch, which takes seconds.
+# Reads torch's version file, because importing torch takes seconds.
 _PROBE = """
 import importlib.util, json, os, runpy
 torch = importlib.util.find_spec("torch").submodule_search_locations[0]
@@ -34,7 +34,7 @@ print(json.dumps({
 }))
 """
 
-# Debian states licenses in copyright files, mostly in a form that machines read (DEP 5).
+# Debian states licenses in copyright files, mostly in the machine-readable format DEP 5.
 _BASE_PROBE = """
 import json, pathlib, platform, re, shutil, subprocess
 fields = "${Package}\\t${Version}\\t${Architecture}\\n"
@@ -52,13 +52,13 @@ print(json.dumps({"python": platform.python_version(), "debian": debian}))
 
 
 class ContainerEngine(dg.ConfigurableResource):
-    """Builds images and looks into them."""
+    """Builds and inspects images."""
 
     command: str = Field(default="docker", description="Docker's command line, or one that takes the same arguments.")
     base_image: str = Field(
         default="",
-        description="Image that images are built on: a slim Debian with the Bento's Python. Empty: "
-        "LLM_ASSETS_BASE_IMAGE, else the one that the Bento names.",
+        description="Base image: a slim Debian with the Bento's Python. Empty: LLM_ASSETS_BASE_IMAGE, else the one "
+        "that the Bento names.",
     )
 
     def require(self) -> None:
@@ -69,7 +69,7 @@ class ContainerEngine(dg.ConfigurableResource):
                 "docker.io) and run again"
             )
         try:
-            run([self.command, "version", "--format", "{{.Server.Version}}"], "asking for its version")
+            run([self.command, "version", "--format", "{{.Server.Version}}"], "querying its version")
         except PipelineError as error:
             raise PipelineError(
                 f"{self.command!r} is installed, but its engine does not answer; start it (systemctl start docker, or "
@@ -77,7 +77,7 @@ class ContainerEngine(dg.ConfigurableResource):
             ) from None
 
     def base(self, named: str, log: Log = silent) -> tuple[str, str]:
-        """Name and id of the base image: the field's, the variable's or `named`; pulled where it is not there."""
+        """Name and id of the base image: the field's, the variable's or `named`; pulled if it is not present."""
         name = self.base_image or os.environ.get("LLM_ASSETS_BASE_IMAGE") or named
         found = self.find_image(name)
         if found is None:
@@ -86,14 +86,15 @@ class ContainerEngine(dg.ConfigurableResource):
                 run([self.command, "pull", "--quiet", name], f"pulling {name}", log=log, name=self.command)
             except PipelineError as error:
                 raise PipelineError(
-                    f"no image {name} here, and it cannot be had: {error}; name another base with LLM_ASSETS_BASE_IMAGE"
+                    f"image {name} is not on this machine and cannot be pulled: {error}; set another base image in "
+                    "LLM_ASSETS_BASE_IMAGE"
                 ) from None
             found = self.find_image(name)
         assert found is not None
         return name, found["id"]
 
     def find_image(self, tag: str) -> dict[str, Any] | None:
-        """`{"id", "bytes", "layers", "labels"}` of a local image, None where there is none."""
+        """`{"id", "bytes", "layers", "labels"}` of a local image, or None."""
         try:
             printed = run([self.command, "image", "inspect", tag], f"looking for image {tag}")
         except PipelineError:
@@ -107,7 +108,7 @@ class ContainerEngine(dg.ConfigurableResource):
         }
 
     def build(self, tag: str, context: Path, base: str, labels: Mapping[str, str], log: Log = silent) -> dict[str, Any]:
-        """Build `tag` from a folder that holds a Bento and its packages; returns what `find_image` finds."""
+        """Build `tag` from a folder that holds a Bento and its packages; returns its `find_image` entry."""
         command = [self.command, "build", "--tag", tag, "--build-arg", f"BASE_IMAGE={base}"]
         command += ["--network", "none", "--file", str(context / "bento" / "src" / "bento" / "Dockerfile")]
         for name, value in labels.items():
@@ -119,15 +120,13 @@ class ContainerEngine(dg.ConfigurableResource):
         assert found is not None
         return found
 
-    def look_into(self, tag: str) -> dict[str, Any]:
-        """`{"torch", "cuda", "cuda_packages", "uid"}` as a container of the image finds them; cuda is "" in a CPU
-        build.
-        """
+    def probe(self, tag: str) -> dict[str, Any]:
+        """`{"torch", "cuda", "cuda_packages", "uid"}` as seen inside the image; cuda is "" in a CPU build."""
         found: dict[str, Any] = json.loads(self._run_in(tag, "python3", "-c", _PROBE))
         return found
 
     def _run_in(self, tag: str, program: str, *arguments: str) -> str:
-        """What a program prints in a hardened container of an image, without a network."""
+        """Standard output of a program in a hardened container of an image, without a network."""
         command = [
             self.command,
             "run",
@@ -140,7 +139,7 @@ class ContainerEngine(dg.ConfigurableResource):
             tag,
             *arguments,
         ]
-        return run(command, f"looking into image {tag}")
+        return run(command, f"running {program} in image {tag}")
 
     def base_packages(self, base: str) -> dict[str, Any]:
         """`{"python": its version, "debian": [{"name", "version", "architecture", "licenses"}]}` of a base image.
@@ -154,7 +153,7 @@ class ContainerEngine(dg.ConfigurableResource):
         return self._run_in(tag, "cat", path)
 
     def run_command(self, tag: str, device: str) -> str:
-        """How a person starts the service of an image: hardened, on this machine's loopback address, without a key."""
+        """The command that starts an image's service: hardened, on this machine's loopback address, without a key."""
         words = [self.command, "run", "--rm", "-p", "127.0.0.1:3000:3000", *HARDENED, "--memory", "2g"]
         words += ["--gpus", "all"] if device == "gpu" else []
         return shlex.join([*words, "-e", "REX_ALLOW_ANONYMOUS=true", tag])

@@ -1,7 +1,7 @@
-"""Composes the run's experiment: the partition names it, this resource adds where the files lie and what to change.
+"""Composes the run's experiment: the partition names it; this resource adds the configuration folder and overrides.
 
-Both fields have defaults, so that the UI starts a run without a configuration to type. Composed in the step, from files
-only: every step of a run, and a later run of one asset, resolve the same settings.
+Every field has a default, so that the UI starts a run without any run configuration. Each step composes from the files,
+so that every step of a run, and a later run of one asset, resolve the same settings.
 """
 
 import logging
@@ -30,20 +30,20 @@ class HydraConfig(dg.ConfigurableResource):
     overrides: list[str] = Field(
         default=[],
         description="Hydra overrides for all stages, such as training.max_steps=100 or model=rex_30m. "
-        "A stage refuses an upstream that was made with other values. An experiment changes some of these defaults:\n"
+        "A stage refuses an upstream made with different values. An experiment changes some of these defaults:\n"
         f"{as_markdown()}",
     )
     force: bool = Field(
         default=False,
-        description="Compute every selected stage again, unchanged ones too. As the run tag rex/force=true.",
+        description="Recompute every selected stage, even if unchanged. Same as the run tag rex/force=true.",
     )
 
     _composed: dict[str, ExperimentSettings] = PrivateAttr(default_factory=dict)
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Report the settings that a run works with, before Dagster notes what its steps are made from.
+        """Report the run's settings as observations, before Dagster records the data versions of a step's inputs.
 
-        A step that begins later reads what is reported now, not what the files say while another run has overrides.
+        Every step reports again: the sensor or a run with other overrides may have observed different values since.
         """
         self._composed.clear()
         experiment = context.run.tags.get("dagster/partition") if context.run else None
@@ -52,17 +52,17 @@ class HydraConfig(dg.ConfigurableResource):
         try:
             settings = self.settings(experiment)
         except PipelineError:
-            return  # the step raises it again, where it becomes that step's failure
+            return  # the step composes again and fails with this error
         try:
             for observation in observations(context.instance, experiment, settings):
                 context.instance.report_runless_asset_event(observation)
-        except Exception as error:  # noqa: BLE001 - a locked or full event log costs a run no work
+        except Exception as error:  # noqa: BLE001 - a locked or full event log must not fail the run
             logger.warning("the settings are not shown as observed: %s", str(error).partition("\n")[0])
 
     def settings(self, experiment: str) -> ExperimentSettings:
-        """Compose `experiment`, once in a step, with the newest checkpoints of the experiments that it names.
+        """Compose `experiment`, once per step, with `latest:NAME` resolved to the newest checkpoint of NAME.
 
-        PipelineError, one line, where that is not possible.
+        Raises PipelineError, one line, if that is not possible.
         """
         store = DirectoryIOManager().store()
         if experiment not in self._composed:

@@ -1,13 +1,13 @@
-"""One MLflow run per materialization, with the terminal status that the Dagster step had.
+"""One MLflow run per materialization; it ends with the status of the Dagster step.
 
 The package dagster-mlflow is not used: it ends runs in an `atexit` handler and in a hook, and on MLflow 3 it
-unregisters another function than the one that MLflow registered, so that a failed run reads FINISHED and a canceled one
+unregisters a different function than MLflow registered, so that a failed run is shown as FINISHED and a canceled one as
 FAILED. Its conventions are kept: the tag `dagster_run_id`, and parameters logged in batches. Here every call goes
 through an MlflowClient with an explicit run id: no active run, no exit handler, no autologging, and one place that ends
 a run.
 
-A killed process cannot say so. The next run of the same asset and experiment closes what it left RUNNING, and a resumed
-training continues its MLflow run.
+A killed process cannot end its MLflow run. The next run of the same asset and experiment closes a run that was left
+RUNNING, and a resumed training continues its run.
 """
 
 import errno
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 
 _NAME_CHARACTERS = 250
 TRAINING_VIEW = "workflowType=machine_learning"
-"""Without it, MLflow's page opens on its view for agents, where a training has no curves."""
+"""Without it, MLflow's UI opens its view for agents, which shows no training curves."""
 DATABASE_TIMEOUT_S = 600
 """Longest wait of a call for another writer of an SQLite database."""
 
 
 class MlflowTracking(dg.ConfigurableResource):
-    """Where runs are tracked: SQLite and a folder below var/ by default, or a tracking server."""
+    """The tracking store: SQLite and a folder below var/ by default, or a tracking server."""
 
     tracking_uri: str = Field(
         default="", description="MLflow tracking URI. Empty: MLFLOW_TRACKING_URI, else sqlite in var/mlflow.db."
@@ -57,8 +57,8 @@ class MlflowTracking(dg.ConfigurableResource):
     champion_latency_ratio: float = Field(
         default=0.0,
         ge=0.0,
-        description="Most time per token that a version may take to become champion, as a multiple of the champion's. "
-        "0: any.",
+        description="Largest time per token with which a version may become champion, as a multiple of the champion's. "
+        "0: no limit.",
     )
 
     @contextmanager
@@ -70,7 +70,7 @@ class MlflowTracking(dg.ConfigurableResource):
         resume_run_id: str | None = None,
         overrides: Sequence[str] = (),
     ) -> Iterator[TrackedRun]:
-        """Open a run for this step, nested under `parent_run_id`, or continue `resume_run_id` where it still exists.
+        """Open a run for this step, nested under `parent_run_id`, or continue `resume_run_id` if it still exists.
 
         Ends it FINISHED, FAILED (any exception, `failed` set, or a generator that is closed before it ends) or KILLED
         (Dagster's termination, Ctrl-C).
@@ -116,7 +116,7 @@ class MlflowTracking(dg.ConfigurableResource):
         path: Path,
         compare: CompareWithChampion | None = None,
     ) -> None:
-        """Register a published model that the registry lost or never got; does nothing where it is a version there.
+        """Register a published model that the registry lost or never got; does nothing if it is registered.
 
         compare: see `decide_champion`.
         """
@@ -138,11 +138,11 @@ class MlflowTracking(dg.ConfigurableResource):
     def client(self, log: Log = silent) -> tuple["MlflowClient", str]:
         """A client whose store is ready, and the experiment's id. An experiment deleted in MLflow's page is restored.
 
-        A lock keeps processes from opening a fresh store at once: they would race in its migrations.
-        Raises PipelineError, one line, where the store cannot be opened.
+        A lock keeps processes from opening a new store at the same time: its migrations would race.
+        Raises PipelineError, one line, if the store cannot be opened.
         """
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        # MLflow's own 7 retries with back-off keep a call that fails waiting for four minutes.
+        # With MLflow's default of 7 retries with backoff, a failing call takes four minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -169,7 +169,7 @@ class MlflowTracking(dg.ConfigurableResource):
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise PipelineError(
-                f"the tracking store {uri} cannot be used: {one_line(error)}; mend it, or name another with "
+                f"the tracking store {uri} cannot be used: {one_line(error)}; repair it, or set another in "
                 "MLFLOW_TRACKING_URI"
             ) from error
 
@@ -200,7 +200,7 @@ class MlflowTracking(dg.ConfigurableResource):
     def _close_abandoned(
         self, context: dg.AssetExecutionContext, client: "MlflowClient", experiment_id: str, run_id: str
     ) -> None:
-        """Mark KILLED what dead processes left RUNNING: earlier tries of this step, and steps of ended Dagster runs."""
+        """Mark the RUNNING runs of dead processes KILLED: earlier attempts of this step, and steps of ended runs."""
         asset, partition = context.asset_key.to_user_string(), context.partition_key
         left = client.search_runs(
             [experiment_id],
@@ -217,7 +217,7 @@ class MlflowTracking(dg.ConfigurableResource):
 
 
 def _resumable(client: "MlflowClient", run_id: str | None) -> str | None:
-    """The run to continue, or None where it was deleted or belongs to another tracking store."""
+    """The run to continue, or None if it was deleted or belongs to another tracking store."""
     from mlflow.exceptions import MlflowException
 
     if not run_id:

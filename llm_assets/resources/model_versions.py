@@ -1,6 +1,6 @@
-"""Versions of registered models. A model whose content is registered already gets no second version.
+"""Versions of registered models. Content that is already registered gets no second version.
 
-Which of them is champion is decided in `promotion.py`.
+`promotion.py` decides which version is champion.
 """
 
 from collections.abc import Sequence
@@ -30,11 +30,11 @@ def register_version(
     objections: Sequence[str] = (),
     most_latency_ratio: float = 0.0,
 ) -> str:
-    """Register a model directory as a version of `name` unless its content is one; returns the version.
+    """Register a model directory as a version of `name` unless its content is registered; returns the version number.
 
-    candidate: whether this is the kind of model that is served, full precision or quantized: a quantized model never
+    candidate: whether this model is of the kind that is served, full precision or quantized: a quantized model never
     beats the one it was made from. evaluation_text identifies the text that the bits per byte were measured on.
-    content_hash: of the artifact; empty: register in any case. compare, objections, most_latency_ratio: see
+    content_hash: of the artifact; if empty, a version is always added. compare, objections, most_latency_ratio: see
     `decide_champion`.
     The version holds its own copy of the directory: the artifact store keeps only the newest versions, and a tracking
     server refuses local paths.
@@ -50,8 +50,8 @@ def register_version(
         version = client.create_model_version(name, source, run_id, tags=tags, await_creation_for=0)
         versions.append(version)
     else:
-        log(f"{name} version {version.version} has this content already: no version is added")
-    if candidate and DECISION not in version.tags:  # what was decided once stays: a person may have gone back since
+        log(f"{name} version {version.version} already has this content: no version is added")
+    if candidate and DECISION not in version.tags:  # decided only once: a person may have rolled back since
         decide_champion(
             client,
             name,
@@ -66,7 +66,7 @@ def register_version(
 
 
 def find_decision(client: "MlflowClient", name: str, asset: str, content_hash: str) -> dict[str, Any]:
-    """What was decided of an artifact's content (`decision_of`); empty where it is no version or nothing was."""
+    """The recorded decision on an artifact's content (`decision_of`); empty if it is not registered or not decided."""
     version = _with_content(all_versions(client, name), asset, content_hash)
     return decision_of(version) if version else {}
 

@@ -1,11 +1,11 @@
-"""Which version of a registered model is champion, decided by evidence and recorded.
+"""Decides which version of a registered model is champion, by evidence, and records the decision.
 
-The alias `champion` moves by itself only to a version that nothing speaks against (its checks, a bound of its latency),
-that no version before it beats, and that is better than the champion on the same text by more than chance
-(`model/paired.py`); the champion is scored again for that. The first candidate needs no opponent. An alias that a
-person moved (it differs from the last recorded decision) moves only to a version that is better on the champion's own
-text. What was decided, with its numbers, is in tags of the version; who was champion when, and why, in one of the
-model. `python -m llm_assets.champion` shows it, promotes by hand and goes back.
+The alias `champion` moves automatically only to a version without objections (a check with a warning, a latency above
+the bound) that no other version beats and that is better than the champion on the same text by more than chance
+(`model/paired.py`); the champion is scored again for the comparison. The first candidate is promoted without one. An
+alias that a person moved (it differs from the last recorded decision) moves only to a version that is better on the
+champion's own text. Tags of the version hold the decision and its numbers; a tag of the model holds the history of
+champions with the reasons. `python -m llm_assets.champion` shows both, promotes by hand and rolls back.
 """
 
 import dataclasses
@@ -26,21 +26,23 @@ if TYPE_CHECKING:
     from model.paired import PairedComparison
 
 CHAMPION = "champion"
-"""The alias."""
+"""The alias in MLflow's registry."""
 DECIDED, HISTORY = "champion_decided", "champion_history"
-"""Tags of a registered model: the version last decided on, and who was champion when and why, the newest last."""
+"""Tags of a registered model: the version of the last automatic promotion ("by hand" after a manual one), and the
+history of champions with times and reasons, newest last.
+"""
 DECISION, EVIDENCE = "champion_decision", "champion_evidence"
 """Tags of a version: the decision in words, and its numbers as JSON."""
 _HISTORY_ENTRIES = 16
 _REASON_CHARACTERS = 160
-BY_HAND = "`python -m llm_assets.champion promote` decides by hand"
+BY_HAND = "`python -m llm_assets.champion promote` promotes it by hand"
 
 
 @dataclass(frozen=True)
 class Evidence:
     """Evidence for a candidate against the champion.
 
-    measure_latency_ratio: the candidate's time per token as a multiple of the champion's; called where a bound is set.
+    measure_latency_ratio: the candidate's time per token as a multiple of the champion's; called if a bound is set.
     """
 
     comparison: "PairedComparison"
@@ -48,7 +50,7 @@ class Evidence:
 
 
 CompareWithChampion = Callable[[Path], Evidence]
-"""Scores the candidate and the champion, whose model directory it gets, on the same text."""
+"""Takes the champion's model directory and scores the candidate and the champion on the same text."""
 
 
 def decide_champion(
@@ -64,8 +66,8 @@ def decide_champion(
 ) -> None:
     """Decide once whether `version` becomes champion, and record it.
 
-    versions: all of the model. objections: what speaks against the version whatever it scores. most_latency_ratio: the
-    largest time per token, as a multiple of the champion's; 0: any.
+    versions: all of the model. objections: reasons against the version that hold whatever its score.
+    most_latency_ratio: the largest time per token, as a multiple of the champion's; 0: no limit.
     """
     model = client.get_registered_model(name)
     current = str(model.aliases[CHAMPION]) if CHAMPION in model.aliases else None
@@ -74,9 +76,9 @@ def decide_champion(
     champion = next((other for other in versions if str(other.version) == current), None)
     is_by_hand = model.tags.get(DECIDED) not in (None, current)
     record: dict[str, Any] = {}
-    against = _standing_reasons(version, versions, objections)
+    against = _reason_against(version, versions, objections)
     if against is None and is_by_hand and (champion is None or _kind(champion) != _kind(version)):
-        against = f"a person set the champion ({current or 'none'}), and it was measured on another text"
+        against = f"the champion ({current or 'none'}) was set by hand, and it was measured on another text"
     if against:
         promoted, reason = False, f"not promoted: {against}"
     elif champion is None:
@@ -107,9 +109,9 @@ def decide_champion(
 
 
 def set_by_hand(client: "MlflowClient", name: str, version: str, reason: str) -> None:
-    """Make a version champion because a person says so; no decision but a better model's moves the alias again.
+    """Make a version champion by hand; afterwards the alias moves only to a better model.
 
-    Raises MlflowException where there is no such version.
+    Raises MlflowException if there is no such version.
     """
     former = client.get_registered_model(name).aliases.get(CHAMPION)
     client.get_model_version(name, version)
@@ -120,29 +122,29 @@ def set_by_hand(client: "MlflowClient", name: str, version: str, reason: str) ->
 
 
 def warned(checks: Sequence[str]) -> list[str]:
-    """The objections to a model whose checks of these names passed with a warning."""
+    """The objections to a model because of its checks that passed with a warning."""
     return [f"its check {name} has a warning" for name in checks]
 
 
 def history(client: "MlflowClient", name: str) -> list[dict[str, str]]:
-    """Who was champion: `{"version", "at", "reason"}`, the newest last."""
+    """All champions of a model, newest last: `{"version", "at", "reason"}`."""
     found: list[dict[str, str]] = json.loads(client.get_registered_model(name).tags.get(HISTORY, "[]"))
     return found
 
 
 def decision_of(version: Any) -> dict[str, Any]:
-    """What is recorded of a version's decision: `decision` in words and, where there was a champion, the evidence."""
+    """The recorded decision on a version: `decision` in words and, if there was a champion, the evidence."""
     recorded = {"decision": version.tags[DECISION]} if DECISION in version.tags else {}
     return {**recorded, **json.loads(version.tags.get(EVIDENCE, "{}"))}
 
 
 def download_model(client: "MlflowClient", version: Any, folder: Path) -> Path:
-    """Copy the model directory of a version into `folder`, from wherever the tracking store keeps it."""
+    """Download the model directory of a version from the tracking store into `folder`."""
     return Path(client.download_artifacts(version.run_id, "model", str(folder)))
 
 
-def _standing_reasons(version: Any, versions: Sequence[Any], objections: Sequence[str]) -> str | None:
-    """What speaks against a version before it meets the champion, None where nothing does."""
+def _reason_against(version: Any, versions: Sequence[Any], objections: Sequence[str]) -> str | None:
+    """Why a version is rejected without a comparison with the champion, else None."""
     bits = _bits(version)
     if not math.isfinite(bits):
         return f"{bits} bits per byte"
@@ -174,7 +176,7 @@ def _weigh(scores: "PairedComparison", current: str | None, ratio: float, most_r
 def _set_champion(client: "MlflowClient", name: str, version: str, reason: str, *, former: str | None) -> None:
     entries = history(client, name)
     if former and (not entries or entries[-1]["version"] != former):  # set on MLflow's page, which takes no reason
-        entries.append({"version": former, "at": "", "reason": "set on another way"})
+        entries.append({"version": former, "at": "", "reason": "set in another way"})
     now = datetime.now(UTC).isoformat(timespec="seconds")
     entries.append({"version": version, "at": now, "reason": reason[:_REASON_CHARACTERS]})
     client.set_registered_model_alias(name, CHAMPION, version)
@@ -182,7 +184,7 @@ def _set_champion(client: "MlflowClient", name: str, version: str, reason: str, 
 
 
 def _kind(version: Any) -> tuple[str | None, str | None]:
-    """What makes two recorded scores comparable: the asset, and the text that they were measured on."""
+    """Recorded scores are comparable if this is equal: the asset, and the text that they were measured on."""
     return version.tags.get("asset"), _evaluation_text(version.tags)
 
 

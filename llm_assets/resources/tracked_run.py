@@ -1,8 +1,8 @@
-"""One open MLflow run: what a stage logs to it, sent by a thread of its own.
+"""One open MLflow run; a background thread sends the entries that a stage logs.
 
-A training must not wait for its tracking server. What it logs goes into a queue; a thread sends it in order and tries
-again while the server does not answer. What could not be sent when the run ends is kept in a file below var/, and the
-next run that finds the server answering sends it (`send_unsent`).
+A training must not wait for its tracking server. Entries go into a queue; the thread sends them in order and retries
+while the server does not answer. Entries that are still unsent at the end of the run are saved to a file below var/;
+the next run that reaches the server sends them (`send_unsent`).
 """
 
 import json
@@ -24,8 +24,8 @@ from model.progress import Log, silent
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-_BATCH = 100  # MLflow's limit of parameters in one call
-_VALUE_CHARACTERS = 6000  # and of a parameter's length
+_BATCH = 100  # MLflow's limit for the number of parameters in one call
+_VALUE_CHARACTERS = 6000  # MLflow's limit for the length of a parameter
 RETRY_EVERY_S = 5.0
 FINAL_WAIT_S = 15.0
 """Longest wait at the end of a run for a server that does not answer."""
@@ -46,7 +46,7 @@ def one_line(error: BaseException) -> str:
 
 
 def send(client: "MlflowClient", run_id: str, entry: Mapping[str, Any]) -> None:
-    """Send one entry of the queue, or of a file of unsent ones."""
+    """Send one entry of the queue or of a file of unsent entries."""
     from mlflow.entities import Metric, Param
 
     match entry["kind"]:
@@ -68,16 +68,16 @@ def send_unsent(client: "MlflowClient", folder: Path, log: Log) -> None:
         try:
             for line in path.read_text().splitlines():
                 _send_or_drop(client, path.stem, json.loads(line), log)
-        except Exception as error:  # noqa: BLE001 - whatever a tracking store raises
-            log(f"MLflow did not take what is kept in {path}: {one_line(error)}")
+        except Exception as error:  # noqa: BLE001 - a tracking store may raise anything
+            log(f"MLflow did not accept the entries in {path}: {one_line(error)}")
             return
         path.unlink(missing_ok=True)
         shutil.rmtree(path.with_suffix(""), ignore_errors=True)
-        log(f"sent to MLflow what run {path.stem} had logged while the server was away")
+        log(f"sent to MLflow the entries that run {path.stem} logged while the server was unreachable")
 
 
 def _send_or_drop(client: "MlflowClient", run_id: str, entry: Mapping[str, Any], warn: Log) -> None:
-    """Send; drop with a warning what the store refuses for good. Raises what may pass when tried again."""
+    """Send an entry; drop it with a warning if the store rejects it permanently. Raises other errors, for a retry."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -85,7 +85,7 @@ def _send_or_drop(client: "MlflowClient", run_id: str, entry: Mapping[str, Any],
     except MlflowException as error:
         if error.error_code not in _PERMANENT:
             raise
-        warn(f"MLflow did not take the {entry['name']}: {one_line(error)}")
+        warn(f"MLflow did not accept the {entry['name']}: {one_line(error)}")
     except FileNotFoundError as error:
         warn(f"MLflow did not get the {entry['name']}: {one_line(error)}")
 
@@ -101,7 +101,7 @@ def _copied(source: Path, folder: Path) -> Path:
 class TrackedRun:
     """An open MLflow run. Once it is open, a failure to log is a warning: tracking must not end a training.
 
-    unsent: folder for what cannot be sent. Messages of the sending thread are logged by the calls of this object.
+    unsent: folder for entries that cannot be sent. Calls of this object log the background thread's messages.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class TrackedRun:
         self._put(kind="metrics", name="metrics", values=values)
 
     def log_final_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Log results at the last step, so that they are a run's latest values and stand at the end of its curves."""
+        """Log results at the last step, so that they are a run's latest values and end its curves."""
         self.log_metrics(metrics, self._last_step)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -152,7 +152,7 @@ class TrackedRun:
             self._put(kind="params", name="parameters", values=values[start : start + _BATCH])
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
-        """Upload a file, or a folder's content; it must stay until the run has ended."""
+        """Upload a file, or a folder's content; it must exist until the run has ended."""
         self._put(kind="folder" if path.is_dir() else "file", name=path.name, path=str(path), folder=folder)
 
     def register(
@@ -171,7 +171,7 @@ class TrackedRun:
     ) -> dict[str, Any]:
         """Register a model directory as a version of `name`: see `register_version`. A failure is a warning.
 
-        Returns what was decided of it (`decision_of`).
+        Returns the recorded decision (`decision_of`).
         """
         decision: dict[str, Any] = {}
         with self.tolerated("model version"):
@@ -194,9 +194,9 @@ class TrackedRun:
         return decision
 
     def find_decision(self, name: str, asset: str, content_hash: str) -> dict[str, Any]:
-        """What was decided of an artifact as champion (`decision_of`); empty where nothing was or the store fails."""
+        """The recorded decision on an artifact (`decision_of`); empty if there is none or the store fails."""
         decision: dict[str, Any] = {}
-        with self.tolerated("question for the champion"):
+        with self.tolerated("query for the champion"):
             decision |= find_decision(self._client, name, asset, content_hash)
         return decision
 
@@ -205,17 +205,17 @@ class TrackedRun:
         """Turn an error of the tracking store into a warning."""
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - whatever a tracking store raises
-            self._warn(f"MLflow did not take the {what}: {one_line(error)}")
+        except Exception as error:  # noqa: BLE001 - a tracking store may raise anything
+            self._warn(f"MLflow did not accept the {what}: {one_line(error)}")
 
     def release_files(self) -> None:
-        """Call before logged files are moved: waits until they are sent, or keeps copies of them for a later try."""
+        """Call before logged files are moved: waits until they are sent, or saves copies for a later attempt."""
         deadline = time.monotonic() + FINAL_WAIT_S
         with self._changed:
             while self._files() and not self._is_failing and time.monotonic() < deadline:
                 self._changed.wait(0.1)
             left = self._files()
-        self._say()
+        self._log_messages()
         if self._unsent is None:
             return
         with self.tolerated("files"):
@@ -226,7 +226,7 @@ class TrackedRun:
         return [entry for entry in self._queue if entry["kind"] in ("file", "folder")]
 
     def close(self) -> None:
-        """Wait until all is sent, or until a server that does not answer has been given time; keep what is left."""
+        """Wait until all entries are sent, at most FINAL_WAIT_S for a server that does not answer; save the others."""
         deadline = None
         with self._changed:
             while self._queue:
@@ -238,14 +238,14 @@ class TrackedRun:
             self._is_closed = True
             left = list(self._queue)
             self._changed.notify_all()
-        self._say()
+        self._log_messages()
         if left:
             self._keep(left)
         elif self._unsent is not None:
             shutil.rmtree(self._unsent / self.run_id, ignore_errors=True)
 
     def _put(self, **entry: Any) -> None:
-        self._say()
+        self._log_messages()
         with self._changed:
             self._queue.append(entry)
             if self._thread is None:
@@ -263,11 +263,11 @@ class TrackedRun:
                 entry = self._queue[0]
             try:
                 _send_or_drop(self._client, self.run_id, entry, self._messages.append)
-            except Exception as error:  # noqa: BLE001 - whatever a tracking store raises
+            except Exception as error:  # noqa: BLE001 - a tracking store may raise anything
                 if not self._is_failing:
                     self._messages.append(
-                        f"MLflow did not take the {entry['name']}: {one_line(error)}; it is kept and sent once the "
-                        "store answers"
+                        f"MLflow did not accept the {entry['name']}: {one_line(error)}; it is kept and sent once "
+                        "the store answers"
                     )
                 with self._changed:
                     self._is_failing = True
@@ -278,19 +278,19 @@ class TrackedRun:
                 if not self._is_closed:
                     self._queue.popleft()
                 if self._is_failing:
-                    self._messages.append("MLflow answers again: what was kept is being sent")
+                    self._messages.append("MLflow answers again: the kept entries are being sent")
                 self._is_failing = False
                 self._changed.notify_all()
 
-    def _say(self) -> None:
-        """Log the sending thread's messages: Dagster's log belongs to the step's own thread."""
+    def _log_messages(self) -> None:
+        """Log the background thread's messages: only the step's own thread may write to Dagster's log."""
         while self._messages:
             self._warn(self._messages.popleft())
 
     def _keep(self, left: list[dict[str, Any]]) -> None:
         """Write the entries that were not sent to a file, with copies of the files that they upload."""
         if self._unsent is None:
-            self._warn(f"MLflow did not take {len(left)} entries: they are lost")
+            self._warn(f"MLflow did not accept {len(left)} entries: they are lost")
             return
         try:
             self._unsent.mkdir(parents=True, exist_ok=True)
@@ -303,6 +303,6 @@ class TrackedRun:
             with (self._unsent / f"{self.run_id}.jsonl").open("a") as file:
                 file.writelines(lines)
         except OSError as error:
-            self._warn(f"MLflow did not take {len(left)} entries, and they cannot be kept: {one_line(error)}")
+            self._warn(f"MLflow did not accept {len(left)} entries, and they cannot be saved: {one_line(error)}")
             return
         self._warn(f"MLflow does not answer: {len(left)} entries are kept in {self._unsent} and sent by the next run")

@@ -1,8 +1,8 @@
-"""The SQLite tracking database below var/: made whole, repaired, waited for, and moved along with its folder.
+"""Creates and repairs the SQLite tracking database below var/, waits for its other writers, and relocates its files.
 
-MLflow makes its tables in many transactions, so a process that is killed meanwhile leaves a database that every later
-run would stumble over: it is made beside its place and renamed. MLflow keeps absolute artifact locations: a folder that
-was moved or copied gets those of its new place before anything is read or written.
+MLflow creates its tables in many transactions, so a process killed halfway would leave a database on which every later
+run fails: the database is created under another name and renamed. MLflow stores absolute artifact locations: after its
+folder was moved or copied, they are rewritten before anything is read or written.
 """
 
 import logging
@@ -17,7 +17,7 @@ from model.errors import PipelineError
 from model.progress import Log, silent
 from model.system.processes import stopped_holder
 
-WAIT_S, SAY_AFTER_S, SAY_EVERY_S = 600.0, 3.0, 10.0
+WAIT_S, LOG_AFTER_S, LOG_EVERY_S = 600.0, 3.0, 10.0
 """Longest wait for another writer of the database, when it is first logged, and how often after that."""
 ARTIFACTS = "mlartifacts"
 """Folder of the logged files, beside the database."""
@@ -33,24 +33,23 @@ _LOCATIONS = (
 def prepare(path: Path, log: Log = silent) -> None:
     """Make the database ready to open: create it, wait for another writer, correct its locations after a move.
 
-    To be called by one process at a time. Raises PipelineError for a file that is no database and for one that stays
-    locked.
+    Only one process at a time may call it. Raises PipelineError if the file is not a database or stays locked.
     """
     for left in path.parent.glob(f".{path.name}.*"):
-        left.unlink()  # of a process that was killed while it made one
+        left.unlink()  # from a process that was killed while it created one
     if not path.is_file() or path.stat().st_size == 0:
         _create(path)
     _wait_for_writers(path, log)
-    if _is_half_made(path):
+    if _is_incomplete(path):
         broken = path.with_name(path.name + ".broken")
         path.replace(broken)
-        log(f"{path} was half made and held no runs: it is {broken.name} now, and a new one is made")
+        log(f"{path} was incomplete and held no runs: renamed to {broken.name}, creating a new one")
         _create(path)
     _relocate(path, log)
 
 
-def _is_half_made(path: Path) -> bool:
-    """Whether MLflow was stopped while it made this database: tables are missing, and it holds nothing yet."""
+def _is_incomplete(path: Path) -> bool:
+    """Whether MLflow was stopped while it created this database: tables are missing, and there is no data yet."""
     with closing(sqlite3.connect(path, timeout=60.0)) as database:
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         holds = [table for table in ("runs", "registered_models") if table in tables]
@@ -70,7 +69,7 @@ def _create(path: Path) -> None:
     from mlflow import MlflowClient
 
     fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    logging.disable(logging.INFO)  # a line for each of fifty migrations
+    logging.disable(logging.INFO)  # MLflow logs a line for each of fifty migrations
     try:
         uri = f"sqlite:///{fresh}"
         default = MlflowClient(uri, uri).get_experiment("0")
@@ -87,7 +86,7 @@ def _create(path: Path) -> None:
 def _wait_for_writers(path: Path, log: Log) -> None:
     """Return once the database can be written to."""
     started = time.monotonic()
-    next_said = started + SAY_AFTER_S
+    next_logged = started + LOG_AFTER_S
     while True:
         try:
             with closing(sqlite3.connect(path, timeout=1.0, isolation_level=None)) as database:
@@ -98,19 +97,19 @@ def _wait_for_writers(path: Path, log: Log) -> None:
             now = time.monotonic()
             if "locked" not in str(error):
                 raise PipelineError(
-                    f"{path} cannot be used as tracking database: {error}; move it away or mend it"
+                    f"{path} cannot be used as tracking database: {error}; move it away or repair it"
                 ) from None
             if now - started > WAIT_S:
                 raise PipelineError(
                     f"{path} has been locked by another program for {WAIT_S:.0f} s: end that program and run again"
                 ) from None
-            if now > next_said:
-                next_said = now + SAY_EVERY_S
+            if now > next_logged:
+                next_logged = now + LOG_EVERY_S
                 log(stopped_holder(path) or f"waiting for another program that holds {path}")
 
 
 def _relocate(path: Path, log: Log) -> None:
-    """Replace the locations of the place where this folder was, where its files came along."""
+    """Rewrite the artifact locations of this folder's former path, if its files were moved or copied with it."""
     here = (path.parent / ARTIFACTS).as_uri()
     with closing(sqlite3.connect(path, timeout=60.0)) as database, database:
         columns = [
@@ -126,11 +125,11 @@ def _relocate(path: Path, log: Log) -> None:
         ]
         for place, folder in {(match[1], Path(match[2])) for match in found if match and match[1] != here}:
             if not (path.parent / ARTIFACTS).is_dir() and (folder / ARTIFACTS).is_dir():
-                continue  # chosen on purpose: the files are there and not here
+                continue  # a location chosen on purpose: its files are there, not here
             for table, column in columns:
                 database.execute(
                     f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR {column} LIKE ? || "
                     "'/%'",
                     (here, len(place) + 1, place, place),
                 )
-            log(f"{path}: the tracked files of {folder} are read from {path.parent} now")
+            log(f"{path}: the tracked files of {folder} are now read from {path.parent}")

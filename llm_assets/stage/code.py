@@ -9,7 +9,7 @@ from llm_assets.registry import stage_spec
 
 
 def code_digest(asset: str) -> str:
-    """Hash of the Python files that make an asset: `model/`, the stage's own and those that the registry names."""
+    """Hash of the Python files behind an asset: `model/`, the stage's module and the registry's folders."""
     spec = stage_spec(asset)
     module = spec.module or f"llm_assets.assets.{asset}"
     files = {REPOSITORY / f"{module.replace('.', '/')}.py"}

@@ -1,4 +1,4 @@
-"""What speaks for a model against the champion: both scored on the same text, and how long both take for a token."""
+"""Evidence for a model against the champion: both scores on the same text, and the ratio of their times per token."""
 
 import statistics
 from collections.abc import Callable

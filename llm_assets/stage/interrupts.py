@@ -21,10 +21,10 @@ WATCH_EVERY_S, GRACE_S = 1.0, 60.0
 
 
 def end_with_run() -> None:
-    """Start to watch the run's process and the fork server; this step ends when either is gone.
+    """Watch the run's process and the fork server from a thread; this step ends when either is gone.
 
-    A killed run would otherwise leave an orphaned training that blocks the next run. Without its fork server a step is
-    lost to its run, which retries it: the two would then wait for each other.
+    A killed run would otherwise leave an orphaned training that blocks the next run. If the fork server dies, the run
+    loses its step and retries it: both would then wait for each other.
     Does nothing in a step that runs in its run's own process.
     """
     run = multiprocessing.parent_process()
@@ -46,7 +46,7 @@ def end_with_run() -> None:
 def noticed_interrupts() -> Iterator[Callable[[], None]]:
     """Yield a function that raises DagsterExecutionInterruptedError if a signal has arrived and the step still runs.
 
-    The handlers that are in place are called as before. In a thread other than the main one, which gets no signals, the
+    The existing handlers are still called. In a thread other than the main one, which gets no signals, the
     function does nothing.
     """
     arrived: list[int] = []

@@ -1,4 +1,4 @@
-"""Builds the UI metadata of an artifact: numbers that plot, tables, pictures, text samples.
+"""Builds the UI metadata of an artifact: numbers that the UI plots, tables, pictures, text samples.
 
 Pure functions from summaries and files to `dg.MetadataValue`s; measuring happens elsewhere.
 """
@@ -36,7 +36,7 @@ def numbers(summary: Any, prefix: str = "") -> dict[str, int | float]:
 
 
 def rounded(value: float) -> int | float:
-    """A float with five significant digits, a whole number from 100,000 on; other values as they are."""
+    """A float rounded to five significant digits, an integer from 100,000 on; other values unchanged."""
     if isinstance(value, int) or not math.isfinite(value) or value == 0:
         return value
     digits = SIGNIFICANT_DIGITS - 1 - math.floor(math.log10(abs(value)))
@@ -44,14 +44,14 @@ def rounded(value: float) -> int | float:
 
 
 def summary(**quantities: str) -> dg.MarkdownMetadataValue:
-    """A short table, shown inline: an asset in rounded numbers with units. Underscores of identifiers become spaces."""
+    """A short table of rounded numbers with units, shown inline. Underscores of identifiers become spaces."""
     named = {name.replace("_", " ") if name.isidentifier() else name: value for name, value in quantities.items()}
     rows = [f"| {name} | {value} |" for name, value in named.items()]
     return dg.MetadataValue.md("\n".join(["| | |", "|---|---:|", *rows]))
 
 
 def decision(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Why a model is champion or not (`decision_of`), and the numbers of it."""
+    """Why a model is champion or not, with the numbers (`decision_of`)."""
     shown: dict[str, Any] = {}
     if "decision" in recorded:
         shown["champion_decision"] = recorded["decision"]
@@ -93,7 +93,7 @@ def line(title: str, points: Sequence[tuple[float, float]]) -> dg.MarkdownMetada
     """A curve of (x, y) with its ends labeled, small enough that the UI shows it inline."""
     finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
     if len(finite) < 2:
-        return dg.MetadataValue.md(f"{title}: no curve of {len(finite)} points")
+        return dg.MetadataValue.md(f"{title}: {len(finite)} points, too few for a curve")
     kept = [finite[i * (len(finite) - 1) // 31] for i in range(32)] if len(finite) > 32 else finite
     (left, right), low, high = (kept[0][0], kept[-1][0]), min(y for _, y in kept), max(y for _, y in kept)
     path = " ".join(
@@ -147,9 +147,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
 
 
 def picture(path: Path) -> dg.MarkdownMetadataValue:
-    """A PNG inside the event itself, so that it shows in the UI wherever the artifact lies.
+    """A PNG inside the event itself, so that the UI shows it wherever the artifact is stored.
 
-    One that is too large for an event is shown at a smaller scale.
+    A picture that is too large for an event is scaled down.
     """
     content = path.read_bytes()
     if len(content) > PICTURE_BYTES:

@@ -1,8 +1,8 @@
 """Memoization: a stage with unchanged settings, upstream, source files and code reuses its artifact.
 
-`pipeline_asset` makes an asset of a stage. Before a step computes, it compares the latest artifact's manifest with what
-this run would record; where all is the same, the materialization names that artifact again, with its numbers and
-checks. The run tag `rex/force: true`, or the field `force` of the resource `hydra`, computes all the same.
+Before a step computes, `reuses_unchanged` compares the latest artifact's manifest with what this run would record. If
+they are equal, the materialization names that artifact again, with its numbers and checks. The run tag
+`rex/force: true`, or the field `force` of the resource `hydra`, recomputes anyway.
 """
 
 import functools
@@ -31,7 +31,7 @@ _Compute = Callable[..., Iterator[dg.MaterializeResult]]
 def reuses_unchanged(fingerprint: SourceFingerprint | None = None) -> Callable[[_Compute], _Compute]:
     """Decorate an asset's function, which then runs only if the latest artifact is stale.
 
-    fingerprint: of what a stage reads besides its upstream, as files that settings name.
+    fingerprint: of the stage's inputs other than its upstream, such as files that the settings name.
     """
 
     def decorate(compute: _Compute) -> _Compute:
@@ -96,10 +96,10 @@ def _materialize_again(
     path: Path,
     manifest: Manifest,
 ) -> dg.MaterializeResult:
-    """A materialization that names a published artifact, with the metadata of the one that made it."""
+    """A materialization that names a published artifact, with the metadata of the materialization that made it."""
     context.log.info(
-        f"unchanged: {manifest.asset} of {manifest.experiment!r} has version {manifest.version} already "
-        f"(tag {FORCE_TAG}=true computes it again)"
+        f"unchanged: {manifest.asset} of {manifest.experiment!r} already has version {manifest.version} "
+        f"(the tag {FORCE_TAG}=true recomputes it)"
     )
     if manifest.registration:
         dataset = upstream.get("tokenized_dataset")

@@ -1,4 +1,4 @@
-"""The frame of every stage around its one call: settings, upstream, workspace, tracking and manifest.
+"""The context manager around every stage's one call: settings, upstream, workspace, tracking and manifest.
 
     with stage(context, hydra, mlflow, {"corpus": corpus}) as work:
         summary = build_tokenized_dataset(work.settings.tokenizer, corpus, work.output, log=work.log)
@@ -26,7 +26,7 @@ from llm_assets.artifacts.io_manager import Staged, scratch_dir
 from llm_assets.artifacts.locks import acquire
 from llm_assets.artifacts.manifest import Manifest, assert_compatible, config_hash, flatten, seal, stage_config
 from llm_assets.experiments.compose import to_yaml
-from llm_assets.failures import permanent_failures, terminated_for_good
+from llm_assets.failures import no_retry_after_termination, permanent_failures
 from llm_assets.registry import model_name
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
@@ -41,7 +41,7 @@ from model.progress import Log
 from model.settings import ExperimentSettings
 from model.system.memory import peak_resident_bytes
 
-# Dagster keeps observations for good: one per step of a long training would fill the run storage.
+# Dagster keeps observations forever: one per step of a long training would fill the run storage.
 OBSERVATION_EVERY_S = 60.0
 WORKSPACE_WAIT_S = 30.0
 """How long a retry waits for the previous attempt of a killed run to save its work and end."""
@@ -76,7 +76,7 @@ class Stage:
     source: str = ""
     """Fingerprint of the stage's inputs other than its upstream."""
     most_latency_ratio: float = 0.0
-    """Of a champion: see `decide_champion`."""
+    """Bound for a champion: see `decide_champion`."""
     last_observation_s: float = field(default_factory=time.monotonic)
 
     @property
@@ -86,7 +86,7 @@ class Stage:
 
     @property
     def log(self) -> Log:
-        """Writes progress to the run's log, and re-raises a lost termination."""
+        """Writes progress to the run's log, and re-raises a termination that Python dropped."""
 
         def log(message: str) -> None:
             self.check_interrupt()
@@ -174,9 +174,9 @@ class Stage:
 
 
 def peak_memory_mb() -> float:
-    """Megabytes that this process and its largest child, of those that have ended, held at most, each at its own peak.
+    """Peak memory of this process plus the largest peak among its ended children, in megabytes.
 
-    A step is a separate process; one that has one child at a time never held more.
+    A step is a separate process; with one child at a time, this is an upper bound of its memory.
     """
     return round((peak_resident_bytes() + peak_resident_bytes(resource.RUSAGE_CHILDREN)) / 1e6, 1)
 
@@ -194,12 +194,12 @@ def stage(
 ) -> Iterator[Stage]:
     """Prepare one materialization; bad input becomes a permanent failure, an MLflow run ends with the right status.
 
-    exclusive: wait until no other exclusive stage works on this machine (in this var/ folder).
-    fingerprint: of what the stage reads besides its upstream.
+    exclusive: wait until no other exclusive stage runs on this machine (in this var/ folder).
+    fingerprint: of the stage's inputs other than its upstream.
     """
     end_with_run()
     with (
-        terminated_for_good(context),
+        no_retry_after_termination(context),
         permanent_failures(),
         limits_as_error(scratch_dir()),
         noticed_interrupts() as check_interrupt,
@@ -271,7 +271,7 @@ def workspace_lock(workspace: Path, experiment: str, asset: str) -> Iterator[Non
 
 @contextmanager
 def device_lock(context: dg.AssetExecutionContext, exclusive: bool) -> Iterator[None]:
-    """Hold the machine's cores and GPU.
+    """Hold the lock of the machine's cores and GPU.
 
     Waits as long as the holder works, and raises TransientError where it is stopped.
     A file lock instead of a Dagster pool's limit: a killed run keeps its pool slot forever unless a daemon frees it,

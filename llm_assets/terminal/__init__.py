@@ -1,1 +1,1 @@
-"""What a person sees of a run in a terminal: one line per stage while it works, tables at the end."""
+"""The display of runs in a terminal: one line per stage while it runs, tables at the end."""

@@ -3,7 +3,8 @@
     python -m llm_assets.terminal.execute smoke [--force] [OVERRIDE ...]
     python -m llm_assets.terminal.execute smoke --module llm_assets.images --job container_image_cpu_job
 
-Dagster's own command executes the job; all records of the run go to var/logs/, and this shows what a person reads.
+`dagster job execute` runs the job. All records of the run go to var/logs/; the terminal shows progress, warnings and
+results.
 """
 
 import argparse
@@ -29,9 +30,9 @@ from model.system.processes import is_stopped
 DEFINITIONS, PIPELINE = "llm_assets.definitions", "llm_pipeline"
 LOCATION_TAG = ".dagster/repository"
 """With it, a run that was started here is listed on its job's page."""
-LOOK_EVERY_S = 0.2
-SAY_STOPPED_AFTER = 15
-"""Looks at which the run's process is found stopped before that is said."""
+POLL_EVERY_S = 0.2
+STOPPED_POLLS = 15
+"""Polls that find the run's process stopped before that is printed."""
 _INTERRUPTED = 130
 
 
@@ -44,7 +45,7 @@ def execute_job(
     tags: Mapping[str, str] | None = None,
     console: Console | None = None,
 ) -> int:
-    """Run `job` of `module` for one experiment; the exit status of Dagster's command.
+    """Run `job` of `module` for one experiment; returns the exit status of Dagster's command.
 
     tags: of the run, besides its partition. A signal is passed on to the run, which saves its work.
     """
@@ -87,28 +88,28 @@ def _end(process: subprocess.Popen[bytes], *signals: signal.Signals) -> None:
 
 
 def _watch(process: subprocess.Popen[bytes], follower: Follower, view: View) -> int:
-    """Show records until the process has ended; Ctrl-C reaches it too, and it is waited for."""
+    """Show records until the process has ended. Ctrl-C reaches that process too, and this waits for it."""
     interrupted = False
-    stopped_looks = 0
+    stopped_polls = 0
     while True:
         try:
             ended = process.poll()
-            stopped_looks = stopped_looks + 1 if is_stopped(process.pid) else 0
-            if stopped_looks == SAY_STOPPED_AFTER:
+            stopped_polls = stopped_polls + 1 if is_stopped(process.pid) else 0
+            if stopped_polls == STOPPED_POLLS:
                 view.take(Record("WARNING", "", "", f"the run is stopped: `kill -CONT {process.pid}` continues it"))
             for record in follower.records():
                 view.take(record)
             view.tick()
             if ended is not None:
                 return _INTERRUPTED if interrupted else ended
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(POLL_EVERY_S)
         except KeyboardInterrupt:
             interrupted = True
             _end(process)
 
 
 def _explain(console: Console, view: View, log: Path) -> None:
-    """Say why a run failed: the stages' reasons, or the last line that the command printed."""
+    """Print why a run failed: the stages' reasons, or the last line that the command printed."""
     printed = [
         line.strip() for line in log.with_suffix(".out").read_text(errors="replace").splitlines() if line.strip()
     ]
@@ -119,7 +120,7 @@ def _explain(console: Console, view: View, log: Path) -> None:
 
 @ends_in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one job; the exit status."""
+    """Run one job; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m llm_assets.terminal.execute", description=__doc__.split("\n")[0])
     parser.add_argument("experiment", help="as in configs/experiment/")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as training.max_steps=100")

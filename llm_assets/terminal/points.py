@@ -1,4 +1,4 @@
-"""The points of a sweep: what each was, what it scored, and the table that names the best."""
+"""The points of a sweep: their overrides, their scores, and the table that marks the best."""
 
 import json
 import shlex
@@ -16,7 +16,7 @@ from llm_assets.resources.tracked_run import one_line
 
 @dataclass
 class Point:
-    """One point. Numbers are None where its run failed, or ran another job than the pipeline."""
+    """One point. The numbers are None if its run failed or was not of the pipeline's job."""
 
     name: str
     bits_per_byte: float | None = None
@@ -36,16 +36,16 @@ class Sweep:
         self.points: list[Point] = []
 
     def begin(self, name: str) -> int:
-        """Start a point; its number, from 1."""
+        """Start a point; returns its number, from 1."""
         self.points.append(Point(name))
         return len(self.points)
 
     def fail(self) -> None:
-        """The point has failed."""
+        """Mark the point as failed."""
         self.points[-1].failed = True
 
     def finish(self, experiment: str) -> float:
-        """Read what the point made; its bits per byte."""
+        """Read the results in the point's artifacts; returns its bits per byte."""
         artifacts = latest_artifacts(experiment)
         trained, quantized = (
             json.loads((artifacts[asset] / "summary.json").read_text())
@@ -60,12 +60,12 @@ class Sweep:
 
     @property
     def best(self) -> Point | None:
-        """The point with the fewest bits per byte, None where none was scored; of equals the first."""
+        """The point with the fewest bits per byte, the first one in a tie; None if none was scored."""
         scored = [point for point in self.points if point.bits_per_byte is not None]
         return min(scored, key=lambda point: point.bits_per_byte or 0.0) if scored else None
 
     def close(self) -> None:
-        """Print the table, write it and log it to MLflow; nothing where no point was scored."""
+        """Print the table, write it and log it to MLflow; does nothing if no point was scored."""
         best = self.best
         if best is None:
             return
@@ -79,8 +79,8 @@ class Sweep:
         print(f"table: {shown_path(page)}")
         try:
             self._log(best, [page, data])
-        except Exception as error:  # noqa: BLE001 - whatever a tracking store raises; the table is on the disk
-            print(f"MLflow did not take the table: {one_line(error)}")
+        except Exception as error:  # noqa: BLE001 - a tracking store may raise anything; the table is on disk
+            print(f"MLflow did not accept the table: {one_line(error)}")
 
     def as_text(self) -> str:
         """The table for a terminal of 80 columns: numbers first, as points have long names."""
@@ -91,7 +91,7 @@ class Sweep:
         return "\n".join(lines)
 
     def as_markdown(self) -> str:
-        """The table for a page."""
+        """The table as Markdown."""
         lines = ["| | point | bits per byte | tokens/s | quantized, MB |", "|---:|---|---:|---:|---:|"]
         for number, point in enumerate(self.points, start=1):
             name = f"**`{point.name}`**" if point is self.best else f"`{point.name}`"

@@ -1,4 +1,4 @@
-"""The log of a run as lines of a file that people read and the terminal's view follows.
+"""The log of a run as a text file, which the terminal's view follows.
 
 Each record is one line: time, level, stage, kind of event, text. Every process of a run appends to the same file.
 """
@@ -23,7 +23,7 @@ _LINE = re.compile(r"(?P<time>\S+) (?P<level>\S+) +(?P<stage>\S+) +(?P<event>\S+
 
 @dataclass(frozen=True)
 class Record:
-    """One line. stage, event: empty where the record has none."""
+    """One line. stage, event: empty if the record has none."""
 
     level: str
     stage: str
@@ -45,7 +45,7 @@ class _OneLine(logging.Formatter):
 
 
 def _reason(event: dg.DagsterEvent) -> str:
-    """Why a step failed, in one line: what the stage said of it, else the first error's type and text."""
+    """Why a step failed, in one line: the stage's own description, else the first error's type and text."""
     failure = event.step_failure_data
     if failure.user_failure_data and failure.user_failure_data.description:
         return failure.user_failure_data.description
@@ -61,7 +61,7 @@ def _reason(event: dg.DagsterEvent) -> str:
 @dg.logger(config_schema={"path": dg.Field(str, description="The file to append to.")}, description="Lines of a file.")
 def file_logger(context: dg.InitLoggerContext) -> logging.Logger:
     """Appends every record of a run to a file, one line each."""
-    logger = logging.Logger("dagster", logging.DEBUG)  # noqa: LOG001 - one of its own for each run
+    logger = logging.Logger("dagster", logging.DEBUG)  # noqa: LOG001 - one logger per run
     handler = logging.FileHandler(context.logger_config["path"], encoding="utf-8")
     handler.setFormatter(_OneLine())
     logger.addHandler(handler)
@@ -69,13 +69,13 @@ def file_logger(context: dg.InitLoggerContext) -> logging.Logger:
 
 
 class Follower:
-    """Reads what has been appended to a file since the last look, whole lines only."""
+    """Reads the complete lines that were appended to a file since the last call."""
 
     def __init__(self, path: Path) -> None:
         self._file, self._rest = path.open(encoding="utf-8", errors="replace"), ""
 
     def records(self) -> Iterator[Record]:
-        """The new records; lines of another form are left out."""
+        """The new records; lines in another format are skipped."""
         *lines, self._rest = (self._rest + self._file.read()).split("\n")
         for line in lines:
             if found := _LINE.fullmatch(line):

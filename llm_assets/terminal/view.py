@@ -1,7 +1,8 @@
-"""A run's records as a person wants to read them: on a terminal one moving line, elsewhere plain lines.
+"""Displays a run's records: a live status line on a terminal, plain lines elsewhere.
 
-A stage takes at most a screen: what it does shows in one line that moves, and stays only as one line when it ends; its
-warnings stay. Without a terminal each message is a line, progress now and then. Nothing is wider than 80 columns.
+On a terminal, a running stage is one live line, which becomes one permanent line when the stage ends; warnings are
+printed. Elsewhere each message is a line, and progress is printed every PROGRESS_EVERY_S. A stage prints at most
+STAGE_LINES messages, and no line is wider than 80 columns.
 """
 
 import re
@@ -19,7 +20,7 @@ from model.progress import format_duration
 
 WIDTH = 80
 STAGE_LINES = 16
-"""Messages of a stage that are shown; the file has them all."""
+"""Limit of the messages shown for a stage; the log file has all of them."""
 PROGRESS_EVERY_S = 30.0
 WARNINGS = ("WARNING", "ERROR", "CRITICAL")
 _PERCENT = re.compile(r"\((\d+) %\)")
@@ -27,7 +28,7 @@ _BAR = 16
 
 
 class View:
-    """Takes the records of one run, in order."""
+    """Displays the records of one run, given in order."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._clock = console, clock
@@ -41,7 +42,7 @@ class View:
         self._status = Status("starting", console=console, spinner="line") if console.is_terminal else None
 
     def live(self) -> AbstractContextManager[object]:
-        """While this is open, the moving line is shown, on a terminal."""
+        """A context in which the live line is shown, on a terminal."""
         return self._status or nullcontext()
 
     def take(self, record: Record) -> None:
@@ -56,7 +57,7 @@ class View:
             self._message(record)
 
     def tick(self) -> None:
-        """Move the line: to be called a few times a second."""
+        """Refresh the live line; to be called a few times a second."""
         if self._status:
             working = [self._working(stage) for stage in self._started]
             self._status.update("\n  ".join(working) or f"starting  {format_duration(self._clock() - self._began)}")
@@ -89,13 +90,13 @@ class View:
         if count < STAGE_LINES:
             self._print(text if text.startswith(record.stage) else f"{record.stage}: {text}")
         elif count == STAGE_LINES:
-            self._print(f"{record.stage}: more is in the log")
+            self._print(f"{record.stage}: further messages are in the log")
 
     def _end(self, record: Record) -> None:
         if record.stage not in self._started:  # a step whose process died is reported twice
             return
         took = self._clock() - self._started.pop(record.stage)
-        how = {"STEP_FAILURE": "failed", "STEP_UP_FOR_RETRY": "tried again"}.get(record.event, "done")
+        how = {"STEP_FAILURE": "failed", "STEP_UP_FOR_RETRY": "retrying"}.get(record.event, "done")
         if how == "done" and record.stage in self._unchanged:
             how = "unchanged"
         self._print(f"{record.stage:18} {how:11} {took:6.1f} s")

@@ -104,7 +104,10 @@ def test_a_wrong_password_is_one_line(workplace: Workplace) -> None:
     guessing = Workplace(workplace.root, workplace.bentoml, {**workplace.variables, "POSTGRES_PASSWORD": "guessed"})
     done = guessing.run("python", "-m", "llm_assets.containers.prepare")
     assert done.returncode == 1
-    assert done.stdout.startswith("error: the database server refuses: ") and len(done.stdout.splitlines()) == 1
+    assert (
+        done.stdout.startswith("error: the database server refused the connection: ")
+        and len(done.stdout.splitlines()) == 1
+    )
     assert "guessed" not in done.stdout
 
 

@@ -79,4 +79,4 @@ def test_optuna_searches_intervals_ranges_and_choices_and_goes_on_after_a_failur
 def test_a_search_whose_trials_all_fail_is_one_error(tmp_path):
     done = search(tmp_path, "hydra.sweeper.n_trials=2", "training.seed=1")
     assert done.returncode == 1
-    assert "none of 2 trials gave bits per byte" in done.stderr.splitlines()[-1]
+    assert "none of 2 trials has a score" in done.stderr.splitlines()[-1]

@@ -52,7 +52,7 @@ def test_every_option_is_explained_beside_its_resolved_value():
 @pytest.mark.parametrize(
     ("content", "line", "says"),
     [
-        (b"corpus:\n\tmax_bytes: 1\n", 3, "spaces where a tab is"),
+        (b"corpus:\n\tmax_bytes: 1\n", 3, "spaces instead of a tab"),
         (b"training: {seed: 1}\ntraining: {seed: 2}\n", 3, "given twice, first on line 2"),
         (b"corpus:\n  paths: [*.txt]\n", 3, "quotes around a text"),
         (b"description: \xff\n", 2, "not UTF-8"),

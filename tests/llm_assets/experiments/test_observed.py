@@ -157,8 +157,8 @@ def test_options_that_came_and_went_are_named_too() -> None:
     now = {"training": {"max_steps": 2, "new": "a"}}
     assert changed_options(before, now) == [
         "training.max_steps is 2, was 1",
-        "training.new is 'a', which was no option",
-        "training.old is no option any more",
+        "training.new is 'a', was not an option",
+        "training.old is no longer an option",
     ]
 
 

@@ -50,7 +50,7 @@ def test_a_base_that_is_not_there_and_cannot_be_pulled_is_named(
     engine = ContainerEngine(command=command(tmp_path, "echo no such host >&2; exit 1"))
     with pytest.raises(PipelineError) as refused:
         engine.base("python:3.11-slim")
-    assert "no image mirror/python:3.11-slim" in str(refused.value)
+    assert "image mirror/python:3.11-slim is not on this machine" in str(refused.value)
     assert "no such host" in str(refused.value) and "LLM_ASSETS_BASE_IMAGE" in str(refused.value)
 
 

@@ -78,7 +78,7 @@ def test_a_tracking_store_that_fails_is_a_warning_and_not_an_error(pipeline: Pip
     pipeline.bodies["corpus"] = body
     assert pipeline.run("corpus").success
     assert len(warnings) >= 2
-    assert all(warning.startswith("MLflow did not take the") and "\n" not in warning for warning in warnings)
+    assert all(warning.startswith("MLflow did not accept the") and "\n" not in warning for warning in warnings)
 
 
 def test_long_parameters_and_many_of_them_are_logged(pipeline: Pipeline) -> None:

@@ -63,7 +63,7 @@ def test_the_same_content_is_registered_once(registry: Registry) -> None:
         "2",
     ]
     assert len(registry.client.search_model_versions(f"name = '{registry.name}'")) == 2
-    assert any("version 1 has this content already" in line for line in registry.lines)
+    assert any("version 1 already has this content" in line for line in registry.lines)
 
 
 def test_an_equal_model_does_not_become_champion(registry: Registry) -> None:
@@ -82,7 +82,7 @@ def test_a_rollback_by_hand_is_not_undone_by_a_worse_training(registry: Registry
     registry.register(1.5, "two")  # the same training once more
     registry.register(1.2, "four", text="b")  # another text: the two cannot be compared
     assert registry.champion == "1"
-    assert "a person set the champion (1)" in registry.decision("4")
+    assert "the champion (1) was set by hand" in registry.decision("4")
 
 
 def test_a_model_better_than_all_becomes_champion_by_a_recorded_decision(registry: Registry) -> None:
@@ -213,7 +213,7 @@ def test_promotion_and_rollback_by_hand_are_recorded_and_stay(
     ("arguments", "says"),
     [
         (["promote", "7", "--reason", "x"], "has no version 7: expected one of 1"),
-        (["promote", "1", "--reason", "x"], "is the champion already: nothing was changed"),
+        (["promote", "1", "--reason", "x"], "is already the champion: nothing was changed"),
         (["promote", "1", "--reason", " "], "--reason is empty: expected why"),
         (["rollback", "--reason", "x"], "has had no champion before version 1: name the version"),
     ],

@@ -106,7 +106,7 @@ def test_a_training_does_not_wait_for_a_server_that_hangs(server: Server, client
     assert losses(client, run.run_id) == list(range(200))
     assert client.get_run(run.run_id).info.status == "FINISHED"
     assert "it is kept and sent once the store answers" in warnings[0]
-    assert warnings[-1] == "MLflow answers again: what was kept is being sent"
+    assert warnings[-1] == "MLflow answers again: the kept entries are being sent"
 
 
 def test_what_a_dead_server_did_not_get_is_sent_by_the_next_run(
@@ -125,7 +125,7 @@ def test_what_a_dead_server_did_not_get_is_sent_by_the_next_run(
     assert "entries are kept in" in warnings[-1]
     lines: list[str] = []
     send_unsent(client, tmp_path / "unsent", lines.append)
-    assert "did not take what is kept" in lines[0] and list((tmp_path / "unsent").glob("*.jsonl"))
+    assert "did not accept the entries" in lines[0] and list((tmp_path / "unsent").glob("*.jsonl"))
     server.start()
     send_unsent(client, tmp_path / "unsent", lines.append)
     sent = client.get_run(run.run_id)
@@ -143,4 +143,4 @@ def test_what_the_store_refuses_for_good_is_dropped_with_a_warning(client: Any) 
     run.log_metrics({"loss": 1.0}, 3)
     run.end_after(None)
     assert losses(client, run.run_id) == [3]
-    assert [warning.startswith("MLflow did not take the parameters") for warning in warnings] == [True]
+    assert [warning.startswith("MLflow did not accept the parameters") for warning in warnings] == [True]

@@ -85,7 +85,7 @@ def test_pictures_are_small_enough_to_be_shown_inline() -> None:
 
 
 def test_a_curve_without_points_says_so() -> None:
-    assert "no curve" in str(ui_metadata.line("loss", [(0, float("nan"))]).value)
+    assert "too few for a curve" in str(ui_metadata.line("loss", [(0, float("nan"))]).value)
 
 
 def test_a_summary_is_a_table_with_units() -> None:

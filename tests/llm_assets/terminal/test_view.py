@@ -51,7 +51,7 @@ def test_a_stage_takes_at_most_a_screen_of_80_columns(plain: Watched) -> None:
         plain.say(f"document {number} " + "of many words " * 9)
     plain.say("", event="STEP_SUCCESS")
     assert max(map(len, plain.lines)) <= WIDTH
-    assert plain.lines[-2] == "corpus: more is in the log"
+    assert plain.lines[-2] == "corpus: further messages are in the log"
     assert sum(line.startswith("corpus: document") for line in plain.lines) == STAGE_LINES - 1
 
 
@@ -73,7 +73,7 @@ def test_on_a_terminal_only_ends_and_warnings_stay() -> None:
 
 def test_an_unchanged_stage_and_a_failed_one_say_so(plain: Watched) -> None:
     plain.say("", event="STEP_START")
-    plain.say("unchanged: corpus of 'smoke' has version 705d already")
+    plain.say("unchanged: corpus of 'smoke' already has version 705d")
     plain.say("", event="STEP_SUCCESS")
     plain.say("", event="STEP_START", stage="tokenized_dataset")
     plain.say("tokenizer.vocab_size is 0: expected more", event="STEP_FAILURE", stage="tokenized_dataset")

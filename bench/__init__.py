@@ -1,3 +1,3 @@
 """Measurements of the artifacts and comparisons with peers; LOG.md records the experiments, failed ones included."""
 
-import model  # noqa: F401 - before torch is loaded: it says how long OpenMP's threads spin
+import model  # noqa: F401 - sets how long OpenMP's threads spin, before torch is loaded

@@ -1,12 +1,12 @@
-"""What other clients' requests cost a good client's first token, by kind of abuse, on a real server process.
+"""The effect of abusive clients on a good client's time to first token, by kind of abuse, on a real server process.
 
     python -m bench.abuse [MODEL_DIR] [--seconds 8] [--clients 4] [--only NAME ...]
 
-Without a directory it makes a model of the shape of the `stdlib_30m` experiment with random weights. A client asks for
-8 tokens again and again, alone and beside CLIENTS that abuse the service from another process and another address. The
-table has the good client's milliseconds to its first token, and the ratio of its p99 to that alone, which should be at
-most 2. Alone is measured before and after all kinds. On a machine of few cores the abusers' own work takes part: their
-bodies are made once, and they read with next to no work.
+Without a directory it makes a model of the shape of the `stdlib_30m` experiment with random weights. A good client
+requests 8 tokens repeatedly, alone and beside CLIENTS that abuse the service from another process and another address.
+The table has the good client's milliseconds to its first token, and the ratio of its p99 to its p99 alone, which should
+be at most 2. The client alone is measured before and after all kinds. On a machine with few cores the abusers' own CPU
+time counts too, so their bodies are made once and they read answers with almost no work.
 """
 
 import argparse
@@ -49,12 +49,12 @@ def _fill(piece: str, separator: str = ",", size: int = MB - 1000) -> str:
 
 
 def many_fields() -> bytes:
-    """An object of 60,000 names."""
+    """An object with 60,000 fields."""
     return _post(COMPLETIONS, ("{" + ",".join(f'"field{number}":1' for number in range(60_000)) + "}").encode())
 
 
 def few_fields() -> bytes:
-    """As many unknown names as are parsed."""
+    """As many unknown fields as the service parses."""
     return _ask(COMPLETIONS, prompt="x", **{f"field{number}": 1 for number in range(8_000)})
 
 
@@ -75,7 +75,7 @@ def spaces() -> bytes:
 
 
 def long_texts() -> bytes:
-    """A megabyte to tokenize, with the names of its tokens."""
+    """A megabyte to tokenize, with the strings of its tokens."""
     return _ask(TOKENIZE, prompt=_fill("def f(x): return x", "\n"), return_token_strs=True)
 
 
@@ -85,7 +85,7 @@ def many_texts() -> bytes:
 
 
 def many_prompts() -> bytes:
-    """The most prompts of a request, each as long as is tokenized at once, which do not fit."""
+    """The largest number of prompts of a request, each of the size that is tokenized at once; they do not fit."""
     return _ask(COMPLETIONS, prompt=[_fill("word", " ", 4000)] * 64, max_tokens=1)
 
 
@@ -100,7 +100,7 @@ def log_probabilities() -> bytes:
 
 
 def many_choices() -> bytes:
-    """n: 16."""
+    """Sixteen choices of one prompt."""
     return _ask(COMPLETIONS, prompt="def", max_tokens=64, n=16, ignore_eos=True)
 
 
@@ -202,7 +202,7 @@ def measure(model_dir: Path, *, seconds: float, clients: int, only: list[str]) -
             abuser.join(10)
             if abuser.is_alive():
                 abuser.kill()
-            time.sleep(1)  # what the abusers left is canceled
+            time.sleep(1)  # until the service has canceled the abusers' last requests
         alone += good_client(server, prompts, time.monotonic() + seconds)
     result: dict[str, Any] = {"alone": summary(alone), "beside": beside}
     for row in beside.values():

@@ -130,7 +130,7 @@ def measure_kv_cache(
 ) -> dict[str, Any]:
     """Seconds for `tokens` tokens with and without the cache, in interleaved rounds, and the ratio of the medians.
 
-    Raises PipelineError where `tokens` exceeds the model's context or the directory cannot be loaded.
+    Raises PipelineError if `tokens` exceeds the model's context or the directory cannot be loaded.
     """
     model = load_model(model_dir, device=device)
     torch.set_num_threads(torch_threads(count_parameters(model)))

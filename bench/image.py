@@ -32,7 +32,7 @@ from model.errors import PipelineError, ends_in_one_line
 from model.system import commands
 
 MB = 1e6
-LOOK_EVERY_S = 2.0
+POLL_EVERY_S = 2.0
 """Seconds between polls of a starting container's state: polling in every iteration slowed the start."""
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Run by the image's Python inside the container: number of processes, anonymous bytes and mapped-file bytes, shared
@@ -77,18 +77,18 @@ def start(tag: str, port: int) -> tuple[str, float]:
         "docker", "run", "--detach", "--publish", f"127.0.0.1:{port}:3000", *HARDENED, "--memory", "2g",
         "--env", "REX_ALLOW_ANONYMOUS=true", tag,
     ).strip()  # fmt: skip
-    looked = started
+    polled = started
     while True:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5):
                 return container, time.monotonic() - started
         except (urllib.error.URLError, OSError):
             time.sleep(0.05)
-        if time.monotonic() - looked < LOOK_EVERY_S:
+        if time.monotonic() - polled < POLL_EVERY_S:
             continue
-        looked = time.monotonic()
+        polled = time.monotonic()
         if run("docker", "inspect", "--format", "{{.State.Status}}", container).strip() == "exited":
-            raise PipelineError(f"the container of {tag} ended: docker logs {container[:12]} says why")
+            raise PipelineError(f"the container of {tag} ended: see docker logs {container[:12]}")
 
 
 def held(container: str) -> tuple[int, int]:
@@ -105,7 +105,7 @@ def measure(tag: str, port: int) -> dict[str, float]:
         log = run("sh", "-c", f"docker logs {container} 2>&1")
         tokens = re.search(r"cache_tokens=(\d+)", log)
         assert tokens is not None
-        beside = weights + per_token * int(tokens[1])
+        weights_and_cache = weights + per_token * int(tokens[1])
         at_first, mapped = held(container)
         model = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=30))["data"][0]["id"]
         body = {"model": model, "prompt": "def ", "n": 16, "max_tokens": 64, "ignore_eos": True}
@@ -117,10 +117,10 @@ def measure(tag: str, port: int) -> dict[str, float]:
         urllib.request.urlopen(request, timeout=120).read()
         return {
             "ready_s": ready,
-            "memory_mb": (at_first - beside) / MB,
-            "memory_after_texts_mb": (held(container)[0] - beside) / MB,
+            "memory_mb": (at_first - weights_and_cache) / MB,
+            "memory_after_texts_mb": (held(container)[0] - weights_and_cache) / MB,
             "mapped_files_mb": mapped / MB,
-            "weights_and_cache_mb": beside / MB,
+            "weights_and_cache_mb": weights_and_cache / MB,
         }
     finally:
         run("docker", "rm", "--force", container)

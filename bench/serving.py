@@ -267,13 +267,13 @@ def _overload(server: Server, prompts: Prompts, tokens: int, seconds: float, tur
 def _memory(server: Server, engine: Engine, weights_bytes: int) -> dict[str, float]:
     cache_bytes = engine.stats().cache_capacity_tokens * engine.cache_bytes_per_token
     held = server.worker().memory_info()
-    beside = weights_bytes + cache_bytes
+    weights_and_cache = weights_bytes + cache_bytes
     return {
         "resident_mb": held.rss / MB,
         "weights_mb": weights_bytes / MB,
         "cache_mb": cache_bytes / MB,
-        "over_weights_and_cache_mb": (held.rss - held.shared - beside) / MB,
-        "with_mapped_files_mb": (held.rss - beside) / MB,
+        "over_weights_and_cache_mb": (held.rss - held.shared - weights_and_cache) / MB,
+        "with_mapped_files_mb": (held.rss - weights_and_cache) / MB,
     }
 
 

@@ -1,7 +1,7 @@
 """Writes the tables of options into the documentation, from the fields that declare them: `make docs`.
 
 A table stands between `<!-- generated: NAME -->` and `<!-- /generated -->`, where NAME is a group of an experiment's
-options, or `service` for the variables of the service. `--check` writes nothing and fails where a page is out of date.
+options, or `service` for the variables of the service. `--check` writes nothing and fails if a page is out of date.
 """
 
 import argparse
@@ -30,12 +30,12 @@ def generated(page: str) -> str:
 def main() -> int:
     """Write the pages, or check them."""
     parser = argparse.ArgumentParser(prog="python docs/generate.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; status 1 where a page is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a page is out of date")
     check = parser.parse_args().check
     outdated = [page for page in PAGES if generated(page.read_text()) != page.read_text()]
     for page in outdated:
         if check:
-            print(f"{page.name} is not what the options say: run `make docs`", file=sys.stderr)
+            print(f"{page.name} differs from the options: run `make docs`", file=sys.stderr)
         else:
             page.write_text(generated(page.read_text()))
     return int(check and bool(outdated))

@@ -144,16 +144,16 @@ class LlamaCpp(Contender):
         running: dict[int, list[int]] = {}  # slot: position, token, remaining tokens
         started = time.perf_counter()
         while waiting or running:
-            pieces = [(slot, position, [token]) for slot, (position, token, _) in running.items()]
+            segments = [(slot, position, [token]) for slot, (position, token, _) in running.items()]
             free = [slot for slot in range(RAGGED_STREAMS) if slot not in running]
             left = MICRO_BATCH
             while waiting and free and (left == MICRO_BATCH or len(waiting[0][0]) <= left):
                 prompt, count = waiting.pop(0)
                 left -= len(prompt)
                 slot = free.pop(0)
-                pieces.append((slot, 0, prompt))
+                segments.append((slot, 0, prompt))
                 running[slot] = [len(prompt) - 1, 0, count]
-            for (slot, _, _), token in zip(pieces, self._compute(pieces), strict=True):
+            for (slot, _, _), token in zip(segments, self._compute(segments), strict=True):
                 state = running[slot]
                 state[:] = [state[0] + 1, token, state[2] - 1]
                 if not state[2]:
@@ -177,7 +177,7 @@ class LlamaCpp(Contender):
         wanted.no_perf = True
         self._context = self._library.llama_init_from_model(self._weights, wanted)
         if not self._context:
-            raise PipelineError(f"llama.cpp makes no context with {self._setting}")
+            raise PipelineError(f"llama.cpp cannot create a context with {self._setting}")
         self._open = (self._setting, streams, tokens)
 
     def _views(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -190,10 +190,10 @@ class LlamaCpp(Contender):
         views = [as_array(pointer, (BATCH,)) for pointer in (batch.token, batch.pos, batch.logits)]
         return views[0], views[1], views[2], slots
 
-    def _compute(self, pieces: list[tuple[int, int, list[int]]]) -> list[int]:
+    def _compute(self, segments: list[tuple[int, int, list[int]]]) -> list[int]:
         """One pass over segments (slot, start, ids), and the most likely token after each."""
         at, ends = 0, []
-        for slot, start, ids in pieces:
+        for slot, start, ids in segments:
             end = at + len(ids)
             self._ids[at:end] = ids
             self._positions[at:end] = range(start, start + len(ids)) if len(ids) > 1 else start

@@ -87,7 +87,7 @@ def _run_in_a_fork(configuration: Configuration) -> dict[str, Any]:
             with os.fdopen(write_end, "w") as pipe:
                 json.dump(_run(configuration), pipe)
             status = 0
-        except BaseException as error:  # noqa: BLE001  whatever it is must not unwind into the parent's code
+        except BaseException as error:  # noqa: BLE001  no exception may unwind into the parent's code
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         finally:
             os._exit(status)

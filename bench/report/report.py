@@ -48,7 +48,7 @@ def build_report(
     """Measure both models on `settings.serving.device`, write the four files to `output_dir`, return report.json.
 
     Its key `summary` holds the headline numbers, flat. Speeds are in tokens per second, latencies in milliseconds,
-    sizes in bytes. Raises PipelineError where a directory cannot be loaded or a length exceeds the model's context.
+    sizes in bytes. Raises PipelineError if a directory cannot be loaded or a length exceeds the model's context.
     """
     device = resolve_device(settings.serving.device, setting="serving.device")
     directories = {"full": checkpoint_dir, "quantized": quantized_dir}
@@ -61,8 +61,8 @@ def build_report(
         machine = hardware.describe(device)  # before the work, so that the load average shows only other processes
         log(f"benchmark: {labels['full']} and {labels['quantized']} on {device}, {threads} threads")
         log("benchmark: quality and peak memory")
-        with ThreadPoolExecutor(1) as beside:  # neither task is timed
-            memory = beside.submit(_memory, settings, directories, labels, str(device), threads)
+        with ThreadPoolExecutor(1) as background:  # neither task is timed
+            memory = background.submit(_memory, settings, directories, labels, str(device), threads)
             with _threads(hardware.all_threads()):
                 quality = measure_quality(models, dataset_dir, settings, log=log)
         log("benchmark: speed")

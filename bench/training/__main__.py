@@ -41,14 +41,15 @@ SHORT, LONG = (150, 16), (950, 16)
 def character_dataset(text: str, directory: Path) -> Path:
     """Both splits as one document each, cut as nanoGPT does: the first 90 % of the characters train."""
     tokenizer = train_tokenizer(TokenizerSettings(kind="char"), [text])
-    spelled = token_bytes(tokenizer)
+    bytes_of_tokens = token_bytes(tokenizer)
     directory.mkdir(parents=True)
     tokenizer.save_pretrained(directory / "tokenizer")
-    np.save(directory / "token_bytes.npy", np.frombuffer(b"".join(spelled), np.uint8))
-    np.save(directory / "byte_counts.npy", np.array([len(data) for data in spelled], np.int64))
+    np.save(directory / "token_bytes.npy", np.frombuffer(b"".join(bytes_of_tokens), np.uint8))
+    np.save(directory / "byte_counts.npy", np.array([len(data) for data in bytes_of_tokens], np.int64))
     cut = int(len(text) * 0.9)
     for split, part in (("train", text[:cut]), ("validation", text[cut:])):
-        encode_split(FastEncoder(tokenizer), [part], directory / split, tokenizer.eos_token_id, len(spelled), np.uint16)
+        vocab_size = len(bytes_of_tokens)
+        encode_split(FastEncoder(tokenizer), [part], directory / split, tokenizer.eos_token_id, vocab_size, np.uint16)
     return directory
 
 

@@ -21,7 +21,7 @@ from model.errors import PipelineError
 from model.settings import TrainingSettings
 from model.training.trainer import RexTrainer
 
-WAYS: dict[str, dict[str, Any]] = {
+MODES: dict[str, dict[str, Any]] = {
     "eager, float32": {"precision": "float32", "torch_compile": False},
     "eager, bfloat16": {"precision": "bfloat16", "torch_compile": False},
     "compiled, float32": {"precision": "float32", "torch_compile": True},
@@ -29,10 +29,12 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def check(shape: str, way: str) -> tuple[bool, str]:
-    """Whether the gradients of one of WAYS are correct, and the line to print."""
+def check(shape: str, mode: str) -> tuple[bool, str]:
+    """Whether the gradients of one of MODES are correct, and the line to print."""
     lines: list[str] = []
-    settings = dataclasses.replace(read_settings(TrainingSettings, speed.SHAPES[shape][1]), device="auto", **WAYS[way])
+    settings = dataclasses.replace(
+        read_settings(TrainingSettings, speed.SHAPES[shape][1]), device="auto", **MODES[mode]
+    )
     with tempfile.TemporaryDirectory() as scratch:
         run, model = speed.prepare(shape, Path(scratch), settings)
         trainer = RexTrainer(dataclasses.replace(run, log=lines.append), model)
@@ -46,13 +48,15 @@ def check(shape: str, way: str) -> tuple[bool, str]:
     return True, lines[-1]
 
 
-def measure(shape: str, nanogpt: Path | None, rounds: int, steps: int, ways: list[str] | None = None) -> dict[str, Any]:
+def measure(
+    shape: str, nanogpt: Path | None, rounds: int, steps: int, modes: list[str] | None = None
+) -> dict[str, Any]:
     """The self-check of each mode, then the speed of the experiment's settings."""
     result: dict[str, Any] = {"shape": shape, "gradients": {}}
-    for way in ways or list(WAYS):
-        passed, line = check(shape, way)
-        result["gradients"][way] = {"passed": passed, "said": line}
-        print(f"{way}: {line}", flush=True)
+    for mode in modes or list(MODES):
+        passed, line = check(shape, mode)
+        result["gradients"][mode] = {"passed": passed, "message": line}
+        print(f"{mode}: {line}", flush=True)
     if nanogpt is not None:
         return result | speed.compare_gpu(nanogpt, rounds, steps)
     side = speed.measure_side(f"{shape}:ours", steps)

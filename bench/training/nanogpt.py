@@ -86,7 +86,7 @@ def prepare(folder: Path, text: Path, scratch: Path) -> Path:
     """
     if not (folder / "train.py").is_file() or not (folder / "data" / "shakespeare_char" / "prepare.py").is_file():
         raise PipelineError(
-            f"{folder} holds no nanoGPT: expected train.py and data/shakespeare_char/prepare.py; clone "
+            f"{folder} is not a work tree of nanoGPT: expected train.py and data/shakespeare_char/prepare.py; clone "
             "https://github.com/karpathy/nanoGPT and name its folder"
         )
     copy = scratch / "nanoGPT"

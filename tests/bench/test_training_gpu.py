@@ -6,8 +6,8 @@ from model.training.trainer import RexTrainer
 
 
 def test_gradients_are_checked_and_steps_are_timed_on_a_machine_without_a_gpu(capsys):
-    found = gpu.measure("tiny", None, rounds=1, steps=2, ways=["eager, float32", "eager, bfloat16"])
-    assert [way["passed"] for way in found["gradients"].values()] == [True, True]
+    found = gpu.measure("tiny", None, rounds=1, steps=2, modes=["eager, float32", "eager, bfloat16"])
+    assert [mode["passed"] for mode in found["gradients"].values()] == [True, True]
     assert found["tokens_per_second"] > 0
     printed = capsys.readouterr().out
     assert "eager, bfloat16: self-check: gradients agree" in printed and "of the measured peak" in printed

@@ -174,7 +174,7 @@ def own_routes(backend_of: BackendOf) -> APIRouter:
         "/generate_text_without_prompt",
         response_model=GenerateTextResponse,
         responses=without(GENERATING, 404),
-        summary="Begin a text of n tokens",
+        summary="Generate a new text of n tokens",
     )
     async def generate_text_without_prompt(body: GenerateTextWithoutPromptRequest, request: Request) -> Response:
         names = (EXACT_COUNT, EXACT_COUNT)

@@ -55,7 +55,7 @@ def _stops(value: Any) -> Any:
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise PydanticCustomError("string_type", "expected a string or a list of strings")
     if len(stops) > MOST_STOPS:
-        raise PydanticCustomError("too_many_stops", f"{len(stops)} strings: at most {MOST_STOPS} are looked for")
+        raise PydanticCustomError("too_many_stops", f"{len(stops)} strings: expected at most {MOST_STOPS}")
     if not all(stops):
         raise PydanticCustomError("empty_stop", "an empty string would end every text at once")
     if max(map(len, stops), default=0) > LONGEST_STOP:
@@ -148,13 +148,13 @@ class Sampling(StrictRequest):
         None,
         ge=0,
         le=1,
-        description="Draw from the most likely tokens that hold this probability together; 0 keeps one. Default: 1.",
+        description="Draw from the most likely tokens with this total probability; 0 keeps one. Default: 1.",
     )
     min_p: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="Drop tokens less likely than this part of the most likely one's probability. Default: 0.",
+        description="Drop tokens less likely than this fraction of the most likely one's probability. Default: 0.",
     )
     repetition_penalty: float | None = Field(
         None,
@@ -163,10 +163,10 @@ class Sampling(StrictRequest):
         description="Above 1 makes tokens that occurred, in the prompt too, less likely. Default: 1.",
     )
     presence_penalty: Penalty | None = Field(
-        None, description="Taken off the logit of a token that was generated before. Default: 0."
+        None, description="Subtracted from the logit of a token that was generated before. Default: 0."
     )
     frequency_penalty: Penalty | None = Field(
-        None, description="Taken off the logit of a token for each time that it was generated. Default: 0."
+        None, description="Subtracted from the logit of a token for each time that it was generated. Default: 0."
     )
     logit_bias: Biases | None = Field(
         None, description=f"Added to the logits of these token ids, at most {MOST_BIASES} of them."
@@ -179,7 +179,7 @@ class Sampling(StrictRequest):
     )
     stop: Stops = Field(
         None,
-        description=f"End the text where one of these strings appears; it is not part of the text. At most "
+        description=f"End the text when one of these strings appears; it is not part of the text. At most "
         f"{MOST_STOPS}, of at most {LONGEST_STOP} characters.",
     )
     stop_token_ids: list[TokenId] | None = Field(
@@ -189,7 +189,7 @@ class Sampling(StrictRequest):
         None,
         ge=0,
         le=LARGEST_COUNT,
-        description="Nothing but the end of its form ends the text before this many tokens. Default: 0.",
+        description="Only the end of its format ends the text before this many tokens. Default: 0.",
     )
     include_stop_str_in_output: bool | None = Field(
         None,
@@ -201,9 +201,9 @@ class Sampling(StrictRequest):
         description="Strings that never appear in the text, whatever tokens would spell them.",
     )
     allowed_token_ids: list[TokenId] | None = Field(
-        None, max_length=MOST_ALLOWED, description="Choose among these tokens alone; empty: all."
+        None, max_length=MOST_ALLOWED, description="Choose only among these tokens; empty: all."
     )
-    ignore_eos: bool | None = Field(None, description="Go on after the end-of-text token. Default: false.")
+    ignore_eos: bool | None = Field(None, description="Continue after the end-of-text token. Default: false.")
 
     def sampling(self, choice: int = 0) -> SamplingParameters:
         """These fields as engine parameters. choice: index of the text among those of one prompt, each with its own
@@ -252,7 +252,7 @@ class Sampling(StrictRequest):
 
 
 class GenerateRequest(Sampling):
-    """Text to continue, and how."""
+    """A text to continue, with sampling parameters."""
 
     prompt: str = Field(min_length=1, description="The text to continue.", examples=["def main():\n"])
     max_tokens: Count | None = Field(
@@ -269,7 +269,7 @@ class GenerateTextRequest(StrictRequest):
     prompt: str = Field(min_length=1, description="The text to continue.", examples=["def main():\n"])
     context: str | None = Field(None, description="Text before the prompt, separated from it by a newline.")
     num_of_token_generated: Count = Field(
-        description="Tokens to generate; fewer only where the text ends before.", examples=[16]
+        description="Tokens to generate; fewer only if the text ends before.", examples=[16]
     )
 
     def text(self) -> str:
@@ -281,7 +281,7 @@ class GenerateTextWithoutPromptRequest(StrictRequest):
     """A number of tokens from the beginning of a new text."""
 
     num_of_token_generated: Count = Field(
-        description="Tokens to generate; fewer only where the text ends before.", examples=[16]
+        description="Tokens to generate; fewer only if the text ends before.", examples=[16]
     )
 
 

@@ -1,7 +1,7 @@
 """API keys: access control of the service.
 
-Keys come from the variable LLM_API_KEYS (comma separated) and from a file named by LLM_API_KEYS_FILE (one a line); each
-grants access to every route. Without keys the service is open, so it only starts on a loopback address unless
+Keys come from the variable LLM_API_KEYS (comma separated) and from a file named by LLM_API_KEYS_FILE (one per line);
+each grants access to every route. Without keys the service is open, so it only starts on a loopback address unless
 REX_ALLOW_ANONYMOUS is true.
 """
 
@@ -30,7 +30,7 @@ def read_api_keys(environment: Mapping[str, str] | None = None) -> tuple[str, ..
     """The keys; empty if neither variable is set.
 
     Raises InvalidArgument, one line without any key in it, for a file that cannot be read or contains no key, and for a
-    key that a header cannot carry.
+    key that a header cannot contain.
     """
     environment = os.environ if environment is None else environment
     keys = [key.strip() for key in environment.get(KEYS, "").split(",")]
@@ -40,13 +40,13 @@ def read_api_keys(environment: Mapping[str, str] | None = None) -> tuple[str, ..
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidArgument(f"{KEYS_FILE} is {name!r}, which cannot be read: {error}") from None
         if not any(lines):
-            raise InvalidArgument(f"{KEYS_FILE} is {name!r}, which holds no key: write one a line")
+            raise InvalidArgument(f"{KEYS_FILE} is {name!r}, which contains no key: write one key per line")
         keys += lines
     keys = [key for key in keys if key]
     for number, key in enumerate(keys, start=1):
         if not key.isascii() or not key.isprintable() or " " in key:
             raise InvalidArgument(
-                f"key {number} of {KEYS} and {KEYS_FILE} holds a character that a header cannot carry: use printable "
+                f"key {number} of {KEYS} and {KEYS_FILE} has a character that a header cannot contain: use printable "
                 "ASCII without spaces"
             )
     return tuple(dict.fromkeys(keys))

@@ -64,7 +64,7 @@ def parse(body: bytes) -> Any:
     except ValueError:  # Python's limit on the digits of an integer
         raise _refusal("the body has a number with thousands of digits", "invalid_number") from None
     _check_depth(value)
-    if b"\\ud" in body or b"\\uD" in body:  # the only way to write a lone surrogate in valid UTF-8
+    if b"\\ud" in body or b"\\uD" in body:  # in valid UTF-8, only an escape can encode a lone surrogate
         _check_characters(value)
     return value
 
@@ -73,7 +73,7 @@ def check_cost(body: bytes) -> None:
     """Bound the values that a parser would make of a body. Raises ApiError 400."""
     if len(body) <= MOST_NAMES:
         return
-    # Only a quote after a backslash does not end a string: half of the quotes is a bound on the strings.
+    # A string has two quotes, and more only after backslashes: half of the quotes bounds the number of strings.
     if body.count(b'"') - body.count(b'\\"') > 2 * MOST_VALUES:
         raise _too_many("values", MOST_VALUES)
     skeleton = _STRINGS.sub(b"", body)

@@ -22,7 +22,7 @@ READING = {
         _400="The request is wrong; the message names the field.",
         _404="The named model is not served.",
         _413="The body is too large.",
-        _503="No model is ready or no slot became free in time; Retry-After says when to try again, where that helps.",
+        _503="No model is ready or no slot became free in time; Retry-After says when to try again, if that can help.",
     ),
 }
 """Error answers of a route with a body."""
@@ -38,11 +38,11 @@ GENERATING = {
 
 def stream_of(kind: str) -> dict[str, Any]:
     """The 200 response of a route that can stream. kind: object type of an event's data."""
-    data = {"type": "string", "description": f"JSON of a {kind}, an error object or, at last, [DONE]."}
+    data = {"type": "string", "description": f"JSON of a {kind}, an error object or, at the end, [DONE]."}
     event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     example = 'data: {"object": "' + kind + '", ...}\n\ndata: [DONE]\n\n'
     return {
-        "description": "The whole answer or, with stream=true, its parts as they come.",
+        "description": "The whole answer or, with stream=true, its parts as they are generated.",
         "content": {"text/event-stream": {"schema": event, "example": example}},
     }
 

@@ -45,20 +45,20 @@ class EmbeddingRequest(StrictRequest):
     )
     model: str | None = Field(None, description="The served model, the only one; /v1/models names it.")
     dimensions: Annotated[int, WHOLE] | None = Field(
-        None, ge=1, le=1_000_000, description="Keep so many of the first numbers. Default: the model's hidden size."
+        None, ge=1, le=1_000_000, description="Keep this many of the first numbers. Default: the model's hidden size."
     )
     encoding_format: Literal["float", "base64"] | None = Field(
-        None, description="base64: of float32, the lowest byte first. Default: float."
+        None, description="base64: little-endian float32. Default: float."
     )
     pooling: Literal["mean", "last"] | None = Field(
         None, description="Of a text's hidden states: their mean, or the last one. Default: mean."
     )
     normalize: bool | None = Field(None, description="Make vectors of length 1. Default: true.")
     truncate_prompt_tokens: Annotated[int, WHOLE, AfterValidator(not_zero)] | None = Field(
-        None, ge=-1, le=2**31 - 1, description="Keep so many of a text's last tokens; -1: as many as the context has."
+        None, ge=-1, le=2**31 - 1, description="Keep this many of a text's last tokens; -1: as many as fit the context."
     )
-    user: Label | None = Field(None, description="Taken and not used.")
-    add_special_tokens: bool | None = Field(None, description="Taken and not used: the tokenizer has none to add.")
+    user: Label | None = Field(None, description="Accepted and ignored.")
+    add_special_tokens: bool | None = Field(None, description="Accepted and ignored: the tokenizer has none to add.")
 
 
 class EmbeddingObject(BaseModel):

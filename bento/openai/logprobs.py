@@ -102,7 +102,7 @@ class TokenAligner:
 
 
 def prompt_logprobs(scores: Sequence[TokenLogprob | None], names: TokenNames) -> list[dict[str, Any] | None]:
-    """A prompt's log-probabilities: by token id, the token and the most likely ones, as vLLM has it."""
+    """A prompt's log-probabilities: by token id, the token and the most likely ones, in vLLM's format."""
     shown: list[dict[str, Any] | None] = []
     for score in scores:
         if score is None:

@@ -56,8 +56,8 @@ class AnthropicTool(StrictRequest):
     name: Name
     description: str | None = Field(None, max_length=16_384)
     input_schema: Parameters = Field(description="JSON schema of its arguments.")
-    strict: bool | None = Field(None, description="Taken and not used: the schema is always enforced.")
-    cache_control: dict[str, Any] | None = Field(None, description="Taken and not used.")
+    strict: bool | None = Field(None, description="Accepted and ignored: the schema is always enforced.")
+    cache_control: dict[str, Any] | None = Field(None, description="Accepted and ignored.")
 
 
 class AnthropicChoice(StrictRequest):
@@ -70,7 +70,9 @@ class AnthropicChoice(StrictRequest):
     @model_validator(mode="after")
     def _check_name(self) -> "AnthropicChoice":
         if (self.type == "tool") != (self.name is not None):
-            raise PydanticCustomError("tool_choice", "name goes with the type tool", {"param": "tool_choice"})
+            raise PydanticCustomError(
+                "tool_choice", "expected name with the type tool, and only then", {"param": "tool_choice"}
+            )
         return self
 
 
@@ -97,8 +99,8 @@ class CountRequest(StrictRequest):
         description="The conversation so far; a last message of the assistant's is continued.",
         examples=[[{"role": "user", "content": "Write a function."}]],
     )
-    system: TextOrObjects | None = Field(None, description="What the model is told first.")
-    cache_control: dict[str, Any] | None = Field(None, description="Taken and not used.")
+    system: TextOrObjects | None = Field(None, description="Instructions before the conversation.")
+    cache_control: dict[str, Any] | None = Field(None, description="Accepted and ignored.")
     tools: list[AnthropicTool] | None = Field(None, max_length=MOST_TOOLS, description="Functions.")
     tool_choice: AnthropicChoice | None = Field(None, description="Default: auto.")
     thinking: Thinking | None = Field(None, description='Not supported: only null, {"type": "disabled"}.')
@@ -109,13 +111,15 @@ class MessagesRequest(CountRequest):
 
     max_tokens: Count = Field(description="Most tokens to generate.", examples=[16])
     stream: bool | None = Field(None, description="Answer with server-sent events. Default: false.")
-    stop_sequences: list[str] | None = Field(None, description="End the text where one of these appears.")
+    stop_sequences: list[str] | None = Field(None, description="End the text when one of these strings appears.")
     temperature: float | None = Field(None, ge=0, le=100, description="0 takes the most likely token. Default: 1.")
     top_k: Annotated[int, WHOLE] | None = Field(
-        None, ge=-1, le=2**31 - 1, description="Of so many tokens. Default: all."
+        None, ge=-1, le=2**31 - 1, description="Draw from this many most likely tokens. Default: all."
     )
-    top_p: float | None = Field(None, ge=0, le=1, description="Of tokens with this probability together. Default: 1.")
-    metadata: dict[str, Any] | None = Field(None, max_length=16, description="Taken and not used.")
+    top_p: float | None = Field(
+        None, ge=0, le=1, description="Draw from the most likely tokens with this total probability. Default: 1."
+    )
+    metadata: dict[str, Any] | None = Field(None, max_length=16, description="Accepted and ignored.")
     service_tier: Literal["auto", "standard_only"] | None = Field(None, description="There is one tier.")
 
 
@@ -211,7 +215,7 @@ def _plain(message: AnthropicMessage, place: str, *, is_last: bool) -> Iterator[
         yield {"role": message.role, "content": message.content}
         return
     if not message.content and not (is_last and message.role == "assistant"):
-        raise _refusal(place, "expected a block at least")
+        raise _refusal(place, "expected at least one block")
     texts: list[str] = []
     calls: list[dict[str, Any]] = []
     for number, block in enumerate(message.content):

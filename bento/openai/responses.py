@@ -1,4 +1,4 @@
-"""OpenAI's /v1/responses, over the chat path. Nothing is stored: a request brings its whole conversation."""
+"""OpenAI's /v1/responses, over the chat path. Nothing is stored: a request contains its whole conversation."""
 
 import json
 import time
@@ -55,7 +55,7 @@ class ResponseTool(StrictRequest):
 
 
 class TextFormat(StrictRequest):
-    """The form of the text."""
+    """The format of the text."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = Field(None, max_length=256)
@@ -111,12 +111,14 @@ class ResponsesRequest(StrictRequest):
         description="A text of the user's, or items: messages, function_call, function_call_output.",
         examples=["Write a function."],
     )
-    instructions: str | None = Field(None, description="What the model is told first.")
+    instructions: str | None = Field(None, description="Instructions before the conversation.")
     max_output_tokens: Count | None = Field(
-        None, description="Most tokens to generate. Default: what fits.", examples=[16]
+        None, description="Most tokens to generate. Default: as many as fit.", examples=[16]
     )
     temperature: float | None = Field(None, ge=0, le=100, description="0 takes the most likely token. Default: 1.")
-    top_p: float | None = Field(None, ge=0, le=1, description="Of tokens with this probability together. Default: 1.")
+    top_p: float | None = Field(
+        None, ge=0, le=1, description="Draw from the most likely tokens with this total probability. Default: 1."
+    )
     stream: bool | None = Field(None, description="Answer with server-sent events. Default: false.")
     text: TextOptions | None = Field(None, description="`format`: text, json_object or json_schema.")
     tools: list[ResponseTool] | None = Field(None, max_length=MOST_TOOLS, description="Functions.")
@@ -124,9 +126,9 @@ class ResponsesRequest(StrictRequest):
         None, description='Default: auto. {"type": "function", "name": ...}: a call of this function.'
     )
     parallel_tool_calls: bool | None = Field(None, description="Several calls in one answer. Default: true.")
-    reasoning: Reasoning | None = Field(None, description="Not supported: nothing but the effort none.")
+    reasoning: Reasoning | None = Field(None, description="Not supported, except the effort none.")
     include: list[Literal["reasoning.encrypted_content"]] | None = Field(None, description="There is no reasoning.")
-    store: bool | None = Field(None, description="Taken and not used: nothing is stored.")
+    store: bool | None = Field(None, description="Accepted and ignored: nothing is stored.")
     truncation: Literal["disabled"] | None = unsupported('"disabled"')
     background: OnlyFalse | None = unsupported("false")
     top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = unsupported("0")
@@ -135,10 +137,12 @@ class ResponsesRequest(StrictRequest):
     prompt: None = unsupported()
     max_tool_calls: None = unsupported()
     stream_options: dict[str, OnlyFalse] | None = Field(None, description="Only include_obfuscation: false.")
-    metadata: dict[Label, Label] | None = Field(None, max_length=16, description="Given back, and not used.")
-    user: Label | None = Field(None, description="Taken and not used.")
-    safety_identifier: Label | None = Field(None, description="Taken and not used.")
-    prompt_cache_key: Label | None = Field(None, description="Taken and not used.")
+    metadata: dict[Label, Label] | None = Field(
+        None, max_length=16, description="Returned in the answer, and otherwise ignored."
+    )
+    user: Label | None = Field(None, description="Accepted and ignored.")
+    safety_identifier: Label | None = Field(None, description="Accepted and ignored.")
+    prompt_cache_key: Label | None = Field(None, description="Accepted and ignored.")
     service_tier: Literal["auto", "default"] | None = Field(None, description="There is one tier.")
 
 
@@ -214,7 +218,7 @@ def _as_chat(body: ResponsesRequest) -> ChatRequest:
         fields["tool_choice"] = body.tool_choice
     form = body.text.format if body.text else None
     if form and (form.type == "json_schema") != (form.json_schema is not None):
-        raise _refusal("text", "format.schema goes with the type json_schema")
+        raise _refusal("text", "expected format.schema with the type json_schema, and only then")
     if form and form.type == "json_schema":
         fields["response_format"] = {"type": "json_schema", "json_schema": {"schema": form.json_schema}}
     elif form:

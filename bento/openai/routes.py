@@ -231,7 +231,7 @@ def infill_marks(tokenizer: "PreTrainedTokenizerFast") -> tuple[int, int, int]:
             return known[prefix], known[suffix], known[middle]
     raise ApiError(
         400,
-        f"suffix: this model's tokenizer has no marks for a text to fill in, such as {INFILL_MARKS[0][0]}",
+        f"suffix: this model's tokenizer has no fill-in-the-middle tokens, such as {INFILL_MARKS[0][0]}",
         code="unsupported_parameter",
         param="suffix",
     )

@@ -117,7 +117,7 @@ class OpenAIRequest(Structured, Sampling):
         None,
         ge=-1,
         le=LARGEST_COUNT,
-        description="Keep so many of the prompt's last tokens; -1: as many as leave room for the text. Default: all.",
+        description="Keep this many of the prompt's last tokens; -1: as many as leave room for the text. Default: all.",
     )
     prompt_logprobs: Annotated[
         Logprobs | None,
@@ -129,10 +129,10 @@ class OpenAIRequest(Structured, Sampling):
         "it. Not with stream.",
     )
     return_token_ids: bool | None = Field(None, description="Show the token ids of prompt and text as well.")
-    user: Label | None = Field(None, description="Taken and not used.")
-    metadata: dict[Label, Label] | None = Field(None, max_length=16, description="Taken and not used.")
-    safety_identifier: Label | None = Field(None, description="Taken and not used.")
-    prompt_cache_key: Label | None = Field(None, description="Taken and not used: common prefixes are always reused.")
+    user: Label | None = Field(None, description="Accepted and ignored.")
+    metadata: dict[Label, Label] | None = Field(None, max_length=16, description="Accepted and ignored.")
+    safety_identifier: Label | None = Field(None, description="Accepted and ignored.")
+    prompt_cache_key: Label | None = Field(None, description="Accepted and ignored: common prefixes are always reused.")
     service_tier: Literal["auto", "default"] | None = Field(None, description="There is one tier.")
     store: OnlyFalse | None = unsupported("false")
     use_beam_search: Annotated[bool, AfterValidator(_no_beams)] | None = Field(
@@ -180,11 +180,11 @@ class CompletionRequest(OpenAIRequest):
         None,
         ge=1,
         le=MOST_CHOICES,
-        description="Generate so many texts and return the n whose tokens are likeliest on average. Default: n.",
+        description="Generate this many texts and return the n whose tokens are likeliest on average. Default: n.",
     )
     suffix: str | None = Field(
         None,
-        description="Fill in the text between prompt and suffix, if the tokenizer has marks for it. Not with echo.",
+        description="Fill in the text between prompt and suffix, if the tokenizer has tokens for it. Not with echo.",
     )
 
     @model_validator(mode="after")
@@ -226,7 +226,7 @@ class CompletionRequest(OpenAIRequest):
 
 def _check_one_count(max_tokens: int | None, max_completion_tokens: int | None) -> None:
     if None not in (max_tokens, max_completion_tokens) and max_tokens != max_completion_tokens:
-        raise PydanticCustomError("max_tokens", "max_completion_tokens says otherwise", {"param": "max_tokens"})
+        raise PydanticCustomError("max_tokens", "max_completion_tokens has another value", {"param": "max_tokens"})
 
 
 class Dialogue(ToolFields):
@@ -239,7 +239,7 @@ class Dialogue(ToolFields):
         examples=[[{"role": "user", "content": "Write a function."}]],
     )
     add_generation_prompt: bool | None = Field(
-        None, description="Open the assistant's turn. Default: true, but for continue_final_message."
+        None, description="Open the assistant's turn. Default: true, except with continue_final_message."
     )
     continue_final_message: bool | None = Field(
         None, description="Continue the last message, which is the assistant's, instead of a new one. Default: false."
@@ -291,7 +291,7 @@ class ChatRequest(Dialogue, OpenAIRequest):
     max_tokens: Count | None = Field(None, description="The earlier name of max_completion_tokens.")
     logprobs: bool | None = Field(None, description="Show the log-probability of each token.")
     top_logprobs: Logprobs | None = Field(
-        None, description="Of this many most likely tokens at each place; with logprobs."
+        None, description="Show this many most likely tokens at each place too; with logprobs."
     )
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = unsupported('["text"]')
     function_call: Literal["none"] | None = unsupported('"none"')

@@ -45,14 +45,14 @@ Choices = Annotated[list[str], Field(max_length=MOST_ALTERNATIVES)]
 class NamedSchema(StrictRequest):
     """A JSON schema in OpenAI's form. It is enforced regardless of `strict`."""
 
-    name: str | None = Field(None, max_length=256, description="Taken and not used.")
-    description: str | None = Field(None, description="Taken and not used.")
+    name: str | None = Field(None, max_length=256, description="Accepted and ignored.")
+    description: str | None = Field(None, description="Accepted and ignored.")
     json_schema: Schema = Field(alias="schema", description="The schema of the text.")
-    strict: bool | None = Field(None, description="Taken and not used: a schema is always enforced.")
+    strict: bool | None = Field(None, description="Accepted and ignored: a schema is always enforced.")
 
 
 class ResponseFormat(StrictRequest):
-    """The form of the text."""
+    """The format of the text."""
 
     type: Literal["text", "json_object", "json_schema"] = Field(
         description="text: any; json_object: a JSON object; json_schema: JSON that is valid under a schema."
@@ -63,7 +63,9 @@ class ResponseFormat(StrictRequest):
     def _check_together(self) -> "ResponseFormat":
         if (self.type == "json_schema") != (self.named is not None):
             raise PydanticCustomError(
-                "response_format", "the type json_schema goes with the field json_schema", {"param": "response_format"}
+                "response_format",
+                "expected the field json_schema with the type json_schema, and only then",
+                {"param": "response_format"},
             )
         return self
 
@@ -76,7 +78,7 @@ class StructuredOutputs(StrictRequest):
     choice: Choices | None = Field(None, description="One of these texts.")
     grammar: Source | None = Field(None, description="A text of this grammar: Lark, or GBNF, which has ::=.")
     json_object: bool | None = Field(None, description="A JSON object.")
-    disable_fallback: bool | None = Field(None, description="Taken and not used: there is none.")
+    disable_fallback: bool | None = Field(None, description="Accepted and ignored: there is none.")
     disable_any_whitespace: OnlyFalse | None = Field(None, description="Not supported: only null, false.")
     disable_additional_properties: OnlyFalse | None = Field(None, description="Not supported: only null, false.")
 
@@ -98,7 +100,7 @@ class Structured(StrictRequest):
     """Fields of both generating routes of the OpenAI API; at most one of them may constrain the text."""
 
     response_format: ResponseFormat | None = Field(None, description="The form of the text. Default: any.")
-    structured_outputs: StructuredOutputs | None = Field(None, description="The form of the text, as vLLM has it.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="The form of the text, in vLLM's format.")
     guided_json: Schema | None = Field(None, description="JSON that is valid under this schema.")
     guided_regex: Source | None = Field(
         None, description="A text that this regular expression (Rust's syntax) matches as a whole."

@@ -31,7 +31,7 @@ class TokenizeRequest(Dialogue):
         max_length=MOST_MESSAGES,
         description="A conversation, whose tokens are those that /v1/chat/completions continues.",
     )
-    add_special_tokens: bool | None = Field(None, description="Taken and not used: the tokenizer has none to add.")
+    add_special_tokens: bool | None = Field(None, description="Accepted and ignored: the tokenizer has none to add.")
     return_token_strs: bool | None = Field(None, description="Show each token's text as well.")
 
     @model_validator(mode="after")

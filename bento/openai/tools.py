@@ -42,7 +42,7 @@ class Function(StrictRequest):
     name: Name = Field(description="Its name.")
     description: str | None = Field(None, max_length=16_384, description="What it does.")
     parameters: Parameters | None = Field(None, description="JSON schema of its arguments. Default: none.")
-    strict: bool | None = Field(None, description="Taken and not used: the schema is always enforced.")
+    strict: bool | None = Field(None, description="Accepted and ignored: the schema is always enforced.")
 
 
 class Tool(StrictRequest):

@@ -109,5 +109,5 @@ class Message(StrictRequest):
         if self.tool_calls and self.role != "assistant":
             raise PydanticCustomError("tool_calls", "tool_calls: only the assistant makes calls")
         if (self.tool_call_id is not None) != (self.role == "tool"):
-            raise PydanticCustomError("tool_call_id", "tool_call_id goes with the role tool")
+            raise PydanticCustomError("tool_call_id", "expected tool_call_id with the role tool, and only then")
         return self

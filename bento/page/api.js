@@ -41,7 +41,7 @@ export async function modelName(key) {
 /**
  * Continue a prompt: gives {text, tokens} for each piece, tokens being the number generated so far, and {finishReason}
  * when the text has ended.
- * Throws ApiError where the server refuses or fails, AbortError where `signal` ended it.
+ * Throws ApiError if the server refuses or fails, AbortError if `signal` aborted it.
  */
 export async function* complete(request, { key, model, signal }) {
   let response;

@@ -47,7 +47,7 @@ class Admission:
         if self.is_draining:
             return unavailable("the service is stopping: another instance or the next one answers", "draining")
         if self.has_failed or (served and not served.engine.is_alive):
-            return unavailable("the model has stopped and does not come back without a restart", "stopped")
+            return unavailable("the model has stopped and needs a restart of the service", "stopped")
         if served is None:
             return unavailable(self.waits_for, "loading")
         return None
@@ -85,7 +85,7 @@ def unavailable(message: str, code: str) -> ApiError:
 
 def queue_timeout() -> ApiError:
     """For a generation that never started."""
-    return unavailable("no place became free in time: try again", "queue_timeout")
+    return unavailable("no slot became free in time: try again", "queue_timeout")
 
 
 class AdmissionMiddleware:

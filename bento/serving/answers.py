@@ -121,7 +121,7 @@ class Answers:
     async def whole(self, receive: Receive) -> list[tuple[list[Event], Finished]]:
         """For each generation all events before the last, and the last. Stops when the client leaves.
 
-        Raises ApiError where one fails.
+        Raises ApiError if one fails.
         """
         events: list[list[Event]] = [[] for _ in self._generations]
         last: dict[int, Finished] = {}

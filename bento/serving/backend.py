@@ -70,7 +70,7 @@ class Backend:
         return await self.heavy.run(self.engine.encode, text, holds_lock=False)
 
     async def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of several texts, which are many short ones as often as a long one."""
+        """The tokens of several texts, short or long."""
         if len(texts) == 1 or sum(map(len, texts)) <= SHORT_TEXT:
             return [await self.encode(text) for text in texts]
         encoded: list[list[int]] = []
@@ -134,7 +134,7 @@ class Backend:
             else:
                 message = (
                     f"your {text_name} resulted in {prompt} tokens. Please reduce the length of the {text_name}; "
-                    "the completion needs one token at least."
+                    "the completion needs at least one token."
                 )
             raise ApiError(
                 400,
@@ -158,7 +158,7 @@ class Backend:
         """The engine's form of a request: each prompt continued by its count of tokens, n times.
 
         grammar: what each text follows. stop_until: see `GenerationRequest`. scores: logprobs, prompt_logprobs. Raises
-        ApiError 400 where they ask for more than there is.
+        ApiError 400 if they request more than the service offers.
         """
         if len(prompts) * n > self.max_choices:
             raise ApiError(

@@ -84,7 +84,7 @@ class ModelRegistry:
         source = urlsplit(version.source)
         if source.scheme != "mlflow-artifacts":
             raise PipelineError(
-                f"its files are at {version.source!r}, which the server does not hand out: expected "
+                f"its files are at {version.source!r}, which the server does not serve: expected "
                 "mlflow-artifacts:/...; start it with --artifacts-destination"
             )
         root = source.path.strip("/")
@@ -191,9 +191,7 @@ class ChampionWatcher:
             elif champion not in (self._serving, self._refused):
                 self._take_over(champion)
         except httpx.HTTPError as error:
-            self._say(
-                f"the tracking server does not answer ({_one_line(error)}): asking again every {self._poll_s:g} s"
-            )
+            self._say(f"the tracking server does not answer ({_one_line(error)}): retrying every {self._poll_s:g} s")
         except Exception as error:  # noqa: BLE001 - any failure must leave the served model in place
             self._say(f"the {ALIAS} of {self._name!r} cannot be followed: {_one_line(error)}")
 

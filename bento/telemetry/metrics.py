@@ -114,7 +114,9 @@ class ServiceMetrics(Collector):
         if version is not None:
             info.add_metric([self._model_name, version], 1)
         yield info
-        engine = GaugeMetricFamily("rex_engine_info", "1 for how the engine computes.", labels=["step", "precision"])
+        engine = GaugeMetricFamily(
+            "rex_engine_info", "1 for the engine's step and precision.", labels=["step", "precision"]
+        )
         if computes := self._engine():
             engine.add_metric(computes, 1)
         yield engine
@@ -122,7 +124,7 @@ class ServiceMetrics(Collector):
             ("rex_num_requests_running", "Requests that are generating.", stats.running),
             ("rex_num_requests_waiting", "Requests in the queue.", stats.waiting),
             ("rex_num_tokens_waiting", "Prompt tokens of the requests in the queue.", stats.waiting_tokens),
-            ("rex_kv_cache_usage_perc", "Part of the cache that running requests hold; 1 is all of it.", used),
+            ("rex_kv_cache_usage_perc", "Fraction of the cache that running requests hold; 1 is all of it.", used),
         ):
             yield GaugeMetricFamily(name, meaning, value)
         for name, meaning, count in (
@@ -131,6 +133,6 @@ class ServiceMetrics(Collector):
             ("rex_prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prompt_tokens_total),
             ("rex_prefix_cache_hits", "Prompt tokens that the prefix cache held.", stats.cached_tokens_total),
             ("rex_requests_cancelled", "Requests that ended because their client left.", stats.cancelled_total),
-            ("rex_engine_restarts", "Times that the engine started again.", stats.restarts_total),
+            ("rex_engine_restarts", "Restarts of the engine.", stats.restarts_total),
         ):
             yield CounterMetricFamily(name, meaning, count)

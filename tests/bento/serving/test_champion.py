@@ -232,7 +232,7 @@ def test_only_a_server_can_be_followed(uri):
 
 def test_files_outside_the_model_and_files_that_no_server_hands_out_are_refused(tmp_path, monkeypatch):
     registry = ModelRegistry("http://127.0.0.1:1", {})
-    with pytest.raises(PipelineError, match="which the server does not hand out"):
+    with pytest.raises(PipelineError, match="which the server does not serve"):
         registry.download(Version("1", "file:///somewhere/model"), tmp_path)
     monkeypatch.setattr(registry, "_fetch", lambda path, target: target.write_text('{"files": {"../../evil": {}}}'))
     with pytest.raises(PipelineError, match=r"'\.\./\.\./evil', which is outside"):

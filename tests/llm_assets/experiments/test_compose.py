@@ -85,7 +85,7 @@ def test_a_name_that_no_registry_takes_is_refused_where_the_files_are_read(confi
     (config_dir / "experiment" / "my run.yaml").write_text("description: a\n")
     assert "my run" not in experiment_names(config_dir)
     assert main(["--list", "--config-dir", str(config_dir)]) == 1
-    assert "my run.yaml: the name 'my run'" in capsys.readouterr().err
+    assert "my run.yaml: 'my run' is not a valid experiment name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

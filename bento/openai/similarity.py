@@ -49,7 +49,7 @@ class _SimilarityRequest(StrictRequest):
     truncate_prompt_tokens: Annotated[int, WHOLE, AfterValidator(not_zero)] | None = Field(
         None, ge=-1, le=LARGEST_COUNT, description="Keep so many of a text's last tokens; -1: as many as fit."
     )
-    user: Label | None = Field(None, description="Taken and not used.")
+    user: Label | None = Field(None, description="Accepted and ignored.")
 
 
 class ScoreRequest(_SimilarityRequest):

@@ -36,7 +36,7 @@ def preloaded_modules(gpu_drivers: Sequence[str] = GPU_DRIVERS) -> list[str]:
 
 
 class WatchedExecutor(dg.Executor):
-    """Dagster's executor of steps in processes, which says so where one of them is stopped (`stage/stopped.py`)."""
+    """Dagster's executor of steps in processes, which also reports stopped ones (`stage/stopped.py`)."""
 
     def __init__(self, inner: dg.Executor) -> None:
         self._inner = inner

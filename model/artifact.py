@@ -1,6 +1,6 @@
-"""What makes a directory an artifact: the digest of every file, checked before anything is read from it.
+"""Digests of an artifact's files, verified before anything is read from its directory.
 
-`manifest.json`, written last, lists the files; `verify` is what the pipeline and the service call before they trust a
+`manifest.json`, written last, lists the files; the pipeline and the service call `verify` before they trust a
 directory. The manifest's other fields (configuration, upstream versions, tracking run) belong to the orchestrator.
 """
 
@@ -48,7 +48,7 @@ def content_hash(digests: dict[str, FileDigest]) -> str:
 def verify(directory: Path) -> None:
     """Check every file that the manifest lists.
 
-    Raises PipelineError naming the path where the manifest or a file is missing or a file was altered.
+    Raises PipelineError naming the path if the manifest or a file is missing or a file was altered.
     """
     manifest = directory / MANIFEST
     if not manifest.is_file():
@@ -57,7 +57,7 @@ def verify(directory: Path) -> None:
     found = file_digests(directory)
     for name, digest in expected.items():
         if name not in found:
-            raise PipelineError(f"{directory / name} is missing, its manifest lists it; make the artifact again")
+            raise PipelineError(f"{directory / name} is missing, but its manifest lists it; make the artifact again")
         if found[name] != digest:
             raise PipelineError(
                 f"{directory / name} was altered: sha256 {found[name]['sha256'][:12]}, its manifest says "

@@ -1,7 +1,7 @@
 """Baselines for bits per byte: what a text costs without a language model, on the tokens that `evaluate` predicts.
 
-Two know the tokenizer: a uniform distribution over the vocabulary, and token frequencies of the train split. One knows
-nothing: `xz -9e`, a general compressor. Legend: `T` predicted tokens, `V` vocabulary.
+Two use the tokenizer: a uniform distribution over the vocabulary, and token frequencies of the train split. One does
+not: `xz -9e`, a general compressor. Legend: `T` predicted tokens, `V` vocabulary.
 """
 
 import lzma
@@ -31,7 +31,7 @@ class TokenBaselines:
 def token_baselines(dataset_dir: Path, sequence_length: int, max_windows: int | None = None) -> TokenBaselines:
     """Measure both baselines on the validation split of a tokenized dataset.
 
-    max_windows: on so many evenly spread windows, as `evaluate` takes them; None for the whole split.
+    max_windows: on this many evenly spread windows, those of `evaluate`; None for the whole split.
     """
     dataset = TokenDataset(dataset_dir, "validation", sequence_length)
     ids_T, text = held_out(dataset, len(dataset) + 1 if max_windows is None else max_windows)

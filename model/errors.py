@@ -24,7 +24,7 @@ class PipelineError(Exception):
 
 
 class TransientError(PipelineError):
-    """A PipelineError of a network or a disk: another try may find it well. The orchestrator's retries hold for it."""
+    """A PipelineError that may be temporary, of a network or a disk: the orchestrator retries it."""
 
 
 def ends_in_one_line(main: Callable[P, int]) -> Callable[P, int]:
@@ -53,14 +53,14 @@ _SQLITE = {
     "disk I/O error": errno.EIO,
 }
 _PASSING = (errno.ENFILE, errno.EIO, errno.ESTALE, errno.EAGAIN)
-"""Errors that another try may not meet: of a neighbor, a disk or a network."""
+"""Errors that may be temporary: of another process, a disk or a network."""
 _FIXED = {
     errno.EMFILE: "raise the limit of open files (`ulimit -n 1024`)",
     errno.ENFILE: "the whole machine has too many open files: end other programs, or raise fs.file-max",
     errno.EROFS: "mount it for writing, or choose another folder",
     errno.EACCES: "give this user the right to it, or choose another folder",
     errno.EPERM: "give this user the right to it, or choose another folder",
-    errno.EIO: "the disk or its connection failed (`dmesg` may say more): mend it, or choose another folder",
+    errno.EIO: "the disk or its connection failed (`dmesg` may say more): repair it, or choose another folder",
     errno.ESTALE: "the network folder was exported again: mount it again",
     errno.EFBIG: "raise the limit of a file's size (`ulimit -f unlimited`), or choose another file system",
     errno.ENAMETOOLONG: "choose a shorter name or folder",
@@ -73,8 +73,8 @@ _FIXED = {
 def limits_as_error(directory: Path) -> Iterator[None]:
     """Turn what the system refuses (space, memory, files, threads, rights) into one line.
 
-    directory: what is worked on, named where the error names no file. Raises PipelineError, or TransientError where
-    another try may meet a better moment; other errors pass.
+    directory: named if the error names no file. Raises PipelineError, or TransientError for errors that may be
+    temporary; other errors pass.
     """
     try:
         yield
@@ -104,7 +104,7 @@ def _refusal(error: BaseException, directory: Path) -> PipelineError | None:
 
 
 def _cause(error: BaseException | None) -> tuple[BaseException | None, int]:
-    """The error, or the cause of it, that has a number of the system's, and the number; 0 where none has.
+    """The error or cause that has a system error number, and that number; 0 if none has.
 
     Rust extensions (tokenizers, safetensors), SQLite and torch raise their own types, with the system's message in the
     text.

@@ -25,7 +25,7 @@ from model.text.tokens import TokenDataset
 
 @dataclass
 class Evaluation:
-    """What a model scored on held-out text."""
+    """Scores of a model on held-out text."""
 
     loss: float
     """Mean negative log-likelihood, nats per predicted token."""
@@ -56,7 +56,7 @@ class Predictor(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the logits are."""
+        """Device of the logits."""
 
     def logits(self, ids_BT: Tensor, selected_BT: Tensor, rows: int) -> Iterator[Tensor]:
         """Logits (rows, V), float32, of the token after each selected one, window by window; the last may have fewer.
@@ -74,7 +74,7 @@ class ModelPredictor:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return self._model.device
 
     def logits(self, ids_BT: Tensor, selected_BT: Tensor, rows: int) -> Iterator[Tensor]:
@@ -91,7 +91,7 @@ class ModelPredictor:
 
 
 def as_predictor(model: "RexForCausalLM | Predictor") -> Predictor:
-    """The model itself where it is no predictor yet."""
+    """A predictor for a model; a predictor stays as it is."""
     return ModelPredictor(model) if isinstance(model, nn.Module) else model  # type: ignore[arg-type, return-value]
 
 
@@ -106,11 +106,11 @@ def evaluate(
 ) -> Evaluation:
     """Loss and bits per byte of `model` on a split.
 
-    max_windows: evaluate so many windows, evenly spread and always the same; None for the whole split, in which every
+    max_windows: evaluate this many windows, evenly spread and always the same; None for the whole split, in which every
     token but the first is predicted exactly once (the last, shorter window included).
     bits_per_byte = sum of the predicted tokens' nats / ln 2 / the bytes that those tokens stand for. An end-of-text
-    token stands for 0 bytes and its cost counts: it is the cost of telling where a document ends.
-    Raises PipelineError where there is nothing to predict.
+    token stands for 0 bytes and its cost counts: it is the cost of predicting where a document ends.
+    Raises PipelineError if there is nothing to predict.
     """
     limit_threads()
     predictor = as_predictor(model)

@@ -1,7 +1,7 @@
 """Two models on the same held-out text: the difference of their bits per byte, with an interval for it.
 
 Both are scored on the same pieces of text, and the interval is over the differences of the pairs: what is hard in a
-piece is hard for both, so that a small difference shows where two separate scores would hide it. Models of one
+piece is hard for both, so that a small difference is visible that two separate scores would hide. Models of one
 tokenizer are scored on the windows of the dataset, as `evaluate` scores them; a model of another tokenizer gets the
 bytes of passages and encodes them itself.
 Legend: `N` pieces, `T` tokens.
@@ -35,7 +35,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """What two models scored on the same text, in bits per byte; a negative difference is the candidate's gain."""
+    """Scores of two models on the same text, in bits per byte; a negative difference is the candidate's gain."""
 
     candidate: float
     champion: float
@@ -75,7 +75,7 @@ def compare_pair(
 ) -> PairedComparison:
     """Score both models on the validation split of a dataset, which the candidate's tokenizer made.
 
-    Raises PipelineError where a model cannot be loaded, and where conversations were encoded by another tokenizer than
+    Raises PipelineError if a model cannot be loaded, and if conversations were encoded by another tokenizer than
     the champion's: which of their tokens count is known for the dataset's own tokens alone.
     """
     limit_threads()
@@ -116,7 +116,7 @@ def paired_bootstrap(
     """The difference in bits per byte, and a percentile interval from resampled pieces; each piece keeps its pair.
 
     Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13. Pieces are taken as independent. Raises
-    PipelineError where there is no text.
+    PipelineError if there is no text.
     """
     if not bytes_N.sum() > 0:
         raise PipelineError("the compared pieces hold no text: expected at least one byte; use a larger corpus")
@@ -181,7 +181,7 @@ class _PassageEncoder:
         self._start = next((int(token) for token in starts if token is not None), None)
 
     def __call__(self, passage: bytes) -> Tensor:
-        """Ids of the passage after the start, shape (T,). Raises PipelineError where a tokenizer has no start."""
+        """Ids of the passage after the start, shape (T,). Raises PipelineError if a tokenizer has no start."""
         if self._start is None:
             raise PipelineError(
                 "the tokenizer has neither a bos nor an eos token: expected one to start a passage with"

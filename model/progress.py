@@ -7,7 +7,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 Log = Callable[[str], None]
-"""Where a stage says what it does: `print`, a logger's `info`, or `silent` in tests."""
+"""Receives the progress lines of a stage: `print`, a logger's `info`, or `silent` in tests."""
 
 
 def silent(message: str) -> None:
@@ -17,7 +17,7 @@ def silent(message: str) -> None:
 class Progress:
     """Counts work done and logs `label: 12 of 40 documents (30 %), 0:08 left` at most every `every_s` seconds.
 
-    total: the amount of work in `unit`; None where it is not known, and then no estimate is given.
+    total: the amount of work in `unit`; None if it is not known, and then no estimate is given.
     The first line comes only after `every_s` seconds, so short work stays quiet.
     """
 

@@ -71,7 +71,7 @@ def quantize_checkpoint(
     """Write the checkpoint's weights by `settings.method` to `output_dir`, and what that costs on held-out text.
 
     method "none" copies the weights as they are, so that what follows need not know the difference.
-    Raises PipelineError where the checkpoint cannot be read, is quantized already, or where a fresh process does not
+    Raises PipelineError if the checkpoint cannot be read, is quantized already, or if a fresh process does not
     get the same logits, to the last bit, from the files written.
     """
     if read_method(checkpoint_dir) != "none":

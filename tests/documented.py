@@ -59,7 +59,7 @@ def documented_commands(page: Path) -> list[str]:
 
 
 def problems_of_command(command: str) -> list[str]:
-    """What is wrong with one simple command; empty where everything that it names exists."""
+    """What is wrong with one simple command; empty if everything that it names exists."""
     words = shlex.split(command)
     words = words[: next((i for i, word in enumerate(words) if word in ("<", ">", ">>")), len(words))]
     found = []

@@ -64,7 +64,7 @@ def shrunken(name: str, base: Path | None = None) -> ExperimentSettings:
     shrink = list(SHRINK)
     if full.training.torch_compile:
         shrink.append("+training.arguments.torch_compile_backend=aot_eager")  # the graph without a C++ compiler
-    if full.corpus.source == "docstrings":  # any other text is no conversation
+    if full.corpus.source == "docstrings":  # other text is not a conversation
         shrink += [
             "corpus=docstrings",
             "corpus.max_bytes=30000",

@@ -273,7 +273,7 @@ def workspace_lock(workspace: Path, experiment: str, asset: str) -> Iterator[Non
 def device_lock(context: dg.AssetExecutionContext, exclusive: bool) -> Iterator[None]:
     """Hold the lock of the machine's cores and GPU.
 
-    Waits as long as the holder works, and raises TransientError where it is stopped.
+    Waits as long as the holder works, and raises TransientError if it is stopped.
     A file lock instead of a Dagster pool's limit: a killed run keeps its pool slot forever unless a daemon frees it,
     and every later run would wait for that slot.
     """

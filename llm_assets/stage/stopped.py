@@ -1,7 +1,7 @@
-"""Names the processes of a run that are stopped (SIGSTOP, Ctrl-Z): they neither work nor fail, and the run waits.
+"""Reports the processes of a run that are stopped (SIGSTOP, Ctrl-Z): they neither work nor fail, and the run waits.
 
-A process that is continued goes on where it was. A run that is terminated continues its stopped processes itself, since
-they do not act on the signal that should end them.
+A continued process resumes where it was. A run that is terminated continues its stopped processes itself, since they do
+not act on the signal that should end them.
 """
 
 import os
@@ -16,15 +16,15 @@ import psutil
 from model.progress import Log
 from model.system.processes import stopped_descendants
 
-LOOK_EVERY_S = 1.0
-SAY_AFTER = 3
-"""Looks at which a process is found stopped before it is named: some tools stop one for moments."""
+POLL_EVERY_S = 1.0
+REPORT_AFTER = 3
+"""Polls that find a process stopped before it is reported, since some tools stop processes for moments."""
 _END = b"\0"  # no signal has this number
 
 
 @contextmanager
 def watch(log: Log, names: Mapping[int, str]) -> Iterator[None]:
-    """Log a line for each descendant that is stopped, and one when it goes on; continue them after SIGINT or SIGTERM.
+    """Log a line for each descendant that is stopped, and one when it resumes; continue them after SIGINT or SIGTERM.
 
     names: of processes by their id. In a thread other than the main one, signals are not noticed.
     """
@@ -47,10 +47,10 @@ def watch(log: Log, names: Mapping[int, str]) -> Iterator[None]:
 
 
 def _watch(reader: int, log: Log, names: Mapping[int, str]) -> None:
-    looks: dict[int, int] = {}
+    polls: dict[int, int] = {}
     is_ending = False
     while True:
-        if select.select([reader], [], [], LOOK_EVERY_S)[0]:
+        if select.select([reader], [], [], POLL_EVERY_S)[0]:
             received = os.read(reader, 64)
             if _END in received:
                 return
@@ -61,12 +61,12 @@ def _watch(reader: int, log: Log, names: Mapping[int, str]) -> None:
                 with suppress(psutil.Error):
                     process.send_signal(signal.SIGCONT)
                 continue
-            looks[pid] = looks.get(pid, 0) + 1
-            if looks[pid] == SAY_AFTER:
+            polls[pid] = polls.get(pid, 0) + 1
+            if polls[pid] == REPORT_AFTER:
                 log(
                     f"{names.get(pid, 'a process of the run')} is stopped and the run waits for it: `kill -CONT {pid}` "
                     "continues it, terminating the run ends it"
                 )
-        for pid in [pid for pid in looks if pid not in found]:
-            if looks.pop(pid) >= SAY_AFTER and psutil.pid_exists(pid):
+        for pid in [pid for pid in polls if pid not in found]:
+            if polls.pop(pid) >= REPORT_AFTER and psutil.pid_exists(pid):
                 log(f"{names.get(pid, f'process {pid}')} goes on")

@@ -14,10 +14,10 @@ import dagster as dg
 
 NONE = "-"
 KILLED = (
-    "its process was killed from outside, by the system where memory ran out (`dmesg` says so): raise the limit, end "
+    "its process was killed from outside, perhaps because memory ran out (`dmesg` shows it): raise the limit, end "
     "other programs or make the work smaller, then run again; the last good artifact is untouched"
 )
-"""Reason of a step that ended without one."""
+"""The reason shown for a step that ended without one."""
 _LINE = re.compile(r"(?P<time>\S+) (?P<level>\S+) +(?P<stage>\S+) +(?P<event>\S+) +(?P<text>.*)")
 
 

@@ -21,7 +21,7 @@ def bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
 class KeyValueCache:
     """Keys and values, for each layer a tensor (slots, G, S, K).
 
-    On a processor virtual memory is reserved at once; pages are committed as slots fill, and given back by `release`.
+    On a CPU, virtual memory is reserved at once; pages are committed as slots fill, and given back by `release`.
     """
 
     def __init__(self, config: PreTrainedConfig, slots: int, *, dtype: torch.dtype, device: torch.device) -> None:

@@ -37,7 +37,7 @@ class TokenIndex:
         return self._ids[first:last]
 
     def containing(self, data: bytes) -> set[int]:
-        """Tokens that have `data` in them."""
+        """Tokens that contain `data`."""
         found, at = set(), self._joined.find(data)
         while at >= 0:
             number = bisect.bisect_right(self._starts, at) - 1
@@ -66,7 +66,7 @@ class BannedWords:
                     yield from self._index.starting_with(word[begun:])
 
     def push(self, data: bytes) -> None:
-        """Note the bytes of the token that came next."""
+        """Record the bytes of the next token."""
         if self._kept:
             self._tail = (self._tail + data)[-self._kept :]
 
@@ -107,7 +107,7 @@ class Constraint:
         return allowed_V
 
     def accept(self, token: int, data: bytes) -> None:
-        """Go on behind a token, which stands for `data`. Raises GrammarFailure."""
+        """Advance by a token whose bytes are `data`. Raises GrammarFailure."""
         if self._matcher is not None:
             self._matcher.accept(token)
         if self._banned:

@@ -347,7 +347,7 @@ class Engine:
 
 
 def _cache_tokens(model: PreTrainedModel, max_batch_size: int, kv_cache_mib: int) -> int:
-    """Most tokens in the cache. Raises PipelineError where the memory does not hold one context."""
+    """Most tokens in the cache. Raises PipelineError if the memory does not hold one context."""
     context = int(model.config.max_position_embeddings)
     if not kv_cache_mib:
         return max_batch_size * context

@@ -1,4 +1,4 @@
-"""A step of the generation engine as what `model/evaluation.py` scores: the numbers that the service computes with."""
+"""A step of the generation engine as a predictor for `model/evaluation.py`: it scores the service's own numbers."""
 
 from collections.abc import Iterator
 

@@ -80,7 +80,7 @@ class ReferenceStep(Step):
 
     @classmethod
     def grows(cls, model: PreTrainedModel) -> bool:
-        """True on a processor, whose memory is committed page by page; elsewhere the cache is allocated whole."""
+        """True on a CPU, whose memory is committed page by page; elsewhere the cache is allocated whole."""
         return model.device.type == "cpu"
 
     @classmethod

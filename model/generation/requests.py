@@ -83,11 +83,11 @@ class GenerationRequest:
 
     prompt_ids: tokens of the prompt, at least one. max_tokens: 0 only scores the prompt.
     min_tokens: number of tokens before which no end-of-text token, stop token or stop string ends the text.
-    stop: strings that end the text, also where they span tokens; excluded from the text. stop_until: only the text
+    stop: strings that end the text, even if they span tokens; excluded from the text. stop_until: only the text
     before this string is searched for them. stop_token_ids: tokens that
     end the text as the end-of-text token does. ignore_eos: continue past the end-of-text token.
     logprobs: return the log-probability of each generated token and of the top this many; None: none.
-    grammar: constrains the text, which is a prefix of a match where max_tokens cut it off (finish_reason "length");
+    grammar: constrains the text, which is a prefix of a match if max_tokens cut it off (finish_reason "length");
     generation ends at a complete match that nothing extends. allowed_token_ids: the only tokens to sample from.
     bad_words: strings that never appear in the text. include_stop: keep the stop string, or the stop token's text.
     prompt_logprobs: as logprobs, for the prompt, in one `PromptScores` event before the first piece of text.

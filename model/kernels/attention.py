@@ -23,7 +23,7 @@ BLOCK = 128
 
 
 class _CausalBlocks(torch.autograd.Function):
-    """Causal attention; out comes (B, T, H, K), as the output projection takes it."""
+    """Causal attention; the output is (B, T, H, K), the layout that the output projection takes."""
 
     @staticmethod
     def forward(ctx: Any, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, scaling: float) -> Tensor:  # type: ignore[override]

@@ -3,7 +3,7 @@
 A chunk of rows at a time goes through the output embedding, its loss and its gradient are taken, and its logits are
 dropped: logits take `rows * V` numbers instead of `B * T * V`, and the backward pass is one multiplication by a scalar.
 Source of the idea: Liger-Kernel's fused linear cross entropy (https://arxiv.org/abs/2410.10989), here in plain PyTorch.
-With a teacher, a part of the loss is the divergence from its distribution, whose logits go by in the same chunks.
+With a teacher, a part of the loss is the divergence from its distribution, whose logits go through the same chunks.
 
 It is a custom operator (`torch.library`) and not an autograd.Function, because compilers trace through the latter: with
 PyTorch 2.11 on an H100, a compiled graph lost the gradients that the forward pass writes into slices, and the training
@@ -104,8 +104,8 @@ def _divergence(logits_RV: Tensor, teacher_RV: Tensor, temperature: float, top_k
     """temperature^2 * KL(teacher || student), (R, 1), and its gradient with respect to the student's logits, (R, V).
 
     The factor keeps gradients at one size over temperatures (Hinton et al. 2015, https://arxiv.org/abs/1503.02531).
-    With top_k, the tokens that are not followed one by one are one event, so that this stays a divergence of
-    distributions: 0 where they agree, never negative. The student shares the teacher's probability of that event out as
+    With top_k, the tokens outside the teacher's top k are one event, so that this stays a divergence of
+    distributions: 0 if they agree, never negative. The student shares the teacher's probability of that event out as
     it would itself.
     """
     log_q_RV = functional.log_softmax(logits_RV / temperature, dim=1)

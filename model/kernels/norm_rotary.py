@@ -1,6 +1,6 @@
 """RMSNorm and rotary embeddings for training on a CPU, forward and backward written by hand.
 
-PyTorch composes both of many passes over memory on a CPU. `use_cpu_kernels` gives them to a model's modules, which take
+PyTorch composes both of many passes over memory on a CPU. `use_cpu_kernels` gives them to a model's modules, which use
 them while they train in float32 or under autocast; on GPUs, and compiled, PyTorch's own are faster.
 """
 
@@ -13,7 +13,7 @@ from model.modeling_rex import RexAttention, RexRMSNorm, rotate
 
 
 def use_cpu_kernels(model: nn.Module) -> None:
-    """Run the norms and rotary embeddings of `model` on these kernels where they make CPU training faster."""
+    """Run the norms and rotary embeddings of `model` on these kernels if they make CPU training faster."""
     for module in model.modules():
         if isinstance(module, RexRMSNorm):
             module.kernel = rms_norm
@@ -22,7 +22,7 @@ def use_cpu_kernels(model: nn.Module) -> None:
 
 
 def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor | None:
-    """The norm with its weight; None where PyTorch's is to be taken."""
+    """The norm with its weight, or None to use PyTorch's."""
     if not _applies(x_BTD):
         return None
     # Under autocast the residual stream is in float32, the branches are not, and a norm stands between the two.
@@ -41,7 +41,7 @@ def rotary(x_BHTK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _applies(x: Tensor) -> bool:
-    """Not a question of whether gradients are due: recomputed activations must be those of the first time."""
+    """Ignores is_grad_enabled() on purpose: activation checkpointing recomputes the forward pass the same way."""
     takes = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.is_autocast_enabled("cpu"))
     return takes and not x.is_cuda and not torch.compiler.is_compiling()
 

@@ -24,7 +24,7 @@ class CorpusSettings(Settings, group="corpus"):
     encoding: str = option(
         "",
         "Encoding of plain text, JSON Lines and bytes in Parquet, as Python names it (cp1252, shift_jis, utf-16-le, "
-        "...); empty: UTF-8, and UTF-16 and UTF-32 where a mark or their NULs tell.",
+        "...); empty: UTF-8, or UTF-16 or UTF-32 if a byte order mark or NULs show it.",
     )
     text_field: str = option("text", "Field or column of a record that holds its text, or what the user says.")
     response_field: str = option(

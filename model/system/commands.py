@@ -1,4 +1,4 @@
-"""Runs other programs, each in a process group of its own, which ends with the caller; their output is logged."""
+"""Runs other programs, each in a separate process group, which ends with the caller; their output is logged."""
 
 import os
 import shutil
@@ -14,9 +14,10 @@ from model.progress import Log, silent
 
 
 def ending_with_parent(command: Sequence[str]) -> list[str]:
-    """The command, killed by the kernel when the thread that starts it ends, also by SIGKILL; as it is without setpriv.
+    """The command, killed by the kernel when the thread that starts it ends, also by SIGKILL.
 
-    By a program instead of `preexec_fn`, which is unsafe in a process with threads.
+    Uses the program setpriv instead of `preexec_fn`, which is unsafe in a process with threads; without setpriv the
+    command is unchanged.
     """
     setpriv = shutil.which("setpriv")
     return [setpriv, "--pdeathsig", "KILL", *command] if setpriv else list(command)
@@ -32,10 +33,10 @@ def run(
     name: str = "",
     logs_output: bool = False,
 ) -> str:
-    """Standard output of a command; its standard error goes to the log line by line, each behind `name`.
+    """Standard output of a command; its standard error goes to the log line by line, prefixed with `name`.
 
-    logs_output: standard output is progress as well.
-    Raises PipelineError with the command's last line where it fails or does not exist; `what` names its purpose.
+    logs_output: log standard output as well.
+    Raises PipelineError with the command's last line if it fails or does not exist; `what` names its purpose.
     """
     lines: list[str] = []
     printed: list[str] = []

@@ -24,8 +24,8 @@ def decoding_threads(parameters: int, cores: int) -> int:
 def release_worker_threads() -> None:
     """End the OpenMP threads that the calling thread's products left waiting; its next product starts them again.
 
-    GNU OpenMP lets the threads of every pool sleep as soon as they wait, where all pools of the process together have
-    more threads than there are cores. The thread that loaded a model would so slow down the one that decodes with it:
+    GNU OpenMP lets the threads of every pool sleep as soon as they wait, if all pools of the process together have
+    more threads than there are cores. The thread that loaded a model would thus slow down the one that decodes with it:
     50 sleeps a token, and half as long again (`bench/LOG.md`).
     """
     import torch
@@ -39,7 +39,7 @@ def release_worker_threads() -> None:
 def limit_threads() -> int:
     """Let torch compute in no more threads than there are usable cores, and return their number.
 
-    Never raises the number: one that the caller or OMP_NUM_THREADS set lower stays, as torchrun does for each process.
+    Never raises the number: a lower one, set by the caller or OMP_NUM_THREADS (as torchrun does), stays.
     """
     import torch
 

@@ -1,6 +1,6 @@
-"""Which device and which precision a stage runs on: `auto` resolved, and a clear error for a device that is not there.
+"""Device and precision of a stage: `auto` resolved, and a clear error for a device that is missing.
 
-bfloat16 is chosen by itself only where it is fast: NVIDIA GPUs with native support, and CPUs with AMX or
+`auto` chooses bfloat16 only if it is fast: on NVIDIA GPUs with native support, and CPUs with AMX or
 AVX512-BF16. Other CPUs emulate it (on AVX2 a 256 x 256 product takes about 50 times as long as float32).
 """
 
@@ -14,7 +14,7 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 
 def resolve_device(name: str, *, setting: str = "training.device") -> torch.device:
-    """The device for "auto" (the GPU where there is one), "cpu" or "cuda".
+    """The device for "auto" (a GPU if there is one), "cpu" or "cuda".
 
     setting: the setting that an error names. Raises PipelineError if a GPU is requested and PyTorch sees none.
     """
@@ -37,7 +37,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_precision(precision: str, device: torch.device, *, setting: str = "training.precision") -> Precision:
-    """The precision for "auto" (bfloat16 where it is fast, else float32) or the one that was asked for.
+    """The precision for "auto" (bfloat16 if it is fast, else float32), or the named one.
 
     Raises PipelineError for float16 without a GPU: it needs gradient scaling, which PyTorch has for GPUs only.
     """

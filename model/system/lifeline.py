@@ -15,7 +15,7 @@ GRACE_S = 60.0
 
 
 def end_with_input(*, after_parent: bool = False) -> None:
-    """Start to watch standard input, an empty pipe: at its end this process gets SIGTERM, and GRACE_S later SIGKILL.
+    """Watch standard input, an empty pipe, in a thread: at its end this process gets SIGTERM, GRACE_S later SIGKILL.
 
     after_parent: SIGTERM only once the parent is gone too, for a child that gets it from its parent: a second one would
     end it without saving.
@@ -43,12 +43,12 @@ class Presence:
         self._descriptor: int | None = None
 
     def hold(self) -> None:
-        """Be present until this process ends."""
+        """Hold the lock until this process ends."""
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         fcntl.flock(self._descriptor, fcntl.LOCK_SH)
 
     def wait_for_none(self, seconds: float) -> bool:
-        """Wait until no process of the group is left; false where one still is after `seconds`."""
+        """Wait until no process of the group is left; false if one still is after `seconds`."""
         ends_s = time.monotonic() + seconds
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:

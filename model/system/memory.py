@@ -1,4 +1,4 @@
-"""Memory that processes of this machine held."""
+"""Peak memory of processes."""
 
 import resource
 import sys

@@ -13,21 +13,21 @@ _LOCKS = Path("/proc/locks")
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process is there and stopped."""
+    """Whether a process exists and is stopped."""
     with suppress(psutil.Error):
         return psutil.Process(pid).status() == psutil.STATUS_STOPPED
     return False
 
 
 def stopped_descendants(pid: int | None = None) -> list[psutil.Process]:
-    """The stopped ones among the children of a process, this one by default, and among theirs."""
+    """The stopped descendants of a process, by default of this one."""
     with suppress(psutil.Error):
         return [one for one in psutil.Process(pid).children(recursive=True) if is_stopped(one.pid)]
     return []
 
 
 def lock_holders(path: Path) -> list[int]:
-    """Ids of the processes that hold a lock of a file; none where the system does not tell."""
+    """Ids of the processes that hold a lock of a file; none if the system does not tell."""
     found = []
     with suppress(OSError, ValueError):
         file = path.stat()
@@ -41,7 +41,7 @@ def lock_holders(path: Path) -> list[int]:
 
 
 def stopped_holder(path: Path) -> str | None:
-    """What to say of a stopped process that holds a lock of a file; None where none does."""
+    """A message about a stopped process that holds a lock of a file; None if there is none."""
     for pid in lock_holders(path):
         if is_stopped(pid):
             return (

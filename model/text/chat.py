@@ -1,8 +1,8 @@
 """How a conversation is written as tokens: what training reads and what the tokenizer's chat template renders.
 
 Each turn is the mark of its role and its text; the end-of-text token ends what the assistant says, and with it a
-generation. Marks are special tokens. Texts are encoded without a look at special tokens, in training here and in the
-service, so a text that spells a mark is plain text and starts no turn. Records are read in `model.text.conversations`.
+generation. Marks are special tokens, which texts cannot spell: in training here and in the service, a mark that is
+written out in a text is plain text and starts no turn. Records are read in `model.text.conversations`.
 """
 
 import json
@@ -38,7 +38,7 @@ TEMPLATE = """\
 {%- if add_generation_prompt -%}
 {{ '<|assistant|>' }}
 {%- endif -%}"""
-"""Jinja, for `PreTrainedTokenizerFast.chat_template`. It joins parts of text nowhere: callers give one text a turn."""
+"""Jinja, for `PreTrainedTokenizerFast.chat_template`. It does not join parts of text: callers pass one text a turn."""
 
 Ids = npt.NDArray[np.uint32]
 
@@ -51,7 +51,7 @@ class Turn(NamedTuple):
 
 
 def document(turns: Sequence[Turn]) -> str:
-    """The text that a corpus keeps of a conversation: JSON with `messages`, as data sets of conversations have it."""
+    """The text that a corpus keeps of a conversation: JSON with `messages`, as datasets of conversations have it."""
     return json.dumps({"messages": [turn._asdict() for turn in turns]}, ensure_ascii=False)
 
 
@@ -61,13 +61,13 @@ def turns_of(text: str) -> list[Turn]:
         return [Turn(message["role"], message["content"]) for message in json.loads(text)["messages"]]
     except (ValueError, TypeError, KeyError) as error:
         raise PipelineError(
-            f"tokenizer.chat is true, but a document of the corpus is no conversation ({text[:40]!r}...): expected "
+            f"tokenizer.chat is true, but a document of the corpus is not a conversation ({text[:40]!r}...): expected "
             "messages, or prompts and responses; set corpus.messages_field or corpus.response_field"
         ) from error
 
 
 def add_marks(tokenizer: "PreTrainedTokenizerFast") -> None:
-    """Make the marks special tokens of `tokenizer`, at the end of its vocabulary where it lacks them, and set the
+    """Make the marks special tokens of `tokenizer`, at the end of its vocabulary if it lacks them, and set the
     chat template.
     """
     tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS.values())})
@@ -80,7 +80,7 @@ def has_marks(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def end_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The tokens that end a generation: end of text, and where the tokenizer has marks, each that starts a turn."""
+    """The tokens that end a generation: end of text and, if the tokenizer has marks, each that starts a turn."""
     known = tokenizer.get_vocab() if has_marks(tokenizer) else {}
     ends = [tokenizer.eos_token_id, *(known[mark] for mark in MARKS.values() if mark in known)]
     return [int(number) for number in ends if number is not None]
@@ -104,8 +104,8 @@ class ChatEncoder:
     """Encodes conversations for a window of `length` tokens.
 
     A conversation that is longer keeps the system's turns at its start and as many of its last exchanges as fit whole;
-    an exchange goes from what is asked to the answer, calls of tools and their results included. The last exchange is
-    kept even where it does not fit: its prompts lose their start, so that its answers are whole; answers longer than
+    an exchange goes from the question to the answer, calls of tools and their results included. The last exchange is
+    kept even if it does not fit: its prompts lose their start, so that its answers are whole; answers longer than
     three quarters of the window, after prompts of more than a quarter, leave them that quarter and lose their own end.
     Turns after the last answer go first.
     """
@@ -118,7 +118,7 @@ class ChatEncoder:
         self._encode, self._length = encode, length
 
     def encode(self, turns: Sequence[Turn]) -> EncodedConversation | None:
-        """The tokens of a conversation, an end-of-text token last; None where the assistant has no turn."""
+        """The tokens of a conversation, an end-of-text token last; None if the assistant has no turn."""
         roles = [turn.role for turn in turns]
         if "assistant" not in roles:
             return None
@@ -185,7 +185,7 @@ def _largest_share(lengths: Sequence[int], total: int) -> int:
 
 
 def text_of(message: dict[str, Any]) -> str:
-    """What a message says: its text, or its parts of text, a line each. Raises ValueError for anything else."""
+    """The text of a message, its parts joined by line breaks. Raises ValueError if a part is not text."""
     content = message.get("content")
     if content is None and message.get("role") == "assistant":
         return ""

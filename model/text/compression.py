@@ -1,7 +1,7 @@
-"""Compressed files as streams that tell a cut-off file from a whole one.
+"""Decompresses files as streams that detect truncated files.
 
-gzip is the standard library's, which takes several members and padding by NULs. zstd is read frame by frame, since
-zstandard's own stream ends at a cut without a word and Arrow's refuses the long windows of `zstd --long`.
+gzip is the standard library's, which accepts several members and padding by NULs. zstd is read frame by frame, since
+zstandard's own stream ends silently at a truncation and Arrow's refuses the long windows of `zstd --long`.
 """
 
 import gzip
@@ -13,16 +13,16 @@ import zstandard
 
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 _PIECE = 4096
-"""Compressed bytes taken at once: they never decompress to more than some 130 MB."""
+"""Compressed bytes read at once: they never decompress to more than about 130 MB."""
 _LONGEST_WINDOW = 2**31
 
 
 class BrokenFile(Exception):
-    """What is wrong with a compressed file, for the end of a message."""
+    """A compressed file is damaged; the text is the reason, for the end of a message."""
 
 
 def decompressed(stored: BinaryIO, codec: str) -> BinaryIO:
-    """What a file of `codec` ("gzip" or "zstd") holds. Reading raises BrokenFile where it is damaged."""
+    """The content of a file compressed with `codec` ("gzip" or "zstd"). Reading raises BrokenFile if it is damaged."""
     raw: io.RawIOBase = _Gzip(stored) if codec == "gzip" else _Zstd(stored)
     return io.BufferedReader(raw, 1 << 20)
 
@@ -42,7 +42,7 @@ class _Gzip(io.RawIOBase):
             raise BrokenFile("Truncated: the file ends before its end mark") from None
         except gzip.BadGzipFile as error:
             if str(error).startswith("Not a gzipped file") and self._bytes:
-                raise BrokenFile("after its end come bytes that are no gzip") from None
+                raise BrokenFile("its end is followed by bytes that are not gzip") from None
             raise BrokenFile(str(error)) from None
         except zlib.error as error:
             raise BrokenFile(str(error)) from None
@@ -84,7 +84,7 @@ class _Zstd(io.RawIOBase):
         try:
             self._ready = memoryview(self._frame.decompress(data))
         except zstandard.ZstdError as error:
-            after = "after its end come bytes that are no zstd: " if self._frames else ""
+            after = "its end is followed by bytes that are not zstd: " if self._frames else ""
             raise BrokenFile(f"{after}{error}") from None
         if self._frame.eof:
             self._input, self._frame = self._frame.unused_data, None

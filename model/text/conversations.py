@@ -3,8 +3,8 @@
 Functions (`tools` beside the messages), calls of them (`tool_calls`) and their results (role `tool`) become text, as
 the service writes them: `model.text.tools`.
 
-Each becomes the document that `model.text.chat.document` writes. A record that holds none raises PipelineError with its
-place and what is wrong. Nothing is encoded or cut here: that is `model.text.chat`.
+Each becomes the document that `model.text.chat.document` writes. A record without one raises PipelineError with its
+place and the problem. Nothing is encoded or cut here: that is `model.text.chat`.
 """
 
 import json
@@ -29,7 +29,7 @@ ROLES = {
     "function_response": "tool",
     "function_call": "assistant",
 }
-"""The roles of messages, and the names that data sets give them."""
+"""The roles of messages, and the names that datasets give them."""
 
 
 def conversation(row: dict[str, Any], settings: CorpusSettings, where: str) -> bytes:
@@ -53,7 +53,7 @@ def conversation(row: dict[str, Any], settings: CorpusSettings, where: str) -> b
 
 
 def prompt_and_response(prompt: object, response: object, where: str) -> bytes:
-    """The document of a prompt and its response. Raises PipelineError where one is no text or the response empty."""
+    """The document of a prompt and its response. Raises PipelineError if one is not text or the response is empty."""
     if not isinstance(prompt, str) or not isinstance(response, str) or not response:
         raise PipelineError(f"{where}: expected text as prompt and as response, the response not empty; correct it")
     prompt, response = prompt.removeprefix("\ufeff"), response.removeprefix("\ufeff")
@@ -72,7 +72,7 @@ def read_messages(messages: object, where: str, tools: Sequence[Mapping[str, Any
 def _spoken(message: object, where: str) -> Spoken:
     if not isinstance(message, dict):
         raise PipelineError(f"{where} is a {type(message).__name__}; expected an object with role and content")
-    # Tables give every row all names of a struct, without a value where the record had none.
+    # Tables give every row all fields of a struct, null if the record had none.
     if message.get("role") is None and message.get("from") is not None:
         message = {"role": message["from"], "content": message.get("value")}
     role = message.get("role")
@@ -100,11 +100,11 @@ def _calls(message: dict[str, Any], where: str) -> tuple[Call, ...]:
         name, arguments = (inner.get("name"), inner.get("arguments")) if isinstance(inner, dict) else (None, None)
         if not isinstance(name, str) or not name or not isinstance(arguments, str | dict | None):
             raise PipelineError(
-                f"{where} has tool_calls, but number {index} is no call; expected "
+                f"{where} has tool_calls, but number {index} is not a call; expected "
                 '{"type": "function", "function": {"name": ..., "arguments": JSON}}'
             )
         if isinstance(arguments, dict):
-            # A table's struct has the arguments of all calls, without a value where this one had none.
+            # A table's struct has the arguments of all calls, null if this one had none.
             arguments = compact({key: value for key, value in arguments.items() if value is not None})
         number = call.get("id")
         calls.append(Call(name, arguments or "{}", number if isinstance(number, str) else None))
@@ -112,7 +112,7 @@ def _calls(message: dict[str, Any], where: str) -> tuple[Call, ...]:
 
 
 def _tools(given: object, where: str) -> list[dict[str, Any]]:
-    """A record's functions; none where it has none. Tables keep them as JSON."""
+    """A record's functions; none if it has none. Tables keep them as JSON."""
     if isinstance(given, str) and given:
         try:
             given = json.loads(given)
@@ -124,7 +124,7 @@ def _tools(given: object, where: str) -> list[dict[str, Any]]:
     wrong = next((n for n, one in enumerate(functions) if not isinstance(one, dict) or not one.get("name")), None)
     if wrong is not None:
         raise PipelineError(
-            f"{where}[{wrong}] is no function; expected "
+            f"{where}[{wrong}] is not a function; expected "
             '{"type": "function", "function": {"name": ..., "description": ..., "parameters": JSON schema}}'
         )
     return [one for one in functions if isinstance(one, dict)]

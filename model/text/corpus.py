@@ -129,7 +129,7 @@ def read_summary(corpus_dir: Path) -> CorpusSummary:
 def read_documents(corpus_dir: Path, split: str) -> Iterator[str]:
     """The texts of one split ("train" or "validation"), in the order they were written.
 
-    Raises PipelineError, at the first document, where the split has no shard.
+    Raises PipelineError, at the first document, if the split has no shard.
     """
     shards = sorted(corpus_dir.glob(f"{split}-*.parquet"))
     if not shards:
@@ -153,7 +153,7 @@ def _remarks(summary: CorpusSummary) -> Iterator[str]:
     for name, count in sorted(summary.converted.items()):
         yield f"converted to plain UTF-8: {count:,} in {name}, first in {', '.join(summary.converted_sources)}"
     if summary.skipped:
-        yield f"passed over {summary.skipped:,} names that are no files, first {', '.join(summary.skipped_sources)}"
+        yield f"skipped {summary.skipped:,} names that are not files, first {', '.join(summary.skipped_sources)}"
 
 
 def _summary(settings: CorpusSettings) -> CorpusSummary:

@@ -1,9 +1,10 @@
-"""Text in whatever encoding it is stored, as UTF-8.
+"""Converts text in any encoding to UTF-8.
 
-The rule, for files and for single values of records alike: a mark (U+FEFF) at the start names UTF-8, UTF-16 or UTF-32
-and is dropped; without one, UTF-16 and UTF-32 are known by their NULs; all else is taken for UTF-8. Encodings of one
-byte a character and Shift-JIS have no such sign, and a guess would turn text into other text: they are read where
-`corpus.encoding` names them. What is no text in its encoding becomes bytes that are no UTF-8, for the reader to count.
+The rule, for files and for single values of records alike: a mark (the byte order mark U+FEFF) at the start names
+UTF-8, UTF-16 or UTF-32 and is dropped; without one, UTF-16 and UTF-32 are recognized by their NULs, and everything else
+is read as UTF-8. Single-byte encodings and Shift-JIS cannot be recognized, and a wrong guess would corrupt the text:
+they are read only if `corpus.encoding` names them. Input that is invalid in its encoding becomes bytes that are not
+UTF-8, for the reader to count.
 """
 
 import codecs
@@ -12,10 +13,10 @@ import unicodedata
 from typing import BinaryIO
 
 HEAD_BYTES = 4096
-"""How much of a file's start is looked at."""
+"""Bytes of a file's start from which the encoding is determined."""
 _CHUNK = 1 << 18
 _INVALID = "\udcff"
-"""Stands for what is no text, and is no UTF-8 itself."""
+"""Replaces invalid input; it is not valid UTF-8 itself."""
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark it starts with
@@ -24,14 +25,14 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _CONTROLS_OF_UTF16 = 0.3
-"""Share of the bytes that are control characters from which on valid UTF-8 is none: in UTF-16, half of the bytes of
-ASCII, of Cyrillic and of Thai are."""
+"""Share of control characters in valid UTF-8 from which it is not read as UTF-8: in UTF-16, half of the bytes of ASCII,
+of Cyrillic and of Thai are control characters."""
 _ON_INVALID = "model.text.invalid"
 codecs.register_error(_ON_INVALID, lambda error: (_INVALID, error.end))  # type: ignore[attr-defined]
 
 
 def find_encoding(head: bytes) -> tuple[str, int]:
-    """(codec, length of the mark) of a text that starts with `head`: "utf-8" unless a mark or NULs tell otherwise."""
+    """(codec, length of the mark) of a text that starts with `head`: "utf-8" unless a mark or NULs say otherwise."""
     for mark, codec in _MARKS:
         if head.startswith(mark) and (codec == "utf-8" or len(head) > len(mark)):
             if codec == "utf-32-le" and not _is_utf32(head, len(mark)):
@@ -46,46 +47,47 @@ def find_encoding(head: bytes) -> tuple[str, int]:
 
 
 _WIDE = (("utf-32-le", 4, 3), ("utf-32-be", 4, 0), ("utf-16-le", 2, 1), ("utf-16-be", 2, 0))
-"""Codecs, bytes of a character, and which of them is the highest."""
+"""Codecs, bytes of a character, and the index of the most significant one."""
 
 
 def _is_utf32(head: bytes, mark: int) -> bool:
-    """Whether `head`, after a mark of UTF-32-LE, is text in it: of whole characters unless the file goes on."""
+    """Whether `head`, after a mark of UTF-32-LE, is text in it: of whole characters unless the file is longer."""
     return (len(head) >= HEAD_BYTES or len(head) % 4 == 0) and _decoded(head[mark:], "utf-32-le") is not None
 
 
 def _is_in(head: bytes, codec: str, width: int, high: int) -> bool:
-    """Whether `head` is text in this codec: with ASCII, whose highest byte is NUL, and nothing that is no text."""
+    """Whether `head` is text in this codec: with ASCII, whose highest byte is NUL, and only characters of text."""
     characters = len(head) // width
     nuls = head[high : characters * width : width].count(0)
     if nuls < (characters if width == 4 else 1):
         return False
     text = _decoded(head[: characters * width], codec)
-    return bool(text) and not any(_is_no_text(character) for character in text or "")
+    return bool(text) and not any(_is_control(character) for character in text or "")
 
 
 def _decoded(head: bytes, codec: str) -> str | None:
-    """`head` as text, of which the last character may be cut; None where it is none."""
+    """`head` decoded, whose last character may be cut; None if it is not valid."""
     try:
         return codecs.getincrementaldecoder(codec)().decode(head)
     except UnicodeDecodeError:
         return None
 
 
-def _is_no_text(character: str) -> bool:
+def _is_control(character: str) -> bool:
+    """Whether a character does not occur in text: control, private or unassigned."""
     return unicodedata.category(character) in ("Cc", "Cn", "Co") and character not in "\t\n\r\f"
 
 
 def _is_utf8(head: bytes) -> bool:
     text = _decoded(head, "utf-8")
-    return text is not None and sum(map(_is_no_text, text)) < _CONTROLS_OF_UTF16 * len(head)
+    return text is not None and sum(map(_is_control, text)) < _CONTROLS_OF_UTF16 * len(head)
 
 
 class Utf8Stream(io.RawIOBase):
     """A binary stream of text as UTF-8 without a mark; wrap it in io.BufferedReader.
 
     encoding: codec of the stream; empty: found by `find_encoding`. found: the codec in use. marked: whether a mark was
-    dropped. first_invalid: offset in the stream, in bytes, of the first that is no text in another codec than UTF-8.
+    dropped. first_invalid: offset in the stream of the first invalid byte, for codecs other than UTF-8.
     """
 
     def __init__(self, stream: BinaryIO, encoding: str = "") -> None:

@@ -1,8 +1,8 @@
-"""The files that `corpus.paths` name: found, told apart from what is no file, and opened.
+"""Finds and opens the files that `corpus.paths` names.
 
-Nothing is passed over unseen: a folder that cannot be read ends the listing, and what a glob matches that is no file is
-named in `Listing.skipped`. Errors of a network or a disk raise TransientError, since another try may help; all others
-raise PipelineError.
+Nothing is skipped silently: a folder that cannot be read ends the listing, and matches of a glob that are not files are
+named in `Listing.skipped`. Errors of a network or a disk raise TransientError, since a retry may help; all others raise
+PipelineError.
 """
 
 import os
@@ -32,7 +32,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class File:
-    """One file. source: its name as the corpus records it, printable UTF-8. size: bytes where it lies, 0: unknown."""
+    """One file. source: its name as the corpus records it, printable UTF-8. size: stored bytes, 0: unknown."""
 
     source: str
     fs: Any
@@ -42,7 +42,7 @@ class File:
 
 @dataclass
 class Listing:
-    """Files in order, each once, and what was matched without being a file, with the reason."""
+    """Files in order, each once, and the matches that are not files, with the reason."""
 
     files: list[File] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Listing:
 def list_files(patterns: Iterable[str]) -> Listing:
     """The files that paths, globs and fsspec URLs name, each pattern's sorted by path.
 
-    Raises PipelineError where a pattern matches no file or a folder under it cannot be read, TransientError where an
+    Raises PipelineError if a pattern matches no file or a folder under it cannot be read, TransientError if an
     address does not answer.
     """
     found: dict[tuple[Any, str], File] = {}
@@ -64,7 +64,7 @@ def list_files(patterns: Iterable[str]) -> Listing:
         if not listing.files:
             relative = "://" not in pattern and not Path(pattern).expanduser().is_absolute()
             where = f" (working folder {Path.cwd()})" if relative else ""
-            also = f"; passed over {', '.join(listing.skipped[:3])}" if listing.skipped else ""
+            also = f"; skipped {', '.join(listing.skipped[:3])}" if listing.skipped else ""
             raise PipelineError(
                 f"corpus.paths {pattern!r} matches no file{where}{also}; for all files of a folder write FOLDER/**/*"
             )
@@ -72,14 +72,14 @@ def list_files(patterns: Iterable[str]) -> Listing:
 
 
 def open_file(file: File) -> BinaryIO:
-    """Open a file for reading bytes. Raises PipelineError or TransientError, one line, where that fails."""
+    """Open a file for reading bytes. Raises PipelineError or TransientError, one line, if that fails."""
     with reading(file.source, file.fs):
         return cast(BinaryIO, file.fs.open(file.path, "rb"))
 
 
 @contextmanager
 def reading(source: str, fs: Any) -> Iterator[None]:
-    """Turn what a file system raises while `source` is read into one line."""
+    """Turn errors of a file system while `source` is read into one line."""
     try:
         yield
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
@@ -90,7 +90,7 @@ def reading(source: str, fs: Any) -> Iterator[None]:
         if error.errno in OF_THE_PROCESS:
             raise
         raise TransientError(
-            f"{source} cannot be read: {_line(error)}; run again when its disk or network is well"
+            f"{source} cannot be read: {_line(error)}; run again once its disk or network works"
         ) from error
     except Exception as error:
         if isinstance(fs, LocalFileSystem) or not _is_network(error):
@@ -101,18 +101,18 @@ def reading(source: str, fs: Any) -> Iterator[None]:
 
 
 def printable(name: str) -> str:
-    r"""A name in which bytes that are no UTF-8, control characters and line ends are escapes: `caf\xe9.txt`."""
+    r"""A name with escapes for bytes that are not UTF-8, control characters and line ends: `caf\xe9.txt`."""
     return "".join(_escape(c) if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in name)
 
 
 def _escape(character: str) -> str:
     code = ord(character)
-    code -= 0xDC00 if 0xDC80 <= code <= 0xDCFF else 0  # a byte that is no UTF-8, as Python keeps it in names
+    code -= 0xDC00 if 0xDC80 <= code <= 0xDCFF else 0  # a byte that is not UTF-8, as Python keeps it in names
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 class _Local(LocalFileSystem):
-    """The local file system, which remembers the folders that it could not list: fsspec's glob passes them over."""
+    """The local file system, which records the folders that it could not list: fsspec's glob skips them."""
 
     cachable = False
 
@@ -129,7 +129,7 @@ class _Local(LocalFileSystem):
             raise
         except OSError as error:
             if error.errno in OF_THE_PROCESS:
-                self.refused = error  # fsspec's glob would pass it over
+                self.refused = error  # fsspec's glob would skip it
                 raise
             self.unreadable.append((path, _line(error)))
             raise
@@ -189,7 +189,7 @@ def _match_local(pattern: str, path: str) -> Listing:
         try:
             found = Path(name).stat()
         except OSError as error:
-            reason = "a link to nothing" if Path(name).is_symlink() else _line(error)
+            reason = "a broken link" if Path(name).is_symlink() else _line(error)
             listing.skipped.append(f"{named(name)} ({reason})")
             continue
         kind = stat.S_IFMT(found.st_mode)
@@ -209,7 +209,7 @@ def _is_walked(folder: str, names: list[str]) -> bool:
 
 
 def _failure(what: str, error: BaseException, advice: str) -> PipelineError:
-    """One line for an error of a file system: transient unless its causes say that another try cannot help.
+    """One line for an error of a file system: transient unless its causes say that a retry cannot help.
 
     fsspec wraps the errors of a connection in FileNotFoundError.
     """
@@ -233,7 +233,7 @@ def _is_network(error: BaseException) -> bool:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of an error's text, the system's own words where it has them."""
+    """The first line of an error's text, the system's own words if it has them."""
     words = getattr(error, "strerror", None)
     if isinstance(status := getattr(error, "status", None), int):
         words = f"{status} {getattr(error, 'message', '')}".strip()

@@ -276,7 +276,7 @@ class Sources:
                 self._place, self._base = f"row {number:,}, byte", 0
                 yield source, self._document(source, row, f"{source}, row {number}")
         except (ValueError, datasets.exceptions.DatasetsError) as error:
-            raise PipelineError(f"{source}: broken data ({_line(error)}); fetch or write the data set again") from error
+            raise PipelineError(f"{source}: broken data ({_line(error)}); fetch or write the dataset again") from error
         except OSError as error:
             raise TransientError(f"{source} cannot be read: {_line(error)}; run again when the hub answers") from error
 

@@ -52,7 +52,7 @@ def train_tokenizer(settings: TokenizerSettings, texts: Iterable[str], *, log: L
     "pretrained" takes the tokenizer of the checkpoint in `settings.path` as it is. With `settings.chat` it carries the
     chat template of `model/text/chat.py` and its marks: the first ids after the other special tokens, or the last ones
     of a pretrained tokenizer.
-    Raises PipelineError where the texts do not hold enough pairs that occur twice to reach vocab_size.
+    Raises PipelineError if the texts do not hold enough pairs that occur twice to reach vocab_size.
     """
     made = load_tokenizer(Path(settings.path)) if settings.kind == "pretrained" else _train(settings, texts, log)
     if settings.chat:
@@ -76,7 +76,7 @@ def _train(settings: TokenizerSettings, texts: Iterable[str], log: Log) -> PreTr
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
-    """Read a tokenizer that `save_pretrained` wrote. Raises PipelineError where there is none."""
+    """Read a tokenizer that `save_pretrained` wrote. Raises PipelineError if there is none."""
     if not (directory / "tokenizer.json").is_file():
         raise PipelineError(f"no tokenizer.json in {directory}: expected a saved tokenizer; make the dataset again")
     return PreTrainedTokenizerFast.from_pretrained(directory)

@@ -274,7 +274,7 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """
 
     def __init__(self, dataset_dir: Path, split: str, sequence_length: int) -> None:
-        """Raises PipelineError where the split is missing or shorter than one window."""
+        """Raises PipelineError if the split is missing or shorter than one window."""
         path = dataset_dir / f"{split}.bin"
         if not path.is_file():
             raise PipelineError(f"no {path.name} in {dataset_dir}: expected a tokenized dataset; make it again")

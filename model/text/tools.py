@@ -71,7 +71,7 @@ def plain_turns(
 
 
 def has_unpaired_results(messages: Sequence[Spoken]) -> bool:
-    """Whether a result belongs to none of the calls before it, or a call lacks its result where others have one.
+    """Whether a result belongs to none of the calls before it, or a call lacks its result while others have one.
 
     Results without ids, and those of calls without ids or with one id for several, stand where they are.
     """
@@ -107,7 +107,7 @@ def _in_order(messages: Sequence[Spoken]) -> list[Spoken]:
 
 
 def _compacted(arguments: str) -> str:
-    """A call's arguments as the model writes them; what is no JSON stays as it is."""
+    """A call's arguments as the model writes them; text that is not JSON stays unchanged."""
     try:
         return compact(json.loads(arguments))
     except ValueError:
@@ -142,7 +142,7 @@ def write_call(name: str, arguments: str) -> str:
 
 
 def write_result(content: str) -> str:
-    """What a function answered, as a turn of the user."""
+    """A function's result as a turn of the user."""
     return f"<tool_response>\n{content}\n</tool_response>"
 
 

@@ -77,8 +77,8 @@ def share_batch(
 ) -> TrainingSettings:
     """The settings of each of `world_size` processes, which together take the batch of `initial_world_size`.
 
-    Passes are shared out; where their number does not divide, the windows are, in the largest passes that divide them.
-    Raises PipelineError as `accumulation_steps` does, where the windows do not divide either.
+    Passes are shared out; if their number does not divide, the windows are, in the largest passes that divide them.
+    Raises PipelineError as `accumulation_steps` does, if the windows do not divide either.
     """
     size, passes = settings.per_device_train_batch_size, settings.gradient_accumulation_steps * initial_world_size
     windows, remainder = divmod(size * passes, world_size)

@@ -38,7 +38,7 @@ class TrainingRun:
     device: torch.device
     precision: Precision
     initial_world_size: int
-    """Number of processes that began this training, each with the batch of the settings; 1 where they share it."""
+    """Number of processes that began this training, each with the batch of the settings; 1 if they share it."""
     log: Log = silent
     on_metrics: OnMetrics | None = None
 

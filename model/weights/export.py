@@ -87,7 +87,7 @@ def export_model(model: RexForCausalLM) -> PreTrainedModel:
 def export_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
     """Convert a REX checkpoint directory, tokenizer included.
 
-    Raises PipelineError where `checkpoint_dir` is no REX checkpoint.
+    Raises PipelineError if `checkpoint_dir` is not a REX checkpoint.
     """
     if not (checkpoint_dir / "config.json").is_file():
         raise PipelineError(f"no config.json in {checkpoint_dir}: expected a REX checkpoint; train one first")

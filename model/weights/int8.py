@@ -162,7 +162,7 @@ def quantize(model: M, *, values: bool = True) -> M:
     """Swap every bias-free linear layer and the embedding for int8 ones, in place; tied weights stay one table.
 
     values=False leaves the weights at zero; load a state dict afterwards.
-    Raises ValueError where a linear layer has a bias.
+    Raises ValueError if a linear layer has a bias.
     """
     swapped: dict[int, Int8Matrix] = {}
     # Embeddings come first in a decoder, so a tied head finds its table in `swapped`.
@@ -170,7 +170,7 @@ def quantize(model: M, *, values: bool = True) -> M:
         if not isinstance(module, nn.Linear | nn.Embedding):
             continue
         if getattr(module, "bias", None) is not None:
-            raise ValueError(f"{name} has a bias: int8 takes linear layers without")
+            raise ValueError(f"{name} has a bias: int8 supports only linear layers without one")
         weight = module.weight
         tied = swapped.get(id(weight))
         if isinstance(tied, Int8Embedding):

@@ -1,6 +1,6 @@
-"""From a model directory to a model that runs: full precision or int8, checked before anything is trusted.
+"""Loads a model directory, in full precision or int8, and checks it before anything in it is trusted.
 
-Reads config.json, model.safetensors and, where there, generation_config.json, quantization.json and manifest.json;
+Reads config.json, model.safetensors and, if present, generation_config.json, quantization.json and manifest.json;
 never a pickle and never code from the directory. `python -m model.weights.loading DIR` checks one and prints a digest
 of its logits, which is how a quantized model proves that a fresh process loads it.
 """
@@ -65,7 +65,7 @@ def load_model(
 
 
 def read_config(model_dir: Path) -> RexConfig:
-    """The configuration of a model directory. Raises PipelineError where it is missing or not that of a REX model."""
+    """The configuration of a model directory. Raises PipelineError if it is missing or not that of a REX model."""
     path = model_dir / "config.json"
     raw = _read_json(path)
     if raw.get("model_type") != "rex":
@@ -100,7 +100,7 @@ def read_method(model_dir: Path) -> str:
 
 
 def logits_digest(model: RexForCausalLM) -> str:
-    """sha256 over the exact bits of the logits of one fixed input: equal where two processes loaded the same model."""
+    """sha256 over the exact bits of the logits of one fixed input: equal if two processes loaded the same model."""
     ids = (torch.arange(min(32, model.config.max_position_embeddings)) * 7919 + 1) % model.config.vocab_size
     with torch.inference_mode():
         logits: Tensor = model(ids[None].to(model.device)).logits
@@ -147,7 +147,7 @@ def load_weights(model: RexForCausalLM, path: Path, *, dtype: torch.dtype | None
 
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor of a safetensors file. Raises PipelineError where it is missing or unreadable."""
+    """The shape of each tensor of a safetensors file. Raises PipelineError if it is missing or unreadable."""
     if not path.is_file():
         raise PipelineError(f"{path} is missing: expected the weights of a model; make the model again")
     try:

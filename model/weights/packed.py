@@ -66,7 +66,7 @@ class PackedRMSNorm(nn.Module):
 
 
 def pack(model: M) -> M:
-    """Swap norms and large linear layers for those above, in place, where that is faster; elsewhere the model stays.
+    """Swap norms and large linear layers for those above, in place, if that is faster; else the model stays.
 
     The model keeps no reference to the weights it had, but for an embedding that shares one.
     """

@@ -45,7 +45,7 @@ _FIELDS = (
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory; empty where there is none."""
+    """The safetensors files of a model directory; empty if there is none."""
     if (directory / INDEX).is_file():
         index: dict[str, Any] = json.loads((directory / INDEX).read_text(encoding="utf-8"))
         return [directory / name for name in sorted(set(index["weight_map"].values()))]
@@ -98,7 +98,7 @@ def separate_pairs(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def differing_options(directory: Path, config: RexConfig) -> list[str]:
-    """What an experiment's `config` says otherwise than the model in `directory`, as overrides that take it over.
+    """Differences of an experiment's `config` from the model in `directory`, as overrides that adopt the model's.
 
     Shapes that differ fail anyway; the base of the rotary embeddings or a norm's epsilon would not.
     """
@@ -116,7 +116,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         kind = raw.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise PipelineError(f"{path} is no readable configuration ({error}): expected a model's directory") from None
+        raise PipelineError(f"{path} is not a readable configuration ({error}): expected a model's directory") from None
     if kind not in CLASSES:
         raise PipelineError(
             f"{path} has model_type {kind!r}: expected {', '.join(CLASSES)}, the architectures that compute what REX "

@@ -54,7 +54,7 @@ def environment(home: Path, **variables: str) -> dict[str, str]:
 
 
 def run(command: list, home: Path, *, cwd: Path | None = None, check: bool = True, **variables: str):
-    """A command in an environment of its own, by default from a folder without the project's code."""
+    """A command in a separate environment, by default from a folder without the project's code."""
     return subprocess.run(
         command,
         cwd=cwd or home,

@@ -58,7 +58,7 @@ class Container:
         return done.stdout.strip()
 
     def wait_until_ready(self, seconds: float = 300) -> None:
-        """Fail with the container's log if it ends for good or never answers."""
+        """Fail with the container's log if it ends permanently or never answers."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             try:

@@ -1,4 +1,4 @@
-"""The composed stack on this machine's container engine, under a project name of its own."""
+"""The composed stack on this machine's container engine, under a separate project name."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def require_compose() -> list[str]:
 
 
 def postgres_image() -> str:
-    """The real image, or the stand-in where it cannot be had."""
+    """The real image, or the stand-in if it cannot be pulled."""
     if succeeds("docker", "image", "inspect", POSTGRES_IMAGE) or succeeds("docker", "pull", "--quiet", POSTGRES_IMAGE):
         return POSTGRES_IMAGE
     if not Path("/usr/lib/postgresql").is_dir():

@@ -23,7 +23,7 @@ TERMINATE = "mutation Terminate($id: String!) { terminateRun(runId: $id) { __typ
 
 @pytest.fixture(scope="module")
 def dagster(tmp_path_factory):
-    """`dagster dev`: webserver, daemon and code location, with a state of its own."""
+    """`dagster dev`: webserver, daemon and code location, with separate state."""
     workplace = new_workplace(tmp_path_factory.mktemp("webserver"))
     port, log = free_port(), workplace.root / "dagster.log"
     with log.open("w") as out:

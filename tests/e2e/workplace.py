@@ -1,4 +1,4 @@
-"""Real processes for the end-to-end tests: the Dagster CLI, the BentoML server, each with state of its own."""
+"""Real processes for the end-to-end tests: the Dagster CLI, the BentoML server, each with separate state."""
 
 import json
 import os

@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(checkpoint: Path, directory: Path, packages: tuple[str, ...] = ()) -> tuple[str, dict[str, Any], str]:
-    """Release, result of each try, other output; `packages` shadow those of this environment."""
+    """Release, result of each attempt, other output; `packages` shadow those of this environment."""
     if packages:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(directory), *packages]
         subprocess.run([*pip, "--disable-pip-version-check"], check=True, capture_output=True, text=True)

@@ -2,8 +2,8 @@
 
     python -m model.training.launch.agent SCRATCH/job.json
 
-The host that runs the stage starts it by itself (`start.py`). On every further host of a training a person or a
-site's scheduler does: it waits for the job, joins the others at the job's endpoint and ends with them.
+On the host that runs the stage, `start.py` starts it. On every other host of a training a person or the cluster's
+scheduler does: it waits for the job, joins the others at the job's endpoint and ends with them.
 """
 
 import argparse

@@ -19,7 +19,7 @@ SHUTDOWN_S = round(GRACE_S) - 10
 def meeting_place(compute: ComputeSettings) -> tuple[int, str]:
     """Number of hosts, and HOST:PORT where they meet: "" for one host.
 
-    Raises PipelineError for several hosts and no such place, and for an environment that names no number.
+    Raises PipelineError for several hosts without such an address, and for a variable that is not a number.
     """
     nodes = compute.nodes or int(_from_environment("compute.nodes", "SLURM_NNODES", "PET_NNODES") or 1)
     if nodes == 1:
@@ -36,7 +36,7 @@ def meeting_place(compute: ComputeSettings) -> tuple[int, str]:
 
 
 def _from_environment(option: str, *names: str) -> str:
-    """The first of these variables that is set, a number; empty where none is."""
+    """The first of these variables that is set, a number; empty if none is."""
     for name in names:
         if value := os.environ.get(name, "").strip():
             if not value.isdigit() or not int(value):

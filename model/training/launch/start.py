@@ -42,8 +42,8 @@ def launch(
     """`train` in this process, or in those that `settings.compute` names; the batch is the same for any number of them.
 
     All processes end when this one does, however it ends: with time to save, except where the kernel kills them.
-    Raises what `train` raises, PipelineError where several hosts have no place to meet, and RuntimeError where
-    processes died more often than `compute.restarts` allows: another call goes on at the last checkpoint.
+    Raises what `train` raises, PipelineError if several hosts have no place to meet, and RuntimeError if
+    processes died more often than `compute.restarts` allows: another call resumes from the last checkpoint.
     """
     if settings.compute.engine == "local":
         return train(
@@ -53,7 +53,7 @@ def launch(
     presence = Presence(scratch_dir / PRESENCE)
     if not presence.wait_for_none(GRACE_S):
         raise PipelineError(
-            f"processes of an earlier try still train in {scratch_dir}: wait until they have ended, or end them"
+            f"processes of an earlier attempt still train in {scratch_dir}: wait until they have ended, or end them"
         )
     (scratch_dir / JOB).unlink(missing_ok=True)
     shutil.rmtree(scratch_dir / REPORTS, ignore_errors=True)
@@ -81,7 +81,7 @@ def launch(
     if reports.summary is None:
         raise RuntimeError(
             f"the training processes ended with status {agent.returncode} and no result: their errors are above; "
-            "the next try goes on at the last checkpoint"
+            "the next attempt resumes from the last checkpoint"
         )
     return reports.summary
 

@@ -1,6 +1,6 @@
 """One process of a training that `start.py` started: `python -m model.training.launch.worker JOB`, under torchrun.
 
-It trains what the job says and appends what it has to report to a file of its own in the scratch folder.
+It runs the training of the job and appends its reports to a separate file in the scratch folder.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def expect_devices(device: str, processes: int) -> None:
-    """Raises PipelineError where this host has GPUs, but fewer than `processes`. device: `training.device`."""
+    """Raises PipelineError if this host has GPUs, but fewer than `processes`. device: `training.device`."""
     gpus = torch.cuda.device_count()
     if (device == "cuda" or (device == "auto" and gpus)) and processes > gpus:
         raise PipelineError(

@@ -173,7 +173,7 @@ def parameter_groups(model: PreTrainedModel, settings: TrainingSettings) -> list
 def build_optimizer(model: PreTrainedModel, settings: TrainingSettings, precision: Precision) -> MuonAdamW:
     """The optimizer of `settings.optim`: "muon" (Muon and AdamW) or "adamw" (fused AdamW for every parameter).
 
-    precision: the training's. Muon orthogonalizes in bfloat16 on a GPU, and on a CPU with bfloat16 units where the
+    precision: the training's. Muon orthogonalizes in bfloat16 on a GPU, and on a CPU with bfloat16 units if the
     training computes in it; else in float32.
     The first group has the base learning rate `settings.learning_rate`, which the schedule reports.
     """

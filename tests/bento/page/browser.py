@@ -25,7 +25,7 @@ FLAGS = [
 
 
 def missing() -> str:
-    """Why there is no browser to test with; empty where there is."""
+    """Why there is no browser to test with; empty if there is."""
     absent = [name for name, found in (("chromium", CHROMIUM), ("chromium-driver", DRIVER)) if not found]
     return f"not installed: {', '.join(absent)} (apt-get install chromium chromium-driver)" if absent else ""
 

@@ -16,7 +16,7 @@ STREAMS, STEPS = 8, 20
 
 
 class ByHand:
-    """An engine whose events the test hands over, in a thread of its own."""
+    """An engine whose events the test hands over, in a separate thread."""
 
     def submit_all(self, requests, deliver):
         self.deliver = deliver

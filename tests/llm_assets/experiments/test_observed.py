@@ -72,7 +72,7 @@ class Location:
         (self.configs / file).write_text(text.replace(old, new))
 
     def causes(self, asset: str, experiment: str = "smoke") -> list[StaleCause]:
-        """Why a partition is out of date; empty where it is fresh."""
+        """Why a partition is out of date; empty if it is fresh."""
         assets = [*settings_specs(), corpus, trained_checkpoint]
         graph = dg.Definitions(assets, resources={"hydra": HydraConfig()}).resolve_asset_graph()
         resolver = CachingStaleStatusResolver(self.instance, graph, LoadingContextForTest(self.instance))

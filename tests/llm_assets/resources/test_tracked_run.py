@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
 class Server:
-    """`mlflow server` with one worker, in a process group of its own."""
+    """`mlflow server` with one worker, in a separate process group."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as probe:

@@ -33,7 +33,7 @@ def test_padding_by_nuls_is_no_damage(codec: str, length: int) -> None:
 @BOTH
 @pytest.mark.parametrize("garbage", [b"x", b"garbage" * 1000, b"\0\0\0text"])
 def test_bytes_after_the_end_are_told(codec: str, garbage: bytes) -> None:
-    with pytest.raises(BrokenFile, match=f"after its end come bytes that are no {codec}|Truncated"):
+    with pytest.raises(BrokenFile, match=f"its end is followed by bytes that are not {codec}|Truncated"):
         read(PACK[codec](TEXT) + garbage, codec)
 
 

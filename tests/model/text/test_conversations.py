@@ -1,4 +1,4 @@
-"""Conversations as data sets have them: what is read, what is learned, what a window cuts, what is refused."""
+"""Conversations as datasets have them: what is read, what is learned, what a window cuts, what is refused."""
 
 import json
 from pathlib import Path
@@ -224,7 +224,7 @@ def test_a_saved_tokenizer_has_the_template_and_ends_generations_at_every_mark(c
         ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "has tool_calls"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"name": "f"}]}]}, "only the assistant"),
         ({"messages": TALK, "tools": "{"}, "tools is a text that is not JSON"),
-        ({"messages": TALK, "tools": [5]}, r"tools\[0\] is no function"),
+        ({"messages": TALK, "tools": [5]}, r"tools\[0\] is not a function"),
         ({"conversations": SHAREGPT}, "no field 'messages'; found: conversations; set corpus.messages_field"),
     ],
 )

@@ -116,13 +116,13 @@ def test_what_a_glob_matches_that_is_no_file_is_counted_and_named(tmp_path: Path
     assert summary.skipped == 6
     assert {entry.removeprefix(f"{folder}/") for entry in list_files([f"{folder}/*.txt"]).skipped} == {
         "pipe.txt (a pipe)",
-        "dangling.txt (a link to nothing)",
+        "dangling.txt (a broken link)",
         "device.txt (a device)",
         "folder.txt (a folder)",
         "linked.txt (a link to a folder)",
         "socket.txt (a socket)",
     }
-    assert any("passed over 6 names that are no files" in line and "dangling.txt" in line for line in LOGGED)
+    assert any("skipped 6 names that are not files" in line and "dangling.txt" in line for line in LOGGED)
 
 
 def test_folders_that_the_pattern_enters_are_not_counted(tmp_path: Path, folder: Path) -> None:
@@ -137,7 +137,7 @@ def test_folders_that_the_pattern_enters_are_not_counted(tmp_path: Path, folder:
 
 @pytest.mark.parametrize(
     ("name", "found"),
-    [("pipe", "a pipe"), ("link", "a link to nothing"), ("folder", "a folder"), ("device", "a device")],
+    [("pipe", "a pipe"), ("link", "a broken link"), ("folder", "a folder"), ("device", "a device")],
 )
 def test_a_path_that_is_no_file_says_what_it_is(tmp_path: Path, name: str, found: str) -> None:
     os.mkfifo(tmp_path / "pipe")
@@ -145,7 +145,7 @@ def test_a_path_that_is_no_file_says_what_it_is(tmp_path: Path, name: str, found
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").write_text("x")
     (tmp_path / "device").symlink_to("/dev/null")
-    with pytest.raises(PipelineError, match=rf"matches no file; passed over .*{name} \({found}\)"):
+    with pytest.raises(PipelineError, match=rf"matches no file; skipped .*{name} \({found}\)"):
         list_files([str(tmp_path / name)])
 
 

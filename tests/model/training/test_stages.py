@@ -182,5 +182,5 @@ def test_plain_text_is_refused_as_conversations(base, tmp_path):
         CorpusSettings(source="files", paths=[str(tmp_path / "a.txt")], document_bytes=64, split_by="position"),
         tmp_path / "corpus",
     )
-    with pytest.raises(PipelineError, match=r"a document of the corpus is no conversation"):
+    with pytest.raises(PipelineError, match=r"a document of the corpus is not a conversation"):
         build_tokenized_dataset(chat_tokenizer(base), tmp_path / "corpus", tmp_path / "dataset")

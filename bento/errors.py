@@ -63,6 +63,12 @@ def error_content(message: str, *, type: str, param: str | None, code: str) -> d
     return {"error": {"message": message, "type": type, "param": param, "code": code}}
 
 
+def context_exceeded(message: str, param: str) -> ApiError:
+    """A text that the context does not hold. Clients look for OpenAI's sentence, or for the code inside the message."""
+    code = "context_length_exceeded"
+    return ApiError(400, f"{message} ({code})", code=code, param=param)
+
+
 def server_error(status: int, message: str, *, code: str, headers: Mapping[str, str] | None = None) -> ApiError:
     """An error of the server, not of the request."""
     return ApiError(status, message, code=code, type="server_error", headers=headers)

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, Field
 from pydantic_core import PydanticCustomError
 from starlette.responses import JSONResponse, Response
 
-from bento.errors import ApiError
+from bento.errors import ApiError, context_exceeded
 from bento.http.body import JsonRoute
 from bento.http.openapi import GENERATING
 from bento.openai.schema import not_zero, prompts_schema, read_prompts
@@ -168,11 +168,9 @@ async def encode_inputs(
         encoded = [ids[-(context if most < 0 else most) :] for ids in encoded]
     longest = max(map(len, encoded))
     if longest > context:
-        raise ApiError(
-            400,
+        raise context_exceeded(
             f"This model's maximum context length is {context} tokens. However, your {name} resulted in {longest} "
             f"tokens. Please reduce the length of the {name}, or set truncate_prompt_tokens.",
-            code="context_length_exceeded",
             param=name,
         )
     return encoded

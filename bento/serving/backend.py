@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import Request
 
-from bento.errors import ApiError, server_error
+from bento.errors import ApiError, context_exceeded, server_error
 from bento.schema import ALL_THAT_FITS, Sampling
 from bento.serving.answers import Answers
 from bento.serving.heavy import HeavyWork
@@ -136,12 +136,7 @@ class Backend:
                     f"your {text_name} resulted in {prompt} tokens. Please reduce the length of the {text_name}; "
                     "the completion needs at least one token."
                 )
-            raise ApiError(
-                400,
-                limit + message,
-                code="context_length_exceeded",
-                param=text_name if is_too_long else count_name,
-            )
+            raise context_exceeded(limit + message, param=text_name if is_too_long else count_name)
         return min(wanted, free)
 
     def generations(

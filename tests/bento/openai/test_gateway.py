@@ -1,0 +1,97 @@
+"""vllm-router in front of two replicas: requests reach both, streams come through, and one replica alone goes on."""
+
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import httpx
+import openai
+import pytest
+
+from tests.bento.openai_service import CHAT_TEMPLATE, MODEL, Service, on_a_port, running_service
+from tests.e2e.workplace import BIN, free_port, stop
+
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.medium,
+    pytest.mark.skipif(not (BIN / "vllm-router").exists(), reason="vllm-router has no wheel for this machine"),
+]
+WAIT_S = 60
+GREEDY = {"model": MODEL, "max_tokens": 6, "temperature": 0}
+
+
+@dataclass
+class Gateway:
+    url: str
+    replicas: list[Service]
+    first: ExitStack
+
+    def generated(self) -> list[int]:
+        return [replica.engine.stats().generated_tokens_total for replica in self.replicas]
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory) -> Iterator[Gateway]:
+    port, prometheus = free_port(), free_port()
+    log = tmp_path_factory.mktemp("router") / "router.log"
+    with ExitStack() as stack, ExitStack() as first, log.open("w") as out:
+        replicas, urls = [], []
+        for keep in (first, stack):
+            replicas.append(stack.enter_context(running_service(chat_template=CHAT_TEMPLATE)))
+            urls.append(keep.enter_context(on_a_port(replicas[-1].app)))
+        command = [BIN / "vllm-router", "--host", "127.0.0.1", "--port", str(port), "--policy", "round_robin"]
+        command += ["--prometheus-port", str(prometheus), "--worker-urls", *urls]
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            url, end = f"http://127.0.0.1:{port}", time.monotonic() + WAIT_S
+            while not _is_healthy(url):
+                assert process.poll() is None and time.monotonic() < end, log.read_text()
+                time.sleep(0.1)
+            yield Gateway(url, replicas, first)
+        finally:
+            stop(process)
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.fixture
+def client(gateway: Gateway) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def test_requests_reach_both_replicas_and_have_the_same_answers(gateway, client):
+    before = gateway.generated()
+    texts = {client.completions.create(prompt="def main", **GREEDY).choices[0].text for _ in range(8)}
+    assert len(texts) == 1
+    assert [after - start for start, after in zip(before, gateway.generated(), strict=True)] == [24, 24]
+    assert MODEL in [model.id for model in client.models.list()]
+
+
+def test_streams_and_conversations_come_through(client):
+    messages = [{"role": "user", "content": "größer?"}]
+    whole = client.chat.completions.create(messages=messages, **GREEDY).choices[0].message.content
+    chunks = list(client.chat.completions.create(messages=messages, stream=True, **GREEDY))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_a_refusal_keeps_its_status_and_its_words(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(prompt="x", **{**GREEDY, "temperature": -1})
+    assert "temperature" in str(caught.value)
+
+
+def test_one_replica_goes_on_alone(gateway, client):
+    gateway.first.close()  # its port is closed
+    before = gateway.generated()
+    for _ in range(4):
+        assert client.completions.create(prompt="def main", **GREEDY).usage.completion_tokens == 6
+    assert [after - start for start, after in zip(before, gateway.generated(), strict=True)] == [0, 24]

@@ -23,6 +23,7 @@ export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 export GOMP_SPINCOUNT ?= 20000
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_UI_URL ?= http://127.0.0.1:$(MLFLOW_PORT)
+export LLM_ASSETS_DAGSTER_URL ?= http://127.0.0.1:$(UI_PORT)
 # Tests of one file stay in one process, as they share fixtures.
 SHARED := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Compose v2 is a plugin of docker's command line; the first version was a command of its own.

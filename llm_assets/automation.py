@@ -13,13 +13,15 @@ import json
 import os
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
-from llm_assets.experiments.compose import DEFAULT_EXPERIMENT
+from llm_assets.experiments.compose import DEFAULT_EXPERIMENT, experiment_names
 from llm_assets.experiments.explain import as_markdown
-from llm_assets.experiments.observed import observations, settings_specs
-from llm_assets.experiments.partitions import experiments
+from llm_assets.experiments.observed import changes, external_specs
+from llm_assets.experiments.partitions import experiments, in_use
+from llm_assets.registry import PIPELINE
 from llm_assets.resources.hydra import HydraConfig
 from model.errors import PipelineError
 
@@ -78,7 +80,8 @@ def retraining() -> dg.RunRequest:
 
 @dg.sensor(
     name="settings",
-    description="Reports changed options in configs/, so that assets that depend on them are shown as out of date.",
+    description="Reports changed options in configs/, so that assets that depend on them are shown as out of date; "
+    "keeps the partitions to the experiments that are in use.",
     minimum_interval_seconds=30,
     default_status=dg.DefaultSensorStatus.RUNNING,
 )
@@ -86,22 +89,49 @@ def observed_settings(context: dg.SensorEvaluationContext, hydra: HydraConfig) -
     """See the module. Composing takes seconds, so it waits for new files, observations or checkpoints."""
     seen = _state(context.instance, Path(hydra.config_dir))
     if seen == context.cursor:
-        return dg.SkipReason("no new settings file, observation or checkpoint")
-    found = []
-    for experiment in experiments.get_partition_keys():
+        return dg.SkipReason("no new settings file, partition, observation or checkpoint")
+    shown, entering, leaving = _partitions(context.instance)
+    found: list[Any] = []
+    for experiment in shown:
         try:
-            found += observations(context.instance, experiment, hydra.settings(experiment))
+            found += changes(context.instance, experiment, hydra.settings(experiment))
         except PipelineError as error:
             context.log.warning(f"settings of {experiment!r} are not observed: {error}")
-    return dg.SensorResult(asset_events=found, cursor=seen)
+    partitions: list[Any] = [experiments.build_add_request(entering), experiments.build_delete_request(leaving)]
+    return dg.SensorResult(
+        asset_events=found,
+        dynamic_partitions_requests=[change for change in partitions if change.partition_keys],
+        cursor=seen,
+    )
+
+
+def _partitions(instance: dg.DagsterInstance) -> tuple[list[str], list[str], list[str]]:
+    """The experiments that shall be partitions, and of these and the present ones those to add and to remove.
+
+    A name that was mistyped in the UI and one whose file is gone leave; an experiment that was materialized while
+    partitions were static enters. Before the first run the default experiment is shown alone, so that the UI has
+    something to offer, and a graph of which nothing is made does not look finished; it leaves when others have run.
+    """
+    present, known = in_use(instance), experiment_names(experiments.config_dir)
+    used = [name for name in known if _was_run(instance, name)]
+    waiting = [name for name in present if not (used and name == DEFAULT_EXPERIMENT)]
+    first = [name for name in known if name == DEFAULT_EXPERIMENT]
+    shown = [name for name in known if name in used or name in waiting] or first
+    return shown, [name for name in shown if name not in present], [name for name in present if name not in shown]
+
+
+def _was_run(instance: dg.DagsterInstance, experiment: str) -> bool:
+    first = dg.AssetRecordsFilter(asset_key=dg.AssetKey(PIPELINE[0].name), asset_partitions=[experiment])
+    runs = dg.RunsFilter(tags={"dagster/partition": experiment})
+    return bool(instance.get_runs(runs, limit=1) or instance.fetch_materializations(first, limit=1).records)
 
 
 def _state(instance: dg.DagsterInstance, config_dir: Path) -> str:
-    """A digest that changes with options, files, observations by runs, and checkpoints that settings may name."""
-    digest = hashlib.sha256(as_markdown().encode())
+    """A digest that changes with options, files, partitions, observations and checkpoints that settings may name."""
+    digest = hashlib.sha256(f"{as_markdown()} {in_use(instance)}".encode())
     for file in sorted(config_dir.rglob("*.yaml")):
         digest.update(f"{file} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
-    for spec in settings_specs():
+    for spec in external_specs():
         digest.update(
             str([record.storage_id for record in instance.fetch_observations(spec.key, limit=1).records]).encode()
         )

@@ -33,6 +33,11 @@ def specs(asset: str) -> Sequence[dg.AssetCheckSpec]:
         ]
 
 
+def _number(value: float) -> float | str:
+    """A number that the UI plots, as text where it is none: Dagster's events hold no infinities."""
+    return value if math.isfinite(value) else str(value)
+
+
 def splits_are_disjoint(corpus_dir: Path) -> dg.AssetCheckResult:
     """Compare the ids of the shards; an id is a hash of the document's text."""
     import pyarrow.parquet as pq
@@ -98,8 +103,8 @@ def beats_baselines(loss: float, bits_per_byte: float, *, uniform: float, unigra
         metadata={
             "uniform_bits_per_byte": uniform,
             "unigram_bits_per_byte": unigram,
-            "loss": str(loss),
-            "bits_per_byte": str(bits_per_byte),
+            "loss": _number(loss),
+            "bits_per_byte": _number(bits_per_byte),
         },
     )
 
@@ -127,9 +132,9 @@ def keeps_quality(bits_per_byte: float, full_bits_per_byte: float) -> dg.AssetCh
         passed=loss <= QUANTIZATION_WARNING,
         severity=dg.AssetCheckSeverity.WARN if loss <= QUANTIZATION_ERROR else dg.AssetCheckSeverity.ERROR,
         metadata={
-            "relative_loss": str(loss),
-            "bits_per_byte": str(bits_per_byte),
-            "full_bits_per_byte": str(full_bits_per_byte),
+            "relative_loss": _number(loss),
+            "bits_per_byte": _number(bits_per_byte),
+            "full_bits_per_byte": _number(full_bits_per_byte),
         },
     )
 
@@ -142,7 +147,7 @@ def is_the_same_model(rows: Sequence[Mapping[str, Any]], differences: Sequence[s
         metadata={
             "certificates": len(rows),
             "differences": "\n".join(differences)[:2000] or "none",
-            **{f"{row['engine']}, {row['file']}": str(row["log_probability_difference"]) for row in rows},
+            **{f"{row['engine']}, {row['file']}": _number(row["log_probability_difference"]) for row in rows},
         },
     )
 

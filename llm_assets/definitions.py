@@ -16,7 +16,7 @@ import dagster as dg
 from llm_assets.artifacts.io_manager import DirectoryIOManager
 from llm_assets.assets import load_asset
 from llm_assets.automation import failure_webhook, observed_settings, retraining
-from llm_assets.experiments.observed import settings_specs
+from llm_assets.experiments.observed import external_specs
 from llm_assets.jobs import build_jobs, executor
 from llm_assets.registry import PIPELINE
 from llm_assets.resources.bentos import BentoBuilder
@@ -36,7 +36,7 @@ def build_defs(resource_overrides: Mapping[str, Any] | None = None) -> dg.Defini
         "mlflow": MlflowTracking(),
     }
     return dg.Definitions(
-        assets=[*settings_specs(), *ASSETS],
+        assets=[*external_specs(), *ASSETS],
         jobs=build_jobs(ASSETS),
         schedules=[retraining],
         sensors=[failure_webhook, observed_settings],

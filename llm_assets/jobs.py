@@ -11,7 +11,7 @@ from typing import Any
 
 import dagster as dg
 
-from llm_assets.experiments.compose import DEFAULT_EXPERIMENT
+from llm_assets.experiments.compose import DEFAULT_EXPERIMENT, experiment_names
 from llm_assets.registry import PIPELINE
 from llm_assets.stage import stopped
 
@@ -81,7 +81,13 @@ executor = build_executor(preloaded_modules())
 
 def build_jobs(assets: Sequence[dg.AssetsDefinition]) -> list[Any]:
     """`llm_pipeline` with every asset, and `<asset>_job` for each."""
-    whole = _job("llm_pipeline", assets, "From text to a packaged service: every asset of one experiment.")
+    whole = _job(
+        "llm_pipeline",
+        assets,
+        "From text to a packaged service: every asset of one experiment. Experiments: "
+        f"{', '.join(f'`{name}`' for name in experiment_names())}. One that has never run is not in the list of "
+        'partitions: choose "Add a partition" and type its name.',
+    )
     return [whole, *stage_jobs(assets)]
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from bench.container import IMAGE_GB
 
+SOURCE_TEXT = "source_text"
+"""The external asset that stands for the text behind a corpus (`experiments/observed.py`)."""
 QUANTIZATION_ERROR, QUANTIZATION_WARNING = 0.05, 0.02
 """Relative loss in bits per byte above which a quantized model is refused, or warned about."""
 
@@ -18,6 +20,7 @@ class StageSpec:
     """One stage of the pipeline: the asset `name`.
 
     upstream: assets that it is made from. settings: groups of the experiment's settings that it reads itself.
+    external: other assets that it reads and that no stage makes.
     checks: description by check name; all block. preload: modules that its steps import, loaded once per run.
     code: folders besides `model/` whose code determines its output.
     module: where the asset of this name is defined; empty: `llm_assets.assets.<name>`.
@@ -30,6 +33,7 @@ class StageSpec:
     kinds: tuple[str, ...]
     code_version: str
     settings: tuple[str, ...] = ()
+    external: tuple[str, ...] = ()
     upstream: tuple[str, ...] = ()
     checks: Mapping[str, str] = field(default_factory=dict)
     pool: str | None = None
@@ -49,6 +53,7 @@ PIPELINE = (
         kinds=("parquet", "python"),
         code_version="1",
         settings=("corpus",),
+        external=(SOURCE_TEXT,),
         checks={"splits_are_disjoint": "Both splits hold documents, and none is in both."},
     ),
     StageSpec(

@@ -25,6 +25,7 @@ from llm_assets.dagster_home import check_dagster_home
 from llm_assets.paths import REPOSITORY, var_dir
 from llm_assets.resources import tracking_database
 from llm_assets.resources.mlflow import MlflowTracking
+from llm_assets.resources.provenance import DAGSTER_URL
 from model.errors import PipelineError, ends_in_one_line
 
 START_S, STOP_S = 180.0, 7.0
@@ -107,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         mlflow, dagster = (f"http://{given.host}:{port}" for port in (given.mlflow_port, given.port))
         database, artifacts = var_dir() / "mlflow.db", var_dir() / tracking_database.ARTIFACTS
         os.environ.setdefault("MLFLOW_UI_URL", mlflow)
+        os.environ.setdefault(DAGSTER_URL, dagster)
         python = [sys.executable, "-m"]
         command = [
             *python,

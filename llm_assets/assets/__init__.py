@@ -30,7 +30,7 @@ def asset_arguments(name: str) -> dict[str, Any]:
         "pool": spec.pool,
         "check_specs": checks.specs(name),
         "partitions_def": experiments,
-        "deps": [settings_asset(group) for group in spec.settings],
+        "deps": [*spec.external, *(settings_asset(group) for group in spec.settings)],
         "owners": ["team:llm"],
         "io_manager_key": "artifacts",
         "automation_condition": dg.AutomationCondition.eager() if spec.eager else None,
@@ -59,8 +59,8 @@ def load_asset(spec: StageSpec) -> dg.AssetsDefinition:
     """
     module = importlib.import_module(spec.module or f"{__name__}.{spec.name}")
     asset: dg.AssetsDefinition = getattr(module, spec.name)
-    settings = {settings_asset(group) for group in spec.settings}
-    inputs = {key.path[-1] for key in asset.dependency_keys} - settings
+    external = {*spec.external, *(settings_asset(group) for group in spec.settings)}
+    inputs = {key.path[-1] for key in asset.dependency_keys} - external
     if inputs != set(spec.upstream):
         raise TypeError(f"{spec.name} takes {sorted(inputs)}: its entry in the registry says {sorted(spec.upstream)}")
     return asset

@@ -1,23 +1,43 @@
-"""An experiment's settings as assets: one for each group of options, observed but never materialized.
+"""What a run reads and does not make, as external assets: an experiment's settings and its source text.
 
-The data version is a hash of the group's options. When an option changes, Dagster shows the stages that read its group
-as out of date, because `training_settings`, for example, has a new data version; that asset's newest observation names
-the changed options with both values. Observations come from each step of a run, with the run's overrides
-(`resources/hydra.py`), and from the sensor `settings`, with the current files (`automation.py`).
+There is one asset for each group of options, and one for the source text. The data version is a hash of the group's
+options, or of the text's address. When an option changes, Dagster shows the stages that read its group as out of date,
+because `training_settings`, for example, has a new data version; that asset's page names the changed options with both
+values. Events come from each step of a run, with the run's overrides (`resources/hydra.py`), and from the sensor
+`settings`, with the current files (`automation.py`). Each change is two events: Dagster compares the data versions of
+observations, and its pages show the metadata of materializations.
 """
 
+import sysconfig
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
 from llm_assets.artifacts.manifest import config_hash, flatten, stage_config
 from llm_assets.experiments.partitions import experiments
-from llm_assets.registry import PIPELINE, settings_asset
-from model.settings import GROUPS, ExperimentSettings, options
+from llm_assets.registry import PIPELINE, SOURCE_TEXT, settings_asset
+from model.settings import GROUPS, CorpusSettings, ExperimentSettings, options
 
 GROUP_NAME = "settings"
+FIRST = "nothing: this is the first observation"
 _VERSION_DIGITS = 16
+_VERSION_TAG = "dagster/data_version"
+
+
+def external_specs() -> list[dg.AssetSpec]:
+    """The external assets."""
+    source = dg.AssetSpec(
+        SOURCE_TEXT,
+        description="Where the documents come from: a folder, files, URLs or a dataset, by their addresses. Out of "
+        "date is what was made from another address; that files changed is noticed by the run.",
+        group_name="data",
+        kinds={"file"},
+        owners=["team:llm"],
+        partitions_def=experiments,
+    )
+    return [source, *settings_specs()]
 
 
 def settings_specs() -> list[dg.AssetSpec]:
@@ -28,7 +48,7 @@ def settings_specs() -> list[dg.AssetSpec]:
             settings_asset(group),
             description=f"{(kind.__doc__ or '').splitlines()[0]} The options `{group}.*` of each experiment, from "
             f"`configs/{group}/`, `configs/experiment/` and overrides. Stages that read them are out of date once one "
-            "changes; the newest observation names it.",
+            "changes; the newest event names it.",
             group_name=GROUP_NAME,
             kinds={"yaml"},
             owners=["team:llm"],
@@ -39,36 +59,53 @@ def settings_specs() -> list[dg.AssetSpec]:
     ]
 
 
-def observations(
+def source_uris(settings: CorpusSettings) -> list[str]:
+    """The addresses of the text, as globs where the settings have globs."""
+    match settings.source:
+        case "stdlib" | "docstrings":
+            return [Path(sysconfig.get_path("stdlib")).as_uri()]
+        case "huggingface" if not Path(settings.dataset).is_dir():
+            return [f"hf://datasets/{settings.dataset}"]
+        case "huggingface":
+            return [Path(settings.dataset).absolute().as_uri()]
+    return [path if "://" in path else f"file://{Path(path).absolute()}" for path in settings.paths]
+
+
+def changes(
     instance: dg.DagsterInstance, experiment: str, settings: ExperimentSettings
-) -> list[dg.AssetObservation]:
-    """An observation for each group that has changed since its newest one."""
-    groups: dict[str, Any] = {}
+) -> list[dg.AssetObservation | dg.AssetMaterialization]:
+    """Events for each asset that differs from its newest materialization, in the order to report them in.
+
+    A materialization follows its observation: Dagster looks for observations that are newer than the event that a run
+    has read, which is the materialization.
+    """
+    uris = source_uris(settings.corpus)
+    shown: dict[str, dict[str, Any]] = {SOURCE_TEXT: _addresses(uris, settings.corpus.license)}
+    values: dict[str, Any] = {SOURCE_TEXT: {"uri": uris}}
     for stage in PIPELINE:
-        groups |= stage_config(settings, stage.name)
-    found = []
-    for group, values in groups.items():
-        key, version = dg.AssetKey(settings_asset(group)), config_hash(values)[:_VERSION_DIGITS]
-        filtered = dg.AssetRecordsFilter(asset_key=key, asset_partitions=[experiment])
-        records = instance.fetch_observations(filtered, limit=1).records
-        before = records[0].asset_observation if records else None
-        if before and (before.tags or {}).get("dagster/data_version") == version:
+        for group, found in stage_config(settings, stage.name).items():
+            shown[settings_asset(group)] = {"options": _table(group, found)}
+            values[settings_asset(group)] = found
+    events: list[dg.AssetObservation | dg.AssetMaterialization] = []
+    for asset, now in values.items():
+        key, version = dg.AssetKey(asset), config_hash(now)[:_VERSION_DIGITS]
+        newest = dg.AssetRecordsFilter(asset_key=key, asset_partitions=[experiment])
+        records = instance.fetch_materializations(newest, limit=1).records
+        before = records[0].asset_materialization if records else None
+        if before and (before.tags or {}).get(_VERSION_TAG) == version:
             continue
-        changed = changed_options({group: _values(before)}, {group: values}) if before else []
-        found.append(
-            dg.AssetObservation(
-                key,
-                partition=experiment,
-                description="; ".join(changed) or None,
-                metadata={
-                    "changed": "; ".join(changed) or "nothing: this is the first observation",
-                    "options": _table(group, values),
-                    "values": dg.MetadataValue.json(values),
-                },
-                tags={"dagster/data_version": version},
-            )
-        )
-    return found
+        group = asset.removesuffix("_settings")
+        changed = "; ".join(changed_options({group: _values(before)}, {group: now})) if before else ""
+        common: dict[str, Any] = {
+            "partition": experiment,
+            "description": changed or None,
+            "tags": {_VERSION_TAG: version},
+        }
+        said = {"changed": changed or FIRST}
+        events.append(dg.AssetObservation(key, metadata=said, **common))
+        values_now = {"values": dg.MetadataValue.json(now)}
+        events.append(dg.AssetMaterialization(key, metadata={**said, **shown[asset], **values_now}, **common))
+    return events
 
 
 def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -85,9 +122,16 @@ def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     return lines
 
 
-def _values(observation: dg.AssetObservation) -> Mapping[str, Any]:
-    found = observation.metadata.get("values")
+def _values(event: dg.AssetMaterialization) -> Mapping[str, Any]:
+    found = event.metadata.get("values")
     return found.value if isinstance(found, dg.JsonMetadataValue) and isinstance(found.value, dict) else {}
+
+
+def _addresses(uris: list[str], license_name: str) -> dict[str, Any]:
+    """Metadata of the source text; Dagster's pages show one address at their top."""
+    text = "\n".join(uris)
+    is_link = len(uris) == 1 and uris[0].startswith(("http://", "https://"))
+    return {"dagster/uri": dg.MetadataValue.url(text) if is_link else text, "license": license_name}
 
 
 def _table(group: str, values: Mapping[str, Any]) -> dg.MetadataValue:

@@ -13,7 +13,8 @@ from pydantic import Field, PrivateAttr
 from llm_assets.artifacts.io_manager import DirectoryIOManager
 from llm_assets.experiments.compose import CONFIG_DIR, compose
 from llm_assets.experiments.explain import as_markdown
-from llm_assets.experiments.observed import observations
+from llm_assets.experiments.observed import changes
+from llm_assets.experiments.partitions import enter, experiments
 from llm_assets.experiments.references import resolve
 from model.errors import PipelineError
 from model.settings import ExperimentSettings
@@ -41,7 +42,7 @@ class HydraConfig(dg.ConfigurableResource):
     _composed: dict[str, ExperimentSettings] = PrivateAttr(default_factory=dict)
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Report the run's settings as observations, before Dagster records the data versions of a step's inputs.
+        """Add the experiment to the partitions and report the run's settings, before Dagster records data versions.
 
         Every step reports again: the sensor or a run with other overrides may have observed different values since.
         """
@@ -49,13 +50,15 @@ class HydraConfig(dg.ConfigurableResource):
         experiment = context.run.tags.get("dagster/partition") if context.run else None
         if not experiment or context.instance is None:
             return
+        if experiments.has_partition_key(experiment):
+            enter(context.instance, experiment)
         try:
             settings = self.settings(experiment)
         except PipelineError:
             return  # the step composes again and fails with this error
         try:
-            for observation in observations(context.instance, experiment, settings):
-                context.instance.report_runless_asset_event(observation)
+            for event in changes(context.instance, experiment, settings):
+                context.instance.report_runless_asset_event(event)
         except Exception as error:  # noqa: BLE001 - a locked or full event log must not fail the run
             logger.warning("the settings are not shown as observed: %s", str(error).partition("\n")[0])
 

@@ -12,7 +12,7 @@ RUNNING, and a resumed training continues its run.
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +28,7 @@ from llm_assets.registry import model_name
 from llm_assets.resources import tracking_database
 from llm_assets.resources.model_versions import is_registered
 from llm_assets.resources.promotion import CompareWithChampion, warned
+from llm_assets.resources.provenance import inputs, source_tags
 from llm_assets.resources.tracked_run import TrackedRun, one_line, send_unsent
 from model.errors import PipelineError, TransientError
 from model.progress import Log, silent
@@ -69,9 +70,12 @@ class MlflowTracking(dg.ConfigurableResource):
         parent_run_id: str | None = None,
         resume_run_id: str | None = None,
         overrides: Sequence[str] = (),
+        description: str = "",
+        upstream: Mapping[str, Manifest] | None = None,
     ) -> Iterator[TrackedRun]:
         """Open a run for this step, nested under `parent_run_id`, or continue `resume_run_id` if it still exists.
 
+        description: of the experiment, for the run's page. upstream: what the run reads, shown as its datasets.
         Ends it FINISHED, FAILED (any exception, `failed` set, or a generator that is closed before it ends) or KILLED
         (Dagster's termination, Ctrl-C).
         """
@@ -85,6 +89,7 @@ class MlflowTracking(dg.ConfigurableResource):
             "dagster.job": context.run.job_name,
             "dagster.asset": asset,
             "dagster.partition": partition,
+            **source_tags(asset, partition, context.run.run_id, description),
         }
         name = " ".join([partition, asset, *overrides])[:_NAME_CHARACTERS]
         if overrides:
@@ -102,6 +107,8 @@ class MlflowTracking(dg.ConfigurableResource):
         url = f"{self._ui_address()}/#/experiments/{experiment_id}/runs/{run_id}?{TRAINING_VIEW}"
         tracked = TrackedRun(client, run_id, url, context.log.warning, unsent=unsent, log=context.log.info)
         context.log.info(f"MLflow run: {url}")
+        if upstream:
+            tracked.log_inputs(inputs(upstream))
         try:
             yield tracked
         except BaseException as error:

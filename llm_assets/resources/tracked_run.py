@@ -7,6 +7,7 @@ the next run that reaches the server sends them (`send_unsent`).
 
 import json
 import shutil
+import sys
 import threading
 import time
 from collections import deque
@@ -29,6 +30,8 @@ _VALUE_CHARACTERS = 6000  # MLflow's limit for the length of a parameter
 RETRY_EVERY_S = 5.0
 FINAL_WAIT_S = 15.0
 """Longest wait at the end of a run for a server that does not answer."""
+SYSTEM_EVERY_S = 10.0
+"""Shortest time between two samples of the machine's load."""
 _PERMANENT = {
     "BAD_REQUEST",
     "INVALID_PARAMETER_VALUE",
@@ -45,15 +48,36 @@ def one_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else repr(error)
 
 
+def system_metrics() -> dict[str, float]:
+    """Load of the machine under the names of MLflow's page of system metrics; a GPU's memory where torch uses one."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    found = {
+        "system/cpu_utilization_percentage": psutil.cpu_percent(),
+        "system/system_memory_usage_megabytes": memory.used / 1e6,
+        "system/system_memory_usage_percentage": memory.percent,
+    }
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(device)
+            found[f"system/gpu_{device}_memory_usage_megabytes"] = (total - free) / 1e6
+            found[f"system/gpu_{device}_memory_usage_percentage"] = 100 * (total - free) / total
+    return found
+
+
 def send(client: "MlflowClient", run_id: str, entry: Mapping[str, Any]) -> None:
     """Send one entry of the queue or of a file of unsent entries."""
-    from mlflow.entities import Metric, Param
+    from mlflow.entities import Dataset, DatasetInput, Metric, Param
 
     match entry["kind"]:
         case "metrics":
             client.log_batch(run_id, metrics=[Metric(*metric) for metric in entry["values"]])
         case "params":
             client.log_batch(run_id, params=[Param(*param) for param in entry["values"]])
+        case "inputs":
+            client.log_inputs(run_id, [DatasetInput(Dataset(**dataset)) for dataset in entry["values"]])
         case "file":
             client.log_artifact(run_id, entry["path"], entry["folder"])
         case "folder":
@@ -116,7 +140,9 @@ class TrackedRun:
         self._client, self._warn, self._log, self._unsent = client, warn, log, unsent
         self.run_id, self.url, self.failed = run_id, url, False
         self._ended = False
-        self._last_step = 0
+        self._last_step = self._system_samples = 0
+        self._last_system = -SYSTEM_EVERY_S
+        system_metrics()  # psutil's load is that since the last call
         self._queue: deque[dict[str, Any]] = deque()
         self._messages: deque[str] = deque()
         self._changed = threading.Condition()
@@ -135,10 +161,14 @@ class TrackedRun:
         self.close()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Log numbers at `step`."""
+        """Log numbers at `step`, and now and then how busy the machine is."""
         self._last_step = max(self._last_step, step)
         now = int(time.time() * 1000)
         values = [[name, float(value), now, step] for name, value in metrics.items()]
+        if time.monotonic() - self._last_system >= SYSTEM_EVERY_S:
+            self._last_system = time.monotonic()
+            values += [[name, value, now, self._system_samples] for name, value in system_metrics().items()]
+            self._system_samples += 1
         self._put(kind="metrics", name="metrics", values=values)
 
     def log_final_metrics(self, metrics: Mapping[str, float]) -> None:
@@ -150,6 +180,10 @@ class TrackedRun:
         values = [[name, str(value)[:_VALUE_CHARACTERS]] for name, value in params.items()]
         for start in range(0, len(values), _BATCH):
             self._put(kind="params", name="parameters", values=values[start : start + _BATCH])
+
+    def log_inputs(self, datasets: Sequence[Mapping[str, str]]) -> None:
+        """Log the datasets that the run reads: name, digest, source_type and source of each."""
+        self._put(kind="inputs", name="datasets", values=[dict(dataset) for dataset in datasets])
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Upload a file, or a folder's content; it must exist until the run has ended."""

@@ -225,6 +225,8 @@ def stage(
                     parent_run_id=_parent(manifests),
                     resume_run_id=_read(workspace / "mlflow_run_id"),
                     overrides=hydra.overrides,
+                    description=settings.description,
+                    upstream=manifests,
                 ) as tracked:
                     (workspace / "mlflow_run_id").write_text(tracked.run_id)
                     tracked.log_params(flatten(config))

@@ -1,6 +1,9 @@
-"""Runs launched and canceled from the Dagster webserver as the UI does it: over GraphQL, through the daemon's queue."""
+"""The Dagster webserver: what a person reads on its pages in a real browser, and runs launched and canceled as the UI
+does it, over GraphQL, through the daemon's queue.
+"""
 
 import contextlib
+import json
 import subprocess
 import time
 
@@ -9,6 +12,9 @@ import psutil
 import pytest
 
 from bench.stack import LAUNCH, STATUS
+from docs.screenshots import boxes, lineage_address, partition_address, pictures, text_of
+from llm_assets.registry import PIPELINE
+from tests.bento.page.browser import browser, missing, set_viewport
 from tests.e2e.test_pipeline import mlflow_runs
 from tests.e2e.workplace import BIN, REPO, free_port, new_workplace, stop, wait_for
 
@@ -18,6 +24,9 @@ STEPS = 150
 TRAINING = [f"training.max_steps={STEPS}"]  # seconds, so that it can be canceled in the middle
 
 TO_CHECKPOINT = ("corpus", "tokenized_dataset", "trained_checkpoint")
+PARTITIONS = """{
+  assetNodes { assetKey { path } partitionKeys partitionStats { numPartitions numMaterialized numFailed } }
+}"""
 TERMINATE = "mutation Terminate($id: String!) { terminateRun(runId: $id) { __typename } }"
 
 
@@ -109,6 +118,49 @@ def test_a_run_from_the_ui_succeeds_and_is_finished_in_mlflow(dagster):
     run_id = launch(client, TRAINING)
     assert ended(client, run_id) == "SUCCESS"
     assert training_status(workplace, run_id) == "FINISHED"
+
+
+def test_the_graph_counts_the_experiments_that_have_run_and_no_others(dagster):
+    _, client = dagster
+
+    def partitions():
+        nodes = ask(client, PARTITIONS)["assetNodes"]
+        found = {node["assetKey"]["path"][-1]: node for node in nodes}
+        return found if all(node["partitionKeys"] == ["smoke"] for node in nodes) else None
+
+    # `settings`, the sensor, offers the default experiment until another has run; it looks every half minute.
+    counted = {name: node["partitionStats"] for name, node in wait_until(partitions).items()}
+    done = {"numPartitions": 1, "numMaterialized": 1, "numFailed": 0}
+    assert [counted[name] for name in (*TO_CHECKPOINT, "source_text", "training_settings")] == [done] * 5
+    assert counted["quantized_model"]["numMaterialized"] == 0
+
+
+@pytest.mark.skipif(bool(missing()), reason=missing())
+def test_a_person_reads_names_numbers_and_pictures_on_the_pages(dagster, tmp_path):
+    workplace, client = dagster
+    address = str(client.base_url).rstrip("/")
+    names = [stage.name for stage in PIPELINE]
+    trained, corpus = (
+        json.loads((workplace.latest(asset) / "summary.json").read_text()) for asset in ("trained_checkpoint", "corpus")
+    )
+    with browser(tmp_path / "profile") as driver:
+        set_viewport(driver, 2600, 1250)
+        driver.get(lineage_address(address))
+        left = {name: box[0] for name, box in zip(names, boxes(driver, names), strict=True)}
+        for stage in PIPELINE:
+            assert all(left[upstream] < left[stage.name] for upstream in stage.upstream), left
+        text_of(driver, "Materialize all", "source_text")
+        set_viewport(driver, 1400, 2400)
+        driver.get(partition_address(address, "trained_checkpoint", "smoke"))
+        assert "training loss by step" in pictures(driver)
+        text_of(driver, "bits per byte of the validation split", f"{trained['bits_per_byte']:.4f}", "nats per token")
+        driver.get(partition_address(address, "corpus", "smoke"))
+        assert "bytes" in pictures(driver)
+        text_of(driver, "mean document", f"{corpus['train_documents'] + corpus['validation_documents']:,}")
+        driver.get(partition_address(address, "training_settings", "smoke"))
+        text_of(driver, "changed", "training.learning_rate")
+        driver.get(partition_address(address, "source_text", "smoke"))
+        text_of(driver, "dagster/uri", "file://")
 
 
 def test_a_cancelled_run_leaves_no_process_and_the_next_one_goes_on_to_the_same_bits(dagster):

@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import dagster as dg
@@ -81,6 +82,8 @@ def test_a_model_must_beat_the_baselines(
 ) -> None:
     result = checks.beats_baselines(loss, bits, uniform=3.0, unigram=2.0)
     assert (result.passed, result.severity) == (passed, severity)
+    for name, value in (("loss", loss), ("bits_per_byte", bits)):  # the page plots numbers, and has no infinity
+        assert result.metadata[name].value == (value if math.isfinite(value) else str(value))
 
 
 @pytest.mark.parametrize(
@@ -90,6 +93,7 @@ def test_a_model_must_beat_the_baselines(
 def test_quantization_may_cost_little(bits: float, passed: bool, severity: dg.AssetCheckSeverity) -> None:
     result = checks.keeps_quality(bits, 2.0)
     assert (result.passed, result.severity) == (passed, severity)
+    assert result.metadata["bits_per_byte"].value == (bits if math.isfinite(bits) else str(bits))
 
 
 def test_a_bento_that_is_not_in_the_store_fails(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from llm_assets import jobs
 from llm_assets.artifacts.io_manager import DirectoryIOManager
 from llm_assets.definitions import ASSETS, build_defs, defs
 from llm_assets.experiments.compose import DEFAULT_EXPERIMENT, experiment_names
-from llm_assets.experiments.observed import settings_specs
-from llm_assets.experiments.partitions import ExperimentPartitions, experiments
+from llm_assets.experiments.observed import external_specs
+from llm_assets.experiments.partitions import ExperimentPartitions, experiments, in_use
+from llm_assets.resources.hydra import HydraConfig
 from model.settings import GROUPS, options
 
 
@@ -69,7 +70,7 @@ def test_each_asset_is_made_from_the_ones_that_the_design_names() -> None:
     }
 
 
-def test_each_asset_depends_on_the_settings_that_it_reads_and_on_no_others() -> None:
+def test_each_asset_depends_on_the_text_and_the_settings_that_it_reads_and_on_no_others() -> None:
     made = {asset.key for asset in ASSETS}
     settings = {
         asset.key.path[-1]: {dep.asset_key.path[-1] for spec in asset.specs for dep in spec.deps}
@@ -77,7 +78,7 @@ def test_each_asset_depends_on_the_settings_that_it_reads_and_on_no_others() -> 
         for asset in ASSETS
     }
     assert settings == {
-        "corpus": {"corpus_settings"},
+        "corpus": {"corpus_settings", "source_text"},
         "tokenized_dataset": {"tokenizer_settings"},
         "trained_checkpoint": {"model_settings", "training_settings"},
         "quantized_model": {"quantization_settings"},
@@ -85,14 +86,37 @@ def test_each_asset_depends_on_the_settings_that_it_reads_and_on_no_others() -> 
         "benchmark_report": {"benchmark_settings"},
         "packaged_bento": {"serving_settings"},
     }
-    external = {spec.key.path[-1]: spec for spec in settings_specs()}
+    external = {spec.key.path[-1]: spec for spec in external_specs()}
     assert set(external) == set().union(*settings.values())
     assert all(spec.partitions_def == experiments and spec.description for spec in external.values())
 
 
-def test_partitions_are_the_experiments() -> None:
-    assert list(experiments.get_partition_keys()) == experiment_names()
+def test_every_experiment_is_a_valid_partition_and_nothing_else_is() -> None:
+    assert all(experiments.has_partition_key(name) for name in experiment_names())
+    assert not experiments.has_partition_key("smke")
     assert DEFAULT_EXPERIMENT in experiment_names()
+
+
+def test_a_run_makes_its_experiment_a_partition_and_one_that_is_not_an_experiment_none(var: Path) -> None:
+    @dg.asset(partitions_def=experiments)
+    def first(hydra: HydraConfig) -> int:
+        return 1
+
+    @dg.asset(partitions_def=experiments)
+    def second(hydra: HydraConfig, first: int) -> int:
+        return first
+
+    job = dg.define_asset_job("job", selection=dg.AssetSelection.assets("first", "second"))
+    resolved = dg.Definitions([first, second], jobs=[job], resources={"hydra": HydraConfig()}).resolve_job_def("job")
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert in_use(instance) == []
+        for experiment, succeeds in (("smoke", True), ("smke", False), ("stdlib", True), ("smoke", True)):
+            result = resolved.execute_in_process(
+                instance=instance, tags={"dagster/partition": experiment}, raise_on_error=False
+            )
+            assert result.success == succeeds
+        assert in_use(instance) == ["smoke", "stdlib"]
+        assert instance.get_materialized_partitions(dg.AssetKey("second")) == {"smoke", "stdlib"}
 
 
 def test_the_launchpad_lists_every_option_with_its_text_values_and_default() -> None:
@@ -121,8 +145,11 @@ def test_the_number_of_concurrent_steps_is_fixed() -> None:
 
 
 @pytest.mark.parametrize("selected", ["first", "second"])
-def test_an_unknown_experiment_is_one_line_that_lists_the_experiments(selected: str) -> None:
-    partitions = ExperimentPartitions(["smoke", "stdlib"])
+def test_an_unknown_experiment_is_one_line_that_lists_the_experiments(selected: str, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    for name in ("smoke", "stdlib"):
+        (tmp_path / "experiment" / f"{name}.yaml").touch()
+    partitions = ExperimentPartitions(tmp_path)
 
     @dg.asset(partitions_def=partitions)
     def first() -> int:

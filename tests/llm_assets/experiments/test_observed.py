@@ -2,8 +2,10 @@
 
 import shutil
 import sqlite3
-from collections.abc import Iterator
+import sysconfig
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -14,16 +16,17 @@ from dagster._core.loader import LoadingContextForTest
 
 from llm_assets.automation import observed_settings
 from llm_assets.experiments.compose import CONFIG_DIR
-from llm_assets.experiments.observed import changed_options, settings_specs
-from llm_assets.experiments.partitions import experiments
+from llm_assets.experiments.observed import FIRST, changed_options, external_specs, source_uris
+from llm_assets.experiments.partitions import NAME, enter, experiments, in_use
 from llm_assets.resources.hydra import HydraConfig
+from model.settings import GROUPS, CorpusSettings, options
 
 pytestmark = pytest.mark.medium
 
 EXPERIMENTS = {"smoke", "stdlib"}
 
 
-@dg.asset(partitions_def=experiments, deps=["corpus_settings"])
+@dg.asset(partitions_def=experiments, deps=["source_text", "corpus_settings"])
 def corpus(hydra: HydraConfig) -> None:
     pass
 
@@ -39,15 +42,14 @@ class Location:
     def __init__(self, configs: Path, instance: dg.DagsterInstance) -> None:
         self.configs, self.instance = configs, instance
         shutil.copytree(CONFIG_DIR, configs)
-        for file in (configs / "experiment").iterdir():
-            if file.stem not in EXPERIMENTS:
-                file.unlink()
+        for experiment in sorted(EXPERIMENTS):
+            enter(instance, experiment)
         self.cursor: str | None = None
 
     def run(self, *overrides: str, experiment: str = "smoke") -> None:
         """Materialize both assets."""
         hydra = HydraConfig(config_dir=str(self.configs), overrides=list(overrides))
-        assets = [*settings_specs(), corpus, trained_checkpoint]
+        assets = [*external_specs(), corpus, trained_checkpoint]
         assert dg.materialize(
             assets, partition_key=experiment, resources={"hydra": hydra}, instance=self.instance
         ).success
@@ -62,8 +64,14 @@ class Location:
         if isinstance(found, dg.SensorResult):
             self.cursor = found.cursor
             for event in found.asset_events:
-                assert isinstance(event, dg.AssetObservation)
+                assert isinstance(event, dg.AssetObservation | dg.AssetMaterialization)
                 self.instance.report_runless_asset_event(event)
+            for request in found.dynamic_partitions_requests or ():
+                if isinstance(request, dg.AddDynamicPartitionsRequest):
+                    self.instance.add_dynamic_partitions(request.partitions_def_name, request.partition_keys)
+                else:
+                    for key in request.partition_keys:
+                        self.instance.delete_dynamic_partition(request.partitions_def_name, key)
         return found
 
     def edit(self, file: str, old: str, new: str) -> None:
@@ -73,7 +81,7 @@ class Location:
 
     def causes(self, asset: str, experiment: str = "smoke") -> list[StaleCause]:
         """Why a partition is out of date; empty if it is fresh."""
-        assets = [*settings_specs(), corpus, trained_checkpoint]
+        assets = [*external_specs(), corpus, trained_checkpoint]
         graph = dg.Definitions(assets, resources={"hydra": HydraConfig()}).resolve_asset_graph()
         resolver = CachingStaleStatusResolver(self.instance, graph, LoadingContextForTest(self.instance))
         found = list(resolver.get_stale_causes(dg.AssetKey(asset), experiment))
@@ -86,6 +94,13 @@ class Location:
         observation = self.instance.fetch_observations(filtered, limit=1).records[0].asset_observation
         assert observation
         return observation
+
+    def shown(self, asset: str, experiment: str = "smoke") -> Mapping[str, Any]:
+        """The metadata that the page of a partition shows."""
+        filtered = dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), asset_partitions=[experiment])
+        event = self.instance.fetch_materializations(filtered, limit=1).records[0].asset_materialization
+        assert event
+        return event.metadata
 
 
 @pytest.fixture
@@ -150,6 +165,79 @@ def test_a_mistake_in_one_experiment_does_not_hide_the_others(location: Location
     assert isinstance(found, dg.SensorResult)
     seen = {event.partition for event in found.asset_events}
     assert seen == {"stdlib"}
+
+
+def test_the_page_of_a_settings_asset_shows_each_option_with_its_value(location: Location) -> None:
+    location.run("training.max_steps=77")
+    shown = location.shown("training_settings")
+    rows = {record.data["option"]: record.data["value"] for record in shown["options"].records}
+    assert rows["training.max_steps"] == "77"
+    assert set(rows) == {item.full_name for item in options(GROUPS["training"])}
+    assert shown["changed"].value == FIRST
+    location.look()
+    assert location.shown("training_settings")["changed"].value == "training.max_steps is 60, was 77"
+
+
+def test_the_source_text_is_shown_by_its_address_and_another_address_makes_the_corpus_out_of_date(
+    location: Location, tmp_path: Path
+) -> None:
+    location.run()
+    assert location.shown("source_text")["dagster/uri"].value == Path(sysconfig.get_path("stdlib")).as_uri()
+    assert location.shown("source_text")["license"].value == "PSF-2.0"
+    assert not location.causes("corpus")
+    location.edit(
+        "experiment/smoke.yaml", "description:", f"corpus:\n  source: files\n  paths: [{tmp_path}/*.txt]\ndescription:"
+    )
+    location.look()
+    causes = {str(cause.dependency.asset_key.path[-1]) for cause in location.causes("corpus") if cause.dependency}
+    assert causes == {"corpus_settings", "source_text"}
+    assert location.shown("source_text")["dagster/uri"].value == f"file://{tmp_path}/*.txt"
+
+
+@pytest.mark.parametrize(
+    ("settings", "uris"),
+    [
+        ({"source": "docstrings"}, [Path(sysconfig.get_path("stdlib")).as_uri()]),
+        ({"source": "files", "paths": ["s3://b/*.gz", "/data/a b.txt"]}, ["s3://b/*.gz", "file:///data/a b.txt"]),
+        ({"source": "files", "paths": ["data/*.txt"]}, [f"file://{Path.cwd()}/data/*.txt"]),
+        ({"source": "huggingface", "dataset": "org/name"}, ["hf://datasets/org/name"]),
+        ({"source": "huggingface", "dataset": "configs"}, [(Path.cwd() / "configs").as_uri()]),
+    ],
+    ids=["docstrings", "files and URLs", "a relative path", "a dataset", "a local dataset"],
+)
+def test_every_kind_of_source_has_an_address(settings: dict[str, Any], uris: list[str]) -> None:
+    assert source_uris(CorpusSettings(**settings)) == uris
+
+
+def test_a_mistyped_partition_leaves_the_page_and_its_neighbors_stay(location: Location) -> None:
+    enter(location.instance, "smke")
+    location.look()
+    assert set(in_use(location.instance)) == EXPERIMENTS
+    assert isinstance(location.look(), dg.SensorResult) and isinstance(location.look(), dg.SkipReason)
+
+
+def test_an_experiment_that_was_made_while_partitions_were_static_becomes_a_partition(location: Location) -> None:
+    location.run()
+    for experiment in EXPERIMENTS:
+        location.instance.delete_dynamic_partition(NAME, experiment)
+    location.look()
+    assert in_use(location.instance) == ["smoke"]
+
+
+def test_before_the_first_run_the_default_experiment_is_offered_and_it_leaves_when_another_has_run(
+    location: Location,
+) -> None:
+    for experiment in EXPERIMENTS:
+        location.instance.delete_dynamic_partition(NAME, experiment)
+    location.look()
+    assert in_use(location.instance) == ["stdlib"]
+    location.run()
+    location.look()
+    assert in_use(location.instance) == ["smoke"]
+    location.run(experiment="stdlib")
+    enter(location.instance, "stdlib_chat")  # as "Add a partition" in the UI
+    location.look()
+    assert in_use(location.instance) == ["smoke", "stdlib", "stdlib_chat"]
 
 
 def test_options_that_came_and_went_are_named_too() -> None:

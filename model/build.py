@@ -29,6 +29,7 @@ def build_config(
         rope_parameters={"rope_type": "default", "rope_theta": settings.rope_theta},
         rms_norm_eps=settings.rms_norm_eps,
         post_norm=settings.post_norm,
+        qk_norm=settings.qk_norm,
         tie_word_embeddings=settings.tie_word_embeddings,
         initializer_range=settings.initializer_range,
         attention_dropout=settings.attention_dropout,

@@ -27,7 +27,8 @@ class RexConfig(PreTrainedConfig):  # type: ignore[misc]
     head_dim: defaults to hidden_size / num_attention_heads.
     rope_parameters: {"rope_type": "default", "rope_theta": 10000.0} unless given; the scaled types of transformers
     work. post_norm: True normalizes the output of each branch before it is added (the GLM-4-0414 arithmetic); False is
-    Llama. Raises ValueError, one line, for a shape that attention cannot be built from.
+    Llama. qk_norm: normalizes the queries and keys of each head before they are rotated (Qwen3), without post_norm.
+    Raises ValueError, one line, for a shape that attention cannot be built from, and for qk_norm with post_norm.
     """
 
     model_type = "rex"
@@ -60,6 +61,7 @@ class RexConfig(PreTrainedConfig):  # type: ignore[misc]
         rope_parameters: dict[str, Any] | None = None,
         rms_norm_eps: float = 1e-5,
         post_norm: bool = True,
+        qk_norm: bool = False,
         tie_word_embeddings: bool = True,
         initializer_range: float = 0.02,
         attention_dropout: float = 0.0,
@@ -91,6 +93,8 @@ class RexConfig(PreTrainedConfig):  # type: ignore[misc]
             head_dim = hidden_size // heads
         if head_dim < 2 or head_dim % 2:
             raise ValueError(f"head_dim is {head_dim}: expected an even number, as rotary embeddings rotate pairs")
+        if qk_norm and post_norm:
+            raise ValueError("qk_norm is True: expected False with post_norm, as no other architecture has both")
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -102,6 +106,7 @@ class RexConfig(PreTrainedConfig):  # type: ignore[misc]
         self.rope_parameters = rope_parameters
         self.rms_norm_eps = rms_norm_eps
         self.post_norm = post_norm
+        self.qk_norm = qk_norm
         self.initializer_range = initializer_range
         self.attention_dropout = attention_dropout
         self.use_cache = use_cache

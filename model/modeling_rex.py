@@ -1,9 +1,9 @@
 """REX: a decoder-only language model, native to transformers.
 
 Grouped-query attention, rotary embeddings, SwiGLU, no biases, and RMSNorm before and after each branch:
-`x + post_norm(branch(pre_norm(x)))`. With `post_norm=False` it is the Llama arithmetic, else that of GLM-4-0414;
-`model/weights/export.py` converts to both layouts. Class and module names are the ones that transformers looks for.
-This file and `configuration_rex.py` travel with every checkpoint, so they import only each other of this project.
+`x + post_norm(branch(pre_norm(x)))`. That is GLM-4-0414's arithmetic; `post_norm=False` gives that of Llama, with
+`qk_norm=True` that of Qwen3. `model/weights/export.py` converts to these layouts. Class and module names are the ones
+that transformers looks for. This file and `configuration_rex.py` travel with every checkpoint: no imports of others.
 
 Shapes: B batch, T new tokens, S all tokens (cached and new), D hidden size, F intermediate size, H query heads,
 G key/value heads, K head dimension, V vocabulary.
@@ -35,9 +35,8 @@ _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 _CACHES_TAKE_POSITIONS = "cache_kwargs" in inspect.signature(Cache.update).parameters
 # Of the arguments that transformers' own code passes on, those that its attention functions read or that are harmless.
 _PASSED_ON = {"num_items_in_batch", "cache_position", "is_causal", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"}
-_PASSED_ON |= {"max_length_q", "max_length_k"}
-_PASSED_ON |= {"cache", "block_table", "read_index", "write_index", "logits_indices", "logits_processor_args"}
-_PASSED_ON |= {"max_seqlen_q", "max_seqlen_k", "cumulative_seqlens_q", "cumulative_seqlens_k"}  # continuous batching
+_PASSED_ON |= {"max_length_q", "max_length_k", "cache", "block_table", "read_index", "write_index", "logits_indices"}
+_PASSED_ON |= {"max_seqlen_q", "max_seqlen_k", "cumulative_seqlens_q", "cumulative_seqlens_k", "logits_processor_args"}
 _ATTENTION_OF_TRANSFORMERS = {"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"}
 
 
@@ -166,6 +165,8 @@ class RexAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
         self.o_proj.is_residual_projection = True  # type: ignore[assignment]
+        eps = config.rms_norm_eps
+        self.q_norm, self.k_norm = (RexRMSNorm(self.head_dim, eps) if config.qk_norm else nn.Identity() for _ in "qk")
 
     def forward(
         self,
@@ -188,8 +189,8 @@ class RexAttention(nn.Module):
         if output_indices is not None:
             query_states = hidden_states[:, output_indices]
             query_rotary = (cos[:, :, output_indices], sin[:, :, output_indices])
-        query_BHTK = self.q_proj(query_states).unflatten(-1, heads).transpose(1, 2)
-        key_BGTK = self.k_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
+        query_BHTK = self.q_norm(self.q_proj(query_states).unflatten(-1, heads)).transpose(1, 2)
+        key_BGTK = self.k_norm(self.k_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)
         value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
         rotary = self.rotary_kernel if self.rotary_kernel is not None and self.training else rotate
         query_BHTK, key = rotary(query_BHTK, *query_rotary), rotary(key_BGTK, cos, sin)
@@ -265,7 +266,6 @@ class RexDecoderLayer(GradientCheckpointingLayer):
         """Shape (B, T, D) in and out; `position_embeddings` is always given.
 
         attention_weights: takes this layer's, from implementations that give them.
-
         output_indices: indices of the tokens that go on, (R,); out comes (B, R, D). The attention implementation has to
         know which queries those are.
         """

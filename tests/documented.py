@@ -5,6 +5,7 @@ that new kinds of commands get a check here.
 """
 
 import ast
+import importlib
 import itertools
 import re
 import shlex
@@ -155,6 +156,10 @@ def _settings(experiment: str, *overrides: str) -> list[str]:
 
 
 def _python(words: list[str]) -> list[str]:
+    if words[:1] == ["-c"]:
+        imported = [node for node in ast.walk(ast.parse(words[1])) if isinstance(node, ast.ImportFrom)]
+        names = [(node.module or "", alias.name) for node in imported for alias in node.names]
+        return [f"python -c: {m} has no {name}" for m, name in names if not hasattr(importlib.import_module(m), name)]
     if not words or words[0] != "-m":
         return [f"python {' '.join(words)}: expected python -m MODULE"]
     file = module_file(words[1])
@@ -274,6 +279,7 @@ CHECKS: dict[str, Callable[[list[str]], list[str]]] = {
     "dagster": _dagster,
     "docker": _docker,
     "llama-cli": _fine,
+    "llama-completion": _fine,
     "make": _make,
     "ollama": _fine,
     "pip": _pip,

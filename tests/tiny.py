@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from model.build import build_config, build_model
@@ -21,7 +22,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(
     tokenizer: PreTrainedTokenizerFast, *, stops: bool = False, seed: int = 0, **shape: Any
 ) -> RexForCausalLM:
-    """Random weights large enough for clear preferences; `stops` leaves the end-of-text token in place."""
+    """Random weights large enough for clear preferences; `stops` leaves the end-of-text token in place.
+
+    Norms of queries and keys are random, too, so that one in place of the other changes the result.
+    """
     settings: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -40,6 +44,9 @@ def tiny_model(
         tokenizer.pad_token_id,
     )
     model = build_model(config, seed).eval().requires_grad_(False)
+    for name, weight in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(sum(map(ord, name))))
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id)
     if stops:
         model.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.modeling_rex import RexForCausalLM
-from model.weights.export import export_config, export_state_dict
+from model.weights.export import CLASSES, export_config, export_state_dict, layout
 from model.weights.int8 import quantize_weight
 
 QUANTIZATION: dict[str, Any] = {
@@ -49,8 +49,7 @@ def write_compressed_tensors(model: RexForCausalLM, output_dir: Path) -> None:
         integers_NK, scale_N = quantize_weight(weight)
         tensors[name] = integers_NK
         tensors[f"{name}_scale"] = scale_N[:, None].to(weight.dtype)
-    config = export_config(model.config)
-    architecture = "Glm4ForCausalLM" if model.config.post_norm else "LlamaForCausalLM"
+    config, architecture = export_config(model.config), CLASSES[layout(model.config)].__name__
     written = {**config.to_dict(), "architectures": [architecture], "quantization_config": QUANTIZATION}
     (output_dir / "config.json").write_text(json.dumps(written, indent=2, default=str) + "\n", encoding="utf-8")
     model.generation_config.save_pretrained(output_dir)

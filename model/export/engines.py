@@ -1,11 +1,13 @@
 """Runs one engine on the inputs of the parity check, in a separate process: JSON in, JSON out.
 
 Run by `model/export/parity.py`: `python -m model.export.engines ENGINE MODEL_PATH < questions.json`. No engine here
-runs this project's model code: transformers loads its own class, llama.cpp reads only the GGUF.
+runs this project's model code: transformers and vLLM load their own classes, llama.cpp reads only the GGUF. vLLM has an
+environment of its own, so nothing outside of the standard library is imported before an engine is chosen.
 """
 
 import json
 import math
+import os
 import sys
 import urllib.request
 from collections.abc import Callable
@@ -148,10 +150,56 @@ def compressed_tensors(path: Path, asked: Questions) -> Answers:
     return {**answers, "engine": f"compressed-tensors {version('compressed-tensors')} in {answers['engine']}"}
 
 
+def vllm(path: Path, asked: Questions) -> Answers:
+    """Stock vLLM on an exported directory: float32, eager, one sequence at a time."""
+    # A window to score may be as long as the context, and vLLM asks for room for one token more.
+    os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    from tokenizers import Tokenizer
+    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm import __version__ as release
+
+    model = LLM(
+        str(path),
+        dtype="float32",
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        max_model_len=asked["context"] + 1,
+        max_num_seqs=1,
+        seed=0,
+    )
+    tokenizer = model.get_tokenizer()
+    plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    plain.encode_special_tokens = True
+    tokens = {
+        name: [tokenizer(text, add_special_tokens=False).input_ids, plain.encode(text, add_special_tokens=False).ids]
+        for name, text in asked["texts"].items()
+    }
+    chats = {
+        name: tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        for name, turns in asked["chats"].items()
+    }
+
+    def run(ids: list[int], **options: Any) -> Any:
+        settings = SamplingParams(temperature=0, **options)
+        return model.generate(TokensPrompt(prompt_token_ids=ids), settings, use_tqdm=False)[0]
+
+    greedy: dict[str, list[list[float]]] = {}
+    for name, ids in asked["ids"].items():
+        (made,) = run(ids, max_tokens=asked["steps"], logprobs=0).outputs
+        greedy[name] = [[token, step[token].logprob] for token, step in zip(made.token_ids, made.logprobs, strict=True)]
+    nats = 0.0
+    for window in asked["windows"]:
+        scores = run(window, max_tokens=1, prompt_logprobs=0).prompt_logprobs
+        nats -= sum(step[token].logprob for token, step in zip(window[1:], scores[1:], strict=True))
+    return {"engine": f"vLLM {release}", "tokens": tokens, "chats": chats, "greedy": greedy, "nats": nats}
+
+
 ENGINES: dict[str, Callable[[Path, Questions], Answers]] = {
     "transformers": transformers,
     "compressed-tensors": compressed_tensors,
     "llama.cpp": llama_cpp,
+    "vllm": vllm,
 }
 
 

@@ -15,13 +15,19 @@ from transformers import PreTrainedTokenizerFast
 from model.configuration_rex import RexConfig
 from model.errors import PipelineError
 from model.modeling_rex import RexForCausalLM
+from model.text.chat import MARKS, end_ids
 from model.text.tokenizer import splits_as_gpt2
-from model.weights.export import export_state_dict
+from model.weights.export import export_state_dict, interleave_pairs, layout
 
 PRE_TOKENIZER = "gpt-2"
 """llama.cpp's name of GPT-2's pre-tokenizer, which `model/text/tokenizer.py` trains with.
 
-llama.cpp does not split a run of more than LONGEST_RUN characters of one class; only there its tokens differ.
+llama.cpp does not split a run of more than LONGEST_RUN characters of one class; only there its tokens differ, and none
+of its pre-tokenizers has such a bound. The certificate compares such runs (`model/export/parity.py`).
+"""
+MARKS_THAT_END = (MARKS["user"], MARKS["tool"])
+"""Marks that end a generation besides the end-of-text token. GGUF has places for two: after an answer comes a user's
+turn, or the result of a tool.
 """
 NORMAL, CONTROL = 1, 3
 """llama.cpp's token types."""
@@ -33,6 +39,8 @@ _LAYER_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
@@ -75,13 +83,14 @@ def write_gguf(model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast, path: 
         raise PipelineError(
             f"no GGUF of this model: rope_type is {rope['rope_type']!r}, expected 'default'; use --to hf"
         )
-    # llama.cpp rotates pairs of neighboring rows in Llama's heads, as in GLM-4's, so both need interleaved rows.
-    weights = export_state_dict(model.state_dict(), config)
-    if not config.post_norm:
+    # llama.cpp rotates pairs of neighboring rows in Llama's heads, as in GLM-4's, so both need interleaved rows; in
+    # Qwen3's it rotates as REX does.
+    weights, kind_of_model = export_state_dict(model.state_dict(), config), layout(config)
+    if kind_of_model == "llama":
         weights = {key: _neighboring(key, weight, config) for key, weight in weights.items()}
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
-    writer = gguf.GGUFWriter(path, "glm4" if config.post_norm else "llama")
+    writer = gguf.GGUFWriter(path, kind_of_model)
     _write_shape(writer, config, rope["rope_theta"], name)
     _write_tokenizer(writer, tokenizer, config)
     for key, weight in weights.items():
@@ -93,8 +102,6 @@ def write_gguf(model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast, path: 
 
 
 def _neighboring(key: str, weight: Tensor, config: RexConfig) -> Tensor:
-    from model.weights.export import interleave_pairs
-
     is_turned = key.endswith(("q_proj.weight", "k_proj.weight"))
     return interleave_pairs(weight, config.hidden_size, config.head_dim) if is_turned else weight
 
@@ -136,6 +143,10 @@ def _write_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, config: Re
         writer.add_bos_token_id(config.bos_token_id)
     if isinstance(config.eos_token_id, int):
         writer.add_eos_token_id(config.eos_token_id)
+    ends, vocabulary = end_ids(tokenizer), tokenizer.get_vocab()
+    for mark, add in zip(MARKS_THAT_END, (writer.add_eot_token_id, writer.add_eom_token_id), strict=True):
+        if vocabulary.get(mark) in ends:
+            add(vocabulary[mark])
     if config.pad_token_id is not None:
         writer.add_pad_token_id(config.pad_token_id)
     writer.add_add_bos_token(False)

@@ -1,7 +1,7 @@
 """Writes all files of an export to one folder, with a model card (README.md) and checksums (SHA256SUMS).
 
-hf/: GLM-4 or Llama layout in safetensors, for transformers, vLLM and SGLang. compressed-tensors/: int8 in the layout
-that vLLM reads. gguf/: model-f32.gguf (or -bf16), model-q8_0.gguf and a Modelfile, for llama.cpp and Ollama.
+hf/: GLM-4, Llama or Qwen3 layout in safetensors, for transformers, vLLM and SGLang. compressed-tensors/: int8 in the
+layout that vLLM reads. gguf/: model-f32.gguf (or -bf16), model-q8_0.gguf and a Modelfile, for llama.cpp and Ollama.
 """
 
 import json
@@ -18,9 +18,9 @@ from model.artifact import MANIFEST, file_digests
 from model.errors import PipelineError
 from model.export.compressed_tensors import write_compressed_tensors
 from model.export.gguf import reason_against, write_gguf
+from model.export.ollama import modelfile
 from model.modeling_rex import RexForCausalLM
-from model.text.chat import MARKS, TEMPLATE
-from model.text.tokenizer import load_tokenizer
+from model.text.tokenizer import LONGEST_RUN, load_tokenizer
 from model.weights.export import export_checkpoint
 from model.weights.loading import load_model
 
@@ -106,37 +106,11 @@ def _write_ggufs(
     precision = "bfloat16" if short == "bf16" else "float32"
     for kind, file in (("full", f"model-{short}.gguf"), ("q8_0", "model-q8_0.gguf")):
         write_gguf(model, tokenizer, folder / file, kind, name=name)
-    (folder / "Modelfile").write_text(_modelfile(model, tokenizer), encoding="utf-8")
+    (folder / "Modelfile").write_text(modelfile(model, tokenizer), encoding="utf-8")
     return [
         ExportedFile(f"gguf/model-{short}.gguf", precision, "llama.cpp"),
         ExportedFile("gguf/model-q8_0.gguf", "q8_0", "llama.cpp"),
     ]
-
-
-def _modelfile(model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Ollama's Modelfile; its templates are in Go's syntax, so the chat template is translated."""
-    template, stops = "{{ .Prompt }}", [tokenizer.eos_token] if tokenizer.eos_token else []
-    if tokenizer.chat_template == TEMPLATE:
-        stops += MARKS.values()
-        turns = "".join(
-            f'{{{{ else if eq .Role "{role}" }}}}{mark}{{{{ .Content }}}}'
-            for role, mark in MARKS.items()
-            if role != "assistant"
-        )
-        template = (
-            f'{{{{- range .Messages }}}}{{{{ if eq .Role "assistant" }}}}{MARKS["assistant"]}{{{{ .Content }}}}'
-            f"{tokenizer.eos_token}{turns}{{{{ end }}}}{{{{ end }}}}{MARKS['assistant']}"
-        )
-    elif tokenizer.chat_template:  # checkpoints from before role marks
-        template = (
-            '{{- range .Messages }}{{ if eq .Role "assistant" }}{{ .Content }}'
-            f'{tokenizer.eos_token}{{{{ else if eq .Role "user" }}}}'
-            "### User:\n{{ .Content }}\n\n### Assistant:\n{{ else }}{{ .Content }}\n\n{{ end }}{{ end }}"
-        )
-    lines = ["FROM ./model-q8_0.gguf", f'TEMPLATE """{template}"""']
-    lines += [f"PARAMETER num_ctx {model.config.max_position_embeddings}"]
-    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
-    return "\n".join(lines) + "\n"
 
 
 def _card(name: str, files: Sequence[ExportedFile], left_out: Mapping[str, str], provenance: Mapping[str, Any]) -> str:
@@ -147,11 +121,16 @@ def _card(name: str, files: Sequence[ExportedFile], left_out: Mapping[str, str],
     paths = [file.path for file in files]
     lines += ["", "## Run", "", "```sh"]
     if "hf" in paths:
-        lines += ["transformers chat ./hf", "vllm serve ./hf"]
+        lines += ["vllm serve ./hf"]
+        lines += ["""python -c 'from transformers import pipeline; print(pipeline("text-generation", "hf")("Once"))'"""]
     if any(path.startswith("gguf/") for path in paths):
-        lines += [f"llama-cli -m {path}" for path in paths if path.endswith("q8_0.gguf")]
-        lines += [f"ollama create {name} -f gguf/Modelfile"]
-    lines += ["```", "", "## Provenance", ""]
+        lines += [f'llama-completion -m {path} -p "Once"' for path in paths if path.endswith("q8_0.gguf")]
+        lines += [f"ollama create {name} -f gguf/Modelfile && ollama run {name} Once"]
+    lines += ["```", ""]
+    if any(path.startswith("gguf/") for path in paths):
+        runs = f"runs of more than {LONGEST_RUN} letters, digits, signs or spaces"
+        lines += [f"llama.cpp and Ollama do not split {runs}: their tokens may differ there.", ""]
+    lines += ["## Provenance", ""]
     lines += [
         f"- {title}: {value if isinstance(value, str) else '`' + json.dumps(value, sort_keys=True, default=str) + '`'}"
         for title, value in provenance.items()

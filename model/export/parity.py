@@ -2,7 +2,9 @@
 
 Compared on difficult prompts: token ids (with special tokens parsed, and as text), chat templates, greedy
 continuations, log-probabilities of the chosen tokens, and bits per byte of held-out text. A greedy difference is
-accepted only if REX's two best log-probabilities differ by less than twice the format's bound.
+accepted only if REX's two best log-probabilities differ by less than twice the format's bound. Two differences are of
+GGUF: it bounds no run of characters (other tokens are accepted if they are those of the tokenizer without its bound),
+and has places for three of the tokens that end a generation. Accepted differences are listed.
 """
 
 import json
@@ -20,9 +22,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from model.errors import PipelineError
+from model.export.gguf import MARKS_THAT_END
 from model.modeling_rex import RexForCausalLM
 from model.system.commands import ending_with_parent
 from model.system.cpu import limit_threads
+from model.text.chat import MARKS
+from model.text.tokenizer import LONGEST_RUN, without_bound
 from model.text.tokens import TokenDataset
 
 STEPS = 16
@@ -31,6 +36,7 @@ LOG_PROBABILITY_BOUND = {"float32": 1e-3, "bfloat16": 0.25, "int8": 0.25, "q8_0"
 """Largest difference of one log-probability, nats, by storage precision of the exported weights."""
 BITS_PER_BYTE_BOUND = {"float32": 1e-3, "bfloat16": 0.02, "int8": 0.02, "q8_0": 0.02}
 """Largest difference in bits per byte on the same held-out tokens."""
+_NO_END_IN_GGUF = set(MARKS.values()) - set(MARKS_THAT_END)
 WINDOWS = 8
 """Windows of the validation split, evenly spread, for engines that return whole distributions."""
 LLAMA_CPP_SCORES = 400_000
@@ -47,6 +53,20 @@ TEXTS = {
     "contractions": "I'm we've THEY'LL don't 'sup it''s",
     "control characters": "a\x01b\x1b[0m\x7fc",
 }
+
+
+def _runs(length: int) -> str:
+    """One run of each kind of character that a pre-token consists of, `length` characters each."""
+    runs = [(pattern * length)[:length] for pattern in ("return", "1729", "=-", "日本語")]
+    return "\n".join([*runs, "a" + " " * length + "b"])
+
+
+RUNS = {
+    f"runs of {LONGEST_RUN} characters": _runs(LONGEST_RUN),
+    f"runs of {LONGEST_RUN + 1} characters": _runs(LONGEST_RUN + 1),
+    f"runs of {3 * LONGEST_RUN} characters": _runs(3 * LONGEST_RUN),
+}
+"""Texts whose tokens are compared, at the bound on a run and beyond it."""
 CHATS = {
     "one turn": [{"role": "user", "content": "What does  zip do?"}],
     "three turns": [
@@ -93,11 +113,13 @@ def certify(
     precision: str,
     *,
     name: str = "",
+    python: Path = Path(sys.executable),
 ) -> Certificate:
     """Run `engine` on the export at `path`, and compare with `model`, a REX model in eval mode on the CPU.
 
     precision: how the weights at `path` are stored, a key of LOG_PROBABILITY_BOUND. name: of the file in the
-    certificate. Raises PipelineError with the engine's last line if it cannot load or run the file.
+    certificate. python: the interpreter that has the engine.
+    Raises PipelineError with the engine's last line if it cannot load or run the file.
     """
     limit_threads()
     length = min(dataset.sequence_length, model.config.max_position_embeddings)
@@ -107,8 +129,9 @@ def certify(
         starts, length = [0], min(length, max(LLAMA_CPP_SCORES // model.config.vocab_size, 32))
     windows = [dataset.tokens[start : start + length].astype("int64").tolist() for start in starts]
     asked = _questions(model, tokenizer, windows, dataset)
-    answers = _ask(engine, path, asked)
-    return _compare(model, tokenizer, dataset, asked, answers, precision, name or path.name)
+    answers = _ask(engine, path, asked, python)
+    in_gguf = engine == "llama.cpp"
+    return _compare(model, tokenizer, dataset, asked, answers, precision, name or path.name, in_gguf=in_gguf)
 
 
 def _questions(
@@ -128,7 +151,7 @@ def _questions(
     prompts |= {name: tokenizer(text, add_special_tokens=False).input_ids[:room] for name, text in rendered.items()}
     prompts["longest context"] = dataset.tokens[:room].astype("int64").tolist()
     return {
-        "texts": {**TEXTS, **rendered},
+        "texts": {**TEXTS, **RUNS, **rendered},
         "chats": chats,
         "ids": prompts,
         "steps": STEPS,
@@ -145,11 +168,40 @@ def _plain(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     return plain
 
 
-def _ask(engine: str, path: Path, asked: dict[str, Any]) -> dict[str, Any]:
+def _both_ways(tokenizer: Tokenizer, text: str) -> list[list[int]]:
+    """Ids of a text with special tokens read as such, and with them as ordinary text."""
+    ids: list[list[int]] = []
+    for plain in (False, True):
+        tokenizer.encode_special_tokens = plain
+        ids.append(tokenizer.encode(text, add_special_tokens=False).ids)
+    return ids
+
+
+def _compare_tokens(
+    tokenizer: PreTrainedTokenizerFast, texts: dict[str, str], found: dict[str, list[list[int]]], *, in_gguf: bool
+) -> tuple[list[str], list[str]]:
+    """Differences of the tokens, and the explained ones: a tokenizer in a GGUF bounds no run of characters."""
+    ours, differences, explained = _plain(tokenizer), [], []
+    unbounded = without_bound(ours)
+    for title, text in texts.items():
+        expected = _both_ways(ours, text)
+        if found[title] == expected:
+            continue
+        if in_gguf and found[title] == _both_ways(unbounded, text):
+            explained.append(
+                f"tokens of {title!r}: {len(found[title][1]):,}, here {len(expected[1]):,}, as a GGUF splits no run of "
+                f"more than {LONGEST_RUN} characters"
+            )
+        else:
+            differences.append(f"tokens of {title!r}: {found[title]}, expected {expected}")
+    return differences, explained
+
+
+def _ask(engine: str, path: Path, asked: dict[str, Any], python: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "answers.json"
         done = subprocess.run(
-            ending_with_parent([sys.executable, "-m", "model.export.engines", engine, str(path)]),
+            ending_with_parent([str(python), "-m", "model.export.engines", engine, str(path)]),
             input=json.dumps({**asked, "output": str(output)}),
             capture_output=True,
             text=True,
@@ -172,17 +224,10 @@ def _compare(
     answers: dict[str, Any],
     precision: str,
     name: str,
+    *,
+    in_gguf: bool,
 ) -> Certificate:
-    differences: list[str] = []
-    explained: list[str] = []
-    plain = _plain(tokenizer)
-    for title, text in asked["texts"].items():
-        expected = [
-            tokenizer(text, add_special_tokens=False).input_ids,
-            plain.encode(text, add_special_tokens=False).ids,
-        ]
-        if answers["tokens"][title] != expected:
-            differences.append(f"tokens of {title!r}: {answers['tokens'][title]}, expected {expected}")
+    differences, explained = _compare_tokens(tokenizer, asked["texts"], answers["tokens"], in_gguf=in_gguf)
     for title, turns in asked["chats"].items():
         text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         if answers["chats"][title] != text:
@@ -191,7 +236,9 @@ def _compare(
     largest, compared = 0.0, 0
     for title, ids in asked["ids"].items():
         chosen = [int(token) for token, _ in answers["greedy"][title]]
-        differences += _wrong_ends(model, title, chosen)
+        for token, line in _missed_ends(model, title, chosen):
+            is_known = in_gguf and tokenizer.convert_ids_to_tokens(token) in _NO_END_IN_GGUF
+            (explained if is_known else differences).append(line)
         log_p = _next_log_probabilities(model, [*ids, *chosen])[len(ids) - 1 :]
         for step, (token, score) in enumerate(answers["greedy"][title]):
             best = int(log_p[step].argmax())
@@ -232,14 +279,17 @@ def _next_log_probabilities(model: RexForCausalLM, ids: list[int]) -> Tensor:
     return log_p_TV
 
 
-def _wrong_ends(model: RexForCausalLM, title: str, chosen: list[int]) -> list[str]:
-    """A difference if the engine continues after REX's end-of-text token, or ends without one."""
+def _missed_ends(model: RexForCausalLM, title: str, chosen: list[int]) -> list[tuple[int, str]]:
+    """The token and a line where the engine continues after one that ends a generation, or ends without one."""
     ends = model.generation_config.eos_token_id
     stops = set(ends if isinstance(ends, list) else [ends])
-    wrong = [f"greedy continuation of {title!r} continues after {token}" for token in chosen[:-1] if token in stops]
+    missed = [
+        (token, f"greedy continuation of {title!r} continues after {token}") for token in chosen[:-1] if token in stops
+    ]
     if len(chosen) < STEPS and not stops & set(chosen[-1:]):
-        wrong.append(f"greedy continuation of {title!r} ends after {len(chosen)} tokens: expected {STEPS}")
-    return wrong
+        line = f"greedy continuation of {title!r} ends after {len(chosen)} tokens: expected {STEPS}"
+        missed.append((chosen[-1] if chosen else 0, line))
+    return missed
 
 
 def _score(model: RexForCausalLM, windows: list[list[int]], dataset: TokenDataset) -> tuple[float, int, int]:

@@ -61,7 +61,7 @@ class _ScaledRMSNorm(torch.autograd.Function):
         x_BTD, weight_D, scale = ctx.saved_tensors
         x32_BTD, grad_BTD = x_BTD.float(), grad_BTD.float()
         product_BTD = grad_BTD * x32_BTD
-        rows, size = product_BTD.view(-1, x_BTD.shape[-1]), x_BTD.shape[-1]
+        rows, size = product_BTD.reshape(-1, x_BTD.shape[-1]), x_BTD.shape[-1]
         # d weight = sum over rows of grad * x * scale, and d scale needs grad * x weighted: two small products.
         grad_weight_D = torch.mv(rows.t(), scale.reshape(-1))
         dot = torch.mv(rows, weight_D).view_as(scale)

@@ -23,6 +23,13 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t n, int64_t
     for (int64_t i = 0; i < stride; i += W) store(out + i, load<Vf>(weight + i) * (load<Vf>(x + i) * scale));
 }
 
+void head_norm(float* x, const float* weight, float eps, int64_t n, int64_t stride) {
+    Vf sums = {};
+    for (int64_t i = 0; i < stride; i += W) sums = fma(load<Vf>(x + i), load<Vf>(x + i), sums);
+    const Vf scale = splat(1.0f / __builtin_sqrtf(sum_lanes(sums) / (float)n + eps));
+    for (int64_t i = 0; i < stride; i += W) store(x + i, load<Vf>(weight + i) * (load<Vf>(x + i) * scale));
+}
+
 void add(float* x, const float* branch, int64_t stride) {
     for (int64_t i = 0; i < stride; i += W) store(x + i, load<Vf>(x + i) + load<Vf>(branch + i));
 }
@@ -102,7 +109,7 @@ int32_t arg_max(const float* x, int64_t n, float* highest) {
 
 const Kernels table = {
     NAME_OF(KERNELS), UNSIGNED_WEIGHTS, product_f32, product_bf16, product_int8, attend_f32, attend_bf16,
-    rms_norm,     add,              quantize,    swiglu,       rotate,       store_f32,  store_bf16, arg_max,
+    rms_norm, head_norm, add, quantize, swiglu, rotate, store_f32, store_bf16, arg_max,
 };
 
 }  // namespace

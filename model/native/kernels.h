@@ -60,6 +60,8 @@ struct Kernels {
     void (*attend_bf16)(const Attention&);
     // out = x / rms(x) * weight; n elements.
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, int64_t stride, float* out);
+    // x = x / rms(x) * weight for one head; n elements, stride a multiple of BLOCK.
+    void (*head_norm)(float* x, const float* weight, float eps, int64_t n, int64_t stride);
     void (*add)(float* x, const float* branch, int64_t stride);
     void (*quantize)(const float* x, int64_t stride, float levels, int8_t* q, float* scale, int32_t* sum);
     // out[i] = silu(gate[i]) * up[i]; y has alternating panels of gate and up.

@@ -28,7 +28,7 @@ from model.errors import PipelineError
 from model.native.build import LIBRARY
 from model.weights.int8 import Int8Matrix, TiedInt8Head, precision_name
 
-ABI = 2
+ABI = 3
 INSTRUCTIONS = ("portable", "avx2", "avxvnni", "avx512", "amx", "dotprod")
 """Instruction sets, in the order of their numbers in the library; of those that a CPU has, the last is the fastest."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -61,7 +61,7 @@ class _Matrix(ctypes.Structure):
 
 
 _MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
-_NORMS = ("input_norm", "post_attention_norm", "attention_branch_norm", "mlp_branch_norm")
+_NORMS = ("input_norm", "post_attention_norm", "attention_branch_norm", "mlp_branch_norm", "query_norm", "key_norm")
 
 
 class _Layer(ctypes.Structure):
@@ -388,7 +388,7 @@ def _gather(model: PreTrainedModel, kept: list[Tensor]) -> _Weights:
         for field, name in zip(_MATRICES, names[1 + 7 * i :], strict=False):
             setattr(layer, field, matrix(name))
         norms = ("input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm")
-        for field, name in zip(_NORMS, norms, strict=True):
+        for field, name in zip(_NORMS, (*norms, "self_attn.q_norm", "self_attn.k_norm"), strict=True):
             setattr(layer, field, norm(f"model.layers.{i}.{name}"))
     positions = torch.arange(config.max_position_embeddings)[None]
     with torch.inference_mode():

@@ -74,6 +74,8 @@ Model::Model(const RexConfig& c, const RexWeights& weights, const Kernels& kerne
         layer.post_attention_norm = copied(from.post_attention_norm, c.hidden_size);
         layer.attention_branch_norm = copied(from.attention_branch_norm, c.hidden_size);
         layer.mlp_branch_norm = copied(from.mlp_branch_norm, c.hidden_size);
+        layer.query_norm = copied(from.query_norm, c.head_dim);
+        layer.key_norm = copied(from.key_norm, c.head_dim);
         layers.push_back(std::move(layer));
     }
     final_norm = copied(weights.final_norm, c.hidden_size);

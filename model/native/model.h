@@ -10,7 +10,7 @@ namespace rex {
 
 struct Layer {
     Matrix qkv, o, gate_up, down;
-    Lines<float> input_norm, post_attention_norm, attention_branch_norm, mlp_branch_norm;
+    Lines<float> input_norm, post_attention_norm, attention_branch_norm, mlp_branch_norm, query_norm, key_norm;
 };
 
 // Padded row sizes.

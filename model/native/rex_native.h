@@ -12,7 +12,7 @@
 #define REX_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { REX_ABI = 2, REX_ERROR_SIZE = 256 };
+enum { REX_ABI = 3, REX_ERROR_SIZE = 256 };
 enum RexDtype { REX_FLOAT32 = 0, REX_BFLOAT16 = 1, REX_INT8 = 2 };
 enum RexInstructions { REX_PORTABLE = 0, REX_AVX2 = 1, REX_AVXVNNI = 2, REX_AVX512 = 3, REX_AMX = 4, REX_DOTPROD = 5 };
 
@@ -35,6 +35,8 @@ struct RexLayer {
     RexMatrix q, k, v, o, gate, up, down;
     // Float32, hidden_size elements each; the two after the branches are null without post_norm.
     const float *input_norm, *post_attention_norm, *attention_branch_norm, *mlp_branch_norm;
+    // Float32, head_dim elements each; null without qk_norm.
+    const float *query_norm, *key_norm;
 };
 
 struct RexWeights {

@@ -28,7 +28,10 @@ class ModelSettings(Settings, group="model"):
     rope_theta: float = option(10_000.0, "Base of the rotary embeddings' wavelengths.", above=0, maximum=1e12)
     rms_norm_eps: float = option(1e-5, "Added to the mean square in RMSNorm.", above=0, maximum=1.0)
     post_norm: bool = option(
-        True, "RMSNorm after each branch too (GLM-4 layout); false: before each branch only (Llama layout)."
+        True, "RMSNorm after each branch too (GLM-4 layout); false: before each branch only (Llama or Qwen3 layout)."
+    )
+    qk_norm: bool = option(
+        False, "RMSNorm of each head's queries and keys (Qwen3 layout); needs post_norm false, as no layout has both."
     )
     tie_word_embeddings: bool = option(True, "One table for input and output embeddings.")
     initializer_range: float = option(0.02, "Standard deviation of the initial weights.", above=0, maximum=10.0)
@@ -48,6 +51,12 @@ class ModelSettings(Settings, group="model"):
             "model.num_attention_heads",
             self.num_attention_heads,
             f"a multiple of model.num_key_value_heads ({self.num_key_value_heads})",
+        )
+        expect(
+            not (self.qk_norm and self.post_norm),
+            "model.qk_norm",
+            self.qk_norm,
+            "false, or model.post_norm=false: no layout that other engines read has both kinds of norms",
         )
         head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         expect(head_dim % 2 == 0, "model.head_dim", head_dim, "an even number, as rotary embeddings rotate pairs")

@@ -71,8 +71,8 @@ class TrainingSettings(Settings, group="training"):
     )
     init_from: str = option(
         "",
-        "Checkpoint, or stock Llama or GLM-4, whose weights training starts from: its folder, or latest:EXPERIMENT; "
-        "empty: random weights.",
+        "Checkpoint, or stock Llama, GLM-4 or Qwen3, whose weights training starts from: its folder, or "
+        "latest:EXPERIMENT; empty: random weights.",
     )
     distill_from: str = option(
         "", "Teacher for distillation: a checkpoint's folder, or latest:EXPERIMENT; empty: none."

@@ -88,6 +88,14 @@ def splits_as_gpt2(tokenizer: Tokenizer) -> bool:
     return state["normalizer"] is None and (_bounds_runs(state) or _is_gpt2(state["pre_tokenizer"], use_regex=True))
 
 
+def without_bound(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy of a tokenizer that splits as GPT-2 does, without the bound on a run; of another, a plain copy."""
+    state = json.loads(tokenizer.to_str())
+    if _bounds_runs(state):
+        state["pre_tokenizer"] = {**state["pre_tokenizer"]["pretokenizers"][1], "use_regex": True}
+    return Tokenizer.from_str(json.dumps(state))
+
+
 def _bounds_runs(state: dict[str, Any]) -> bool:
     parts = (state["pre_tokenizer"] or {}).get("pretokenizers", [])
     bounded = {"type": "Split", "pattern": {"Regex": BOUNDED_PATTERN}, "behavior": "Isolated", "invert": False}

@@ -20,7 +20,7 @@ _OF_TOKENS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def start_from(model: RexForCausalLM, checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Load the weights of `training.init_from`: a REX checkpoint, or a stock Llama or GLM-4 of the same architecture.
+    """Load the weights of `training.init_from`: a REX checkpoint, or a stock model of the same architecture.
 
     Role marks that `tokenizer` adds to the checkpoint's vocabulary are initialized to the mean of the other embeddings.
     Raises PipelineError if they are missing, differ in shape or vocabulary from `model` and `tokenizer`, or would

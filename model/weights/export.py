@@ -1,7 +1,8 @@
-"""REX in the layout of an architecture that every serving tool knows: GLM-4-0414, or Llama without post-norms.
+"""REX in the layout of an architecture that every serving tool knows.
 
-The arithmetic is the same; names, the order of query and key rows and the fusion of gate and up projection differ.
-`model/export` writes it to files, beside other formats; none of them needs custom code.
+GLM-4-0414 with post-norms, Qwen3 with norms of queries and keys, else Llama. The arithmetic is the same; names, the
+order of query and key rows and the fusion of gate and up projection differ. `model/export` writes it to files, beside
+other formats; none of them needs custom code.
 """
 
 import copy
@@ -10,15 +11,36 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import Glm4Config, Glm4ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    Glm4Config,
+    Glm4ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from model.configuration_rex import RexConfig
 from model.errors import PipelineError
 from model.modeling_rex import RexForCausalLM
 
+StockConfig = Glm4Config | LlamaConfig | Qwen3Config
+CLASSES: dict[str, type[PreTrainedModel]] = {
+    "glm4": Glm4ForCausalLM,
+    "llama": LlamaForCausalLM,
+    "qwen3": Qwen3ForCausalLM,
+}
+"""The class of each layout, by `model_type`."""
 
-def export_config(config: RexConfig) -> Glm4Config | LlamaConfig:
-    """The configuration of the same model as Glm4ForCausalLM (`post_norm`) or LlamaForCausalLM."""
+
+def layout(config: RexConfig) -> str:
+    """The key of CLASSES that computes what a REX of this configuration does."""
+    return "glm4" if config.post_norm else "qwen3" if config.qk_norm else "llama"
+
+
+def export_config(config: RexConfig) -> StockConfig:
+    """The configuration of the same model for the class of its layout."""
     shared = {
         name: getattr(config, name)
         for name in (
@@ -40,10 +62,12 @@ def export_config(config: RexConfig) -> Glm4Config | LlamaConfig:
         )
     }
     rope = dict(config.rope_parameters or {})
-    exported: Glm4Config | LlamaConfig
-    if config.post_norm:
+    exported: StockConfig
+    if layout(config) == "glm4":
         # GLM-4 turns half of each head unless told otherwise, in transformers, vLLM and llama.cpp alike.
         exported = Glm4Config(**shared, rope_parameters={**rope, "partial_rotary_factor": 1.0}, attention_bias=False)
+    elif layout(config) == "qwen3":
+        exported = Qwen3Config(**shared, rope_parameters=rope, attention_bias=False, use_sliding_window=False)
     else:
         exported = LlamaConfig(**shared, rope_parameters=rope, attention_bias=False, mlp_bias=False)
     exported.eos_token_id = config.eos_token_id  # set afterwards: GLM-4 replaces None by ids of its own
@@ -52,7 +76,7 @@ def export_config(config: RexConfig) -> Glm4Config | LlamaConfig:
 
 def export_state_dict(state_dict: dict[str, Tensor], config: RexConfig) -> dict[str, Tensor]:
     """The weights of a RexForCausalLM under the names and in the layout of `export_config(config)`'s class."""
-    if not config.post_norm:
+    if layout(config) != "glm4":
         return dict(state_dict)
     exported: dict[str, Tensor] = {}
     for name, weight in state_dict.items():
@@ -73,9 +97,8 @@ def interleave_pairs(weight: Tensor, hidden_size: int, head_dim: int | None) -> 
 
 
 def export_model(model: RexForCausalLM) -> PreTrainedModel:
-    """The same model as Glm4ForCausalLM or LlamaForCausalLM: eval mode, same dtype, on the CPU; weights are copies."""
-    config = export_config(model.config)
-    exported = Glm4ForCausalLM(config) if isinstance(config, Glm4Config) else LlamaForCausalLM(config)
+    """The same model in the class of its layout: eval mode, same dtype, on the CPU; weights are copies."""
+    exported = CLASSES[layout(model.config)](export_config(model.config))
     # By assignment, which takes the dtype along: casting the model would round the rotary frequencies, too.
     weights = export_state_dict(model.state_dict(), model.config)
     exported.load_state_dict({name: weight.clone() for name, weight in weights.items()}, assign=True)

@@ -1,7 +1,7 @@
-"""Weights of stock architectures, Llama and GLM-4, as those of REX: the inverse of `model/weights/export.py`.
+"""Weights of stock architectures, Llama, GLM-4 and Qwen3, as those of REX: the inverse of `model/weights/export.py`.
 
 Read from safetensors, in one file or several (model.safetensors.index.json), without code from the directory. What REX
-does not compute (scaled rotary embeddings, biases, sliding windows, norms of queries and keys) is refused by name.
+does not compute (scaled rotary embeddings, biases, sliding windows) is refused by name.
 """
 
 import json
@@ -10,14 +10,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import Glm4Config, LlamaConfig
+from transformers import Glm4Config, LlamaConfig, Qwen3Config
 
 from model.configuration_rex import RexConfig
 from model.errors import PipelineError
 from model.weights.loading import WEIGHTS
 
 INDEX = "model.safetensors.index.json"
-CLASSES: dict[str, Any] = {"rex": RexConfig, "llama": LlamaConfig, "glm4": Glm4Config}
+CLASSES: dict[str, Any] = {"rex": RexConfig, "llama": LlamaConfig, "glm4": Glm4Config, "qwen3": Qwen3Config}
 """The architectures that hold a REX, by `model_type`."""
 _EXPECTED = {
     "attention_bias": (False, None),
@@ -39,6 +39,7 @@ _FIELDS = (
     "rope_theta",
     "rms_norm_eps",
     "post_norm",
+    "qk_norm",
     "tie_word_embeddings",
 )
 """Fields that decide what weights mean; each is an option of the group `model` of an experiment."""
@@ -53,7 +54,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """The weights of a REX, Llama or GLM-4 directory under REX's names and in its layout, in the stored dtype, CPU.
+    """The weights of a directory of one of CLASSES under REX's names and in its layout, in the stored dtype, CPU.
 
     Raises PipelineError, one line, for files that are missing or unreadable and for what REX does not compute.
     """
@@ -127,7 +128,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001  the strict dataclass wraps its reasons in several types of its own
         reason = " ".join(str(error.__cause__ or error).split())
         raise PipelineError(f"{path} is not a valid configuration: {reason}; fetch the model again") from None
-    return {**config, "post_norm": config.get("post_norm", kind == "glm4")}
+    norms = {"post_norm": kind == "glm4", "qk_norm": kind == "qwen3"}
+    return {**norms, **config}
 
 
 def _refuse_what_differs(directory: Path, config: dict[str, Any]) -> None:

@@ -269,6 +269,7 @@ def test_the_compiled_model_with_a_padding_mask_is_still_one_graph_and_right() -
         ),
         ({"head_dim": 7}, "head_dim is 7: expected an even number, as rotary embeddings rotate pairs"),
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0: expected at least 1"),
+        ({"qk_norm": True}, "qk_norm is True: expected False with post_norm, as no other architecture has both"),
     ],
 )
 def test_a_shape_that_cannot_be_built_is_refused_in_one_line(shape: dict[str, int], message: str) -> None:
@@ -322,10 +323,21 @@ def test_parameters_are_counted_without_building_the_model(tied: bool) -> None:
     assert count_config_parameters(build_config(settings, 500, 0, 0, 1)) == expected
 
 
-def test_every_norm_is_left_out_of_weight_decay_by_its_name() -> None:
+@pytest.mark.parametrize("norms", [{}, {"post_norm": False, "qk_norm": True}], ids=["post_norm", "qk_norm"])
+def test_every_norm_is_left_out_of_weight_decay_by_its_name(norms: dict[str, bool]) -> None:
     from transformers import Trainer
 
-    decayed = Trainer.get_decay_parameter_names(None, tiny_model())  # type: ignore[arg-type]
-    names = {name for name, _ in tiny_model().named_parameters()}
+    decayed = Trainer.get_decay_parameter_names(None, tiny_model(**norms))  # type: ignore[arg-type]
+    names = {name for name, _ in tiny_model(**norms).named_parameters()}
     assert {name for name in names if "norm" in name} == names - set(decayed)
     assert len(names - set(decayed)) == 2 * 4 + 1
+
+
+@torch.no_grad()
+def test_norms_of_queries_and_keys_make_attention_blind_to_the_scale_of_their_projections() -> None:
+    model = tiny_model(post_norm=False, qk_norm=True)
+    before = model(tokens(1, 9)).logits
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.mul_(8)
+        layer.self_attn.k_proj.weight.mul_(8)
+    torch.testing.assert_close(model(tokens(1, 9)).logits, before, rtol=1e-3, atol=1e-3)

@@ -1,24 +1,33 @@
-"""A checkpoint's own code under the oldest supported release of transformers, the installed and the newest."""
+"""A checkpoint's own code under the oldest supported release of transformers, the installed and the newest.
 
+`make releases` runs it under every minor release that is supported.
+"""
+
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from packaging.requirements import Requirement
 
 from model.build import build_config, build_model
 from model.configuration_rex import KNOWN_TRANSFORMERS
 from model.settings import ModelSettings
 
 PROGRAM = Path(__file__).with_name("releases.py")
-# What pip installs beside each, where ours is too new or too old for it.
-OLDEST = ("transformers==5.0.0", "tokenizers==0.22.2", "huggingface_hub==1.3.0")
-NEWEST = ("transformers<6",)
+RELEASES = {"oldest": "transformers==5.0.0", "newest": "transformers<6"}
+if os.environ.get("EVERY_RELEASE"):
+    (first, start), (last, end) = KNOWN_TRANSFORMERS
+    assert first == last, "name the minor releases in between"
+    RELEASES |= {f"{first}.{minor}": f"transformers=={first}.{minor}.*" for minor in range(start, end + 1)}
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +51,27 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def run(checkpoint: Path, directory: Path, packages: tuple[str, ...] = ()) -> tuple[str, dict[str, Any], str]:
-    """Release, result of each attempt, other output; `packages` shadow those of this environment."""
-    if packages:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(directory), *packages]
-        subprocess.run([*pip, "--disable-pip-version-check"], check=True, capture_output=True, text=True)
+def install(directory: Path, *packages: str) -> None:
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(directory), *packages]
+    subprocess.run([*pip, "--disable-pip-version-check"], check=True, capture_output=True, text=True)
+
+
+def install_release(directory: Path, release: str) -> None:
+    """transformers, and those packages that it needs in another release than the one of this environment."""
+    install(directory, release)
+    (metadata,) = importlib.metadata.distributions(name="transformers", path=[str(directory)])
+    needed = [Requirement(line) for line in metadata.requires or ()]
+    others = [
+        str(found)
+        for found in needed
+        if not found.marker and found.specifier and not found.specifier.contains(version(found.name), prereleases=True)
+    ]
+    if others:
+        install(directory, *others)
+
+
+def run(checkpoint: Path, directory: Path) -> tuple[str, dict[str, Any], str]:
+    """Release, result of each attempt, other output; packages in `directory` shadow those of this environment."""
     # -S: without the startup files of site-packages, which put this project on the path.
     path = [str(directory), *(entry for entry in sys.path if entry.endswith("site-packages"))]
     environment = {"PYTHONPATH": os.pathsep.join(path), "HF_HOME": str(directory / "hf"), "HF_HUB_OFFLINE": "1"}
@@ -79,11 +104,27 @@ def test_our_release_gives_the_same_with_any_cache_and_refuses_an_argument_by_na
     assert ours["unknown argument"] == "REX takes no argument 'no_such_argument'"
 
 
+@pytest.mark.processes
+def test_an_adapter_trains_merges_and_comes_back_from_its_files(ours):
+    found = {name: value for name, value in ours["LoRA"].items() if name != "losses"}
+    assert ours["LoRA"]["losses"][-1] < 0.8 * ours["LoRA"]["losses"][0]
+    assert found == dict.fromkeys(["moved", "adapter loaded", "merged", "merged, loaded"], True)
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not find_spec("lm_eval"), reason="no lm-eval; `make releases` installs it")
+def test_an_evaluation_harness_scores_the_checkpoint_as_we_do(ours):
+    assert ours["lm-eval"]["equal ours"]
+    assert len(set(ours["lm-eval"]["log-likelihoods"])) == 4
+    assert ours["lm-eval"]["text"] == ours["pipeline"].split()
+
+
 @pytest.mark.slow
 @pytest.mark.processes
-@pytest.mark.parametrize("packages", [OLDEST, NEWEST], ids=["oldest", "newest"])
-def test_another_release_loads_and_generates_alike(packages, ours, checkpoint, tmp_path):
-    release, found, said = run(checkpoint, tmp_path, packages)
+@pytest.mark.parametrize("release", RELEASES.values(), ids=RELEASES)
+def test_another_release_loads_and_generates_alike(release, ours, checkpoint, tmp_path):
+    install_release(tmp_path, release)
+    release, found, said = run(checkpoint, tmp_path)
     minor = tuple(map(int, release.split(".")[:2]))
     assert (minor <= KNOWN_TRANSFORMERS[1]) == ("was seen to work" not in said)
     assert found == ours

@@ -118,7 +118,8 @@ def model_card(settings: ExperimentSettings, model: RexForCausalLM, summary: Tra
     data_rows = "\n".join(f"| {key} | {_number(value)} |" for key, value in numbers.items())
     fence = "`" * 4
     samples = "\n\n".join(f"{fence}\n{prompt}{text}\n{fence}" for prompt, text in summary.samples.items())
-    norms = "before and after" if config.post_norm else "before"
+    norms = f"{'before and after' if config.post_norm else 'before'} each branch"
+    norms += ", and of queries and keys" if config.qk_norm else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -137,7 +138,7 @@ tags: [rex]
 | query heads, key/value heads, head size | {config.num_attention_heads}, \
 {config.num_key_value_heads}, {config.head_dim} |
 | vocabulary, context | {config.vocab_size:,} tokens, {config.max_position_embeddings:,} tokens |
-| architecture | decoder, grouped-query attention, rotary embeddings, SwiGLU, RMSNorm {norms} each branch |
+| architecture | decoder, grouped-query attention, rotary embeddings, SwiGLU, RMSNorm {norms} |
 
 ## Data
 

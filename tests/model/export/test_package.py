@@ -1,31 +1,76 @@
 """What `python -m model.export` writes."""
 
+import copy
+import json
+import shutil
 import subprocess
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, Glm4Config
+from transformers import AutoConfig, Glm4Config, PreTrainedTokenizerFast
 
 from model.errors import PipelineError
 from model.export.__main__ import main
 from model.export.gguf import reason_against
-from model.export.package import _modelfile, export
+from model.export.ollama import modelfile
+from model.export.package import export
+from model.generation.requests import SamplingParameters
 from model.settings import TokenizerSettings
-from model.text.chat import MARKS
+from model.text.chat import MARKS, end_ids
 from model.text.tokenizer import train_tokenizer
 from model.weights.int8 import quantize
 from model.weights.loading import load_model
 from tests.tiny import TEXT, save_tiny_model, tiny_model
 
+GO: dict[str, Any] = json.loads(Path(__file__).with_name("rendered.json").read_text())
+"""Ollama's template, conversations, and what Go 1.27 renders of them."""
 
-def test_the_recipe_of_ollama_renders_what_the_chat_template_renders() -> None:
-    tokenizer = train_tokenizer(TokenizerSettings(vocab_size=280, chat=True, sequence_length=96), [TEXT] * 8)
-    recipe = _modelfile(tiny_model(tokenizer), tokenizer)
-    for role, mark in MARKS.items():
-        assert f'eq .Role "{role}" }}}}{mark}{{{{ .Content }}}}' in recipe and f'PARAMETER stop "{mark}"' in recipe
-    assert '<|endoftext|>{{ else if eq .Role "system" }}' in recipe and '{{ end }}{{ end }}<|assistant|>"""' in recipe
+
+@pytest.fixture(scope="module")
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(TokenizerSettings(vocab_size=280, chat=True, sequence_length=96), [TEXT] * 8)
+
+
+def test_the_recipe_of_ollama_renders_what_the_chat_template_renders(chat_tokenizer) -> None:
+    """Go's renderings are kept beside this file; the test after this one makes them again where there is Go."""
+    recipe = modelfile(tiny_model(chat_tokenizer), chat_tokenizer)
+    assert recipe.split('"""')[1] == GO["template"]
+    assert set(chain.from_iterable((m["role"] for m in turns) for turns in GO["conversations"].values())) > set(MARKS)
+    for name, turns in GO["conversations"].items():
+        ours = chat_tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        assert GO["rendered"][name] == ours
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.skipif(not shutil.which("go"), reason="no Go toolchain, whose text/template is what Ollama renders with")
+def test_go_renders_the_recipe_of_ollama_as_it_is_kept() -> None:
+    asked = json.dumps({name: GO[name] for name in ("template", "conversations")})
+    command = ["go", "run", str(Path(__file__).with_name("render.go"))]
+    done = subprocess.run(command, input=asked, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == GO["rendered"]
+
+
+def test_the_recipe_of_ollama_stops_where_the_service_does_and_samples_like_it(chat_tokenizer) -> None:
+    lines = modelfile(tiny_model(chat_tokenizer), chat_tokenizer).splitlines()
+    parameters = [tuple(line.split(" ", 2)[1:]) for line in lines if line.startswith("PARAMETER ")]
+    stops = [json.loads(value) for name, value in parameters if name == "stop"]
+    assert sorted(map(chat_tokenizer.convert_tokens_to_ids, stops)) == sorted(end_ids(chat_tokenizer))
+    sampling, named = SamplingParameters(), dict(parameters)
+    for name in ("temperature", "top_k", "top_p"):
+        assert float(named[name]) == getattr(sampling, name)
+    assert (named["repeat_penalty"], named["min_p"], named["num_ctx"]) == ("1", "0", "96")
+
+
+def test_a_chat_template_of_another_project_is_left_to_ollama(chat_tokenizer) -> None:
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
+    recipe = modelfile(tiny_model(tokenizer), tokenizer)
+    assert "TEMPLATE" not in recipe and 'PARAMETER stop "<|endoftext|>"' in recipe
 
 
 def test_the_command_writes_every_format_with_card_modelfile_and_checksums(tmp_path: Path, capsys) -> None:

@@ -16,9 +16,9 @@ from model.export.package import export
 from model.export.parity import Certificate, certify
 from model.modeling_rex import RexForCausalLM
 from model.settings import CorpusSettings, TokenizerSettings
-from model.text.chat import TEMPLATE
+from model.text.chat import add_marks, end_ids
 from model.text.corpus import build_corpus
-from model.text.tokenizer import load_tokenizer
+from model.text.tokenizer import load_tokenizer, without_bound
 from model.text.tokens import TokenDataset, build_tokenized_dataset
 from model.weights import export as layouts
 from tests.tiny import CONTEXT, tiny_model
@@ -40,7 +40,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedTokenize
     settings = TokenizerSettings(kind="bpe", vocab_size=320, sequence_length=CONTEXT)
     build_tokenized_dataset(settings, folder / "corpus", folder / "tokens")
     tokenizer = load_tokenizer(folder / "tokens" / "tokenizer")
-    tokenizer.chat_template = TEMPLATE
+    add_marks(tokenizer)
     return tokenizer, TokenDataset(folder / "tokens", "validation", CONTEXT)
 
 
@@ -52,12 +52,13 @@ def glm4(source: tuple[PreTrainedTokenizerFast, TokenDataset], tmp_path: Path) -
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers is imported here already; in a separate process it would be again, for seconds."""
-    monkeypatch.setattr(parity, "_ask", lambda engine, path, asked: engines.ENGINES[engine](path, asked))
+    monkeypatch.setattr(parity, "_ask", lambda engine, path, asked, _: engines.ENGINES[engine](path, asked))
 
 
-def make(source: tuple[PreTrainedTokenizerFast, TokenDataset], folder: Path, *, post_norm: bool) -> Made:
+def make(source: tuple[PreTrainedTokenizerFast, TokenDataset], folder: Path, **norms: bool) -> Made:
     tokenizer, dataset = source
-    model = tiny_model(tokenizer, stops=True, post_norm=post_norm, initializer_range=0.2)
+    model = tiny_model(tokenizer, stops=True, initializer_range=0.2, **norms)
+    model.generation_config.eos_token_id = end_ids(tokenizer)
     for name, weight in model.named_parameters():
         if "norm" in name:
             weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
@@ -85,14 +86,18 @@ def test_every_engine_runs_the_same_model_in_a_process_of_its_own(glm4: Made) ->
         assert engine in found.engine
 
 
-def test_the_llama_layout_is_the_same_model_too(
-    source: tuple[PreTrainedTokenizerFast, TokenDataset], tmp_path: Path, in_this_process: None
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
+def test_the_layouts_without_post_norms_are_the_same_model_too(
+    source: tuple[PreTrainedTokenizerFast, TokenDataset], tmp_path: Path, in_this_process: None, qk_norm: bool
 ) -> None:
-    made = make(source, tmp_path, post_norm=False)
+    made = make(source, tmp_path, post_norm=False, qk_norm=qk_norm)
     export(tmp_path / "rex", tmp_path / "out", ["hf", "gguf"])
     for engine, path in (("transformers", "hf"), ("llama.cpp", "gguf/model-f32.gguf")):
         found = certificate(made, engine, path)
         assert found.passed, found.differences
+        # llama.cpp does not bound a run of characters: its tokens differ beyond the bound, and only there.
+        runs = [line.split("'")[1] for line in found.explained_differences if line.startswith("tokens of")]
+        assert runs == (["runs of 768 characters"] if engine == "llama.cpp" else [])
 
 
 def swap_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +129,16 @@ def test_transformers_finds_another_pre_tokenizer(glm4: Made, in_this_process: N
     export(glm4[3] / "rex", glm4[3] / "out", ["hf"])
     edit(glm4[3] / "out/hf/tokenizer.json", lambda state: state.update(pre_tokenizer=other))
     assert any(line.startswith("tokens of") for line in certificate(glm4, "transformers", "hf").differences)
+
+
+def test_a_tokenizer_that_lost_its_bound_on_runs_is_a_difference_outside_of_gguf(
+    glm4: Made, in_this_process: None
+) -> None:
+    unbounded = json.loads(without_bound(glm4[1].backend_tokenizer).to_str())["pre_tokenizer"]
+    export(glm4[3] / "rex", glm4[3] / "out", ["hf"])
+    edit(glm4[3] / "out/hf/tokenizer.json", lambda state: state.update(pre_tokenizer=unbounded))
+    found = certificate(glm4, "transformers", "hf")
+    assert [line.split("'")[1] for line in found.differences] == ["runs of 768 characters"]
 
 
 def test_llama_cpp_finds_query_and_key_rows_in_the_wrong_order(glm4: Made, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,15 @@ def test_greedy_tokens_equal_those_of_generate_in_any_company(model, tokenizer, 
     engine.stop()
 
 
-@pytest.mark.parametrize("config", [{"post_norm": False}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"post_norm": False},
+        {"post_norm": False, "qk_norm": True},
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1},
+    ],
+)
 def test_other_shapes_give_what_generate_gives(tokenizer, config):
     model = tiny_model(tokenizer, **config)
     engine = start(model, tokenizer, prefill_chunk=7)

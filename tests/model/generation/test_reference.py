@@ -24,7 +24,14 @@ def alone(model, ids: np.ndarray) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "shape",
-    [{}, {"post_norm": False}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}, {"tie_word_embeddings": True}],
+    [
+        {},
+        {"post_norm": False},
+        {"post_norm": False, "qk_norm": True},
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1},
+        {"tie_word_embeddings": True},
+    ],
     ids=str,
 )
 def test_segments_in_any_company_equal_the_whole_text_alone(shape):

@@ -64,6 +64,8 @@ static void exercise(int32_t instructions, int32_t dtype, bool post_norm) {
         layer.post_attention_norm = store.numbers(hidden, 0.1f, 1);
         layer.attention_branch_norm = post_norm ? store.numbers(hidden, 0.1f, 1) : nullptr;
         layer.mlp_branch_norm = post_norm ? store.numbers(hidden, 0.1f, 1) : nullptr;
+        layer.query_norm = post_norm ? nullptr : store.numbers(head_dim, 0.1f, 1);
+        layer.key_norm = post_norm ? nullptr : store.numbers(head_dim, 0.1f, 1);
         each.push_back(layer);
     }
     RexWeights weights = {};

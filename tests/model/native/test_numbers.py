@@ -12,6 +12,8 @@ IDS = np.arange(60) * 7 % 270 + 2
 SHAPES = [
     {},
     {"post_norm": False},
+    {"post_norm": False, "qk_norm": True},
+    {"post_norm": False, "qk_norm": True, "head_dim": 10, "num_key_value_heads": 1},
     {"num_key_value_heads": 4},
     {"num_key_value_heads": 1},
     {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 16},

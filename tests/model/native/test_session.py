@@ -104,7 +104,7 @@ def test_a_shared_prefix_takes_no_memory_and_neither_text_disturbs_the_other(mod
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("shape", [SHAPE, {**SHAPE, "post_norm": False, "head_dim": 10}])
+@pytest.mark.parametrize("shape", [SHAPE, {**SHAPE, "post_norm": False, "qk_norm": True, "head_dim": 10}])
 def test_numbers_of_a_broken_pass_do_not_reach_the_next_text(fastest, shape, quantized):
     model = tiny_model(tiny_tokenizer(), **shape)
     if quantized:

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,9 @@ def test_under_autocast_the_loss_is_float32_and_close():
     assert weight_VD.grad.dtype == hidden_BTD.grad.dtype == torch.float32
 
 
-def test_gradients_written_out_for_the_cpu_are_those_that_pytorch_derives():
-    config = build_config(experiment().model, 300, bos_token_id=0, eos_token_id=0, pad_token_id=1)
+@pytest.mark.parametrize("norms", [{}, {"post_norm": False, "qk_norm": True}], ids=["post_norm", "qk_norm"])
+def test_gradients_written_out_for_the_cpu_are_those_that_pytorch_derives(norms):
+    config = build_config(replace(experiment().model, **norms), 300, bos_token_id=0, eos_token_id=0, pad_token_id=1)
     config.attention_dropout = 0.0
     ids_BT = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))
     found = []

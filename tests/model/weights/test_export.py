@@ -1,11 +1,11 @@
-"""The converted layouts against transformers' own Glm4ForCausalLM and LlamaForCausalLM."""
+"""The converted layouts against transformers' own Glm4ForCausalLM, LlamaForCausalLM and Qwen3ForCausalLM."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Glm4ForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Glm4ForCausalLM, LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
 
 from model.errors import PipelineError
 from model.modeling_rex import RexForCausalLM
@@ -18,7 +18,12 @@ SHAPES: list[dict[str, Any]] = [
     {"num_key_value_heads": 1, "head_dim": 16, "hidden_size": 24, "rope_parameters": {"rope_theta": 500.0}},
     {"num_key_value_heads": 4, "eos_token_id": None, "pad_token_id": None},
 ]
-CLASSES = {True: Glm4ForCausalLM, False: LlamaForCausalLM}
+NORMS: dict[str, dict[str, bool]] = {
+    "glm4": {},
+    "llama": {"post_norm": False},
+    "qwen3": {"post_norm": False, "qk_norm": True},
+}
+CLASSES = {"glm4": Glm4ForCausalLM, "llama": LlamaForCausalLM, "qwen3": Qwen3ForCausalLM}
 
 
 def randomized(**changes: Any) -> RexForCausalLM:
@@ -33,27 +38,27 @@ def randomized(**changes: Any) -> RexForCausalLM:
 
 @torch.no_grad()
 @pytest.mark.parametrize("shape", SHAPES, ids=["tied", "untied", "multi-query", "multi-head"])
-@pytest.mark.parametrize("post_norm", [True, False], ids=["glm4", "llama"])
-def test_logits_are_equal_to_the_last_bit_in_float64(post_norm: bool, shape: dict[str, Any]) -> None:
-    model = randomized(post_norm=post_norm, **shape).double()
+@pytest.mark.parametrize("layout", NORMS)
+def test_logits_are_equal_to_the_last_bit_in_float64(layout: str, shape: dict[str, Any]) -> None:
+    model = randomized(**NORMS[layout], **shape).double()
     exported = export_model(model)
-    assert type(exported) is CLASSES[post_norm]
+    assert type(exported) is CLASSES[layout]
     ids, mask = left_pad([tokens(1, n, seed=n)[0] for n in (4, 23)])
     assert torch.equal(exported(ids).logits, model(ids).logits)
     assert torch.equal(exported(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
 
 
-@pytest.mark.parametrize("post_norm", [True, False], ids=["glm4", "llama"])
-def test_the_converted_model_generates_the_same_tokens(post_norm: bool) -> None:
-    model = randomized(post_norm=post_norm).double()
+@pytest.mark.parametrize("layout", NORMS)
+def test_the_converted_model_generates_the_same_tokens(layout: str) -> None:
+    model = randomized(**NORMS[layout]).double()
     options: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False}
     ids = tokens(2, 6)
     assert torch.equal(export_model(model).generate(ids, **options), model.generate(ids, **options))
 
 
-@pytest.mark.parametrize("post_norm", [True, False], ids=["glm4", "llama"])
-def test_conversion_keeps_the_special_tokens_the_dtype_and_the_number_of_parameters(post_norm: bool) -> None:
-    model = randomized(post_norm=post_norm, eos_token_id=None).to(torch.bfloat16)
+@pytest.mark.parametrize("layout", NORMS)
+def test_conversion_keeps_the_special_tokens_the_dtype_and_the_number_of_parameters(layout: str) -> None:
+    model = randomized(**NORMS[layout], eos_token_id=None).to(torch.bfloat16)
     exported = export_model(model)
     assert (exported.config.bos_token_id, exported.config.eos_token_id, exported.config.pad_token_id) == (0, None, 1)
     assert {p.dtype for p in exported.parameters()} == {torch.bfloat16}
@@ -62,14 +67,14 @@ def test_conversion_keeps_the_special_tokens_the_dtype_and_the_number_of_paramet
     assert exported.get_output_embeddings().weight.abs().max() > 0  # copies: REX may train on
 
 
-@pytest.mark.parametrize("post_norm", [True, False], ids=["glm4", "llama"])
-def test_a_checkpoint_converts_to_a_directory_that_needs_no_custom_code(post_norm: bool, tmp_path: Path) -> None:
-    model = randomized(post_norm=post_norm)
+@pytest.mark.parametrize("layout", NORMS)
+def test_a_checkpoint_converts_to_a_directory_that_needs_no_custom_code(layout: str, tmp_path: Path) -> None:
+    model = randomized(**NORMS[layout])
     model.save_pretrained(tmp_path / "rex")
     (tmp_path / "rex" / "tokenizer.json").write_text("{}")
     export_checkpoint(tmp_path / "rex", tmp_path / "native")
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tmp_path / "native", trust_remote_code=False)
-    assert type(loaded) is CLASSES[post_norm]
+    assert type(loaded) is CLASSES[layout]
     torch.testing.assert_close(loaded(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
     names = {path.name for path in (tmp_path / "native").iterdir()}
     assert "tokenizer.json" in names and not [name for name in names if name.endswith(".py")]

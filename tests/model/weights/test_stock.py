@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Glm4Config, LlamaConfig, LlamaForCausalLM
+from transformers import Glm4Config, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from model.errors import PipelineError
 from model.modeling_rex import RexForCausalLM
 from model.training.initial_weights import start_from
 from model.weights.export import export_checkpoint, export_model
 from model.weights.stock import read_weights
+from tests.model.weights.test_export import NORMS
 from tests.tiny import tiny_model, tiny_tokenizer
 
 IDS = torch.arange(24)[None] % 280
@@ -30,9 +31,9 @@ def saved(folder: Path, **shape: Any) -> RexForCausalLM:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("post_norm", [True, False], ids=["glm4", "llama"])
-def test_an_export_that_comes_back_is_the_same_to_the_bit(tmp_path: Path, post_norm: bool, tied: bool) -> None:
-    shape = {"post_norm": post_norm, "tie_word_embeddings": tied}
+@pytest.mark.parametrize("norms", NORMS.values(), ids=NORMS)
+def test_an_export_that_comes_back_is_the_same_to_the_bit(tmp_path: Path, norms: dict[str, bool], tied: bool) -> None:
+    shape = {**norms, "tie_word_embeddings": tied}
     model = saved(tmp_path, **shape)
     original, back = load_file(tmp_path / "rex/model.safetensors"), read_weights(tmp_path / "hf")
     assert original.keys() == back.keys()
@@ -61,8 +62,9 @@ def test_a_stock_llama_in_several_files_and_half_precision_gives_its_own_logits(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model_type": "qwen3"}, r"model_type 'qwen3': expected rex, llama, glm4"),
-        ({"model_type": "gpt2"}, r"model_type 'gpt2': expected rex, llama, glm4"),
+        ({"model_type": "qwen2"}, r"model_type 'qwen2': expected rex, llama, glm4, qwen3"),
+        ({"model_type": "qwen3"}, r"set model.qk_norm=true$"),
+        ({"model_type": "gpt2"}, r"model_type 'gpt2': expected rex, llama, glm4, qwen3"),
         ({"attention_bias": True}, r"attention_bias True: expected False"),
         ({"mlp_bias": True}, r"mlp_bias True: expected False"),
         ({"sliding_window": 32}, r"sliding_window 32: expected None"),
@@ -107,3 +109,24 @@ def test_a_llama_is_no_model_with_norms_after_its_branches(tmp_path: Path) -> No
     saved(tmp_path, post_norm=False)
     with pytest.raises(PipelineError, match=r"missing there and .*\(model.post_norm=false\)"):
         start_from(tiny_model(tiny_tokenizer()), tmp_path / "hf", tiny_tokenizer())
+
+
+def test_a_stock_qwen3_gives_its_own_logits_and_one_with_a_sliding_window_is_refused(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5, max_position_embeddings=64, initializer_range=0.3,
+    )  # fmt: skip
+    stock = Qwen3ForCausalLM(config).eval()
+    for name, weight in stock.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            weight.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
+    stock.save_pretrained(tmp_path / "qwen3")
+    tokenizer.save_pretrained(tmp_path / "qwen3")
+    model = tiny_model(tokenizer, post_norm=False, qk_norm=True, head_dim=16)
+    start_from(model, tmp_path / "qwen3", tokenizer)
+    torch.testing.assert_close(model(IDS).logits, stock(IDS).logits, atol=1e-5, rtol=0)
+    path = tmp_path / "qwen3/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_sliding_window": True, "sliding_window": 8}))
+    with pytest.raises(PipelineError, match=r"sliding_window 8: expected None"):
+        start_from(model, tmp_path / "qwen3", tokenizer)

@@ -1,7 +1,7 @@
 # The image of the composed stack: Dagster's services, the MLflow server, and the generation service before there is a
-# Bento. `make stack-image` lays out var/stack/packages (`llm_assets/containers/stack.py`) and builds this.
+# Bento. `make stack-image` prepares var/stack/packages (`llm_assets/containers/stack.py`) and builds this.
 #
-# Nothing is fetched or compiled by a compiler here, so a build needs no network, no package index and no credentials.
+# The build fetches and compiles nothing, so it needs no network, no package index and no credentials.
 ARG BASE_IMAGE=python:3.11-slim
 FROM ${BASE_IMAGE}
 
@@ -24,8 +24,9 @@ ENV LANG=C.UTF-8 \
 # Folders of volumes: a new volume takes its owner from here.
 RUN mkdir -p /var/lib/rex /var/lib/mlflow && chown 10001:10001 /var/lib/rex /var/lib/mlflow
 
-# What changes seldom comes first. Bytecode, because the user cannot write it: without, each start compiles for a minute.
-# The packages' own tests are never imported. Some packages ship templates that are no Python: those fail, and may.
+# Layers that change rarely come first. Bytecode is compiled here because the user cannot write it: otherwise each start
+# would compile for a minute. The packages' own tests are never imported. Some packages ship templates that are not Python;
+# their compilation may fail.
 COPY var/stack/packages /app/packages
 RUN python3 -m compileall -q -j 0 -x '/tests?/' /app/packages || true
 COPY bentofile.yaml constraints.txt pyproject.toml README.md /app/

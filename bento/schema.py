@@ -10,17 +10,17 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from bento.neutral import asks_for_nothing, document_neutral
+from bento.neutral import document_neutral, is_neutral
 from model.generation.grammar import Grammar
 from model.generation.requests import LARGEST_LOGIT_BIAS, MAX_SEED, GenerationRequest, SamplingParameters
 
 DEFAULT_MAX_TOKENS = 128
 LARGEST_COUNT = 2**31 - 1
-MOST_STOPS, LONGEST_STOP = 16, 256
-MOST_STOP_IDS = 64
-MOST_BIASES = 1024
-MOST_BAD_WORDS, LONGEST_BAD_WORD = 64, 256
-MOST_ALLOWED = 16_384
+MAX_STOPS, LONGEST_STOP = 16, 256
+MAX_STOP_IDS = 64
+MAX_BIASES = 1024
+MAX_BAD_WORDS, LONGEST_BAD_WORD = 64, 256
+MAX_ALLOWED = 16_384
 LARGEST_PENALTY = 100.0
 SMALLEST_TOP_P = 1e-9
 DRAWN_SEED = -1
@@ -54,8 +54,8 @@ def _stops(value: Any) -> Any:
         return []
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise PydanticCustomError("string_type", "expected a string or a list of strings")
-    if len(stops) > MOST_STOPS:
-        raise PydanticCustomError("too_many_stops", f"{len(stops)} strings: expected at most {MOST_STOPS}")
+    if len(stops) > MAX_STOPS:
+        raise PydanticCustomError("too_many_stops", f"{len(stops)} strings: expected at most {MAX_STOPS}")
     if not all(stops):
         raise PydanticCustomError("empty_stop", "an empty string would end every text at once")
     if max(map(len, stops), default=0) > LONGEST_STOP:
@@ -65,8 +65,8 @@ def _stops(value: Any) -> Any:
 
 def _biases(value: Any) -> Any:
     if isinstance(value, dict):
-        if len(value) > MOST_BIASES:
-            raise PydanticCustomError("too_many_biases", f"{len(value)} tokens: at most {MOST_BIASES}")
+        if len(value) > MAX_BIASES:
+            raise PydanticCustomError("too_many_biases", f"{len(value)} tokens: at most {MAX_BIASES}")
         if not all(name.isascii() and name.isdecimal() and len(name) <= 10 for name in value):
             raise PydanticCustomError("bias_token", "the names are token ids, written in decimal")
         if len({int(name) for name in value}) < len(value):
@@ -85,13 +85,13 @@ _STOP = {"type": "string", "minLength": 1, "maxLength": LONGEST_STOP}
 Stops = Annotated[
     Any,
     AfterValidator(_stops),
-    forms(_STOP, {"type": "array", "items": _STOP, "maxItems": MOST_STOPS}, {"type": "null"}),
+    forms(_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOPS}, {"type": "null"}),
 ]
 Bias = Annotated[float, Field(ge=-LARGEST_LOGIT_BIAS, le=LARGEST_LOGIT_BIAS)]
 Biases = Annotated[
     dict[str, Bias],
     BeforeValidator(_biases),
-    Field(json_schema_extra={"maxProperties": MOST_BIASES, "propertyNames": {"pattern": "^[0-9]{1,10}$"}}),
+    Field(json_schema_extra={"maxProperties": MAX_BIASES, "propertyNames": {"pattern": "^[0-9]{1,10}$"}}),
 ]
 Penalty = Annotated[float, Field(ge=-LARGEST_PENALTY, le=LARGEST_PENALTY)]
 
@@ -125,11 +125,11 @@ class StrictRequest(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_what_asks_for_nothing(cls, value: Any) -> Any:
+    def _drop_neutral_fields(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
         known = {field.alias or name for name, field in cls.model_fields.items()}
-        return {name: one for name, one in value.items() if name in known or not asks_for_nothing(name, one)}
+        return {name: one for name, one in value.items() if name in known or not is_neutral(name, one)}
 
 
 class Sampling(StrictRequest):
@@ -169,7 +169,7 @@ class Sampling(StrictRequest):
         None, description="Subtracted from the logit of a token for each time that it was generated. Default: 0."
     )
     logit_bias: Biases | None = Field(
-        None, description=f"Added to the logits of these token ids, at most {MOST_BIASES} of them."
+        None, description=f"Added to the logits of these token ids, at most {MAX_BIASES} of them."
     )
     seed: Annotated[int, WHOLE] | None = Field(
         None,
@@ -180,10 +180,10 @@ class Sampling(StrictRequest):
     stop: Stops = Field(
         None,
         description=f"End the text when one of these strings appears; it is not part of the text. At most "
-        f"{MOST_STOPS}, of at most {LONGEST_STOP} characters.",
+        f"{MAX_STOPS}, of at most {LONGEST_STOP} characters.",
     )
     stop_token_ids: list[TokenId] | None = Field(
-        None, max_length=MOST_STOP_IDS, description="End the text at one of these tokens, which is not part of it."
+        None, max_length=MAX_STOP_IDS, description="End the text at one of these tokens, which is not part of it."
     )
     min_tokens: Annotated[int, WHOLE] | None = Field(
         None,
@@ -197,11 +197,11 @@ class Sampling(StrictRequest):
     )
     bad_words: list[Annotated[str, Field(min_length=1, max_length=LONGEST_BAD_WORD)]] | None = Field(
         None,
-        max_length=MOST_BAD_WORDS,
+        max_length=MAX_BAD_WORDS,
         description="Strings that never appear in the text, whatever tokens would spell them.",
     )
     allowed_token_ids: list[TokenId] | None = Field(
-        None, max_length=MOST_ALLOWED, description="Choose only among these tokens; empty: all."
+        None, max_length=MAX_ALLOWED, description="Choose only among these tokens; empty: all."
     )
     ignore_eos: bool | None = Field(None, description="Continue after the end-of-text token. Default: false.")
 

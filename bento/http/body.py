@@ -18,9 +18,9 @@ from bento.errors import ApiError
 
 DEEPEST = 48
 """Maximum nesting depth: a JSON schema has two levels for each nested object."""
-MOST_VALUES = 131_072
+MAX_VALUES = 131_072
 """Maximum number of values in a body: 64 prompts of 2,000 token ids."""
-MOST_NAMES = 8_192
+MAX_NAMES = 8_192
 """Maximum number of names, objects and lists in a body: a thousand messages and a thousand biases."""
 LONG_BODY = 16_384
 _STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
@@ -71,16 +71,16 @@ def parse(body: bytes) -> Any:
 
 def check_cost(body: bytes) -> None:
     """Bound the values that a parser would make of a body. Raises ApiError 400."""
-    if len(body) <= MOST_NAMES:
+    if len(body) <= MAX_NAMES:
         return
     # A string has two quotes, and more only after backslashes: half of the quotes bounds the number of strings.
-    if body.count(b'"') - body.count(b'\\"') > 2 * MOST_VALUES:
-        raise _too_many("values", MOST_VALUES)
+    if body.count(b'"') - body.count(b'\\"') > 2 * MAX_VALUES:
+        raise _too_many("values", MAX_VALUES)
     skeleton = _STRINGS.sub(b"", body)
-    if skeleton.count(b",") > MOST_VALUES:
-        raise _too_many("values", MOST_VALUES)
-    if skeleton.count(b":") + skeleton.count(b"[") + skeleton.count(b"{") > MOST_NAMES:
-        raise _too_many("names, objects and lists", MOST_NAMES)
+    if skeleton.count(b",") > MAX_VALUES:
+        raise _too_many("values", MAX_VALUES)
+    if skeleton.count(b":") + skeleton.count(b"[") + skeleton.count(b"{") > MAX_NAMES:
+        raise _too_many("names, objects and lists", MAX_NAMES)
 
 
 def _too_many(what: str, most: int) -> ApiError:

@@ -89,7 +89,7 @@ def encode_chat(
         text = _open_last_message(render, hidden, messages[-1].content, contents, name)
     else:
         text = render(hidden, name, opens_turn=opens_turn)
-        if text and is_continued and not _ends_where_the_assistant_speaks(render, hidden, text):
+        if text and is_continued and not _ends_at_assistant_turn(render, hidden, text):
             raise _no_turn(messages[-1].role, name, opens_turn=opens_turn)
     ids: list[int] = []
     for part in _split(text, specials):
@@ -129,7 +129,7 @@ def _open_last_message(
     return before + word
 
 
-def _ends_where_the_assistant_speaks(render: "Render", hidden: list[dict[str, str]], text: str) -> bool:
+def _ends_at_assistant_turn(render: "Render", hidden: list[dict[str, str]], text: str) -> bool:
     """Whether `text` opens the assistant's turn.
 
     It does if the template supports a generation prompt. A template without one must have put the heading after the

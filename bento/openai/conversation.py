@@ -17,7 +17,7 @@ from bento.errors import ApiError, validation_error
 from bento.openai.chat import encode_chat
 from bento.openai.schema import ChatRequest, Dialogue
 from bento.openai.structured import compile_form, compile_grammar
-from bento.openai.tools import Arguments, CallReader, CallStart, Part, spoken
+from bento.openai.tools import Arguments, CallReader, CallStart, Part, dialogue_messages
 from bento.serving.answers import Answers, Batch, EventStream
 from bento.serving.backend import SHORT_TEXT, Backend, Prompt
 from model.generation.grammar import Grammar
@@ -71,7 +71,7 @@ async def encode_dialogue(
     """
     engine = backend.engine
     tools = [f.model_dump(include={"name", "description", "parameters"}) for f in body.callable_functions()]
-    turns = plain_turns(spoken(body.messages), tools, has_tool_role=has_marks(engine.tokenizer))
+    turns = plain_turns(dialogue_messages(body.messages), tools, has_tool_role=has_marks(engine.tokenizer))
     values = body.chat_template_kwargs or {}
     size = sum(len(turn.content) + MESSAGE_COST for turn in turns) + (len(json.dumps(values)) if values else 0)
     encode = partial(

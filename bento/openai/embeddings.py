@@ -24,13 +24,13 @@ from bento.schema import WHOLE, StrictRequest
 from bento.serving.backend import Backend, BackendOf
 from model.generation.requests import Embedding, GenerationRequest
 
-MOST_INPUTS = 2048
+MAX_INPUTS = 2048
 AT_ONCE = 16
 """Most texts of one request in the queue."""
 
 
 def _inputs(value: Any) -> list[str] | list[list[int]]:
-    inputs = read_prompts(value, most=MOST_INPUTS)
+    inputs = read_prompts(value, most=MAX_INPUTS)
     if not all(inputs):
         raise PydanticCustomError("empty_input", "a text is empty: there is nothing to embed")
     return inputs
@@ -39,8 +39,8 @@ def _inputs(value: Any) -> list[str] | list[list[int]]:
 class EmbeddingRequest(StrictRequest):
     """Texts or tokens to embed."""
 
-    input: Annotated[Any, AfterValidator(_inputs), prompts_schema(MOST_INPUTS, min_length=1)] = Field(
-        description=f"A text, a list of texts, the tokens of a text or a list of these; at most {MOST_INPUTS}.",
+    input: Annotated[Any, AfterValidator(_inputs), prompts_schema(MAX_INPUTS, min_length=1)] = Field(
+        description=f"A text, a list of texts, the tokens of a text or a list of these; at most {MAX_INPUTS}.",
         examples=["def main():\n"],
     )
     model: str | None = Field(None, description="The served model, the only one; /v1/models names it.")

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from bento.errors import ApiError, anthropic_error
 from bento.http.body import JsonRoute
 from bento.http.openapi import GENERATING, READING, stream_of
-from bento.neutral import asks_for_nothing
+from bento.neutral import is_neutral
 from bento.openai.conversation import (
     Block,
     Blocks,
@@ -29,8 +29,8 @@ from bento.openai.conversation import (
     submit,
 )
 from bento.openai.schema import ChatRequest
-from bento.openai.tools import MOST_TOOLS, Name, Parameters
-from bento.openai.turns import MOST_MESSAGES
+from bento.openai.tools import MAX_TOOLS, Name, Parameters
+from bento.openai.turns import MAX_MESSAGES
 from bento.schema import WHOLE, Count, StrictRequest, TextOrObjects
 from bento.serving.answers import Batch
 from bento.serving.backend import BackendOf
@@ -95,13 +95,13 @@ class CountRequest(StrictRequest):
     model: str | None = Field(None, description="The served model, the only one; /v1/models names it.")
     messages: list[AnthropicMessage] = Field(
         min_length=1,
-        max_length=MOST_MESSAGES,
+        max_length=MAX_MESSAGES,
         description="The conversation so far; a last message of the assistant's is continued.",
         examples=[[{"role": "user", "content": "Write a function."}]],
     )
     system: TextOrObjects | None = Field(None, description="Instructions before the conversation.")
     cache_control: dict[str, Any] | None = Field(None, description="Accepted and ignored.")
-    tools: list[AnthropicTool] | None = Field(None, max_length=MOST_TOOLS, description="Functions.")
+    tools: list[AnthropicTool] | None = Field(None, max_length=MAX_TOOLS, description="Functions.")
     tool_choice: AnthropicChoice | None = Field(None, description="Default: auto.")
     thinking: Thinking | None = Field(None, description='Not supported: only null, {"type": "disabled"}.')
 
@@ -240,7 +240,7 @@ def _kind(block: dict[str, Any], role: str, place: str) -> str:
     if not isinstance(kind, str) or kind not in BLOCKS_OF[role]:
         raise _refusal(place, f"a block of the type {str(kind)[:40]!r} is not supported here: the model reads text")
     for name in sorted(block.keys() - BLOCK_FIELDS[kind] - BLOCK_LABELS):
-        if not asks_for_nothing(name, block[name]):
+        if not is_neutral(name, block[name]):
             raise _refusal(place, f"{name[:40]!r} is not a field of a block of the type {kind}")
     return kind
 

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from bento.errors import ApiError
 from bento.http.body import JsonRoute
 from bento.http.openapi import GENERATING, stream_of
-from bento.neutral import asks_for_nothing
+from bento.neutral import is_neutral
 from bento.openai.conversation import (
     Block,
     Blocks,
@@ -27,8 +27,8 @@ from bento.openai.conversation import (
 )
 from bento.openai.schema import ChatRequest
 from bento.openai.structured import Schema
-from bento.openai.tools import MOST_TOOLS, Name, Parameters
-from bento.openai.turns import MOST_MESSAGES, Label, unsupported
+from bento.openai.tools import MAX_TOOLS, Name, Parameters
+from bento.openai.turns import MAX_MESSAGES, Label, unsupported
 from bento.schema import Count, OnlyFalse, StrictRequest, TextOrObjects, forms
 from bento.serving.answers import Batch
 from bento.serving.backend import BackendOf
@@ -121,7 +121,7 @@ class ResponsesRequest(StrictRequest):
     )
     stream: bool | None = Field(None, description="Answer with server-sent events. Default: false.")
     text: TextOptions | None = Field(None, description="`format`: text, json_object or json_schema.")
-    tools: list[ResponseTool] | None = Field(None, max_length=MOST_TOOLS, description="Functions.")
+    tools: list[ResponseTool] | None = Field(None, max_length=MAX_TOOLS, description="Functions.")
     tool_choice: ToolChoice = Field(
         None, description='Default: auto. {"type": "function", "name": ...}: a call of this function.'
     )
@@ -191,8 +191,8 @@ def response_routes(backend_of: BackendOf) -> APIRouter:
 
 def _as_chat(body: ResponsesRequest) -> ChatRequest:
     items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
-    if len(items) > MOST_MESSAGES:
-        raise _refusal("input", f"{len(items):,} items: at most {MOST_MESSAGES:,}")
+    if len(items) > MAX_MESSAGES:
+        raise _refusal("input", f"{len(items):,} items: at most {MAX_MESSAGES:,}")
     messages: list[dict[str, Any]] = []
     places: list[Place] = []
     if body.instructions:
@@ -240,7 +240,7 @@ def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], place: str) 
     if not isinstance(kind, str) or kind not in ITEM_FIELDS:
         raise _refusal(place, f"an item of the type {str(kind)[:40]!r} is not supported")
     for name in sorted(item.keys() - ITEM_FIELDS[kind] - ITEM_LABELS):
-        if not asks_for_nothing(name, item[name]):
+        if not is_neutral(name, item[name]):
             raise _refusal(place, f"{name[:40]!r} is not a field of a {kind}")
     if kind == "message":
         if item.get("role") not in ROLES:

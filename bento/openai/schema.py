@@ -11,15 +11,15 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, WithJson
 from pydantic_core import PydanticCustomError
 
 from bento.openai.structured import Structured
-from bento.openai.tools import ToolFields, spoken
-from bento.openai.turns import MOST_MESSAGES, Label, Message, TemplateValues, unsupported
+from bento.openai.tools import ToolFields, dialogue_messages
+from bento.openai.turns import MAX_MESSAGES, Label, Message, TemplateValues, unsupported
 from bento.schema import ALL_THAT_FITS, LARGEST_COUNT, WHOLE, Count, OnlyFalse, Sampling, StrictRequest, forms
 from model.text.tools import has_unpaired_results
 
 DEFAULT_COMPLETION_TOKENS = 16
-MOST_CHOICES = 64
-MOST_PROMPTS = 64
-MOST_LOGPROBS = 20
+MAX_CHOICES = 64
+MAX_PROMPTS = 64
+MAX_LOGPROBS = 20
 
 
 def _nothing(value: list[Any]) -> list[Any]:
@@ -29,7 +29,7 @@ def _nothing(value: list[Any]) -> list[Any]:
 
 
 EmptyList = Annotated[list[Any], AfterValidator(_nothing), Field(json_schema_extra={"maxItems": 0})]
-Logprobs = Annotated[int, WHOLE, Field(ge=0, le=MOST_LOGPROBS)]
+Logprobs = Annotated[int, WHOLE, Field(ge=0, le=MAX_LOGPROBS)]
 
 
 def not_zero(value: int) -> int:
@@ -43,7 +43,7 @@ def _false_is_none(value: Any) -> Any:
     return None if value is False else value
 
 
-def read_prompts(value: Any, most: int = MOST_PROMPTS) -> list[str] | list[list[int]]:
+def read_prompts(value: Any, most: int = MAX_PROMPTS) -> list[str] | list[list[int]]:
     """A text, a list of texts or tokens in any of their forms, as a list of texts or of token lists. most: maximum
     number of texts.
     """
@@ -82,7 +82,7 @@ def prompts_schema(most: int, min_length: int = 0) -> WithJsonSchema:
 
 
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": LARGEST_COUNT}, "minItems": 1}
-Prompts = Annotated[Any, AfterValidator(read_prompts), prompts_schema(MOST_PROMPTS)]
+Prompts = Annotated[Any, AfterValidator(read_prompts), prompts_schema(MAX_PROMPTS)]
 
 
 class StreamOptions(StrictRequest):
@@ -108,7 +108,7 @@ class OpenAIRequest(Structured, Sampling):
     n: Annotated[int, WHOLE] | None = Field(
         None,
         ge=1,
-        le=MOST_CHOICES,
+        le=MAX_CHOICES,
         description="Texts for each prompt; with a seed, the seeds that follow. Default: 1.",
     )
     stream: bool | None = Field(None, description="Answer with server-sent events. Default: false.")
@@ -122,7 +122,7 @@ class OpenAIRequest(Structured, Sampling):
     prompt_logprobs: Annotated[
         Logprobs | None,
         BeforeValidator(_false_is_none),
-        forms({"type": "integer", "minimum": 0, "maximum": MOST_LOGPROBS}, {"enum": [False]}, {"type": "null"}),
+        forms({"type": "integer", "minimum": 0, "maximum": MAX_LOGPROBS}, {"enum": [False]}, {"type": "null"}),
     ] = Field(
         None,
         description="Show the log-probability of each token of the prompt, and of this many most likely ones beside "
@@ -156,7 +156,7 @@ class CompletionRequest(OpenAIRequest):
     """Texts or tokens to continue."""
 
     prompt: Prompts = Field(
-        description=f"A text, a list of texts, the tokens of a text or a list of these; at most {MOST_PROMPTS}.",
+        description=f"A text, a list of texts, the tokens of a text or a list of these; at most {MAX_PROMPTS}.",
         examples=["def main():\n"],
     )
     max_tokens: Annotated[int, WHOLE] | None = Field(
@@ -174,12 +174,12 @@ class CompletionRequest(OpenAIRequest):
     logprobs: Annotated[
         Logprobs | None,
         BeforeValidator(_false_is_none),
-        forms({"type": "integer", "minimum": 0, "maximum": MOST_LOGPROBS}, {"enum": [False]}, {"type": "null"}),
+        forms({"type": "integer", "minimum": 0, "maximum": MAX_LOGPROBS}, {"enum": [False]}, {"type": "null"}),
     ] = Field(None, description="Show the log-probability of each token, and of this many most likely ones beside it.")
     best_of: Annotated[int, WHOLE] | None = Field(
         None,
         ge=1,
-        le=MOST_CHOICES,
+        le=MAX_CHOICES,
         description="Generate this many texts and return the n whose tokens are likeliest on average. Default: n.",
     )
     suffix: str | None = Field(
@@ -234,7 +234,7 @@ class Dialogue(ToolFields):
 
     messages: list[Message] = Field(
         min_length=1,
-        max_length=MOST_MESSAGES,
+        max_length=MAX_MESSAGES,
         description="The conversation so far.",
         examples=[[{"role": "user", "content": "Write a function."}]],
     )
@@ -273,7 +273,7 @@ class Dialogue(ToolFields):
                     "{name} says otherwise than the request's field of that name",
                     {"param": "chat_template_kwargs", "name": name},
                 )
-        if has_unpaired_results(spoken(self.messages or ())):
+        if has_unpaired_results(dialogue_messages(self.messages or ())):
             raise PydanticCustomError(
                 "unpaired_results",
                 "the results after the assistant's calls are not one for each call, by its id",

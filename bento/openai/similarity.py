@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from bento.http.body import JsonRoute
 from bento.http.openapi import GENERATING
-from bento.openai.embeddings import MOST_INPUTS, embed_tokens, encode_inputs
+from bento.openai.embeddings import MAX_INPUTS, embed_tokens, encode_inputs
 from bento.openai.schema import not_zero
 from bento.openai.turns import Label
 from bento.schema import LARGEST_COUNT, WHOLE, StrictRequest, forms
@@ -31,13 +31,13 @@ def _texts(value: Any) -> list[str]:
         raise PydanticCustomError("text_type", "expected a text or a list of texts")
     if not texts or not all(texts):
         raise PydanticCustomError("empty_text", "expected a text or a list of texts, none of them empty")
-    if len(texts) > MOST_INPUTS:
-        raise PydanticCustomError("too_many_texts", f"{len(texts)} texts: at most {MOST_INPUTS} in a request")
+    if len(texts) > MAX_INPUTS:
+        raise PydanticCustomError("too_many_texts", f"{len(texts)} texts: at most {MAX_INPUTS} in a request")
     return texts
 
 
 _TEXT = {"type": "string", "minLength": 1}
-_LIST = {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": MOST_INPUTS}
+_LIST = {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": MAX_INPUTS}
 Texts = Annotated[Any, AfterValidator(_texts), forms(_TEXT, _LIST)]
 NAMES = (("text_1", "text_2"), ("queries", "documents"), ("data_1", "data_2"))
 """Names of the two sides, in vLLM's releases."""

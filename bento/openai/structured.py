@@ -20,7 +20,7 @@ from model.errors import PipelineError
 from model.generation.grammar import Grammar, Kind, choice_grammar
 
 LONGEST_GRAMMAR = 65_536
-MOST_ALTERNATIVES = 1024
+MAX_ALTERNATIVES = 1024
 ANY_OBJECT = '{"type": "object"}'
 
 
@@ -39,7 +39,7 @@ def _schema(value: Any) -> str:
 _SCHEMA = {"type": "object", "additionalProperties": True}
 Schema = Annotated[Any, AfterValidator(_schema), forms(_SCHEMA, {"type": "boolean"}, {"type": "string"})]
 Source = Annotated[str, Field(min_length=1, max_length=LONGEST_GRAMMAR)]
-Choices = Annotated[list[str], Field(max_length=MOST_ALTERNATIVES)]
+Choices = Annotated[list[str], Field(max_length=MAX_ALTERNATIVES)]
 
 
 class NamedSchema(StrictRequest):

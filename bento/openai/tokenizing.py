@@ -12,7 +12,7 @@ from bento.http.openapi import READING
 from bento.openai.conversation import encode_dialogue
 from bento.openai.logprobs import TokenNames
 from bento.openai.schema import Dialogue
-from bento.openai.turns import MOST_MESSAGES, Message
+from bento.openai.turns import MAX_MESSAGES, Message
 from bento.schema import StrictRequest, TokenId
 from bento.serving.backend import BackendOf
 
@@ -28,7 +28,7 @@ class TokenizeRequest(Dialogue):
     messages: list[Message] | None = Field(  # type: ignore[assignment]
         None,
         min_length=1,
-        max_length=MOST_MESSAGES,
+        max_length=MAX_MESSAGES,
         description="A conversation, whose tokens are those that /v1/chat/completions continues.",
     )
     add_special_tokens: bool | None = Field(None, description="Accepted and ignored: the tokenizer has none to add.")

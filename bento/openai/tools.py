@@ -15,10 +15,10 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from bento.schema import StrictRequest, forms
-from model.text.tools import CALL_TAIL, CLOSING, OPENING, Call, Spoken, call_head
+from model.text.tools import CALL_TAIL, CLOSING, OPENING, Call, DialogueMessage, call_head
 
-MOST_TOOLS = 128
-MOST_CALLS = 16
+MAX_TOOLS = 128
+MAX_CALLS = 16
 NAME_PATTERN = "^[a-zA-Z0-9_.:-]{1,128}$"
 OTHER_TYPES = ("array", "boolean", "integer", "null", "number", "string")
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -113,12 +113,12 @@ class ToolCall(StrictRequest):
 class ToolFields(StrictRequest):
     """The fields of a conversation that concern functions."""
 
-    tools: list[Tool] | None = Field(None, max_length=MOST_TOOLS, description="Functions that the model may call.")
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS, description="Functions that the model may call.")
     tool_choice: ToolChoice = Field(
         None, description="auto, the default: text or calls; none: text; required: calls; a function: a call of it."
     )
     parallel_tool_calls: bool | None = Field(
-        None, description=f"Up to {MOST_CALLS} calls in one answer. Default: true; false: one."
+        None, description=f"Up to {MAX_CALLS} calls in one answer. Default: true; false: one."
     )
 
     @model_validator(mode="after")
@@ -152,7 +152,7 @@ class ToolFields(StrictRequest):
         if not functions:
             return None
         is_named = isinstance(self.tool_choice, NamedTool)
-        most = 1 if is_named or self.parallel_tool_calls is False else MOST_CALLS
+        most = 1 if is_named or self.parallel_tool_calls is False else MAX_CALLS
         more = f' ("\\n{OPENING}" call){{0,{most - 1}}}' if most > 1 else ""
         rules = [f"calls: call{more}"]
         if is_named or self.tool_choice == "required":
@@ -306,10 +306,10 @@ class MessageWithTools(Protocol):
         """The call that it answers."""
 
 
-def spoken(messages: Sequence[MessageWithTools]) -> list[Spoken]:
+def dialogue_messages(messages: Sequence[MessageWithTools]) -> list[DialogueMessage]:
     """A conversation in the form that is written as text."""
     return [
-        Spoken(
+        DialogueMessage(
             message.role,
             message.content,
             message.name,

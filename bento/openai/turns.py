@@ -5,11 +5,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from bento.neutral import EMPTY, asks_for_nothing
+from bento.neutral import EMPTY, is_neutral
 from bento.openai.tools import ToolCall
 from bento.schema import StrictRequest, forms
 
-MOST_MESSAGES = 1024
+MAX_MESSAGES = 1024
 LONGEST_LABEL = 512
 MESSAGE_LABELS = {
     "annotations", "cache_control", "created", "id", "metadata", "model", "phase", "provider_specific_fields",
@@ -52,7 +52,7 @@ def _is_without_text(message: dict[str, Any]) -> bool:
 def _is_text_part(part: dict[str, Any]) -> bool:
     extras = part.keys() - {"type", "text"}
     return {"type", "text"} <= part.keys() and all(
-        name in PART_LABELS or asks_for_nothing(name, part[name]) for name in extras
+        name in PART_LABELS or is_neutral(name, part[name]) for name in extras
     )
 
 
@@ -84,7 +84,7 @@ class Message(StrictRequest):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_what_no_template_reads(cls, value: Any) -> Any:
+    def _drop_unread_fields(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
         kept = {name: one for name, one in value.items() if name not in MESSAGE_LABELS}
@@ -97,7 +97,7 @@ class Message(StrictRequest):
     name: Label | None = Field(None, description="Given to the chat template, which may use it.")
     audio: None = unsupported()
     tool_calls: list[ToolCall] | None = Field(
-        None, max_length=MOST_MESSAGES, description="The assistant's: calls that it made."
+        None, max_length=MAX_MESSAGES, description="The assistant's: calls that it made."
     )
     tool_call_id: str | None = Field(
         None, max_length=256, description="The tool's: the id of the call whose result it is."

@@ -15,12 +15,12 @@ import yaml
 from model.errors import PipelineError
 from model.settings import GROUPS, options
 
-MOST_BYTES = 1 << 20
-MOST_NODES = 100_000
-MOST_NAME_CHARACTERS = 50
+MAX_BYTES = 1 << 20
+MAX_NODES = 100_000
+MAX_NAME_CHARACTERS = 50
 NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
 NAME_RULE = (
-    f"expected at most {MOST_NAME_CHARACTERS} lowercase letters, digits and single '_' or '-' between them, "
+    f"expected at most {MAX_NAME_CHARACTERS} lowercase letters, digits and single '_' or '-' between them, "
     "a letter first"
 )
 HYDRA_WORDS = {"null", "true", "false", "inf", "nan", "none"}
@@ -58,7 +58,7 @@ def name_mistake(name: str) -> str | None:
     The name is a Dagster partition key, a value on Hydra's command line and a part of paths, of MLflow's model names,
     of BentoML's tags and of image repositories, which allow the fewest characters.
     """
-    if not NAME.fullmatch(name) or len(name) > MOST_NAME_CHARACTERS:
+    if not NAME.fullmatch(name) or len(name) > MAX_NAME_CHARACTERS:
         return f"{name!r} is not a valid experiment name: {NAME_RULE}"
     if name in HYDRA_WORDS:
         return f"{name!r} is not a valid experiment name: Hydra reads it as a value; expected another"
@@ -154,9 +154,9 @@ def _text(path: Path) -> str:
     if path.exists() and not path.is_file():
         raise PipelineError(f"{shown(path)} is a device or a pipe: expected a YAML file of options")
     try:
-        if path.stat().st_size > MOST_BYTES:
+        if path.stat().st_size > MAX_BYTES:
             raise PipelineError(
-                f"{shown(path)} has {path.stat().st_size:,} bytes: expected options, at most {MOST_BYTES:,}"
+                f"{shown(path)} has {path.stat().st_size:,} bytes: expected options, at most {MAX_BYTES:,}"
             )
         data = path.read_bytes()
     except OSError as error:
@@ -198,8 +198,8 @@ def _check_nodes(path: Path, root: yaml.MappingNode) -> None:
         node = waiting.pop()
         line = node.start_mark.line + 1
         count += 1
-        if count > MOST_NODES:
-            raise _mistake(path, line, f"more than {MOST_NODES:,} values, aliases expanded", "fewer")
+        if count > MAX_NODES:
+            raise _mistake(path, line, f"more than {MAX_NODES:,} values, aliases expanded", "fewer")
         if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
             raise _mistake(path, line, f"the tag {node.tag}", "plain values without tags")
         if isinstance(node, yaml.SequenceNode):

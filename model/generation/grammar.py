@@ -20,13 +20,13 @@ from model.errors import PipelineError
 from model.generation.finite import check_lark, check_schema
 
 Kind = Literal["json", "regex", "grammar", "calls"]
-MOST_WHITE_SPACE = 20
+MAX_WHITE_SPACE = 20
 """Most consecutive whitespace characters in a JSON text: without a bound a model may emit whitespace until its tokens
 run out."""
 LONGEST_REASON = 200
 KEPT_GRAMMARS = 32
 JSON_OPTIONS: Any = {
-    "whitespace_pattern": rf"[ \n\r\t]{{0,{MOST_WHITE_SPACE}}}",
+    "whitespace_pattern": rf"[ \n\r\t]{{0,{MAX_WHITE_SPACE}}}",
     "lenient": False,
     "coerce_one_of": False,
 }
@@ -37,7 +37,7 @@ LIMITS: dict[str, Any] = {
 }
 # A row of an ambiguous grammar costs its items squared and delays every other text: 300 items take about 15 ms. Rows of
 # JSON are long (four items per property) but unambiguous.
-MOST_ITEMS = {"json": 2000, "calls": 2000, "regex": 300, "grammar": 300}
+MAX_ITEMS = {"json": 2000, "calls": 2000, "regex": 300, "grammar": 300}
 
 
 DEAD_END = "the grammar allows no token at this place, where the text may not end: correct the grammar"
@@ -156,7 +156,7 @@ class GrammarCompiler:
                 self._tokenizer = llguidance.LLTokenizer(
                     llguidance.TokenizerWrapper(self), n_vocab=self._vocab_size, eos_token=self._end_of_text_ids
                 )
-        limits = llguidance.LLParserLimits(**LIMITS, max_items_in_row=MOST_ITEMS[kind])
+        limits = llguidance.LLParserLimits(**LIMITS, max_items_in_row=MAX_ITEMS[kind])
         try:
             template = llguidance.LLMatcher(self._tokenizer, _translate(kind, source), log_level=0, limits=limits)
         except (ValueError, RecursionError) as error:

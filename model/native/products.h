@@ -11,7 +11,7 @@ using namespace rex;
 
 constexpr int LINE = 64;            // bytes: PANEL outputs by 1, 2 or 4 inputs
 constexpr int PARTS = PANEL / W;    // vectors of a line of float32
-constexpr int MOST_ROWS = W == 16 ? 6 : 4;
+constexpr int MAX_ROWS = W == 16 ? 6 : 4;
 constexpr int SOLO_PANELS = W == 16 ? 8 : 4;  // for one row: enough independent sums to hide the latency of additions
 constexpr int PAIR_PANELS = W == 16 ? 4 : 2;  // for two and three rows
 constexpr int FEW_PANELS = W == 16 ? 4 : 1;   // for more
@@ -122,9 +122,9 @@ void block(const Product& a, int64_t row, int64_t panel) {
 template <class Kind, int P>
 void rows_by_panels(const Product& a, int64_t panel) {
     int64_t row = 0;
-    for (; row + MOST_ROWS <= a.rows; row += MOST_ROWS) block<Kind, MOST_ROWS, P>(a, row, panel);
+    for (; row + MAX_ROWS <= a.rows; row += MAX_ROWS) block<Kind, MAX_ROWS, P>(a, row, panel);
     switch (a.rows - row) {
-        case 5: return block<Kind, MOST_ROWS < 5 ? 1 : 5, P>(a, row, panel);
+        case 5: return block<Kind, MAX_ROWS < 5 ? 1 : 5, P>(a, row, panel);
         case 4: return block<Kind, 4, P>(a, row, panel);
         case 3: return block<Kind, 3, P>(a, row, panel);
         case 2: return block<Kind, 2, P>(a, row, panel);

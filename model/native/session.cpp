@@ -8,7 +8,7 @@ namespace rex {
 
 namespace {
 
-constexpr int64_t MOST_ROWS = 512;          // per chunk: a longer pass is divided, which bounds the buffers
+constexpr int64_t MAX_ROWS = 512;          // per chunk: a longer pass is divided, which bounds the buffers
 constexpr int64_t SHARED_FROM_BYTES = 96 << 10;  // weight bytes times rows: less runs on one thread
 constexpr int64_t SHARED_FROM_POSITIONS = 256;   // attention positions per task: fewer are not shared among threads
 constexpr int64_t SHARED_FROM_ROWS = 8;
@@ -273,8 +273,8 @@ void Session::pass(const Row* rows, int64_t count, Outputs& out) {
 }
 
 void Session::step(const std::vector<Row>& rows, Outputs out) {
-    for (int64_t first = 0; first < (int64_t)rows.size(); first += MOST_ROWS)
-        pass(rows.data() + first, std::min<int64_t>(MOST_ROWS, (int64_t)rows.size() - first), out);
+    for (int64_t first = 0; first < (int64_t)rows.size(); first += MAX_ROWS)
+        pass(rows.data() + first, std::min<int64_t>(MAX_ROWS, (int64_t)rows.size() - first), out);
 }
 
 }  // namespace rex

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from model.settings.option import Settings, expect, option
 
-_MOST_POINTS = 32
+_MAX_POINTS = 32
 
 
 @dataclass
@@ -38,5 +38,5 @@ class BenchmarkSettings(Settings, group="benchmark"):
         super().__post_init__()
         for name in ("generated_tokens", "prefill_tokens", "batch_sizes"):
             values = getattr(self, name)
-            fits = 0 < len(values) <= _MOST_POINTS
-            expect(fits, f"benchmark.{name}", values, f"a list of numbers greater than 0, 1 to {_MOST_POINTS} of them")
+            fits = 0 < len(values) <= _MAX_POINTS
+            expect(fits, f"benchmark.{name}", values, f"a list of numbers greater than 0, 1 to {_MAX_POINTS} of them")

@@ -28,7 +28,7 @@ GROUPS: dict[str, type[Settings]] = {
 }
 """The settings class of each folder of `configs/`, in the order of the pipeline."""
 
-_MOST_TOKENS_IN_A_PASS = 2**26
+_MAX_TOKENS_IN_A_PASS = 2**26
 
 
 @dataclass
@@ -56,13 +56,13 @@ class ExperimentSettings:
             expect(longest <= context, f"benchmark.{name}", longest, f"{within_context} tokens")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
             windows = getattr(self.training, name)
-            most = _MOST_TOKENS_IN_A_PASS // length
+            most = _MAX_TOKENS_IN_A_PASS // length
             expect(
                 windows <= most, f"training.{name}", windows, f"at most {most:,} windows of {length:,} tokens in a pass"
             )
-        self._expect_a_batch_that_can_be_shared()
+        self._check_shared_batch()
 
-    def _expect_a_batch_that_can_be_shared(self) -> None:
+    def _check_shared_batch(self) -> None:
         processes = self.compute.processes * max(self.compute.nodes, 1)
         batch = self.training.per_device_train_batch_size * self.training.gradient_accumulation_steps
         expect(

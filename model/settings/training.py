@@ -5,14 +5,14 @@ from typing import Any, Literal
 
 from model.settings.option import Settings, expect, option
 
-_MOST_STEPS = 10**9
+_MAX_STEPS = 10**9
 
 
 @dataclass
 class TrainingSettings(Settings, group="training"):
     """How the model is trained (`configs/training/`); names are those of transformers.TrainingArguments."""
 
-    max_steps: int = option(500, "Optimizer steps.", unit="steps", above=0, maximum=_MOST_STEPS)
+    max_steps: int = option(500, "Optimizer steps.", unit="steps", above=0, maximum=_MAX_STEPS)
     per_device_train_batch_size: int = option(
         2, "Windows in one forward and backward pass of a process.", unit="windows", above=0, maximum=65_536
     )
@@ -33,7 +33,7 @@ class TrainingSettings(Settings, group="training"):
         "Steps in which Muon's momentum rises linearly from muon_momentum_start to muon_momentum; 0: constant.",
         unit="steps",
         minimum=0,
-        maximum=_MOST_STEPS,
+        maximum=_MAX_STEPS,
     )
     muon_momentum_start: float = option(
         0.85,
@@ -96,7 +96,7 @@ class TrainingSettings(Settings, group="training"):
         "Steps from zero to the peak learning rate; at most max_steps.",
         unit="steps",
         minimum=0,
-        maximum=_MOST_STEPS,
+        maximum=_MAX_STEPS,
     )
     decay_fraction: float = option(
         0.4, "Fraction of the steps, at the end, in which the learning rate decays linearly.", minimum=0, maximum=1
@@ -110,7 +110,7 @@ class TrainingSettings(Settings, group="training"):
         False, "Recompute activations in the backward pass: less memory, a third more work."
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU if there is one.")
-    eval_steps: int = option(100, "Interval between evaluations.", unit="steps", above=0, maximum=_MOST_STEPS)
+    eval_steps: int = option(100, "Interval between evaluations.", unit="steps", above=0, maximum=_MAX_STEPS)
     eval_windows: int = option(
         64,
         "Validation windows of an evaluation during training; the last one reads the whole split.",
@@ -130,13 +130,13 @@ class TrainingSettings(Settings, group="training"):
         "Interval between checkpoints; a multiple of eval_steps.",
         unit="steps",
         above=0,
-        maximum=_MOST_STEPS,
+        maximum=_MAX_STEPS,
     )
     save_total_limit: int = option(
         2, "Newest checkpoints to keep, in addition to the best one.", unit="checkpoints", above=0, maximum=1000
     )
     logging_steps: int = option(
-        10, "Interval between log lines with tracked metrics.", unit="steps", above=0, maximum=_MOST_STEPS
+        10, "Interval between log lines with tracked metrics.", unit="steps", above=0, maximum=_MAX_STEPS
     )
     self_check: bool = option(
         True,

@@ -14,7 +14,7 @@ from typing import Any
 from model.errors import PipelineError
 from model.settings import CorpusSettings
 from model.text.chat import MARKS, Turn, document, text_of
-from model.text.tools import Call, Spoken, compact, plain_turns
+from model.text.tools import Call, DialogueMessage, compact, plain_turns
 
 ROLES = {
     **{role: role for role in MARKS},
@@ -65,11 +65,11 @@ def read_messages(messages: object, where: str, tools: Sequence[Mapping[str, Any
     if not isinstance(messages, list) or not messages:
         found = "empty" if messages == [] else f"a {type(messages).__name__}"
         raise PipelineError(f"{where} is {found}; expected a list of messages, each with role and content")
-    said = [_spoken(message, f"{where}[{index}]") for index, message in enumerate(messages)]
+    said = [_read_message(message, f"{where}[{index}]") for index, message in enumerate(messages)]
     return _encode([Turn(turn.role, turn.content) for turn in plain_turns(said, tools, has_tool_role=True)])
 
 
-def _spoken(message: object, where: str) -> Spoken:
+def _read_message(message: object, where: str) -> DialogueMessage:
     if not isinstance(message, dict):
         raise PipelineError(f"{where} is a {type(message).__name__}; expected an object with role and content")
     # Tables give every row all fields of a struct, null if the record had none.
@@ -86,7 +86,9 @@ def _spoken(message: object, where: str) -> Spoken:
         message["content"] = ""
     answers = message.get("tool_call_id")
     try:
-        return Spoken(ROLES[role], text_of(message), None, calls, answers if isinstance(answers, str) else None)
+        return DialogueMessage(
+            ROLES[role], text_of(message), None, calls, answers if isinstance(answers, str) else None
+        )
     except ValueError as error:
         raise PipelineError(f"{where}.{error}; correct or remove it") from error
 

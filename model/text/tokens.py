@@ -32,7 +32,7 @@ from model.text.tokenizer import FastEncoder, even_sample, token_bytes, train_to
 
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 4096
-MOST_COMMON = 20
+MAX_COMMON = 20
 # Timings differ between runs, so they are left out of the files: same input, same bytes.
 TIMINGS = ("tokenizer_training_seconds", "tokens_per_second")
 # Of conversations alone: other datasets keep the bytes that they had.
@@ -395,7 +395,7 @@ def _too_short(split: str, found: int, needed: int) -> str:
 def _most_common(
     counts: npt.NDArray[np.int64], bytes_by_id: list[bytes], tokenizer: PreTrainedTokenizerFast
 ) -> list[dict[str, Any]]:
-    order = np.argsort(-counts, kind="stable")[:MOST_COMMON]
+    order = np.argsort(-counts, kind="stable")[:MAX_COMMON]
     total = int(counts.sum())
     names = tokenizer.convert_ids_to_tokens(order.tolist())
     return [

@@ -22,7 +22,7 @@ class Call(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Spoken:
+class DialogueMessage:
     """A message. calls: the assistant's. answers: id of the call that a result (role "tool") belongs to."""
 
     role: str
@@ -42,7 +42,7 @@ class PlainTurn:
 
 
 def plain_turns(
-    messages: Sequence[Spoken], tools: Sequence[Mapping[str, Any]], *, has_tool_role: bool
+    messages: Sequence[DialogueMessage], tools: Sequence[Mapping[str, Any]], *, has_tool_role: bool
 ) -> list[PlainTurn]:
     """A conversation with tools, calls and results as text.
 
@@ -70,14 +70,14 @@ def plain_turns(
     return turns
 
 
-def has_unpaired_results(messages: Sequence[Spoken]) -> bool:
+def has_unpaired_results(messages: Sequence[DialogueMessage]) -> bool:
     """Whether a result belongs to none of the calls before it, or a call lacks its result while others have one.
 
     Results without ids, and those of calls without ids or with one id for several, stand where they are.
     """
     calls: list[str | None] = []
     answered: list[str | None] = []
-    for message in [*messages, Spoken("", "")]:
+    for message in [*messages, DialogueMessage("", "")]:
         if message.role == "tool":
             answered.append(message.answers)
             continue
@@ -88,9 +88,9 @@ def has_unpaired_results(messages: Sequence[Spoken]) -> bool:
     return False
 
 
-def _in_order(messages: Sequence[Spoken]) -> list[Spoken]:
+def _in_order(messages: Sequence[DialogueMessage]) -> list[DialogueMessage]:
     """The messages with each call's result in the call's place."""
-    ordered: list[Spoken] = []
+    ordered: list[DialogueMessage] = []
     calls: list[str | None] = []
     for message in messages:
         ordered.append(message)

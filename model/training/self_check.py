@@ -32,7 +32,7 @@ from model.training.run import TrainingRun
 
 FLOPS = 8e10
 """Floating point operations of the reference's forward and backward pass: about a second on two cores."""
-MOST_TOKENS = 192
+MAX_TOKENS = 192
 """Most labeled tokens of a window: more than one block of the attention kernel."""
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.08, "float16": 0.08}
 """Largest relative error of a gradient, ||found - expected|| / ||expected||, by the precision of the training.
@@ -172,7 +172,7 @@ def _labeled(run: TrainingRun, model: RexForCausalLM, teacher: RexForCausalLM | 
     rows = [0, last] if last else [0]
     parameters = model.num_parameters() + (teacher.num_parameters() if teacher is not None else 0)
     affordable = int(FLOPS / (6 * parameters * len(rows) * run.world_size))
-    return rows, min(run.sequence_length, MOST_TOKENS, max(8, affordable))
+    return rows, min(run.sequence_length, MAX_TOKENS, max(8, affordable))
 
 
 def _batch(run: TrainingRun, rank: int, rows: list[int], tokens: int) -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     Raises PipelineError, one line, for files that are missing or unreadable and for what REX does not compute.
     """
     config = _read_config(directory)
-    _refuse_what_differs(directory, config)
+    _refuse_differences(directory, config)
     found: dict[str, Tensor] = {}
     for path in weight_files(directory):
         try:
@@ -132,7 +132,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return {**norms, **config}
 
 
-def _refuse_what_differs(directory: Path, config: dict[str, Any]) -> None:
+def _refuse_differences(directory: Path, config: dict[str, Any]) -> None:
     path, rope = directory / "config.json", config.get("rope_parameters") or {}
     found = {**config, "rope_type": rope.get("rope_type"), "partial_rotary_factor": rope.get("partial_rotary_factor")}
     for name, fitting in _EXPECTED.items():

@@ -15,7 +15,7 @@ from pathlib import Path
 from model.errors import PipelineError, ends_in_one_line
 from model.settings import ExperimentSettings
 from model.system.lifeline import Presence, end_with_input
-from model.training.launch.job import PRESENCE, SHUTDOWN_S, meeting_place, worker_environment
+from model.training.launch.job import PRESENCE, SHUTDOWN_S, rendezvous, worker_environment
 
 WAIT_S = 3600.0
 
@@ -38,7 +38,7 @@ def main() -> int:
             raise PipelineError(f"no {arguments.job} after {arguments.wait:g} s: expected the job of a training")
         time.sleep(1.0)
     compute = ExperimentSettings.from_record(json.loads(arguments.job.read_text())["settings"]).compute
-    nodes, endpoint = meeting_place(compute)
+    nodes, endpoint = rendezvous(compute)
     os.environ.update(worker_environment(compute.processes))
     presence = Presence(arguments.job.parent / PRESENCE)
     presence.hold()

@@ -16,7 +16,7 @@ SHUTDOWN_S = round(GRACE_S) - 10
 """Time that torchrun gives its workers to save; the process that started it waits a little longer."""
 
 
-def meeting_place(compute: ComputeSettings) -> tuple[int, str]:
+def rendezvous(compute: ComputeSettings) -> tuple[int, str]:
     """Number of hosts, and HOST:PORT where they meet: "" for one host.
 
     Raises PipelineError for several hosts without such an address, and for a variable that is not a number.

@@ -22,7 +22,7 @@ from model.errors import PipelineError, TransientError
 from model.progress import Log, silent
 from model.settings import ExperimentSettings
 from model.system.lifeline import GRACE_S, Presence
-from model.training.launch.job import JOB, PRESENCE, REPORTS, meeting_place
+from model.training.launch.job import JOB, PRESENCE, REPORTS, rendezvous
 from model.training.outputs.summary import TrainingSummary
 from model.training.run import OnMetrics
 from model.training.train import train
@@ -65,7 +65,7 @@ def launch(
     partial = scratch_dir / f"{JOB}.partial"
     partial.write_text(json.dumps(job))
     partial.rename(scratch_dir / JOB)
-    nodes, endpoint = meeting_place(settings.compute)
+    nodes, endpoint = rendezvous(settings.compute)
     if nodes > 1:
         command = ["python", "-m", "model.training.launch.agent", str(scratch_dir / JOB)]
         log(f"waiting at {endpoint} for {nodes - 1} more hosts: run on each `{shlex.join(command)}`")

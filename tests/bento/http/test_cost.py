@@ -8,19 +8,19 @@ import time
 import pytest
 
 from bento.errors import ApiError
-from bento.http.body import DEEPEST, MOST_NAMES, MOST_VALUES, check_cost, parse
+from bento.http.body import DEEPEST, MAX_NAMES, MAX_VALUES, check_cost, parse
 from bento.serving.heavy import HeavyWork
 from tests.bento.openai_service import refusal, running_service
 
 COSTLY = {
-    "fields": json.dumps({f"field{i}": 1 for i in range(MOST_NAMES + 1)}),
-    "lists": "[" + ",".join(["[]"] * (MOST_NAMES + 1)) + "]",
-    "objects": "[" + ",".join(["{}"] * (MOST_NAMES + 1)) + "]",
-    "numbers": "[" + ",".join(["1"] * (MOST_VALUES + 2)) + "]",
-    "texts": "[" + ",".join(['""'] * (MOST_VALUES + 2)) + "]",
-    "escaped texts": "[" + ",".join(['"\\\\"'] * (2 * MOST_VALUES)) + "]",
-    "depth": "[" * (MOST_NAMES + 10) + "]" * (MOST_NAMES + 10),
-    "a text that hides them": '{"a": "' + '\\"' * 20_000 + '", "b": [' + ",".join(["[]"] * (MOST_NAMES + 1)) + "]}",
+    "fields": json.dumps({f"field{i}": 1 for i in range(MAX_NAMES + 1)}),
+    "lists": "[" + ",".join(["[]"] * (MAX_NAMES + 1)) + "]",
+    "objects": "[" + ",".join(["{}"] * (MAX_NAMES + 1)) + "]",
+    "numbers": "[" + ",".join(["1"] * (MAX_VALUES + 2)) + "]",
+    "texts": "[" + ",".join(['""'] * (MAX_VALUES + 2)) + "]",
+    "escaped texts": "[" + ",".join(['"\\\\"'] * (2 * MAX_VALUES)) + "]",
+    "depth": "[" * (MAX_NAMES + 10) + "]" * (MAX_NAMES + 10),
+    "a text that hides them": '{"a": "' + '\\"' * 20_000 + '", "b": [' + ",".join(["[]"] * (MAX_NAMES + 1)) + "]}",
 }
 
 

@@ -4,8 +4,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from bento.http.body import DEEPEST
-from bento.openai.schema import MOST_CHOICES, MOST_LOGPROBS, MOST_PROMPTS
-from bento.schema import LONGEST_STOP, MOST_BIASES, MOST_STOP_IDS, MOST_STOPS
+from bento.openai.schema import MAX_CHOICES, MAX_LOGPROBS, MAX_PROMPTS
+from bento.schema import LONGEST_STOP, MAX_BIASES, MAX_STOP_IDS, MAX_STOPS
 from bento.serving.backend import Backend
 from tests.bento.openai_service import CHAT_TEMPLATE, GOOD, refusal, running_service
 from tests.tiny import CONTEXT
@@ -37,12 +37,12 @@ BAD_SAMPLING = [
     *[{"seed": value} for value in (-(2**63) - 1, 2**63, 1.5, "7", True)],
     *[{"min_tokens": value} for value in (-1, 3, 2**31, 0.5)],
     *[{"ignore_eos": value} for value in (1, "true")],
-    *[{"stop": value} for value in ("", [""], 5, [5], [None], {"a": 1}, ["x"] * (MOST_STOPS + 1))],
+    *[{"stop": value} for value in ("", [""], 5, [5], [None], {"a": 1}, ["x"] * (MAX_STOPS + 1))],
     *[{"stop": value} for value in ("x" * (LONGEST_STOP + 1), ["x", "y" * (LONGEST_STOP + 1)])],
-    *[{"stop_token_ids": value} for value in ([-1], [10_000], [True], ["1"], 5, [2] * (MOST_STOP_IDS + 1), [2**70])],
+    *[{"stop_token_ids": value} for value in ([-1], [10_000], [True], ["1"], 5, [2] * (MAX_STOP_IDS + 1), [2**70])],
     *[{"logit_bias": value} for value in ({"x": 1}, {"-1": 1}, {"2": 101}, {"2": NAN}, {"2": "1"}, {"2": True}, [])],
     *[{"logit_bias": value} for value in ({"10000": 1}, {"2": 1, "02": 1}, {"9" * 30: 1}, {"²": 1}, {"": 1})],
-    {"logit_bias": {str(token): 0 for token in range(MOST_BIASES + 1)}},
+    {"logit_bias": {str(token): 0 for token in range(MAX_BIASES + 1)}},
     *[{"max_tokens": value} for value in (-2, 0, CONTEXT, 2**31, 10**400, 1.5, True, "2")],
     *[{"stream": value} for value in (1, "true", [])],
     {"color": "red"},
@@ -69,13 +69,13 @@ def test_a_wrong_parameter_is_refused_by_name_on_every_route(service, path, bad)
             ({"prompt": value}, "prompt")
             for value in (["x", 2], [[2], "x"], [[["x"]]], [-1], [10_000], [[2], [10**30]])
         ],
-        ({"prompt": ["x"] * (MOST_PROMPTS + 1)}, "prompt"),
-        ({"prompt": ["x"] * MOST_PROMPTS, "n": 2}, "n"),
+        ({"prompt": ["x"] * (MAX_PROMPTS + 1)}, "prompt"),
+        ({"prompt": ["x"] * MAX_PROMPTS, "n": 2}, "n"),
         ({"prompt": [2] * CONTEXT}, "prompt"),
         ({"prompt": "x" * 2 * CONTEXT}, "prompt"),
-        *[({"n": value}, "n") for value in (0, -1, MOST_CHOICES + 1, 1_000_000, 1.5, True, "2")],
-        *[({"logprobs": value}, "logprobs") for value in (-1, MOST_LOGPROBS + 1, True, 1.5)],
-        *[({"best_of": value}, "best_of") for value in (0, MOST_CHOICES + 1)],
+        *[({"n": value}, "n") for value in (0, -1, MAX_CHOICES + 1, 1_000_000, 1.5, True, "2")],
+        *[({"logprobs": value}, "logprobs") for value in (-1, MAX_LOGPROBS + 1, True, 1.5)],
+        *[({"best_of": value}, "best_of") for value in (0, MAX_CHOICES + 1)],
         ({"best_of": 1, "n": 2}, "best_of"),
         ({"best_of": 2, "stream": True}, "best_of"),
         *[({"echo": value}, "echo") for value in (1, "yes")],

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bento.openai.embeddings import MOST_INPUTS
+from bento.openai.embeddings import MAX_INPUTS
 from model.generation.engine import Engine
 from model.generation.requests import Embedding, GenerationRequest
 from model.generation.steps import available_steps
@@ -104,7 +104,7 @@ def test_more_texts_than_the_queue_has_places_are_embedded_in_turn(client, servi
         ({"input": [1.5]}, "input"),
         ({"input": [100_000]}, "input"),
         ({"input": None}, "input"),
-        ({"input": ["a"] * (MOST_INPUTS + 1)}, "input"),
+        ({"input": ["a"] * (MAX_INPUTS + 1)}, "input"),
         ({"input": [5] * (CONTEXT + 1)}, "input"),
         ({"dimensions": 0}, "dimensions"),
         ({"dimensions": 33}, "dimensions"),

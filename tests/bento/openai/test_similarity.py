@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from bento.openai.embeddings import MOST_INPUTS
+from bento.openai.embeddings import MAX_INPUTS
 from tests.bento.openai_service import MODEL, Service, refusal, running_service
 from tests.tiny import CONTEXT
 
@@ -78,7 +78,7 @@ def test_texts_are_ordered_by_their_similarity_to_the_query(service, path):
         ({"text_1": "", "text_2": "b"}, "text_1"),
         ({"text_1": [], "text_2": "b"}, "text_1"),
         ({"text_1": "a", "text_2": ["b", 1]}, "text_2"),
-        ({"text_1": "a", "text_2": ["b"] * (MOST_INPUTS + 1)}, "text_2"),
+        ({"text_1": "a", "text_2": ["b"] * (MAX_INPUTS + 1)}, "text_2"),
         ({"text_1": "a", "text_2": {"content": "b"}}, "text_2"),
         ({"text_1": "a", "text_2": "word " * CONTEXT}, "text_2"),
         ({"text_1": "a", "text_2": "b", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),

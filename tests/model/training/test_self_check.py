@@ -115,7 +115,7 @@ def test_a_healthy_training_passes_with_room_to_spare(dataset_dir, tmp_path, tra
 
 @pytest.mark.slow
 def test_a_compiled_training_passes_on_a_batch_of_its_own_shape(dataset_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MOST_TOKENS", 40)  # the rest of each window has no labels
+    monkeypatch.setattr(module, "MAX_TOKENS", 40)  # the rest of each window has no labels
     arguments = {"torch_compile_backend": "aot_eager"}
     _, trainer, lines = set_up(
         dataset_dir, tmp_path, torch_compile=True, arguments=arguments, per_device_train_batch_size=3

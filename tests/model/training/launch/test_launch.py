@@ -20,7 +20,7 @@ from model.system.lifeline import Presence
 from model.training import checkpoints
 from model.training.arguments import share_batch, training_arguments
 from model.training.launch import worker
-from model.training.launch.job import PRESENCE, REPORTS, meeting_place, worker_environment
+from model.training.launch.job import PRESENCE, REPORTS, rendezvous, worker_environment
 from model.training.launch.start import Reports, launch
 from tests.model.training.launch.tiny import one_process, two_processes
 from tests.model.training.test_distributed import REPO, assert_same_curve, curve
@@ -169,18 +169,18 @@ def test_hosts_meet_where_options_or_a_site_say(monkeypatch):
     for name in ("SLURM_NNODES", "PET_NNODES", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     several = ComputeSettings(engine="torchrun", nodes=2)
-    assert meeting_place(ComputeSettings(engine="torchrun", nodes=0)) == (1, "")
+    assert rendezvous(ComputeSettings(engine="torchrun", nodes=0)) == (1, "")
     with pytest.raises(PipelineError, match=r"compute.nodes is 2 and compute.endpoint is empty: expected HOST:PORT"):
-        meeting_place(several)
+        rendezvous(several)
     monkeypatch.setenv("SLURM_NNODES", "4")
     monkeypatch.setenv("MASTER_ADDR", "node-0")
-    assert meeting_place(several) == (2, "node-0:29400")
+    assert rendezvous(several) == (2, "node-0:29400")
     monkeypatch.setenv("MASTER_PORT", "1234")
-    assert meeting_place(replace(several, nodes=0)) == (4, "node-0:1234")
-    assert meeting_place(replace(several, endpoint="node-1:29500")) == (2, "node-1:29500")
+    assert rendezvous(replace(several, nodes=0)) == (4, "node-0:1234")
+    assert rendezvous(replace(several, endpoint="node-1:29500")) == (2, "node-1:29500")
     monkeypatch.setenv("SLURM_NNODES", "four")
     with pytest.raises(PipelineError, match=r"SLURM_NNODES is 'four': expected a number for compute.nodes"):
-        meeting_place(replace(several, nodes=0))
+        rendezvous(replace(several, nodes=0))
 
 
 def test_processes_share_the_cores(monkeypatch):

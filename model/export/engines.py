@@ -1,8 +1,8 @@
 """Runs one engine on the inputs of the parity check, in a separate process: JSON in, JSON out.
 
 Run by `model/export/parity.py`: `python -m model.export.engines ENGINE MODEL_PATH < questions.json`. No engine here
-runs this project's model code: transformers and vLLM load their own classes, llama.cpp reads only the GGUF. vLLM has an
-environment of its own, so nothing outside of the standard library is imported before an engine is chosen.
+runs this project's model code: transformers and vLLM load their own classes, llama.cpp reads only the GGUF. vLLM has a
+separate environment, so nothing outside of the standard library is imported before an engine is chosen.
 """
 
 import json

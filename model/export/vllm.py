@@ -2,8 +2,8 @@
 
 python -m model.export.vllm EXPORT CHECKPOINT DATASET --python .venv-vllm/bin/python
 
-It pins its own torch and transformers and takes gigabytes: it has an environment of its own, and its certificate is no
-part of the asset.
+It pins its own torch and transformers and takes gigabytes, so it needs a separate environment, and its certificate is
+not part of the asset.
 """
 
 import argparse

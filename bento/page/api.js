@@ -38,15 +38,31 @@ export async function modelName(key) {
   return (await response.json()).data?.[0]?.id ?? null;
 }
 
+/** The tokens of a piece: {text, logprob, others: [[text, logprob], ...]} each; both routes' forms. */
+function scoresOf(logprobs) {
+  if (logprobs?.content) {
+    return logprobs.content.map(({ token, logprob, top_logprobs: top }) => ({
+      text: token,
+      logprob,
+      others: top.map((other) => [other.token, other.logprob]),
+    }));
+  }
+  return (logprobs?.tokens ?? []).map((text, at) => ({
+    text,
+    logprob: logprobs.token_logprobs[at],
+    others: Object.entries(logprobs.top_logprobs?.[at] ?? {}),
+  }));
+}
+
 /**
- * Continue a prompt: gives {text, tokens} for each piece, tokens being the number generated so far, and {finishReason}
- * when the text has ended.
+ * Continue a prompt, or a conversation where the request has messages: gives {text, tokens, scores} for each piece,
+ * tokens being the number generated so far, and {finishReason} when the text has ended.
  * Throws ApiError if the server refuses or fails, AbortError if `signal` aborted it.
  */
 export async function* complete(request, { key, model, signal }) {
   let response;
   try {
-    response = await fetch(address("v1/completions"), {
+    response = await fetch(address(request.messages ? "v1/chat/completions" : "v1/completions"), {
       method: "POST",
       headers: { "Content-Type": "application/json", Accept: "text/event-stream", ...authorization(key) },
       body: JSON.stringify({ ...(model && { model }), ...request, stream: true, stream_options: STREAM_OPTIONS }),
@@ -63,7 +79,12 @@ export async function* complete(request, { key, model, signal }) {
       const event = JSON.parse(data);
       if (event.error) throw new ApiError(event.error.message, { param: event.error.param ?? null });
       const choice = event.choices?.[0];
-      yield { text: choice?.text, finishReason: choice?.finish_reason, tokens: event.usage?.completion_tokens };
+      yield {
+        text: choice?.text ?? choice?.delta?.content,
+        finishReason: choice?.finish_reason,
+        tokens: event.usage?.completion_tokens,
+        scores: scoresOf(choice?.logprobs),
+      };
     }
   } catch (error) {
     if (error.name === "AbortError" || error instanceof ApiError) throw error;

@@ -1,5 +1,6 @@
 """The page in a real browser against the real routes and engine: what a person at a desk or with a phone meets."""
 
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from bento.api import create_app
 from tests.bento.conftest import Service, make_service
+from tests.bento.openai_service import CHAT_TEMPLATE
 from tests.bento.page.browser import browser, missing, requested, set_colors, set_viewport
 from tests.model.generation.engines import StepHook
 
@@ -292,6 +294,60 @@ def test_markup_of_users_and_models_stays_text(page):
     assert page.text("given") == MARKUP
     assert page.driver.title == "REX"
     assert not page["output"].find_elements(By.TAG_NAME, "img")
+
+
+def test_the_address_keeps_prompt_and_parameters_and_no_key(page):
+    page.fill(prompt="größer & #1 = 100 %", max_tokens="2", stop_strings="x", key="secret-of-mine")
+    page["probabilities"].click()
+    page.allow(100)
+    page["generate"].click()
+    page.wait(lambda: page.text("tokens") == "2")
+    address = page.driver.current_url
+    assert address.startswith(f"{page.address}#") and "secret" not in address
+    page.driver.get("about:blank")
+    page.driver.get(address)
+    page.wait(lambda: page["prompt"].get_property("value"))
+    values = {name: page[name].get_property("value") for name in ("prompt", "max_tokens", "stop_strings")}
+    assert values == {"prompt": "größer & #1 = 100 %", "max_tokens": "2", "stop_strings": "x"}
+    assert not page["probabilities"].is_selected() and page.complaints == []
+
+
+def test_pointing_at_a_token_shows_its_probability_and_those_of_others(page):
+    page.fill(prompt="def main", max_tokens="6", temperature="0")
+    page.allow(100)
+    page["generate"].click()
+    page.wait(lambda: page.text("tokens") == "6" and not page.is_busy)
+    titles = [one.get_attribute("title") for one in page["generated"].find_elements(By.TAG_NAME, "span")]
+    assert titles and sum(title.count("instead of") for title in titles) == 6
+    assert all(re.match(r'".+" [\d.]+ %\ninstead of\n  ".+" [\d.]+ %', title, re.DOTALL) for title in titles)
+    page["probabilities"].click()
+    page.driver.execute_script("document.getElementById('tokens').textContent = ''")
+    page["generate"].click()
+    page.wait(lambda: page.text("tokens") == "6" and not page.is_busy)
+    assert not page["generated"].find_elements(By.CSS_SELECTOR, "[title]")
+
+
+def test_a_conversation_goes_on_turn_by_turn(page, monkeypatch):
+    page.fill(max_tokens="3")
+    page["chat"].click()
+    page.allow(300)
+    page.fill(prompt="x")
+    page["generate"].click()
+    page.wait(lambda: page["error"].is_displayed())
+    assert "no chat template" in page.text("error") and page.focused == "prompt"
+    monkeypatch.setattr(page.service.engine.tokenizer, "chat_template", CHAT_TEMPLATE)
+    said = []
+    for turn in ("first", "second"):
+        page.fill(prompt=turn)
+        page["generate"].click()
+        page.wait(lambda: page.text("status").startswith("As many") and not page["prompt"].get_property("value"))
+        said.append(page.text("generated"))
+        page.driver.execute_script("document.getElementById('status').textContent = ''")
+    assert page.text("given") == f"You: first\n\nModel: {said[0]}\n\nYou: second\n\nModel: "
+    page["clear"].click()
+    assert page.text("output") == ""
+    page["chat"].click()
+    assert not page["clear"].is_displayed() and page.complaints == []
 
 
 def test_a_server_with_keys_shows_the_page_and_asks_for_one(page):

@@ -1,7 +1,7 @@
-"""The weights that are served: a checkpoint's in int8, with what that costs in quality.
+"""The weights that are served: a checkpoint's in int8 or int4, with what that costs in quality.
 
 `quantize_checkpoint` writes a directory that `model.weights.loading.load_model` reads, measures it on held-out text and
-has a fresh process load it before it returns. The int8 layers themselves are `model/weights/int8.py`.
+has a fresh process load it before it returns. The layers themselves are `model/weights/int8.py` and `int4.py`.
 """
 
 import json
@@ -27,7 +27,7 @@ from model.settings import QuantizationSettings
 from model.system.commands import ending_with_parent
 from model.system.cpu import limit_threads
 from model.text.tokens import TokenDataset
-from model.weights import int8
+from model.weights import int4, int8
 from model.weights.loading import FORMAT_VERSION, QUANTIZATION, WEIGHTS, load_model, logits_digest, read_method
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja")
@@ -127,12 +127,13 @@ def _write_model(method: str, checkpoint_dir: Path, output_dir: Path) -> str:
         shutil.copyfile(checkpoint_dir / WEIGHTS, output_dir / WEIGHTS)
         kept.append("*_rex.py")
     else:
-        scheme = int8.SCHEME
-        model = int8.quantize(load_model(checkpoint_dir))
+        kind = {"int8": int8, "int4": int4}[method]
+        scheme = kind.SCHEME
+        model = kind.quantize(load_model(checkpoint_dir))
         _save_weights(model, output_dir / WEIGHTS)
-        # transformers would read int8 weights without their scales as floats: an unknown method makes it say so.
+        # transformers would read integers without their scales as floats: an unknown method makes it say so.
         config.pop("auto_map", None)
-        config["quantization_config"] = {"quant_method": "rex_int8", "loader": "model.weights.loading.load_model"}
+        config["quantization_config"] = {"quant_method": f"rex_{method}", "loader": "model.weights.loading.load_model"}
     write_json(output_dir / "config.json", config)
     for pattern in kept:
         for path in sorted(checkpoint_dir.glob(pattern)):

@@ -63,6 +63,14 @@ void quantize(const float* x, int64_t stride, float levels, int8_t* q, float* sc
     *scale = largest / levels;
 }
 
+void sum_groups(const int8_t* q, int64_t stride, int32_t* group_sum) {
+    for (int64_t group = 0; group < stride / GROUP; group++) {
+        int32_t sum = 0;
+        for (int64_t i = 0; i < GROUP; i++) sum += q[group * GROUP + i];
+        group_sum[group] = sum;
+    }
+}
+
 void swiglu(const float* y, int64_t panels, float* out) {
     const Vf one = splat(1.0f);
     for (int64_t p = 0; p < panels; p++)
@@ -108,8 +116,8 @@ int32_t arg_max(const float* x, int64_t n, float* highest) {
 #define NAME_OF(name) TEXT_OF(name)
 
 const Kernels table = {
-    NAME_OF(KERNELS), UNSIGNED_WEIGHTS, product_f32, product_bf16, product_int8, attend_f32, attend_bf16,
-    rms_norm, head_norm, add, quantize, swiglu, rotate, store_f32, store_bf16, arg_max,
+    NAME_OF(KERNELS), UNSIGNED_WEIGHTS, product_f32, product_bf16, product_int8, product_int4, attend_f32, attend_bf16,
+    rms_norm, head_norm, add, quantize, sum_groups, swiglu, rotate, store_f32, store_bf16, arg_max,
 };
 
 }  // namespace

@@ -26,17 +26,19 @@ from transformers import PreTrainedModel
 
 from model.errors import PipelineError
 from model.native.build import LIBRARY
-from model.weights.int8 import Int8Matrix, TiedInt8Head, precision_name
+from model.weights.int8 import QuantizedMatrix, TiedInt8Head, precision_name
 
-ABI = 3
+ABI = 4
 INSTRUCTIONS = ("portable", "avx2", "avxvnni", "avx512", "amx", "dotprod")
 """Instruction sets, in the order of their numbers in the library; of those that a CPU has, the last is the fastest."""
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
+"""Numbers of the types in the library; uint8 holds two int4 weights."""
 LIBRARY_VARIABLE, INSTRUCTIONS_VARIABLE = "REX_NATIVE_LIBRARY", "REX_NATIVE_INSTRUCTIONS"
 PAGE_TOKENS = 64
 """PAGE of kernels.h: the tokens of one page of the cache."""
 ACTIVATION_LEVELS = 127
-"""Activations of int8 layers go from -127 to 127: no kernel here saturates, unlike FBGEMM's (`model/weights/int8.py`).
+"""Activations of int8 and int4 layers go from -127 to 127: no kernel here saturates, unlike FBGEMM's
+(`model/weights/int8.py`).
 """
 _ERROR_SIZE = 256
 _HEAD_UNIT = 16
@@ -151,9 +153,12 @@ def unsupported(model: PreTrainedModel) -> str | None:
     if any(isinstance(module, nn.Linear) and module.bias is not None for module in model.modules()):
         return "a linear layer has a bias"
     dtypes = {w.dtype for w in (_weight(model, name) for name in _matrix_names(model)) if w is not None}
-    if len(dtypes) != 1 or not dtypes <= set(DTYPES):
+    if dtypes == {torch.int8, torch.uint8}:
+        if model.config.head_dim % _HEAD_UNIT:
+            return f"int4 heads of {model.config.head_dim}: expected a multiple of {_HEAD_UNIT}"
+    elif len(dtypes) != 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.int8}:
         found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        return f"its layers are in {found}: expected one of float32, bfloat16 and int8"
+        return f"its layers are in {found}: expected one of float32, bfloat16, int8 and int4"
     return None
 
 
@@ -175,7 +180,7 @@ class NativeModel:
         self.hidden_size: int = config.hidden_size
         self.context_length: int = config.max_position_embeddings
         self.precision = precision_name(model)
-        """Precision of the given model: "float32", "bfloat16" or "int8"; sums are float32 in all of them."""
+        """Precision of the given model: "float32", "bfloat16", "int8" or "int4"; sums are float32 in all of them."""
         head = -(-config.head_dim // _HEAD_UNIT) * _HEAD_UNIT
         self.cached_numbers_per_token: int = 2 * config.num_hidden_layers * config.num_key_value_heads * head
         kept: list[Tensor] = []
@@ -374,7 +379,7 @@ def _gather(model: PreTrainedModel, kept: list[Tensor]) -> _Weights:
         if weight is None:
             return _Matrix()
         module = model.get_submodule(name)
-        scale = address(module.weight_scale) if isinstance(module, Int8Matrix) else None
+        scale = address(module.weight_scale) if isinstance(module, QuantizedMatrix) else None
         return _Matrix(address(weight), scale, DTYPES[weight.dtype])
 
     def norm(name: str) -> int | None:

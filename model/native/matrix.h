@@ -45,17 +45,19 @@ public:
 
     // Copy row `row` of `from`, which has `k` elements, to output `output`, starting at input `input`.
     void set(int64_t output, int64_t input, const RexMatrix& from, int64_t row, int64_t from_k, int64_t from_input, int64_t count);
-    // Output `output` as float32, `count` elements.
+    // Output `output` as float32, `count` elements; not of int4.
     void row(int64_t output, int64_t count, float* to) const;
     Product product() const;
     int64_t panels() const { return panels_; }
-    int64_t bytes() const { return data_.count() + scale_.count() * 4; }
+    int64_t bytes() const { return data_.count() + scale_.count() * 4 + group_scale_.count() * 2; }
     int64_t line_count() const { return k_ / inputs(); }
     int32_t dtype() const { return dtype_; }
     int64_t k() const { return k_; }
 
 private:
-    int64_t inputs() const { return dtype_ == REX_INT8 ? 4 : dtype_ == REX_BFLOAT16 ? 2 : 1; }
+    // Inputs of a line.
+    int64_t inputs() const { return dtype_ == REX_INT4 ? 8 : dtype_ == REX_INT8 ? 4 : dtype_ == REX_BFLOAT16 ? 2 : 1; }
+    void set_int4(int64_t output, int64_t input, const RexMatrix& from, int64_t at, int64_t count);
     int64_t place(int64_t output, int64_t input) const;
 
     int32_t dtype_ = REX_FLOAT32;
@@ -63,6 +65,7 @@ private:
     int64_t k_ = 0, panels_ = 0;
     Lines<uint8_t> data_;
     Lines<float> scale_;
+    Lines<uint16_t> group_scale_;
 };
 
 }  // namespace rex

@@ -76,6 +76,8 @@ Model::Model(const RexConfig& c, const RexWeights& weights, const Kernels& kerne
         layer.mlp_branch_norm = copied(from.mlp_branch_norm, c.hidden_size);
         layer.query_norm = copied(from.query_norm, c.head_dim);
         layer.key_norm = copied(from.key_norm, c.head_dim);
+        for (const Matrix* matrix : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down})
+            has_int4 = has_int4 || matrix->dtype() == REX_INT4;
         layers.push_back(std::move(layer));
     }
     final_norm = copied(weights.final_norm, c.hidden_size);

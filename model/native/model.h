@@ -27,7 +27,7 @@ struct Model {
     RexConfig config;
     const Kernels& kernels;
     Strides strides;
-    bool is_tied;
+    bool is_tied, has_int4 = false;
     Matrix embedding, own_head;
     std::vector<Layer> layers;
     Lines<float> final_norm, cos, sin;

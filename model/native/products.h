@@ -12,15 +12,19 @@ using namespace rex;
 constexpr int LINE = 64;            // bytes: PANEL outputs by 1, 2 or 4 inputs
 constexpr int PARTS = PANEL / W;    // vectors of a line of float32
 constexpr int MAX_ROWS = W == 16 ? 6 : 4;
-constexpr int SOLO_PANELS = W == 16 ? 8 : 4;  // for one row: enough independent sums to hide the latency of additions
-constexpr int PAIR_PANELS = W == 16 ? 4 : 2;  // for two and three rows
-constexpr int FEW_PANELS = W == 16 ? 4 : 1;   // for more
 
-struct Float32 {
+// Panels at a time.
+struct Blocks {
+    static constexpr int solo = W == 16 ? 8 : 4;  // for one row: enough independent sums to hide the latency of additions
+    static constexpr int pair = W == 16 ? 4 : 2;  // for two and three rows
+    static constexpr int few = W == 16 ? 4 : 1;   // for more
+};
+
+struct Float32 : Blocks {
     static constexpr int inputs = 1;
     typedef Vf Sum;
     template <int M, int P>
-    static INLINE void line(const uint8_t* const (&w)[P], int64_t i, const Product& a, int64_t row, Sum (&sum)[M][P * PARTS]) {
+    static INLINE void line(const uint8_t* const (&w)[P], int64_t i, const Product& a, int64_t row, int64_t, Sum (&sum)[M][P * PARTS]) {
         Vf weights[P * PARTS];
 #pragma GCC unroll 16
         for (int p = 0; p < P * PARTS; p++) weights[p] = load<Vf>(w[p / PARTS] + i * LINE + p % PARTS * 4 * W);
@@ -34,11 +38,11 @@ struct Float32 {
     static INLINE Vf finish(const Product&, Sum sum, int64_t, int64_t) { return sum; }
 };
 
-struct BFloat16 {
+struct BFloat16 : Blocks {
     static constexpr int inputs = 2;
     typedef Vf Sum;
     template <int M, int P>
-    static INLINE void line(const uint8_t* const (&w)[P], int64_t i, const Product& a, int64_t row, Sum (&sum)[M][P * PARTS]) {
+    static INLINE void line(const uint8_t* const (&w)[P], int64_t i, const Product& a, int64_t row, int64_t, Sum (&sum)[M][P * PARTS]) {
         Vf even[P * PARTS], odd[P * PARTS];
 #pragma GCC unroll 16
         for (int p = 0; p < P * PARTS; p++) {
@@ -81,11 +85,11 @@ INLINE Vi dot(Vi sum, Vi weights, int32_t x) {
 #endif
 }
 
-struct Int8 {
+struct Int8 : Blocks {
     static constexpr int inputs = 4;
     typedef Vi Sum;
     template <int M, int P>
-    static INLINE void line(const uint8_t* const (&w)[P], int64_t i, const Product& a, int64_t row, Sum (&sum)[M][P * PARTS]) {
+    static INLINE void line(const uint8_t* const (&w)[P], int64_t i, const Product& a, int64_t row, int64_t, Sum (&sum)[M][P * PARTS]) {
         Vi weights[P * PARTS];
 #pragma GCC unroll 16
         for (int p = 0; p < P * PARTS; p++) weights[p] = load<Vi>(w[p / PARTS] + i * LINE + p % PARTS * 4 * W);
@@ -103,13 +107,52 @@ struct Int8 {
     }
 };
 
+// A line here is a group: integer sums over its inputs, times the group's scales.
+struct Int4 {
+    static constexpr int solo = W == 16 ? 8 : 2, pair = W == 16 ? 2 : 1, few = W == 16 ? 2 : 1;  // sums of two kinds
+    static constexpr int inputs = GROUP;
+    typedef Vf Sum;
+    template <int M, int P>
+    static INLINE void line(const uint8_t* const (&w)[P], int64_t group, const Product& a, int64_t row, int64_t panel, Sum (&sum)[M][P * PARTS]) {
+        const Vi low = splat_int(0x0f0f0f0f);
+        Vi part[M][P * PARTS] = {};
+        for (int64_t i = group * GROUP / 8; i < (group + 1) * GROUP / 8; i++) {
+            Vi first[P * PARTS], second[P * PARTS];
+#pragma GCC unroll 16
+            for (int p = 0; p < P * PARTS; p++) {
+                const Vi both = load<Vi>(w[p / PARTS] + i * LINE + p % PARTS * 4 * W);
+                first[p] = both & low;
+                second[p] = (Vi)((Vu)both >> 4) & low;
+            }
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) {
+                int32_t x[2];
+                memcpy(x, a.xq.q + (row + m) * a.xq.stride + 8 * i, 8);
+#pragma GCC unroll 16
+                for (int p = 0; p < P * PARTS; p++) part[m][p] = dot(dot(part[m][p], first[p], x[0]), second[p], x[1]);
+            }
+        }
+        const int64_t groups = a.k / GROUP;
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+            const Vi zero = splat_int(8 * a.xq.group_sum[(row + m) * (a.xq.stride / GROUP) + group]);
+#pragma GCC unroll 16
+            for (int p = 0; p < P * PARTS; p++) {
+                const Vf scale = from_bf16(a.group_scale + ((panel + p / PARTS) * groups + group) * PANEL + p % PARTS * W);
+                sum[m][p] = fma(__builtin_convertvector(part[m][p] - zero, Vf), scale, sum[m][p]);
+            }
+        }
+    }
+    static INLINE Vf finish(const Product& a, Sum sum, int64_t row, int64_t) { return sum * splat(a.xq.scale[row]); }
+};
+
 template <class Kind, int M, int P>
 void block(const Product& a, int64_t row, int64_t panel) {
-    const int64_t lines = a.k / Kind::inputs;
+    const int64_t lines = a.k / Kind::inputs, bytes = lines * LINE * (Kind::inputs == GROUP ? GROUP / 8 : 1);
     const uint8_t* w[P];
-    for (int p = 0; p < P; p++) w[p] = a.panels + (panel + p) * lines * LINE;
+    for (int p = 0; p < P; p++) w[p] = a.panels + (panel + p) * bytes;
     typename Kind::Sum sum[M][P * PARTS] = {};
-    for (int64_t i = 0; i < lines; i++) Kind::template line<M, P>(w, i, a, row, sum);
+    for (int64_t i = 0; i < lines; i++) Kind::template line<M, P>(w, i, a, row, panel, sum);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 16
@@ -135,11 +178,11 @@ void rows_by_panels(const Product& a, int64_t panel) {
 template <class Kind>
 void product(const Product& a, int64_t panel, int64_t last) {
     if (a.rows == 1) {
-        for (; panel + SOLO_PANELS <= last; panel += SOLO_PANELS) block<Kind, 1, SOLO_PANELS>(a, 0, panel);
+        for (; panel + Kind::solo <= last; panel += Kind::solo) block<Kind, 1, Kind::solo>(a, 0, panel);
     } else if (a.rows <= 3) {
-        for (; panel + PAIR_PANELS <= last; panel += PAIR_PANELS) rows_by_panels<Kind, PAIR_PANELS>(a, panel);
+        for (; panel + Kind::pair <= last; panel += Kind::pair) rows_by_panels<Kind, Kind::pair>(a, panel);
     } else {
-        for (; panel + FEW_PANELS <= last; panel += FEW_PANELS) rows_by_panels<Kind, FEW_PANELS>(a, panel);
+        for (; panel + Kind::few <= last; panel += Kind::few) rows_by_panels<Kind, Kind::few>(a, panel);
     }
     for (; panel + 2 <= last; panel += 2) rows_by_panels<Kind, 2>(a, panel);
     for (; panel < last; panel++) rows_by_panels<Kind, 1>(a, panel);
@@ -147,6 +190,7 @@ void product(const Product& a, int64_t panel, int64_t last) {
 
 void product_f32(const Product& a, int64_t panel, int64_t last) { product<Float32>(a, panel, last); }
 void product_bf16(const Product& a, int64_t panel, int64_t last) { product<BFloat16>(a, panel, last); }
+void product_int4(const Product& a, int64_t panel, int64_t last) { product<Int4>(a, panel, last); }
 
 #if defined(__AMX_INT8__)
 #include "tiles.h"

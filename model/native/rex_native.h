@@ -12,22 +12,23 @@
 #define REX_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { REX_ABI = 3, REX_ERROR_SIZE = 256 };
-enum RexDtype { REX_FLOAT32 = 0, REX_BFLOAT16 = 1, REX_INT8 = 2 };
+enum { REX_ABI = 4, REX_ERROR_SIZE = 256 };
+enum RexDtype { REX_FLOAT32 = 0, REX_BFLOAT16 = 1, REX_INT8 = 2, REX_INT4 = 3 };
 enum RexInstructions { REX_PORTABLE = 0, REX_AVX2 = 1, REX_AVXVNNI = 2, REX_AVX512 = 3, REX_AMX = 4, REX_DOTPROD = 5 };
 
 struct RexConfig {
     int32_t layers, hidden_size, intermediate_size, heads, groups, head_dim, vocab_size, context_length;
     int32_t post_norm;
-    int32_t activation_levels;  // int8: activations are integers from -levels to levels, 127 at most
+    int32_t activation_levels;  // int8 and int4: activations are integers from -levels to levels, 127 at most
     int32_t instructions;       // one of RexInstructions
     float eps;
 };
 
-// A matrix (n, k), row by row. scale: n factors of int8 weights, else null.
+// A matrix (n, k), row by row; int4 has two inputs per byte, the even one in the low bits, offset by 8. scale: of int8 n
+// float32 factors, of int4 (n, k / 32) bfloat16 factors, else null.
 struct RexMatrix {
     const void* data;
-    const float* scale;
+    const void* scale;
     int32_t dtype;
 };
 

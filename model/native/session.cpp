@@ -35,6 +35,7 @@ void Session::grow(int64_t rows) {
     quantized_ = Lines<int8_t>(rows * widest_);
     quantized_scale_ = Lines<float>(rows);
     quantized_sum_ = Lines<int32_t>(rows);
+    quantized_group_sum_ = Lines<int32_t>(rows * widest_ / GROUP);
     rows_ = rows;
 }
 
@@ -64,17 +65,25 @@ Product Session::product_of(const Matrix& matrix, const Lines<float>& x, int64_t
     Product product = matrix.product();
     product.x = x.data();
     product.x_stride = x_stride;
-    product.xq = {quantized_.data(), quantized_scale_.data(), quantized_sum_.data(), x_stride};
+    product.xq = {quantized_.data(), quantized_scale_.data(), quantized_sum_.data(), quantized_group_sum_.data(), x_stride};
     product.rows = rows;
     return product;
+}
+
+ProductKernel Session::kernel_of(const Matrix& matrix) const {
+    switch (matrix.dtype()) {
+        case REX_INT4: return kernels_.product_int4;
+        case REX_INT8: return kernels_.product_int8;
+        case REX_BFLOAT16: return kernels_.product_bf16;
+        default: return kernels_.product_f32;
+    }
 }
 
 void Session::multiply(const Matrix& matrix, const Lines<float>& x, int64_t x_stride, int64_t rows, float* y, int64_t y_stride) {
     Product product = product_of(matrix, x, x_stride, rows);
     product.y = y;
     product.y_stride = y_stride;
-    const auto kernel = is_int8(matrix) ? kernels_.product_int8
-                        : matrix.dtype() == REX_BFLOAT16 ? kernels_.product_bf16 : kernels_.product_f32;
+    const auto kernel = kernel_of(matrix);
     each_panels(matrix, rows, 8, [&](int64_t first, int64_t last) { kernel(product, first, last); });
 }
 
@@ -82,8 +91,7 @@ void Session::multiply_swiglu(const Matrix& matrix, int64_t rows) {
     Product product = product_of(matrix, normed_, strides_.hidden, rows);
     product.y = gate_up_.data();
     product.y_stride = strides_.gate_up;
-    const auto kernel = is_int8(matrix) ? kernels_.product_int8
-                        : matrix.dtype() == REX_BFLOAT16 ? kernels_.product_bf16 : kernels_.product_f32;
+    const auto kernel = kernel_of(matrix);
     each_panels(matrix, rows, 8, [&](int64_t first, int64_t last) {
         kernel(product, first, last);
         for (int64_t row = 0; row < rows; row++)
@@ -95,6 +103,8 @@ void Session::multiply_swiglu(const Matrix& matrix, int64_t rows) {
 void Session::quantize(int64_t row, const float* x, int64_t stride) {
     kernels_.quantize(x, stride, (float)config_.activation_levels, quantized_.data() + row * stride,
                       quantized_scale_.data() + row, quantized_sum_.data() + row);
+    if (model_.has_int4)
+        kernels_.sum_groups(quantized_.data() + row * stride, stride, quantized_group_sum_.data() + row * (stride / GROUP));
 }
 
 void Session::embed(const Row* rows, int64_t count) {
@@ -191,7 +201,7 @@ void Session::choose(int64_t count, Outputs& out) {
         float* normed = normed_.data() + row * strides_.hidden;
         kernels_.rms_norm(hidden_.data() + row * strides_.hidden, model_.final_norm.data(), config_.eps,
                           config_.hidden_size, strides_.hidden, normed);
-        if (is_int8(head)) quantize(row, normed, strides_.hidden);
+        if (is_quantized(head)) quantize(row, normed, strides_.hidden);
     });
     const bool is_direct = out.logits && config_.vocab_size % PANEL == 0;
     const int64_t stride = is_direct ? config_.vocab_size : strides_.vocab;
@@ -226,7 +236,7 @@ void Session::pass(const Row* rows, int64_t count, Outputs& out) {
     const auto enter_branch = [&](int64_t row, const Lines<float>& weight, const Matrix& next) {
         float* normed = normed_.data() + row * hidden;
         kernels_.rms_norm(hidden_.data() + row * hidden, weight.data(), config_.eps, config_.hidden_size, hidden, normed);
-        if (is_int8(next)) quantize(row, normed, hidden);
+        if (is_quantized(next)) quantize(row, normed, hidden);
     };
     const std::vector<Row>* asking = &all;
     for (int64_t i = 0; i < config_.layers; i++) {
@@ -253,7 +263,7 @@ void Session::pass(const Row* rows, int64_t count, Outputs& out) {
             if (!count) return;
         }
         attend(*asking, i);
-        if (is_int8(layer.o))
+        if (is_quantized(layer.o))
             each_row(count, [&](int64_t row) { quantize(row, mixed_.data() + row * strides_.mixed, strides_.mixed); });
         multiply(layer.o, mixed_, strides_.mixed, count, branch_.data(), hidden);
         each_row(count, [&](int64_t row) {
@@ -261,7 +271,7 @@ void Session::pass(const Row* rows, int64_t count, Outputs& out) {
             enter_branch(row, layer.post_attention_norm, layer.gate_up);
         });
         multiply_swiglu(layer.gate_up, count);
-        if (is_int8(layer.down))
+        if (is_quantized(layer.down))
             each_row(count, [&](int64_t row) {
                 quantize(row, inner_.data() + row * strides_.intermediate, strides_.intermediate);
             });

@@ -46,7 +46,7 @@ private:
     void attend(const std::vector<Row>& rows, int64_t layer);
     void choose(int64_t count, Outputs& out);
     void copy_hidden(int64_t count, Outputs& out);
-    // y = x W^T, for int8 from the last quantization of x.
+    // y = x W^T, for int8 and int4 from the last quantization of x.
     void multiply(const Matrix& matrix, const Lines<float>& x, int64_t x_stride, int64_t rows, float* y, int64_t y_stride);
     void multiply_swiglu(const Matrix& matrix, int64_t rows);
     template <class Work>
@@ -55,7 +55,9 @@ private:
     void each_panels(const Matrix& matrix, int64_t rows, int64_t unit, const Work& work);
     Product product_of(const Matrix& matrix, const Lines<float>& x, int64_t x_stride, int64_t rows) const;
     void quantize(int64_t row, const float* x, int64_t stride);
-    bool is_int8(const Matrix& matrix) const { return matrix.dtype() == REX_INT8; }
+    // Whether the matrix multiplies quantized activations.
+    static bool is_quantized(const Matrix& matrix) { return matrix.dtype() == REX_INT8 || matrix.dtype() == REX_INT4; }
+    ProductKernel kernel_of(const Matrix& matrix) const;
 
     const Model& model_;
     const Kernels& kernels_;
@@ -67,7 +69,7 @@ private:
     Lines<float> hidden_, normed_, qkv_, mixed_, branch_, gate_up_, inner_, logits_, scores_;
     Lines<int8_t> quantized_;
     Lines<float> quantized_scale_;
-    Lines<int32_t> quantized_sum_;
+    Lines<int32_t> quantized_sum_, quantized_group_sum_;
     std::vector<Task> tasks_;
     std::vector<Row> kept_;
 };

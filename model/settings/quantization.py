@@ -10,8 +10,10 @@ from model.settings.option import Settings, option
 class QuantizationSettings(Settings, group="quantization"):
     """The weights that are served (`configs/quantization/`)."""
 
-    method: Literal["int8", "none"] = option(
-        "int8", "int8: weights with a scale for each output channel; none: the full-precision weights are served."
+    method: Literal["int8", "int4", "none"] = option(
+        "int8",
+        "int8: weights with a scale for each output channel; int4: half the size, with a scale for each 32 inputs, and "
+        "embedding and head in int8; none: the full-precision weights are served.",
     )
     evaluation_windows: int = option(
         32,

@@ -1,6 +1,8 @@
 """Int8 weights: one signed byte per weight and one float32 scale per output channel (per token for the embedding).
 
-`quantize` and `dequantize` swap the layers of a model in memory; files and quality are `model/quantization.py`.
+`quantize` and `dequantize` swap the layers of a model in memory; `model/weights/int4.py` has layers of half the size,
+and `model/quantization.py` writes files and measures quality.
+
 On x86 CPUs large layers multiply in int8 (FBGEMM, activations quantized to 7 bits per token). Small layers, other
 devices and torch.compile dequantize the weights. Quantization is per token, so results do not depend on the rest of the
 batch, and cached logits equal uncached ones; torch's dynamic quantization (`linear_dynamic`) uses one range per batch
@@ -23,6 +25,8 @@ INT8_MIN_WEIGHTS = 1 << 19
 """Below this many weights a float32 product beats int8 at batch 1: quantizing activations costs about 20 us."""
 
 M = TypeVar("M", bound=nn.Module)
+LinearKind = Callable[[int, int, torch.dtype, torch.device], "QuantizedMatrix"]
+"""Makes a layer from N, K, dtype and device."""
 
 
 def quantize_weight(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,25 +36,30 @@ def quantize_weight(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     return (weight_NK / scale_N[:, None]).round().clamp(-127, 127).to(torch.int8), scale_N
 
 
-class Int8Matrix(nn.Module):
-    """An (N, K) matrix in int8 as plain buffers `weight` and `weight_scale`, which is how safetensors stores it."""
+class QuantizedMatrix(nn.Module):
+    """An (N, K) matrix of integers and scales, as plain buffers `weight` and `weight_scale`: as safetensors stores it.
 
+    On the CPU, `project` keeps a float copy; on other devices it dequantizes the weights in each call.
+    """
+
+    precision: str
+    """The name of its type, such as "int8"."""
     weight: Tensor
     weight_scale: Tensor
     like: Tensor
 
-    def __init__(self, n: int, k: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, n: int, k: int, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.zeros(n, k, dtype=torch.int8, device=device))
-        self.register_buffer("weight_scale", torch.ones(n, device=device))
+        self.out_features, self.in_features = n, k
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
         # Converted by .to(dtype), so that embeddings have the model's dtype.
-        self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)
-        self._packed: Any = None
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device=weight.device), persistent=False)
         self._float_NK: Tensor | None = None
 
     def set_weight(self, weight_NK: Tensor) -> None:
         """Quantize and store `weight_NK`."""
-        weight, scale = quantize_weight(weight_NK)
+        weight, scale = self._quantized(weight_NK)
         self.weight.copy_(weight)
         self.weight_scale.copy_(scale)
         self._forget()
@@ -59,19 +68,65 @@ class Int8Matrix(nn.Module):
         """The matrix (N, K) in the model's dtype."""
         return self._float(self.like.dtype)
 
+    def project(self, x_MK: Tensor) -> Tensor:
+        """Activations (..., K) times the transposed matrix: (..., N), in x's dtype."""
+        if x_MK.device.type != "cpu" or torch.compiler.is_compiling() or x_MK.requires_grad:
+            return functional.linear(x_MK, self._float(x_MK.dtype))
+        if self._float_NK is None or self._float_NK.dtype != x_MK.dtype:
+            self._float_NK = self._float(x_MK.dtype)
+        return functional.linear(x_MK, self._float_NK)
+
+    def _quantized(self, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+        """Integers and scales of a matrix."""
+        raise NotImplementedError
+
+    def _float(self, dtype: torch.dtype) -> Tensor:
+        raise NotImplementedError
+
+    def _forget(self) -> None:
+        self._float_NK = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedMatrix":
+        exact = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != exact.dtype:  # .to(bfloat16) would round the scales to 3 digits
+            self.weight_scale = exact.to(self.weight.device)
+        self._forget()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_float_NK": None}
+
+    def extra_repr(self) -> str:
+        """Shape, as `print(model)` shows it."""
+        return f"{(self.out_features, self.in_features)}, {self.precision}"
+
+
+class Int8Matrix(QuantizedMatrix):
+    """In int8; on x86 CPUs large matrices multiply in int8."""
+
+    precision = "int8"
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype, device: torch.device) -> None:
+        weight = torch.zeros(n, k, dtype=torch.int8, device=device)
+        super().__init__(n, k, weight, torch.ones(n, device=device), dtype)
+        self._packed: Any = None
+
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the matrix: ids (...) to (..., K)."""
         return (functional.embedding(ids, self.weight) * self.weight_scale[ids].unsqueeze(-1)).to(self.like.dtype)
 
     def project(self, x_MK: Tensor) -> Tensor:
         """Activations (..., K) times the transposed matrix: (..., N), in x's dtype."""
-        if x_MK.device.type != "cpu" or torch.compiler.is_compiling() or x_MK.requires_grad:
-            return functional.linear(x_MK, self._float(x_MK.dtype))
-        if self.weight.numel() >= INT8_MIN_WEIGHTS and torch.backends.quantized.engine in ("x86", "fbgemm"):
+        is_plain = x_MK.device.type == "cpu" and not torch.compiler.is_compiling() and not x_MK.requires_grad
+        is_large = self.weight.numel() >= INT8_MIN_WEIGHTS
+        if is_plain and is_large and torch.backends.quantized.engine in ("x86", "fbgemm"):
             return self._project_int8(x_MK)
-        if self._float_NK is None or self._float_NK.dtype != x_MK.dtype:
-            self._float_NK = self._float(x_MK.dtype)
-        return functional.linear(x_MK, self._float_NK)
+        return super().project(x_MK)
 
     def _project_int8(self, x_MK: Tensor) -> Tensor:
         if self._packed is None:
@@ -90,31 +145,19 @@ class Int8Matrix(nn.Module):
         )
         return y_MN.mul_(largest_M).to(x_MK.dtype)
 
+    def _quantized(self, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_weight(weight_NK)
+
     def _float(self, dtype: torch.dtype) -> Tensor:
         # Scale before casting: in float16, sums over unscaled int8 weights overflow.
         return (self.weight.float() * self.weight_scale[:, None]).to(dtype)
 
     def _forget(self) -> None:
-        self._packed = self._float_NK = None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Matrix":
-        exact_N = self.weight_scale
-        super()._apply(fn, recurse)
-        if self.weight_scale.dtype != torch.float32:  # .to(bfloat16) would round the scales to 3 digits
-            self.weight_scale = exact_N.to(self.weight.device)
-        self._forget()
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._forget()
+        super()._forget()
+        self._packed = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None, "_float_NK": None}
-
-    def extra_repr(self) -> str:
-        """Shape, as `print(model)` shows it."""
-        return f"{tuple(self.weight.shape)}, int8"
+        return {**super().__getstate__(), "_packed": None}
 
 
 class Int8Linear(Int8Matrix):
@@ -146,25 +189,31 @@ class TiedInt8Head(nn.Module):
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether any layer of `model` holds int8 weights."""
-    return any(isinstance(module, Int8Matrix) for module in model.modules())
+    """Whether any layer of `model` holds quantized weights."""
+    return any(isinstance(module, QuantizedMatrix) for module in model.modules())
 
 
 def precision_name(model: PreTrainedModel) -> str:
-    """The type of weights and activations: "float32", "bfloat16", "int8" (activations float32), "int8, bfloat16"."""
+    """The type of weights and activations: "float32", "bfloat16", "int8" (activations float32), "int8, bfloat16".
+
+    Of a model with layers of several types, the one with the fewest bits.
+    """
     dtype = str(model.dtype).removeprefix("torch.")
-    if not is_quantized(model):
+    found = {module.precision for module in model.modules() if isinstance(module, QuantizedMatrix)}
+    if not found:
         return dtype
-    return "int8" if dtype == "float32" else f"int8, {dtype}"
+    name = min(found)  # "int4" before "int8"
+    return name if dtype == "float32" else f"{name}, {dtype}"
 
 
-def quantize(model: M, *, values: bool = True) -> M:
+def quantize(model: M, *, values: bool = True, linear: LinearKind | None = None) -> M:
     """Swap every bias-free linear layer and the embedding for int8 ones, in place; tied weights stay one table.
 
     values=False leaves the weights at zero; load a state dict afterwards.
+    linear: of the decoder layers; default Int8Linear. Embedding and head are int8.
     Raises ValueError if a linear layer has a bias.
     """
-    swapped: dict[int, Int8Matrix] = {}
+    swapped: dict[int, QuantizedMatrix] = {}
     # Embeddings come first in a decoder, so a tied head finds its table in `swapped`.
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear | nn.Embedding):
@@ -176,9 +225,12 @@ def quantize(model: M, *, values: bool = True) -> M:
         if isinstance(tied, Int8Embedding):
             model.set_submodule(name, TiedInt8Head(tied))
             continue
-        kind = Int8Embedding if isinstance(module, nn.Embedding) else Int8Linear
         n, k = weight.shape
-        matrix = kind(n, k, dtype=weight.dtype, device=weight.device)
+        if isinstance(module, nn.Embedding):
+            matrix: QuantizedMatrix = Int8Embedding(n, k, weight.dtype, weight.device)
+        else:
+            is_head = name == "lm_head"
+            matrix = (Int8Linear if is_head or linear is None else linear)(n, k, weight.dtype, weight.device)
         if values:
             matrix.set_weight(weight)
         swapped[id(weight)] = matrix
@@ -187,10 +239,10 @@ def quantize(model: M, *, values: bool = True) -> M:
 
 
 def dequantize(model: M) -> M:
-    """Swap int8 layers back for float ones in the model's dtype, in place; a tied head shares the embedding again."""
+    """Swap quantized layers back for float ones in the model's dtype, in place; a tied head shares the embedding."""
     tables: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules()):
-        if isinstance(module, Int8Matrix):
+        if isinstance(module, QuantizedMatrix):
             weight = tables[id(module)] = nn.Parameter(module.dequantized(), requires_grad=False)
         elif isinstance(module, TiedInt8Head):
             weight = tables[id(module._table[0])]
@@ -209,5 +261,6 @@ def dequantize(model: M) -> M:
 
 def count_parameters(model: nn.Module) -> int:
     """Weights of a model, quantized or not; tied ones once, scales not counted."""
-    quantized = sum(module.weight.numel() for module in model.modules() if isinstance(module, Int8Matrix))
+    matrices = [module for module in model.modules() if isinstance(module, QuantizedMatrix)]
+    quantized = sum(matrix.out_features * matrix.in_features for matrix in matrices)
     return quantized + sum(parameter.numel() for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""Loads a model directory, in full precision or int8, and checks it before anything in it is trusted.
+"""Loads a model directory, in full precision or quantized, and checks it before anything in it is trusted.
 
 Reads config.json, model.safetensors and, if present, generation_config.json, quantization.json and manifest.json;
 never a pickle and never code from the directory. `python -m model.weights.loading DIR` checks one and prints a digest
@@ -24,12 +24,12 @@ from model.errors import PipelineError
 from model.modeling_rex import RexForCausalLM
 from model.system.cpu import limit_threads
 from model.system.devices import resolve_device
-from model.weights import int8
+from model.weights import int4, int8
 
 WEIGHTS = "model.safetensors"
 QUANTIZATION = "quantization.json"
 FORMAT_VERSION = 1
-METHODS = ("int8", "none")
+METHODS = ("int8", "int4", "none")
 
 
 def load_model(
@@ -50,8 +50,8 @@ def load_model(
     with no_init_weights():
         model = RexForCausalLM(config)
     model.tie_weights()  # skipped with the initialization
-    if method == "int8":
-        int8.quantize(model, values=False)
+    if method != "none":
+        (int4 if method == "int4" else int8).quantize(model, values=False)
     load_weights(model, model_dir / WEIGHTS)
     if (model_dir / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(model_dir)
@@ -81,7 +81,7 @@ def read_config(model_dir: Path) -> RexConfig:
 
 
 def read_method(model_dir: Path) -> str:
-    """How the weights are stored, "int8" or "none". Raises PipelineError for what this version cannot read."""
+    """How the weights are stored, one of METHODS. Raises PipelineError for what this version cannot read."""
     path = model_dir / QUANTIZATION
     if not path.is_file():
         return "none"

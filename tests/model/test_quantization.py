@@ -18,7 +18,7 @@ from model.quantization import QuantizationSummary, quantize_checkpoint
 from model.settings import ModelSettings, QuantizationSettings
 from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset
-from model.weights import int8
+from model.weights import int4, int8
 from model.weights.int8 import Int8Embedding, Int8Linear, count_parameters, dequantize, quantize, quantize_weight
 from model.weights.loading import load_model
 from tests.model.training.tiny import TOKENIZER, make_dataset
@@ -303,3 +303,27 @@ def test_the_embedding_gives_dequantized_rows():
     table.set_weight(torch.randn(10, 6))
     ids = torch.tensor([[1, 9], [0, 1]])
     assert torch.equal(table(ids), table.dequantized()[ids])
+
+
+def test_a_checkpoint_in_int4_is_smaller_measured_and_loads_as_it_was(tmp_path, checkpoint_dir, int8_dir, dataset_dir):
+    settings = QuantizationSettings("int4", evaluation_windows=3)
+    summary = quantize_checkpoint(
+        settings, checkpoint_dir, dataset_dir, tmp_path, sequence_length=TOKENIZER.sequence_length
+    )
+    assert summary.method == "int4" and summary.scheme == int4.SCHEME
+    assert summary.bytes_after < int8_dir[1].bytes_after and summary.parameters == int8_dir[1].parameters
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    weight, scale = (stored[f"model.layers.1.mlp.up_proj.{name}"] for name in ("weight", "weight_scale"))
+    n, k = tiny_model().model.layers[1].mlp.up_proj.weight.shape
+    assert weight.shape == (n, k // 2) and weight.dtype == torch.uint8
+    assert scale.shape == (n, k // int4.GROUP) and scale.dtype == torch.bfloat16
+    assert stored["model.embed_tokens.weight"].dtype == torch.int8
+    assert stored["model.layers.1.mlp.down_proj.weight"].dtype == torch.int8  # 48 inputs are no whole groups
+    assert torch.equal(load_model(tmp_path).model.layers[1].mlp.up_proj.weight, weight)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "rex_int4"
+    plain = load_model(tmp_path, quantized=False)
+    dataset = TokenDataset(dataset_dir, "validation", TOKENIZER.sequence_length)
+    assert not int8.is_quantized(plain)
+    # What the service computes differs from the plain weights by the rounding of activations alone.
+    assert evaluate(plain, dataset, max_windows=3).bits_per_byte == pytest.approx(summary.bits_per_byte_after, rel=0.01)

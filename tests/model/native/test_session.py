@@ -6,7 +6,7 @@ import torch
 
 from model.errors import PipelineError
 from model.native.library import NativeModel, NativeSession, Segment, unsupported
-from model.weights import int8
+from model.weights import int4, int8
 from tests.tiny import tiny_model, tiny_tokenizer
 
 PAGE = 64
@@ -17,11 +17,11 @@ def text(seed: int, tokens: int = 200) -> np.ndarray:
     return np.random.default_rng(seed).integers(2, 270, tokens)
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8", "int4"])
 def model(request):
     made = tiny_model(tiny_tokenizer(), **SHAPE)
-    if request.param == "int8":
-        return int8.quantize(made)
+    if request.param in ("int8", "int4"):
+        return {"int8": int8, "int4": int4}[request.param].quantize(made)
     return made.to(getattr(torch, request.param))
 
 

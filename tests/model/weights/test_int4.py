@@ -42,7 +42,7 @@ def test_a_group_loses_no_more_than_with_any_plain_scale():
 
 def test_values_that_sixteen_steps_can_hold_are_kept_exactly():
     values = torch.arange(-8, 8).repeat(2).float()
-    weight_NK = torch.stack([values * 0.5, values * -0.25, torch.zeros(32), values.clamp(-1, 1)])
+    weight_NK = torch.stack([values * 0.5, values * -0.25, torch.zeros(32), values.clamp(-7, 7) * 0.125])
     packed, scale_NG = quantize_weight(weight_NK)
     assert torch.equal(restored(packed, scale_NG), weight_NK)
     assert scale_NG.isfinite().all()

@@ -163,7 +163,7 @@ def test_a_damaged_configuration_is_refused(model_dir, text):
     ("stored", "expected"),
     [
         ({"format_version": 99, "method": "int8"}, "format_version 99: expected 1"),
-        ({"format_version": 1, "method": "int3"}, "method 'int3': expected one of int8, none"),
+        ({"format_version": 1, "method": "int3"}, "method 'int3': expected one of int8, int4, none"),
     ],
 )
 def test_an_unknown_quantization_is_refused(model_dir, stored, expected):

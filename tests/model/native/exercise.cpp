@@ -29,6 +29,15 @@ struct Store {
     RexMatrix matrix(int32_t dtype, size_t n, size_t k) {
         const float* from = numbers(n * k, 0.2f, 0);
         if (dtype == REX_FLOAT32) return {from, nullptr, dtype};
+        if (dtype == REX_INT4) {
+            std::vector<uint8_t> pairs(n * k / 2), scales(n * k / 32 * 2);
+            for (size_t i = 0; i < pairs.size(); i++) pairs[i] = (uint8_t)(int)(from[i] * 635.0f + 128.0f);
+            const float* factors = numbers(scales.size() / 2, 0.002f, 0.03f);
+            for (size_t i = 0; i < scales.size() / 2; i++) std::memcpy(&scales[2 * i], (const char*)(factors + i) + 2, 2);
+            bytes.push_back(std::move(pairs));
+            bytes.push_back(std::move(scales));
+            return {bytes[bytes.size() - 2].data(), bytes.back().data(), dtype};
+        }
         std::vector<uint8_t> made(n * k * (dtype == REX_INT8 ? 1 : 2));
         for (size_t i = 0; i < n * k; i++) {
             if (dtype == REX_INT8) made[i] = (uint8_t)(int8_t)(from[i] * 635.0f);
@@ -47,7 +56,9 @@ static void require(bool is_so, const char* what) {
 
 static void exercise(int32_t instructions, int32_t dtype, bool post_norm) {
     char error[REX_ERROR_SIZE] = "";
-    const int32_t layers = 2, hidden = 72, inner = 104, heads = 6, groups = 2, head_dim = 20, vocab = 151, context = 200;
+    const bool is_int4 = dtype == REX_INT4;  // takes whole groups of inputs
+    const int32_t hidden = is_int4 ? 96 : 72, inner = is_int4 ? 160 : 104, head_dim = is_int4 ? 16 : 20;
+    const int32_t layers = 2, heads = 6, groups = 2, vocab = 151, context = 200;
     const RexConfig config = {layers, hidden, inner, heads, groups, head_dim, vocab, context, post_norm, 127, instructions, 1e-5f};
     Store store;
     std::vector<RexLayer> each;
@@ -69,8 +80,8 @@ static void exercise(int32_t instructions, int32_t dtype, bool post_norm) {
         each.push_back(layer);
     }
     RexWeights weights = {};
-    weights.embedding = store.matrix(dtype, vocab, hidden);
-    if (post_norm) weights.head = store.matrix(dtype, vocab, hidden);
+    weights.embedding = store.matrix(is_int4 ? REX_INT8 : dtype, vocab, hidden);
+    if (post_norm) weights.head = store.matrix(is_int4 ? REX_INT8 : dtype, vocab, hidden);
     weights.layers = each.data();
     weights.final_norm = store.numbers(hidden, 0.1f, 1);
     weights.cos = store.numbers(context * head_dim / 2, 1, 0);
@@ -116,7 +127,7 @@ int main() {
     const char* names[] = {"portable", "avx2", "avxvnni", "avx512", "amx", "dotprod"};
     for (int32_t instructions = 0; instructions < 6; instructions++) {
         if (!rex_supports(instructions)) continue;
-        for (int32_t dtype : {REX_FLOAT32, REX_BFLOAT16, REX_INT8})
+        for (int32_t dtype : {REX_FLOAT32, REX_BFLOAT16, REX_INT8, REX_INT4})
             for (bool post_norm : {false, true}) exercise(instructions, dtype, post_norm);
         std::printf("%s: the same bits\n", names[instructions]);
     }

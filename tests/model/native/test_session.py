@@ -19,7 +19,8 @@ def text(seed: int, tokens: int = 200) -> np.ndarray:
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "int8", "int4"])
 def model(request):
-    made = tiny_model(tiny_tokenizer(), **SHAPE)
+    whole_blocks = {"head_dim": 16} if request.param == "int4" else {}
+    made = tiny_model(tiny_tokenizer(), **SHAPE, **whole_blocks)
     if request.param in ("int8", "int4"):
         return {"int8": int8, "int4": int4}[request.param].quantize(made)
     return made.to(getattr(torch, request.param))

@@ -58,16 +58,16 @@ def execute_job(
         "resources": {"hydra": {"config": {"overrides": list(overrides)}}},
         "loggers": {"file": {"config": {"path": str(log)}}},
     }
-    location = f"__repository__@{module.replace('llm_assets.definitions', 'llm_assets').rpartition('.')[2]}"
-    all_tags = {"dagster/partition": experiment, LOCATION_TAG: location, **(tags or {})}
+    location = module.replace("llm_assets.definitions", "llm_assets").rpartition(".")[2]
+    all_tags = {"dagster/partition": experiment, LOCATION_TAG: f"__repository__@{location}", **(tags or {})}
     if overrides:
         all_tags.setdefault("rex/overrides", " ".join(overrides))
     follower = Follower(log)
     with tempfile.TemporaryDirectory() as folder, log.with_suffix(".out").open("w") as out:
         config_file = Path(folder) / "run_config.yaml"
         config_file.write_text(json.dumps(config))  # JSON is YAML
-        command = [sys.executable, "-W", "ignore", "-m", "dagster", "job", "execute", "-m", module, "-j", job]
-        command += ["-c", str(config_file), "--tags", json.dumps(all_tags)]
+        command = [sys.executable, "-W", "ignore", "-m", "llm_assets.run_launcher", location]
+        command += ["job", "execute", "-m", module, "-j", job, "-c", str(config_file), "--tags", json.dumps(all_tags)]
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
         before = signal.signal(signal.SIGTERM, lambda number, frame: _end(process, signal.SIGTERM))
         try:

@@ -5,7 +5,9 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import dagster as dg
 import pytest
+import yaml
 
 from model.artifact import verify
 from tests.e2e.workplace import REPO, Workplace
@@ -85,6 +87,15 @@ def test_mlflow_has_one_finished_run_an_asset_with_params_metrics_and_models(smo
     client = mlflow_client(smoke)
     assert len(client.search_model_versions("name='rex-smoke'")) == 2
     assert client.get_model_version_by_alias("rex-smoke", "champion")
+
+
+def test_the_run_of_make_pipeline_is_of_the_location_whose_runs_the_home_page_shows(smoke):
+    with dg.DagsterInstance.from_config(str(smoke.root / "dagster")) as instance:
+        origins = {run.job_name: run.remote_job_origin for run in instance.get_runs()}
+    (location,) = yaml.safe_load((REPO / "workspace.yaml").read_text())["load_from"]
+    selector = origins["llm_pipeline"].repository_origin.get_selector()
+    assert selector.location_name == location["python_module"]["location_name"]
+    assert selector.repository_name == "__repository__"
 
 
 def test_a_part_of_the_pipeline_is_materialized_by_name_and_gives_the_same_bits(smoke):

@@ -27,7 +27,7 @@ class ServiceSettings(ServingSettings):
 
     # The pipeline packages a quantized model; a directory given by hand may hold either precision.
     quantized: bool | Literal["auto"] = option(  # type: ignore[assignment]
-        "auto", "true: int8 weights; false: full precision; auto: what the model's directory holds."
+        "auto", "true: int8 weights; false: full precision; auto: as the model's directory."
     )
     model: str = option("", "Tag in the BentoML model store, or directory of a checkpoint or quantized model.")
     served_model_name: str = option(

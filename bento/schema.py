@@ -257,7 +257,7 @@ class GenerateRequest(Sampling):
     prompt: str = Field(min_length=1, description="The text to continue.", examples=["def main():\n"])
     max_tokens: Count | None = Field(
         None,
-        description=f"Most tokens to generate. Default: {DEFAULT_MAX_TOKENS}, or what fits after the prompt if less.",
+        description=f"Most tokens to generate. Default: {DEFAULT_MAX_TOKENS}, or as many as fit if fewer.",
         examples=[16],
     )
     stream: bool | None = Field(None, description="Answer with server-sent events, one for each piece of text.")

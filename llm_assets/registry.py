@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from bench.container import IMAGE_GB
 
 SOURCE_TEXT = "source_text"
-"""The external asset that stands for the text behind a corpus (`experiments/observed.py`)."""
+"""The external asset that represents the source text of a corpus (`experiments/observed.py`)."""
 QUANTIZATION_ERROR, QUANTIZATION_WARNING = 0.05, 0.02
 """Relative loss in bits per byte above which a quantized model is refused, or warned about."""
 
@@ -179,7 +179,7 @@ def stage_spec(name: str) -> StageSpec:
 
 
 def settings_asset(group: str) -> str:
-    """The asset that stands for a group of settings (`experiments/observed.py`)."""
+    """The asset that represents a group of settings (`experiments/observed.py`)."""
     return f"{group}_settings"
 
 

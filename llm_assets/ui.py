@@ -1,4 +1,4 @@
-"""Starts the pages of Dagster and MLflow and ends them with all their processes: what `make ui` runs.
+"""Starts the pages of Dagster and MLflow and ends them with all their processes: `make ui` runs this.
 
     python -m llm_assets.ui [--host 127.0.0.1] [--port 3001] [--mlflow-port 5000]
 

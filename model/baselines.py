@@ -1,4 +1,4 @@
-"""Baselines for bits per byte: what a text costs without a language model, on the tokens that `evaluate` predicts.
+"""Baselines for bits per byte: the cost of a text without a language model, on the tokens that `evaluate` predicts.
 
 Two use the tokenizer: a uniform distribution over the vocabulary, and token frequencies of the train split. One does
 not: `xz -9e`, a general compressor. Legend: `T` predicted tokens, `V` vocabulary.

@@ -64,14 +64,14 @@ _FIXED = {
     errno.ESTALE: "the network folder was exported again: mount it again",
     errno.EFBIG: "raise the limit of a file's size (`ulimit -f unlimited`), or choose another file system",
     errno.ENAMETOOLONG: "choose a shorter name or folder",
-    errno.ENOTDIR: "a file stands where a folder is expected: move it away, or choose another folder",
+    errno.ENOTDIR: "a file is in the place of a folder: move it away, or choose another folder",
     errno.EAGAIN: "raise the limit of processes and threads (`ulimit -u`, a container's pids), or end other programs",
 }
 
 
 @contextmanager
 def limits_as_error(directory: Path) -> Iterator[None]:
-    """Turn what the system refuses (space, memory, files, threads, rights) into one line.
+    """Turn errors of the system's limits (space, memory, files, threads, rights) into one line.
 
     directory: named if the error names no file. Raises PipelineError, or TransientError for errors that may be
     temporary; other errors pass.

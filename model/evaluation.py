@@ -48,7 +48,7 @@ class Agreement:
 
 
 class Predictor(Protocol):
-    """What is evaluated: a model, or a step of the generation engine (`model/generation/predictor.py`)."""
+    """Computes the logits to evaluate: of a model, or of a step of the engine (`model/generation/predictor.py`)."""
 
     @property
     def vocab_size(self) -> int:
@@ -95,7 +95,7 @@ def as_predictor(model: "RexForCausalLM | Predictor") -> Predictor:
     return ModelPredictor(model) if isinstance(model, nn.Module) else model  # type: ignore[arg-type, return-value]
 
 
-@torch.no_grad()  # not inference_mode: what the model caches under it could not be used in training again
+@torch.no_grad()  # not inference_mode: tensors that the model caches under it could not be used in training again
 def evaluate(
     model: RexForCausalLM | Predictor,
     dataset: TokenDataset,

@@ -49,7 +49,7 @@ class PairedComparison:
     pieces: int
     bytes: int
     unit: str
-    """What a piece is."""
+    """Description of a piece."""
 
     @property
     def is_better(self) -> bool:
@@ -202,7 +202,7 @@ def _bits(model: RexForCausalLM, pieces: list[tuple[Tensor, Tensor]]) -> Floats:
     for start in range(0, len(parts), _BATCH):
         batch = parts[start : start + _BATCH]
         longest = max(len(ids_T) for _, ids_T, _ in batch)
-        # What follows a part is not predicted and, in a causal model, changes nothing before it.
+        # Tokens after a part are not predicted and, in a causal model, do not change those before.
         ids_BT = torch.stack([torch.nn.functional.pad(ids, (0, longest - len(ids))) for _, ids, _ in batch])
         labels_BT = torch.stack(
             [torch.nn.functional.pad(labels, (0, longest - len(labels)), value=IGNORE_INDEX) for _, _, labels in batch]

@@ -1,4 +1,4 @@
-"""The weights that are served: a checkpoint's in int8 or int4, with what that costs in quality.
+"""Quantizes a checkpoint's weights for serving, to int8 or int4, and measures the loss in quality.
 
 `quantize_checkpoint` writes a directory that `model.weights.loading.load_model` reads, measures it on held-out text and
 has a fresh process load it before it returns. The layers themselves are `model/weights/int8.py` and `int4.py`.
@@ -35,7 +35,7 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json",
 
 @dataclass
 class QuantizationSummary:
-    """What was quantized and what it costs; `summary.json` of the directory."""
+    """Results and costs of a quantization; `summary.json` of the directory."""
 
     method: str
     scheme: str
@@ -68,9 +68,9 @@ def quantize_checkpoint(
     sequence_length: int,
     log: Log = silent,
 ) -> QuantizationSummary:
-    """Write the checkpoint's weights by `settings.method` to `output_dir`, and what that costs on held-out text.
+    """Write the checkpoint's weights by `settings.method` to `output_dir`, and the cost on held-out text.
 
-    method "none" copies the weights as they are, so that what follows need not know the difference.
+    method "none" copies the weights unchanged, so that later stages need not know the difference.
     Raises PipelineError if the checkpoint cannot be read, is quantized already, or if a fresh process does not
     get the same logits, to the last bit, from the files written.
     """
@@ -165,7 +165,7 @@ def _check_fresh(process: subprocess.Popen[str], model_dir: Path, expected_diges
     if found != expected_digest:
         raise PipelineError(
             f"a fresh process gets other logits from {model_dir} (sha256 {found[:12]}, expected "
-            f"{expected_digest[:12]}): the files are not what was measured; quantize again"
+            f"{expected_digest[:12]}): the files differ from the measured model; quantize again"
         )
 
 

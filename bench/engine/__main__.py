@@ -38,7 +38,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.engine", description=__doc__.split("\n")[0])  # type: ignore
     parser.add_argument("model_dir", type=Path, nargs="?", help="a checkpoint; default: random weights")
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=["30m"], help="of random weights")
-    parser.add_argument("--against", nargs="+", choices=list(PAIRS), help="default: what is installed, not reference")
+    parser.add_argument(
+        "--against", nargs="+", choices=list(PAIRS), help="default: all that are installed, except reference"
+    )
     parser.add_argument("--precision", choices=["float32", "int8"], help="of the engine alone; default: both")
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), help="default: all")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds that count (default: 5)")

@@ -160,7 +160,7 @@ def _memory(report: dict[str, Any]) -> str:
     return f"""## Memory and size
 
 Peak resident memory of a process that loads the model and decodes {report["memory"][0]["tokens"]:,} tokens, each \
-configuration in its own; the second column leaves out what importing the libraries alone takes.
+configuration in its own; the second column excludes the memory of the imported libraries.
 
 {table(["", "peak, MB", "beyond the imports, MB", "GPU, MB"], rows)}
 

@@ -40,7 +40,7 @@ class UploadMiddleware:
         self._refusal, self._uploads = refusal, uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI. Raises ApiError 408, 413, 415, 499, and what `refusal` returns."""
+        """ASGI. Raises ApiError 408, 413, 415, 499, and the result of `refusal`."""
         if scope["type"] != "http" or scope["method"] in WITHOUT_BODY:
             await self.app(scope, receive, send)
             return

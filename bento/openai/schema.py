@@ -163,8 +163,8 @@ class CompletionRequest(OpenAIRequest):
         None,
         ge=ALL_THAT_FITS,
         le=LARGEST_COUNT,
-        description=f"Most tokens to generate. Default: {DEFAULT_COMPLETION_TOKENS}, or what fits after the prompt if "
-        "less; -1 for all that fits. 0 is for echo, which then only repeats and scores the prompt.",
+        description=f"Most tokens to generate. Default: {DEFAULT_COMPLETION_TOKENS}, or as many as fit if "
+        "fewer; -1 for all that fits. 0 is for echo, which then only repeats and scores the prompt.",
         examples=[16],
     )
     max_completion_tokens: Annotated[int, WHOLE] | None = Field(
@@ -286,7 +286,7 @@ class ChatRequest(Dialogue, OpenAIRequest):
     """A conversation to continue."""
 
     max_completion_tokens: Count | None = Field(
-        None, description="Most tokens to generate. Default: what fits after the conversation.", examples=[16]
+        None, description="Most tokens to generate. Default: as many as fit after the conversation.", examples=[16]
     )
     max_tokens: Count | None = Field(None, description="The earlier name of max_completion_tokens.")
     logprobs: bool | None = Field(None, description="Show the log-probability of each token.")

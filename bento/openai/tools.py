@@ -26,7 +26,7 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
 def _parameters(value: dict[str, Any]) -> dict[str, Any]:
-    """A schema of arguments; its type is "object", also if it does not say so."""
+    """A schema of arguments; its type is "object" even if it does not say so."""
     kind = value.get("type", "object")
     if isinstance(kind, list) or kind in OTHER_TYPES:
         raise PydanticCustomError("parameters", 'expected a schema of the type "object": arguments have names')
@@ -40,7 +40,7 @@ class Function(StrictRequest):
     """A function that the model may call."""
 
     name: Name = Field(description="Its name.")
-    description: str | None = Field(None, max_length=16_384, description="What it does.")
+    description: str | None = Field(None, max_length=16_384, description="Description of the function.")
     parameters: Parameters | None = Field(None, description="JSON schema of its arguments. Default: none.")
     strict: bool | None = Field(None, description="Accepted and ignored: the schema is always enforced.")
 

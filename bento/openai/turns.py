@@ -93,7 +93,7 @@ class Message(StrictRequest):
         return kept
 
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(description="Who speaks.")
-    content: Content = Field(description="What is said: a text, or parts that are texts.")
+    content: Content = Field(description="The message: a text, or parts that are texts.")
     name: Label | None = Field(None, description="Given to the chat template, which may use it.")
     audio: None = unsupported()
     tool_calls: list[ToolCall] | None = Field(

@@ -1,4 +1,4 @@
-"""What a run reads and does not make, as external assets: an experiment's settings and its source text.
+"""The inputs of a run as external assets: an experiment's settings and its source text.
 
 There is one asset for each group of options, and one for the source text. The data version is a hash of the group's
 options, or of the text's address. When an option changes, Dagster shows the stages that read its group as out of date,
@@ -30,8 +30,8 @@ def external_specs() -> list[dg.AssetSpec]:
     """The external assets."""
     source = dg.AssetSpec(
         SOURCE_TEXT,
-        description="Where the documents come from: a folder, files, URLs or a dataset, by their addresses. Out of "
-        "date is what was made from another address; that files changed is noticed by the run.",
+        description="Where the documents come from: a folder, files, URLs or a dataset, by their addresses. Assets "
+        "made from another address are out of date; changed files are noticed by the run.",
         group_name="data",
         kinds={"file"},
         owners=["team:llm"],

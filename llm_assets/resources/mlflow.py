@@ -75,7 +75,7 @@ class MlflowTracking(dg.ConfigurableResource):
     ) -> Iterator[TrackedRun]:
         """Open a run for this step, nested under `parent_run_id`, or continue `resume_run_id` if it still exists.
 
-        description: of the experiment, for the run's page. upstream: what the run reads, shown as its datasets.
+        description: of the experiment, for the run's page. upstream: artifacts that the run reads, its datasets.
         Ends it FINISHED, FAILED (any exception, `failed` set, or a generator that is closed before it ends) or KILLED
         (Dagster's termination, Ctrl-C).
         """

@@ -1,4 +1,4 @@
-"""Where an MLflow run comes from: what MLflow's page shows as description, source, commit, user and datasets.
+"""The provenance of an MLflow run: the description, source, commit, user and datasets on MLflow's page.
 
 The description links to the run in Dagster. Its address is LLM_ASSETS_DAGSTER_URL, which `make ui` sets, else
 http://127.0.0.1:3001.
@@ -19,12 +19,12 @@ _DIGEST_CHARACTERS = 36  # MLflow's limit
 
 
 def dagster_address() -> str:
-    """Where Dagster's page is."""
+    """The address of Dagster's UI."""
     return (os.environ.get(DAGSTER_URL) or "http://127.0.0.1:3001").rstrip("/")
 
 
 def source_tags(asset: str, partition: str, dagster_run_id: str, description: str = "") -> dict[str, str]:
-    """Tags of the run that materializes `asset`; what is unknown here (a commit, a user) is left out."""
+    """Tags of the run that materializes `asset`; unknown ones (a commit, a user) are left out."""
     link = f"[Run {dagster_run_id[:8]} in Dagster]({dagster_address()}/runs/{dagster_run_id})"
     tags = {
         "mlflow.note.content": "\n\n".join(filter(None, [f"`{asset}` of `{partition}`", description, link])),

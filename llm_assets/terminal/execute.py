@@ -1,4 +1,4 @@
-"""Runs a job of one experiment and shows it: what `make pipeline`, `make image` and sweeps do.
+"""Runs a job of one experiment and displays it, for `make pipeline`, `make image` and sweeps.
 
     python -m llm_assets.terminal.execute smoke [--force] [OVERRIDE ...]
     python -m llm_assets.terminal.execute smoke --module llm_assets.images --job container_image_cpu_job

@@ -1,6 +1,6 @@
 """Which tokens one text may take next: a grammar, a list of allowed tokens, strings that must not appear.
 
-`sampler.py` weighs what is left. Shapes: V vocabulary.
+`sampler.py` samples from the remaining tokens. Shapes: V vocabulary.
 """
 
 import bisect

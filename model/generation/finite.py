@@ -205,7 +205,7 @@ def _required(schema: Schema) -> Iterator[list[Any]]:
 # ---- Lark
 
 Expression = str | tuple[str, list[Any]] | None
-"""A rule's name; "any" or "all" of several; None for what is always finite."""
+"""A rule's name; "any" or "all" of several; None for expressions that are always finite."""
 TOKENS = re.compile(
     r"""(?P<skip>[ \t\r]+|//[^\n]*|\#[^\n]*|\n(?=\s*\|))|(?P<line>\n)
     |(?P<text>"(?:\\.|[^"\\\n])*"i?|/(?![/*])(?:\\.|[^/\\\n])+/[a-z]*|<[^<>\n]*>)

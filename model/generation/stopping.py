@@ -45,7 +45,7 @@ class StopStrings:
         return rest
 
     def _searchable(self, *, is_last: bool) -> tuple[int, bool]:
-        """How much of the held text is searched: none of `until` or of what may become it; whether `until` is there."""
+        """Characters of the held text to search, which exclude `until` or a possible start of it; whether it occurs."""
         if not self._until:
             return len(self._held), False
         if (at := self._held.find(self._until)) >= 0:

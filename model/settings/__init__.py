@@ -1,6 +1,6 @@
 """The typed settings of every stage: one dataclass per group of `configs/`, ranges checked where a value enters.
 
-Text, unit, default and range of an option stand in its field here and nowhere else (`model/settings/option.py`). Hydra
+Text, unit, default and range of an option are declared in its field here, and nowhere else (`option.py`). Hydra
 composes `configs/` into `ExperimentSettings`; unknown keys and wrong types are refused there.
 """
 

@@ -1,4 +1,4 @@
-"""One experiment: everything that decides what the pipeline makes (`configs/experiment/`)."""
+"""One experiment: all settings that determine the pipeline's results (`configs/experiment/`)."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +33,7 @@ _MAX_TOKENS_IN_A_PASS = 2**26
 
 @dataclass
 class ExperimentSettings:
-    """One experiment: everything that decides what the pipeline makes (`configs/experiment/`)."""
+    """One experiment: all settings that determine the pipeline's results (`configs/experiment/`)."""
 
     name: str
     description: str = ""

@@ -1,6 +1,6 @@
-"""How a conversation is written as tokens: what training reads and what the tokenizer's chat template renders.
+"""Writes conversations as tokens, for training and as the tokenizer's chat template renders them.
 
-Each turn is the mark of its role and its text; the end-of-text token ends what the assistant says, and with it a
+Each turn is the mark of its role and its text; the end-of-text token ends a turn of the assistant, and with it a
 generation. Marks are special tokens, which texts cannot spell: in training here and in the service, a mark that is
 written out in a text is plain text and starts no turn. Records are read in `model.text.conversations`.
 """
@@ -44,7 +44,7 @@ Ids = npt.NDArray[np.uint32]
 
 
 class Turn(NamedTuple):
-    """What one role says; a role of `MARKS`."""
+    """A role of `MARKS` and its text."""
 
     role: str
     content: str
@@ -90,7 +90,7 @@ def end_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 class EncodedConversation:
     """ids: the tokens, shape (T,). answers: first token of each answer and the one after its last, all that is learned.
 
-    cuts_turns, cuts_prompt, cuts_response: what the window left out of it.
+    cuts_turns, cuts_prompt, cuts_response: the parts that did not fit into the window.
     """
 
     ids: Ids

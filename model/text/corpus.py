@@ -33,7 +33,7 @@ SAMPLE_CHARACTERS = 500
 
 @dataclass
 class CorpusSummary:
-    """What a corpus holds and what was left out; `summary.json` beside the shards.
+    """Statistics of a corpus and of the documents left out; `summary.json` beside the shards.
 
     sources: files or datasets read. Bytes are UTF-8 bytes of text. The `*_sources` lists name the first few,
     the `*_places` lists their first invalid byte. converted: number of files or record values in another encoding than
@@ -81,7 +81,7 @@ def build_corpus(settings: CorpusSettings, output_dir: Path, *, log: Log = silen
 
     A document's id is the 128-bit BLAKE2b of its text, in hex.
     Raises PipelineError for a source that is missing or broken, a corpus or a split that is empty, and
-    for what the system refuses (`limits_as_error`).
+    for limits of the system (`limits_as_error`).
     """
     sources = Sources(settings)
     with limits_as_error(output_dir):

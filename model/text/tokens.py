@@ -78,7 +78,7 @@ class TokenizedDatasetSummary:
 
 @dataclass
 class SplitTokens:
-    """What `encode_split` wrote. counts: how often each id occurs, shape (V,).
+    """Results of `encode_split`. counts: how often each id occurs, shape (V,).
 
     document_offsets: start of each document, and the end. The others count conversations, as the summary does.
     """

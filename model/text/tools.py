@@ -14,7 +14,7 @@ OPENING, CLOSING = "<tool_call>", "</tool_call>"
 
 
 class Call(NamedTuple):
-    """A call of a function. arguments: JSON. id: what a result names it by."""
+    """A call of a function. arguments: JSON. id: by which a result refers to it."""
 
     name: str
     arguments: str
@@ -46,7 +46,7 @@ def plain_turns(
 ) -> list[PlainTurn]:
     """A conversation with tools, calls and results as text.
 
-    Tools stand in the system's message, a message's calls after its text, results in the order of the calls.
+    Tools are listed in the system's message, a message's calls after its text, results in the order of the calls.
     has_tool_role: whether the chat template has turns of the role "tool"; results are else written in the user's.
     """
     turns: list[PlainTurn] = []
@@ -73,7 +73,7 @@ def plain_turns(
 def has_unpaired_results(messages: Sequence[DialogueMessage]) -> bool:
     """Whether a result belongs to none of the calls before it, or a call lacks its result while others have one.
 
-    Results without ids, and those of calls without ids or with one id for several, stand where they are.
+    Results without ids, and those of calls without ids or with one id for several, keep their places.
     """
     calls: list[str | None] = []
     answered: list[str | None] = []

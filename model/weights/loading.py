@@ -81,7 +81,7 @@ def read_config(model_dir: Path) -> RexConfig:
 
 
 def read_method(model_dir: Path) -> str:
-    """How the weights are stored, one of METHODS. Raises PipelineError for what this version cannot read."""
+    """How the weights are stored, one of METHODS. Raises PipelineError for formats that this version cannot read."""
     path = model_dir / QUANTIZATION
     if not path.is_file():
         return "none"

@@ -42,7 +42,7 @@ _FIELDS = (
     "qk_norm",
     "tie_word_embeddings",
 )
-"""Fields that decide what weights mean; each is an option of the group `model` of an experiment."""
+"""Fields that determine the meaning of weights; each is an option of the group `model` of an experiment."""
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -1,6 +1,6 @@
 """Starts a training where `compute` says: in this process, or in several processes of one or more hosts by torchrun.
 
-Each process runs `worker.py`, which calls the same `train`. The job, and what the processes report, are files in the
+Each process runs `worker.py`, which calls the same `train`. The job and the reports of the processes are files in the
 scratch folder, which all hosts share. Several hosts: the first starts here, the others join it with the command that
 the log shows (`agent.py`).
 """
@@ -106,17 +106,17 @@ def _agent(job: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 class Reports:
-    """What the processes of a training report, read from the files that they append to."""
+    """Reads the reports of a training's processes from the files that they append to."""
 
     def __init__(self, directory: Path, log: Log, on_metrics: OnMetrics | None) -> None:
-        """log, on_metrics: for what rank 0 says."""
+        """log, on_metrics: receive the reports of rank 0."""
         self._directory, self._log, self._on_metrics = directory, log, on_metrics
         self._read: dict[Path, int] = {}
         self.summary: TrainingSummary | None = None
         """Once the training is finished."""
 
     def read(self) -> None:
-        """Pass on what is new. Raises the PipelineError that a process ended with."""
+        """Pass on new reports. Raises the PipelineError that a process ended with."""
         for path in sorted(self._directory.glob("rank-*.jsonl")):
             with path.open("rb") as file:
                 file.seek(self._read.get(path, 0))

@@ -73,7 +73,7 @@ def write_outputs(
     dataset_dir: Path,
     output_dir: Path,
 ) -> None:
-    """Write the checkpoint directory. Raises PipelineError for what the system refuses (`limits_as_error`)."""
+    """Write the checkpoint directory. Raises PipelineError for limits of the system (`limits_as_error`)."""
     with limits_as_error(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         ends = end_ids(tokenizer)

@@ -21,7 +21,7 @@ def test_an_asset_is_what_its_entry_says(stage) -> None:
     (spec,) = load_asset(stage).specs
     assert spec.key.path == [stage.name]
     settings = {settings_asset(group) for group in stage.settings}
-    assert {dep.asset_key.path[-1] for dep in spec.deps} == set(stage.upstream) | settings
+    assert {dep.asset_key.path[-1] for dep in spec.deps} == {*stage.upstream, *stage.external, *settings}
     assert (spec.group_name, spec.code_version) == (stage.group, stage.code_version)
     assert {check.name for check in load_asset(stage).check_specs} == set(stage.checks)
     for module in stage.preload:

@@ -52,8 +52,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def install(directory: Path, *packages: str) -> None:
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(directory), *packages]
-    subprocess.run([*pip, "--disable-pip-version-check"], check=True, capture_output=True, text=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
+    command = [*pip, "--disable-pip-version-check", "--target", str(directory), *packages]
+    subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 def install_release(directory: Path, release: str) -> None:

@@ -4,7 +4,7 @@
 
 Without a directory it uses models with random weights, which do not change the speed: the shape of the `stdlib_30m`
 experiment, or those of --shape. Decoding is greedy and ignores end-of-text. Against llama.cpp (`llama_cpp.py` says how
-to install it), int8 is compared with Q8_0 and float32 with F32:
+to install it), int8 is compared with Q8_0, int4 with Q4_0 and float32 with F32:
 
 - one stream and eight up to 128 tokens, one up to 1,024: tokens per second from the first token on;
 - prefill of a prompt of 900 tokens: its tokens per second;
@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument(
         "--against", nargs="+", choices=list(PAIRS), help="default: all that are installed, except reference"
     )
-    parser.add_argument("--precision", choices=["float32", "int8"], help="of the engine alone; default: both")
+    parser.add_argument("--precision", choices=["float32", "int8", "int4"], help="of the engine alone; default: all")
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), help="default: all")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds that count (default: 5)")
     parser.add_argument("--threads", type=int, default=usable_cores(), help="most threads (default: usable cores)")

@@ -15,12 +15,13 @@ from bench.engine import llama_cpp
 from bench.engine.contenders import (
     GreedyLoop,
     OurEngine,
+    OurEngineInt4,
     OurEngineInt8,
     PaddedBatch,
     ReferenceEngine,
     TransformersContinuousBatching,
 )
-from bench.engine.llama_cpp import LlamaCpp, LlamaCppFloat32
+from bench.engine.llama_cpp import LlamaCpp, LlamaCppFloat32, LlamaCppInt4
 from bench.engine.workloads import RAGGED_REQUESTS, RAGGED_STREAMS, Contender, model_of
 from model.errors import PipelineError
 from model.weights.loading import load_model
@@ -28,12 +29,14 @@ from model.weights.loading import load_model
 KINDS: dict[str, type[Contender]] = {
     "engine float32": OurEngine,
     "engine int8": OurEngineInt8,
+    "engine int4": OurEngineInt4,
     "reference float32": ReferenceEngine,
     "greedy loop": GreedyLoop,
     "padded batches": PaddedBatch,
     "transformers' continuous batching": TransformersContinuousBatching,
     "llama.cpp Q8_0": LlamaCpp,
     "llama.cpp F32": LlamaCppFloat32,
+    "llama.cpp Q4_0": LlamaCppInt4,
 }
 Run = tuple[str, str]
 """A contender (a key of KINDS) and a workload."""
@@ -45,7 +48,7 @@ WORKLOADS = {
     "ragged_long_tailed": "sixteen ragged, long-tailed",
     "prefill": "prefill of 900",
 }
-_FULL, _INT8 = "engine float32", "engine int8"
+_FULL, _INT8, _INT4 = "engine float32", "engine int8", "engine int4"
 _LLAMA_WORKLOADS = ("one_stream", "one_long_stream", "eight_streams", "ragged_even", "prefill")
 _INT8_PAIRS = [((_INT8, name), (_FULL, name)) for name in ("one_stream", "eight_streams", "ragged_even")]
 PAIRS: dict[str, list[tuple[Run, Run]]] = {
@@ -62,6 +65,7 @@ PAIRS: dict[str, list[tuple[Run, Run]]] = {
     "llama.cpp": [
         *(((_INT8, name), ("llama.cpp Q8_0", name)) for name in _LLAMA_WORKLOADS),
         *(((_FULL, name), ("llama.cpp F32", name)) for name in _LLAMA_WORKLOADS),
+        *(((_INT4, name), ("llama.cpp Q4_0", name)) for name in _LLAMA_WORKLOADS),
         *_INT8_PAIRS,
     ],
 }
@@ -148,7 +152,9 @@ def choose_pairs(
     if workloads:
         pairs = [(a, b) for a, b in pairs if a[1] in workloads and b[1] in workloads]
     if precision:
-        pairs = [(a, b) for a, b in pairs if a[0] == f"engine {precision}" and (b[0] != _FULL or precision != "int8")]
+        pairs = [
+            (a, b) for a, b in pairs if a[0] == f"engine {precision}" and (b[0] != _FULL or precision == "float32")
+        ]
     if not pairs:
         raise PipelineError("nothing to compare: name other workloads or opponents")
     return pairs

@@ -14,7 +14,8 @@ from model.generation.engine import Engine
 from model.generation.requests import Event, GenerationRequest, SamplingParameters, TextPiece
 from model.modeling_rex import RexForCausalLM
 from model.system.cpu import decoding_threads
-from model.weights.int8 import count_parameters, quantize
+from model.weights import int4, int8
+from model.weights.int8 import count_parameters
 
 GREEDY = SamplingParameters(temperature=0)
 
@@ -78,7 +79,14 @@ class OurEngineInt8(OurEngine):
     """The same with int8 weights."""
 
     def __init__(self, model: RexForCausalLM) -> None:
-        super().__init__(quantize(model))
+        super().__init__(int8.quantize(model))
+
+
+class OurEngineInt4(OurEngine):
+    """The same with int4 weights."""
+
+    def __init__(self, model: RexForCausalLM) -> None:
+        super().__init__(int4.quantize(model))
 
 
 class ReferenceEngine(OurEngine):

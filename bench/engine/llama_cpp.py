@@ -216,6 +216,12 @@ class LlamaCppFloat32(LlamaCpp):
     kind, without_flash = "full", F32
 
 
+class LlamaCppInt4(LlamaCpp):
+    """llama.cpp, Q4_0 with embedding and head in Q8_0."""
+
+    kind = "q4_0"
+
+
 def _padded_tokenizer(vocab_size: int) -> Any:
     """The small tokenizer, filled with placeholder tokens up to the size of the model's vocabulary."""
     tokenizer = small_tokenizer()

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -17,6 +18,7 @@ from model.errors import PipelineError
 from model.modeling_rex import RexForCausalLM
 from model.text.chat import MARKS, end_ids
 from model.text.tokenizer import splits_as_gpt2
+from model.weights import int4
 from model.weights.export import export_state_dict, interleave_pairs, layout
 
 PRE_TOKENIZER = "gpt-2"
@@ -32,7 +34,7 @@ turn, or the result of a tool.
 NORMAL, CONTROL = 1, 3
 """llama.cpp's token types."""
 BLOCK = 32
-"""Weights that share one scale in Q8_0."""
+"""Weights that share one scale in Q8_0 and Q4_0."""
 
 _LAYER_NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -67,7 +69,9 @@ def reason_against(tokenizer: PreTrainedTokenizerFast) -> str | None:
 
 
 def write_gguf(model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path, kind: str, *, name: str) -> None:
-    """Write `model` to `path`. kind: "full" (F32, or BF16 for a bfloat16 model) or "q8_0".
+    """Write `model` to `path`. kind: "full" (F32, or BF16 for a bfloat16 model), "q8_0" or "q4_0".
+
+    Q4_0 holds the values and scales of `model/weights/int4.py`, with embedding and head in Q8_0.
 
     Raises PipelineError if llama.cpp cannot split text as `tokenizer` does, or rotates heads differently than the
     model.
@@ -162,9 +166,21 @@ def _write_tensor(writer: Any, name: str, weight: Tensor, kind: str) -> None:
     array = weight.float().numpy()
     if weight.dim() == 1:
         writer.add_tensor(name, array)
-    elif kind == "q8_0" and weight.shape[-1] % BLOCK == 0:
+    elif kind == "q4_0" and name.startswith("blk.") and weight.shape[-1] % BLOCK == 0:
+        writer.add_tensor(name, _q4_0(weight), raw_dtype=types.Q4_0)
+    elif kind != "full" and weight.shape[-1] % BLOCK == 0:
         writer.add_tensor(name, gguf.quants.quantize(array, types.Q8_0), raw_dtype=types.Q8_0)
     elif weight.dtype == torch.bfloat16:
         writer.add_tensor(name, gguf.quants.quantize(array, types.BF16), raw_dtype=types.BF16)
     else:
         writer.add_tensor(name, array)
+
+
+def _q4_0(weight_NK: Tensor) -> np.ndarray:
+    """Blocks of Q4_0: a float16 scale, then 16 bytes: the first 16 values in their low bits, the rest in the high."""
+    packed, scale_NG = int4.quantize_weight(weight_NK)
+    n, groups = scale_NG.shape
+    values_NGI = torch.stack([packed & 15, packed >> 4], dim=-1).reshape(n, groups, BLOCK)
+    bytes_NGI = values_NGI[..., : BLOCK // 2] | values_NGI[..., BLOCK // 2 :] << 4
+    scale = scale_NG.to(torch.float16)[..., None].view(torch.uint8)
+    return torch.cat([scale, bytes_NGI], dim=-1).reshape(n, -1).numpy()

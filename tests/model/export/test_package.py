@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,16 +16,17 @@ from transformers import AutoConfig, Glm4Config, PreTrainedTokenizerFast
 
 from model.errors import PipelineError
 from model.export.__main__ import main
-from model.export.gguf import reason_against
+from model.export.gguf import reason_against, write_gguf
 from model.export.ollama import modelfile
 from model.export.package import export
 from model.generation.requests import SamplingParameters
 from model.settings import TokenizerSettings
 from model.text.chat import MARKS, end_ids
 from model.text.tokenizer import train_tokenizer
+from model.weights import int4
 from model.weights.int8 import quantize
 from model.weights.loading import load_model
-from tests.tiny import TEXT, save_tiny_model, tiny_model
+from tests.tiny import TEXT, save_tiny_model, tiny_model, tiny_tokenizer
 
 GO: dict[str, Any] = json.loads(Path(__file__).with_name("rendered.json").read_text())
 """Ollama's template, conversations, and what Go 1.27 renders of them."""
@@ -125,3 +127,16 @@ def test_a_character_tokenizer_is_left_out_of_gguf_with_the_reason(tmp_path: Pat
 def test_a_folder_without_a_checkpoint_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"^no config.json in .*: expected a REX checkpoint; train one first$"):
         export(tmp_path, tmp_path / "out")
+
+
+def test_a_gguf_in_q4_0_holds_the_values_of_our_int4_and_int8_for_the_embedding(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer, hidden_size=64, intermediate_size=96)
+    write_gguf(model, tokenizer, tmp_path / "model.gguf", "q4_0", name="tiny")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    kinds = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
+    assert kinds["token_embd.weight"] == kinds["output.weight"] == "Q8_0" and kinds["blk.0.ffn_norm.weight"] == "F32"
+    down = tensors["blk.1.ffn_down.weight"]
+    assert kinds["blk.1.ffn_down.weight"] == "Q4_0"
+    expected = int4.quantize(model).model.layers[1].mlp.down_proj.dequantized()
+    assert torch.equal(torch.from_numpy(gguf.quants.dequantize(down.data, down.tensor_type)), expected)

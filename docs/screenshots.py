@@ -26,7 +26,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 from bench.server import free_port
 from llm_assets.experiments.compose import DEFAULT_EXPERIMENT
 from llm_assets.latest import latest_artifacts
-from llm_assets.registry import PIPELINE
+from llm_assets.registry import PIPELINE, SOURCE_TEXT
 from model.errors import PipelineError, ends_in_one_line
 from tests.bento.page.browser import browser, missing, set_viewport
 
@@ -116,7 +116,7 @@ def take(driver: Chrome, address: str, experiment: str, into: Path) -> None:
     """Write `asset_graph.png` and `asset_page.png`."""
     set_viewport(driver, 2600, 1250)
     driver.get(lineage_address(address))
-    names = [stage.name for stage in PIPELINE]
+    names = [SOURCE_TEXT, *(stage.name for stage in PIPELINE)]
     found = boxes(driver, names)
     WebDriverWait(driver, WAIT_S).until(lambda page: text_of(page).count("% filled") == len(names))
     sides = [list(side) for side in zip(*found, strict=True)]

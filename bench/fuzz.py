@@ -210,7 +210,7 @@ class Requests:
             for _ in range(rng.randint(1, 4)):
                 whole[rng.randrange(len(whole))] = rng.randrange(256)
         if rng.random() < 0.03:
-            del whole[rng.randrange(len(whole)) :]
+            del whole[rng.randint(1, len(whole)) :]
         return bytes(whole) * (2 if rng.random() < 0.03 else 1)
 
     def _body(self, rng: random.Random, path: str) -> bytes:

@@ -80,7 +80,13 @@ def create_app(
         redoc_url=None,
     )
     models = app.state.models = Models(model_name, aliases)
-    metrics = ServiceMetrics(models.stats, model_name=model_name, version=models.version, engine=models.engine_info)
+    metrics = ServiceMetrics(
+        models.stats,
+        model_name=model_name,
+        version=models.version,
+        engine=models.engine_info,
+        shadow=lambda: models.shadow,
+    )
     admission = app.state.admission = Admission(models)
     heavy = app.state.heavy = HeavyWork()
     add_middleware(

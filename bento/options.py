@@ -41,6 +41,32 @@ class ServiceSettings(ServingSettings):
     champion_poll_s: float = option(
         10.0, "Interval at which MLflow is polled for the champion.", unit="seconds", above=0, maximum=86_400
     )
+    shadow_share: float = option(
+        0.0,
+        "Share of the requests that are copied to the version with the alias challenger of REX_CHAMPION, whose answers "
+        "are dropped; /metrics compares both. 0: none.",
+        minimum=0,
+        maximum=1,
+    )
+    shadow_window_s: float = option(
+        300.0, "Time over which champion and challenger are compared.", unit="seconds", above=0, maximum=86_400
+    )
+    rollback_window_s: float = option(
+        0.0,
+        "How long after a new champion took over the former one is restored if a bound is exceeded. 0: never.",
+        unit="seconds",
+        minimum=0,
+        maximum=86_400,
+    )
+    rollback_max_error_rate: float = option(
+        0.02, "Largest part of the new champion's generations that may fail.", minimum=0, maximum=1
+    )
+    rollback_max_slowdown: float = option(
+        1.5, "Largest median time per token, as a multiple of the former champion's.", above=0, maximum=1000
+    )
+    rollback_min_generations: int = option(
+        50, "Fewest generations of each model for a comparison.", unit="generations", above=0, maximum=1_000_000
+    )
     clamp_max_tokens: bool = option(
         True, "Reduce max_tokens to what fits into the context; false: refuse a larger value with a 400."
     )
@@ -109,6 +135,16 @@ def with_overrides(arguments: BentoArgs, environment: Mapping[str, str] | None =
         first = error.errors()[0]
         name = str(first["loc"][0])
         raise InvalidArgument(f"{PREFIX}{name.upper()} is {given.get(name)!r}: {first['msg']}") from None
+
+
+def refuse_without_champion(options: BentoArgs) -> None:
+    """Raises InvalidArgument for an option that needs a registered model, without one."""
+    for name in ("shadow_share", "rollback_window_s"):
+        if getattr(options, name) and not options.champion:
+            raise InvalidArgument(
+                f"{PREFIX}{name.upper()} is {getattr(options, name):g}, but there is no {PREFIX}CHAMPION: set the "
+                "registered model whose versions are compared"
+            )
 
 
 def origins(cors_origins: str) -> tuple[str, ...]:

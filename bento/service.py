@@ -29,10 +29,20 @@ from bento.api import MAX_CHOICES, create_app
 from bento.bentoml_internals import end_service, listening_host, report_start_failures, uvicorn_server
 from bento.http.auth import HEALTH_PATHS, read_api_keys, refuse_open_address
 from bento.http.protocol import ConnectionLimits, protocol_class, usable_connections
-from bento.options import BentoArgs, describe_variables, find_model, is_path, origins, with_overrides
+from bento.options import (
+    BentoArgs,
+    describe_variables,
+    find_model,
+    is_path,
+    origins,
+    refuse_without_champion,
+    with_overrides,
+)
 from bento.serving.admission import drain_on_signal
 from bento.serving.champion import ChampionWatcher, ModelRegistry
 from bento.serving.loading import release_load_memory, start_engine
+from bento.serving.models import Models
+from bento.serving.shadow import ChallengerWatcher, Shadow, WayBack
 from bento.telemetry.tracing import start_tracing
 from model.errors import PipelineError
 
@@ -70,6 +80,7 @@ packed_model = None if not args.model or is_path(args.model) else str(BentoModel
 if packed_model:
     find_model(packed_model)
 options = with_overrides(args)
+refuse_without_champion(options)
 # With REX_CHAMPION, a packed model serves only until the first champion is loaded.
 MODEL_DIR = find_model(options.model) if options.model or not options.champion else None
 REGISTRY = ModelRegistry(os.environ.get("MLFLOW_TRACKING_URI", "")) if options.champion else None
@@ -141,7 +152,7 @@ class RexService:
         model = BentoModel(packed_model)
 
     def __init__(self) -> None:
-        self._watcher: ChampionWatcher | None = None
+        self._watchers: list[ChampionWatcher | ChallengerWatcher] = []
         try:
             refuse_open_address(listening_host(), API_KEYS, allow_anonymous=options.allow_anonymous)
             app.state.tracer = start_tracing()
@@ -178,8 +189,8 @@ class RexService:
     @bentoml.on_shutdown
     def stop(self) -> None:
         """End the engines' threads and flush the last spans."""
-        if self._watcher:
-            self._watcher.stop()
+        for watcher in self._watchers:
+            watcher.stop()
         app.state.models.stop()
         if app.state.tracer:
             app.state.tracer.stop()
@@ -211,15 +222,18 @@ class RexService:
         finally:
             gc.enable()
         if REGISTRY:
-            self._watcher = _watch_champion(REGISTRY)
-            self._watcher.start()
+            self._watchers = _watch(REGISTRY)
+            for watcher in self._watchers:
+                watcher.start()
 
 
 RexService.add_asgi_middleware(OnlyOurRoutes)  # type: ignore[attr-defined]
 
 
-def _watch_champion(registry: ModelRegistry) -> ChampionWatcher:
-    """A watcher that loads each champion with the options of a packed model."""
+def _watch(registry: ModelRegistry) -> list[ChampionWatcher | ChallengerWatcher]:
+    """A watcher that loads each champion with the options of a packed model, and one of challengers if they are asked
+    for.
+    """
 
     def load(model_dir: Path, version: str) -> "Engine":
         return start_engine(options.model_copy(update={"model": f"{options.champion}/{version}"}), model_dir)
@@ -227,16 +241,41 @@ def _watch_champion(registry: ModelRegistry) -> ChampionWatcher:
     def wait(reason: str) -> None:
         app.state.admission.waits_for = reason
 
-    return ChampionWatcher(
+    models: Models = app.state.models
+    if options.rollback_window_s:
+        models.way_back = WayBack(
+            registry,
+            options.champion,
+            window_s=options.rollback_window_s,
+            max_error_rate=options.rollback_max_error_rate,
+            max_slowdown=options.rollback_max_slowdown,
+            min_generations=options.rollback_min_generations,
+        )
+    champion = ChampionWatcher(
         registry,
         options.champion,
-        app.state.models,
+        models,
         load=load,
         settle=release_load_memory,
         waits=wait,
         poll_s=options.champion_poll_s,
         drain_s=options.request_timeout_s + options.drain_timeout_s,
+        way_back=models.way_back,
     )
+    if not options.shadow_share:
+        return [champion]
+    models.shadow = Shadow(options.shadow_share, options.shadow_window_s)
+    return [
+        champion,
+        ChallengerWatcher(
+            registry,
+            options.champion,
+            models.shadow,
+            load=load,
+            poll_s=options.champion_poll_s,
+            report_s=options.shadow_window_s,
+        ),
+    ]
 
 
 def _packed_version() -> str | None:

@@ -6,6 +6,7 @@ wake-up costs more than an event. The routes format the events.
 
 import asyncio
 import json
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -82,10 +83,17 @@ def _mailbox() -> Mailbox:
 class Answers:
     """The generations of one request, admitted together.
 
-    Raises as `Engine.submit_all` does.
+    observe: called with the end of each generation and its seconds from submission. Raises as `Engine.submit_all` does.
     """
 
-    def __init__(self, engine: "Engine", requests: Sequence[GenerationRequest], record: RequestRecord) -> None:
+    def __init__(
+        self,
+        engine: "Engine",
+        requests: Sequence[GenerationRequest],
+        record: RequestRecord,
+        observe: Callable[[Finished, float], None] | None = None,
+    ) -> None:
+        self._observe = observe
         self._pending: Batch = []
         self._waiter: asyncio.Future[None] | None = None
         mailbox = self._mailbox = _mailbox()
@@ -151,6 +159,8 @@ class Answers:
         self._running.remove(index)
         self._mailbox.running -= 1
         self._clocks[index].stop(last)
+        if self._observe and last:
+            self._observe(last, time.monotonic() - self._generations[index].submitted_at)
 
     def _failure(self, index: int, last: Finished) -> ApiError | None:
         """Reason why a generation is incomplete, else None."""

@@ -17,7 +17,7 @@ from bento.serving.heavy import HeavyWork
 from bento.serving.models import Models
 from model.errors import PipelineError
 from model.generation.grammar import Grammar
-from model.generation.requests import EngineBusy, EngineStopped, GenerationRequest
+from model.generation.requests import EngineBusy, EngineStopped, Finished, GenerationRequest
 
 if TYPE_CHECKING:
     from model.generation.engine import Engine
@@ -202,7 +202,7 @@ class Backend:
             for one in generations
         ]
         try:
-            return Answers(self.engine, limited, record)
+            return Answers(self.engine, limited, record, self._observer(limited))
         except EngineBusy as busy:
             retry = {"Retry-After": str(busy.retry_after_s)}
             raise ApiError(429, str(busy), code="queue_full", type="rate_limit_error", headers=retry) from None
@@ -210,6 +210,22 @@ class Backend:
             raise server_error(503, "the model has stopped: the service restarts", code="stopped") from None
         except PipelineError as error:
             raise ApiError(400, str(error), code="invalid_request") from None
+
+    def _observer(self, generations: Sequence[GenerationRequest]) -> Callable[[Finished, float], None] | None:
+        """Copies the request to a challenger. Returns the observer of each generation's end."""
+        shadow, way_back = self.models.shadow, self.models.way_back
+        copied = shadow.copy(self.engine, generations) if shadow else None
+        if copied is None and way_back is None:
+            return None
+
+        def observe(last: Finished, seconds: float) -> None:
+            if copied:
+                copied(last, seconds)
+            current = self.models.current
+            if way_back and current and current.engine is self.engine:  # not the end of a former model's request
+                way_back.add(last, seconds)
+
+        return observe
 
 
 BackendOf = Callable[[Request], Backend]

@@ -5,7 +5,7 @@ server's artifact proxy, verified against its manifest, loaded and warmed up bes
 go to it; the former model finishes its requests and is freed. So at most two models are in memory. An error is logged
 in one line and leaves the served model in place.
 
-Three calls of MLflow's REST API suffice; its client package would take more memory than the model.
+A few calls of MLflow's REST API suffice; its client package would take more memory than the model.
 """
 
 import json
@@ -16,9 +16,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote, urlsplit
 
 from bentoml.exceptions import InvalidArgument
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("bentoml.champion")  # BentoML's log configuration shows loggers below `bentoml`
 ALIAS = "champion"
+DECIDED, HISTORY, DECISION = "champion_decided", "champion_history", "champion_decision"
+"""Tags of the registered model and of its versions, as `llm_assets/resources/promotion.py` has them."""
+HISTORY_ENTRIES, LONGEST_REASON = 16, 160
 NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 """MLflow's error codes for a model that is not registered, and for one without the alias."""
 TIMEOUT_S = 30.0
@@ -68,13 +72,43 @@ class ModelRegistry:
         self._token = environment.get("MLFLOW_TRACKING_TOKEN", "")
 
     def champion(self, name: str) -> Version | None:
-        """The version with the alias; None if there is none. Raises httpx.HTTPError, PipelineError."""
-        answer = self._client.get("/api/2.0/mlflow/registered-models/alias", params={"name": name, "alias": ALIAS})
+        """The champion; None if there is none. Raises httpx.HTTPError, PipelineError."""
+        return self.find(name, ALIAS)
+
+    def find(self, name: str, alias: str) -> Version | None:
+        """The version with an alias; None if there is none. Raises httpx.HTTPError, PipelineError."""
+        answer = self._client.get("/api/2.0/mlflow/registered-models/alias", params={"name": name, "alias": alias})
         if _error_code(answer) in NOT_THERE:
             return None
         answer.raise_for_status()
         found = answer.json()["model_version"]
         return Version(str(found["version"]), str(found.get("source", "")))
+
+    def roll_back(self, name: str, withdrawn: Version, to: Version, reason: str) -> bool:
+        """Make `to` champion in place of `withdrawn`, and record the decision as the pipeline records its own: in tags
+        of both versions and in the model's history of champions. False if another version is champion by now.
+
+        Raises httpx.HTTPError.
+        """
+        if self.champion(name) != withdrawn:
+            return False
+        model = self._client.get("/api/2.0/mlflow/registered-models/get", params={"name": name})
+        model.raise_for_status()
+        tags = {tag["key"]: tag["value"] for tag in model.json()["registered_model"].get("tags", [])}
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        entry = {"version": to.number, "at": now, "reason": f"rolled back by the service: {reason}"[:LONGEST_REASON]}
+        history = json.dumps([*json.loads(tags.get(HISTORY, "[]")), entry][-HISTORY_ENTRIES:])
+        decisions = {withdrawn.number: f"withdrawn by the service: {reason}", to.number: f"champion again: {reason}"}
+        for number, decision in decisions.items():
+            self._set("model-versions/set-tag", name=name, version=number, key=DECISION, value=decision)
+        # The decision first, as in the pipeline: an alias that differs from it counts as set by hand.
+        self._set("registered-models/set-tag", name=name, key=DECIDED, value=to.number)
+        self._set("registered-models/alias", name=name, alias=ALIAS, version=to.number)
+        self._set("registered-models/set-tag", name=name, key=HISTORY, value=history)
+        return True
+
+    def _set(self, path: str, **fields: str) -> None:
+        self._client.post(f"/api/2.0/mlflow/{path}", json=fields).raise_for_status()
 
     def download(self, version: Version, folder: Path) -> Path:
         """Download the version's files to a new directory below `folder` and verify them against its manifest.
@@ -139,12 +173,23 @@ def _error_code(answer: "httpx.Response") -> str:
     return str(body.get("error_code", "")) if isinstance(body, dict) else ""
 
 
+class Trial(Protocol):
+    """Observes a new champion."""
+
+    def took_over(self, former: Version | None, new: Version) -> None:
+        """A new champion serves from now on."""
+
+    def check(self) -> None:
+        """Called at each poll."""
+
+
 class ChampionWatcher:
     """Keeps the champion of `name` serving, in its own thread.
 
     load: creates a warmed-up engine from a model directory and a version number. settle: called after memory is freed.
     waits: receives the reason while no model is loaded. poll_s: seconds between polls. drain_s: most seconds for a
-    former model's requests, whose own deadlines may end them sooner.
+    former model's requests, whose own deadlines may end them sooner. way_back: tries each new champion, may restore
+    the former one.
     """
 
     def __init__(
@@ -158,10 +203,12 @@ class ChampionWatcher:
         waits: Callable[[str], None],
         poll_s: float,
         drain_s: float,
+        way_back: "Trial | None" = None,
     ) -> None:
         self._registry, self._name, self._models = registry, name, models
         self._load, self._settle, self._waits = load, settle, waits
         self._poll_s, self._drain_s = poll_s, drain_s
+        self._way_back = way_back
         self._refused: Version | None = None
         self._serving: Version | None = None
         self._said = ""
@@ -190,10 +237,12 @@ class ChampionWatcher:
                 self._say(f"there is no {ALIAS} of {self._name!r} yet: waiting for one")
             elif champion not in (self._serving, self._refused):
                 self._take_over(champion)
+            if self._way_back:
+                self._way_back.check()
         except httpx.HTTPError as error:
-            self._say(f"the tracking server does not answer ({_one_line(error)}): retrying every {self._poll_s:g} s")
+            self._say(f"the tracking server does not answer ({one_line(error)}): retrying every {self._poll_s:g} s")
         except Exception as error:  # noqa: BLE001 - any failure must leave the served model in place
-            self._say(f"the {ALIAS} of {self._name!r} cannot be followed: {_one_line(error)}")
+            self._say(f"the {ALIAS} of {self._name!r} cannot be followed: {one_line(error)}")
 
     def _take_over(self, champion: Version) -> None:
         import httpx
@@ -206,12 +255,15 @@ class ChampionWatcher:
             raise  # the next poll tries again
         except Exception as error:  # noqa: BLE001 - out of memory, for example
             self._refused = champion
-            self._say(f"version {champion.number} of {self._name!r} cannot be loaded: {_one_line(error)}")
+            self._say(f"version {champion.number} of {self._name!r} cannot be loaded: {one_line(error)}")
             return
         if self._stopping.is_set():
             engine.stop()
             return
-        former, self._serving, self._refused = self._models.serve(engine, champion.number), champion, None
+        former = self._models.serve(engine, champion.number)
+        if self._way_back:
+            self._way_back.took_over(self._serving, champion)
+        self._serving, self._refused = champion, None
         self._said = ""
         logger.info("version %s of %r serves, %.1f s after it was found", champion.number, self._name, _since(started))
         if former:
@@ -239,5 +291,6 @@ def _since(started: float) -> float:
     return time.monotonic() - started
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's text in one line, or its kind."""
     return " ".join(str(error).split()) or type(error).__name__

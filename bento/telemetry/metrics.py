@@ -9,6 +9,7 @@ scrape.
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -18,6 +19,9 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from model.generation.requests import EngineStats
+
+if TYPE_CHECKING:
+    from bento.serving.shadow import Shadow
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -51,7 +55,7 @@ class ServiceMetrics(Collector):
 
     stats: returns the engines' current numbers. model_name: label of the served model. version: of the served model;
     None while no model is loaded, an empty text for one without a version. engine: step and precision of the served
-    model's engine.
+    model's engine. shadow: the challenger beside it, if there is a shadow phase.
     """
 
     def __init__(
@@ -61,8 +65,9 @@ class ServiceMetrics(Collector):
         model_name: str = "",
         version: Callable[[], str | None] = lambda: None,
         engine: Callable[[], tuple[str, str] | None] = lambda: None,
+        shadow: Callable[[], "Shadow | None"] = lambda: None,
     ) -> None:
-        self._engine = engine
+        self._engine, self._shadow = engine, shadow
         self._stats, self._model_name, self._version = stats, model_name, version
         self.requests: Counter[tuple[str, str, str]] = Counter()
         """Requests by route, status and finish reason; "-" if nothing was generated."""
@@ -105,6 +110,8 @@ class ServiceMetrics(Collector):
         for histogram in (self.time_to_first_token, self.inter_token_latency, self.queue_time, self.end_to_end):
             yield histogram.family()
         yield from self._engine_families()
+        if shadow := self._shadow():
+            yield from _shadow_families(shadow)
 
     def _engine_families(self) -> Iterator[Metric]:
         stats, version = self._stats(), self._version()
@@ -136,3 +143,19 @@ class ServiceMetrics(Collector):
             ("rex_engine_restarts", "Restarts of the engine.", stats.restarts_total),
         ):
             yield CounterMetricFamily(name, meaning, count)
+
+
+def _shadow_families(shadow: "Shadow") -> Iterator[Metric]:
+    generations = CounterMetricFamily(
+        "rex_shadow_generations", "Copied generations, of each model.", labels=["model", "outcome"]
+    )
+    speed = GaugeMetricFamily(
+        "rex_shadow_seconds_per_token", "Median of the window's copied generations, waiting included.", labels=["model"]
+    )
+    for model, outcomes in (("champion", shadow.of_champion), ("challenger", shadow.of_challenger)):
+        generations.add_metric([model, "failed"], outcomes.total_failed)
+        generations.add_metric([model, "answered"], outcomes.total - outcomes.total_failed)
+        speed.add_metric([model], outcomes.summary().seconds_per_token)
+    yield generations
+    yield speed
+    yield CounterMetricFamily("rex_shadow_skipped", "Requests that the challenger could not take.", shadow.skipped)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from bentoml.exceptions import InvalidArgument
 
-from bento.options import BentoArgs, describe_variables, find_model, origins, with_overrides
+from bento.options import BentoArgs, describe_variables, find_model, origins, refuse_without_champion, with_overrides
 from model.settings import ServingSettings
 from tests.tiny import save_tiny_model
 
@@ -22,6 +22,12 @@ def test_each_option_is_overridden_by_its_variable():
         "REX_SERVED_MODEL_NAME": "gpt",
         "REX_CHAMPION": "rex-a",
         "REX_CHAMPION_POLL_S": "3",
+        "REX_SHADOW_SHARE": "0.25",
+        "REX_SHADOW_WINDOW_S": "60",
+        "REX_ROLLBACK_WINDOW_S": "600",
+        "REX_ROLLBACK_MAX_ERROR_RATE": "0.1",
+        "REX_ROLLBACK_MAX_SLOWDOWN": "2",
+        "REX_ROLLBACK_MIN_GENERATIONS": "20",
         "REX_DEVICE": "cpu",
         "REX_KV_CACHE": "false",
         "REX_QUANTIZED": "false",
@@ -50,6 +56,12 @@ def test_each_option_is_overridden_by_its_variable():
         served_model_name="gpt",
         champion="rex-a",
         champion_poll_s=3,
+        shadow_share=0.25,
+        shadow_window_s=60,
+        rollback_window_s=600,
+        rollback_max_error_rate=0.1,
+        rollback_max_slowdown=2,
+        rollback_min_generations=20,
         device="cpu",
         kv_cache=False,
         quantized=False,
@@ -181,3 +193,11 @@ def test_threads_are_taken_over_by_the_engine(start_engine):
     assert torch.get_num_threads() == 2
     start_engine()
     assert torch.get_num_threads() == 1  # a small model
+
+
+@pytest.mark.parametrize("name", ["shadow_share", "rollback_window_s"])
+def test_an_option_of_champions_needs_one(name):
+    with pytest.raises(InvalidArgument, match=f"REX_{name.upper()} is 1, but there is no REX_CHAMPION"):
+        refuse_without_champion(BentoArgs.model_validate({name: 1.0}))
+    refuse_without_champion(BentoArgs.model_validate({name: 1.0, "champion": "rex-a"}))
+    refuse_without_champion(BentoArgs.model_validate({}))

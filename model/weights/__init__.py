@@ -1,1 +1,1 @@
-"""Weights: loading, int8 and packed layers, quantization, export."""
+"""Weights: loading, int8, int4 and packed layers, quantization, export."""

@@ -29,6 +29,7 @@ RUN mkdir -p /var/lib/rex /var/lib/mlflow && chown 10001:10001 /var/lib/rex /var
 # their compilation may fail.
 COPY var/stack/packages /app/packages
 RUN python3 -m compileall -q -j 0 -x '/tests?/' /app/packages || true
+COPY var/stack/supply /app/supply
 COPY bentofile.yaml constraints.txt pyproject.toml README.md /app/
 COPY configs /app/configs
 COPY deploy /app/deploy

@@ -127,8 +127,8 @@ def run_bench(
     make_model: Callable[[Path], Path],
     measure: Callable[..., dict[str, Any]],
     table: Callable[[dict[str, Any]], str],
-) -> None:
-    """Parse the command line, measure and print the table and a JSON line.
+) -> dict[str, Any]:
+    """Parse the command line, measure, print the table and a JSON line, and return the result.
 
     parser: its options are keyword arguments of `measure`. make_model: creates a model in a folder if the command line
     names none.
@@ -143,6 +143,7 @@ def run_bench(
             sys.exit(f"error: {error}")
     print(table(result))
     print(json.dumps(result))
+    return result
 
 
 def free_port() -> int:

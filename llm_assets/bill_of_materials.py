@@ -84,22 +84,23 @@ def licenses(bill: str) -> dict[str, int]:
     return {name or "not stated": count for name, count in stated.most_common()}
 
 
-def write(target: Path, *, name: str, version: str, model: str, components: Sequence[Component]) -> None:
-    """Write the bill of the Bento or image `name:version`, which serves the model with tag `model`."""
+def write(target: Path, *, name: str, version: str, model: str = "", components: Sequence[Component]) -> None:
+    """Write the bill of the Bento or image `name:version`.
+
+    model: tag of the model that it serves; empty for the image of the stack, which holds none.
+    """
     subject = Component(name=name, version=version, type=ComponentType.APPLICATION, bom_ref=f"{name}:{version}")
-    weights = Component(
-        name=model.partition(":")[0],
-        version=model.partition(":")[2],
-        type=ComponentType.MACHINE_LEARNING_MODEL,
-        bom_ref=f"model:{model}",
-    )
+    held = list(components)
+    if model:
+        kind, ref = ComponentType.MACHINE_LEARNING_MODEL, f"model:{model}"
+        held = [Component(name=model.partition(":")[0], version=model.partition(":")[2], type=kind, bom_ref=ref), *held]
     content = f"{name}:{version} {model} " + " ".join(sorted(f"{one.name}=={one.version}" for one in components))
     bill = Bom(
-        components=[weights, *components],
+        components=held,
         serial_number=uuid.uuid5(uuid.NAMESPACE_URL, content),
         metadata=BomMetaData(component=subject, timestamp=_NO_TIME),
     )
-    bill.register_dependency(subject, [weights, *components])
+    bill.register_dependency(subject, held)
     target.write_text(JsonV1Dot6(bill).output_as_string(indent=2) + "\n")
 
 

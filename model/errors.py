@@ -28,12 +28,16 @@ class TransientError(PipelineError):
 
 
 def ends_in_one_line(main: Callable[P, int]) -> Callable[P, int]:
-    """A command's `main`, which returns an exit status: a PipelineError is printed as one line and gives status 1."""
+    """A command's `main`, which returns an exit status: an error of the user's or the system's is one line, status 1.
+
+    That is a PipelineError, and what the system refuses (`limits_as_error`).
+    """
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
-            return main(*args, **kwargs)
+            with limits_as_error(Path()):
+                return main(*args, **kwargs)
         except PipelineError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

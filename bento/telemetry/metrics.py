@@ -132,6 +132,11 @@ class ServiceMetrics(Collector):
             ("rex_num_requests_waiting", "Requests in the queue.", stats.waiting),
             ("rex_num_tokens_waiting", "Prompt tokens of the requests in the queue.", stats.waiting_tokens),
             ("rex_kv_cache_usage_perc", "Fraction of the cache that running requests hold; 1 is all of it.", used),
+            (
+                "rex_kv_cache_bytes",
+                "Memory of keys and values, those kept for later prompts included.",
+                stats.cache_bytes,
+            ),
         ):
             yield GaugeMetricFamily(name, meaning, value)
         for name, meaning, count in (

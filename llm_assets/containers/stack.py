@@ -2,28 +2,32 @@
 
     python -m llm_assets.containers.stack [--device cpu] [--tag rex-pipeline:cpu]
 
-The packages are those of `pyproject.toml`, at the versions of `constraints.txt`, unpacked into var/stack/packages. They
-stay there, and an unchanged lock is not unpacked again. LLM_ASSETS_BASE_IMAGE overrides the base image of the
-Dockerfile.
+The packages are those of `pyproject.toml`, at the versions of `constraints.txt` and with the hashes of a lock, unpacked
+into var/stack/packages. They stay there, and an unchanged lock is not unpacked again. LLM_ASSETS_BASE_IMAGE overrides
+the base image of the Dockerfile. The lock and the bill of materials are in the image, in /app/supply.
 """
 
 import argparse
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from llm_assets import bill_of_materials
 from llm_assets.containers.packages import lock, unpack
 from llm_assets.paths import REPOSITORY
+from llm_assets.resources.containers import ContainerEngine
 from model.errors import PipelineError, ends_in_one_line
 
-PYTHON = "3.11"
+PYTHON, BASE = "3.11", "python:3.11-slim"
 EXTRAS = ("postgres", "tracing")
 PACKAGES = REPOSITORY / "var" / "stack" / "packages"
 """Below the checkout, regardless of LLM_ASSETS_VAR, as a build sees only the checkout."""
+SUPPLY = PACKAGES.with_name("supply")
+"""The lock of the packages and the bill of materials."""
 
 
 def requirements(device: str) -> list[str]:
@@ -35,8 +39,9 @@ def requirements(device: str) -> list[str]:
 
 def prepare_packages(device: str) -> None:
     """Fill `PACKAGES`. Raises PipelineError if a package is not found."""
-    PACKAGES.parent.mkdir(parents=True, exist_ok=True)
-    wanted, locked, done = (PACKAGES.parent / name for name in ("requirements.in", "requirements.txt", "unpacked"))
+    SUPPLY.mkdir(parents=True, exist_ok=True)
+    wanted, done = (PACKAGES.with_name(name) for name in ("requirements.in", "unpacked"))
+    locked = SUPPLY / "requirements.txt"
     wanted.write_text("\n".join(requirements(device)) + "\n")
     lock(wanted, REPOSITORY / "constraints.txt", locked, device=device, python=PYTHON)
     digest = hashlib.sha256(locked.read_bytes()).hexdigest()
@@ -48,6 +53,16 @@ def prepare_packages(device: str) -> None:
     done.write_text(digest)
 
 
+def write_bill(tag: str, base: Mapping[str, Any]) -> None:
+    """Write the bill of materials of the image `tag`: `PACKAGES`, and what the base image holds.
+
+    base: the result of `ContainerEngine.base_packages`.
+    """
+    name, _, version = tag.rpartition(":")
+    held = [*bill_of_materials.of_folder(PACKAGES), *bill_of_materials.of_base_image(base)]
+    bill_of_materials.write(SUPPLY / bill_of_materials.FILE, name=name, version=version, components=held)
+
+
 @ends_in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Build the image and print its tag as the last line."""
@@ -56,12 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tag", default="", help="default: rex-pipeline:DEVICE")
     given = parser.parse_args(argv)
     tag = given.tag or f"rex-pipeline:{given.device}"
+    if ":" not in tag:
+        tag += f":{given.device}"
     if shutil.which("docker") is None:
         raise PipelineError("no command 'docker': an image needs a container engine; install Docker and run again")
+    engine = ContainerEngine()
+    base, _ = engine.base(BASE)
     prepare_packages(given.device)
-    command = ["docker", "build", "--network", "none", "--tag", tag]
-    if base := os.environ.get("LLM_ASSETS_BASE_IMAGE"):
-        command += ["--build-arg", f"BASE_IMAGE={base}"]
+    write_bill(tag, engine.base_packages(base))
+    command = ["docker", "build", "--network", "none", "--tag", tag, "--build-arg", f"BASE_IMAGE={base}"]
     if subprocess.run([*command, str(REPOSITORY)], check=False).returncode:
         raise PipelineError(f"building {tag} failed: see the engine's output above")
     print(tag)

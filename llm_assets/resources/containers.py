@@ -34,7 +34,7 @@ print(json.dumps({
 }))
 """
 
-# Debian states licenses in copyright files, mostly in the machine-readable format DEP 5.
+# Debian states licenses in copyright files, mostly in the machine-readable format DEP 5; of others the file is named.
 _BASE_PROBE = """
 import json, pathlib, platform, re, shutil, subprocess
 fields = "${Package}\\t${Version}\\t${Architecture}\\n"
@@ -46,6 +46,7 @@ for name, version, architecture in (line.split("\\t") for line in listed.splitli
     text = file.read_text(errors="replace") if file.is_file() else ""
     licenses = re.findall(r"^License: *(\\S[^\\n]*)", text, re.MULTILINE) if text.startswith("Format:") else []
     found = licenses or re.findall(r"/usr/share/common-licenses/([\\w.-]*\\w)", text)
+    found = found or [f"as in {file}" if text else "not stated"]
     debian.append({"name": name, "version": version, "architecture": architecture, "licenses": sorted(set(found))})
 print(json.dumps({"python": platform.python_version(), "debian": debian}))
 """

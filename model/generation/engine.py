@@ -154,6 +154,7 @@ class Engine:
             generated_tokens_total=past.generated_tokens_total + scheduler.generated_tokens,
             cancelled_total=past.cancelled_total + scheduler.cancelled,
             restarts_total=self._restarts,
+            cache_bytes=scheduler.cache_bytes,
         )
 
     def encode(self, text: str) -> list[int]:

@@ -41,6 +41,10 @@ class NativeStep(Step):
         """The step for a model; the library copies the weights, so the model may be freed."""
         return cls(NativeModel(model), slots, torch.get_num_threads())
 
+    def cache_bytes(self, held_tokens: int) -> int:
+        """Pages in use; slots with a common prefix share them, and a free one is used again."""
+        return self._session.cache_bytes
+
     def compute(self, segments: Sequence[Segment]) -> list[SegmentOutput]:
         """As `Step.compute`; raises PipelineError if a segment does not fit or memory runs out."""
         if any(s.logits == "hidden" for s in segments):

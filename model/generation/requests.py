@@ -191,6 +191,8 @@ class EngineStats:
     generated_tokens_total: int
     cancelled_total: int
     restarts_total: int
+    cache_bytes: int = 0
+    """Memory that keys and values hold, those of ended requests included, which later prompts reuse."""
 
 
 Event = PromptScores | Embedding | TextPiece | Finished

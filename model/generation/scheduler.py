@@ -71,6 +71,11 @@ class Scheduler:
         return len(self._free)
 
     @property
+    def cache_bytes(self) -> int:
+        """Memory that keys and values of running and ended requests hold."""
+        return self._step.cache_bytes(self._slots.held_tokens)
+
+    @property
     def cache_tokens(self) -> int:
         """Tokens of running sequences in the KV cache."""
         return sum(sequence.num_computed_tokens for sequence in list(self.running))

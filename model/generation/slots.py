@@ -76,6 +76,11 @@ class SlotTable:
             self.truncate(slot, 0)
             held[slot] = 0
 
+    @property
+    def held_tokens(self) -> int:
+        """Tokens whose memory all slots take."""
+        return sum(self.pages(self.length(slot)) for slot in range(self.slots))
+
     def pages(self, tokens: int) -> int:
         """Tokens whose memory a slot with that many takes: whole pages."""
         page = self._step.page_tokens

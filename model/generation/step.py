@@ -99,6 +99,10 @@ class Step(ABC):
     def truncate(self, slot: int, length: int) -> None:  # noqa: B027  a step with fixed memory has nothing to do
         """Drop the keys and values from position `length` on; a step that `grows` frees their memory."""
 
+    def cache_bytes(self, held_tokens: int) -> int:
+        """Memory that keys and values hold now, bytes. held_tokens: of all slots, in whole pages."""
+        return held_tokens * self.bytes_per_token
+
     @abstractmethod
     def renewed(self) -> "Step":
         """The same weights with new, empty slots: a hanging thread may still write to the old ones."""

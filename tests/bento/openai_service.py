@@ -77,9 +77,10 @@ def running_service(
     max_batch_size: int = 8,
     max_queue: int = 64,
     context: int = CONTEXT,
+    step: str = "auto",
     **options: Any,
 ) -> Iterator[Service]:
-    """A service; its random weights end a text anywhere, so by default no token does."""
+    """A service; its random weights end a text anywhere, so by default no token does. step: see `Engine`."""
     torch.set_num_threads(1)  # two on busy cores wait for each other
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = chat_template
@@ -90,7 +91,7 @@ def running_service(
         **{"model_name": MODEL, "request_timeout_s": 60, "max_body_bytes": MAX_BODY_BYTES, **options}  # type: ignore[arg-type]
     )
     ends = {} if stops else {"end_of_text_ids": frozenset()}
-    engine = Engine(model, tokenizer, max_batch_size=max_batch_size, max_queue=max_queue, **ends)
+    engine = Engine(model, tokenizer, max_batch_size=max_batch_size, max_queue=max_queue, step=step, **ends)
     app.state.models.serve(engine)
     engine.warm_up()
     try:

@@ -35,6 +35,15 @@ def test_a_read_only_dagster_home_is_one_line(name: str, tmp_path: Path) -> None
     assert done.stderr.count("\n") == 1 and "make it writable" in done.stderr
 
 
+@pytest.mark.parametrize("command", [["-m", "llm_assets.terminal.execute", "smoke"], COMMANDS["the pages"]])
+def test_a_read_only_var_is_one_line(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "var").mkdir(mode=0o555)
+    done = run(tmp_path / "dagster", command)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "Permission denied" in done.stderr and f"{tmp_path}/var/" in done.stderr
+
+
 def test_a_database_of_another_user_and_a_file_in_its_place_are_one_line(tmp_path: Path) -> None:
     home = tmp_path / "dagster"
     (home / "history").mkdir(parents=True)

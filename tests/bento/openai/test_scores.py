@@ -1,9 +1,14 @@
 """Scores through HTTP are the model's own: log-likelihoods by /v1/completions, as evaluation harnesses ask for them."""
 
+import random
+from typing import Any
+
 import pytest
 import torch
 
+from model.generation.steps import available_steps
 from tests.bento.openai_service import CHAT_TEMPLATE, Service, events, running_service
+from tests.tiny import tiny_model, tiny_tokenizer
 
 TEXTS = ["def main():\n    return 'größer'", "日本語 🦖 if print", "x" * 40, "else None\n"]
 
@@ -90,3 +95,67 @@ def test_log_probabilities_that_were_asked_for_are_never_null(n):
         messages = [{"role": "user", "content": "x"}]
         answer = service.post("/v1/chat/completions", messages=messages, logprobs=True, top_logprobs=2, **ended)
         assert [one["logprobs"] for one in answer.json()["choices"]] == [{"content": [], "refusal": None}] * n
+
+
+BOUNDS: dict[str, list[object]] = {
+    "temperature": [0, 1e-30, 0.7, 2.0, 5.0],
+    "top_p": [1e-9, 0.5, 0.999, 1.0],
+    "top_k": [-1, 1, 40],
+    "min_p": [0.0, 1.0],
+    "presence_penalty": [-2.0, 0, 2.0],
+    "frequency_penalty": [-2.0, 0, 2.0],
+    "repetition_penalty": [0.01, 1.0, 10.0],
+    "min_tokens": [0, 3],
+    "ignore_eos": [False, True],
+    "stop": [None, ["e"], ["zzz", " "], ["\ufffd"]],
+    "include_stop_str_in_output": [False, True],
+    "echo": [False, True],
+}
+CASES = 25
+
+
+def asked_at_the_bounds(chosen: random.Random, end: int, *, is_chat: bool) -> dict[str, Any]:
+    asked = {name: chosen.choice(values) for name, values in BOUNDS.items() if chosen.random() < 0.5}
+    asked |= {"n": chosen.choice([1, 2, 4]), "seed": chosen.randrange(1000), "max_tokens": chosen.choice([4, 12])}
+    if chosen.random() < 0.3:
+        asked["logit_bias"] = {str(end): chosen.choice([-100, 5, 100]), "70": chosen.choice([-100, 100])}
+    if is_chat:
+        asked.pop("echo", None)
+        return {**asked, "messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 3}
+    return {**asked, "prompt": [5, 6, 7], "logprobs": 3}
+
+
+def scored(choice: dict[str, Any]) -> list[tuple[str, float | None, int]]:
+    """Each token of a choice: its name, its score and the number of likeliest ones beside it."""
+    found = choice["logprobs"]
+    if "content" in found:
+        return [(one["token"], one["logprob"], len(one["top_logprobs"])) for one in found["content"]]
+    tops = [len(top or {}) for top in found["top_logprobs"]]
+    return list(zip(found["tokens"], found["token_logprobs"], tops, strict=True))
+
+
+@pytest.mark.parametrize("step", available_steps(tiny_model(tiny_tokenizer())))
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_every_shown_token_is_scored_whatever_penalties_and_sampling_are_asked_for(path, step):
+    chosen = random.Random(f"{path} {step}")
+    with running_service(chat_template=CHAT_TEMPLATE, stops=True, step=step) as service:
+        (end,) = service.engine.end_of_text_ids
+        for _ in range(CASES):
+            asked = asked_at_the_bounds(chosen, end, is_chat="chat" in path)
+            answer = service.post(path, **asked, return_token_ids=True)
+            assert answer.status_code == 200, (asked, answer.text)
+            streamed: dict[int, list[tuple[str, float | None, int]]] = {}
+            for chunk in events(service.post(path, **asked, stream=True).text):
+                for choice in chunk["choices"]:
+                    streamed.setdefault(choice["index"], []).extend(scored(choice) if choice["logprobs"] else [])
+            for choice in answer.json()["choices"]:
+                assert choice["logprobs"] is not None, asked
+                tokens = scored(choice)
+                echoed = 3 if asked.get("echo") else 0
+                assert len(tokens) == echoed + len(choice["token_ids"]), asked
+                assert all(score is not None and score <= 0 and top for _, score, top in tokens[bool(echoed) :]), asked
+                again = streamed[choice["index"]]
+                assert [(name, count) for name, _, count in again] == [(name, count) for name, _, count in tokens]
+                # Rows of other requests round differently beside them.
+                whole, parts = ([score for _, score, _ in one if score is not None] for one in (tokens, again))
+                assert parts == pytest.approx(whole, abs=1e-4), asked

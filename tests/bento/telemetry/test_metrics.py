@@ -27,6 +27,7 @@ STATS = EngineStats(
     generated_tokens_total=400,
     cancelled_total=6,
     restarts_total=1,
+    cache_bytes=4096,
 )
 
 
@@ -56,6 +57,7 @@ def test_the_engines_numbers_are_shown(metrics):
         "rex_num_requests_waiting": 5,
         "rex_num_tokens_waiting": 70,
         "rex_kv_cache_usage_perc": 0.25,
+        "rex_kv_cache_bytes": 4096,
         "rex_prompt_tokens_total": 200,
         "rex_generation_tokens_total": 400,
         "rex_prefix_cache_queries_total": 200,

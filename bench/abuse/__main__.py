@@ -1,0 +1,127 @@
+"""The effect of abusive clients on a good client's time to first token, by kind of abuse, on a real server process.
+
+    python -m bench.abuse [MODEL_DIR] [--seconds 8] [--samples 100] [--clients 4] [--only NAME ...]
+
+Without a directory it makes a model of the shape of the `stdlib_30m` experiment with random weights. A good client
+requests 8 tokens repeatedly, alone and beside CLIENTS that abuse the service from another process and another address,
+for SECONDS and until it has SAMPLES answers (at most a minute). The table has the good client's milliseconds to its
+first token, and the ratio of its p99 to its p99 alone, which should be at most 2. The client alone is measured before
+and after all kinds. `bench/abuse/kinds.py` has the kinds. On a machine with few cores the abusers' own CPU time counts
+too, so their bodies are made once and they read answers with almost no work.
+"""
+
+import argparse
+import multiprocessing
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.abuse.kinds import KINDS
+from bench.hardware import describe
+from bench.server import HOST, Answer, Server, run_bench, serve
+from bench.serving import IDLE_PROMPT_TOKENS, Prompts, save_random_30m
+from model.text.tokenizer import load_tokenizer
+
+ABUSER = "127.0.0.2"
+"""The service tells clients apart by address."""
+LONG = 3000.0
+LONGEST_S = 60.0
+"""Most time for a kind, whose good client may be too slow for its samples."""
+
+
+def abuse(name: str, port: int, clients: int, end: float) -> None:
+    """Send requests of a kind from `clients` threads until the clock's `end`; called in a separate process."""
+    kind = KINDS[name]
+    request = kind.make()
+
+    def again() -> None:
+        while time.monotonic() < end:
+            try:
+                left_s = max(end - time.monotonic(), 0.1)
+                with socket.create_connection((HOST, port), timeout=left_s, source_address=(ABUSER, 0)) as connection:
+                    kind.send(connection, request, end)
+            except OSError:  # refused, cut off or not answered in time: try again
+                time.sleep(0.01)
+
+    threads = [threading.Thread(target=again, daemon=True) for _ in range(kind.clients * clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(end - time.monotonic(), 0))
+
+
+def good_client(server: Server, prompts: Prompts, seconds: float, samples: int = 0) -> list[Answer]:
+    """Answers to one request after the other, for `seconds` and until there are `samples`."""
+    answers: list[Answer] = []
+    started = time.monotonic()
+    while (spent := time.monotonic() - started) < seconds or (len(answers) < samples and spent < LONGEST_S):
+        answers.append(server.ask(prompts(IDLE_PROMPT_TOKENS), 8))
+        time.sleep(0.02)
+    return answers
+
+
+def summary(answers: list[Answer]) -> dict[str, Any]:
+    """Milliseconds to the first token; answers other than 200 count as refused."""
+    times = sorted(1000 * answer.first_s for answer in answers if answer.status == 200)
+    return {
+        "asked": len(answers),
+        "refused": len(answers) - len(times),
+        "first_token_ms_p50": statistics.median(times) if times else LONG,
+        "first_token_ms_p99": times[min(len(times) - 1, int(0.99 * len(times)))] if times else LONG,
+    }
+
+
+def measure(model_dir: Path, *, seconds: float, samples: int, clients: int, only: list[str]) -> dict[str, Any]:
+    """The good client's times alone and beside each kind."""
+    vocab_size = len(load_tokenizer(model_dir))
+    prompts, spawn = Prompts(vocab_size), multiprocessing.get_context("spawn")
+    beside: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder, serve(model_dir, Path(folder)) as server:
+        good_client(server, prompts, 2)  # warm
+        alone = good_client(server, prompts, seconds, samples)
+        for name in only or KINDS:
+            end = time.monotonic() + 2 + LONGEST_S
+            abuser = spawn.Process(target=abuse, args=(name, server.port, clients, end))
+            abuser.start()
+            time.sleep(2)  # to start and to make its bodies
+            beside[name] = summary(good_client(server, prompts, seconds, samples))
+            abuser.kill()
+            abuser.join()
+            print(f"{name}: {beside[name]}", file=sys.stderr, flush=True)
+            time.sleep(1)  # until the service has canceled the abusers' last requests
+        alone += good_client(server, prompts, seconds, samples)
+    result: dict[str, Any] = {"alone": summary(alone), "beside": beside}
+    for row in beside.values():
+        row["ratio"] = row["first_token_ms_p99"] / result["alone"]["first_token_ms_p99"]
+    result["machine"] = describe(torch.device("cpu"))
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """A row for each kind."""
+    rows = [f"{'':18} {'asked':>6} {'refused':>8} {'p50 ms':>8} {'p99 ms':>8} {'ratio':>6}"]
+    for name, row in {"alone": {**result["alone"], "ratio": 1.0}, **result["beside"]}.items():
+        p50, p99 = row["first_token_ms_p50"], row["first_token_ms_p99"]
+        rows.append(f"{name:18} {row['asked']:6} {row['refused']:8} {p50:8.0f} {p99:8.0f} {row['ratio']:6.1f}")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each kind")
+    parser.add_argument("--samples", type=int, default=100, help="answers of each kind, at least")
+    parser.add_argument("--clients", type=int, default=4, help="that abuse the service at once")
+    parser.add_argument("--only", nargs="*", default=[], choices=list(KINDS), help="kinds to measure")
+    run_bench(parser, save_random_30m, measure, table)
+
+
+if __name__ == "__main__":
+    main()

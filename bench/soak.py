@@ -1,0 +1,148 @@
+"""What a long mixed load does to the service's memory, on a real server process.
+
+    python -m bench.soak [MODEL_DIR] [--seconds 300] [--clients 8]
+
+Without a directory it makes a model of the shape of the `stdlib_30m` experiment with random weights. Clients ask for
+texts of all kinds and lengths, and send the requests of `bench.abuse` that are costly to read, in turn. The table has
+the worker's memory at start and after each tenth of the time, by its parts:
+
+- cache: keys and values, by the service's metric; slots fill with use and keep the last texts for later prompts, up to
+  `REX_MAX_BATCH_SIZE` contexts or `REX_KV_CACHE_MIB`;
+- files: mapped files (libraries), which the system can drop;
+- rest: weights, imported libraries, and what glibc and Python hold: the allocator keeps freed blocks for the next step.
+
+Ends with status 1 if memory grew by more than MOST_GROWTH_MB in the second half of the time.
+"""
+
+import argparse
+import random
+import re
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from transformers import AutoConfig
+
+from bench.abuse.kinds import KINDS
+from bench.hardware import describe
+from bench.server import HOST, Server, run_bench, serve
+from bench.serving import save_random_30m
+from model.generation.cache import bytes_per_token
+
+MB = 1e6
+MOST_GROWTH_MB = 16.0
+PARTS = ("resident", "cache", "files", "rest")
+COSTLY = [name for name, kind in KINDS.items() if kind.clients == 1 and name not in ("pipelined", "unknown paths")]
+
+
+def body(chosen: random.Random, context: int) -> tuple[str, dict[str, Any]]:
+    """A route and a request that people send."""
+    ids = [chosen.randrange(2, 4000) for _ in range(chosen.choice([4, 16, 64, 256, context // 2, context - 80]))]
+    asked: dict[str, Any] = {"prompt": ids, "max_tokens": chosen.choice([1, 8, 32, 64])}
+    asked |= chosen.choice(
+        [
+            {"temperature": 0},
+            {"temperature": 1.0, "top_p": 0.95},
+            {"stream": True},
+            {"n": 4, "logprobs": 5, "max_tokens": 8},
+            {"presence_penalty": 1, "frequency_penalty": 1, "repetition_penalty": 1.2},
+            {"prompt_logprobs": 5, "max_tokens": 1},
+            {"echo": True, "logprobs": 20, "max_tokens": 1},
+            {"guided_regex": f"[a-z]{{1,{chosen.randrange(5, 500)}}}"},
+            {"prompt": "def main(): " * chosen.randrange(1, 40)},
+            {"stop": ["\n", "return"], "min_tokens": 2},
+        ]
+    )
+    if chosen.random() < 0.1:
+        return "/v1/embeddings", {"input": [ids] * 4}
+    return "/v1/completions", asked
+
+
+def load(port: int, context: int, end: float, seed: int, counts: list[int]) -> None:
+    """Ask until the clock's `end`; some leave early, and some send what is costly to read."""
+    chosen = random.Random(seed)
+    with httpx.Client(base_url=f"http://{HOST}:{port}", timeout=60) as client:
+        while time.monotonic() < end:
+            try:
+                if chosen.random() < 0.1:
+                    content = _body_of(KINDS[chosen.choice(COSTLY)].make())
+                    client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+                else:
+                    path, asked = body(chosen, context)
+                    client.post(path, json=asked, timeout=0.05 if chosen.random() < 0.1 else 60)
+            except httpx.HTTPError:
+                pass
+            counts[0] += 1
+
+
+def _body_of(request: bytes) -> bytes:
+    return request.partition(b"\r\n\r\n")[2]
+
+
+def parts(server: Server) -> dict[str, float]:
+    """Megabytes that the worker holds, by part."""
+    held = server.worker().memory_info()
+    metrics = httpx.get(f"http://{HOST}:{server.port}/metrics", timeout=60).text
+    cache = re.search(r"^rex_kv_cache_bytes (\S+)$", metrics, re.MULTILINE)
+    assert cache
+    found = {"resident": held.rss / MB, "cache": float(cache[1]) / MB, "files": held.shared / MB}
+    return {**found, "rest": found["resident"] - found["cache"] - found["files"]}
+
+
+def measure(model_dir: Path, *, seconds: float, clients: int) -> dict[str, Any]:
+    """Memory at start and after each tenth of the time."""
+    config = AutoConfig.from_pretrained(model_dir)
+    context = config.max_position_embeddings
+    with tempfile.TemporaryDirectory() as folder, serve(model_dir, Path(folder)) as server:
+        said = re.search(r"cache_tokens=(\d+)", (Path(folder) / "serve.log").read_text())
+        assert said
+        rows = [{"requests": 0.0, **parts(server)}]
+        started, counts = time.monotonic(), [0]
+        threads = [
+            threading.Thread(target=load, args=(server.port, context, started + seconds, seed, counts), daemon=True)
+            for seed in range(clients)
+        ]
+        for thread in threads:
+            thread.start()
+        for tenth in range(1, 11):
+            time.sleep(max(started + tenth * seconds / 10 - time.monotonic(), 0))
+            rows.append({"requests": float(counts[0]), **parts(server)})
+            print(rows[-1], file=sys.stderr, flush=True)
+        for thread in threads:
+            thread.join(60)
+    grown = max(row["resident"] for row in rows[6:]) - max(row["resident"] for row in rows[:6])
+    return {
+        "memory": rows,
+        "grown_mb": grown,
+        "is_flat": grown <= MOST_GROWTH_MB,
+        "cache_mb": int(said[1]) * bytes_per_token(config, torch.float32) / MB,
+        "machine": describe(torch.device("cpu")),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """A row for each look."""
+    columns = ("requests", *PARTS)
+    rows = [" ".join(f"{name:>9}" for name in columns)]
+    rows += [" ".join(f"{row[name]:9.0f}" for name in columns) for row in result["memory"]]
+    verdict = "flat" if result["is_flat"] else f"not flat: expected at most {MOST_GROWTH_MB:.0f}"
+    last = f"MB; in the second half {result['grown_mb']:+.0f} MB ({verdict}); the cache takes {result['cache_mb']:.0f}"
+    return "\n".join([*rows, f"{last} at most"])
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=300.0, help="of load")
+    parser.add_argument("--clients", type=int, default=8, help="that ask at once")
+    if not run_bench(parser, save_random_30m, measure, table)["is_flat"]:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

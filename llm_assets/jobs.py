@@ -18,6 +18,12 @@ from llm_assets.stage import stopped
 MAX_CONCURRENT_STEPS = 2
 EVERY_STEP = ("llm_assets.definitions", "mlflow")
 """Modules that each step imports."""
+NOT_FORKED = (
+    "the process that steps are forked from ended before it could start one: it imports torch and what the stages "
+    "need, which takes up to 2 GB; raise the limit of memory (`ulimit -v`, a container's) or end other programs, then "
+    "run again"
+)
+"""Reason of a run none of whose steps could start."""
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """Device files of NVIDIA's, AMD's and WSL's drivers."""
 
@@ -36,7 +42,10 @@ def preloaded_modules(gpu_drivers: Sequence[str] = GPU_DRIVERS) -> list[str]:
 
 
 class WatchedExecutor(dg.Executor):
-    """Dagster's executor of steps in processes, which also reports stopped ones (`stage/stopped.py`)."""
+    """Dagster's executor of steps in processes, which says so where they cannot start, or one of them is stopped.
+
+    `stage/stopped.py` says how.
+    """
 
     def __init__(self, inner: dg.Executor) -> None:
         self._inner = inner
@@ -55,10 +64,14 @@ class WatchedExecutor(dg.Executor):
         """As Dagster's."""
         names: dict[int, str] = {}
         with stopped.watch(plan_context.log.warning, names):
-            for event in self._inner.execute(plan_context, execution_plan):
-                if event.event_type_value == "STEP_WORKER_STARTED" and event.step_key:
-                    names[int(str(event.engine_event_data.metadata["pid"].value))] = event.step_key
-                yield event
+            try:
+                for event in self._inner.execute(plan_context, execution_plan):
+                    if event.event_type_value == "STEP_WORKER_STARTED" and event.step_key:
+                        names[int(str(event.engine_event_data.metadata["pid"].value))] = event.step_key
+                    yield event
+            except (EOFError, ConnectionError):
+                plan_context.log.error(NOT_FORKED)
+                raise
 
 
 def build_executor(modules: Sequence[str]) -> dg.ExecutorDefinition:

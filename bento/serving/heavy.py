@@ -8,6 +8,8 @@ load. Short tasks run in the calling thread, because waking a thread would cost 
 import asyncio
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -21,6 +23,8 @@ class HeavyWork:
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
         self._free_at = 0.0
+        # The same thread each time: glibc keeps a pool of memory for each, as large as its largest piece of work.
+        self._thread = ThreadPoolExecutor(1, "heavy-work")
 
     async def run(self, work: Callable[..., T], *arguments: Any, holds_lock: bool = True) -> T:
         """The result of `work(*arguments)`. holds_lock: whether it holds the GIL; Rust and zlib release it."""
@@ -30,7 +34,7 @@ class HeavyWork:
                 await asyncio.sleep(pause_s)
             started = time.monotonic()
             try:
-                return await asyncio.to_thread(work, *arguments)
+                return await asyncio.get_running_loop().run_in_executor(self._thread, partial(work, *arguments))
             finally:
                 now = time.monotonic()
                 self._free_at = now + (min(PAUSE * (now - started), LONGEST_PAUSE_S) if holds_lock else 0.0)

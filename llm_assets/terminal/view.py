@@ -22,7 +22,8 @@ WIDTH = 80
 STAGE_LINES = 16
 """Limit of the messages shown for a stage; the log file has all of them."""
 PROGRESS_EVERY_S = 30.0
-WARNINGS = ("WARNING", "ERROR", "CRITICAL")
+ERRORS = ("ERROR", "CRITICAL")
+WARNINGS = ("WARNING", *ERRORS)
 _PERCENT = re.compile(r"\((\d+) %\)")
 _BAR = 16
 
@@ -53,6 +54,8 @@ class View:
                 self._print(f"{record.stage}: started")
         elif record.event in ("STEP_SUCCESS", "STEP_FAILURE", "STEP_UP_FOR_RETRY"):
             self._end(record)
+        elif not record.event and not record.stage and record.level in ERRORS:
+            self.failures.append(record.text)
         elif not record.event and (record.stage or record.level in WARNINGS):
             self._message(record)
 

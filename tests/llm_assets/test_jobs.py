@@ -1,10 +1,15 @@
+import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import dagster as dg
 import pytest
 
-from llm_assets.jobs import preloaded_modules
+from llm_assets.jobs import NOT_FORKED, WatchedExecutor, preloaded_modules
 
 STEP = """
 import multiprocessing, sys
@@ -36,6 +41,22 @@ def test_a_step_computes_with_several_threads_in_a_process_forked_after_the_impo
     program.write_text(STEP)
     done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
+
+
+class Dies(dg.Executor):
+    """As Dagster's when the process that forks steps ends during its imports."""
+
+    retries = None  # type: ignore[assignment]
+
+    def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
+        raise EOFError("unexpected EOF")
+
+
+def test_a_run_whose_steps_cannot_be_started_says_so_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    context = SimpleNamespace(log=logging.getLogger("run"))
+    with pytest.raises(EOFError):
+        list(WatchedExecutor(Dies()).execute(context, None))
+    assert [record.message for record in caplog.records] == [NOT_FORKED] and "\n" not in NOT_FORKED
 
 
 def test_where_there_is_a_gpu_each_step_imports_torch_itself(tmp_path: Path) -> None:

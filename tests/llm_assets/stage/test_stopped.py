@@ -106,7 +106,8 @@ def run() -> None:
 
 
 @pytest.mark.slow
-def test_a_real_run_names_its_stopped_step_and_is_terminated_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["terminated", "killed"])
+def test_a_real_run_names_its_stopped_step_and_ends_with_it(tmp_path: Path, what: str) -> None:
     (tmp_path / "pipeline.py").write_text(PIPELINE)
     log = tmp_path / "run.log"
     (tmp_path / "run.yaml").write_text(f'{{"loggers": {{"file": {{"config": {{"path": "{log}"}}}}}}}}')
@@ -118,7 +119,8 @@ def test_a_real_run_names_its_stopped_step_and_is_terminated_with_it(tmp_path: P
     fork_server = step.parent()
     step.suspend()
     wait_for(lambda: f"training is stopped and the run waits for it: `kill -CONT {step.pid}`" in log.read_text())
-    run.terminate()
+    run.terminate() if what == "terminated" else step.kill()
     run.wait(120)
+    assert ("its process was killed from outside" in log.read_text()) == (what == "killed")
     psutil.wait_procs([step, fork_server], timeout=120)
     assert not step.is_running() and not fork_server.is_running()

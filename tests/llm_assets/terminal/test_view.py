@@ -55,6 +55,13 @@ def test_a_stage_takes_at_most_a_screen_of_80_columns(plain: Watched) -> None:
     assert sum(line.startswith("corpus: document") for line in plain.lines) == STAGE_LINES - 1
 
 
+def test_a_runs_own_warning_is_shown_and_its_error_is_why_it_failed(plain: Watched) -> None:
+    plain.say("Started execution of run", level="DEBUG", event="PIPELINE_START", stage="")
+    plain.say("the step is stopped", level="WARNING", stage="")
+    plain.say("no step can be started", level="ERROR", stage="")
+    assert plain.lines == ["the step is stopped"] and plain.view.failures == ["no step can be started"]
+
+
 def test_on_a_terminal_only_ends_and_warnings_stay() -> None:
     watched = Watched(terminal=True)
     watched.say("", event="STEP_START", stage="trained_checkpoint")

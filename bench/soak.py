@@ -11,7 +11,7 @@ the worker's memory at start and after each tenth of the time, by its parts:
 - files: mapped files (libraries), which the system can drop;
 - rest: weights, imported libraries, and what glibc and Python hold: the allocator keeps freed blocks for the next step.
 
-Ends with status 1 if memory grew by more than MOST_GROWTH_MB in the second half of the time.
+Ends with status 1 if memory grew by more than MAX_GROWTH_MB in the second half of the time.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from bench.serving import save_random_30m
 from model.generation.cache import bytes_per_token
 
 MB = 1e6
-MOST_GROWTH_MB = 16.0
+MAX_GROWTH_MB = 16.0
 PARTS = ("resident", "cache", "files", "rest")
 COSTLY = [name for name, kind in KINDS.items() if kind.clients == 1 and name not in ("pipelined", "unknown paths")]
 
@@ -119,7 +119,7 @@ def measure(model_dir: Path, *, seconds: float, clients: int) -> dict[str, Any]:
     return {
         "memory": rows,
         "grown_mb": grown,
-        "is_flat": grown <= MOST_GROWTH_MB,
+        "is_flat": grown <= MAX_GROWTH_MB,
         "cache_mb": int(said[1]) * bytes_per_token(config, torch.float32) / MB,
         "machine": describe(torch.device("cpu")),
     }
@@ -130,7 +130,7 @@ def table(result: dict[str, Any]) -> str:
     columns = ("requests", *PARTS)
     rows = [" ".join(f"{name:>9}" for name in columns)]
     rows += [" ".join(f"{row[name]:9.0f}" for name in columns) for row in result["memory"]]
-    verdict = "flat" if result["is_flat"] else f"not flat: expected at most {MOST_GROWTH_MB:.0f}"
+    verdict = "flat" if result["is_flat"] else f"not flat: expected at most {MAX_GROWTH_MB:.0f}"
     last = f"MB; in the second half {result['grown_mb']:+.0f} MB ({verdict}); the cache takes {result['cache_mb']:.0f}"
     return "\n".join([*rows, f"{last} at most"])
 

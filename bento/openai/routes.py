@@ -48,6 +48,11 @@ INFILL_MARKS = (
     ("<|fim▁begin|>", "<|fim▁hole|>", "<|fim▁end|>"),
 )
 """Of the Qwen and Gemma, StarCoder, SantaCoder and DeepSeek families."""
+MAX_SCORES = 400_000
+"""Most log-probabilities of an answer: 64 prompts of 1,024 tokens with 5 likely tokens beside each token.
+
+Each takes 400 bytes or more until the answer is sent.
+"""
 FEW_EVENTS = 4096
 """Largest answer, in events times log-probabilities per event, that is rendered in the event loop."""
 
@@ -183,6 +188,15 @@ async def _answer(
     n, drawn = body.n or 1, body.drawn()
     if drawn > n and scores["logprobs"] is None:
         scores = {**scores, "logprobs": 0}
+    scored = _scores(prompts, counts, drawn, scores)
+    if scored > MAX_SCORES:
+        raise ApiError(
+            400,
+            f"the answer would have up to {scored:,} log-probabilities: expected at most {MAX_SCORES:,}; ask for fewer "
+            "likely tokens beside each, or send fewer prompts at once",
+            code="too_many_logprobs",
+            param="logprobs" if body.prompt_logprobs is None else "prompt_logprobs",
+        )
     generations = backend.generations(body, prompts, counts, drawn, grammar=grammar, stop_until=stop_until, **scores)
     request.state.record.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
     options = body.stream_options
@@ -208,8 +222,15 @@ async def _answer(
     def render() -> Response:
         return JSONResponse(form.whole(results))
 
-    size = sum(len(events) for events, _ in results) * (1 + max((s or 0 for s in scores.values()), default=0))
+    size = max(scored, sum(len(events) for events, _ in results))
     return render() if size <= FEW_EVENTS else await backend.heavy.run(render)
+
+
+def _scores(prompts: Sequence[Prompt], counts: Sequence[int], drawn: int, scores: dict[str, int | None]) -> int:
+    """The most log-probabilities of the answers: each token's and those of the likely tokens beside it."""
+    generated, prompted = scores["logprobs"], scores["prompt_logprobs"]
+    total = 0 if generated is None else sum(counts) * drawn * (1 + generated)
+    return total + (0 if prompted is None else sum(len(one.ids) for one in prompts) * drawn * (1 + prompted))
 
 
 def _likeliest(results: list[Result], drawn: int, n: int) -> list[Result]:

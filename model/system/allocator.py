@@ -7,7 +7,7 @@ a tenth of the time for sixteen prompts of 512 tokens (`bench/LOG.md`).
 import ctypes
 from contextlib import suppress
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGEST_BLOCK = 32 << 20  # glibc takes no higher limit
 _NEVER = (1 << 31) - 1
 
@@ -18,16 +18,6 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK)
         libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
-
-
-def share_arenas(most: int = 2) -> None:
-    """Let the threads of this process share `most` pools of freed memory; to be called before it starts many.
-
-    By default glibc gives each thread a pool of its own, up to eight for each core, and each keeps what the largest
-    piece of work of its threads took.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(_M_ARENA_MAX, most)
 
 
 def trim() -> None:

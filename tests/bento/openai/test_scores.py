@@ -1,11 +1,13 @@
 """Scores through HTTP are the model's own: log-likelihoods by /v1/completions, as evaluation harnesses ask for them."""
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from bento.openai import routes
 from model.generation.steps import available_steps
 from tests.bento.openai_service import CHAT_TEMPLATE, Service, events, running_service
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -97,6 +99,30 @@ def test_log_probabilities_that_were_asked_for_are_never_null(n):
         assert [one["logprobs"] for one in answer.json()["choices"]] == [{"content": [], "refusal": None}] * n
 
 
+def test_an_answer_of_too_many_log_probabilities_is_refused_and_a_large_one_is_rendered_off_the_event_loop(
+    service, monkeypatch
+):
+    asked = {"prompt": [[5] * 60] * 4, "max_tokens": 2, "prompt_logprobs": 20, "temperature": 0}
+    monkeypatch.setattr(routes, "MAX_SCORES", 4 * 60 * 21)
+    assert service.post("/v1/completions", **asked).status_code == 200
+    refused = service.post("/v1/completions", **asked, logprobs=0).json()["error"]
+    assert (refused["code"], refused["param"]) == ("too_many_logprobs", "prompt_logprobs")
+    assert "5,048 log-probabilities: expected at most 5,040" in refused["message"]
+    heavy = []
+    monkeypatch.setattr(service.app.state.heavy, "run", noted(heavy, service.app.state.heavy.run))
+    assert service.post("/v1/completions", **asked).status_code == 200
+    assert service.post("/v1/completions", **{**asked, "prompt_logprobs": 0}).status_code == 200
+    assert heavy == ["render"]
+
+
+def noted(names: list[str], run: Callable[..., Any]) -> Callable[..., Any]:
+    async def note(work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        names.append(work.__name__)
+        return await run(work, *arguments, **options)
+
+    return note
+
+
 BOUNDS: dict[str, list[object]] = {
     "temperature": [0, 1e-30, 0.7, 2.0, 5.0],
     "top_p": [1e-9, 0.5, 0.999, 1.0],
@@ -134,6 +160,7 @@ def scored(choice: dict[str, Any]) -> list[tuple[str, float | None, int]]:
     return list(zip(found["tokens"], found["token_logprobs"], tops, strict=True))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("step", available_steps(tiny_model(tiny_tokenizer())))
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_every_shown_token_is_scored_whatever_penalties_and_sampling_are_asked_for(path, step):

@@ -151,7 +151,7 @@ def compressed_tensors(path: Path, asked: Questions) -> Answers:
 
 
 def vllm(path: Path, asked: Questions) -> Answers:
-    """Stock vLLM on an exported directory: float32, eager, one sequence at a time."""
+    """Stock vLLM on an exported directory: float32 (int8: bfloat16), eager, one sequence at a time."""
     # A window to score may be as long as the context, and vLLM asks for room for one token more.
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
@@ -159,9 +159,11 @@ def vllm(path: Path, asked: Questions) -> Answers:
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm import __version__ as release
 
+    # vLLM's int8 products on a CPU take half precision alone.
+    is_int8 = "quantization_config" in json.loads((path / "config.json").read_text(encoding="utf-8"))
     model = LLM(
         str(path),
-        dtype="float32",
+        dtype="bfloat16" if is_int8 else "float32",
         enforce_eager=True,
         enable_prefix_caching=False,
         max_model_len=asked["context"] + 1,

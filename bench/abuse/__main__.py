@@ -12,49 +12,25 @@ too, so their bodies are made once and they read answers with almost no work.
 
 import argparse
 import multiprocessing
-import socket
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.abuse.kinds import KINDS
+from bench.abuse.kinds import KINDS, abuse
 from bench.hardware import describe
-from bench.server import HOST, Answer, Server, run_bench, serve
+from bench.server import Answer, Server, run_bench, serve
 from bench.serving import IDLE_PROMPT_TOKENS, Prompts, save_random_30m
+from model.errors import PipelineError
 from model.text.tokenizer import load_tokenizer
 
-ABUSER = "127.0.0.2"
-"""The service tells clients apart by address."""
 LONG = 3000.0
 LONGEST_S = 60.0
 """Most time for a kind, whose good client may be too slow for its samples."""
-
-
-def abuse(name: str, port: int, clients: int, end: float) -> None:
-    """Send requests of a kind from `clients` threads until the clock's `end`; called in a separate process."""
-    kind = KINDS[name]
-    request = kind.make()
-
-    def again() -> None:
-        while time.monotonic() < end:
-            try:
-                left_s = max(end - time.monotonic(), 0.1)
-                with socket.create_connection((HOST, port), timeout=left_s, source_address=(ABUSER, 0)) as connection:
-                    kind.send(connection, request, end)
-            except OSError:  # refused, cut off or not answered in time: try again
-                time.sleep(0.01)
-
-    threads = [threading.Thread(target=again, daemon=True) for _ in range(kind.clients * clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(end - time.monotonic(), 0))
 
 
 def good_client(server: Server, prompts: Prompts, seconds: float, samples: int = 0) -> list[Answer]:
@@ -92,6 +68,8 @@ def measure(model_dir: Path, *, seconds: float, samples: int, clients: int, only
             abuser.start()
             time.sleep(2)  # to start and to make its bodies
             beside[name] = summary(good_client(server, prompts, seconds, samples))
+            if not abuser.is_alive():
+                raise PipelineError(f"the abusers of {name!r} have ended: see their traceback above")
             abuser.kill()
             abuser.join()
             print(f"{name}: {beside[name]}", file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ import gzip
 import json
 import random
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import Any
 
 from bench.server import HOST
 
+ABUSER = "127.0.0.2"
+"""The service tells clients apart by address."""
 MB = 1_000_000
 COMPLETIONS, TOKENIZE, EMBEDDINGS, CHAT = "/v1/completions", "/tokenize", "/v1/embeddings", "/v1/chat/completions"
 CONTEXT, VOCABULARY = 1000, 4000
@@ -347,3 +350,24 @@ KINDS = {
     make.__name__.replace("_", " "): Kind(make, send, clients) for send, clients, makes in _GROUPS for make in makes
 }
 """By name."""
+
+
+def abuse(name: str, port: int, clients: int, end: float) -> None:
+    """Send requests of a kind from `clients` threads until the clock's `end`; called in a separate process."""
+    kind = KINDS[name]
+    request = kind.make()
+
+    def again() -> None:
+        while time.monotonic() < end:
+            try:
+                left_s = max(end - time.monotonic(), 0.1)
+                with socket.create_connection((HOST, port), timeout=left_s, source_address=(ABUSER, 0)) as connection:
+                    kind.send(connection, request, end)
+            except OSError:  # refused, cut off or not answered in time: try again
+                time.sleep(0.01)
+
+    threads = [threading.Thread(target=again, daemon=True) for _ in range(kind.clients * clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(end - time.monotonic(), 0))

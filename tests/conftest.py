@@ -103,11 +103,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     """Fail a test that started a process, in a fixture or by itself, without saying so."""
+    before = list(_started)
     result = yield
-    if _started and not item.get_closest_marker("processes"):
-        pytest.fail(f"it starts a process ({_started[0]}): give it the marker `processes`, or `e2e` with a whole tool")
+    # The last test of a session also tears down the fixtures that all tests share, such as a database.
+    started = _started if nextitem else before
+    if started and not item.get_closest_marker("processes"):
+        pytest.fail(f"it starts a process ({started[0]}): give it the marker `processes`, or `e2e` with a whole tool")
     return result
 
 

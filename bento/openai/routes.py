@@ -32,6 +32,7 @@ from bento.openai.structured import compile_form
 from bento.openai.tool_format import ToolChatFormat
 from bento.serving.answers import EventStream
 from bento.serving.backend import Backend, BackendOf, Prompt, check_model
+from bento.serving.heavy import encode_in_parts
 from bento.serving.models import Models
 from model.generation.grammar import Grammar
 from model.generation.requests import Event, Finished, TextPiece
@@ -219,11 +220,11 @@ async def _answer(
         results = _likeliest(results, drawn, n)
         form.unshown_tokens -= sum(last.generated_tokens for _, last in results)
 
-    def render() -> Response:
-        return JSONResponse(form.whole(results))
-
     size = max(scored, sum(len(events) for events, _ in results))
-    return render() if size <= FEW_EVENTS else await backend.heavy.run(render)
+    if size <= FEW_EVENTS:
+        return JSONResponse(form.whole(results))
+    content = await backend.heavy.run(lambda: encode_in_parts(form.whole(results)))
+    return Response(content, media_type="application/json")
 
 
 def _scores(prompts: Sequence[Prompt], counts: Sequence[int], drawn: int, scores: dict[str, int | None]) -> int:

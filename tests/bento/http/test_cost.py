@@ -4,12 +4,13 @@ import asyncio
 import json
 import threading
 import time
+from typing import Any
 
 import pytest
 
 from bento.errors import ApiError
 from bento.http.body import DEEPEST, MAX_NAMES, MAX_VALUES, check_cost, parse
-from bento.serving.heavy import HeavyWork
+from bento.serving.heavy import HeavyWork, encode_in_parts
 from tests.bento.openai_service import refusal, running_service
 
 COSTLY = {
@@ -121,3 +122,18 @@ def test_many_short_texts_are_tokenized_off_the_event_loop_and_keep_their_order(
         asked = {"prompt": texts[:64], "max_tokens": 1, "truncate_prompt_tokens": 5, "return_token_ids": True}
         choices = service.post("/v1/completions", **asked).json()["choices"]
         assert [choice["prompt_token_ids"] for choice in choices] == [encode(text)[-5:] for text in texts[:64]]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"choices": [{"logprobs": {"top_logprobs": [{"é\n": -1e-07, '"': 1e22}, None, {}], "tokens": []}, "n": True}]},
+        [[[[[[[{"deeper": [1, 2.5, "x"]}]]]]]]],
+        {}, [], "text", 3, None, {"a": {}, "b": [[]]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_answer_encoded_in_parts_is_what_json_writes(value: Any) -> None:
+    assert encode_in_parts(value) == json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    with pytest.raises(ValueError, match="JSON compliant"):
+        encode_in_parts([[[[[[{"x": float("nan")}]]]]]])

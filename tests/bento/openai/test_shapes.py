@@ -253,7 +253,7 @@ def test_beam_search_is_refused_by_name_with_what_there_is_instead(service, path
 
 def test_a_text_is_filled_in_where_the_tokenizer_has_marks_for_it_and_refused_where_not(service):
     error = refusal(service.post("/v1/completions", prompt="def ", suffix="return"))
-    assert error["param"] == "suffix" and "marks" in error["message"]
+    assert error["param"] == "suffix" and "no fill-in-the-middle tokens" in error["message"]
     assert refusal(service.post("/v1/completions", prompt="x", suffix="y", echo=True))["param"] == "suffix"
     with running_service(chat_template=TEMPLATE) as other:
         known = other.tokenizer.get_added_vocab()

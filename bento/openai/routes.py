@@ -223,8 +223,11 @@ async def _answer(
     size = max(scored, sum(len(events) for events, _ in results))
     if size <= FEW_EVENTS:
         return JSONResponse(form.whole(results))
-    content = await backend.heavy.run(lambda: encode_in_parts(form.whole(results)))
-    return Response(content, media_type="application/json")
+
+    def render() -> bytes:
+        return encode_in_parts(form.whole(results))
+
+    return Response(await backend.heavy.run(render), media_type="application/json")
 
 
 def _scores(prompts: Sequence[Prompt], counts: Sequence[int], drawn: int, scores: dict[str, int | None]) -> int:

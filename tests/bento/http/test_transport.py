@@ -19,6 +19,8 @@ from bento.http.protocol import MAX_HEAD_BYTES, MAX_HEADERS, ConnectionLimits
 from tests.bento.conftest import make_service
 from tests.bento.openai_service import GOOD, MAX_BODY_BYTES, Service, on_a_port, running_service
 
+pytestmark = pytest.mark.medium
+
 LIMITS = ConnectionLimits(receive_timeout_s=1.0, keep_alive_s=60.0, max_connections=1000)
 BODY = json.dumps({**GOOD["/v1/completions"], "temperature": 0}).encode()
 LONG = json.dumps({"prompt": "x", "max_tokens": 80, "temperature": 0, "ignore_eos": True}).encode()

@@ -7,6 +7,8 @@ from llm_assets.artifacts.manifest import Manifest, assert_compatible, config_ha
 from llm_assets.experiments.compose import compose
 from model.errors import PipelineError
 
+pytestmark = pytest.mark.medium
+
 
 def sealed(directory: Path, asset: str = "corpus", overrides: tuple[str, ...] = (), **fields: object) -> Manifest:
     directory.mkdir(parents=True, exist_ok=True)

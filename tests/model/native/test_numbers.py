@@ -8,6 +8,8 @@ from model.native.library import ACTIVATION_LEVELS, NativeModel, NativeSession, 
 from model.weights import int4, int8
 from tests.tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.medium
+
 IDS = np.arange(60) * 7 % 270 + 2
 SHAPES = [
     {},

@@ -37,23 +37,13 @@ def installed_engines() -> dict[str, str]:
 def transformers(path: Path, asked: Questions) -> Answers:
     """Stock transformers on an exported directory. Raises TypeError if the class is not one of transformers."""
     import torch
-    from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False).eval()
     if not type(model).__module__.startswith("transformers.models."):
         raise TypeError(f"{path} loads as {type(model).__module__}: expected a class of transformers")
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    plain.encode_special_tokens = True
-    tokens = {
-        name: [tokenizer(text, add_special_tokens=False).input_ids, plain.encode(text, add_special_tokens=False).ids]
-        for name, text in asked["texts"].items()
-    }
-    chats = {
-        name: tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        for name, turns in asked["chats"].items()
-    }
+    tokens, chats = _tokenized(tokenizer, asked)
     greedy: dict[str, list[list[float]]] = {}
     nats = 0.0
     with torch.inference_mode():
@@ -155,7 +145,6 @@ def vllm(path: Path, asked: Questions) -> Answers:
     # A window to score may be as long as the context, and vLLM asks for room for one token more.
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-    from tokenizers import Tokenizer
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm import __version__ as release
 
@@ -171,16 +160,7 @@ def vllm(path: Path, asked: Questions) -> Answers:
         seed=0,
     )
     tokenizer = model.get_tokenizer()
-    plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    plain.encode_special_tokens = True
-    tokens = {
-        name: [tokenizer(text, add_special_tokens=False).input_ids, plain.encode(text, add_special_tokens=False).ids]
-        for name, text in asked["texts"].items()
-    }
-    chats = {
-        name: tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        for name, turns in asked["chats"].items()
-    }
+    tokens, chats = _tokenized(tokenizer, asked)
 
     def run(ids: list[int], **options: Any) -> Any:
         settings = SamplingParams(temperature=0, **options)
@@ -195,6 +175,23 @@ def vllm(path: Path, asked: Questions) -> Answers:
         scores = run(window, max_tokens=1, prompt_logprobs=0).prompt_logprobs
         nats -= sum(step[token].logprob for token, step in zip(window[1:], scores[1:], strict=True))
     return {"engine": f"vLLM {release}", "tokens": tokens, "chats": chats, "greedy": greedy, "nats": nats}
+
+
+def _tokenized(tokenizer: Any, asked: Questions) -> tuple[dict[str, list[list[int]]], dict[str, str]]:
+    """Each text's tokens, with special tokens recognized and spelled out, and each conversation as text."""
+    from tokenizers import Tokenizer
+
+    plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    plain.encode_special_tokens = True
+    tokens = {
+        name: [tokenizer(text, add_special_tokens=False).input_ids, plain.encode(text, add_special_tokens=False).ids]
+        for name, text in asked["texts"].items()
+    }
+    chats = {
+        name: tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        for name, turns in asked["chats"].items()
+    }
+    return tokens, chats
 
 
 ENGINES: dict[str, Callable[[Path, Questions], Answers]] = {

@@ -48,9 +48,7 @@ def postgres_image() -> str:
     if succeeds("docker", "image", "inspect", POSTGRES_IMAGE) or succeeds("docker", "pull", "--quiet", POSTGRES_IMAGE):
         return POSTGRES_IMAGE
     if not Path("/usr/lib/postgresql").is_dir():
-        pytest.skip(
-            f"the image {POSTGRES_IMAGE} cannot be pulled and PostgreSQL is not installed, of which one is made"
-        )
+        pytest.skip(f"{POSTGRES_IMAGE} cannot be pulled, nor made without PostgreSQL (Debian's postgresql)")
     return run(str(REPO / ".ci" / "postgres-image"), BASE_IMAGE, "rex-e2e-postgres").splitlines()[-1]
 
 

@@ -49,7 +49,7 @@ def test_the_recipe_of_ollama_renders_what_the_chat_template_renders(chat_tokeni
 
 @pytest.mark.slow
 @pytest.mark.processes
-@pytest.mark.skipif(not shutil.which("go"), reason="no Go toolchain, whose text/template is what Ollama renders with")
+@pytest.mark.skipif(not shutil.which("go"), reason="no Go, which renders Ollama's templates (Debian's golang-go)")
 def test_go_renders_the_recipe_of_ollama_as_it_is_kept() -> None:
     asked = json.dumps({name: GO[name] for name in ("template", "conversations")})
     command = ["go", "run", str(Path(__file__).with_name("render.go"))]

@@ -42,7 +42,7 @@ from bento.serving.admission import drain_on_signal
 from bento.serving.champion import ChampionWatcher, ModelRegistry
 from bento.serving.loading import release_load_memory, start_engine
 from bento.serving.models import Models
-from bento.serving.shadow import ChallengerWatcher, Shadow, WayBack
+from bento.serving.shadow import ChallengerWatcher, Rollback, Shadow
 from bento.telemetry.tracing import start_tracing
 from model.errors import PipelineError
 
@@ -243,7 +243,7 @@ def _watch(registry: ModelRegistry) -> list[ChampionWatcher | ChallengerWatcher]
 
     models: Models = app.state.models
     if options.rollback_window_s:
-        models.way_back = WayBack(
+        models.rollback = Rollback(
             registry,
             options.champion,
             window_s=options.rollback_window_s,
@@ -260,7 +260,7 @@ def _watch(registry: ModelRegistry) -> list[ChampionWatcher | ChallengerWatcher]
         waits=wait,
         poll_s=options.champion_poll_s,
         drain_s=options.request_timeout_s + options.drain_timeout_s,
-        way_back=models.way_back,
+        rollback=models.rollback,
     )
     if not options.shadow_share:
         return [champion]

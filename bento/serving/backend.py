@@ -213,17 +213,17 @@ class Backend:
 
     def _observer(self, generations: Sequence[GenerationRequest]) -> Callable[[Finished, float], None] | None:
         """Copies the request to a challenger. Returns the observer of each generation's end."""
-        shadow, way_back = self.models.shadow, self.models.way_back
+        shadow, rollback = self.models.shadow, self.models.rollback
         copied = shadow.copy(self.engine, generations) if shadow else None
-        if copied is None and way_back is None:
+        if copied is None and rollback is None:
             return None
 
         def observe(last: Finished, seconds: float) -> None:
             if copied:
                 copied(last, seconds)
             current = self.models.current
-            if way_back and current and current.engine is self.engine:  # not the end of a former model's request
-                way_back.add(last, seconds)
+            if rollback and current and current.engine is self.engine:  # not the end of a former model's request
+                rollback.add(last, seconds)
 
         return observe
 

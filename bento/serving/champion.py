@@ -188,7 +188,7 @@ class ChampionWatcher:
 
     load: creates a warmed-up engine from a model directory and a version number. settle: called after memory is freed.
     waits: receives the reason while no model is loaded. poll_s: seconds between polls. drain_s: most seconds for a
-    former model's requests, whose own deadlines may end them sooner. way_back: tries each new champion, may restore
+    former model's requests, whose own deadlines may end them sooner. rollback: tries each new champion, may restore
     the former one.
     """
 
@@ -203,12 +203,12 @@ class ChampionWatcher:
         waits: Callable[[str], None],
         poll_s: float,
         drain_s: float,
-        way_back: "Trial | None" = None,
+        rollback: "Trial | None" = None,
     ) -> None:
         self._registry, self._name, self._models = registry, name, models
         self._load, self._settle, self._waits = load, settle, waits
         self._poll_s, self._drain_s = poll_s, drain_s
-        self._way_back = way_back
+        self._rollback = rollback
         self._refused: Version | None = None
         self._serving: Version | None = None
         self._said = ""
@@ -237,8 +237,8 @@ class ChampionWatcher:
                 self._say(f"there is no {ALIAS} of {self._name!r} yet: waiting for one")
             elif champion not in (self._serving, self._refused):
                 self._take_over(champion)
-            if self._way_back:
-                self._way_back.check()
+            if self._rollback:
+                self._rollback.check()
         except httpx.HTTPError as error:
             self._say(f"the tracking server does not answer ({one_line(error)}): retrying every {self._poll_s:g} s")
         except Exception as error:  # noqa: BLE001 - any failure must leave the served model in place
@@ -261,8 +261,8 @@ class ChampionWatcher:
             engine.stop()
             return
         former = self._models.serve(engine, champion.number)
-        if self._way_back:
-            self._way_back.took_over(self._serving, champion)
+        if self._rollback:
+            self._rollback.took_over(self._serving, champion)
         self._serving, self._refused = champion, None
         self._said = ""
         logger.info("version %s of %r serves, %.1f s after it was found", champion.number, self._name, _since(started))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from model.generation.requests import EngineStats
 
 if TYPE_CHECKING:
-    from bento.serving.shadow import Shadow, WayBack
+    from bento.serving.shadow import Rollback, Shadow
     from model.generation.engine import Engine
 
 NO_ACTIVITY = EngineStats(*[0] * len(fields(EngineStats)))
@@ -43,7 +43,7 @@ class Models:
     def __init__(self, name: str, aliases: Sequence[str] = ()) -> None:
         self.name, self.aliases = name, tuple(aliases)
         self.shadow: Shadow | None = None
-        self.way_back: WayBack | None = None
+        self.rollback: Rollback | None = None
         """Both None unless their options are set."""
         self.current: Served | None = None
         """None until a model is loaded."""

@@ -2,7 +2,7 @@
 
 The challenger is the version with the alias `challenger` of the registered model whose champion is served. Errors and
 seconds per token of both are compared on the copied requests, in /metrics and in one log line per window. After a new
-champion took over, `WayBack` restores the former one if the new one fails or is slow. Off by default
+champion took over, `Rollback` restores the former one if the new one fails or is slow. Off by default
 (`shadow_share` 0, `rollback_window_s` 0): then none of this is created.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("bentoml.shadow")  # BentoML's log configuration shows loggers below `bentoml`
 CHALLENGER = "challenger"
 FAILED = ("error", "timeout")
-MOST_KEPT = 10_000
+MAX_KEPT = 10_000
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Outcomes:
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
         self._lock = threading.Lock()
-        self._kept: deque[tuple[float, bool, float]] = deque(maxlen=MOST_KEPT)
+        self._kept: deque[tuple[float, bool, float]] = deque(maxlen=MAX_KEPT)
         self.total = self.total_failed = 0
 
     def add(self, last: Finished, seconds: float) -> None:
@@ -209,7 +209,7 @@ class _Trial:
     before: Summary
 
 
-class WayBack:
+class Rollback:
     """Restores the former champion if the new one exceeds a bound within `window_s` of taking over.
 
     max_error_rate: of failed generations, 0 to 1. max_slowdown: seconds per token as a multiple of the former
@@ -237,7 +237,7 @@ class WayBack:
         self._outcomes.add(last, seconds)
 
     def took_over(self, former: Version | None, new: Version) -> None:
-        """A new champion serves from now on; None: there was no champion before, so there is no way back."""
+        """A new champion serves from now on; None: there was no champion before, so there is nothing to restore."""
         before = self._outcomes.summary()
         self._outcomes.clear()
         self._trial = _Trial(former, new, time.monotonic(), before) if former else None

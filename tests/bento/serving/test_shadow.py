@@ -1,4 +1,4 @@
-"""A challenger that answers copies in the shadow, and the way back from a champion that fails, on a real registry."""
+"""A challenger that answers copies in the shadow, and the rollback of a champion that fails, on a real registry."""
 
 import time
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from bento.serving.champion import ModelRegistry
-from bento.serving.shadow import ChallengerWatcher, Outcomes, Shadow, WayBack
+from bento.serving.shadow import ChallengerWatcher, Outcomes, Rollback, Shadow
 from llm_assets.resources.promotion import history
 from model.generation.engine import Engine
 from model.generation.requests import Finished
@@ -101,7 +101,7 @@ def test_a_challenger_without_room_is_left_out(phase, challenger):
 
 def test_without_a_shadow_phase_there_is_no_trace_of_it(service):
     models = service.app.state.models
-    assert models.shadow is None and models.way_back is None
+    assert models.shadow is None and models.rollback is None
     assert "rex_shadow" not in TestClient(service.app).get("/metrics").text
 
 
@@ -151,15 +151,15 @@ def test_a_champion_beyond_a_bound_gives_way_to_the_former_one(registered, resul
     client.set_registered_model_alias(NAME, "champion", "1")
     former = registry.champion(NAME)
     client.set_registered_model_alias(NAME, "champion", "2")
-    way_back = WayBack(registry, NAME, **BOUNDS)
+    rollback = Rollback(registry, NAME, **BOUNDS)
     for _ in range(5):
-        way_back.add(finished(), 1.0)
-    way_back.took_over(former, registry.champion(NAME))
-    way_back.check()
+        rollback.add(finished(), 1.0)
+    rollback.took_over(former, registry.champion(NAME))
+    rollback.check()
     assert registry.champion(NAME).number == "2"
     for finish, seconds in results:
-        way_back.add(finished(finish), seconds)
-    way_back.check()
+        rollback.add(finished(finish), seconds)
+    rollback.check()
     assert registry.champion(NAME).number == ("1" if reason else "2")
     if reason:
         assert history(client, NAME)[-1]["version"] == "1" and reason in history(client, NAME)[-1]["reason"]

@@ -32,7 +32,7 @@ SHARED := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow releases coverage export-vllm lint docs screenshots bench clean
+.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow harness releases coverage export-vllm lint docs screenshots bench clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -111,8 +111,10 @@ test-fast: setup  ## Run the tests that take less than a second each and start n
 test-slow: setup  ## Run the other tests: slow ones, and those that start processes, containers or a browser
 	$(BIN)/pytest $(SHARED) -m 'slow or processes' --durations 40 --durations-min 5
 
-releases: setup  ## Run a checkpoint's own code under every supported minor release of transformers, and under the newest
+harness: setup  ## Install lm-eval, whose log-likelihoods a test compares with ours
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[harness]'
+
+releases: harness  ## Run a checkpoint's own code under every supported minor release of transformers, and under the newest
 	EVERY_RELEASE=1 $(BIN)/pytest --numprocesses $(WORKERS) tests/model/test_releases.py
 
 coverage: setup  ## Run the fast and the medium tests with coverage; fails below the floor in pyproject.toml

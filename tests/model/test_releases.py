@@ -113,7 +113,7 @@ def test_an_adapter_trains_merges_and_comes_back_from_its_files(ours):
 
 
 @pytest.mark.processes
-@pytest.mark.skipif(not find_spec("lm_eval"), reason="no lm-eval; `make releases` installs it")
+@pytest.mark.skipif(not find_spec("lm_eval"), reason="no lm-eval: `make harness` installs it")
 def test_an_evaluation_harness_scores_the_checkpoint_as_we_do(ours):
     assert ours["lm-eval"]["equal ours"]
     assert len(set(ours["lm-eval"]["log-likelihoods"])) == 4

@@ -27,8 +27,8 @@ from model.native.build import build, find_compiler
 if find_compiler():
     build()
 
-LIMITS_S = {"medium": 3.0, "slow": 10.0}
-"""Seconds from which a test needs the marker, with room for a busy machine."""
+LIMITS_S = {"slow": (10.0, {"slow"}), "medium": (3.0, {"medium", "slow", "processes"})}
+"""Seconds, with room for a busy machine, from which a test needs the marker, and the markers that do as well."""
 STACK = "test_stack.py"
 """Of `tests/e2e`, the file that shares no pipeline run with the others."""
 PROGRAMS = (
@@ -56,7 +56,7 @@ MARKS_OF_FIXTURES = {
 
 _started: list[str] = []
 _durations: dict[str, float] = {}
-_marked: dict[str, set[str]] = {name: set() for name in LIMITS_S}
+_markers: dict[str, set[str]] = {}
 
 
 def _note_process(event: str, arguments: tuple[Any, ...]) -> None:
@@ -77,6 +77,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(name)
         if item.get_closest_marker("e2e"):
             item.add_marker("processes")
+            item.add_marker("slow")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -117,19 +118,13 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Add up setup, call and teardown."""
     _durations[report.nodeid] = _durations.get(report.nodeid, 0.0) + report.duration
-    for name, marked in _marked.items():
-        if name in report.keywords:
-            marked.add(report.nodeid)
+    _markers[report.nodeid] = {"medium", "slow", "processes"} & set(report.keywords)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """List what took long and does not say so; a busy machine makes this list longer."""
-    slow = _marked["slow"]
-    for name, limit, marked in (
-        ("slow", LIMITS_S["slow"], slow),
-        ("medium", LIMITS_S["medium"], slow | _marked["medium"]),
-    ):
-        unmarked = {test: s for test, s in _durations.items() if s > limit and test not in marked}
+    for name, (limit, enough) in LIMITS_S.items():
+        unmarked = {test: s for test, s in _durations.items() if s > limit and not enough & _markers[test]}
         if unmarked:
             terminalreporter.section(f"over {limit:.0f} s without the marker `{name}`")
             for test, seconds in sorted(unmarked.items(), key=lambda entry: -entry[1]):

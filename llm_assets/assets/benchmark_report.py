@@ -59,6 +59,7 @@ def benchmark_report(
                         "full precision": found["decode_tokens_per_second"],
                         "quantized": found["decode_tokens_per_second_quantized"],
                     },
+                    " tokens/s",
                 ),
                 **ui_metadata.numbers(found),
                 "report": dg.MetadataValue.md(text[: ui_metadata.TEXT_CHARACTERS]),

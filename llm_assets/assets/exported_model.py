@@ -76,6 +76,7 @@ def exported_model(
                         for folder in sorted(work.output.iterdir())
                         if folder.is_dir()
                     },
+                    "B",
                 ),
                 "certificates": ui_metadata.table(rows),
                 "left_out": "; ".join(found.left_out) or "nothing",

@@ -51,7 +51,9 @@ def quantized_model(
                     measured_through=f"the {summary.step} step of the engine",
                 ),
                 "picture": ui_metadata.bars(
-                    "bytes of the weights", {"full precision": summary.bytes_before, "quantized": summary.bytes_after}
+                    "bytes of the weights",
+                    {"full precision": summary.bytes_before, "quantized": summary.bytes_after},
+                    "B",
                 ),
                 **ui_metadata.numbers(summary),
                 "method": summary.method,

@@ -37,7 +37,7 @@ def tokenized_dataset(
                     compression=f"{summary.bytes_per_token:.2f} bytes per token",
                 ),
                 "picture": ui_metadata.bars(
-                    "tokens", {"train": summary.train_tokens, "validation": summary.validation_tokens}
+                    "tokens", {"train": summary.train_tokens, "validation": summary.validation_tokens}, " tokens"
                 ),
                 **ui_metadata.numbers(summary),
                 "kind": summary.kind,

@@ -77,16 +77,16 @@ def size(count: float) -> str:
     return f"{count:,.0f} {unit}" if unit == "bytes" or count >= 99.5 else f"{count:.2g} {unit}"
 
 
-def bars(title: str, values: Mapping[str, float]) -> dg.MarkdownMetadataValue:
-    """A bar chart of up to four values, small enough that the UI shows it inline."""
+def bars(title: str, values: Mapping[str, float], unit: str) -> dg.MarkdownMetadataValue:
+    """A bar chart of up to four values, small enough that the UI shows it inline. unit: follows each number."""
     top = max([*values.values(), 1e-12])
     parts = []
     for number, (name, value) in enumerate(list(values.items())[:4]):
         y, width = 20 * number, round(150 * value / top)
         parts.append(f"<text x='0' y='{y + 13}'>{_escaped(name)}</text>")
         parts.append(f"<rect x='115' y='{y + 3}' width='{width}' height='12' fill='#48c'/>")
-        parts.append(f"<text x='{120 + width}' y='{y + 13}'>{_short(value)}</text>")
-    return _svg(title, "".join(parts), 330, 20 * min(len(values), 4))
+        parts.append(f"<text x='{120 + width}' y='{y + 13}'>{_short(value)}{unit}</text>")
+    return _svg(title, "".join(parts), 370, 20 * min(len(values), 4))
 
 
 def line(title: str, points: Sequence[tuple[float, float]]) -> dg.MarkdownMetadataValue:
@@ -132,18 +132,21 @@ def _escaped(text: str) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
-    """Rows as a table; a column's type is that of its first value."""
+    """Rows as a table, numbers rounded; a column's type is that of its first value."""
     kinds = {bool: "bool", int: "int", float: "float"}
     schema = dg.TableSchema(
         columns=[
             dg.TableColumn(name, kinds.get(type(value), "string")) for name, value in (rows[0] if rows else {}).items()
         ]
     )
-    plain = [
-        {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in row.items()}
-        for row in rows
-    ]
-    return dg.MetadataValue.table([dg.TableRecord(row) for row in plain], schema)
+    records = [dg.TableRecord({name: _cell(value) for name, value in row.items()}) for row in rows]
+    return dg.MetadataValue.table(records, schema)
+
+
+def _cell(value: Any) -> bool | int | float | str:
+    if isinstance(value, float):
+        return rounded(value)
+    return value if isinstance(value, bool | int | str) else str(value)
 
 
 def picture(path: Path) -> dg.MarkdownMetadataValue:

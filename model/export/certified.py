@@ -62,7 +62,7 @@ def export_with_certificates(
         found = certify(model, tokenizer, dataset, file.engine, path, file.precision, name=file.path)
         log(
             f"{found.engine} on {file.path}: log-probabilities within {found.log_probability_difference:.2g} nats, "
-            f"{len(found.differences)} differences"
+            f"{len(found.differences)} differences, {len(found.explained_differences)} explained"
         )
         certificates.append(found)
     text = json.dumps({"certificates": [asdict(c) for c in certificates], "left_out": left_out}, indent=2)

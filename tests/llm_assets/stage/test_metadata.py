@@ -35,6 +35,11 @@ def test_a_table_keeps_the_types_of_its_columns() -> None:
     assert table.records[0].data["path"] == "x"
 
 
+def test_numbers_of_a_table_are_rounded() -> None:
+    table = ui_metadata.table([{"difference": 1.720494806e-06, "speed": 123456.7, "nothing": float("nan")}])
+    assert str(table.records[0].data) == str({"difference": 1.7205e-06, "speed": 123460, "nothing": float("nan")})
+
+
 def test_a_picture_travels_in_the_event_and_a_large_one_is_made_to_fit(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (900, 900, 3), dtype=np.uint8)
     for side in (20, 900):
@@ -74,7 +79,7 @@ def test_pictures_are_small_enough_to_be_shown_inline() -> None:
     from xml.etree import ElementTree
 
     curve = ui_metadata.line("loss", [(step, 9.0 / (1 + step)) for step in range(5000)])
-    chart = ui_metadata.bars("tokens per second", {f"model & {n} <x>": 1234.5 * n for n in range(1, 6)})
+    chart = ui_metadata.bars("tokens per second", {f"model & {n} <x>": 1234.5 * n for n in range(1, 6)}, " tokens/s")
     for picture, shapes in ((curve, "polyline"), (chart, "rect")):
         text = str(picture.value)
         assert len(text) <= ui_metadata.INLINE_CHARACTERS, len(text)
@@ -82,6 +87,7 @@ def test_pictures_are_small_enough_to_be_shown_inline() -> None:
         assert found, text
         root = ElementTree.fromstring(unquote(found[1]))
         assert root.findall(f".//{{http://www.w3.org/2000/svg}}{shapes}")
+    assert "1.23k tokens/s" in unquote(str(chart.value))
 
 
 def test_a_curve_without_points_says_so() -> None:

@@ -7,6 +7,7 @@ load. Short tasks run in the calling thread, because waking a thread would cost 
 
 import asyncio
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +16,12 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 PARTS_DEPTH = 5
-"""Levels of an answer that are encoded one by one: to the likely tokens beside each token of a completion."""
+"""Levels of an answer that are split: down to each token of a text."""
 PAUSE = 3.0
 LONGEST_PAUSE_S = 0.2
+SWITCH_S = 0.0005
+"""How long a thread waits for the GIL while such work holds it; Python's default is 5 ms. Event loop and engine need it
+a dozen times for a token."""
 
 
 class HeavyWork:
@@ -35,10 +39,12 @@ class HeavyWork:
             pause_s = self._free_at - time.monotonic()
             if pause_s > 0:
                 await asyncio.sleep(pause_s)
-            started = time.monotonic()
+            started, before = time.monotonic(), sys.getswitchinterval()
+            sys.setswitchinterval(SWITCH_S)
             try:
                 return await asyncio.get_running_loop().run_in_executor(self._thread, partial(work, *arguments))
             finally:
+                sys.setswitchinterval(before)
                 now = time.monotonic()
                 self._free_at = now + (min(PAUSE * (now - started), LONGEST_PAUSE_S) if holds_lock else 0.0)
 
@@ -56,15 +62,16 @@ _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",",
 
 
 def _parts(value: Any, depth: int) -> Iterator[str]:
-    if not depth or not value or not isinstance(value, dict | list):
-        yield _encode(value)
-    elif isinstance(value, dict):
+    # Others are encoded at once, in microseconds: lists of plain values, and the likely tokens beside one token.
+    if depth and isinstance(value, dict) and any(isinstance(part, list) for part in value.values()):
         for number, (key, part) in enumerate(value.items()):
             yield f"{',' if number else '{'}{_encode(key)}:"
             yield from _parts(part, depth - 1)
         yield "}"
-    else:
+    elif depth and isinstance(value, list) and any(isinstance(part, dict | list) for part in value):
         for number, part in enumerate(value):
             yield "," if number else "["
             yield from _parts(part, depth - 1)
         yield "]"
+    else:
+        yield _encode(value)

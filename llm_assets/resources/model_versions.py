@@ -3,10 +3,12 @@
 `promotion.py` decides which version is champion.
 """
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_assets.resources.mlflow_model import is_model, write_mlflow_model
 from llm_assets.resources.promotion import DECISION, CompareWithChampion, decide_champion, decision_of
 from model.progress import Log
 
@@ -37,13 +39,17 @@ def register_version(
     content_hash: of the artifact; if empty, a version is always added. compare, objections, most_latency_ratio: see
     `decide_champion`.
     The version holds its own copy of the directory: the artifact store keeps only the newest versions, and a tracking
-    server refuses local paths.
+    server refuses local paths. Beside it are the files that MLflow's flavors load a model by (`mlflow_model.py`).
     """
     _create_model(client, name)
     versions = all_versions(client, name)
     version = _with_content(versions, asset, content_hash)
     if version is None:
         client.log_artifacts(run_id, str(model_dir), "model")
+        if is_model(model_dir):
+            with tempfile.TemporaryDirectory() as folder:
+                write_mlflow_model(model_dir, Path(folder), run_id=run_id)
+                client.log_artifacts(run_id, folder, "model")
         source = f"{client.get_run(run_id).info.artifact_uri}/model"
         tags = {"asset": asset, "bits_per_byte": repr(bits_per_byte), "evaluation_text": evaluation_text}
         tags |= {"content_hash": content_hash} if content_hash else {}

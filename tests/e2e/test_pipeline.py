@@ -53,7 +53,7 @@ def test_the_report_holds_numbers_tables_and_both_plots(smoke):
         assert (report / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_checkpoint_loads_in_a_process_that_has_only_transformers(smoke, tmp_path):
+def test_checkpoint_and_champion_load_in_a_process_that_has_only_transformers_and_mlflow(smoke, tmp_path):
     program = """
 import sys, torch
 sys.path[:] = [p for p in sys.path if p not in ("", sys.argv[2])]
@@ -64,16 +64,27 @@ assert not type(model).__module__.startswith("model."), type(model).__module__
 ids = tokenizer("def ", return_tensors="pt").input_ids
 out = model.generate(ids, max_new_tokens=8, do_sample=False)
 print(out.shape[1] > ids.shape[1], model.lm_head.weight is model.model.embed_tokens.weight)
+from mlflow import pyfunc, transformers as flavor
+champion = "models:/rex-smoke@champion"
+pipeline = flavor.load_model(champion)
+assert "rex_model.weights.int8" in sys.modules and "model" not in sys.modules
+text = pipeline("def ", max_new_tokens=8, do_sample=False)[0]["generated_text"]
+print(len(text) > 4, pyfunc.load_model(champion).predict("def ", params={"max_new_tokens": 8}) == [text])
 """
     done = subprocess.run(
         [sys.executable, "-c", program, str(smoke.latest("trained_checkpoint")), str(REPO)],
         cwd=tmp_path,
-        env={**smoke.env, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")},
+        env={
+            **smoke.env,
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(tmp_path / "hf"),
+            "MLFLOW_TRACKING_URI": f"sqlite:///{smoke.var / 'mlflow.db'}",
+        },
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.stdout.strip() == "True True", done.stderr[-3000:]
+    assert done.stdout.split() == ["True"] * 4, done.stderr[-3000:]
 
 
 def test_mlflow_has_one_finished_run_an_asset_with_params_metrics_and_models(smoke):

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +82,19 @@ def retraining() -> dg.RunRequest:
 @dg.sensor(
     name="settings",
     description="Reports changed options in configs/, so that assets that depend on them are shown as out of date; "
-    "keeps the partitions to the experiments that are in use.",
+    "keeps the partitions to the experiments that are in use and those with a new file.",
     minimum_interval_seconds=30,
     default_status=dg.DefaultSensorStatus.RUNNING,
 )
 def observed_settings(context: dg.SensorEvaluationContext, hydra: HydraConfig) -> dg.SensorResult | dg.SkipReason:
     """See the module. Composing takes seconds, so it waits for new files, observations or checkpoints."""
-    seen = _state(context.instance, Path(hydra.config_dir))
+    known = experiment_names(experiments.config_dir)
+    seen = json.dumps({"state": _state(context.instance, Path(hydra.config_dir)), "experiments": known})
     if seen == context.cursor:
         return dg.SkipReason("no new settings file, partition, observation or checkpoint")
-    shown, entering, leaving = _partitions(context.instance)
+    before = _experiments_of(context.cursor)
+    added = [name for name in known if name not in before] if before else []
+    shown, entering, leaving = _partitions(context.instance, known, added)
     found: list[Any] = []
     for experiment in shown:
         try:
@@ -105,16 +109,29 @@ def observed_settings(context: dg.SensorEvaluationContext, hydra: HydraConfig) -
     )
 
 
-def _partitions(instance: dg.DagsterInstance) -> tuple[list[str], list[str], list[str]]:
+def _experiments_of(cursor: str | None) -> list[str]:
+    """The experiments that the last look found; empty before the first look, and for a cursor of another format."""
+    try:
+        found = json.loads(cursor or "{}")
+    except ValueError:
+        return []
+    return [str(name) for name in found.get("experiments", [])] if isinstance(found, dict) else []
+
+
+def _partitions(
+    instance: dg.DagsterInstance, known: Sequence[str], added: Sequence[str]
+) -> tuple[list[str], list[str], list[str]]:
     """The experiments that shall be partitions, and of these and the present ones those to add and to remove.
 
-    A name that was mistyped in the UI and one whose file is gone leave; an experiment that was materialized while
-    partitions were static enters. Before the first run the default experiment is shown alone, so that the UI has
-    something to offer, and a graph of which nothing is made does not look finished; it leaves when others have run.
+    known: all experiments. added: those of them whose files are new since the last look: they enter, so that their
+    names need not be typed for the first run. A name that was mistyped in the UI and one whose file is gone leave; an
+    experiment that was materialized while partitions were static enters. Before the first run the default experiment is
+    shown alone, so that the UI has something to offer, and a graph of which nothing is made does not look finished; it
+    leaves when others have run.
     """
-    present, known = in_use(instance), experiment_names(experiments.config_dir)
+    present = in_use(instance)
     used = [name for name in known if _was_run(instance, name)]
-    waiting = [name for name in present if not (used and name == DEFAULT_EXPERIMENT)]
+    waiting = [name for name in [*present, *added] if not (used and name == DEFAULT_EXPERIMENT)]
     first = [name for name in known if name == DEFAULT_EXPERIMENT]
     shown = [name for name in known if name in used or name in waiting] or first
     return shown, [name for name in shown if name not in present], [name for name in present if name not in shown]

@@ -98,8 +98,8 @@ def build_jobs(assets: Sequence[dg.AssetsDefinition]) -> list[Any]:
         "llm_pipeline",
         assets,
         "From text to a packaged service: every asset of one experiment. Experiments: "
-        f"{', '.join(f'`{name}`' for name in experiment_names())}. One that has never run is not in the list of "
-        'partitions: choose "Add a partition" and type its name.',
+        f"{', '.join(f'`{name}`' for name in experiment_names())}. One that has never run is in the list of "
+        'partitions if its file is new; for another choose "Add a partition" and type its name.',
     )
     return [whole, *stage_jobs(assets)]
 

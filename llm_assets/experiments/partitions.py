@@ -3,10 +3,10 @@
 A partition rather than run configuration: the UI asks for it, history and plots are kept for each experiment, a sweep
 is a backfill, and upstream and downstream of one run always belong together.
 
-The set is dynamic. An experiment enters it with its first run (`resources/hydra.py`) or by "Add a partition" in the UI,
-so that the graph counts the experiments in use: with one static partition per file, a graph of which everything is made
-read "12% filled". Each file is a valid partition before that, also one that was written while the code location is
-loaded.
+The set is dynamic. An experiment enters it with its first run (`resources/hydra.py`), by "Add a partition" in the UI,
+or when its file is written while Dagster's daemon looks (`automation.py`). So the graph counts the experiments in use:
+with one static partition per file, a graph of which everything is made read "12% filled". Each file is a valid
+partition before that.
 """
 
 from collections.abc import Sequence

@@ -240,6 +240,25 @@ def test_before_the_first_run_the_default_experiment_is_offered_and_it_leaves_wh
     assert in_use(location.instance) == ["smoke", "stdlib", "stdlib_chat"]
 
 
+def test_a_new_file_is_offered_before_its_first_run_and_leaves_with_its_file(
+    location: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiments, "config_dir", location.configs)
+    mine = location.configs / "experiment" / "mine.yaml"
+    location.run()
+    location.look()
+    shutil.copy(location.configs / "experiment" / "smoke.yaml", mine)
+    found = location.look()
+    assert isinstance(found, dg.SensorResult)
+    assert set(in_use(location.instance)) == {"smoke", "mine"}
+    assert "mine" in {event.partition for event in found.asset_events}
+    location.look()
+    assert "mine" in in_use(location.instance)  # though it has not run
+    mine.unlink()
+    location.look()
+    assert in_use(location.instance) == ["smoke"]
+
+
 def test_options_that_came_and_went_are_named_too() -> None:
     before = {"training": {"max_steps": 1, "old": True}}
     now = {"training": {"max_steps": 2, "new": "a"}}

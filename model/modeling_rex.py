@@ -489,8 +489,7 @@ class RexForCausalLM(RexPreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
 __all__ = ["RexForCausalLM", "RexModel", "RexPreTrainedModel"]
 
-# A copy of this file in a model directory is one of several that may be loaded, and must not take the name from the
-# package's own.
+# A copy beside weights is one of several that may be loaded, and must not take the name from the package's own.
 if __name__.startswith("model."):
     AutoConfig.register("rex", RexConfig, exist_ok=True)
     AutoModel.register(RexConfig, RexModel, exist_ok=True)

@@ -13,10 +13,13 @@ from model.errors import PipelineError, TransientError, limits_as_error
 
 
 @contextmanager
-def no_retry_after_termination(context: dg.AssetExecutionContext) -> Iterator[None]:
+def no_retry_after_termination(
+    context: dg.AssetExecutionContext | dg.InputContext | dg.OutputContext,
+) -> Iterator[None]:
     """Do not retry a step that was terminated.
 
-    Dagster applies an asset's RetryPolicy to terminations too, but not to a failure that allows no retries.
+    Dagster applies an asset's RetryPolicy to terminations too, while it loads inputs, computes and publishes, but not
+    to a failure that allows no retries.
     """
     try:
         yield

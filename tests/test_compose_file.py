@@ -3,7 +3,9 @@
 import subprocess
 
 import pytest
+import yaml
 
+from llm_assets.automation import WEBHOOK
 from tests.e2e.workplace import REPO
 
 
@@ -22,3 +24,9 @@ def test_compose_reads_the_file_with_the_settings_of_the_example(version: str, c
     read = _run(*compose, "--env-file", ".env.example", "config", "--services")
     assert read.returncode == 0, read.stderr
     assert set(read.stdout.split()) >= {"postgres", "prepare", "mlflow", "code", "webserver", "daemon", "generate"}
+
+
+def test_the_code_location_gets_the_address_that_failed_runs_are_posted_to() -> None:
+    services = yaml.safe_load((REPO / "docker-compose.yml").read_text())["services"]
+    assert services["code"]["environment"][WEBHOOK] == f"${{{WEBHOOK}:-}}"
+    assert f"\n{WEBHOOK}=\n" in (REPO / ".env.example").read_text()

@@ -14,7 +14,7 @@ import dagster as dg
 from pydantic import Field
 
 from llm_assets.artifacts.store import ArtifactStore
-from llm_assets.failures import permanent_failures
+from llm_assets.failures import no_retry_after_termination, permanent_failures
 from llm_assets.paths import var_dir
 
 
@@ -70,12 +70,13 @@ class DirectoryIOManager(dg.ConfigurableIOManager):
             path = dg.MetadataValue.path(obj.path)
             context.add_output_metadata({"path": path, "version": obj.version, "unchanged": True})
             return
-        try:
-            with permanent_failures():
-                publication = self.store().publish(obj.path)
-        except BaseException as error:
-            obj.on_failure(error)
-            raise
+        with no_retry_after_termination(context):
+            try:
+                with permanent_failures():
+                    publication = self.store().publish(obj.path)
+            except BaseException as error:
+                obj.on_failure(error)
+                raise
         context.add_output_metadata(
             {
                 "path": dg.MetadataValue.path(publication.path),
@@ -92,5 +93,5 @@ class DirectoryIOManager(dg.ConfigurableIOManager):
 
     def load_input(self, context: dg.InputContext) -> Path:
         """The verified local folder of the upstream's latest version."""
-        with permanent_failures():
+        with no_retry_after_termination(context), permanent_failures():
             return self.store().load(context.asset_key.path[-1], context.partition_key)

@@ -15,7 +15,7 @@ import dagster as dg
 from llm_assets.artifacts.io_manager import DirectoryIOManager, Reused
 from llm_assets.artifacts.manifest import Manifest, stage_config
 from llm_assets.experiments.observed import changed_options
-from llm_assets.failures import permanent_failures
+from llm_assets.failures import no_retry_after_termination, permanent_failures
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.stage.code import code_digest, code_version
@@ -40,10 +40,13 @@ def reuses_unchanged(fingerprint: SourceFingerprint | None = None) -> Callable[[
             hydra: HydraConfig = arguments["hydra"]
             if not (hydra.force or context.run.tags.get(FORCE_TAG) == "true"):
                 upstream = {name: path for name, path in arguments.items() if isinstance(path, Path)}
-                with permanent_failures():
+                again = None
+                with no_retry_after_termination(context), permanent_failures():
                     found = _find_unchanged(context, hydra, upstream, fingerprint)
-                if found:
-                    yield _materialize_again(context, hydra, arguments["mlflow"], upstream, *found)
+                    if found:
+                        again = _materialize_again(context, hydra, arguments["mlflow"], upstream, *found)
+                if again:
+                    yield again
                     return
             yield from compute(context, **arguments)
 

@@ -10,6 +10,7 @@ import dagster as dg
 import pytest
 
 from llm_assets.artifacts.manifest import Manifest
+from llm_assets.artifacts.store import ArtifactStore
 from llm_assets.experiments.compose import compose
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.stage import stage as stage_module
@@ -115,6 +116,26 @@ def test_a_termination_is_not_tried_again(pipeline: Pipeline) -> None:
     assert len(tries) == 1
     assert not [event for event in result.all_events if event.is_step_up_for_retry]
     assert pipeline.tracked("corpus")[0].info.status == "KILLED"
+
+
+@pytest.mark.parametrize("during", ["latest_manifest", "publish"])
+def test_a_termination_before_or_after_the_work_is_not_tried_again(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, during: str
+) -> None:
+    tries = []
+
+    def terminated(*_: object) -> None:
+        tries.append(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+
+    monkeypatch.setattr(ArtifactStore, during, terminated)
+    pipeline.reuses, pipeline.retries = True, 2
+    result = pipeline.run("corpus")
+    assert not result.success
+    assert len(tries) == 1
+    assert not [event for event in result.all_events if event.is_step_up_for_retry]
+    assert [run.info.status for run in pipeline.tracked("corpus")] == ["KILLED"] * (during == "publish")
 
 
 def test_results_stand_at_the_end_of_the_curves(pipeline: Pipeline) -> None:

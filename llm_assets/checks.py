@@ -17,7 +17,9 @@ import dagster as dg
 
 from bench.container import IMAGE_GB
 from llm_assets.experiments.partitions import experiments
-from llm_assets.registry import QUANTIZATION_ERROR, QUANTIZATION_WARNING, stage_spec
+from llm_assets.registry import QUANTIZATION_ERROR, QUANTIZATION_WARNING, SHARED_WARNING, stage_spec
+from llm_assets.stage.metadata import table
+from model.progress import Log, silent
 
 ROUND_TRIP_DOCUMENTS = 64
 
@@ -59,6 +61,29 @@ def splits_are_disjoint(corpus_dir: Path) -> dg.AssetCheckResult:
             "train_documents": train_documents,
             "validation_documents": len(validation),
             "documents_in_both": shared,
+        },
+    )
+
+
+def splits_share_little_text(corpus_dir: Path, log: Log = silent) -> dg.AssetCheckResult:
+    """Look for validation text in the training split, and for near-duplicates (`model/text/overlap.py`)."""
+    from model.text.overlap import find_overlap
+
+    found = find_overlap(corpus_dir, log=log)
+    near = found.near_duplicates
+    return dg.AssetCheckResult(
+        check_name="splits_share_little_text",
+        passed=found.shared <= SHARED_WARNING,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata={
+            "share_of_validation_text_in_training": found.shared,
+            "validation_documents_mostly_in_training": found.contained,
+            "validation_documents": found.validation_documents,
+            "train_documents": found.train_documents,
+            "compared": "all text" if found.is_whole else "the first part of the text",
+            "largest_shares": table(found.examples),
+            "near_duplicates": "not measured: install the extra `duplicates`" if near is None else near,
+            "near_duplicate_examples": table(found.near_examples),
         },
     )
 

@@ -13,6 +13,8 @@ SOURCE_TEXT = "source_text"
 """The external asset that represents the source text of a corpus (`experiments/observed.py`)."""
 QUANTIZATION_ERROR, QUANTIZATION_WARNING = 0.05, 0.02
 """Relative loss in bits per byte above which a quantized model is refused, or warned about."""
+SHARED_WARNING = 0.1
+"""Share of the validation split's text in the training split above which a corpus is warned about."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,11 @@ PIPELINE = (
         code_version="1",
         settings=("corpus",),
         external=(SOURCE_TEXT,),
-        checks={"splits_are_disjoint": "Both splits hold documents, and none is in both."},
+        checks={
+            "splits_are_disjoint": "Both splits hold documents, and none is in both.",
+            "splits_share_little_text": f"At most {SHARED_WARNING:.0%} of the validation split's runs of 64 characters "
+            "occur in the training split (else a warning). Counts near-duplicates if `rensa` is installed.",
+        },
     ),
     StageSpec(
         "tokenized_dataset",

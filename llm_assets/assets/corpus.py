@@ -74,5 +74,5 @@ def corpus(
                 ),
                 "sample": dg.MetadataValue.md(ui_metadata.fenced(summary.sample)),
             },
-            [checks.splits_are_disjoint(work.output)],
+            [checks.splits_are_disjoint(work.output), checks.splits_share_little_text(work.output, work.log)],
         )

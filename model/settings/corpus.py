@@ -52,6 +52,13 @@ class CorpusSettings(Settings, group="corpus"):
     validation_fraction: float = option(
         0.1, "Fraction of the documents (or of the text) in the validation split.", above=0, below=1
     )
+    validation_bytes: int = option(
+        1_000_000,
+        "Least text in a validation split by hash, or 5 % of the text if that is less; 0: only the fraction counts.",
+        unit="bytes",
+        minimum=0,
+        maximum=10**9,
+    )
     max_bytes: int = option(
         0, "Reading stops after this much text; 0: all is read.", unit="bytes", minimum=0, maximum=10**15
     )

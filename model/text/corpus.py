@@ -1,12 +1,15 @@
 """Builds the corpus: cleans, deduplicates and splits documents and writes them as Parquet shards.
 
 Documents that do not decode (`encodings.py`), contain NUL or are empty are counted and dropped; exact duplicates are
-kept once. The split depends on a document's content alone (`split_by: hash`) or on its position (`position` holds out
-the end of the corpus, to the character). The same input gives the same bytes on disk. Memory use is a few row groups
-for a corpus of any size, as the digests of all documents are on disk. `model.text.sources` reads the sources.
+kept once. The split depends on a document's content (`split_by: hash`) or on its position (`position` holds out the
+end of the corpus, to the character). By hash, the documents with the smallest hashes validate: a fraction of all
+possible hashes, or more of them where the split would be too small to measure with (`_LowestHashes`). The same input
+gives the same bytes on disk. Memory use is a few row groups for a corpus of any size, as the digests of all documents
+are on disk. `model.text.sources` reads the sources.
 """
 
 import hashlib
+import heapq
 import json
 import sqlite3
 from collections.abc import Iterator
@@ -29,6 +32,11 @@ ROW_GROUP_BYTES = 8 << 20
 ROW_GROUP_DOCUMENTS = 8192
 NAMES_REPORTED = 5
 SAMPLE_CHARACTERS = 500
+LEAST_VALIDATION = 0.05
+"""Fraction of the text that validates at least, where `corpus.validation_bytes` is more."""
+MOST_VALIDATION = 0.2
+"""Fraction of the text above which the split is not enlarged: its next document is too long."""
+_HASHES = 2**128
 
 
 @dataclass
@@ -86,23 +94,23 @@ def build_corpus(settings: CorpusSettings, output_dir: Path, *, log: Log = silen
     sources = Sources(settings)
     with limits_as_error(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-        for stale in output_dir.glob("*-?????.parquet"):
-            stale.unlink()
         train_end = None
         if settings.split_by == "position":
             # The first pass measures the size, since the corpus may not fit into memory.
             size = sum(len(data) for _, data in _clean(settings, sources, _summary(settings), log, "measuring"))
             train_end = int(size * (1 - settings.validation_fraction))
-        summary = _summary(settings)
-        documents = _clean(settings, sources, summary, log, "writing")
-        with (
-            _ShardWriter(output_dir, "train", settings.shard_bytes) as train,
-            _ShardWriter(output_dir, "validation", settings.shard_bytes) as validation,
-        ):
-            for source, data, to_validation in _split(documents, settings, train_end):
-                (validation if to_validation else train).add(source, data)
-                if not to_validation and not summary.sample:
-                    summary.sample = data.decode()[:SAMPLE_CHARACTERS]
+        first_of_train = int(settings.validation_fraction * _HASHES)
+        written = _write(settings, sources, output_dir, train_end, first_of_train, log)
+        if settings.split_by == "hash":
+            held_out, size = written.validation.bytes, written.train.bytes + written.validation.bytes
+            enlarged = written.lowest.bound(size)
+            if held_out < min(settings.validation_bytes, LEAST_VALIDATION * size) and enlarged > first_of_train:
+                log(
+                    f"corpus: corpus.validation_fraction {settings.validation_fraction} holds out {held_out:,} of "
+                    f"{size:,} bytes: holding out more, up to corpus.validation_bytes or {LEAST_VALIDATION:.0%}"
+                )
+                written = _write(settings, sources, output_dir, None, enlarged, log)
+        summary, train, validation = written.summary, written.train, written.validation
         summary.converted, summary.converted_sources = dict(sources.converted), sources.converted_sources
         summary.skipped, summary.skipped_sources = len(sources.skipped), sources.skipped[:NAMES_REPORTED]
         summary.train_documents, summary.train_bytes = train.documents, train.bytes
@@ -116,6 +124,68 @@ def build_corpus(settings: CorpusSettings, output_dir: Path, *, log: Log = silen
         log(f"corpus: {line}")
     log(f"corpus: {summary.documents:,} documents, {summary.bytes:,} bytes from {summary.sources:,} sources")
     return summary
+
+
+@dataclass
+class _Written:
+    """Shards of both splits, the counts of what was left out, and the documents that a larger split would take."""
+
+    summary: CorpusSummary
+    train: "_ShardWriter"
+    validation: "_ShardWriter"
+    lowest: "_LowestHashes"
+
+
+def _write(
+    settings: CorpusSettings, sources: Sources, output_dir: Path, train_end: int | None, first_of_train: int, log: Log
+) -> _Written:
+    """Write the shards of both splits, in place of those of an earlier call. The last arguments: see `_split`."""
+    for stale in output_dir.glob("*-?????.parquet"):
+        stale.unlink()
+    summary, lowest = _summary(settings), _LowestHashes(settings.validation_bytes)
+    documents = _clean(settings, sources, summary, log, "writing")
+    with (
+        _ShardWriter(output_dir, "train", settings.shard_bytes) as train,
+        _ShardWriter(output_dir, "validation", settings.shard_bytes) as validation,
+    ):
+        for source, data, to_validation in _split(documents, settings, train_end, first_of_train):
+            (validation if to_validation else train).add(source, data)
+            lowest.add(int.from_bytes(_digest(data)), len(data))
+            if not to_validation and not summary.sample:
+                summary.sample = data.decode()[:SAMPLE_CHARACTERS]
+    return _Written(summary, train, validation, lowest)
+
+
+class _LowestHashes:
+    """The documents with the smallest hashes, as many as together hold `least_bytes`: what a larger split would take.
+
+    Memory holds their hashes and sizes, and those of no other document.
+    """
+
+    def __init__(self, least_bytes: int) -> None:
+        self._least_bytes, self._bytes = least_bytes, 0
+        self._largest_first: list[tuple[int, int]] = []
+
+    def add(self, digest: int, size: int) -> None:
+        """Count a document of `size` bytes."""
+        heapq.heappush(self._largest_first, (-digest, size))
+        self._bytes += size
+        while self._bytes - self._largest_first[0][1] >= self._least_bytes:
+            self._bytes -= heapq.heappop(self._largest_first)[1]
+            if not self._largest_first:
+                return
+
+    def bound(self, corpus_bytes: int) -> int:
+        """The smallest hash that trains, for a split of `least_bytes` or LEAST_VALIDATION of the text.
+
+        0 if the split would then hold more than MOST_VALIDATION of the text.
+        """
+        held_out = 0
+        for negative, size in sorted(self._largest_first, reverse=True):
+            held_out += size
+            if held_out >= min(self._least_bytes, LEAST_VALIDATION * corpus_bytes):
+                return 1 - negative if held_out <= MOST_VALIDATION * corpus_bytes else 0
+        return 0
 
 
 def read_summary(corpus_dir: Path) -> CorpusSummary:
@@ -236,13 +306,16 @@ def _name(names: list[str], source: str) -> None:
 
 
 def _split(
-    documents: Iterator[tuple[str, bytes]], settings: CorpusSettings, train_end: int | None
+    documents: Iterator[tuple[str, bytes]], settings: CorpusSettings, train_end: int | None, first_of_train: int
 ) -> Iterator[tuple[str, bytes, bool]]:
-    """(source, document, is held out); a document across `train_end` (bytes) is split into two."""
+    """(source, document, is held out); a document across `train_end` (bytes) is split into two.
+
+    first_of_train: the smallest hash of a document that trains, where train_end is None.
+    """
     position = 0
     for source, data in documents:
         if train_end is None:
-            yield source, data, int.from_bytes(_digest(data)) < settings.validation_fraction * 2**128
+            yield source, data, int.from_bytes(_digest(data)) < first_of_train
             continue
         if settings.holds_conversations:
             yield source, data, position >= train_end

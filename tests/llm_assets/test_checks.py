@@ -52,6 +52,25 @@ def test_a_document_in_both_splits_and_an_empty_split_fail(
     assert result.severity == ERROR
 
 
+def test_a_validation_split_whose_text_is_in_training_too_is_warned_about_with_the_documents(tmp_path: Path) -> None:
+    texts = {
+        f"{number}.txt": f"{number} " + " ".join(map(str, range(number, number + 60))) for number in range(0, 900, 90)
+    }
+    (tmp_path / "text").mkdir()
+    for name, text in texts.items():
+        (tmp_path / "text" / name).write_text(text)
+    settings = CorpusSettings(source="files", paths=[str(tmp_path / "text" / "*.txt")], validation_fraction=0.3)
+    build_corpus(settings, tmp_path / "corpus")
+    result = checks.splits_share_little_text(tmp_path / "corpus")
+    assert result.passed
+    (tmp_path / "text" / "all.txt").write_text("\n\n".join(texts.values()).upper())
+    build_corpus(settings, tmp_path / "corpus")
+    result = checks.splits_share_little_text(tmp_path / "corpus")
+    assert not result.passed
+    assert result.severity == WARN
+    assert result.metadata["validation_documents_mostly_in_training"].value > 0
+
+
 def test_tokens_of_another_text_fail(data: tuple[Path, Path], tmp_path: Path) -> None:
     _, dataset = data
     (tmp_path / "text").mkdir()
@@ -107,7 +126,7 @@ def test_a_bento_that_is_not_in_the_store_fails(tmp_path: Path) -> None:
 
 def test_every_check_of_an_asset_blocks() -> None:
     specs = [spec for asset in ("corpus", "packaged_bento") for spec in checks.specs(asset)]
-    assert [spec.name for spec in specs] == ["splits_are_disjoint", "is_in_store"]
+    assert [spec.name for spec in specs] == ["splits_are_disjoint", "splits_share_little_text", "is_in_store"]
     assert all(spec.blocking for spec in specs)
 
 

@@ -174,6 +174,43 @@ def test_a_document_keeps_its_split_when_others_come_and_go(tmp_path: Path, line
         )
 
 
+def hash_of(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest())
+
+
+@pytest.mark.parametrize("validation_bytes", [1_000_000, 150])
+def test_a_validation_split_too_small_to_measure_with_takes_the_next_documents_by_hash(
+    tmp_path: Path, validation_bytes: int
+) -> None:
+    texts = [f"{number:05}" + "." * (number % 81) for number in range(200)]
+    size = sum(map(len, texts))
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    built = build_corpus(files(path, validation_fraction=1e-9, validation_bytes=validation_bytes), tmp_path / "out")
+    held_out = set(read_documents(tmp_path / "out", "validation"))
+    assert min(validation_bytes, 0.05 * size) <= built.validation_bytes < min(validation_bytes, 0.05 * size) + 86
+    assert held_out == set(sorted(texts, key=hash_of)[: len(held_out)])
+    assert sorted(texts_of(tmp_path / "out")) == sorted(texts)
+    assert built.bytes == size and built.documents == 200
+
+
+def test_a_validation_split_keeps_its_fraction_where_that_is_enough_or_the_next_document_is_most_of_the_text(
+    tmp_path: Path,
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    for validation_bytes in (0, 1_000_000):
+        options = {"validation_fraction": 0.3, "validation_bytes": validation_bytes}
+        build_corpus(files(path, **options), tmp_path / "out")
+        assert all(hash_of(text) < 0.3 * 2**128 for text in read_documents(tmp_path / "out", "validation"))
+        assert all(hash_of(text) >= 0.3 * 2**128 for text in read_documents(tmp_path / "out", "train"))
+    first = min(TEXTS, key=hash_of)
+    longest = next(
+        text for text in (first + "!" * count for count in range(5000, 9000)) if hash_of(text) < hash_of(first)
+    )
+    path = write_jsonl(tmp_path / "b.jsonl", [longest, *TEXTS])
+    with pytest.raises(PipelineError, match="the validation split is empty"):
+        build_corpus(files(path, validation_fraction=1e-9), tmp_path / "out")
+
+
 def test_split_by_position_holds_out_the_last_bytes_to_the_character(tmp_path: Path) -> None:
     text = "".join(TEXTS)
     path = tmp_path / "one.txt"

@@ -55,6 +55,10 @@ class TrainingSettings(Settings, group="training"):
         above=0,
         maximum=100,
     )
+    newton_schulz_coefficients: Literal["jordan", "polar_express"] = option(
+        "jordan",
+        "jordan: the same for each step; polar_express: the best for each, which comes nearer to orthogonal.",
+    )
     weight_decay: float = option(
         0.1, "Decoupled weight decay of matrices and embeddings; norms have none.", minimum=0, maximum=100.0
     )

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from model.settings import TrainingSettings
 from model.system.devices import Precision, has_fast_bfloat16
-from model.training.optim.newton_schulz import orthogonalize
+from model.training.optim.newton_schulz import Coefficients, orthogonalize
 from model.training.optim.shared import is_shared, orthogonalize_shared
 
 ROW_DECAY = 0.95
@@ -39,10 +39,11 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum: float = 0.95,
         newton_schulz_steps: int = 5,
         newton_schulz_dtype: torch.dtype = torch.float32,
+        newton_schulz_coefficients: Coefficients = "jordan",
         normalize_rows: bool = False,
         cautious_weight_decay: bool = False,
     ) -> None:
-        """groups: each with "kind", "params", "lr", "weight_decay". The last two arguments are Muon's, see
+        """groups: each with "kind", "params", "lr", "weight_decay". Arguments after `momentum` are Muon's, see
         TrainingSettings.
         """
         defaults = {
@@ -50,6 +51,7 @@ class MuonAdamW(torch.optim.Optimizer):
             "eps": 1e-8,
             "momentum": momentum,
             "newton_schulz_steps": newton_schulz_steps,
+            "newton_schulz_coefficients": newton_schulz_coefficients,
             "normalize_rows": normalize_rows,
             "cautious_weight_decay": cautious_weight_decay,
             "fused": True,  # read by load_state_dict too: AdamW's step counter then stays a float32 tensor
@@ -78,13 +80,16 @@ class MuonAdamW(torch.optim.Optimizer):
         for parameter in parameters:
             by_shape[parameter.shape].append(parameter)
         steps = group["newton_schulz_steps"]
+        named: Coefficients = group["newton_schulz_coefficients"]
+        options: dict[str, Any] = {} if named == "jordan" else {"coefficients": named}
         if is_shared(parameters):
             stacks = [self._momentum_updates(group, same) for same in by_shape.values()]
-            for same, update_NRC in zip(by_shape.values(), orthogonalize_shared(stacks, steps), strict=True):
+            for same, update_NRC in zip(by_shape.values(), orthogonalize_shared(stacks, steps, **options), strict=True):
                 self._apply_updates(group, same, update_NRC)
         else:  # shape by shape: the updates of all would take as much memory as the gradients
             for same in by_shape.values():
-                self._apply_updates(group, same, orthogonalize(self._momentum_updates(group, same), steps))
+                updates_NRC = self._momentum_updates(group, same)
+                self._apply_updates(group, same, orthogonalize(updates_NRC, steps, **options))
 
     def _momentum_updates(self, group: dict[str, Any], parameters: list[Tensor]) -> Tensor:
         """Nesterov momentum of parameters of one shape, in the dtype of the orthogonalization; shape (N, R, C)."""
@@ -185,6 +190,7 @@ def build_optimizer(model: PreTrainedModel, settings: TrainingSettings, precisio
         momentum=settings.muon_momentum,
         newton_schulz_steps=settings.newton_schulz_steps,
         newton_schulz_dtype=torch.bfloat16 if use_bfloat16 else torch.float32,
+        newton_schulz_coefficients=settings.newton_schulz_coefficients,
         normalize_rows=settings.muon_normalize_rows,
         cautious_weight_decay=settings.muon_cautious_weight_decay,
     )

@@ -5,6 +5,7 @@ in one place, so the processes hold the same bits. Legend: `N` matrices of one s
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,16 +26,17 @@ def is_shared(matrices: Sequence[Tensor]) -> bool:
     return several and whole and max((min(matrix.shape[-2:]) for matrix in matrices), default=0) >= SMALLEST
 
 
-def orthogonalize_shared(stacks: Sequence[Tensor], steps: int = 5) -> list[Tensor]:
+def orthogonalize_shared(stacks: Sequence[Tensor], steps: int = 5, **options: Any) -> list[Tensor]:
     """`orthogonalize` of each stack, the matrices shared out among the processes of the default group.
 
     stacks: at least one, each of shape (N, R, C), the same in all processes, of one dtype. A matrix of a smaller batch
     can differ from that of a larger one in the last bits, as libraries choose their kernels by the size.
+    options: of `orthogonalize`.
     """
     world_size = dist.get_world_size()
     bounds = shares([tuple(stack.shape) for stack in stacks], world_size)
     own = [
-        orthogonalize(stack[first:last], steps).flatten()
+        orthogonalize(stack[first:last], steps, **options).flatten()
         for stack, (first, last) in zip(stacks, bounds[dist.get_rank()], strict=True)
         if first < last
     ]

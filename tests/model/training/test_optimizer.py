@@ -1,5 +1,6 @@
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +90,33 @@ def test_orthogonalized_matrices_have_singular_values_near_one(shape):
     values = singular_values(orthogonalize(matrices_NRC, steps=10))
     assert values.min() > 0.6
     assert values.max() < 1.3
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 24), (2, 16, 48), (2, 48, 16)])
+def test_the_steps_of_the_polar_express_come_nearer_to_orthogonal_and_converge(shape):
+    random_NRC = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    left_NRM, _, right_NMC = torch.linalg.svd(random_NRC, full_matrices=False)
+    values_M = torch.logspace(-2, 0, left_NRM.shape[-1], dtype=torch.float64)
+    matrices_NRC = 7 * (left_NRM * values_M) @ right_NMC
+    off = {
+        steps: singular_values(orthogonalize(matrices_NRC.float(), steps, coefficients="polar_express")) - 1
+        for steps in (5, 6)
+    }
+    assert off[5].abs().max() < 0.15
+    assert off[6].abs().max() < 0.01
+    converged_NRC = orthogonalize(matrices_NRC, 9, coefficients="polar_express")
+    torch.testing.assert_close(converged_NRC, left_NRM @ right_NMC, atol=1e-6, rtol=0)
+
+
+def test_the_coefficients_of_the_settings_reach_the_update():
+    settings = TrainingSettings(newton_schulz_coefficients="polar_express")
+    groups = build_optimizer(make_model(), settings, "float32").param_groups
+    assert {group["newton_schulz_coefficients"] for group in groups} == {"polar_express"}
+    off = {}
+    for named in ("jordan", "polar_express"):
+        before, update, _ = muon_update(newton_schulz_coefficients=named)
+        off[named] = (singular_values((update + 0.05 * before) / (0.1 * 0.2 * 24**0.5)) - 1).abs().max()
+    assert off["polar_express"] < 0.16 < off["jordan"]
 
 
 @pytest.mark.parametrize("shape", [(2, 32, 96), (2, 96, 32)])
@@ -197,7 +225,7 @@ def test_the_schedule_ends_at_its_floor_and_the_momentum_rises_and_falls_between
     assert {muon_momentum(step, warmup_steps=0, **how) for step in range(7)} == {0.95}
 
 
-def muon_update(**options: bool) -> tuple[Tensor, Tensor, MuonAdamW]:
+def muon_update(**options: Any) -> tuple[Tensor, Tensor, MuonAdamW]:
     generator = torch.Generator().manual_seed(0)
     parameter = torch.nn.Parameter(torch.randn(8, 24, generator=generator))
     before = parameter.detach().clone()

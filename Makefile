@@ -32,7 +32,7 @@ SHARED := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow harness releases coverage export-vllm lint docs screenshots bench clean
+.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow harness evaluation releases coverage export-vllm lint docs screenshots bench clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -101,6 +101,9 @@ else
 	@$(BIN)/python -m llm_assets.sweep --module llm_assets.images --job container_image_$(DEVICE)_job experiment=$(EXPERIMENT) $(OVERRIDES)
 endif
 	@$(BIN)/python -m llm_assets.latest $(EXPERIMENT) --image $(DEVICE)
+
+evaluation: harness  ## Score the newest model of EXPERIMENT on tasks of lm-eval: OVERRIDES='evaluation.tasks=[piqa,arc_easy]'
+	@$(BIN)/python -m llm_assets.sweep --module llm_assets.evaluation --job evaluation_report_job experiment=$(EXPERIMENT) $(OVERRIDES)
 
 test: setup  ## Run all tests on WORKERS=2 processes
 	$(BIN)/pytest $(SHARED)

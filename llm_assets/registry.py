@@ -176,7 +176,23 @@ IMAGES = tuple(
 )
 """Stages that need a container engine."""
 
-_BY_NAME = {stage.name: stage for stage in (*PIPELINE, *IMAGES)}
+EVALUATION = (
+    StageSpec(
+        "evaluation_report",
+        "Scores of the trained or the quantized model on tasks of lm-eval, by name or from YAML files: JSON and "
+        "Markdown.",
+        group="release",
+        kinds=("python", "markdown"),
+        code_version="1",
+        settings=("evaluation",),
+        upstream=("trained_checkpoint", "quantized_model"),
+        pool="device",
+        code=("bench/report",),
+    ),
+)
+"""Stages that need lm-eval."""
+
+_BY_NAME = {stage.name: stage for stage in (*PIPELINE, *IMAGES, *EVALUATION)}
 
 
 def stage_spec(name: str) -> StageSpec:

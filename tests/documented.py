@@ -179,9 +179,10 @@ def _python(words: list[str]) -> list[str]:
 def _dagster(words: list[str]) -> list[str]:
     import dagster as dg
 
-    from llm_assets import definitions, images
+    from llm_assets import definitions, evaluation, images
 
-    known = {"llm_assets.definitions": definitions.build_defs(), "llm_assets.images": images.build_defs()}
+    locations = {"definitions": definitions, "evaluation": evaluation, "images": images}
+    known = {f"llm_assets.{name}": location.build_defs() for name, location in locations.items()}
     option = dict(itertools.pairwise(words))
     if words[0] in ("dev", "instance") or words[:2] == ["job", "execute"] == words:
         return []

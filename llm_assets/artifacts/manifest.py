@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llm_assets.registry import IMAGES, settings_groups
+from llm_assets.registry import EVALUATION, IMAGES, settings_groups
 from model.artifact import MANIFEST, FileDigest, content_hash, file_digests
 from model.errors import PipelineError
 from model.settings import ExperimentSettings
@@ -174,7 +174,9 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def refresh_command(asset: str, experiment: str, overrides: Sequence[str] = ()) -> str:
     """The command that materializes `asset` and everything downstream."""
-    module = "llm_assets.images" if asset in {stage.name for stage in IMAGES} else "llm_assets.definitions"
+    locations = {"llm_assets.images": IMAGES, "llm_assets.evaluation": EVALUATION}
+    holds = (name for name, stages in locations.items() if asset in {stage.name for stage in stages})
+    module = next(holds, "llm_assets.definitions")
     command = f"dagster asset materialize -m {module} --select '{asset}+' --partition {experiment}"
     if overrides:
         config = {"resources": {"hydra": {"config": {"overrides": list(overrides)}}}}

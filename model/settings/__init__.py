@@ -8,6 +8,7 @@ from model.settings.architecture import ModelSettings
 from model.settings.benchmark import BenchmarkSettings
 from model.settings.compute import ComputeSettings
 from model.settings.corpus import CorpusSettings
+from model.settings.evaluation import EvaluationSettings
 from model.settings.experiment import GROUPS, ExperimentSettings
 from model.settings.option import Option, Settings, options
 from model.settings.quantization import QuantizationSettings
@@ -20,6 +21,7 @@ __all__ = [
     "BenchmarkSettings",
     "ComputeSettings",
     "CorpusSettings",
+    "EvaluationSettings",
     "ExperimentSettings",
     "ModelSettings",
     "Option",

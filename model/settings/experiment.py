@@ -7,6 +7,7 @@ from model.settings.architecture import ModelSettings
 from model.settings.benchmark import BenchmarkSettings
 from model.settings.compute import ComputeSettings
 from model.settings.corpus import CorpusSettings
+from model.settings.evaluation import EvaluationSettings
 from model.settings.option import Settings, expect
 from model.settings.quantization import QuantizationSettings
 from model.settings.serving import ServingSettings
@@ -24,6 +25,7 @@ GROUPS: dict[str, type[Settings]] = {
         BenchmarkSettings,
         ServingSettings,
         ComputeSettings,
+        EvaluationSettings,
     )
 }
 """The settings class of each folder of `configs/`, in the order of the pipeline."""
@@ -45,6 +47,7 @@ class ExperimentSettings:
     benchmark: BenchmarkSettings = field(default_factory=BenchmarkSettings)
     serving: ServingSettings = field(default_factory=ServingSettings)
     compute: ComputeSettings = field(default_factory=ComputeSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
 
     def __post_init__(self) -> None:
         context = self.model.max_position_embeddings

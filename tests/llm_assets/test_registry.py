@@ -6,17 +6,17 @@ from bench import orchestration
 from llm_assets.artifacts.manifest import stage_config
 from llm_assets.assets import load_asset
 from llm_assets.experiments.compose import compose
-from llm_assets.registry import IMAGES, PIPELINE, model_name, settings_asset, settings_groups, stage_spec
+from llm_assets.registry import EVALUATION, IMAGES, PIPELINE, model_name, settings_asset, settings_groups, stage_spec
 
 
 def test_each_stage_comes_after_what_it_is_made_from() -> None:
     seen: set[str] = set()
-    for stage in (*PIPELINE, *IMAGES):
+    for stage in (*PIPELINE, *IMAGES, *EVALUATION):
         assert set(stage.upstream) <= seen, stage.name
         seen.add(stage.name)
 
 
-@pytest.mark.parametrize("stage", (*PIPELINE, *IMAGES), ids=lambda stage: stage.name)
+@pytest.mark.parametrize("stage", (*PIPELINE, *IMAGES, *EVALUATION), ids=lambda stage: stage.name)
 def test_an_asset_is_what_its_entry_says(stage) -> None:
     (spec,) = load_asset(stage).specs
     assert spec.key.path == [stage.name]

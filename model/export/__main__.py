@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from model.errors import ends_in_one_line
-from model.export.package import FORMATS, export
+from model.export.package import DEFAULT_GGUF_KINDS, FORMATS, GGUF_KINDS, export
 
 
 @ends_in_one_line
@@ -21,9 +21,20 @@ def main(arguments: list[str] | None = None) -> int:
         help="hf: safetensors for transformers, vLLM, SGLang; compressed-tensors: int8 for vLLM; "
         "gguf: llama.cpp, Ollama",
     )
+    parser.add_argument(
+        "--gguf",
+        choices=GGUF_KINDS,
+        nargs="+",
+        default=DEFAULT_GGUF_KINDS,
+        metavar="KIND",
+        help="weights of the GGUFs, one file each: full (F32 or BF16), q8_0, q4_0; default: full q8_0",
+    )
     parser.add_argument("--name", default="rex", help="name in the model card and in GGUF; default: rex")
     given = parser.parse_args(arguments)
-    made = export(given.checkpoint, given.out, FORMATS if given.to == "all" else (given.to,), name=given.name)
+    if given.to not in ("gguf", "all") and given.gguf != DEFAULT_GGUF_KINDS:
+        parser.error(f"--gguf is for --to gguf or all, and --to is {given.to}")
+    formats = FORMATS if given.to == "all" else (given.to,)
+    made = export(given.checkpoint, given.out, formats, gguf_kinds=given.gguf, name=given.name)
     for file in made.files:
         print(f"{given.out / file.path}  {file.precision}")
     for form, reason in made.left_out.items():

@@ -23,13 +23,13 @@ _TEMPLATE_BEFORE_MARKS = """\
 """Of checkpoints from before role marks."""
 
 
-def modelfile(model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The Modelfile of model-q8_0.gguf in the same folder.
+def modelfile(model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast, weights: str = "model-q8_0.gguf") -> str:
+    """The Modelfile of the GGUF `weights` in the same folder.
 
     Without a chat template the prompt goes to the model as it is; for one of another project there is no TEMPLATE, and
     Ollama takes that of the GGUF where it knows it.
     """
-    lines = ["FROM ./model-q8_0.gguf"]
+    lines = [f"FROM ./{weights}"]
     stops = [tokenizer.eos_token] if tokenizer.eos_token else []
     if has_marks(tokenizer):
         stops += MARKS.values()

@@ -1,7 +1,8 @@
 """Writes all files of an export to one folder, with a model card (README.md) and checksums (SHA256SUMS).
 
 hf/: GLM-4, Llama or Qwen3 layout in safetensors, for transformers, vLLM and SGLang. compressed-tensors/: int8 in the
-layout that vLLM reads. gguf/: model-f32.gguf (or -bf16), model-q8_0.gguf and a Modelfile, for llama.cpp and Ollama.
+layout that vLLM reads. gguf/: model-f32.gguf (or -bf16), model-q8_0.gguf, model-q4_0.gguf if it is requested, and a
+Modelfile, for llama.cpp and Ollama.
 """
 
 import json
@@ -25,6 +26,9 @@ from model.weights.export import export_checkpoint
 from model.weights.loading import load_model
 
 FORMATS = ("hf", "compressed-tensors", "gguf")
+GGUF_KINDS = ("full", "q8_0", "q4_0")
+"""Weights of a GGUF, the largest first. full: F32, or BF16 for a bfloat16 model."""
+DEFAULT_GGUF_KINDS = ("full", "q8_0")
 CARD, CHECKSUMS = "README.md", "SHA256SUMS"
 
 
@@ -51,12 +55,14 @@ def export(
     output_dir: Path,
     formats: Sequence[str] = FORMATS,
     *,
+    gguf_kinds: Sequence[str] = DEFAULT_GGUF_KINDS,
     name: str = "rex",
     provenance: Mapping[str, Any] | None = None,
 ) -> Export:
     """Write `formats` of a REX checkpoint in full precision.
 
-    name: of the model in the card and in GGUF. provenance: lines of the model card, by title.
+    gguf_kinds: the weights of the GGUFs, one file each, of GGUF_KINDS. name: of the model in the card and in GGUF.
+    provenance: lines of the model card, by title.
     A format that cannot represent the model is left out, with the reason, if other formats were requested as well.
     Raises PipelineError if `checkpoint_dir` is not a REX checkpoint, or the only requested format cannot represent it.
     """
@@ -79,7 +85,7 @@ def export(
         if reason and len(formats) > 1:
             left_out["gguf"] = reason
         else:
-            files += _write_ggufs(model, tokenizer, output_dir / "gguf", name)
+            files += _write_ggufs(model, tokenizer, output_dir / "gguf", name, gguf_kinds)
     (output_dir / CARD).write_text(_card(name, files, left_out, provenance or {}), encoding="utf-8")
     write_checksums(output_dir)
     return Export(tuple(files), left_out)
@@ -99,18 +105,19 @@ def write_checksums(output_dir: Path) -> None:
 
 
 def _write_ggufs(
-    model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, name: str
+    model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, name: str, kinds: Sequence[str]
 ) -> list[ExportedFile]:
     folder.mkdir(parents=True, exist_ok=True)
-    short = "bf16" if model.dtype == torch.bfloat16 else "f32"
-    precision = "bfloat16" if short == "bf16" else "float32"
-    for kind, file in (("full", f"model-{short}.gguf"), ("q8_0", "model-q8_0.gguf")):
+    full = "bf16" if model.dtype == torch.bfloat16 else "f32"
+    files = []
+    for kind in (kind for kind in GGUF_KINDS if kind in kinds):
+        file = f"model-{full if kind == 'full' else kind}.gguf"
         write_gguf(model, tokenizer, folder / file, kind, name=name)
-    (folder / "Modelfile").write_text(modelfile(model, tokenizer), encoding="utf-8")
-    return [
-        ExportedFile(f"gguf/model-{short}.gguf", precision, "llama.cpp"),
-        ExportedFile("gguf/model-q8_0.gguf", "q8_0", "llama.cpp"),
-    ]
+        precision = str(model.dtype).removeprefix("torch.") if kind == "full" else kind
+        files.append(ExportedFile(f"gguf/{file}", precision, "llama.cpp"))
+    smallest = Path(files[-1].path).name
+    (folder / "Modelfile").write_text(modelfile(model, tokenizer, smallest), encoding="utf-8")
+    return files
 
 
 def _card(name: str, files: Sequence[ExportedFile], left_out: Mapping[str, str], provenance: Mapping[str, Any]) -> str:
@@ -124,7 +131,8 @@ def _card(name: str, files: Sequence[ExportedFile], left_out: Mapping[str, str],
         lines += ["vllm serve ./hf"]
         lines += ["""python -c 'from transformers import pipeline; print(pipeline("text-generation", "hf")("Once"))'"""]
     if any(path.startswith("gguf/") for path in paths):
-        lines += [f'llama-completion -m {path} -p "Once"' for path in paths if path.endswith("q8_0.gguf")]
+        smallest = [path for path in paths if path.startswith("gguf/")][-1]
+        lines += [f'llama-completion -m {smallest} -p "Once"']
         lines += [f"ollama create {name} -f gguf/Modelfile && ollama run {name} Once"]
     lines += ["```", ""]
     if any(path.startswith("gguf/") for path in paths):

@@ -5,14 +5,18 @@ continuations, log-probabilities of the chosen tokens, and bits per byte of held
 accepted only if REX's two best log-probabilities differ by less than twice the format's bound. Two differences are of
 GGUF: it bounds no run of characters (other tokens are accepted if they are those of the tokenizer without its bound),
 and has places for three of the tokens that end a generation. Accepted differences are listed.
+
+A Q4_0 file is compared with the model in the int4 weights that it holds (`model/weights/int4.py`): what rounding to
+four bits costs is measured where the weights are quantized.
 """
 
+import copy
 import json
 import math
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +30,17 @@ from model.export.gguf import MARKS_THAT_END
 from model.modeling_rex import RexForCausalLM
 from model.system.commands import ending_with_parent
 from model.system.cpu import limit_threads
+from model.system.failure import reason_of
 from model.text.chat import MARKS
 from model.text.tokenizer import LONGEST_RUN, without_bound
 from model.text.tokens import TokenDataset
+from model.weights import int4, int8
 
 STEPS = 16
 """Greedy tokens after each prompt."""
-LOG_PROBABILITY_BOUND = {"float32": 1e-3, "bfloat16": 0.25, "int8": 0.25, "q8_0": 0.25}
+LOG_PROBABILITY_BOUND = {"float32": 1e-3, "bfloat16": 0.25, "int8": 0.25, "q8_0": 0.25, "q4_0": 0.25}
 """Largest difference of one log-probability, nats, by storage precision of the exported weights."""
-BITS_PER_BYTE_BOUND = {"float32": 1e-3, "bfloat16": 0.02, "int8": 0.02, "q8_0": 0.02}
+BITS_PER_BYTE_BOUND = {"float32": 1e-3, "bfloat16": 0.02, "int8": 0.02, "q8_0": 0.02, "q4_0": 0.02}
 """Largest difference in bits per byte on the same held-out tokens."""
 _NO_END_IN_GGUF = set(MARKS.values()) - set(MARKS_THAT_END)
 WINDOWS = 8
@@ -96,6 +102,8 @@ class Certificate:
     bits_per_byte_difference: float
     bits_per_byte_bound: float
     scored_tokens: int
+    compared_with: str = "checkpoint"
+    """checkpoint, or int4: its weights rounded to int4."""
     differences: list[str] = field(default_factory=list)
 
     @property
@@ -117,9 +125,9 @@ def certify(
 ) -> Certificate:
     """Run `engine` on the export at `path`, and compare with `model`, a REX model in eval mode on the CPU.
 
-    precision: how the weights at `path` are stored, a key of LOG_PROBABILITY_BOUND. name: of the file in the
-    certificate. python: the interpreter that has the engine.
-    Raises PipelineError with the engine's last line if it cannot load or run the file.
+    model: in full precision. precision: how the weights at `path` are stored, a key of LOG_PROBABILITY_BOUND. name: of
+    the file in the certificate. python: the interpreter that has the engine.
+    Raises PipelineError with the engine's error if it cannot load or run the file.
     """
     limit_threads()
     length = min(dataset.sequence_length, model.config.max_position_embeddings)
@@ -131,7 +139,11 @@ def certify(
     asked = _questions(model, tokenizer, windows, dataset)
     answers = _ask(engine, path, asked, python)
     in_gguf = engine == "llama.cpp"
-    return _compare(model, tokenizer, dataset, asked, answers, precision, name or path.name, in_gguf=in_gguf)
+    compared_with = "checkpoint"
+    if precision == "q4_0":
+        compared_with, model = "int4", int8.dequantize(int4.quantize(copy.deepcopy(model)))
+    found = _compare(model, tokenizer, dataset, asked, answers, precision, name or path.name, in_gguf=in_gguf)
+    return replace(found, compared_with=compared_with)
 
 
 def _questions(
@@ -209,8 +221,8 @@ def _ask(engine: str, path: Path, asked: dict[str, Any], python: Path) -> dict[s
             cwd=Path(__file__).parents[2],
         )
         if done.returncode or not output.is_file():
-            last = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-            raise PipelineError(f"{engine} cannot run {path}: {last}; export the checkpoint again")
+            reason = reason_of(done.stderr, done.returncode)
+            raise PipelineError(f"{engine} cannot run {path}: {reason}; export the checkpoint again")
         answers: dict[str, Any] = json.loads(output.read_text())
         return answers
 

@@ -99,6 +99,26 @@ def test_only_the_format_asked_for_is_written(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"gguf", "README.md", "SHA256SUMS"}
 
 
+def test_a_gguf_in_four_bits_is_written_where_it_is_asked_for_and_the_recipe_takes_the_smallest(
+    tmp_path: Path, capsys
+) -> None:
+    save_tiny_model(tmp_path / "rex")
+    assert main([str(tmp_path / "rex"), str(tmp_path / "out"), "--to", "gguf", "--gguf", "q4_0", "full"]) == 0
+    assert [line.split("/")[-1] for line in capsys.readouterr().out.splitlines()] == [
+        "model-f32.gguf  float32",
+        "model-q4_0.gguf  q4_0",
+    ]
+    assert not (tmp_path / "out/gguf/model-q8_0.gguf").exists()
+    assert (tmp_path / "out/gguf/Modelfile").read_text().startswith("FROM ./model-q4_0.gguf\n")
+    assert "llama-completion -m gguf/model-q4_0.gguf" in (tmp_path / "out/README.md").read_text()
+
+
+def test_the_weights_of_a_gguf_are_refused_where_none_is_written(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path), str(tmp_path / "out"), "--to", "hf", "--gguf", "q4_0"])
+    assert "--gguf is for --to gguf or all, and --to is hf" in capsys.readouterr().err
+
+
 def test_compressed_tensors_holds_the_integers_of_the_int8_model(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "rex")
     export(tmp_path / "rex", tmp_path / "out", ["compressed-tensors"])

@@ -110,8 +110,9 @@ PIPELINE = (
     StageSpec(
         "exported_model",
         "The checkpoint for other engines: GLM-4 or Llama layout in safetensors, int8 in the compressed-tensors "
-        "layout, GGUF in full precision and Q8_0, an Ollama Modelfile, a model card and checksums. Each installed "
-        "engine is checked to run the same model; `certificates.json` has the comparisons.",
+        "layout, GGUF in full precision and Q8_0 (in Q4_0 too if the quantized model is int4), an Ollama Modelfile, a "
+        "model card and checksums. Each installed engine is checked to run the same model; `certificates.json` has the "
+        "comparisons.",
         group="release",
         kinds=("huggingface",),
         eager=True,
@@ -119,7 +120,8 @@ PIPELINE = (
         upstream=("trained_checkpoint", "quantized_model", "tokenized_dataset"),
         checks={
             "is_the_same_model": "Token ids, chat templates and greedy continuations are equal, log-probabilities and "
-            "bits per byte within stated bounds, in stock transformers and, if it is installed, llama.cpp."
+            "bits per byte within stated bounds, in stock transformers and, if they are installed, with int8 weights "
+            "in compressed-tensors and in llama.cpp."
         },
         pool="device",
         preload=("model.export.certified",),

@@ -1,16 +1,32 @@
-"""The command that compares an export in vLLM; the comparison itself needs vLLM's environment (`make export-vllm`)."""
+"""The comparison with vLLM: the command, and the certificates where there is an environment that has it.
+
+`make export-vllm` makes one; the variable VLLM_PYTHON names the interpreter of another.
+"""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from model.errors import PipelineError
 from model.export.package import export
 from model.export.vllm import main
 from model.settings import CorpusSettings, TokenizerSettings
 from model.text.corpus import build_corpus
 from model.text.tokens import build_tokenized_dataset
+from tests.model.export.exports import (
+    Made,
+    Source,
+    certificate,
+    change_pre_tokenizer,
+    change_rope_base,
+    edit,
+    make,
+    swap_rows,
+)
 from tests.tiny import TEXT, save_tiny_model
+from tests.vllm import PYTHON, needs_vllm
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +59,55 @@ def test_an_environment_without_vllm_is_named(folders: list[str], capsys) -> Non
     assert main([*folders, "--python", sys.executable]) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: vllm cannot run ") and "No module named 'vllm'" in said and said.count("\n") == 1
+
+
+@pytest.fixture
+def glm4(source: Source, tmp_path: Path) -> Made:
+    """With heads of a size that vLLM's attention has on a CPU."""
+    return make(source, tmp_path, post_norm=True, hidden_size=128, intermediate_size=128)
+
+
+def vllm_certificate(made: Made) -> list[str]:
+    return certificate(made, "vllm", "hf", python=PYTHON).differences
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.processes
+def test_vllm_runs_the_same_model(glm4: Made) -> None:
+    export(glm4[3] / "rex", glm4[3] / "out", ["hf"])
+    assert vllm_certificate(glm4) == []
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.processes
+def test_vllm_finds_query_and_key_rows_in_the_wrong_order(glm4: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    swap_rows(monkeypatch)
+    export(glm4[3] / "rex", glm4[3] / "out", ["hf"])
+    assert "a log-probability differs" in " ".join(vllm_certificate(glm4))
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("damage", "difference"),
+    [(change_rope_base, "a log-probability differs"), (change_pre_tokenizer, "tokens of")],
+    ids=["rope base", "pre-tokenizer"],
+)
+def test_vllm_finds_a_changed_file(glm4: Made, damage: Callable[[Path], None], difference: str) -> None:
+    export(glm4[3] / "rex", glm4[3] / "out", ["hf"])
+    damage(glm4[3] / "out/hf")
+    assert difference in " ".join(vllm_certificate(glm4))
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.processes
+def test_an_export_that_vllm_cannot_load_is_named_by_its_own_error(glm4: Made) -> None:
+    export(glm4[3] / "rex", glm4[3] / "out", ["hf"])
+    edit(glm4[3] / "out/hf/config.json", lambda config: config.update(num_key_value_heads=3))
+    with pytest.raises(PipelineError, match=r"^vllm cannot run .*Error: .*; export the checkpoint again$") as said:
+        vllm_certificate(glm4)
+    assert "root cause" not in str(said.value)

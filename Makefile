@@ -130,7 +130,8 @@ export-vllm: setup .venv-vllm/.installed  ## Compare the export of EXPERIMENT in
 	$(PYTHON) -m venv .venv-vllm
 	@# By uv: it resolves the 150 packages in a minute, pip did not in twenty.
 	$(BIN)/uv pip install --quiet --python .venv-vllm/bin/python --index-strategy unsafe-best-match \
-		$(if $(PIP_EXTRA_INDEX_URL),--extra-index-url '$(PIP_EXTRA_INDEX_URL)') '$(VLLM)'
+		$(if $(PIP_EXTRA_INDEX_URL),--extra-index-url '$(PIP_EXTRA_INDEX_URL)') \
+		$(if $(PIP_FIND_LINKS),--find-links '$(PIP_FIND_LINKS)') '$(VLLM)'
 	@# For pictures and sound, built for another torch than the one that vLLM for CPUs pins: the import would fail.
 	$(BIN)/uv pip uninstall --quiet --python .venv-vllm/bin/python torchvision torchaudio torchcodec
 	@touch $@

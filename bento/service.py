@@ -55,6 +55,7 @@ PACKAGES = (
     "httptools",
     "llguidance",
     "numpy",
+    "orjson",
     "prometheus-client",
     "safetensors",
     "tiktoken",

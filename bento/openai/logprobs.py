@@ -5,6 +5,7 @@ character may be incomplete. `TokenAligner` aligns the two.
 """
 
 import codecs
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -150,4 +151,6 @@ def _legacy_top(score: TokenLogprob, names: TokenNames) -> dict[str, float]:
 
 
 def _finite(logprob: float) -> float:
+    if math.isnan(logprob):
+        raise ValueError("a log-probability is not a number: the model's weights or its cache hold broken numbers")
     return max(logprob, LOWEST)

@@ -117,16 +117,24 @@ class GenerationRequest:
     connection: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """Natural log-probability of a token under the model, before penalties, constraints and temperature.
 
-    top: the most likely tokens at this position with their log-probabilities, in descending order.
+    top_ids, top_logprobs: the most likely tokens at this position in descending order, int32 and float32, as bytes. A
+    long prompt has tens of thousands of them: as Python objects they would hold the GIL while they are made and freed.
     """
 
     token_id: int
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    top_ids: bytes = b""
+    top_logprobs: bytes = b""
+
+    @property
+    def top(self) -> tuple[tuple[int, float], ...]:
+        """The most likely tokens at this position with their log-probabilities, in descending order."""
+        ids, logprobs = np.frombuffer(self.top_ids, np.int32), np.frombuffer(self.top_logprobs, np.float32)
+        return tuple(zip(ids.tolist(), logprobs.tolist(), strict=True))
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,8 @@ def token_logprobs(logits_RV: Tensor, tokens: Sequence[int], top: int) -> list[T
     all_RV = logits_RV.log_softmax(dim=-1)
     chosen = all_RV.gather(1, torch.tensor(tokens, device=logits_RV.device)[:, None])[:, 0].tolist()
     best, ids = torch.topk(all_RV, min(top, logits_RV.shape[1]))
-    alternatives = [
-        tuple(zip(row_ids, row, strict=True)) for row_ids, row in zip(ids.tolist(), best.tolist(), strict=True)
+    ranked = zip(ids.int().cpu().numpy(), best.cpu().numpy(), strict=True)
+    return [
+        TokenLogprob(token, logprob, row_ids.tobytes(), row.tobytes())
+        for token, logprob, (row_ids, row) in zip(tokens, chosen, ranked, strict=True)
     ]
-    return [TokenLogprob(*found) for found in zip(tokens, chosen, alternatives, strict=True)]

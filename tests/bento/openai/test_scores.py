@@ -2,12 +2,16 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from bento.openai import routes
+from bento.openai.logprobs import PositionedToken, TokenNames, chat_logprobs, completion_logprobs, prompt_logprobs
+from model.generation.sampler import token_logprobs
 from model.generation.steps import available_steps
 from tests.bento.openai_service import CHAT_TEMPLATE, Service, events, running_service
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -186,3 +190,18 @@ def test_every_shown_token_is_scored_whatever_penalties_and_sampling_are_asked_f
                 # Rows of other requests round differently beside them.
                 whole, parts = ([score for _, score, _ in one if score is not None] for one in (tokens, again))
                 assert parts == pytest.approx(whole, abs=1e-4), asked
+
+
+@pytest.mark.parametrize("place", ["token", "beside it"])
+def test_a_score_that_is_not_a_number_is_never_answered(service, place):
+    broken = float("nan")
+    score = token_logprobs(torch.tensor([[0.0, 1.0, 2.0]]), [1], 2)[0]
+    if place == "token":
+        score = replace(score, logprob=broken)
+    else:
+        score = replace(score, top_logprobs=np.array([0.5, broken], np.float32).tobytes())
+    names, token = TokenNames(service.engine), PositionedToken(0, 1, score)
+    for render in (lambda: prompt_logprobs([score], names), lambda: chat_logprobs([token], names),
+                   lambda: completion_logprobs([token], names)):  # fmt: skip
+        with pytest.raises(ValueError, match="not a number"):
+            render()

@@ -84,7 +84,7 @@ def build_executor(modules: Sequence[str]) -> dg.ExecutorDefinition:
         executor_creation_fn=lambda context: WatchedExecutor(dagsters.executor_creation_fn(context)),
         description=dagsters.description,
     )
-    start_method = {"forkserver": {"preload_modules": list(modules)}}
+    start_method = {"forkserver": {"preload_modules": ["llm_assets.stage.fork_server", *modules]}}
     return watched.configured({"max_concurrent": MAX_CONCURRENT_STEPS, "start_method": start_method})
 
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import dagster as dg
 
+from model.system.lifeline import signal_at_parents_end
+
 WATCH_EVERY_S, GRACE_S = 1.0, 60.0
 """Interval at which a step checks for its run and its fork server, and time to save before it is killed."""
 
@@ -31,6 +33,8 @@ def end_with_run() -> None:
     if run is None:
         return
     fork_server = os.getppid()
+    # No thread of a step that is stopped (SIGSTOP) could notice: the kernel continues it.
+    signal_at_parents_end(signal.SIGCONT)
 
     def watch() -> None:
         while os.getppid() == fork_server and run.is_alive():

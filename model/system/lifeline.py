@@ -3,15 +3,25 @@
 A kernel's death signal (`ending_with_parent`) would leave no time to save. `Presence` tells when all are gone.
 """
 
+import ctypes
 import fcntl
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
 
 GRACE_S = 60.0
 """Time to save for a process that has to end, before it is killed."""
+_PR_SET_PDEATHSIG = 1
+"""Of linux/prctl.h."""
+
+
+def signal_at_parents_end(number: signal.Signals) -> None:
+    """Let the kernel send this process a signal when the thread that started it ends, however it does (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def end_with_input(*, after_parent: bool = False) -> None:

@@ -106,7 +106,7 @@ def run() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["terminated", "killed"])
+@pytest.mark.parametrize("what", ["terminated", "killed", "left by a killed run"])
 def test_a_real_run_names_its_stopped_step_and_ends_with_it(tmp_path: Path, what: str) -> None:
     (tmp_path / "pipeline.py").write_text(PIPELINE)
     log = tmp_path / "run.log"
@@ -119,7 +119,7 @@ def test_a_real_run_names_its_stopped_step_and_ends_with_it(tmp_path: Path, what
     fork_server = step.parent()
     step.suspend()
     wait_for(lambda: f"training is stopped and the run waits for it: `kill -CONT {step.pid}`" in log.read_text())
-    run.terminate() if what == "terminated" else step.kill()
+    {"terminated": run.terminate, "killed": step.kill, "left by a killed run": run.kill}[what]()
     run.wait(120)
     assert ("its process was killed from outside" in log.read_text()) == (what == "killed")
     psutil.wait_procs([step, fork_server], timeout=120)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -35,6 +36,19 @@ class Evaluation:
     """Tokens predicted."""
     bytes: int
     """Bytes of text that those tokens stand for."""
+
+
+@dataclass
+class MixtureEvaluation(Evaluation):
+    """Scores of a model on held-out text of several sources."""
+
+    sources: dict[str, Evaluation]
+    """The scores on the windows of each source that has some."""
+
+
+def scores_of_sources(found: Evaluation) -> dict[str, Evaluation]:
+    """The scores by source; empty for text that is no mixture."""
+    return found.sources if isinstance(found, MixtureEvaluation) else {}
 
 
 @dataclass
@@ -110,21 +124,29 @@ def evaluate(
     token but the first is predicted exactly once (the last, shorter window included).
     bits_per_byte = sum of the predicted tokens' nats / ln 2 / the bytes that those tokens stand for. An end-of-text
     token stands for 0 bytes and its cost counts: it is the cost of predicting where a document ends.
-    Raises PipelineError if there is nothing to predict.
+    Of a mixture, a MixtureEvaluation. Raises PipelineError if there is nothing to predict.
     """
     limit_threads()
     predictor = as_predictor(model)
     progress = Progress(log, "evaluation", sum(_count(dataset, max_windows)), "windows")
     byte_counts_V = torch.from_numpy(dataset.byte_counts)
     nats, tokens, text_bytes = 0.0, 0, 0
+    of_sources = _SourceSums(dataset, batch_size, max_windows) if dataset.sources else None
     for ids_BT, labels_BT in _batches(dataset, batch_size, max_windows):
         labels_R, nats_R = _nats(predictor, ids_BT, labels_BT)
         nats += sum(part.sum().item() for part in nats_R)
         tokens += len(labels_R)
         text_bytes += int(byte_counts_V[labels_R].sum())
+        if of_sources:
+            of_sources.add((labels_BT[:, 1:] != IGNORE_INDEX).sum(dim=1), nats_R, byte_counts_V[labels_R])
         progress.advance(len(labels_BT))
     if text_bytes == 0:
         raise PipelineError("the evaluated windows hold no text: expected at least one byte; use a larger corpus")
+    whole = _evaluation(nats, tokens, text_bytes)
+    return MixtureEvaluation(**vars(whole), sources=of_sources.evaluations()) if of_sources else whole
+
+
+def _evaluation(nats: float, tokens: int, text_bytes: int) -> Evaluation:
     loss = nats / tokens
     return Evaluation(
         loss=loss,
@@ -133,6 +155,37 @@ def evaluate(
         tokens=tokens,
         bytes=text_bytes,
     )
+
+
+class _SourceSums:
+    """Sums of an evaluation by source: nats, tokens and bytes."""
+
+    def __init__(self, dataset: TokenDataset, batch_size: int, max_windows: int | None) -> None:
+        assert dataset.sources is not None
+        count, has_tail = _count(dataset, max_windows)
+        sources = torch.from_numpy(dataset.window_sources())
+        spread = torch.tensor([i * len(dataset) // count for i in range(count)], dtype=torch.int64)
+        batches = list(sources[spread].split(batch_size)) if count else []
+        if has_tail:
+            last = [len(dataset) * (dataset.sequence_length - 1)]
+            batches.append(torch.from_numpy(dataset.sources.of_tokens(np.array(last))))
+        self._names, self._batches = dataset.sources.names, iter(batches)
+        self._sums = torch.zeros((len(self._names), 3), dtype=torch.float64)
+
+    def add(self, counts_B: Tensor, nats_R: list[Tensor], bytes_R: Tensor) -> None:
+        """Add the next batch. counts_B: predicted tokens of each window."""
+        source_R = next(self._batches).repeat_interleave(counts_B)
+        nats = torch.cat([torch.zeros(0, dtype=torch.float64), *nats_R])
+        values = torch.stack([nats, torch.ones_like(nats), bytes_R.double()], dim=1)
+        self._sums.index_add_(0, source_R, values)
+
+    def evaluations(self) -> dict[str, Evaluation]:
+        """The scores of each source with text."""
+        return {
+            name: _evaluation(nats, int(tokens), int(size))
+            for name, (nats, tokens, size) in zip(self._names, self._sums.tolist(), strict=True)
+            if size
+        }
 
 
 @torch.no_grad()

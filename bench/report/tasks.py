@@ -25,7 +25,7 @@ RESULTS, REPORT = "evaluation.json", "evaluation.md"
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one task. stderr: of the mean over documents; None where lm-eval gives none."""
+    """One metric of one task. stderr: of the mean over documents; None if lm-eval gives none."""
 
     task: str
     metric: str

@@ -55,6 +55,11 @@ def trained_checkpoint(
                 "device": summary.device,
                 "loss_curve": ui_metadata.picture(work.output / "loss.png"),
                 "samples": ui_metadata.samples(summary.samples),
+                **(
+                    {"sources": ui_metadata.table([{"source": k, **v} for k, v in summary.sources.items()])}
+                    if summary.sources
+                    else {}
+                ),
                 "progress": ui_metadata.text(work.output / "progress.md"),
             },
             [

@@ -68,6 +68,8 @@ def source_uris(settings: CorpusSettings) -> list[str]:
             return [f"hf://datasets/{settings.dataset}"]
         case "huggingface":
             return [Path(settings.dataset).absolute().as_uri()]
+        case "mixture":
+            return [uri for part in settings.parts.values() for uri in source_uris(part)]
     return [path if "://" in path else f"file://{Path(path).absolute()}" for path in settings.paths]
 
 

@@ -1,9 +1,12 @@
 """Where documents come from and how they are split (`configs/corpus/`)."""
 
 import codecs
+import dataclasses
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from model.errors import PipelineError
 from model.settings.option import Settings, expect, option
 
 
@@ -11,10 +14,15 @@ from model.settings.option import Settings, expect, option
 class CorpusSettings(Settings, group="corpus"):
     """Where documents come from and how they are split (`configs/corpus/`)."""
 
-    source: Literal["stdlib", "docstrings", "files", "huggingface"] = option(
+    source: Literal["stdlib", "docstrings", "files", "huggingface", "mixture"] = option(
         "stdlib",
         "stdlib: the standard library of the running Python; docstrings: the same as prompts and responses; files: "
-        "`paths`; huggingface: `dataset`.",
+        "`paths`; huggingface: `dataset`; mixture: those that `mixture` names.",
+    )
+    mixture: dict[str, Any] = option(
+        {},
+        "Sources by name, each with options of this group (source, paths, dataset, fields, encoding, max_bytes). "
+        "`training.mixture_weights` says how often each is trained on.",
     )
     paths: list[str] = option(
         [],
@@ -70,7 +78,17 @@ class CorpusSettings(Settings, group="corpus"):
     @property
     def holds_conversations(self) -> bool:
         """Whether documents are conversations, which must not be split."""
+        if self.source == "mixture":
+            return all(part.holds_conversations for part in self.parts.values())
         return self.source == "docstrings" or bool(self.response_field or self.messages_field)
+
+    @property
+    def parts(self) -> dict[str, "CorpusSettings"]:
+        """The settings of each source of a mixture, by name."""
+        return {
+            name: CorpusSettings(**{"source": "files", **options, "shard_bytes": self.shard_bytes})
+            for name, options in self.mixture.items()
+        }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,6 +104,32 @@ class CorpusSettings(Settings, group="corpus"):
                 expect(has_records, f"corpus.{name}", field, "source 'files' (JSON Lines or Parquet) or 'huggingface'")
         if self.source == "huggingface":
             expect(bool(self.dataset), "corpus.dataset", self.dataset, "a dataset's name for source 'huggingface'")
+        expect((self.source == "mixture") == bool(self.mixture), "corpus.mixture", self.mixture, _MIXTURE)
+        if self.source == "mixture":
+            self._check_mixture()
+
+    def _check_mixture(self) -> None:
+        expect(self.split_by == "hash", "corpus.split_by", self.split_by, "'hash' for a mixture")
+        own = {field.name for field in dataclasses.fields(self)} - _OF_THE_WHOLE
+        for name, options in self.mixture.items():
+            where = f"corpus.mixture.{name}"
+            expect(
+                bool(re.fullmatch(r"\w[\w.-]*", name)), "corpus.mixture", name, "names of letters, digits, _, . and -"
+            )
+            expect(isinstance(options, dict), where, options, "options of the group corpus, as {paths: [a/*.txt]}")
+            for key in options:
+                expect(key in own, where, key, f"only options of one source: {', '.join(sorted(own))}")
+        for name in self.mixture:
+            try:
+                self.parts[name]
+            except PipelineError as error:
+                raise PipelineError(f"corpus.mixture.{name}: {error}") from None
+        kinds = {name: part.holds_conversations for name, part in self.parts.items()}
+        expect(len(set(kinds.values())) == 1, "corpus.mixture", kinds, "sources that all hold conversations, or none")
+
+
+_MIXTURE = "sources by name for source 'mixture', and none for another"
+_OF_THE_WHOLE = {"mixture", "split_by", "validation_fraction", "validation_bytes", "shard_bytes"}
 
 
 def _is_encoding(name: str) -> bool:

@@ -73,6 +73,11 @@ class TrainingSettings(Settings, group="training"):
         minimum=0,
         maximum=100.0,
     )
+    mixture_weights: dict[str, Any] = option(
+        {},
+        "Share of the training windows of each source of corpus.mixture, by name, relative to their sum; empty: every "
+        "window is as frequent.",
+    )
     init_from: str = option(
         "",
         "Checkpoint, or stock Llama, GLM-4 or Qwen3, whose weights training starts from: its folder, or "
@@ -181,6 +186,14 @@ class TrainingSettings(Settings, group="training"):
             "training.warmup_steps",
             self.warmup_steps,
             f"at most training.max_steps ({self.max_steps})",
+        )
+        values = self.mixture_weights.values()
+        are_weights = all(isinstance(value, int | float) and 0 <= value <= 1e9 for value in values)
+        expect(
+            are_weights and (not values or sum(values) > 0),
+            "training.mixture_weights",
+            self.mixture_weights,
+            "numbers of 0 or more, not all 0, by source",
         )
         expect(
             len(self.sample_prompts) <= 64, "training.sample_prompts", self.sample_prompts, "a list of at most 64 texts"

@@ -12,7 +12,7 @@ import hashlib
 import heapq
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -72,6 +72,8 @@ class CorpusSummary:
     skipped: int = 0
     skipped_sources: list[str] = field(default_factory=list)
     sample: str = ""
+    mixture: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Documents and bytes of each split, by source of a mixture, in the order of the documents."""
 
     @property
     def documents(self) -> int:
@@ -91,16 +93,17 @@ def build_corpus(settings: CorpusSettings, output_dir: Path, *, log: Log = silen
     Raises PipelineError for a source that is missing or broken, a corpus or a split that is empty, and
     for limits of the system (`limits_as_error`).
     """
-    sources = Sources(settings)
+    parts = {name: (part, Sources(part)) for name, part in (settings.parts or {"": settings}).items()}
     with limits_as_error(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         train_end = None
         if settings.split_by == "position":
             # The first pass measures the size, since the corpus may not fit into memory.
-            size = sum(len(data) for _, data in _clean(settings, sources, _summary(settings), log, "measuring"))
+            documents = _clean(*parts[""], _summary(settings), _Digests(), log, "measuring")
+            size = sum(len(data) for _, data in documents)
             train_end = int(size * (1 - settings.validation_fraction))
         first_of_train = int(settings.validation_fraction * _HASHES)
-        written = _write(settings, sources, output_dir, train_end, first_of_train, log)
+        written = _write(settings, parts, output_dir, train_end, first_of_train, log)
         if settings.split_by == "hash":
             held_out, size = written.validation.bytes, written.train.bytes + written.validation.bytes
             enlarged = written.lowest.bound(size)
@@ -109,16 +112,23 @@ def build_corpus(settings: CorpusSettings, output_dir: Path, *, log: Log = silen
                     f"corpus: corpus.validation_fraction {settings.validation_fraction} holds out {held_out:,} of "
                     f"{size:,} bytes: holding out more, up to corpus.validation_bytes or {LEAST_VALIDATION:.0%}"
                 )
-                written = _write(settings, sources, output_dir, None, enlarged, log)
+                written = _write(settings, parts, output_dir, None, enlarged, log)
         summary, train, validation = written.summary, written.train, written.validation
-        summary.converted, summary.converted_sources = dict(sources.converted), sources.converted_sources
-        summary.skipped, summary.skipped_sources = len(sources.skipped), sources.skipped[:NAMES_REPORTED]
+        for _, sources in parts.values():
+            for name, count in sources.converted.items():
+                summary.converted[name] = summary.converted.get(name, 0) + count
+            summary.converted_sources += sources.converted_sources
+            summary.skipped += len(sources.skipped)
+            summary.skipped_sources += sources.skipped
+        summary.converted_sources = summary.converted_sources[:NAMES_REPORTED]
+        summary.skipped_sources = summary.skipped_sources[:NAMES_REPORTED]
         summary.train_documents, summary.train_bytes = train.documents, train.bytes
         summary.validation_documents, summary.validation_bytes = validation.documents, validation.bytes
         summary.longest_document_bytes = max(train.longest, validation.longest)
         summary.mean_document_bytes = summary.bytes / max(summary.documents, 1)
         _check_not_empty(settings, summary)
-        text = json.dumps(asdict(summary), indent=2, ensure_ascii=False)
+        found = {name: value for name, value in asdict(summary).items() if name != "mixture" or value}
+        text = json.dumps(found, indent=2, ensure_ascii=False)
         (output_dir / "summary.json").write_text(text + "\n", encoding="utf-8")
     for line in _remarks(summary):
         log(f"corpus: {line}")
@@ -137,22 +147,37 @@ class _Written:
 
 
 def _write(
-    settings: CorpusSettings, sources: Sources, output_dir: Path, train_end: int | None, first_of_train: int, log: Log
+    settings: CorpusSettings,
+    parts: Mapping[str, tuple[CorpusSettings, Sources]],
+    output_dir: Path,
+    train_end: int | None,
+    first_of_train: int,
+    log: Log,
 ) -> _Written:
     """Write the shards of both splits, in place of those of an earlier call. The last arguments: see `_split`."""
     for stale in output_dir.glob("*-?????.parquet"):
         stale.unlink()
     summary, lowest = _summary(settings), _LowestHashes(settings.validation_bytes)
-    documents = _clean(settings, sources, summary, log, "writing")
+    seen = _Digests()
     with (
         _ShardWriter(output_dir, "train", settings.shard_bytes) as train,
         _ShardWriter(output_dir, "validation", settings.shard_bytes) as validation,
     ):
-        for source, data, to_validation in _split(documents, settings, train_end, first_of_train):
-            (validation if to_validation else train).add(source, data)
-            lowest.add(int.from_bytes(_digest(data)), len(data))
-            if not to_validation and not summary.sample:
-                summary.sample = data.decode()[:SAMPLE_CHARACTERS]
+        for name, (part, sources) in parts.items():
+            before = [(split.documents, split.bytes) for split in (train, validation)]
+            documents = _clean(part, sources, summary, seen, log, f"writing {name}".rstrip())
+            for source, data, to_validation in _split(documents, settings, train_end, first_of_train):
+                (validation if to_validation else train).add(source, data)
+                lowest.add(int.from_bytes(_digest(data)), len(data))
+                if not to_validation and not summary.sample:
+                    summary.sample = data.decode()[:SAMPLE_CHARACTERS]
+            if name:
+                now = [(split.documents, split.bytes) for split in (train, validation)]
+                summary.mixture[name] = {
+                    f"{split}_{kind}": after[index] - earlier[index]
+                    for split, after, earlier in zip(SPLITS, now, before, strict=True)
+                    for index, kind in enumerate(("documents", "bytes"))
+                }
     return _Written(summary, train, validation, lowest)
 
 
@@ -255,17 +280,20 @@ class _Digests:
 
 
 def _clean(
-    settings: CorpusSettings, sources: Sources, summary: CorpusSummary, log: Log, label: str
+    settings: CorpusSettings, sources: Sources, summary: CorpusSummary, seen: "_Digests", log: Log, label: str
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield the documents to keep, up to max_bytes; `summary` counts the dropped ones."""
-    seen = _Digests()
+    """Yield the documents to keep, up to max_bytes; `summary` counts the dropped ones.
+
+    seen: digests of the documents kept so far.
+    """
     kept = read_bytes = 0
+    opened_before = summary.sources
     total_mb = sources.stored_bytes / 1e6 if sources.stored_bytes and not settings.max_bytes else None
     progress = Progress(log, f"corpus, {label}", total_mb, "MB")
     for source, data in sources:
         progress.advance(((sources.read_bytes - read_bytes) if sources.stored_bytes else len(data)) / 1e6)
         read_bytes = sources.read_bytes
-        summary.sources = sources.opened
+        summary.sources = opened_before + sources.opened
         if len(data) > settings.shard_bytes:
             raise PipelineError(
                 f"{source} has a document of {len(data):,} bytes, more than corpus.shard_bytes "

@@ -288,6 +288,8 @@ def fingerprint(settings: CorpusSettings) -> str:
     alone. Raises PipelineError for a pattern without a match.
     """
     total = hashlib.sha256()
+    for part in settings.parts.values():
+        total.update(fingerprint(part).encode())
     for file in Sources(settings)._files:
         if isinstance(file.fs, LocalFileSystem):
             changed: object = Path(file.path).stat().st_mtime_ns

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +29,7 @@ from model.settings import TokenizerSettings
 from model.system.cpu import limit_threads, usable_cores
 from model.text.chat import ChatEncoder, EncodedConversation, turns_of
 from model.text.corpus import CorpusSummary, read_documents, read_summary
+from model.text.mixture import SplitSources, read_sources, write_sources
 from model.text.tokenizer import FastEncoder, even_sample, token_bytes, train_tokenizer
 
 BATCH_CHARACTERS = 1 << 20
@@ -142,6 +144,10 @@ def build_tokenized_dataset(
             stem, end = output_dir / split, tokenizer.eos_token_id
             splits[split] = encode_split(encoder, texts, stem, end, len(bytes_by_id), dtype, total, log, chat=chat)
             _check_split(split, splits[split], byte_counts, settings, corpus, corpus_dir)
+            if corpus.mixture:
+                documents = _documents_of_sources(corpus, corpus_dir, split, settings.chat)
+                path, offsets = output_dir / f"{split}.sources.json", splits[split].document_offsets
+                write_sources(path, list(corpus.mixture), documents, offsets)
         encoding_seconds = time.perf_counter() - started
         train, validation = splits["train"], splits["validation"]
         train_bytes, validation_bytes = (int(found.counts @ byte_counts) for found in (train, validation))
@@ -193,6 +199,16 @@ def build_tokenized_dataset(
         f"{summary.bytes_per_token:.2f} bytes each, {summary.tokens_per_second:,.0f} tokens/s"
     )
     return summary
+
+
+def _documents_of_sources(corpus: CorpusSummary, corpus_dir: Path, split: str, chat: bool) -> list[int]:
+    """Encoded documents of each source of a mixture; of conversations, those in which the assistant has a turn."""
+    documents = [counts[f"{split}_documents"] for counts in corpus.mixture.values()]
+    if not chat or not sum(documents):
+        return documents
+    texts = read_documents(corpus_dir, split)
+    has_answer = (any(turn.role == "assistant" for turn in turns_of(text)) for text in texts)
+    return [sum(islice(has_answer, count)) for count in documents]
 
 
 def encode_split(
@@ -294,6 +310,8 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         if self.responses is not None and self.responses.ndim != 2:
             raise PipelineError(f"{responses} has one answer for each conversation: make the tokenized dataset again")
         self._first_documents = None if self.responses is None else _packed(self.document_offsets, sequence_length)
+        self.sources: SplitSources | None = read_sources(dataset_dir / f"{split}.sources.json")
+        """The sources of a mixture; None for other text."""
 
     def __len__(self) -> int:
         if self._first_documents is not None:
@@ -308,6 +326,13 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         start = index % len(self) * (self.sequence_length - 1)
         ids_T = torch.from_numpy(self.tokens[start : start + self.sequence_length].astype(np.int64))
         return {"input_ids": ids_T, "labels": ids_T.clone()}
+
+    def window_sources(self) -> npt.NDArray[np.int64]:
+        """Of a mixture, the index of each window's source, which is that of its first token, shape (windows,)."""
+        assert self.sources is not None
+        if self._first_documents is not None:
+            return self.sources.of_tokens(self.document_offsets[self._first_documents[:-1]])
+        return self.sources.of_tokens(np.arange(len(self)) * (self.sequence_length - 1))
 
     def documents(self, index: int) -> range:
         """The conversations in window `index`."""

@@ -19,7 +19,7 @@ from transformers.trainer_callback import TrainerState
 
 from model.build import build_config, build_model
 from model.errors import PipelineError
-from model.evaluation import evaluate
+from model.evaluation import evaluate, scores_of_sources
 from model.modeling_rex import RexForCausalLM
 from model.progress import Log, silent
 from model.settings import ExperimentSettings
@@ -34,7 +34,7 @@ from model.training.outputs.files import sample_texts, write_outputs
 from model.training.outputs.summary import TrainingSummary
 from model.training.run import OnMetrics, TrainingRun, prepare_run
 from model.training.throughput import flops_per_token, matmul_peak, peak_memory_bytes
-from model.training.trainer import RexTrainer
+from model.training.trainer import RexTrainer, source_shares
 from model.weights.loading import WEIGHTS, load_weights
 from model.weights.stock import weight_files
 
@@ -87,6 +87,7 @@ def train(
             f"({run.windows_per_step} windows); use a larger corpus, or lower tokenizer.sequence_length or the "
             "batch size"
         )
+    source_shares(run.train, run.settings)  # refuses weights that do not fit, before anything is made
     identity = _identity(settings, dataset_dir, run.initial_world_size)
     resume_step = broadcast_from_rank_zero(lambda: checkpoints.open_scratch(scratch_dir, identity))
     if run.device.type == "cuda":
@@ -124,6 +125,10 @@ def train(
             device=run.device.type if run.device.type == "cpu" else torch.cuda.get_device_name(run.device),
             warnings=warnings,
             samples=sample_texts(model, tokenizer, run.settings.sample_prompts, run.settings.sample_tokens),
+            sources={
+                name: {"loss": scores.loss, "bits_per_byte": scores.bits_per_byte, "bytes": scores.bytes}
+                for name, scores in scores_of_sources(result).items()
+            },
         )
         if run.is_main_process:
             write_outputs(settings, model.cpu(), tokenizer, state.log_history, summary, dataset_dir, output_dir)

@@ -12,10 +12,12 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -26,13 +28,15 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 
 from model.errors import PipelineError
-from model.evaluation import evaluate
+from model.evaluation import evaluate, scores_of_sources
 from model.kernels.attention import ATTENTION
 from model.kernels.norm_rotary import use_cpu_kernels
 from model.modeling_rex import RexForCausalLM
 from model.progress import format_duration
 from model.settings import TrainingSettings
 from model.system.allocator import keep_freed_memory
+from model.text.mixture import mixed_order, shares
+from model.text.tokens import TokenDataset
 from model.training import checkpoints, failures, health
 from model.training.loss import TrainingLoss
 from model.training.optim.optimizer import build_optimizer
@@ -52,18 +56,33 @@ class WindowSampler(Sampler[int]):
     position.
     """
 
-    def __init__(self, windows: int, samples: int, seed: int) -> None:
-        """samples: number of windows of the training, over as many epochs as necessary."""
-        self.windows, self.samples, self.seed = windows, samples, seed
+    def __init__(self, windows: int, samples: int, seed: int, mixed: Callable[[], Iterator[int]] | None = None) -> None:
+        """samples: number of windows of the training, over as many epochs as necessary. mixed: the order of a mixture
+        with weights, in which sources have epochs of their own.
+        """
+        self.windows, self.samples, self.seed, self._mixed = windows, samples, seed, mixed
 
     def __len__(self) -> int:
         return self.samples
 
     def __iter__(self) -> Iterator[int]:
+        if self._mixed:
+            yield from self._mixed()
+            return
         for first in range(0, self.samples, self.windows):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first // self.windows)
             order = torch.randperm(self.windows, generator=generator)
             yield from order[: self.samples - first].tolist()
+
+
+def source_shares(train: TokenDataset, settings: TrainingSettings) -> list[float] | None:
+    """Share of the training windows of each source; None if all windows are as frequent.
+
+    Raises PipelineError for weights that do not fit the sources.
+    """
+    names = train.sources.names if train.sources else ()
+    windows = np.bincount(train.window_sources(), minlength=len(names)).tolist() if names else []
+    return shares(names, windows, settings.mixture_weights)
 
 
 def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -124,7 +143,14 @@ class RexTrainer(Trainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         samples = self.args.max_steps * self.run.windows_per_step
-        return WindowSampler(len(self.run.train), samples, self.args.seed)
+        return WindowSampler(len(self.run.train), samples, self.args.seed, self._mixed_order(samples))
+
+    def _mixed_order(self, samples: int) -> Callable[[], Iterator[int]] | None:
+        """The order of windows where a mixture has weights."""
+        fractions = source_shares(self.run.train, self.settings)
+        if fractions is None:
+            return None
+        return partial(mixed_order, self.run.train.window_sources(), fractions, samples, self.args.seed)
 
     def _windows(self, step: int) -> list[int]:
         """Windows in the batch of the 1-based `step`, over all processes."""
@@ -190,6 +216,8 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         if not math.isfinite(result.loss):
             raise failures.diverged("validation loss", result.loss, step, [], self.settings, self.run.scratch_dir)
         metrics = {"eval_loss": result.loss, "bits_per_byte": result.bits_per_byte}
+        for name, of_source in scores_of_sources(result).items():
+            metrics |= {f"eval_loss/{name}": of_source.loss, f"bits_per_byte/{name}": of_source.bits_per_byte}
         text = self._sample(self._network) if self._sample is not None and step and self.args.should_save else ""
         self.run.log(
             f"step {step:,}: validation loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte"

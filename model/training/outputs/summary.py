@@ -1,6 +1,6 @@
 """Results and costs of a training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -36,3 +36,5 @@ class TrainingSummary:
     """Health warnings that held at the end, one line each (health.py); empty for a healthy training."""
     samples: dict[str, str]
     """Continuations by prompt."""
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of a mixture, loss, bits per byte and bytes of the validation split by source."""

@@ -23,11 +23,15 @@ def tokenized_dataset(
 
     Includes the byte length of each token, so that bits per byte are exact.
     """
+    from model.system.cluster import apply_tasks
+    from model.text.shards import by_shards
     from model.text.tokens import build_tokenized_dataset
 
     with stage(context, hydra, mlflow, {"corpus": corpus}) as work:
         settings = work.settings.tokenizer
-        summary = build_tokenized_dataset(settings, corpus, work.output, log=work.log)
+        compute = work.settings.compute
+        encode = by_shards(apply_tasks(compute)) if compute.engine == "ray" else None
+        summary = build_tokenized_dataset(settings, corpus, work.output, log=work.log, encode=encode)
         yield work.result(
             {
                 "summary": ui_metadata.summary(

@@ -10,12 +10,15 @@ from model.settings.option import Settings, expect, option
 class ComputeSettings(Settings, group="compute"):
     """Where the work of a stage runs (`configs/compute/`): results are the same up to the rounding of sums."""
 
-    engine: Literal["local", "torchrun"] = option(
-        "local", "local: in the step's own process; torchrun: training in `processes` on each of `nodes` hosts."
+    engine: Literal["local", "torchrun", "ray"] = option(
+        "local",
+        "local: in the step's own process; torchrun: training in `processes` on each of `nodes` hosts; ray: tokenizing "
+        "in one task per shard of the corpus, and training in `processes`, on Ray.",
     )
     processes: int = option(
         1,
-        "Training processes on each host, one for each GPU; they share out the batch of one process.",
+        "Training processes, one for each GPU, which share out the batch of one process: on each host with torchrun, "
+        "in all with ray. Without an address, Ray starts with as many cores.",
         unit="processes",
         above=0,
         maximum=4096,
@@ -32,6 +35,12 @@ class ComputeSettings(Settings, group="compute"):
         "HOST:PORT on one of several hosts, free there and reached from all, where they meet; empty: that of "
         "MASTER_ADDR and MASTER_PORT.",
     )
+    address: str = option(
+        "", "HOST:PORT of a Ray cluster, or auto; empty: Ray starts on this machine with the step and ends with it."
+    )
+    gpus_per_process: float = option(
+        0.0, "GPUs that Ray reserves for each training process; 0: on CPUs.", unit="GPUs", minimum=0, maximum=64
+    )
     restarts: int = option(
         1,
         "Times that all processes start again at the last checkpoint after one of them died.",
@@ -45,7 +54,16 @@ class ComputeSettings(Settings, group="compute"):
         if self.engine == "local":
             for name in ("processes", "nodes"):
                 value = getattr(self, name)
-                expect(value == 1, f"compute.{name}", value, "1 for compute.engine 'local'; choose compute=torchrun")
+                wanted = "1 for compute.engine 'local'; choose compute=torchrun or compute=ray"
+                expect(value == 1, f"compute.{name}", value, wanted)
+        if self.engine == "ray":
+            expect(self.nodes == 1, "compute.nodes", self.nodes, "1 for compute.engine 'ray', which knows its hosts")
+        if self.engine != "torchrun":
+            expect(not self.endpoint, "compute.endpoint", self.endpoint, "none: it is for compute.engine 'torchrun'")
+        if self.engine != "ray":
+            for name in ("address", "gpus_per_process"):
+                value = getattr(self, name)
+                expect(not value, f"compute.{name}", value, "none: it is for compute.engine 'ray'")
         host, _, port = self.endpoint.rpartition(":")
         ok = not self.endpoint or (bool(host) and port.isdigit() and 0 < int(port) < 65_536)
         expect(ok, "compute.endpoint", self.endpoint, "HOST:PORT, such as node-0:29400")

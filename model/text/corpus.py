@@ -221,18 +221,28 @@ def read_summary(corpus_dir: Path) -> CorpusSummary:
     return CorpusSummary(**json.loads(path.read_text(encoding="utf-8")))
 
 
+def corpus_shards(corpus_dir: Path, split: str) -> list[Path]:
+    """The Parquet files of one split ("train" or "validation"), in order. Raises PipelineError where it has none."""
+    shards = sorted(corpus_dir.glob(f"{split}-*.parquet"))
+    if not shards:
+        raise PipelineError(f"no {split} shard in {corpus_dir}: expected a corpus; make it again")
+    return shards
+
+
+def read_shard(shard: Path) -> Iterator[str]:
+    """The texts of one shard, in the order they were written."""
+    with pq.ParquetFile(shard) as table:
+        for group in range(table.num_row_groups):  # the writer limits their size
+            yield from table.read_row_group(group, columns=["text"]).column(0).to_pylist()
+
+
 def read_documents(corpus_dir: Path, split: str) -> Iterator[str]:
     """The texts of one split ("train" or "validation"), in the order they were written.
 
     Raises PipelineError, at the first document, if the split has no shard.
     """
-    shards = sorted(corpus_dir.glob(f"{split}-*.parquet"))
-    if not shards:
-        raise PipelineError(f"no {split} shard in {corpus_dir}: expected a corpus; make it again")
-    for shard in shards:
-        with pq.ParquetFile(shard) as table:
-            for group in range(table.num_row_groups):  # the writer limits their size
-                yield from table.read_row_group(group, columns=["text"]).column(0).to_pylist()
+    for shard in corpus_shards(corpus_dir, split):
+        yield from read_shard(shard)
 
 
 def _remarks(summary: CorpusSummary) -> Iterator[str]:

@@ -10,7 +10,7 @@ import json
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -104,13 +104,19 @@ class SplitTokens:
 
 
 def build_tokenized_dataset(
-    settings: TokenizerSettings, corpus_dir: Path, output_dir: Path, *, log: Log = silent
+    settings: TokenizerSettings,
+    corpus_dir: Path,
+    output_dir: Path,
+    *,
+    log: Log = silent,
+    encode: Callable[..., SplitTokens] | None = None,
 ) -> TokenizedDatasetSummary:
     """Train the tokenizer on the train split of `corpus_dir` and write both splits as token ids to `output_dir`.
 
     Writes `tokenizer/`, `{split}.bin` (uint16 up to 65,536 tokens, else uint32), `{split}.documents.npy` (int64 start
     of each document, and the end), `token_bytes.npy` (uint8, all tokens' bytes in a row), `byte_counts.npy` (int64,
     shape (V,)) and `summary.json`.
+    encode: encodes a split by another way with the same result (`shards.by_shards`).
     Raises PipelineError for a missing or damaged corpus, a vocabulary larger than the text allows, a split shorter than
     one window and a full disk.
     """
@@ -135,14 +141,17 @@ def build_tokenized_dataset(
     with limits_as_error(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(output_dir / "tokenizer")
-        _save(output_dir / "token_bytes.npy", np.frombuffer(b"".join(bytes_by_id), np.uint8))
-        _save(output_dir / "byte_counts.npy", byte_counts)
+        save_array(output_dir / "token_bytes.npy", np.frombuffer(b"".join(bytes_by_id), np.uint8))
+        save_array(output_dir / "byte_counts.npy", byte_counts)
         started = time.perf_counter()
         for split in ("validation", "train"):  # validation first: it is the one that may be too short
-            texts = read_documents(corpus_dir, split)
-            total = getattr(corpus, f"{split}_documents")
-            stem, end = output_dir / split, tokenizer.eos_token_id
-            splits[split] = encode_split(encoder, texts, stem, end, len(bytes_by_id), dtype, total, log, chat=chat)
+            if encode is not None:
+                splits[split] = encode(corpus_dir, split, output_dir, len(bytes_by_id), dtype, settings, log)
+            else:
+                texts = read_documents(corpus_dir, split)
+                total = getattr(corpus, f"{split}_documents")
+                stem, end = output_dir / split, tokenizer.eos_token_id
+                splits[split] = encode_split(encoder, texts, stem, end, len(bytes_by_id), dtype, total, log, chat=chat)
             _check_split(split, splits[split], byte_counts, settings, corpus, corpus_dir)
             if corpus.mixture:
                 documents = _documents_of_sources(corpus, corpus_dir, split, settings.chat)
@@ -222,11 +231,12 @@ def encode_split(
     log: Log = silent,
     *,
     chat: ChatEncoder | None = None,
+    threads: int | None = None,
 ) -> SplitTokens:
-    """Encode documents on all cores and write `{stem}.bin` and `{stem}.documents.npy`, in the order of `texts`.
+    """Encode documents and write `{stem}.bin` and `{stem}.documents.npy`, in the order of `texts`.
 
-    chat: documents are conversations, and `{stem}.responses.npy` (int64, shape (answers, 2)) has the tokens at which
-    each answer starts and after which it ends.
+    threads: that encode; None: one for each core. chat: documents are conversations, and `{stem}.responses.npy` (int64,
+    shape (answers, 2)) has the tokens at which each answer starts and after which it ends.
     Raises PipelineError for a document that is not a conversation.
     """
     progress = Progress(log, f"encoding {stem.name}", total_documents, "documents")
@@ -256,7 +266,7 @@ def encode_split(
         progress.advance(len(encoded))
 
     end = np.array([end_of_text], np.uint32)
-    workers = usable_cores()
+    workers = threads or usable_cores()
     pending: deque[Future[list[EncodedConversation | None]]] = deque()
     with stem.with_name(f"{stem.name}.bin").open("wb") as file, ThreadPoolExecutor(workers) as pool:
         for batch in _batches(texts):
@@ -265,9 +275,9 @@ def encode_split(
                 write(pending.popleft(), file)
         while pending:
             write(pending.popleft(), file)
-    _save(stem.with_name(f"{stem.name}.documents.npy"), np.frombuffer(offsets, np.int64))
+    save_array(stem.with_name(f"{stem.name}.documents.npy"), np.frombuffer(offsets, np.int64))
     if chat:
-        _save(stem.with_name(f"{stem.name}.responses.npy"), np.frombuffer(responses, np.int64).reshape(-1, 2))
+        save_array(stem.with_name(f"{stem.name}.responses.npy"), np.frombuffer(responses, np.int64).reshape(-1, 2))
     return SplitTokens(counts, np.array(offsets, np.int64), cut_turns, cut_prompts, cut_responses, unanswered)
 
 
@@ -435,7 +445,8 @@ def _most_common(
     ]
 
 
-def _save(path: Path, values: npt.NDArray[Any]) -> None:
+def save_array(path: Path, values: npt.NDArray[Any]) -> None:
+    """Write a .npy file."""
     # Through memory: np.save straight to a file reports a full disk without its errno.
     buffer = io.BytesIO()
     np.save(buffer, values)

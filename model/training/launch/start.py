@@ -1,8 +1,8 @@
-"""Starts a training where `compute` says: in this process, or in several processes of one or more hosts by torchrun.
+"""Starts a training where `compute` says: in this process, or in several processes by torchrun or on Ray.
 
 Each process runs `worker.py`, which calls the same `train`. The job and the reports of the processes are files in the
-scratch folder, which all hosts share. Several hosts: the first starts here, the others join it with the command that
-the log shows (`agent.py`).
+scratch folder, which all hosts share. Several hosts under torchrun: the first starts here, the others join it with the
+command that the log shows (`agent.py`); Ray starts the processes on its hosts (`cluster.py`).
 """
 
 import json
@@ -65,13 +65,19 @@ def launch(
     partial = scratch_dir / f"{JOB}.partial"
     partial.write_text(json.dumps(job))
     partial.rename(scratch_dir / JOB)
-    nodes, endpoint = rendezvous(settings.compute)
+    nodes, endpoint = (1, "") if settings.compute.engine == "ray" else rendezvous(settings.compute)
     if nodes > 1:
         command = ["python", "-m", "model.training.launch.agent", str(scratch_dir / JOB)]
         log(f"waiting at {endpoint} for {nodes - 1} more hosts: run on each `{shlex.join(command)}`")
     reports = Reports(scratch_dir / REPORTS, log, on_metrics)
-    with _agent(scratch_dir / JOB) as agent:
-        while agent.poll() is None:
+    if settings.compute.engine == "ray":
+        from model.training.launch.cluster import ray_processes
+
+        start: Any = ray_processes(scratch_dir.absolute() / JOB, settings.compute, presence, log, reports.read)
+    else:
+        start = _agent(scratch_dir / JOB)
+    with start as processes:
+        while processes.poll() is None:
             time.sleep(_READ_EVERY_S)
             reports.read()
         reports.read()
@@ -80,7 +86,7 @@ def launch(
         log("processes of this training on other hosts have not ended yet")
     if reports.summary is None:
         raise RuntimeError(
-            f"the training processes ended with status {agent.returncode} and no result: their errors are above; "
+            f"the training processes ended with status {processes.returncode} and no result: their errors are above; "
             "the next attempt resumes from the last checkpoint"
         )
     return reports.summary

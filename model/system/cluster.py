@@ -1,0 +1,90 @@
+"""Ray, if `compute.engine` is ray: started with this process on this machine, or a cluster that is running.
+
+Ray is imported inside functions: everything else runs without it.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import model
+from model.errors import PipelineError, TransientError
+from model.settings import ComputeSettings
+
+TASK_RETRIES = 3
+"""Of a task whose process or host died; an error that the task raised is not tried again."""
+
+
+@contextmanager
+def connected(compute: ComputeSettings) -> Iterator[Any]:
+    """The module `ray`, connected to `compute.address`, or to a Ray that starts here and ends with the block.
+
+    Raises PipelineError if Ray is not installed or no cluster answers, TransientError if a Ray does not start here.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # reports to Ray's makers
+    try:
+        import ray
+    except ImportError:
+        raise PipelineError(
+            "compute.engine is 'ray', and the package ray is not installed: run pip install '.[ray]', or choose "
+            "compute=local"
+        ) from None
+    if ray.is_initialized():
+        yield ray
+        return
+    paths = [str(Path(model.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # The dashboard would take 100 MB and some seconds. Without an address, Ray would join the cluster that
+    # `ray start` or RAY_ADDRESS last named on this machine.
+    own: dict[str, Any] = {"num_cpus": compute.processes, "include_dashboard": False} if not compute.address else {}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        ray.init(
+            address=compute.address or "local",
+            logging_level="ERROR",
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
+            **own,
+        )
+    except Exception as error:  # ConnectionError, RuntimeError, ValueError and Ray's own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if not compute.address:
+            raise TransientError(
+                f"Ray did not start on this machine ({reason}): run again when it is less busy, or choose "
+                "compute=torchrun or compute=local"
+            ) from error
+        raise PipelineError(
+            f"compute.address is {compute.address!r}: no Ray cluster answers there ({reason}); correct it, or leave it "
+            "empty to start Ray on this machine"
+        ) from error
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():  # Ray's would end the process at once
+            signal.signal(number, handler)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def apply_tasks(compute: ComputeSettings) -> Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]:
+    """A function that calls another one with every item, one task each, and yields the results as they come.
+
+    A task is repeated if its process or its host dies. Its PipelineError is raised here.
+    """
+
+    def apply(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        with connected(compute) as ray:
+            task = ray.remote(max_retries=TASK_RETRIES, num_cpus=1, scheduling_strategy="SPREAD")(function)
+            waiting = [task.remote(item) for item in items]
+            while waiting:
+                (done, *_), waiting = ray.wait(waiting, num_returns=1)
+                try:
+                    yield ray.get(done)
+                except ray.exceptions.RayTaskError as error:
+                    if isinstance(error.cause, PipelineError):
+                        raise error.cause from None
+                    raise
+
+    return apply

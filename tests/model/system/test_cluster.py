@@ -1,0 +1,199 @@
+"""Tokenizing and training on Ray, which is an extra: real tasks and actors on one Ray that this file starts."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from model.errors import PipelineError
+from model.settings import ComputeSettings, ExperimentSettings
+from model.system.cluster import apply_tasks, connected
+from model.text.shards import by_shards
+from model.text.tokens import build_tokenized_dataset
+from model.training import checkpoints
+from model.training.launch.cluster import fitting
+from model.training.launch.start import launch
+from tests.model.training.launch.tiny import one_process
+from tests.model.training.test_distributed import REPO, assert_same_curve, curve
+from tests.model.training.tiny import TOKENIZER, experiment, make_dataset
+
+RAY = ComputeSettings(engine="ray", processes=2)
+
+
+def is_installed() -> bool:
+    try:
+        import ray  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def with_ray(test: Any) -> Any:
+    absent = pytest.mark.skipif(not is_installed(), reason="the extra ray (200 MB) is not installed: make ray")
+    return pytest.mark.slow(pytest.mark.processes(absent(test)))
+
+
+@pytest.fixture(scope="module")
+def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[None]:
+    """A Ray with two cores, which all tests use that start none."""
+    with connected(RAY):
+        yield
+
+
+def double(item: int) -> int:
+    if item == 7:
+        raise PipelineError("7 is not doubled here")
+    return 2 * item
+
+
+def die_once(mark: Path) -> int:
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 1
+
+
+@with_ray
+def test_a_task_is_repeated_after_its_process_died_and_its_error_is_one_line(running: None, tmp_path: Path) -> None:
+    assert sorted(apply_tasks(RAY)(double, range(7))) == [0, 2, 4, 6, 8, 10, 12]
+    assert list(apply_tasks(RAY)(die_once, [tmp_path / "died"])) == [1]
+    with pytest.raises(PipelineError, match=r"^7 is not doubled here$"):
+        list(apply_tasks(RAY)(double, [6, 7]))
+
+
+@with_ray
+def test_tasks_write_the_files_of_one_process(running: None, dataset_dir: Path, tmp_path: Path) -> None:
+    corpus = dataset_dir.parent / "corpus"
+    build_tokenized_dataset(TOKENIZER, corpus, tmp_path / "tokens", encode=by_shards(apply_tasks(RAY)))
+    assert files(tmp_path / "tokens") == files(dataset_dir)
+
+
+@with_ray
+def test_actors_make_the_model_of_one_process_though_one_of_them_is_killed(
+    running: None, dataset_dir: Path, tmp_path: Path
+) -> None:
+    killed: list[int] = []
+    log: list[str] = []
+    scratch = tmp_path / "scratch"
+
+    def kill_a_worker(step: int, metrics: dict[str, float]) -> None:
+        if step and not killed:
+            killed.append(max(process.pid for process in workers(scratch)))
+            os.kill(killed[0], signal.SIGKILL)
+
+    summary = launch(on_ray(2), dataset_dir, tmp_path / "output", scratch, log=log.append, on_metrics=kill_a_worker)
+    assert killed and summary.steps == 60 and summary.resumed_from_step
+    assert sum("2 of 2 start at the last checkpoint" in line for line in log) == 1
+    launch(one_process(), dataset_dir, tmp_path / "one", tmp_path / "scratch of one")
+    assert_same_curve(curve(tmp_path / "output"), curve(tmp_path / "one"))
+    assert workers(scratch) == []
+
+
+@with_ray
+def test_a_training_that_cannot_start_is_one_line_and_is_not_repeated(
+    running: None, dataset_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(PipelineError, match=r"compute.processes is 4: the hosts of the Ray cluster hold 2 with 1 CPU"):
+        launch(on_ray(4), dataset_dir, tmp_path / "output", tmp_path / "scratch")
+    wrong, log = experiment(per_device_train_batch_size=4, arguments={"no_such_argument": 1}), []
+    wrong.model.attention_dropout = 0.0
+    with pytest.raises(PipelineError, match=r"training.arguments names 'no_such_argument'"):
+        launch(replace(wrong, compute=RAY), dataset_dir, tmp_path / "output", tmp_path / "wrong", log=log.append)
+    assert not [line for line in log if "start at the last checkpoint" in line]
+
+
+@with_ray
+def test_a_killed_step_leaves_no_process_of_its_ray_and_one_process_goes_on(dataset_dir: Path, tmp_path: Path) -> None:
+    output, scratch = tmp_path / "output", tmp_path / "scratch"
+    program = str(REPO / "tests" / "model" / "training" / "launch" / "launcher.py")
+    launcher = psutil.Popen(
+        [sys.executable, program, str(dataset_dir), str(output), str(scratch), "ray"],
+        cwd=REPO,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        stderr=subprocess.DEVNULL,
+    )
+    while not checkpoints.steps_saved(scratch):  # the limit is the test's own
+        assert launcher.poll() is None
+        time.sleep(0.1)
+    started = launcher.children(recursive=True)
+    assert any("raylet" in process.name() for process in started)
+    launcher.kill()
+    launcher.wait()
+    _, alive = psutil.wait_procs(started, timeout=120)
+    assert alive == [] and workers(scratch) == []
+    steps = checkpoints.steps_saved(scratch)
+    summary = launch(one_process(), dataset_dir, output, scratch)
+    assert summary.resumed_from_step == steps[-1]
+
+
+# -- what needs no Ray ------------------------------------------------------------------------------------------------
+
+
+def test_without_ray_its_choice_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with (
+        pytest.raises(PipelineError, match=r"the package ray is not installed: run pip install '.\[ray\]', or"),
+        connected(RAY),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"nodes": 2}, "compute.nodes is 2: expected 1 for compute.engine 'ray'"),
+        ({"processes": 0}, "compute.processes is 0: expected a number greater than 0"),
+        ({"gpus_per_process": -1}, "compute.gpus_per_process is -1: expected 0 or more"),
+        ({"endpoint": "a:1"}, "compute.endpoint is 'a:1': expected none: it is for compute.engine 'torchrun'"),
+        ({"engine": "torchrun", "address": "a:1"}, "compute.address is 'a:1': expected none: it is for compute.engine"),
+        ({"engine": "local", "processes": 1, "gpus_per_process": 1}, "compute.gpus_per_process is 1: expected none"),
+    ],
+)
+def test_a_wrong_option_is_one_line(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(PipelineError) as error:
+        replace(RAY, **options)
+    assert str(error.value).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("processes", "room", "number"), [(2, 2, 2), (2, 1, 1), (8, 7, 4), (6, 5, 3), (6, 100, 6), (3, 2, 1), (4, 0, 0)]
+)
+def test_fewer_processes_share_out_the_same_batch(processes: int, room: int, number: int) -> None:
+    assert fitting(processes, room) == number
+
+
+def on_ray(processes: int) -> ExperimentSettings:
+    return replace(one_process(), compute=replace(RAY, processes=processes))
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def workers(scratch: Path) -> list[psutil.Process]:
+    """Living training processes in `scratch`."""
+    return [
+        process
+        for process in psutil.process_iter()
+        if (line := command(process)) and "launch.worker" in line and str(scratch) in line
+    ]
+
+
+def command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""

@@ -32,7 +32,11 @@ SHARED := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .DEFAULT_GOAL := help
+<<<<<<< HEAD
 .PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow harness evaluation releases coverage export-vllm lint docs screenshots bench clean
+=======
+.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow harness cluster releases coverage export-vllm lint docs screenshots bench clean
+>>>>>>> 610b70c (Test Ray for real: killed tasks, workers and steps; make cluster installs what tests of several machines need)
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -116,6 +120,9 @@ test-slow: setup  ## Run the other tests: slow ones, and those that start proces
 
 harness: setup  ## Install lm-eval, whose log-likelihoods a test compares with ours
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[harness]'
+
+cluster: setup  ## Install Ray, S3's file system and a small S3 server, which tests of several machines need
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[cluster]'
 
 releases: harness  ## Run a checkpoint's own code under every supported minor release of transformers, and under the newest
 	EVERY_RELEASE=1 $(BIN)/pytest --numprocesses $(WORKERS) tests/model/test_releases.py

@@ -222,7 +222,7 @@ def read_summary(corpus_dir: Path) -> CorpusSummary:
 
 
 def corpus_shards(corpus_dir: Path, split: str) -> list[Path]:
-    """The Parquet files of one split ("train" or "validation"), in order. Raises PipelineError where it has none."""
+    """The Parquet files of one split ("train" or "validation"), in order. Raises PipelineError if it has none."""
     shards = sorted(corpus_dir.glob(f"{split}-*.parquet"))
     if not shards:
         raise PipelineError(f"no {split} shard in {corpus_dir}: expected a corpus; make it again")

@@ -23,7 +23,7 @@ from model.training.launch.cluster import fitting
 from model.training.launch.start import launch
 from tests.model.training.launch.tiny import one_process
 from tests.model.training.test_distributed import REPO, assert_same_curve, curve
-from tests.model.training.tiny import TOKENIZER, experiment, make_dataset
+from tests.model.training.tiny import TOKENIZER, make_dataset
 
 RAY = ComputeSettings(engine="ray", processes=2)
 
@@ -37,7 +37,7 @@ def is_installed() -> bool:
 
 
 def with_ray(test: Any) -> Any:
-    absent = pytest.mark.skipif(not is_installed(), reason="the extra ray (200 MB) is not installed: make ray")
+    absent = pytest.mark.skipif(not is_installed(), reason="the extra ray (200 MB) is not installed: make cluster")
     return pytest.mark.slow(pytest.mark.processes(absent(test)))
 
 
@@ -90,7 +90,7 @@ def test_actors_make_the_model_of_one_process_though_one_of_them_is_killed(
     scratch = tmp_path / "scratch"
 
     def kill_a_worker(step: int, metrics: dict[str, float]) -> None:
-        if step and not killed:
+        if checkpoints.steps_saved(scratch) and not killed:
             killed.append(max(process.pid for process in workers(scratch)))
             os.kill(killed[0], signal.SIGKILL)
 
@@ -103,29 +103,22 @@ def test_actors_make_the_model_of_one_process_though_one_of_them_is_killed(
 
 
 @with_ray
-def test_a_training_that_cannot_start_is_one_line_and_is_not_repeated(
-    running: None, dataset_dir: Path, tmp_path: Path
-) -> None:
+def test_more_processes_than_the_cluster_holds_are_one_line(running: None, dataset_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"compute.processes is 4: the hosts of the Ray cluster hold 2 with 1 CPU"):
         launch(on_ray(4), dataset_dir, tmp_path / "output", tmp_path / "scratch")
-    wrong, log = experiment(per_device_train_batch_size=4, arguments={"no_such_argument": 1}), []
-    wrong.model.attention_dropout = 0.0
-    with pytest.raises(PipelineError, match=r"training.arguments names 'no_such_argument'"):
-        launch(replace(wrong, compute=RAY), dataset_dir, tmp_path / "output", tmp_path / "wrong", log=log.append)
-    assert not [line for line in log if "start at the last checkpoint" in line]
 
 
 @with_ray
-def test_a_killed_step_leaves_no_process_of_its_ray_and_one_process_goes_on(dataset_dir: Path, tmp_path: Path) -> None:
-    output, scratch = tmp_path / "output", tmp_path / "scratch"
+def test_a_killed_step_leaves_no_process_of_its_ray_and_of_its_training(dataset_dir: Path, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
     program = str(REPO / "tests" / "model" / "training" / "launch" / "launcher.py")
     launcher = psutil.Popen(
-        [sys.executable, program, str(dataset_dir), str(output), str(scratch), "ray"],
+        [sys.executable, program, str(dataset_dir), str(tmp_path / "output"), str(scratch), "ray"],
         cwd=REPO,
         env={**os.environ, "PYTHONPATH": str(REPO)},
         stderr=subprocess.DEVNULL,
     )
-    while not checkpoints.steps_saved(scratch):  # the limit is the test's own
+    while len(workers(scratch)) < 2:  # the limit is the test's own
         assert launcher.poll() is None
         time.sleep(0.1)
     started = launcher.children(recursive=True)
@@ -134,9 +127,6 @@ def test_a_killed_step_leaves_no_process_of_its_ray_and_one_process_goes_on(data
     launcher.wait()
     _, alive = psutil.wait_procs(started, timeout=120)
     assert alive == [] and workers(scratch) == []
-    steps = checkpoints.steps_saved(scratch)
-    summary = launch(one_process(), dataset_dir, output, scratch)
-    assert summary.resumed_from_step == steps[-1]
 
 
 # -- what needs no Ray ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A corpus that is encoded shard by shard gives the files of one that is encoded in one go."""
+"""A corpus that is encoded shard by shard gives the files of one that is encoded in one process."""
 
 import random
 import shutil
@@ -16,6 +16,8 @@ from model.text import shards
 from model.text.corpus import build_corpus
 from model.text.shards import ShardTask, by_shards, encode_shard
 from model.text.tokens import build_tokenized_dataset
+
+pytestmark = pytest.mark.medium
 
 SETTINGS = TokenizerSettings(vocab_size=300, sequence_length=64)
 
@@ -48,7 +50,7 @@ def corpus(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("apply", [map, in_any_order, twice_each], ids=lambda apply: apply.__name__)
-def test_the_files_are_those_of_one_go(corpus, apply, tmp_path):
+def test_the_files_are_those_of_one_process(corpus, apply, tmp_path):
     corpus_dir, settings = corpus
     whole = build_tokenized_dataset(settings, corpus_dir, tmp_path / "whole")
     parts = build_tokenized_dataset(settings, corpus_dir, tmp_path / "parts", encode=by_shards(apply))

@@ -20,10 +20,14 @@ from llm_assets.paths import var_dir
 
 @dataclass(frozen=True)
 class Staged:
-    """A sealed directory to publish. on_failure: called if that fails, as Dagster tells the asset too late."""
+    """A sealed directory to publish.
+
+    on_failure: called if that fails, as Dagster tells the asset too late. after_publishing: called once that is done.
+    """
 
     path: Path
     on_failure: Callable[[BaseException], None]
+    after_publishing: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,12 @@ ArtifactDirectory = dg.DagsterType(
 def scratch_dir() -> Path:
     """Workspaces of stages: `<asset>/<experiment>/<key>/`, on the disk of the default artifact root."""
     return var_dir() / "scratch"
+
+
+def remote_scratch(workspace: Path) -> str:
+    """URL of the copy of a workspace below LLM_ASSETS_CHECKPOINTS; empty if that is not set."""
+    url = os.environ.get("LLM_ASSETS_CHECKPOINTS", "").rstrip("/")
+    return f"{url}/{workspace.relative_to(scratch_dir()).as_posix()}" if url else ""
 
 
 class DirectoryIOManager(dg.ConfigurableIOManager):
@@ -90,6 +100,7 @@ class DirectoryIOManager(dg.ConfigurableIOManager):
             context.log.warning(f"{publication.path} failed a blocking check: the latest good version stays the latest")
         if obj.path.is_relative_to(scratch_dir()):
             shutil.rmtree(obj.path.parent, ignore_errors=True)
+        obj.after_publishing()
 
     def load_input(self, context: dg.InputContext) -> Path:
         """The verified local folder of the upstream's latest version."""

@@ -7,14 +7,14 @@
 A reader follows the pointer to the manifest and verifies every digest in it. The root is a folder or a URL that fsspec
 opens; versions of a remote root are read through a local cache. Processes that share a folder publish one after the
 other, and none removes a version that another is reading; an object store has no locks, so there the lock covers only
-the processes of one machine. No Dagster here: `io_manager.py` calls this.
+the processes of one machine, and LATEST is replaced by conditional writes. No Dagster here: `io_manager.py` calls this.
 """
 
 import dataclasses
 import os
 import shutil
 import uuid
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -23,8 +23,9 @@ from upath import UPath
 
 from llm_assets.artifacts.locks import exclusive, hold, unread
 from llm_assets.artifacts.manifest import Manifest, refresh_command
+from llm_assets.artifacts.remote import is_abandoned, refusals, replace_if_unchanged, revision
 from model.artifact import MANIFEST, verify
-from model.errors import PipelineError, limits_as_error
+from model.errors import PipelineError, TransientError, limits_as_error
 
 LATEST = "LATEST"
 _INCOMING, _REMOVED, _FRESH = ".incoming-", ".removed-", ".fresh-"
@@ -59,7 +60,7 @@ class ArtifactStore:
         `staging` may be moved. The previous version stays intact even if publishing fails.
         Raises PipelineError for a directory without a manifest and for a full disk.
         """
-        with limits_as_error(Path(str(self.root)) if self._local else staging):
+        with self._refusals(), limits_as_error(Path(str(self.root)) if self._local else staging):
             manifest = Manifest.read(staging)
             with exclusive(self._lock(manifest.asset, manifest.experiment)):
                 return self._publish(staging, manifest)
@@ -78,12 +79,30 @@ class ArtifactStore:
             self._place(staging, target, manifest)
         latest = not manifest.failed_checks
         if latest:
-            self._write_text(base, LATEST, manifest.version + "\n")
+            self._point(base, manifest)
             if not self._local and not self._is_intact(target, manifest):
                 # Another machine removed it as an old version before it became the latest.
                 self._place(staging, target, manifest)
         self._prune(base)
         return Publication(str(target), manifest.version, unchanged, latest)
+
+    def _point(self, base: Path | UPath, manifest: Manifest) -> None:
+        """Make a version the latest one, and its date later than that of each version that was the latest before."""
+        pointer = base / LATEST
+        if not isinstance(pointer, UPath) or self._local:
+            self._write_text(base, LATEST, manifest.version + "\n")
+            return
+        while True:
+            seen = revision(pointer)
+            dated = self._dated_last(base, manifest)
+            if dated.created != manifest.created:  # another machine has published meanwhile
+                manifest = dated
+                self._write_text(base, f"{manifest.version}/{MANIFEST}", manifest.to_json())
+            if replace_if_unchanged(pointer, manifest.version + "\n", seen):
+                return
+
+    def _refusals(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._local else refusals(str(self.root))
 
     def _lock(self, asset: str, experiment: str) -> Path:
         folder = Path(str(self.root)) if self._local else self._cache_dir
@@ -108,8 +127,9 @@ class ArtifactStore:
     def latest_manifest(self, asset: str, experiment: str) -> Manifest | None:
         """The manifest of the latest version; None if it is missing or unreadable."""
         base = self.root / asset / experiment
-        version = self._read_text(base / LATEST)
-        text = self._read_text(base / version.strip() / MANIFEST) if version else None
+        with self._refusals():
+            version = self._read_text(base / LATEST)
+            text = self._read_text(base / version.strip() / MANIFEST) if version else None
         if text is None:
             return None
         try:
@@ -123,12 +143,16 @@ class ArtifactStore:
         Raises PipelineError naming the path if there is none, or if a file is missing or altered.
         """
         try:
-            return self._load(asset, experiment)
-        except (PipelineError, FileNotFoundError):
+            with self._refusals():
+                return self._load(asset, experiment)
+        except (PipelineError, FileNotFoundError) as error:
+            if isinstance(error, TransientError):
+                raise
             lock = self._lock(asset, experiment)
             if self._local and not os.access(lock, os.W_OK):
                 raise  # no lock file: no process has published here with locks, or the folder is read-only
-            with exclusive(lock):  # a publication may have replaced or removed it meanwhile
+            # A publication may have replaced or removed it meanwhile.
+            with exclusive(lock), self._refusals():
                 return self._load(asset, experiment)
 
     def _load(self, asset: str, experiment: str) -> Path:
@@ -167,7 +191,6 @@ class ArtifactStore:
 
     def _upload(self, staging: Path, target: UPath | Path, manifest: Manifest) -> None:
         for name in manifest.files:
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
             assert isinstance(target, UPath)
             target.fs.put_file(str(staging / name), (target / name).path)
         self._write_text(target.parent, f"{manifest.version}/{MANIFEST}", manifest.to_json())
@@ -225,17 +248,24 @@ class ArtifactStore:
 
     def _prune(self, base: Path | UPath) -> None:
         """Remove all but the newest versions, the latest, and those that a process is reading."""
-        latest = (self._read_text(base / LATEST) or "").strip()
-        for _, path in self._versions(base)[self._keep_versions :]:
-            if path.name == latest:
+        versions = self._versions(base)
+        for _, path in versions[self._keep_versions :]:
+            if path.name == (self._read_text(base / LATEST) or "").strip():
                 continue
             if isinstance(path, UPath) and not self._local:
                 with suppress(FileNotFoundError):  # another machine removed it first
+                    path.fs.rm_file((path / MANIFEST).path)  # from here on it is not a version
                     path.fs.rm(path.path, recursive=True)
             else:
                 with unread(Path(str(path))) as free:
                     if free:
                         _remove(Path(str(path)))
+
+        if not self._local:
+            whole = {LATEST, *(path.name for _, path in versions)}
+            for path in base.iterdir():
+                if isinstance(path, UPath) and path.name not in whole and is_abandoned(path):
+                    path.fs.rm(path.path, recursive=True)
 
     def _read_text(self, path: Path | UPath) -> str | None:
         if isinstance(path, UPath) and not self._local:
@@ -248,10 +278,10 @@ class ArtifactStore:
     def _write_text(self, base: Path | UPath, name: str, text: str) -> None:
         """Replace a small file below `base` in one step: a rename in a folder, a single PUT in an object store."""
         path = base / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         if not self._local:
             path.write_text(text)
             return
+        path.parent.mkdir(parents=True, exist_ok=True)
         # The temporary file is not inside a version: readers digest every file there.
         fresh = Path(str(base), f"{_FRESH}{uuid.uuid4().hex}")
         try:

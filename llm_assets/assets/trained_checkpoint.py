@@ -6,6 +6,7 @@ from pathlib import Path
 import dagster as dg
 
 from llm_assets import checks
+from llm_assets.artifacts.io_manager import remote_scratch
 from llm_assets.assets import asset_arguments
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
@@ -24,16 +25,28 @@ def trained_checkpoint(
 ) -> Iterator[dg.MaterializeResult]:
     """`RexForCausalLM` in safetensors with its tokenizer, code, model card, curves and samples.
 
-    A killed, retried or re-executed run resumes from its last checkpoint.
+    A killed, retried or re-executed run resumes from its last checkpoint, on another machine too if
+    LLM_ASSETS_CHECKPOINTS names a place for copies.
     """
     from model.baselines import token_baselines
     from model.training.launch.start import launch
+    from model.training.remote_checkpoints import RemoteCheckpoints
 
     with stage(
         context, hydra, mlflow, {"tokenized_dataset": tokenized_dataset}, resumable=True, exclusive=True
     ) as work:
+        url = remote_scratch(work.scratch.parent)
+        remote = RemoteCheckpoints(url, work.scratch, work.log) if url else None
+        if remote:
+            work.after_publishing = remote.remove
         summary = launch(
-            work.settings, tokenized_dataset, work.output, work.scratch, log=work.log, on_metrics=work.live
+            work.settings,
+            tokenized_dataset,
+            work.output,
+            work.scratch,
+            log=work.log,
+            on_metrics=work.live,
+            remote=remote,
         )
         baselines = token_baselines(tokenized_dataset, work.settings.tokenizer.sequence_length)
         for name in ("loss.png", "README.md", "curves.json", "progress.md"):

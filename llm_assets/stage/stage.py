@@ -77,6 +77,8 @@ class Stage:
     """Fingerprint of the stage's inputs other than its upstream."""
     most_latency_ratio: float = 0.0
     """Bound for a champion: see `decide_champion`."""
+    after_publishing: Callable[[], None] = lambda: None
+    """Called once the artifact is published."""
     last_observation_s: float = field(default_factory=time.monotonic)
 
     @property
@@ -160,7 +162,7 @@ class Stage:
             {name: value for name, value in metadata.items() if isinstance(value, int | float)}
         )
         return dg.MaterializeResult(
-            value=Staged(self.output, self.tracked.end_after),
+            value=Staged(self.output, self.tracked.end_after, self.after_publishing),
             data_version=dg.DataVersion(manifest.content_hash),
             metadata={
                 **metadata,

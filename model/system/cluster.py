@@ -3,6 +3,7 @@
 Ray is imported inside functions: everything else runs without it.
 """
 
+import logging
 import os
 import signal
 import threading
@@ -44,7 +45,7 @@ def connected(compute: ComputeSettings) -> Iterator[Any]:
     try:
         ray.init(
             address=compute.address or "local",
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
             **own,
         )

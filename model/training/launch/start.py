@@ -24,6 +24,7 @@ from model.settings import ExperimentSettings
 from model.system.lifeline import GRACE_S, Presence
 from model.training.launch.job import JOB, PRESENCE, REPORTS, rendezvous
 from model.training.outputs.summary import TrainingSummary
+from model.training.remote_checkpoints import RemoteCheckpoints, copied
 from model.training.run import OnMetrics
 from model.training.train import train
 
@@ -38,13 +39,27 @@ def launch(
     *,
     log: Log = silent,
     on_metrics: OnMetrics | None = None,
+    remote: RemoteCheckpoints | None = None,
 ) -> TrainingSummary:
     """`train` in this process, or in those that `settings.compute` names; the batch is the same for any number of them.
 
+    remote: copies of the checkpoints, fetched if they are ahead of `scratch_dir`.
     All processes end when this one does, however it ends: with time to save, except where the kernel kills them.
     Raises what `train` raises, PipelineError if several hosts have no place to meet, and RuntimeError if
     processes died more often than `compute.restarts` allows: another call resumes from the last checkpoint.
     """
+    with copied(remote, scratch_dir, log):
+        return _launch(settings, dataset_dir, output_dir, scratch_dir, log, on_metrics)
+
+
+def _launch(
+    settings: ExperimentSettings,
+    dataset_dir: Path,
+    output_dir: Path,
+    scratch_dir: Path,
+    log: Log,
+    on_metrics: OnMetrics | None,
+) -> TrainingSummary:
     if settings.compute.engine == "local":
         return train(
             settings, dataset_dir, output_dir, scratch_dir, log=log, on_metrics=on_metrics, shares_batch=True

@@ -32,11 +32,7 @@ SHARED := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
-.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow harness evaluation releases coverage export-vllm lint docs screenshots bench clean
-=======
-.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow harness cluster releases coverage export-vllm lint docs screenshots bench clean
->>>>>>> 610b70c (Test Ray for real: killed tasks, workers and steps; make cluster installs what tests of several machines need)
+.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow harness cluster evaluation releases coverage export-vllm lint docs screenshots bench clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -187,7 +187,8 @@ async def _answer(
 ) -> Response:
     """Continue each prompt n times by its number of tokens."""
     n, drawn = body.n or 1, body.drawn()
-    if drawn > n and scores["logprobs"] is None:
+    is_ranked = bool(body.use_beam_search)
+    if drawn > n and not is_ranked and scores["logprobs"] is None:
         scores = {**scores, "logprobs": 0}
     scored = _scores(prompts, counts, drawn, scores)
     if scored > MAX_SCORES:
@@ -217,7 +218,7 @@ async def _answer(
     results = await answers.whole(request.receive)
     if drawn > n:
         form.unshown_tokens = sum(last.generated_tokens for _, last in results)
-        results = _likeliest(results, drawn, n)
+        results = _likeliest(results, drawn, n, is_ranked=is_ranked)
         form.unshown_tokens -= sum(last.generated_tokens for _, last in results)
 
     size = max(scored, sum(len(events) for events, _ in results))
@@ -237,15 +238,18 @@ def _scores(prompts: Sequence[Prompt], counts: Sequence[int], drawn: int, scores
     return total + (0 if prompted is None else sum(len(one.ids) for one in prompts) * drawn * (1 + prompted))
 
 
-def _likeliest(results: list[Result], drawn: int, n: int) -> list[Result]:
-    """The n of each prompt's `drawn` texts with the highest mean token log-probability, best first."""
+def _likeliest(results: list[Result], drawn: int, n: int, *, is_ranked: bool) -> list[Result]:
+    """The n of each prompt's `drawn` texts with the highest mean token log-probability, best first. is_ranked: they
+    are in order, best first, by another score.
+    """
 
     def score(result: Result) -> float:
         scores = [s.logprob for event in result[0] if isinstance(event, TextPiece) for s in event.logprobs]
         return sum(scores) / max(len(scores), 1)
 
     prompts = [results[first : first + drawn] for first in range(0, len(results), drawn)]
-    return [one for texts in prompts for one in sorted(texts, key=score, reverse=True)[:n]]
+    ordered = prompts if is_ranked else [sorted(texts, key=score, reverse=True) for texts in prompts]
+    return [one for texts in ordered for one in texts[:n]]
 
 
 def infill_marks(tokenizer: "PreTrainedTokenizerFast") -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ Anything else in a body is refused by name. `user`, `metadata`, `safety_identifi
 `service_tier` are labels of the caller: they change no text and are neither stored nor logged.
 """
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
@@ -14,6 +15,7 @@ from bento.openai.structured import Structured
 from bento.openai.tools import ToolFields, dialogue_messages
 from bento.openai.turns import MAX_MESSAGES, Label, Message, TemplateValues, unsupported
 from bento.schema import ALL_THAT_FITS, LARGEST_COUNT, WHOLE, Count, OnlyFalse, Sampling, StrictRequest, forms
+from model.generation.requests import LARGEST_LENGTH_PENALTY, Beams, GenerationRequest
 from model.text.tools import has_unpaired_results
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -36,6 +38,12 @@ def not_zero(value: int) -> int:
     """A number of tokens or -1. Raises for 0."""
     if value == 0:
         raise PydanticCustomError("greater_than_equal", "expected 1 or more, or -1")
+    return value
+
+
+def _early_stopping(value: Any) -> Any:
+    if value not in (None, "never") and not isinstance(value, bool):
+        raise PydanticCustomError("early_stopping", 'expected true, false or "never"')
     return value
 
 
@@ -93,12 +101,18 @@ class StreamOptions(StrictRequest):
     include_obfuscation: OnlyFalse | None = unsupported("false")
 
 
-def _no_beams(value: bool) -> bool:
-    if value:
-        raise PydanticCustomError(
-            "unsupported_value", "beam search is not supported: best_of of /v1/completions takes the likeliest samples"
-        )
-    return value
+SAMPLED_ONLY: dict[str, tuple[Any, ...]] = {
+    "temperature": (0, 1),
+    "top_k": (0, -1),
+    "top_p": (1,),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "stream": (False,),
+}
+"""Fields that do not apply to a beam search, and their values that ask for nothing."""
+UNCONSTRAINED_ONLY = ("logit_bias", "stop", "bad_words", "allowed_token_ids")
 
 
 class OpenAIRequest(Structured, Sampling):
@@ -135,8 +149,30 @@ class OpenAIRequest(Structured, Sampling):
     prompt_cache_key: Label | None = Field(None, description="Accepted and ignored: common prefixes are always reused.")
     service_tier: Literal["auto", "default"] | None = Field(None, description="There is one tier.")
     store: OnlyFalse | None = unsupported("false")
-    use_beam_search: Annotated[bool, AfterValidator(_no_beams)] | None = Field(
-        None, description="Not supported: only null, false.", json_schema_extra={"anyOf": [{"enum": [False, None]}]}
+    best_of: Annotated[int, WHOLE] | None = Field(
+        None,
+        ge=1,
+        le=MAX_CHOICES,
+        description="Generate this many texts and return the n whose tokens are likeliest on average; with "
+        "use_beam_search, the number of beams. Default: n.",
+    )
+    use_beam_search: bool | None = Field(
+        None,
+        description="Search the n likeliest texts instead of sampling, with best_of beams. Not with stream, and not "
+        "with parameters of sampling, stop strings or a form of the text. Default: false.",
+    )
+    length_penalty: float | None = Field(
+        None,
+        ge=-LARGEST_LENGTH_PENALTY,
+        le=LARGEST_LENGTH_PENALTY,
+        description="Of a beam search: a text's log-probability is divided by its length to this power. Default: 1.",
+    )
+    early_stopping: Annotated[
+        Any, AfterValidator(_early_stopping), forms({"type": "boolean"}, {"enum": ["never"]}, {"type": "null"})
+    ] = Field(
+        None,
+        description="Of a beam search: true ends it at best_of complete texts, false when no running text is better "
+        'at its length, "never" when none can become better. Default: false.',
     )
 
     @model_validator(mode="after")
@@ -147,9 +183,39 @@ class OpenAIRequest(Structured, Sampling):
             raise PydanticCustomError("unsupported_parameter", "not with stream=true", {"param": "prompt_logprobs"})
         return self
 
+    @model_validator(mode="after")
+    def _check_best_of(self) -> "OpenAIRequest":
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise PydanticCustomError("best_of", "expected at least n", {"param": "best_of"})
+        if self.best_of is not None and self.best_of > (self.n or 1) and self.stream:
+            raise PydanticCustomError("best_of", "more than n not with stream=true", {"param": "best_of"})
+        return self
+
+    @model_validator(mode="after")
+    def _check_beams(self) -> "OpenAIRequest":
+        if not self.use_beam_search:
+            for field, neutral in (("length_penalty", 1), ("early_stopping", False)):
+                if getattr(self, field) not in (None, neutral):
+                    raise PydanticCustomError("beam_search", "only with use_beam_search=true", {"param": field})
+            return self
+        wrong = [name for name, neutral in SAMPLED_ONLY.items() if getattr(self, name) not in (None, *neutral)]
+        wrong += [name for name in UNCONSTRAINED_ONLY if getattr(self, name)]
+        wrong += [field for field, _, _ in self.forms()]
+        if wrong:
+            raise PydanticCustomError("beam_search", "not with use_beam_search=true", {"param": wrong[0]})
+        return self
+
     def drawn(self) -> int:
         """Texts to generate for each prompt."""
-        return self.n or 1
+        return self.best_of or self.n or 1
+
+    def generation(self, prompt_ids: Any, max_tokens: int, choice: int = 0, **options: Any) -> GenerationRequest:
+        """The engine's form of the request; see `Sampling.generation`."""
+        made = super().generation(prompt_ids, max_tokens, choice, **options)
+        if not (self.use_beam_search and max_tokens):
+            return made
+        penalty = 1.0 if self.length_penalty is None else self.length_penalty
+        return replace(made, beams=Beams(self.drawn(), choice, penalty, self.early_stopping or False))
 
 
 class CompletionRequest(OpenAIRequest):
@@ -176,12 +242,6 @@ class CompletionRequest(OpenAIRequest):
         BeforeValidator(_false_is_none),
         forms({"type": "integer", "minimum": 0, "maximum": MAX_LOGPROBS}, {"enum": [False]}, {"type": "null"}),
     ] = Field(None, description="Show the log-probability of each token, and of this many most likely ones beside it.")
-    best_of: Annotated[int, WHOLE] | None = Field(
-        None,
-        ge=1,
-        le=MAX_CHOICES,
-        description="Generate this many texts and return the n whose tokens are likeliest on average. Default: n.",
-    )
     suffix: str | None = Field(
         None,
         description="Fill in the text between prompt and suffix, if the tokenizer has tokens for it. Not with echo.",
@@ -189,10 +249,6 @@ class CompletionRequest(OpenAIRequest):
 
     @model_validator(mode="after")
     def _check_together(self) -> "CompletionRequest":
-        if self.best_of is not None and self.best_of < (self.n or 1):
-            raise PydanticCustomError("best_of", "expected at least n", {"param": "best_of"})
-        if self.best_of is not None and self.best_of > (self.n or 1) and self.stream:
-            raise PydanticCustomError("best_of", "more than n not with stream=true", {"param": "best_of"})
         if self.prompt_logprobs is not None and self.echo and self.logprobs not in (None, self.prompt_logprobs):
             raise PydanticCustomError(
                 "prompt_logprobs", "with echo expected as many as logprobs", {"param": "prompt_logprobs"}
@@ -206,10 +262,6 @@ class CompletionRequest(OpenAIRequest):
                 "max_tokens", "0 needs echo=true: there would be no text", {"param": self.count_name()}
             )
         return self
-
-    def drawn(self) -> int:
-        """Texts to generate for each prompt."""
-        return self.best_of or self.n or 1
 
     def count(self) -> int | None:
         """Most tokens to generate, under either name."""
@@ -308,6 +360,8 @@ class ChatRequest(Dialogue, OpenAIRequest):
         if self.callable_functions() and self.forms():
             field = self.forms()[0][0]
             raise PydanticCustomError("one_form", "not together with tools that may be called", {"param": field})
+        if self.use_beam_search and self.callable_functions():
+            raise PydanticCustomError("beam_search", "not with use_beam_search=true", {"param": "tools"})
         if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("top_logprobs", "only with logprobs=true", {"param": "top_logprobs"})
         return self

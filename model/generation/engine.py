@@ -19,6 +19,7 @@ from functools import partial
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from model.errors import PipelineError
+from model.generation.beams import Search, searches
 from model.generation.cache import bytes_per_token
 from model.generation.grammar import Grammar, GrammarCompiler, Kind
 from model.generation.queue import QueueFull, RequestQueue
@@ -214,16 +215,37 @@ class Engine:
         for generation in generations:
             self._check(generation.request)
         self._check_together(generations)
+        beginnings = [self._beginning(group) for group in searches(generations)]
         with self._changed:
             if not self.is_alive:
                 raise EngineStopped
             try:
-                self._queue.put(generations, room=self._scheduler.free_slots)
+                self._queue.put(generations, room=self._scheduler.free_slots, beginnings=beginnings)
             except QueueFull:
                 seconds = self._scheduler.request_seconds * max(1.0, len(self._queue) / self._slots)
                 raise EngineBusy(min(LONGEST_RETRY_S, math.ceil(seconds))) from None
             self._changed.notify_all()
         return generations
+
+    def _beginning(self, group: list[Generation]) -> Generation:
+        """The first request of a beam search; a generation without one is that itself."""
+        if group[0].request.beams is None:
+            return group[0]
+        search = Search(
+            group,
+            ends=self.end_of_text_ids,
+            token_bytes=self.token_bytes,
+            submit=self._continue,
+            release=partial(self._queue.release, len(group) - 1),
+        )
+        return search.parts()[0]
+
+    def _continue(self, parts: Sequence[Generation]) -> None:
+        with self._changed:
+            if not self.is_alive:
+                raise EngineStopped
+            self._queue.put_continuations(parts)
+            self._changed.notify_all()
 
     def _check(self, request: GenerationRequest) -> None:
         prompt, wanted = len(request.prompt_ids), request.max_tokens
@@ -236,6 +258,8 @@ class Engine:
                 f"the prompt has {prompt:,} tokens and max_tokens is {wanted:,}: together at most "
                 f"{self.context_length:,} fit into the model's context"
             )
+        if request.beams and request.beams.width > self.vocab_size - len(self.end_of_text_ids):
+            raise PipelineError(f"a beam search of width {request.beams.width:,}: the vocabulary has fewer tokens")
         named = [
             ("the prompt", request.prompt_ids),
             ("logit_bias", request.sampling.logit_bias),

@@ -24,6 +24,8 @@ class RequestQueue:
     def __init__(self, max_requests: int, max_tokens: int) -> None:
         self._max_requests, self._max_tokens = max_requests, max_tokens
         self._waiting = Turns()
+        self._held = 0
+        """Places of running beam searches, whose requests come back to the queue for each token."""
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -36,11 +38,15 @@ class RequestQueue:
         with self._lock:
             return _tokens(self._waiting)
 
-    def put(self, generations: Sequence[Generation], *, room: int) -> None:
-        """Enqueue all or none. room: free slots, whose requests leave the queue at once.
+    def put(
+        self, generations: Sequence[Generation], *, room: int, beginnings: Sequence[Generation] | None = None
+    ) -> None:
+        """Enqueue all or none. room: free slots, whose requests leave the queue at once. beginnings: enqueue these
+        instead; the places of the others stay taken until `release`.
 
         Raises QueueFull; none is enqueued then.
         """
+        entering = generations if beginnings is None else beginnings
         dropped = []
         with self._lock:
             fits = self._fits(generations, room)
@@ -48,12 +54,24 @@ class RequestQueue:
                 dropped = self._take_interrupted()
                 fits = self._fits(generations, room)
             if fits:
-                for generation in generations:
+                self._held += len(generations) - len(entering)
+                for generation in entering:
                     self._waiting.append(generation)
         for generation in dropped:
             _finish(generation)
         if not fits:
             raise QueueFull
+
+    def put_continuations(self, generations: Sequence[Generation]) -> None:
+        """Enqueue the next requests of a beam search, which has its places."""
+        with self._lock:
+            for generation in generations:
+                self._waiting.append(generation)
+
+    def release(self, places: int) -> None:
+        """Free the places of a beam search that ended."""
+        with self._lock:
+            self._held -= places
 
     def first(self, *, only_short: bool = False) -> Generation | None:
         """Peek at the next request; None if empty. only_short: consider answers of at most SHORT_ANSWER tokens."""
@@ -81,8 +99,9 @@ class RequestQueue:
             return self._waiting.clear()
 
     def _fits(self, generations: Sequence[Generation], room: int) -> bool:
-        requests = len(self._waiting) + len(generations)
-        tokens = _tokens(self._waiting) + _tokens(generations)
+        waiting = [generation for generation in self._waiting if not generation.is_continuation]
+        requests = self._held + len(waiting) + len(generations)
+        tokens = _tokens(waiting) + _tokens(generations)
         share = self._share(generations[0].request.client) if generations else 1
         fits = tokens <= share * self._max_tokens or requests <= max(room, 1)
         return requests <= share * self._max_requests + room and fits

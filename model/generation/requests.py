@@ -20,6 +20,8 @@ from model.generation.grammar import Grammar
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 MAX_SEED = 2**63 - 1
 LARGEST_LOGIT_BIAS = 100.0
+LARGEST_LENGTH_PENALTY = 10.0
+FAILED = "generating failed: the server's log has the reason"
 
 
 class EngineBusy(Exception):
@@ -78,6 +80,28 @@ class SamplingParameters:
 
 
 @dataclass(frozen=True)
+class Beams:
+    """Beam search in place of sampling, as transformers' `generate(num_beams=width)` defines it.
+
+    All `width` texts of a search are submitted together, by rank: rank 0 is the best one. A text's score is the sum of
+    its tokens' log-probabilities divided by its length to the power of length_penalty. early_stopping: True ends the
+    search at `width` complete texts; False when the best running one, at its present length, scores less than all of
+    them; "never" compares its best possible score. Raises PipelineError naming the value that is out of range.
+    """
+
+    width: int
+    rank: int = 0
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+    def __post_init__(self) -> None:
+        _check(self.width >= 1, "width", self.width, "1 or more")
+        _check(0 <= self.rank < self.width, "rank", self.rank, "0 or more, below width")
+        limit = LARGEST_LENGTH_PENALTY
+        _check(abs(self.length_penalty) <= limit, "length_penalty", self.length_penalty, f"-{limit:g} to {limit:g}")
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """One text to continue.
 
@@ -92,8 +116,10 @@ class GenerationRequest:
     bad_words: strings that never appear in the text. include_stop: keep the stop string, or the stop token's text.
     prompt_logprobs: as logprobs, for the prompt, in one `PromptScores` event before the first piece of text.
     embedding: return the prompt's vector (mean of all tokens or last token) in one `Embedding` event and no text;
-    needs max_tokens 0. queue_timeout_s: from submission to start. timeout_s: from submission to the last token. None:
-    no limit. client, connection: the sender; free slots rotate among clients, and among a client's connections.
+    needs max_tokens 0. beams: search the likeliest texts instead of sampling; stop strings, constraints and sampling
+    parameters do not apply to them. queue_timeout_s: from submission to start. timeout_s: from submission to the last
+    token. None: no limit. client, connection: the sender; free slots rotate among clients, and among a client's
+    connections.
     """
 
     prompt_ids: Sequence[int]
@@ -111,6 +137,7 @@ class GenerationRequest:
     bad_words: tuple[str, ...] = ()
     include_stop: bool = False
     embedding: Literal["mean", "last"] | None = None
+    beams: Beams | None = None
     queue_timeout_s: float | None = None
     timeout_s: float | None = None
     client: str = ""
@@ -221,6 +248,8 @@ class Generation:
         self.generated_tokens = 0
         self.cached_tokens = 0
         self.is_finished = False
+        self.is_continuation = False
+        """Continues a request that was admitted: it does not count against the queue's limits."""
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._deliver = deliver or self._events.put
         self._is_cancelled = False
@@ -229,6 +258,11 @@ class Generation:
     def cancel(self) -> None:
         """Stop at the next token; a waiting request never starts. Thread-safe and idempotent."""
         self._is_cancelled = True
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether `cancel` was called, or the receiver is gone."""
+        return self._is_cancelled
 
     def __iter__(self) -> Iterator[Event]:
         while True:

@@ -18,7 +18,15 @@ from torch import Tensor
 from model.generation.constraints import Constraint, TokenIndex, is_constrained
 from model.generation.grammar import DEAD_END, GrammarFailure
 from model.generation.queue import RequestQueue, is_short
-from model.generation.requests import Embedding, FinishReason, Generation, PromptScores, TextPiece, TokenLogprob
+from model.generation.requests import (
+    FAILED,
+    Embedding,
+    FinishReason,
+    Generation,
+    PromptScores,
+    TextPiece,
+    TokenLogprob,
+)
 from model.generation.sampler import Sampler, token_logprobs
 from model.generation.sequence import Sequence
 from model.generation.slots import SHORTEST_REUSE, SlotTable
@@ -27,7 +35,6 @@ from model.generation.step import Segment, SegmentOutput, Step
 logger = logging.getLogger(__name__)
 SLOTS_PER_KEPT = 16
 """One slot in this many is reserved for short answers, so that they do not wait for long ones."""
-FAILED = "generating failed: the server's log has the reason"
 Batch = list[tuple[Sequence, Segment]]
 
 
@@ -158,8 +165,9 @@ class Scheduler:
         if self._capacity is not None:
             self._slots.free_memory(self._free, self._capacity - self._reserved())
         generation.start(cached)
-        self.prompt_tokens += len(prompt_ids)
-        self.cached_tokens += cached
+        if not generation.is_continuation:
+            self.prompt_tokens += len(prompt_ids)
+            self.cached_tokens += cached
         return sequence
 
     def _reserved(self, *further: Generation) -> int:

@@ -245,12 +245,6 @@ def test_what_cannot_be_tokenized_is_refused(service, body, param):
     assert refusal(service.post("/tokenize", **body))["param"] == param
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", CHAT])
-def test_beam_search_is_refused_by_name_with_what_there_is_instead(service, path):
-    error = refusal(service.post(path, **{**GOOD[path], "use_beam_search": True}))
-    assert error["param"] == "use_beam_search" and "best_of" in error["message"]
-
-
 def test_a_text_is_filled_in_where_the_tokenizer_has_marks_for_it_and_refused_where_not(service):
     error = refusal(service.post("/v1/completions", prompt="def ", suffix="return"))
     assert error["param"] == "suffix" and "no fill-in-the-middle tokens" in error["message"]

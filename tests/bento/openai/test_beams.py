@@ -28,6 +28,7 @@ def ask(service: Service, path: str, **body) -> dict:
 def expected(service: Service, prompt: list[int], width: int, texts: int, count: int = 12, **options) -> list[list]:
     made = service.model.generate(
         torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt)),
         max_new_tokens=count,
         do_sample=False,
         num_beams=width,

@@ -31,6 +31,8 @@ from model.generation.requests import (
 )
 
 logger = logging.getLogger(__name__)
+NUMBER_BYTES = 4
+"""Of a token's id, and of its log-probability, in `TokenLogprob`."""
 Submit = Callable[[Sequence[Generation]], None]
 
 
@@ -109,9 +111,10 @@ class BeamSearch:
 
     def _extended(self, candidate: tuple[float, int, int], found: Sequence[TokenLogprob]) -> Beam:
         total, number, token = candidate
-        beam, top = self.running[number], found[number].top
-        logprob = next(value for other, value in top if other == token)
-        score = TokenLogprob(token, logprob, top[: self._shown])
+        beam, place = self.running[number], found[number]
+        logprob = next(value for other, value in place.top if other == token)
+        size = NUMBER_BYTES * self._shown
+        score = TokenLogprob(token, logprob, place.top_ids[:size], place.top_logprobs[:size])
         return Beam((*beam.tokens, score), total, is_ended=token in self._ends)
 
     def _can_improve(self, length: int) -> bool:

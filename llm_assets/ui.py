@@ -4,6 +4,7 @@
 
 Prints two addresses once both answer; the servers' output goes to var/ui/. TERM, INT and HUP (a closed terminal) end
 them, even if a script started this in the background, where INT is ignored. An active run gets time to save its state.
+This process imports neither Dagster nor MLflow, each of which takes 100 MB or more.
 """
 
 import argparse
@@ -23,8 +24,6 @@ import psutil
 
 from llm_assets.dagster_home import check_dagster_home
 from llm_assets.paths import REPOSITORY, var_dir
-from llm_assets.resources import tracking_database
-from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.resources.provenance import DAGSTER_URL
 from model.errors import PipelineError, ends_in_one_line
 
@@ -102,32 +101,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     servers: list[Server] = []
     try:
         check_dagster_home()
-        MlflowTracking().client()  # creates the database before the server does
         logs = var_dir() / "ui"
         logs.mkdir(parents=True, exist_ok=True)
         mlflow, dagster = (f"http://{given.host}:{port}" for port in (given.mlflow_port, given.port))
-        database, artifacts = var_dir() / "mlflow.db", var_dir() / tracking_database.ARTIFACTS
         os.environ.setdefault("MLFLOW_UI_URL", mlflow)
         os.environ.setdefault(DAGSTER_URL, dagster)
-        python = [sys.executable, "-m"]
-        command = [
-            *python,
-            "mlflow",
-            "server",
-            "--workers",
-            "1",
-            "--host",
-            given.host,
-            "--port",
-            str(given.mlflow_port),
-        ]
-        command += ["--backend-store-uri", f"sqlite:///{database}", "--default-artifact-root", str(artifacts)]
-        servers.append(Server("MLflow", mlflow, command, logs / "mlflow.log"))
         # Without Dagster's warning that advises `dg`.
         command = [sys.executable, "-W", "ignore::FutureWarning", "-m", "dagster", "dev"]
         command += ["--workspace", str(REPOSITORY / "workspace.yaml")]
         command += ["--host", given.host, "--port", str(given.port)]
         servers.append(Server("Dagster", dagster, command, logs / "dagster.log"))
+        command = [sys.executable, "-m", "llm_assets.mlflow_server", given.host, str(given.mlflow_port)]
+        servers.append(Server("MLflow", mlflow, command, logs / "mlflow.log"))
         started = time.monotonic()
         while not all(server.answers() for server in servers):
             if time.monotonic() - started > START_S:

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -146,3 +147,11 @@ def test_every_job_of_the_workflow_calls_what_the_repository_has() -> None:
             assert ("uses" in step) != ("run" in step)
             assert set(re.findall(r"\bmake ([a-z-]+)", step.get("run", ""))) <= targets
             assert all((REPO / script).is_file() for script in re.findall(r"^\.ci/\w+", step.get("run", "")))
+
+
+def test_the_installed_mlflow_starts_its_server_by_the_name_that_is_listed() -> None:
+    (names,) = [names for package, names, _ in table() if package.startswith("MLflow")]
+    assert "`mlflow.server._exec_cmd`" in names
+    spec = importlib.util.find_spec("mlflow")
+    assert spec and spec.origin
+    assert "= _exec_cmd(\n" in (Path(spec.origin).parent / "server" / "__init__.py").read_text()

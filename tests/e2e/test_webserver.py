@@ -10,9 +10,11 @@ import time
 import httpx
 import psutil
 import pytest
+from selenium.webdriver import Chrome
+from selenium.webdriver.support.wait import WebDriverWait
 
 from bench.stack import LAUNCH, STATUS
-from docs.screenshots import boxes, lineage_address, partition_address, pictures, text_of
+from docs.screenshots import WAIT_S, boxes, lineage_address, partition_address, pictures, text_of
 from llm_assets.registry import PIPELINE
 from tests.bento.page.browser import browser, missing, set_viewport
 from tests.e2e.test_pipeline import mlflow_runs
@@ -27,6 +29,15 @@ TO_CHECKPOINT = ("corpus", "tokenized_dataset", "trained_checkpoint")
 PARTITIONS = """{
   assetNodes { assetKey { path } partitionKeys partitionStats { numPartitions numMaterialized numFailed } }
 }"""
+_OPEN = """
+const found = [...document.querySelectorAll("*")].filter((box) => !box.children.length);
+found.find((box) => box.textContent === arguments[0]).click();
+"""
+_ICONS = """
+// Names of the icons beside a link.
+const link = document.querySelector(`a[href="${arguments[0]}"]`);
+return link && [...link.parentElement.querySelectorAll("[role=img]")].map((icon) => icon.ariaLabel);
+"""
 TERMINATE = "mutation Terminate($id: String!) { terminateRun(runId: $id) { __typename } }"
 
 
@@ -55,6 +66,10 @@ def ask(client: httpx.Client, query: str, **variables):
     answer = client.post("/graphql", json={"query": query, "variables": variables}).json()
     assert "errors" not in answer, answer
     return answer["data"]
+
+
+def icons_of_link(driver: Chrome, address: str) -> list[str]:
+    return list(WebDriverWait(driver, WAIT_S).until(lambda page: page.execute_script(_ICONS, address)))
 
 
 def launch(client: httpx.Client, overrides: list[str], assets: tuple[str, ...] = TO_CHECKPOINT) -> str:
@@ -154,6 +169,10 @@ def test_a_person_reads_names_numbers_and_pictures_on_the_pages(dagster, tmp_pat
         driver.get(partition_address(address, "trained_checkpoint", "smoke"))
         assert "training loss by step" in pictures(driver)
         text_of(driver, "bits per byte of the validation split", f"{trained['bits_per_byte']:.4f}", "nats per token")
+        driver.get(f"{address}/assets/trained_checkpoint?view=overview")
+        text_of(driver, "Compute details")
+        driver.execute_script(_OPEN, "Compute details")
+        assert icons_of_link(driver, "/deployment/concurrency/device") == ["dynamic_feed"]  # and no warning
         driver.get(partition_address(address, "corpus", "smoke"))
         assert "bytes" in pictures(driver)
         text_of(driver, "mean document", f"{corpus['train_documents'] + corpus['validation_documents']:,}")

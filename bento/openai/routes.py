@@ -16,16 +16,13 @@ from starlette.responses import JSONResponse, Response
 from bento.errors import ApiError
 from bento.http.body import JsonRoute
 from bento.http.openapi import GENERATING, LISTING, stream_of
+from bento.openai.answer_schema import ChatResponse, CompletionResponse, Model, ModelList
 from bento.openai.conversation import read_conversation
 from bento.openai.format import ChatFormat, ChoiceOptions, CompletionFormat, Format
 from bento.openai.schema import (
     DEFAULT_COMPLETION_TOKENS,
     ChatRequest,
-    ChatResponse,
     CompletionRequest,
-    CompletionResponse,
-    Model,
-    ModelList,
     OpenAIRequest,
 )
 from bento.openai.structured import compile_form

@@ -1,5 +1,5 @@
-"""Request bodies of the OpenAI API (answers are in `answer_schema.py`): supported fields, and fields accepted only with a neutral value (named in the
-description).
+"""Request bodies of the OpenAI API: supported fields, and fields accepted only with a neutral value (named in the
+description). `answer_schema.py` has the answers.
 
 Anything else in a body is refused by name. `user`, `metadata`, `safety_identifier`, `prompt_cache_key` and
 `service_tier` are labels of the caller: they change no text and are neither stored nor logged.

@@ -99,9 +99,24 @@ def unpack(locked: Path, folder: Path, *, device: str, python: str, log: Log = s
         str(locked),
     ]
     run(command, "unpacking the image's packages", environment=_environment(device), log=log, name="uv")
-    # Scripts in bin/ start this host's Python; torch/include is 10,000 headers, and the image has no compiler.
-    for unused in ("bin", "torch/include"):
+    remove_unused(folder)
+
+
+def remove_unused(folder: Path) -> None:
+    """Delete a seventh of the packages, which an image would copy and compile for nothing.
+
+    Scripts in bin/ start this host's Python; torch/include is 10,000 headers, and the image has no compiler; torch/bin
+    has test programs of 50 MB besides the one that torch starts; packages bring their own tests.
+    """
+    for unused in ("bin", "torch/include", "torch/test"):
         shutil.rmtree(folder / unused, ignore_errors=True)
+    for program in (folder / "torch" / "bin").glob("*"):
+        if program.is_file() and program.name != "torch_shm_manager":
+            program.unlink()
+    for parent, folders, _ in os.walk(folder):
+        if "tests" in folders and not parent.endswith(".dist-info"):
+            shutil.rmtree(Path(parent, "tests"))
+            folders.remove("tests")
 
 
 def _uv(command: str, python: str) -> list[str]:

@@ -1,8 +1,8 @@
-"""Where uv looks for packages, and which locks are refused."""
+"""Where uv looks for packages, which locks are refused, and what an image leaves out."""
 
 import pytest
 
-from llm_assets.containers.packages import pinned, refuse_other_device, uv_environment
+from llm_assets.containers.packages import pinned, refuse_other_device, remove_unused, uv_environment
 from model.errors import PipelineError
 
 CPU = "bentoml==1.4.39\nnvidia-ml-py==13.615.71\ntorch==2.13.0+cpu\n"
@@ -54,3 +54,26 @@ def test_the_packages_of_a_lock_are_named_without_their_hashes() -> None:
 def test_a_lock_for_the_other_device_is_refused(lock: str, device: str) -> None:
     with pytest.raises(PipelineError, match=f"the lock of a {device.upper()} image has"):
         refuse_other_device(lock, device)
+
+
+def test_what_no_service_imports_is_not_in_an_image(tmp_path) -> None:
+    kept = [
+        "numpy/core.py",
+        "torch/bin/torch_shm_manager",
+        "torch/testing/data.py",
+        "a.dist-info/tests/NOTICE",
+        "tests.py",
+    ]
+    gone = [
+        "bin/f2py",
+        "torch/include/a.h",
+        "torch/bin/protoc",
+        "torch/test/x",
+        "numpy/tests/a.py",
+        "sympy/b/tests/c.py",
+    ]
+    for name in [*kept, *gone]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    remove_unused(tmp_path)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == set(kept)

@@ -63,10 +63,12 @@ def _code(error: OSError) -> str:
 def is_abandoned(folder: UPath) -> bool:
     """Whether a folder without a manifest is what a killed upload left."""
     try:
-        modified = [folder.fs.modified(name) for name in folder.fs.find(folder.path)]
+        found = folder.fs.find(folder.path, detail=True)
     except FileNotFoundError:  # another process removed it
         return False
-    return bool(modified) and max(modified).astimezone(UTC) < datetime.now(UTC) - ABANDONED_AFTER
+    modified = [info.get("LastModified") or info.get("created") for info in found.values() if info["type"] == "file"]
+    dates = [date.astimezone(UTC) for date in modified if isinstance(date, datetime)]
+    return bool(dates) and max(dates) < datetime.now(UTC) - ABANDONED_AFTER
 
 
 @contextmanager

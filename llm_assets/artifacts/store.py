@@ -268,9 +268,11 @@ class ArtifactStore:
                     path.fs.rm(path.path, recursive=True)
 
     def _read_text(self, path: Path | UPath) -> str | None:
-        if isinstance(path, UPath) and not self._local:
-            path.fs.invalidate_cache()  # another process may have written since the last listing
         try:
+            if isinstance(path, UPath) and not self._local:
+                path.fs.invalidate_cache()  # another process may have written since the last listing
+                content: bytes = path.fs.cat_file(path.path)  # in one request: an open file would expire
+                return content.decode()
             return path.read_text()
         except (FileNotFoundError, NotADirectoryError):
             return None

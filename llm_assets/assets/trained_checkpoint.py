@@ -13,13 +13,22 @@ from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.stage import metadata as ui_metadata
 from llm_assets.stage.once import reuses_unchanged
 from llm_assets.stage.stage import Registration, stage
+from model.settings import CorpusSettings, ExperimentSettings
+
+
+def preference_files(settings: ExperimentSettings) -> str:
+    """Hash of the files of preferences; empty without them."""
+    from model.text.sources import fingerprint
+
+    paths = settings.training.preferences
+    return fingerprint(CorpusSettings(source="files", paths=paths)) if paths else ""
 
 
 @dg.asset(
     **asset_arguments("trained_checkpoint"),
     retry_policy=dg.RetryPolicy(max_retries=1, delay=10),  # resumes from the last checkpoint
 )
-@reuses_unchanged()
+@reuses_unchanged(preference_files)
 def trained_checkpoint(
     context: dg.AssetExecutionContext, hydra: HydraConfig, mlflow: MlflowTracking, tokenized_dataset: Path
 ) -> Iterator[dg.MaterializeResult]:
@@ -30,24 +39,20 @@ def trained_checkpoint(
     """
     from model.baselines import token_baselines
     from model.training.launch.start import launch
+    from model.training.preference.tuning import tune_preferences
     from model.training.remote_checkpoints import RemoteCheckpoints
 
-    with stage(
-        context, hydra, mlflow, {"tokenized_dataset": tokenized_dataset}, resumable=True, exclusive=True
-    ) as work:
-        url = remote_scratch(work.scratch.parent)
-        remote = RemoteCheckpoints(url, work.scratch, work.log) if url else None
-        if remote:
-            work.after_publishing = remote.remove
-        summary = launch(
-            work.settings,
-            tokenized_dataset,
-            work.output,
-            work.scratch,
-            log=work.log,
-            on_metrics=work.live,
-            remote=remote,
-        )
+    upstream = {"tokenized_dataset": tokenized_dataset}
+    with stage(context, hydra, mlflow, upstream, resumable=True, exclusive=True, fingerprint=preference_files) as work:
+        folders = tokenized_dataset, work.output, work.scratch
+        if work.settings.training.preferences:
+            summary = tune_preferences(work.settings, *folders, log=work.log, on_metrics=work.live)
+        else:
+            url = remote_scratch(work.scratch.parent)
+            remote = RemoteCheckpoints(url, work.scratch, work.log) if url else None
+            if remote:
+                work.after_publishing = remote.remove
+            summary = launch(work.settings, *folders, log=work.log, on_metrics=work.live, remote=remote)
         baselines = token_baselines(tokenized_dataset, work.settings.tokenizer.sequence_length)
         for name in ("loss.png", "README.md", "curves.json", "progress.md"):
             work.tracked.log_artifact(work.output / name)

@@ -64,6 +64,8 @@ class ExperimentSettings:
                 windows <= most, f"training.{name}", windows, f"at most {most:,} windows of {length:,} tokens in a pass"
             )
         self._check_shared_batch()
+        is_local = self.compute.engine == "local" or not self.training.preferences
+        expect(is_local, "compute.engine", self.compute.engine, "'local' for training.preferences")
 
     def _check_shared_batch(self) -> None:
         processes = self.compute.processes * max(self.compute.nodes, 1)

@@ -83,6 +83,22 @@ class TrainingSettings(Settings, group="training"):
         "Checkpoint, or stock Llama, GLM-4 or Qwen3, whose weights training starts from: its folder, or "
         "latest:EXPERIMENT; empty: random weights.",
     )
+    lora_rank: int = option(
+        0,
+        "Rank of LoRA adapters beside every projection, which alone are trained and are merged at the end; 0: all "
+        "weights are trained.",
+        minimum=0,
+        maximum=4096,
+    )
+    lora_alpha: int = option(16, "Adapters count lora_alpha / lora_rank times.", above=0, maximum=10**6)
+    preferences: list[str] = option(
+        [],
+        "Files, globs or URLs of preferences (.jsonl with prompt, chosen and rejected), on which init_from is tuned by "
+        "DPO instead of trained on text.",
+    )
+    preference_beta: float = option(
+        0.1, "Strength with which DPO keeps the model near to the initial one.", above=0, maximum=1000.0
+    )
     distill_from: str = option(
         "", "Teacher for distillation: a checkpoint's folder, or latest:EXPERIMENT; empty: none."
     )
@@ -187,6 +203,9 @@ class TrainingSettings(Settings, group="training"):
             self.warmup_steps,
             f"at most training.max_steps ({self.max_steps})",
         )
+        for name in ("lora_rank", "preferences"):
+            starts = bool(self.init_from) or not getattr(self, name)
+            expect(starts, f"training.{name}", getattr(self, name), "none without training.init_from, which it changes")
         values = self.mixture_weights.values()
         are_weights = all(isinstance(value, int | float) and 0 <= value <= 1e9 for value in values)
         expect(

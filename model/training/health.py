@@ -34,13 +34,15 @@ class ParameterMotion:
 
     def __init__(self, model: RexForCausalLM, step: int) -> None:
         self._model, self._first_step = model, step
-        self._before = {name: _sample(parameter) for name, parameter in model.named_parameters()}
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._before = {name: _sample(parameter) for name, parameter in trained}
 
     def unmoved(self, step: int) -> list[str]:
         """Names of parameters that no step has changed; empty before the second step."""
         if step < self._first_step + 2:
             return []
-        same = {name: torch.equal(_sample(p), self._before[name]) for name, p in self._model.named_parameters()}
+        now = dict(self._model.named_parameters())
+        same = {name: torch.equal(_sample(now[name]), before) for name, before in self._before.items()}
         return [name for name, is_same in same.items() if is_same]
 
 

@@ -28,6 +28,7 @@ from model.errors import PipelineError
 from model.logits import IGNORE_INDEX
 from model.modeling_rex import RexForCausalLM
 from model.settings import TrainingSettings
+from model.training.adapters import add_adapters
 from model.training.run import TrainingRun
 
 FLOPS = 8e10
@@ -121,7 +122,7 @@ def reference_gradients(
     model: RexForCausalLM, teacher: RexForCausalLM | None, ids_BT: Tensor, settings: TrainingSettings
 ) -> tuple[float, dict[str, Tensor]]:
     """Reference loss and gradients: float32 on the CPU, eager attention, whole logits, autograd."""
-    plain = _plain_copy(model)
+    plain = _plain_copy(model, settings)
     logits_RV = plain(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
     labels_R = ids_BT[:, 1:].flatten()
     loss_R = functional.cross_entropy(logits_RV, labels_R, reduction="none")
@@ -155,12 +156,14 @@ def plain_divergence(logits_RV: Tensor, teacher_RV: Tensor, temperature: float, 
     return temperature**2 * (log_p_RV.exp() * (log_p_RV - log_q_RV)).sum(1)
 
 
-def _plain_copy(model: RexForCausalLM) -> RexForCausalLM:
+def _plain_copy(model: RexForCausalLM, settings: TrainingSettings | None = None) -> RexForCausalLM:
     config = copy.deepcopy(model.config)
     config._attn_implementation = "eager"
     config.attention_dropout = 0.0
     with torch.random.fork_rng(devices=[]), no_init_weights():
         plain = RexForCausalLM(config)
+        if settings is not None:
+            add_adapters(plain, settings)
     plain.load_state_dict({name: value.float().cpu() for name, value in model.state_dict().items()})
     plain.tie_weights()
     return plain.eval()  # training mode would use the hand-written derivatives of norms and rotations

@@ -27,6 +27,7 @@ from model.system.cpu import limit_threads
 from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset
 from model.training import checkpoints
+from model.training.adapters import add_adapters, merge_adapters
 from model.training.failures import is_out_of_memory, out_of_memory
 from model.training.health import find_warnings, unigram_loss
 from model.training.initial_weights import load_teacher, start_from
@@ -97,7 +98,9 @@ def train(
         state, trained_s, warnings = _run_steps(run, tokenizer, resume_step, peak_flops)
         best_step = state.best_global_step or state.global_step
         model = build_model(config, run.settings.seed)
+        add_adapters(model, run.settings)
         _load_best(model, checkpoints.checkpoint_dir(scratch_dir, best_step))
+        merge_adapters(model)
         _barrier()  # all ranks read the checkpoints before rank 0 returns and its caller deletes them
         model.to(run.device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
         run.log(f"validating the weights of step {best_step:,} on the whole validation split")
@@ -149,6 +152,7 @@ def _run_steps(
     model = build_model(run.config, settings.seed)
     if settings.init_from:
         start_from(model, Path(settings.init_from), tokenizer)
+    add_adapters(model, settings)
     teacher = None
     if settings.distill_from:
         teacher = load_teacher(Path(settings.distill_from), tokenizer, run.sequence_length, run.device)

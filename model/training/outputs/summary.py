@@ -38,3 +38,5 @@ class TrainingSummary:
     """Continuations by prompt."""
     sources: dict[str, dict[str, float]] = field(default_factory=dict)
     """Of a mixture, loss, bits per byte and bytes of the validation split by source."""
+    preferences: dict[str, float] = field(default_factory=dict)
+    """Of preference tuning, the number of pairs, and accuracy, margin and loss of those held out."""

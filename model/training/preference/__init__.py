@@ -1,0 +1,1 @@
+"""Preference tuning: pairs of answers, and the training on them."""

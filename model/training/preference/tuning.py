@@ -7,6 +7,8 @@ continues from its last checkpoint.
 """
 
 import copy
+import hashlib
+import json
 import logging
 import time
 from pathlib import Path
@@ -80,7 +82,8 @@ def tune_preferences(
     log(f"preferences: {len(train):,} pairs to train on, {len(held_out):,} held out, {encoder.cut:,} cut to the window")
     device = resolve_device(training.device)
     precision = resolve_precision(training.precision, device)
-    trainer, resume = _trainer(training, model, tokenizer, train, held_out, scratch_dir, precision, log, on_metrics)
+    folder = scratch_dir / f"preferences-{checkpoint_key(model, train)}"
+    trainer, resume = _trainer(training, model, tokenizer, train, held_out, folder, precision, log, on_metrics)
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=resume)
     seconds = time.monotonic() - started
@@ -126,13 +129,21 @@ def tune_preferences(
     return summary
 
 
+def checkpoint_key(model: torch.nn.Module, train: list[dict[str, list[int]]]) -> str:
+    """A hash of initial weights and pairs, by which a run finds the checkpoints of an earlier attempt at the same."""
+    found = hashlib.sha256(json.dumps(train).encode())
+    for weight in model.state_dict().values():
+        found.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
 def _trainer(
     training: TrainingSettings,
     model: Any,
     tokenizer: Any,
     train: list[dict[str, list[int]]],
     held_out: list[dict[str, list[int]]],
-    scratch_dir: Path,
+    folder: Path,
     precision: str,
     log: Log,
     on_metrics: OnMetrics | None,
@@ -144,7 +155,7 @@ def _trainer(
     logging.getLogger("trl").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     arguments = trl.DPOConfig(
-        output_dir=str(scratch_dir / "preferences"),
+        output_dir=str(folder),
         max_steps=training.max_steps,
         per_device_train_batch_size=training.per_device_train_batch_size,
         per_device_eval_batch_size=training.per_device_eval_batch_size,
@@ -190,7 +201,7 @@ def _trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     # The Trainer writes its state last: a folder without it is a checkpoint that a kill interrupted.
-    whole = [path.parent for path in (scratch_dir / "preferences").glob("checkpoint-*/trainer_state.json")]
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     if newest is not None:
         log(f"continuing from {newest.name}")

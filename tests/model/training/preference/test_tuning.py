@@ -9,9 +9,10 @@ import torch
 from model.errors import PipelineError
 from model.settings import TrainingSettings
 from model.text.tokenizer import load_tokenizer
-from model.training.preference.tuning import tune_preferences
+from model.training.preference.tuning import checkpoint_key, tune_preferences
 from model.training.train import train
 from model.weights.loading import load_model
+from tests.model.training.test_optimizer import make_model
 from tests.model.training.tiny import experiment
 
 pytest.importorskip("trl", reason="preference tuning needs the extra `finetune`")
@@ -76,6 +77,17 @@ def test_the_chosen_answers_become_likelier_than_the_rejected_and_the_checkpoint
     assert again.resumed_from_step == 12
     files = [tmp_path / name / "model.safetensors" for name in ("out", "again")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_other_pairs_and_other_initial_weights_do_not_resume_a_tuning():
+    pairs = [{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}]
+    model = make_model()
+    key = checkpoint_key(model, pairs)
+    assert checkpoint_key(make_model(), pairs) == key
+    assert checkpoint_key(model, [{**pairs[0], "chosen_ids": [4]}]) != key
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1e-6
+    assert checkpoint_key(model, pairs) != key
 
 
 def test_preferences_without_initial_weights_and_too_few_of_them_are_refused(base, dataset_dir, tmp_path):

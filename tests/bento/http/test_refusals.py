@@ -1,9 +1,12 @@
 """What must never reach the engine: each wrong value has its own 400, which names it."""
 
+import json
+
 import pytest
 from starlette.testclient import TestClient
 
-from bento.http.body import DEEPEST
+from bento.errors import ApiError
+from bento.http.body import DEEPEST, LONG_BODY, parse
 from bento.openai.schema import MAX_CHOICES, MAX_LOGPROBS, MAX_PROMPTS
 from bento.schema import LONGEST_STOP, MAX_BIASES, MAX_STOP_IDS, MAX_STOPS
 from bento.serving.backend import Backend
@@ -100,6 +103,27 @@ def test_a_wrong_field_of_a_completion_is_refused_by_name(service, bad, param):
     assert error["param"] == param and len(error["message"]) < 300
 
 
+# Bodies that are not plain JSON, and the code of their refusal.
+NOT_PLAIN = [
+    (b"", "json_invalid"),
+    (b"{", "invalid_json"),
+    (b'{"prompt": x}', "invalid_json"),
+    (b'{"prompt": "x"} {}', "invalid_json"),
+    (b"\xff\xfe", "invalid_utf8"),
+    (b'{"prompt": "\xed\xa0\x80"}', "invalid_utf8"),
+    (b'{"prompt": "\\ud800"}', "invalid_unicode"),
+    (b'{"\\udfff": 1}', "invalid_unicode"),
+    (b'{"prompt": ["x", {"a": "\\uDC00"}]}', "invalid_unicode"),
+    (b'["\\ud800"]', "invalid_unicode"),
+    (b'{"prompt": "x", "prompt": "y"}', "duplicate_field"),
+    (b'{"\\ud800": 1, "\\ud800": 2}', "duplicate_field"),
+    (b'{"max_tokens": ' + b"9" * 5000 + b"}", "invalid_number"),
+    (b"[" * 8000, "nested_too_deep"),
+    (b'{"a":' * 900 + b"1" + b"}" * 900, "nested_too_deep"),
+    (b"[" * (DEEPEST + 2) + b"]" * (DEEPEST + 2), "nested_too_deep"),
+]
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
 def test_another_model_is_a_404(service, path):
     error = refusal(service.post(path, **GOOD[path], model="gpt-9"), 404)
@@ -108,24 +132,7 @@ def test_another_model_is_a_404(service, path):
 
 @pytest.mark.parametrize(
     ("content", "code"),
-    [
-        (b"", "json_invalid"),
-        (b"{", "invalid_json"),
-        (b'{"prompt": x}', "invalid_json"),
-        (b'{"prompt": "x"} {}', "invalid_json"),
-        (b"\xff\xfe", "invalid_utf8"),
-        (b'{"prompt": "\xed\xa0\x80"}', "invalid_utf8"),
-        (b'{"prompt": "\\ud800"}', "invalid_unicode"),
-        (b'{"\\udfff": 1}', "invalid_unicode"),
-        (b'{"prompt": ["x", {"a": "\\uDC00"}]}', "invalid_unicode"),
-        (b'["\\ud800"]', "invalid_unicode"),
-        (b'{"prompt": "x", "prompt": "y"}', "duplicate_field"),
-        (b'{"\\ud800": 1, "\\ud800": 2}', "duplicate_field"),
-        (b'{"max_tokens": ' + b"9" * 5000 + b"}", "invalid_number"),
-        (b"[" * 8000, "nested_too_deep"),
-        (b'{"a":' * 900 + b"1" + b"}" * 900, "nested_too_deep"),
-        (b"[" * (DEEPEST + 2) + b"]" * (DEEPEST + 2), "nested_too_deep"),
-    ],
+    NOT_PLAIN,
     ids=lambda value: str(value)[:40],
 )
 @pytest.mark.parametrize("path", GOOD)
@@ -133,6 +140,22 @@ def test_a_body_that_is_not_plain_json_is_refused_for_what_it_is(service, path, 
     answer = TestClient(service.app).post(path, content=content, headers={"content-type": "application/json"})
     error = refusal(answer)
     assert error["code"] in (code, "missing")  # no body at all
+
+
+@pytest.mark.parametrize(("content", "code"), NOT_PLAIN[1:], ids=lambda value: str(value)[:40])
+def test_a_long_body_that_is_not_plain_json_is_refused_for_what_it_is(content, code):
+    with pytest.raises(ApiError) as refused:
+        parse(b" " * LONG_BODY + content)
+    # Of a body with two faults the one that the parser meets first is named.
+    assert refused.value.content["error"]["code"] in (code, "invalid_unicode" if b"\\ud800" in content else code)
+
+
+@pytest.mark.parametrize(
+    "value", [{"a": [1, -2.5e-7, "é🦖\n", None, True]}, [[{"a": {"a": {}}}, {"a": 1}]], "x", 2**53]
+)
+def test_a_long_body_has_the_value_that_a_short_one_has(value):
+    body = json.dumps(value).encode()
+    assert parse(b" " * LONG_BODY + body) == parse(body) == value
 
 
 def test_a_character_written_as_two_escapes_is_one(service):

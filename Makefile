@@ -8,6 +8,7 @@ PORT       ?= 3000
 UI_PORT    ?= 3001
 MLFLOW_PORT ?= 5000
 DEVICE     ?= cpu
+EXTRAS     ?=
 WORKERS    ?= 2
 
 BIN       := .venv/bin
@@ -71,8 +72,8 @@ ui: setup  ## Start Dagster (UI_PORT=3001, webserver and daemon) and the MLflow 
 serve: setup  ## Serve the packaged Bento of EXPERIMENT, or BENTO=NAME:VERSION, on HOST (127.0.0.1) and PORT (3000)
 	@tag=$(or $(BENTO),$$($(BIN)/python -m llm_assets.latest $(EXPERIMENT) --bento)) && exec $(BIN)/bentoml serve "$$tag" --host $(HOST) --port $(PORT)
 
-stack-image: setup  ## Build the image of the composed stack for DEVICE=cpu or gpu; the last line is its tag
-	@$(BIN)/python -m llm_assets.containers.stack --device $(DEVICE)
+stack-image: setup  ## Build the image of the composed stack for DEVICE=cpu or gpu, with EXTRAS='s3 kubernetes ray' if given; the last line is its tag
+	@$(BIN)/python -m llm_assets.containers.stack --device $(DEVICE) $(foreach extra,$(EXTRAS),--extra $(extra))
 
 up: .env  ## Start the composed stack (Postgres, MLflow, Dagster, the service) and wait until it is healthy
 	@image=$$(sed -n 's/^REX_PIPELINE_IMAGE=//p' .env); \
@@ -117,7 +118,7 @@ test-slow: setup  ## Run the other tests: slow ones, and those that start proces
 harness: setup  ## Install lm-eval, whose log-likelihoods a test compares with ours
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[harness]'
 
-cluster: setup  ## Install Ray, S3's file system and a small S3 server, which tests of several machines need
+cluster: setup  ## Install Ray, S3's file system, an S3 server and Helm's renderer, which tests of several machines need
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[cluster]'
 
 releases: harness  ## Run a checkpoint's own code under every supported minor release of transformers, and under the newest

@@ -30,19 +30,25 @@ SUPPLY = PACKAGES.with_name("supply")
 """The lock of the packages and the bill of materials."""
 
 
-def requirements(device: str) -> list[str]:
-    """The image's requirements, from the project's list; torch is the build for the device."""
+def requirements(device: str, extras: Sequence[str] = ()) -> list[str]:
+    """The image's requirements, from the project's list; torch is the build for the device.
+
+    extras: of the project, beside those that every image has. Raises PipelineError for one that it does not have.
+    """
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *(one for extra in EXTRAS for one in project["optional-dependencies"][extra])]
+    known = project["optional-dependencies"]
+    if unknown := [extra for extra in extras if extra not in known]:
+        raise PipelineError(f"--extra is {unknown[0]!r}: expected one of {', '.join(sorted(known))}")
+    wanted = [*project["dependencies"], *(one for extra in dict.fromkeys([*EXTRAS, *extras]) for one in known[extra])]
     return [f"{one}+cpu" if device == "cpu" and one.startswith("torch==") else one for one in wanted]
 
 
-def prepare_packages(device: str) -> None:
-    """Fill `PACKAGES`. Raises PipelineError if a package is not found."""
+def prepare_packages(device: str, extras: Sequence[str] = ()) -> None:
+    """Fill `PACKAGES`. extras: as in `requirements`. Raises PipelineError if a package is not found."""
     SUPPLY.mkdir(parents=True, exist_ok=True)
     wanted, done = (PACKAGES.with_name(name) for name in ("requirements.in", "unpacked"))
     locked = SUPPLY / "requirements.txt"
-    wanted.write_text("\n".join(requirements(device)) + "\n")
+    wanted.write_text("\n".join(requirements(device, extras)) + "\n")
     lock(wanted, REPOSITORY / "constraints.txt", locked, device=device, python=PYTHON)
     digest = hashlib.sha256(locked.read_bytes()).hexdigest()
     if done.is_file() and done.read_text() == digest and PACKAGES.is_dir():
@@ -68,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Build the image and print its tag as the last line."""
     parser = argparse.ArgumentParser(prog="python -m llm_assets.containers.stack", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="default: cpu")
+    parser.add_argument(
+        "--extra", action="append", default=[], help="of pyproject.toml, such as s3, ray or kubernetes; repeatable"
+    )
     parser.add_argument("--tag", default="", help="default: rex-pipeline:DEVICE")
     given = parser.parse_args(argv)
     tag = given.tag or f"rex-pipeline:{given.device}"
@@ -77,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise PipelineError("no command 'docker': an image needs a container engine; install Docker and run again")
     engine = ContainerEngine()
     base, _ = engine.base(BASE)
-    prepare_packages(given.device)
+    prepare_packages(given.device, given.extra)
     write_bill(tag, engine.base_packages(base))
     command = ["docker", "build", "--network", "none", "--tag", tag, "--build-arg", f"BASE_IMAGE={base}"]
     if subprocess.run([*command, str(REPOSITORY)], check=False).returncode:

@@ -1,8 +1,8 @@
 """The output folder of all runs: `var/` of the repository, or the value of LLM_ASSETS_VAR.
 
 Below it: `artifacts/` (published versions), `scratch/` (work in progress), `cache/` (copies of a remote store's
-artifacts), `mlflow.db` and `mlartifacts/` (tracking), `logs/` (records of runs), `sweeps/` (tables of results). Read
-at each call, so that a test can move it.
+artifacts), `mlflow.db` and `mlartifacts/` (tracking), `logs/` (records of runs), `sweeps/` (tables of results),
+`page-addresses` (`page_links.py`). Read at each call, so that a test can move it.
 """
 
 import os

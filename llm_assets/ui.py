@@ -23,6 +23,7 @@ from types import FrameType
 import psutil
 
 from llm_assets.dagster_home import check_dagster_home
+from llm_assets.page_links import DAGSTER, MLFLOW, redirect_former
 from llm_assets.paths import REPOSITORY, var_dir
 from llm_assets.resources.provenance import DAGSTER_URL
 from model.errors import PipelineError, ends_in_one_line
@@ -118,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if time.monotonic() - started > START_S:
                 raise PipelineError(f"no answer within {START_S:.0f} s: see the servers' output in {logs}")
             time.sleep(0.2)
+        redirect_former({DAGSTER: dagster, MLFLOW: mlflow})
         print(f"Dagster  {dagster}\nMLflow   {mlflow}", flush=True)
         while True:
             for server in servers:

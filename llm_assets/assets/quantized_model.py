@@ -39,7 +39,7 @@ def quantized_model(
         yield work.result(
             {
                 "summary": ui_metadata.summary(
-                    scheme=summary.scheme,
+                    method=summary.method,
                     weights=f"{ui_metadata.size(summary.bytes_after)} of {ui_metadata.size(summary.bytes_before)}",
                     **{
                         f"bits per byte of {summary.evaluated_tokens:,} validation tokens": (
@@ -48,7 +48,7 @@ def quantized_model(
                         "full_precision_on_the_same": f"{summary.bits_per_byte_before:.4f}",
                     },
                     same_most_likely_token=f"{summary.top1_agreement:.1%}",
-                    measured_through=f"the {summary.step} step of the engine",
+                    measured_through=f"{summary.step} step",
                 ),
                 "picture": ui_metadata.bars(
                     "bytes of the weights",

@@ -23,12 +23,13 @@ from pydantic import Field
 
 from llm_assets.artifacts.locks import WAIT_S, acquire
 from llm_assets.artifacts.manifest import Manifest
+from llm_assets.page_links import DAGSTER, MLFLOW, remember
 from llm_assets.paths import var_dir
 from llm_assets.registry import model_name
 from llm_assets.resources import tracking_database
 from llm_assets.resources.model_versions import is_registered
 from llm_assets.resources.promotion import CompareWithChampion, warned
-from llm_assets.resources.provenance import inputs, source_tags
+from llm_assets.resources.provenance import dagster_address, inputs, source_tags
 from llm_assets.resources.tracked_run import TrackedRun, one_line, send_unsent
 from model.errors import PipelineError, TransientError
 from model.progress import Log, silent
@@ -107,6 +108,8 @@ class MlflowTracking(dg.ConfigurableResource):
         url = f"{self._ui_address()}/#/experiments/{experiment_id}/runs/{run_id}?{TRAINING_VIEW}"
         tracked = TrackedRun(client, run_id, url, context.log.warning, unsent=unsent, log=context.log.info)
         context.log.info(f"MLflow run: {url}")
+        remember(MLFLOW, self._ui_address())
+        remember(DAGSTER, dagster_address())
         if upstream:
             tracked.log_inputs(inputs(upstream))
         try:

@@ -44,7 +44,11 @@ def rounded(value: float) -> int | float:
 
 
 def summary(**quantities: str) -> dg.MarkdownMetadataValue:
-    """A short table of rounded numbers with units, shown inline. Underscores of identifiers become spaces."""
+    """A short table of rounded numbers with units, shown inline. Underscores of identifiers become spaces.
+
+    On a screen 1,500 pixels wide, the Overview shows 46 characters of name and value together, and cuts longer rows at
+    the value: units that make a row too long belong to the name.
+    """
     named = {name.replace("_", " ") if name.isidentifier() else name: value for name, value in quantities.items()}
     rows = [f"| {name} | {value} |" for name, value in named.items()]
     return dg.MetadataValue.md("\n".join(["| | |", "|---|---:|", *rows]))

@@ -129,7 +129,7 @@ class StrictRequest(BaseModel):
         if not isinstance(value, dict):
             return value
         known = {field.alias or name for name, field in cls.model_fields.items()}
-        return {name: one for name, one in value.items() if name in known or not is_neutral(name, one)}
+        return {name: one for name, one in value.items() if name in known or not is_neutral(name, one, value)}
 
 
 class Sampling(StrictRequest):

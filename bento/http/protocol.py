@@ -228,6 +228,9 @@ class Http1Protocol(HttpToolsProtocol):
         self._is_in_head = False
         self.scope["method"] = self.parser.get_method().decode("ascii")
         self.scope["http_version"] = self.parser.get_http_version()
+        if self._refusal is None and (refusal := self._wrong_head()):
+            self._refusal = refusal
+            raise ValueError
         if self.parser.should_upgrade():
             self._has_upgrade_offer = self.scope["method"] != "CONNECT"
             return
@@ -253,7 +256,7 @@ class Http1Protocol(HttpToolsProtocol):
             access_log=self.access_log,
             default_headers=self.server_state.default_headers,
             message_event=asyncio.Event(),
-            expect_100_continue=self.expect_100_continue,
+            expect_100_continue=self.expect_100_continue and not is_old,
             keep_alive=not is_old and self.parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
@@ -261,6 +264,18 @@ class Http1Protocol(HttpToolsProtocol):
             self._start_asgi_task(self.cycle, self.app)
         else:
             self.pipeline.appendleft((self.cycle, self.app))
+
+    def _wrong_head(self) -> tuple[int, str, str] | None:
+        """What the parser accepts and RFC 9112 does not, sections 2.3, 3.2 and 6.1: status, message and code."""
+        version = self.scope["http_version"]
+        if not version.startswith(("0.", "1.")):
+            return 505, f"HTTP/{version} is not spoken here: use HTTP/1.1", "http_version"
+        if sum(name == b"host" for name, _ in self.headers) > 1:
+            return 400, "the request has several Host headers: send one", "invalid_http"
+        codings = b",".join(value for name, value in self.headers if name == b"transfer-encoding")
+        if codings and codings.strip().lower() != b"chunked":
+            return 501, "Transfer-Encoding has another value than chunked: compress with Content-Encoding", "encoding"
+        return None
 
     def on_message_complete(self) -> None:
         """Parser: the body is complete."""

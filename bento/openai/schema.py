@@ -5,6 +5,7 @@ Anything else in a body is refused by name. `user`, `metadata`, `safety_identifi
 `service_tier` are labels of the caller: they change no text and are neither stored nor logged.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -100,6 +101,10 @@ class StreamOptions(StrictRequest):
     continuous_usage_stats: bool | None = Field(None, description="Show the usage so far in every chunk.")
     include_obfuscation: OnlyFalse | None = unsupported("false")
 
+    def asks(self) -> bool:
+        """Whether it asks for any of these."""
+        return bool(self.include_usage or self.continuous_usage_stats)
+
 
 SAMPLED_ONLY: dict[str, tuple[Any, ...]] = {
     "temperature": (0, 1),
@@ -177,7 +182,7 @@ class OpenAIRequest(Structured, Sampling):
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "OpenAIRequest":
-        if self.stream_options is not None and self.stream_options.model_fields_set and not self.stream:
+        if self.stream_options is not None and self.stream_options.asks() and not self.stream:
             raise PydanticCustomError("stream_options", "only with stream=true", {"param": "stream_options"})
         if self.stream and self.prompt_logprobs is not None:
             raise PydanticCustomError("unsupported_parameter", "not with stream=true", {"param": "prompt_logprobs"})
@@ -281,6 +286,16 @@ def _check_one_count(max_tokens: int | None, max_completion_tokens: int | None) 
         raise PydanticCustomError("max_tokens", "max_completion_tokens has another value", {"param": "max_tokens"})
 
 
+def _answers_no_call(messages: Sequence[Message]) -> bool:
+    """Whether a result follows no message with calls, other results aside."""
+    may_answer = False
+    for message in messages:
+        if message.role == "tool" and not may_answer:
+            return True
+        may_answer = message.role == "tool" or bool(message.tool_calls)
+    return False
+
+
 class Dialogue(ToolFields):
     """A conversation, and the start of the model's answer."""
 
@@ -325,7 +340,7 @@ class Dialogue(ToolFields):
                     "{name} says otherwise than the request's field of that name",
                     {"param": "chat_template_kwargs", "name": name},
                 )
-        if has_unpaired_results(dialogue_messages(self.messages or ())):
+        if _answers_no_call(self.messages or ()) or has_unpaired_results(dialogue_messages(self.messages or ())):
             raise PydanticCustomError(
                 "unpaired_results",
                 "the results after the assistant's calls are not one for each call, by its id",
@@ -351,7 +366,7 @@ class ChatRequest(Dialogue, OpenAIRequest):
     audio: None = unsupported()
     prediction: None = unsupported()
     reasoning_effort: Literal["none"] | None = unsupported('"none"')
-    verbosity: None = unsupported()
+    verbosity: Literal["medium"] | None = unsupported('"medium"')
     web_search_options: None = unsupported()
 
     @model_validator(mode="after")

@@ -19,7 +19,9 @@ MESSAGE_LABELS = {
 """Message fields that clients copy from other servers' answers; no chat template here reads them."""
 OWN_TEMPLATE_VALUES = {"chat_template", "conversation", "messages", "tokenize", "tools"}
 """Names that the service gives to the chat template's renderer."""
-PART_LABELS = {"annotations", "cache_control", "id"}
+PART_LABELS = {"annotations", "cache_control", "id", "logprobs"}
+PART_TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+"""Types of the parts that are texts, with the field that has the text: those of the chat route and of /v1/responses."""
 
 Label = Annotated[str, Field(max_length=LONGEST_LABEL)]
 
@@ -34,10 +36,9 @@ def _content(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value:
-        if all(isinstance(part, dict) and _is_text_part(part) for part in value):
-            texts = [part["text"] for part in value if part["type"] == "text"]
-            if len(texts) == len(value) and all(isinstance(text, str) for text in texts):
-                return "\n".join(texts)
+        texts = [_part_text(part) for part in value]
+        if None not in texts:
+            return "\n".join(text for text in texts if text is not None)
         raise PydanticCustomError("content_part", 'the model reads text: expected parts {"type": "text", "text": ...}')
     raise PydanticCustomError("content_type", "expected a string or a list of text parts")
 
@@ -49,19 +50,27 @@ def _is_without_text(message: dict[str, Any]) -> bool:
     return message["content"] is None
 
 
-def _is_text_part(part: dict[str, Any]) -> bool:
-    extras = part.keys() - {"type", "text"}
-    return {"type", "text"} <= part.keys() and all(
-        name in PART_LABELS or is_neutral(name, part[name]) for name in extras
-    )
+def _part_text(part: Any) -> str | None:
+    """The text of a part; None if it has another type."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    field = PART_TEXTS.get(kind) if isinstance(kind, str) else None
+    if field is None or not isinstance(part.get(field), str):
+        return None
+    extras = {name: one for name, one in part.items() if name not in ("type", field)}
+    is_taken = all(name in PART_LABELS or is_neutral(name, one) for name, one in extras.items())
+    return part[field] if is_taken else None
 
 
-_PART = {
-    "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}, **{key: {} for key in sorted(PART_LABELS)}},
-    "required": ["type", "text"],
-    "additionalProperties": {"anyOf": EMPTY},
-}
+def _part_schema(kind: str, field: str) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {"type": {"const": kind}, field: {"type": "string"}, **{key: {} for key in sorted(PART_LABELS)}},
+        "required": ["type", field],
+        "additionalProperties": {"anyOf": EMPTY},
+    }
+
+
+_PART = {"anyOf": [_part_schema(*item) for item in PART_TEXTS.items()]}
 Content = Annotated[
     Any,
     AfterValidator(_content),

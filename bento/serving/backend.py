@@ -239,8 +239,8 @@ def _sender(request: Request) -> tuple[str, str]:
 
 
 def check_model(name: str | None, models: Models) -> None:
-    """Raises ApiError 404 for a model name that is not served."""
-    if name is not None and name not in models.names():
+    """Raises ApiError 404 for a model name that is not served; an empty one names none."""
+    if name and name not in models.names():
         raise ApiError(
             404,
             f"model {name[:100]!r} is not served here: {models.name!r} is",

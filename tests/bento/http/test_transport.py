@@ -240,6 +240,34 @@ def test_malformed_requests_get_the_error_object_and_the_connection_is_closed(ad
         assert made.recv(1) == b""
 
 
+GET = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (post(b"", "Transfer-Encoding: gzip, chunked"), 501),
+        (post(b"", "Transfer-Encoding: gzip"), 501),
+        (post(b"", "Transfer-Encoding: gzip", "Transfer-Encoding: chunked"), 501),
+        (GET.replace(b"1.1", b"2.0") + b"\r\n", 505),
+        (GET + b"Host: y\r\n\r\n", 400),
+        (GET + b"Host: y\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n", 400),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_what_the_parser_takes_and_the_standard_does_not_is_refused(address, request_bytes, status):
+    with connection(address) as made:
+        made.sendall(request_bytes)
+        assert error(read_answer(made), status)
+        assert made.recv(1) == b""
+
+
+def test_an_old_client_is_not_told_to_continue(address):
+    with connection(address) as made:
+        made.sendall(post(BODY, "Expect: 100-continue", version="1.0"))
+        assert read_all(made).startswith(b"HTTP/1.1 200")
+
+
 def test_a_tunnel_and_a_question_about_the_server_are_answered(address):
     assert error(ask(address, b"CONNECT example.org:443 HTTP/1.1\r\nHost: x\r\n\r\n"), 405)
     assert error(ask(address, b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n"), 404)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from bento.neutral import NEUTRAL
+from bento.neutral import NEUTRAL, PENALTIES, SUBORDINATE
 from tests.bento.openai_service import CHAT_TEMPLATE, refusal, running_service
 from tests.tiny import CONTEXT
 
@@ -71,6 +71,98 @@ def test_each_neutral_value_is_taken_and_another_is_refused_by_name(service, pat
         assert refusal(service.post(path, **PATHS[path], **{name: "other"}))["param"] == name
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", SUBORDINATE)
+def test_a_field_that_shapes_another_is_taken_while_that_one_is_off(service, path, name):
+    for value in (0, 0.5, -1, True, ["x"]):
+        assert answer(service, path, **{name: value}) == answer(service, path)
+    for other in SUBORDINATE[name]:
+        off, on = PENALTIES[other] if other in PENALTIES else NEUTRAL[other][0], 1.5
+        assert answer(service, path, **{name: 5, other: off}) == answer(service, path)
+        assert refusal(service.post(path, **PATHS[path], **{name: 5, other: on}))["param"] in (name, other)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"id_slot": -1, "speculative.n_max": 16, "session_id": "s", "chat_id": "c", "reasoning_format": "auto"},
+        {"num_ctx": None, "options": {}, "images": [], "context": []},
+        {"stream": None, "usage": {"include": False}},
+    ],
+    ids=str,
+)
+def test_what_neighbors_and_routers_spell_out_is_taken_on_any_route(service, path, more):
+    assert answer(service, path, **more) == answer(service, path)
+
+
+def test_the_other_routes_name_of_the_text_may_be_null_and_no_more(service):
+    for path, other in (("/v1/completions", "messages"), ("/v1/chat/completions", "prompt")):
+        assert answer(service, path, **{other: None}) == answer(service, path)
+        for value in ("", [], "x"):
+            assert refusal(service.post(path, **PATHS[path], **{other: value}))["param"] == other
+
+
+def test_options_of_a_stream_that_ask_for_nothing_are_taken_without_one(service):
+    for options in ({"include_usage": False}, {"include_usage": None, "continuous_usage_stats": False}):
+        for path in ("/v1/completions", "/v1/chat/completions"):
+            assert answer(service, path, stream_options=options, model="") == answer(service, path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"type": "input_text", "text": "c"}],
+        [{"type": "output_text", "text": "c", "annotations": [], "logprobs": []}],
+        [{"type": "refusal", "refusal": "c"}],
+        [{"type": "text", "text": "c", "id": "1", "something": None}],
+    ],
+    ids=str,
+)
+def test_a_part_of_any_type_that_is_text_is_its_text(service, content):
+    path = "/v1/chat/completions"
+    plain = answer(service, path, messages=[{"role": "user", "content": "c"}])
+    assert answer(service, path, messages=[{"role": "user", "content": content}]) == plain
+    joined = [{"role": "user", "content": [*content, {"type": "text", "text": "d"}]}]
+    assert answer(service, path, messages=joined) == answer(
+        service, path, messages=[{"role": "user", "content": "c\nd"}]
+    )
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "x",
+        5,
+        None,
+        {},
+        {"text": "x"},
+        {"type": "text"},
+        {"type": ["text"], "text": "x"},
+        {"type": "refusal", "text": "x"},
+        {"type": "input_text", "text": 5},
+        {"type": "text", "text": "x", "color": 1},
+        {"type": "image_url", "image_url": {"url": "x"}},
+        {"type": "input_audio", "input_audio": {}},
+    ],
+    ids=str,
+)
+def test_a_part_that_is_no_text_is_refused(service, part):
+    error = refusal(
+        service.post(
+            "/v1/chat/completions", messages=[{"role": "user", "content": [{"type": "text", "text": "x"}, part]}]
+        )
+    )
+    assert error["param"] == "messages" and "the model reads text" in error["message"]
+
+
+def test_a_result_of_a_tool_follows_a_call(service):
+    result = {"role": "tool", "tool_call_id": "1", "content": "r"}
+    for before in ([], [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]):
+        error = refusal(service.post("/v1/chat/completions", messages=[*before, result], max_tokens=2))
+        assert error["param"] == "messages" and "not one for each call" in error["message"]
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -90,6 +182,7 @@ def test_what_completions_spell_out_is_taken(service, more):
     "more",
     [
         {"tools": [], "functions": [], "tool_choice": "none", "parallel_tool_calls": None},
+        {"verbosity": "medium", "reasoning_effort": "none", "thinking": {"type": "disabled"}, "think": False},
         {"response_format": {"type": "text"}, "modalities": ["text"], "top_logprobs": 0, "logprobs": False},
         {"add_generation_prompt": True, "continue_final_message": False, "best_of": 1, "echo": False},
         {"chat_template_kwargs": {}, "documents": [], "chat_template": None},

@@ -63,6 +63,9 @@ def score_tasks(settings: EvaluationSettings, model_dir: Path, output_dir: Path,
         manager = TaskManager(include_path=folder)
         check_names(settings.tasks, manager.all_tasks)
     model = load_model(model_dir)
+    if hasattr(model.config, "quantization_config"):
+        # lm-eval would ask transformers for this project's own method; the model is loaded, and needs it no more.
+        del model.config.quantization_config
     tokenizer = load_tokenizer(model_dir)
     judge = HFLM(
         pretrained=model,

@@ -8,6 +8,7 @@ import torch
 from bench.report import tasks
 from bench.report.tasks import check_names, read_scores, score_tasks
 from model.errors import PipelineError
+from model.modeling_rex import RexForCausalLM
 from model.settings import EvaluationSettings
 from model.text.tokenizer import load_tokenizer
 from model.weights.loading import load_model
@@ -78,7 +79,12 @@ def test_a_task_of_a_yaml_file_is_scored_as_the_models_own_log_likelihoods_say(m
 @pytest.mark.medium
 @pytest.mark.processes
 def test_a_quantized_model_is_scored_and_a_limit_holds(model_dir, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "load_model", lambda path: load_model(path, quantized=True))
+    def stored_in_int8(path: Path) -> RexForCausalLM:
+        model = load_model(path, quantized=True)
+        model.config.quantization_config = {"quant_method": "rex_int8"}  # as in the config.json of a quantized model
+        return model
+
+    monkeypatch.setattr(tasks, "load_model", stored_in_int8)
     settings = EvaluationSettings(tasks=["mine"], include_path=str(folder), limit=4)
     (accuracy,) = [score for score in score_tasks(settings, model_dir, tmp_path) if score.metric == "acc"]
     assert accuracy.documents == 4

@@ -83,7 +83,7 @@ def tune_preferences(
     device = resolve_device(training.device)
     precision = resolve_precision(training.precision, device)
     folder = scratch_dir / f"preferences-{checkpoint_key(model, train)}"
-    trainer, resume = _trainer(training, model, tokenizer, train, held_out, folder, precision, log, on_metrics)
+    trainer, resume = _trainer(training, model, tokenizer, train, held_out, folder, device, precision, log, on_metrics)
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=resume)
     seconds = time.monotonic() - started
@@ -144,6 +144,7 @@ def _trainer(
     train: list[dict[str, list[int]]],
     held_out: list[dict[str, list[int]]],
     folder: Path,
+    device: torch.device,
     precision: str,
     log: Log,
     on_metrics: OnMetrics | None,
@@ -172,7 +173,7 @@ def _trainer(
         bf16=precision == "bfloat16",
         fp16=precision == "float16",
         gradient_checkpointing=training.activation_checkpointing,
-        use_cpu=training.device == "cpu",
+        use_cpu=device.type == "cpu",
         logging_steps=training.logging_steps,
         save_steps=training.save_steps,
         save_total_limit=training.save_total_limit,

@@ -44,11 +44,12 @@ def log_probability(model_dir: Path, prompt: str, answer: str) -> float:
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize(("lora_rank", "precision", "device"), [(0, "float32", "cpu"), (4, "bfloat16", "auto")])
 def test_the_chosen_answers_become_likelier_than_the_rejected_and_the_checkpoint_is_plain(
-    base, pairs, dataset_dir, tmp_path, lora_rank
+    base, pairs, dataset_dir, tmp_path, lora_rank, precision, device
 ):
     options = {"learning_rate": 5e-3, "max_steps": 12, "per_device_train_batch_size": 4, "save_steps": 6}
+    options |= {"precision": precision, "device": device}
     settings = experiment(init_from=str(base), preferences=[str(pairs)], lora_rank=lora_rank, **options)
     seen: list[tuple[int, dict[str, float]]] = []
     lines: list[str] = []

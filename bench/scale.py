@@ -72,7 +72,8 @@ def tokenizing(corpus: Path, tokens: Path, workers: int) -> dict[str, float]:
 def growth(corpus: Path, tokenizer: Path, megabytes: float, scratch: Path) -> list[dict[str, float]]:
     """Bytes, seconds and peak memory (MB) after each eighth of a corpus of `megabytes`, made shard by shard."""
     documents, random_ = list(read_documents(corpus, "train")), random.Random(0)
-    shard, folder, points = scratch / "shard.parquet", scratch / "shard", []
+    shard, folder = scratch / "shard.parquet", scratch / "shard"
+    points: list[dict[str, float]] = []
     done, encoding_s, eighth = 0, 0.0, megabytes * 1e6 / 8
     while len(points) < 8:
         texts = random_.sample(documents, min(len(documents), 500))

@@ -50,7 +50,10 @@ def replace_if_unchanged(path: UPath, text: str, seen: str) -> bool:
             raise
         # A repeated request fails on what its first attempt has written.
         path.fs.invalidate_cache()
-        return path.exists() and path.read_text() == text
+        try:  # in one request: an open file expires when another process replaces it
+            return bool(path.fs.cat_file(path.path) == text.encode())
+        except FileNotFoundError:
+            return False
     return True
 
 
@@ -60,15 +63,23 @@ def _code(error: OSError) -> str:
     return str(answer.get("Error", {}).get("Code", ""))
 
 
-def is_abandoned(folder: UPath) -> bool:
-    """Whether a folder without a manifest is what a killed upload left."""
+def is_abandoned(folder: UPath, pointer: UPath) -> bool:
+    """Whether a folder without a manifest is what a killed upload left.
+
+    pointer: LATEST. Ages are counted back from its last replacement, since both dates are of the store's clock.
+    """
+    uploaded, replaced = _last_modified(folder), _last_modified(pointer)
+    return uploaded is not None and replaced is not None and uploaded < replaced - ABANDONED_AFTER
+
+
+def _last_modified(path: UPath) -> datetime | None:
+    """The date of the newest file at or below a path; None if there is none, or the store tells none."""
     try:
-        found = folder.fs.find(folder.path, detail=True)
+        found = path.fs.find(path.path, detail=True)
     except FileNotFoundError:  # another process removed it
-        return False
+        return None
     modified = [info.get("LastModified") or info.get("created") for info in found.values() if info["type"] == "file"]
-    dates = [date.astimezone(UTC) for date in modified if isinstance(date, datetime)]
-    return bool(dates) and max(dates) < datetime.now(UTC) - ABANDONED_AFTER
+    return max((date.astimezone(UTC) for date in modified if isinstance(date, datetime)), default=None)
 
 
 @contextmanager

@@ -264,7 +264,7 @@ class ArtifactStore:
         if not self._local:
             whole = {LATEST, *(path.name for _, path in versions)}
             for path in base.iterdir():
-                if isinstance(path, UPath) and path.name not in whole and is_abandoned(path):
+                if isinstance(path, UPath) and path.name not in whole and is_abandoned(path, UPath(base / LATEST)):
                     path.fs.rm(path.path, recursive=True)
 
     def _read_text(self, path: Path | UPath) -> str | None:

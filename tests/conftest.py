@@ -108,8 +108,8 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     """Fail a test that started a process, in a fixture or by itself, without saying so."""
     before = list(_started)
     result = yield
-    # The last test of a session also tears down the fixtures that all tests share, such as a database.
-    started = _started if nextitem else before
+    # The last test of a file also tears down the fixtures that tests share, such as a database.
+    started = _started if nextitem and nextitem.path == item.path else before
     if started and not item.get_closest_marker("processes"):
         pytest.fail(f"it starts a process ({started[0]}): give it the marker `processes`, or `e2e` with a whole tool")
     return result

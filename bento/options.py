@@ -29,6 +29,9 @@ class ServiceSettings(ServingSettings):
     quantized: bool | Literal["auto"] = option(  # type: ignore[assignment]
         "auto", "true: int8 weights; false: full precision; auto: as the model's directory."
     )
+    vllm_python: str = option(
+        "", "Interpreter of the environment that has vLLM, which `make export-vllm` makes; for the engine vllm."
+    )
     model: str = option("", "Tag in the BentoML model store, or directory of a checkpoint or quantized model.")
     served_model_name: str = option(
         "", "Names of the model for clients, comma separated; answers have the first. Empty: its tag."
@@ -144,6 +147,18 @@ def refuse_without_champion(options: BentoArgs) -> None:
             raise InvalidArgument(
                 f"{PREFIX}{name.upper()} is {getattr(options, name):g}, but there is no {PREFIX}CHAMPION: set the "
                 "registered model whose versions are compared"
+            )
+
+
+def refuse_for_vllm(options: BentoArgs) -> None:
+    """Raises InvalidArgument for an option that the engine vllm has no equivalent of."""
+    if options.engine != "vllm":
+        return
+    for name, only in (("kv_cache", True), ("step", "auto")):
+        if getattr(options, name) != only:
+            raise InvalidArgument(
+                f"{PREFIX}{name.upper()} is {getattr(options, name)!r}, and {PREFIX}ENGINE is vllm, which has only "
+                f"{only!r}"
             )
 
 

@@ -35,6 +35,7 @@ from bento.options import (
     find_model,
     is_path,
     origins,
+    refuse_for_vllm,
     refuse_without_champion,
     with_overrides,
 )
@@ -82,6 +83,7 @@ if packed_model:
     find_model(packed_model)
 options = with_overrides(args)
 refuse_without_champion(options)
+refuse_for_vllm(options)
 # With REX_CHAMPION, a packed model serves only until the first champion is loaded.
 MODEL_DIR = find_model(options.model) if options.model or not options.champion else None
 REGISTRY = ModelRegistry(os.environ.get("MLFLOW_TRACKING_URI", "")) if options.champion else None

@@ -4,9 +4,9 @@ import gc
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from bento.options import BentoArgs
+from bento.options import PREFIX, BentoArgs
 
 if TYPE_CHECKING:
     from model.generation.engine import Engine
@@ -18,6 +18,35 @@ def start_engine(options: BentoArgs, model_dir: Path) -> "Engine":
     """Load the model and generate one token. Raises PipelineError for a wrong device, model or tokenizer."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     logging.getLogger("model").setLevel(logging.INFO)  # BentoML shows other loggers from WARNING on
+    quantized = None if options.quantized == "auto" else options.quantized
+    limits = {
+        name: getattr(options, name)
+        for name in (
+            "max_batch_size",
+            "kv_cache_mib",
+            "prefill_chunk",
+            "max_queue",
+            "max_queue_tokens",
+            "step_timeout_s",
+        )
+    }
+    make = _vllm_engine if options.engine == "vllm" else _rex_engine
+    engine = make(options, model_dir, quantized, limits)
+    engine.warm_up()
+    logger.info(
+        "serving model=%s engine=%s step=%s precision=%s kv_cache=%s quantized=%s cache_tokens=%d",
+        options.model,
+        options.engine,
+        engine.step_name,
+        engine.precision,
+        options.kv_cache,
+        options.quantized,
+        engine.stats().cache_capacity_tokens,
+    )
+    return engine
+
+
+def _rex_engine(options: BentoArgs, model_dir: Path, quantized: bool | None, limits: dict[str, Any]) -> "Engine":
     import torch
 
     from model.generation.engine import Engine
@@ -27,36 +56,32 @@ def start_engine(options: BentoArgs, model_dir: Path) -> "Engine":
     from model.weights.loading import load_model
 
     torch.set_num_threads(options.threads or usable_cores())
-    quantized = None if options.quantized == "auto" else options.quantized
     dtype = torch.bfloat16 if options.mixed_precision else None
     model = load_model(model_dir, device=options.device, quantized=quantized, dtype=dtype)
     # Set before the engine's thread starts: a thread reads torch's number of threads once.
     torch.set_num_threads(options.threads or decoding_threads(count_parameters(model), usable_cores()))
-    engine = Engine(
-        model,
-        load_tokenizer(model_dir),
-        kv_cache=options.kv_cache,
-        max_batch_size=options.max_batch_size,
-        kv_cache_mib=options.kv_cache_mib,
-        prefill_chunk=options.prefill_chunk,
-        max_queue=options.max_queue,
-        max_queue_tokens=options.max_queue_tokens,
-        step=options.step,
-        step_timeout_s=options.step_timeout_s,
+    logger.info("loaded on %s, %d threads", model.device, torch.get_num_threads())
+    return Engine(model, load_tokenizer(model_dir), kv_cache=options.kv_cache, step=options.step, **limits)
+
+
+def _vllm_engine(options: BentoArgs, model_dir: Path, quantized: bool | None, limits: dict[str, Any]) -> "Engine":
+    from model.errors import PipelineError
+    from model.generation.vllm.engine import VllmEngine
+
+    if not Path(options.vllm_python).is_file():
+        raise PipelineError(
+            f"{PREFIX}ENGINE is vllm, and {PREFIX}VLLM_PYTHON is {options.vllm_python!r}: expected the interpreter of "
+            "an environment that has vLLM; `make export-vllm` makes .venv-vllm/bin/python"
+        )
+    return VllmEngine(
+        model_dir,
+        python=Path(options.vllm_python).absolute(),
+        quantized=quantized,
+        is_bfloat16=options.mixed_precision,
+        device=options.device,
+        threads=options.threads,
+        **limits,
     )
-    engine.warm_up()
-    logger.info(
-        "serving model=%s device=%s step=%s kv_cache=%s quantized=%s mixed_precision=%s threads=%d cache_tokens=%d",
-        options.model,
-        model.device,
-        engine.step_name,
-        options.kv_cache,
-        options.quantized,
-        options.mixed_precision,
-        torch.get_num_threads(),
-        engine.stats().cache_capacity_tokens,
-    )
-    return engine
 
 
 def release_load_memory() -> None:

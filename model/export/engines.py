@@ -145,6 +145,8 @@ def vllm(path: Path, asked: Questions) -> Answers:
     # A window to score may be as long as the context, and vLLM asks for room for one token more.
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    # Its engine in this process: others would import everything again.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm import __version__ as release
 

@@ -93,11 +93,8 @@ class Engine:
             encode=lambda data: self._encoder.encode_bytes(data).tolist(),
         )
         self._kv_cache, self._prefill_chunk, self._step_timeout_s = kv_cache, prefill_chunk, step_timeout_s
-        chosen = choose_step(model, step)
         self._cache_tokens, self._is_limited = _cache_tokens(model, max_batch_size, kv_cache_mib), kv_cache_mib > 0
         self._slots = max_batch_size
-        if not chosen.grows(model):
-            self._slots = min(max_batch_size, self._cache_tokens // self.context_length)
         self._max_queue, self._max_queue_tokens = max_queue, max_queue_tokens
         self._queue = RequestQueue(max_queue, max_queue_tokens)
         self._changed = threading.Condition()
@@ -106,7 +103,7 @@ class Engine:
         self._restarts = 0
         self._step_started: float | None = None
         self._past = EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-        self._step: Step = chosen.create(model, self._slots)
+        self._step = self._create_step(model, step)
         keep_freed_memory()
         release_worker_threads()
         self._scheduler = self._new_scheduler()
@@ -280,6 +277,12 @@ class Engine:
                 f"the {requests:,} prompts have {tokens:,} tokens: more than {self._slots} at once may have "
                 f"{self._max_queue_tokens:,} together; send fewer at once"
             )
+
+    def _create_step(self, model: PreTrainedModel, name: str) -> Step:
+        chosen = choose_step(model, name)
+        if not chosen.grows(model):
+            self._slots = min(self._slots, self._cache_tokens // self.context_length)
+        return chosen.create(model, self._slots)
 
     def _new_scheduler(self) -> Scheduler:
         return Scheduler(

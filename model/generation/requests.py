@@ -157,6 +157,12 @@ class TokenLogprob:
     top_ids: bytes = b""
     top_logprobs: bytes = b""
 
+    @classmethod
+    def of(cls, token_id: int, logprob: float, top: Sequence[tuple[int, float]]) -> "TokenLogprob":
+        """From pairs of a token and its log-probability, in descending order."""
+        ids, logprobs = [token for token, _ in top], [score for _, score in top]
+        return cls(token_id, logprob, np.array(ids, np.int32).tobytes(), np.array(logprobs, np.float32).tobytes())
+
     @property
     def top(self) -> tuple[tuple[int, float], ...]:
         """The most likely tokens at this position with their log-probabilities, in descending order."""

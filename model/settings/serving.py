@@ -12,6 +12,11 @@ _DAY_S = 86_400
 class ServingSettings(Settings, group="serving"):
     """How the generation service runs (`configs/serving/`); fixed in the Bento, overridden at start by environment."""
 
+    engine: Literal["rex", "vllm"] = option(
+        "rex",
+        "What generates the texts; vllm: vLLM in a separate process, for GPUs and large models, without forms of the "
+        "text, bad_words and embeddings.",
+    )
     kv_cache: bool = option(
         True, "Keep keys and values of earlier tokens; false: recompute them for each token, for comparison."
     )

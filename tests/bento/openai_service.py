@@ -1,13 +1,20 @@
-"""The whole app over a tiny model, in this process or on a loopback port, with or without a chat template."""
+"""The whole app over a tiny model, in this process or on a loopback port, with or without a chat template.
+
+With REX_TEST_ENGINE=vllm the model runs in vLLM, where there is an environment that has it (`tests/vllm.py`).
+"""
 
 import json
+import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import uvicorn
 from fastapi import FastAPI
@@ -17,11 +24,15 @@ from transformers import PreTrainedTokenizerFast
 from bento.api import create_app
 from bento.http.protocol import ConnectionLimits, protocol_class
 from model.generation.engine import Engine
+from model.generation.vllm.engine import VllmEngine
 from model.modeling_rex import RexForCausalLM
 from model.text.chat import TEMPLATE, add_marks
 from tests.tiny import CONTEXT, tiny_model, tiny_tokenizer
+from tests.vllm import PYTHON
 
 MODEL = "rex-tiny:1"
+VLLM_SHAPE = {"hidden_size": 128, "intermediate_size": 128}
+"""Heads of a size that vLLM's attention has on a CPU."""
 MAX_BODY_BYTES = 16_384
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|pad|>{{ message.role }}\n{{ message.content | trim }}<|endoftext|>\n{% endfor %}"
@@ -86,18 +97,30 @@ def running_service(
     tokenizer.chat_template = chat_template
     if chat_template == TEMPLATE:
         add_marks(tokenizer)
-    model = tiny_model(tokenizer, max_position_embeddings=context)
+    is_vllm = os.environ.get("REX_TEST_ENGINE") == "vllm"
+    shape = VLLM_SHAPE if is_vllm else {}
+    model = tiny_model(tokenizer, max_position_embeddings=context, **shape)
     app = create_app(
         **{"model_name": MODEL, "request_timeout_s": 60, "max_body_bytes": MAX_BODY_BYTES, **options}  # type: ignore[arg-type]
     )
     ends = {} if stops else {"end_of_text_ids": frozenset()}
-    engine = Engine(model, tokenizer, max_batch_size=max_batch_size, max_queue=max_queue, step=step, **ends)
+    limits = {"max_batch_size": max_batch_size, "max_queue": max_queue, **ends}
+    engine = _in_vllm(model, tokenizer, limits) if is_vllm else Engine(model, tokenizer, step=step, **limits)  # type: ignore[arg-type]
     app.state.models.serve(engine)
     engine.warm_up()
     try:
         yield Service(app, engine, model, tokenizer)
     finally:
         engine.stop()
+
+
+def _in_vllm(model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast, limits: dict[str, Any]) -> Engine:
+    if not PYTHON.is_file():
+        pytest.skip(f"no vLLM: there is no {PYTHON}")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return VllmEngine(Path(folder), python=PYTHON, **limits)
 
 
 @contextmanager

@@ -6,7 +6,17 @@ import pytest
 import torch
 from bentoml.exceptions import InvalidArgument
 
-from bento.options import BentoArgs, describe_variables, find_model, origins, refuse_without_champion, with_overrides
+from bento.options import (
+    BentoArgs,
+    describe_variables,
+    find_model,
+    origins,
+    refuse_for_vllm,
+    refuse_without_champion,
+    with_overrides,
+)
+from bento.serving import loading
+from model.errors import PipelineError
 from model.settings import ServingSettings
 from tests.tiny import save_tiny_model
 
@@ -40,6 +50,8 @@ def test_each_option_is_overridden_by_its_variable():
         "REX_QUEUE_TIMEOUT_S": "2.5",
         "REX_REQUEST_TIMEOUT_S": "1.5",
         "REX_STEP": "reference",
+        "REX_ENGINE": "vllm",
+        "REX_VLLM_PYTHON": "/opt/vllm/bin/python",
         "REX_STEP_TIMEOUT_S": "9",
         "REX_DRAIN_TIMEOUT_S": "0",
         "REX_CLAMP_MAX_TOKENS": "false",
@@ -67,6 +79,8 @@ def test_each_option_is_overridden_by_its_variable():
         quantized=False,
         mixed_precision=True,
         step="reference",
+        engine="vllm",
+        vllm_python="/opt/vllm/bin/python",
         max_batch_size=3,
         kv_cache_mib=7,
         prefill_chunk=32,
@@ -107,6 +121,19 @@ def test_a_wrong_variable_is_named_in_one_line(variable, value):
     with pytest.raises(InvalidArgument, match=f"^{variable} is '{value}': ") as refusal:
         with_overrides(BentoArgs(), {variable: value})
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("kv_cache", False), ("step", "native")])
+def test_an_option_that_vllm_does_not_have_is_refused_by_its_name(name, value):
+    refuse_for_vllm(BentoArgs(**{name: value}))
+    refuse_for_vllm(BentoArgs(engine="vllm"))
+    with pytest.raises(InvalidArgument, match=rf"^REX_{name.upper()} is {value!r}, and REX_ENGINE is vllm, "):
+        refuse_for_vllm(BentoArgs(engine="vllm", **{name: value}))
+
+
+def test_the_engine_vllm_without_an_interpreter_that_has_it_is_one_line(tmp_path):
+    with pytest.raises(PipelineError, match=r"^REX_ENGINE is vllm, and REX_VLLM_PYTHON is 'no/python': expected the "):
+        loading.start_engine(BentoArgs(engine="vllm", vllm_python="no/python"), save_tiny_model(tmp_path))
 
 
 def test_the_pipelines_serving_settings_are_all_options():

@@ -1,0 +1,218 @@
+"""Passes requests on to vLLM, which batches and samples, and turns its tokens into the engine's events.
+
+Queueing among clients, deadlines, stop strings and text are as in `model/generation/scheduler.py`, whose place it takes
+in the engine. vLLM ends a text at a stop token, at min_tokens and at max_tokens.
+"""
+
+import collections.abc
+import logging
+import time
+from typing import Any
+
+from model.generation.detokenizer import Detokenizer
+from model.generation.queue import RequestQueue
+from model.generation.requests import FinishReason, Generation, PromptScores, TextPiece, TokenLogprob
+from model.generation.scheduler import FAILED
+from model.generation.stopping import StopStrings
+from model.generation.vllm.process import VllmProcess
+
+logger = logging.getLogger(__name__)
+
+
+class Running:
+    """A request that vLLM computes, and its text so far."""
+
+    def __init__(self, generation: Generation, number: str, token_bytes: collections.abc.Sequence[bytes]) -> None:
+        request = generation.request
+        self.generation, self.request, self.number = generation, request, number
+        self.text = Detokenizer(token_bytes)
+        self.stops = StopStrings(request.stop, is_included=request.include_stop, until=request.stop_until)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and answer so far."""
+        return len(self.request.prompt_ids) + self.generation.generated_tokens
+
+
+class VllmScheduler:
+    """Serves the requests of a queue, at most `slots` at once, step by step. See `Scheduler` for the attributes."""
+
+    def __init__(
+        self,
+        process: VllmProcess,
+        queue: RequestQueue,
+        *,
+        slots: int,
+        token_bytes: collections.abc.Sequence[bytes],
+        end_of_text_ids: frozenset[int],
+    ) -> None:
+        self._process, self._queue, self._slots = process, queue, slots
+        self._token_bytes, self._end_of_text_ids = token_bytes, end_of_text_ids
+        self._started = 0
+        self._left: list[str] = []
+        """Requests that ended here before they did in vLLM."""
+        self.running: list[Running] = []
+        self.request_seconds = 1.0
+        self.prompt_tokens = self.cached_tokens = self.generated_tokens = self.cancelled = self.answered = 0
+
+    @property
+    def free_slots(self) -> int:
+        """Requests that could start now."""
+        return max(self._slots - len(self.running), 0)
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens of running requests in the KV cache."""
+        return sum(one.num_tokens for one in list(self.running))
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that vLLM holds for keys and values, all of it from the start."""
+        return self._process.cache_tokens * self._process.bytes_per_token
+
+    def probe(self) -> None:
+        """Start the process again after a failure."""
+        self._process.start()
+
+    def step(self) -> bool:
+        """Compute and deliver the next tokens of all running requests; False if none runs."""
+        self.cancelled += self._queue.finish_interrupted()
+        for one in [one for one in self.running if one.generation.interruption()]:
+            self.cancelled += 1
+            self._leave(one, one.generation.interruption() or "cancelled", is_left=True)
+        started = {one.number: _asked(one.request, self._end_of_text_ids) for one in self._start()}
+        abort, self._left = self._left, []
+        answer = self._process.exchange(started, abort)
+        for one in list(self.running):
+            if one.number in answer["refused"]:
+                reason = answer["refused"][one.number]
+                self._leave(one, "error", error=f"vLLM refuses the request: {reason}", is_refusal=True)
+            elif one.number in answer["outputs"]:
+                try:
+                    self._process_output(one, answer["outputs"][one.number])
+                except Exception:
+                    logger.exception("a request failed; the others go on")
+                    self._leave(one, "error", error=FAILED, is_left=True)
+        return bool(self.running)
+
+    def _start(self) -> list[Running]:
+        started = []
+        while self.free_slots and (generation := self._queue.first()):
+            self._queue.remove(generation)
+            self._started += 1
+            started.append(Running(generation, str(self._started), self._token_bytes))
+            self.running.append(started[-1])
+            generation.start(0)
+            self.prompt_tokens += len(generation.request.prompt_ids)
+        return started
+
+    def _process_output(self, one: Running, output: dict[str, Any]) -> None:
+        """Deliver what is new of one request."""
+        generation, request = one.generation, one.request
+        if output["cached"] > generation.cached_tokens:
+            self.cached_tokens += output["cached"] - generation.cached_tokens
+            generation.cached_tokens = output["cached"]
+        if request.prompt_logprobs is not None and output.get("prompt_logprobs"):  # once; empty lists follow
+            generation.emit(_prompt_scores(request.prompt_ids, output["prompt_logprobs"], request.prompt_logprobs))
+        if request.max_tokens == 0:  # vLLM generates at least one token
+            if output["ids"] or output["ended"]:
+                self._leave(one, "length", is_left=not output["ended"])
+            return
+        places = output.get("logprobs") or [None] * len(output["ids"])
+        for number, (token, place) in enumerate(zip(output["ids"], places, strict=True), start=1):
+            is_last = bool(output["ended"]) and number == len(output["ids"])
+            self._take_token(one, token, place, is_last=is_last)
+            if generation.is_finished:
+                return
+        if output["ended"]:
+            self._end_text(one, "length" if output["ended"] == "length" else "stop")
+
+    def _take_token(self, one: Running, token: int, place: list[Any] | None, *, is_last: bool) -> None:
+        """Deliver the text that no later token can change, and end it where a stop string or stop token does."""
+        generation, request = one.generation, one.request
+        may_end = generation.generated_tokens >= request.min_tokens
+        generation.generated_tokens += 1
+        self.generated_tokens += 1
+        self.answered += 1
+        is_end = token in self._end_of_text_ids and not request.ignore_eos
+        ends = (is_end or token in request.stop_token_ids) and may_end
+        if ends and not (request.include_stop and token < len(self._token_bytes) and self._token_bytes[token]):
+            self._end_text(one, "stop", stopped_by=None if is_end else token)
+            return
+        scores = (_score(place, token, request.logprobs),) if place and request.logprobs is not None else ()
+        may_stop = generation.generated_tokens >= request.min_tokens
+        text, stop = one.stops.push(one.text.push(token), may_stop=may_stop)
+        generation.emit(TextPiece(text, (token,), scores))
+        if stop is not None:
+            self._leave(one, "stop", stopped_by=stop, is_left=not is_last)
+        elif ends:
+            self._end_text(one, "stop", stopped_by=None if is_end else token)
+
+    def _end_text(self, one: Running, reason: FinishReason, *, stopped_by: int | None = None) -> None:
+        """Emit the held-back text, then finish."""
+        rest, stop = one.stops.push(one.text.flush(), is_last=True)
+        if stop is None:
+            rest += one.stops.flush()
+        if rest:
+            one.generation.emit(TextPiece(rest, ()))
+        if stop is None:
+            self._leave(one, reason, stopped_by=stopped_by)
+        else:
+            self._leave(one, "stop", stopped_by=stop)
+
+    def _leave(
+        self,
+        one: Running,
+        reason: FinishReason,
+        *,
+        stopped_by: str | int | None = None,
+        error: str | None = None,
+        is_refusal: bool = False,
+        is_left: bool = False,
+    ) -> None:
+        """is_left: vLLM still computes it."""
+        self.running.remove(one)
+        if is_left:
+            self._left.append(one.number)
+        held_s = time.monotonic() - (one.generation.started_at or 0.0)
+        self.request_seconds += 0.2 * (held_s - self.request_seconds)
+        one.generation.finish(reason, stopped_by=stopped_by, error=error, is_refusal=is_refusal)
+
+
+def _asked(request: Any, end_of_text_ids: frozenset[int]) -> dict[str, Any]:
+    """A request in vLLM's words: the end of text is one of its stop tokens, as vLLM has no tokenizer here."""
+    sampling = request.sampling
+    stops = request.stop_token_ids | (frozenset() if request.ignore_eos else end_of_text_ids)
+    return {
+        "ids": [int(token) for token in request.prompt_ids],
+        "options": {
+            "max_tokens": max(request.max_tokens, 1),
+            "min_tokens": request.min_tokens,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "min_p": sampling.min_p,
+            "repetition_penalty": sampling.repetition_penalty,
+            "presence_penalty": sampling.presence_penalty,
+            "frequency_penalty": sampling.frequency_penalty,
+            "logit_bias": dict(sampling.logit_bias),
+            "seed": sampling.seed,
+            "stop_token_ids": sorted(stops),
+            "ignore_eos": True,
+            "logprobs": request.logprobs,
+            "prompt_logprobs": request.prompt_logprobs,
+            "allowed_token_ids": None if request.allowed_token_ids is None else sorted(request.allowed_token_ids),
+        },
+    }
+
+
+def _score(place: list[Any], token: int, top: int) -> TokenLogprob:
+    """The score of a token among the entries (token, log-probability, rank) at its place."""
+    ranked = sorted((rank, other, score) for other, score, rank in place if 0 < rank <= top)
+    own = next(score for other, score, _ in place if other == token)
+    return TokenLogprob.of(token, own, [(other, score) for _, other, score in ranked[:top]])
+
+
+def _prompt_scores(ids: collections.abc.Sequence[int], places: list[Any], top: int) -> PromptScores:
+    scores = [place and _score(place, int(token), top) for token, place in zip(ids, places, strict=True)]
+    return PromptScores(tuple(scores))

@@ -262,7 +262,8 @@ def _pytest(words: list[str]) -> list[str]:
 
 
 def _unknown_variable(name: str) -> list[str]:
-    places = [REPO / "docker-compose.yml", REPO / ".env.example", *(REPO / "bento").glob("*.py")]
+    files = ("docker-compose.yml", ".env.example", "model/settings/serving.py")
+    places = [*(REPO / file for file in files), *(REPO / "bento").glob("*.py")]
     option = name.removeprefix("REX_").lower()
     known = any(name in file.read_text() or f"    {option}:" in file.read_text() for file in places)
     return [] if known else [f"{name}: no service reads this variable"]

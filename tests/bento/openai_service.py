@@ -1,6 +1,6 @@
 """The whole app over a tiny model, in this process or on a loopback port, with or without a chat template.
 
-With REX_TEST_ENGINE=vllm the model runs in vLLM, where there is an environment that has it (`tests/vllm.py`).
+With REX_TEST_ENGINE=vllm the model runs in vLLM, in the environment that `tests/vllm.py` names.
 """
 
 import json
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import uvicorn
 from fastapi import FastAPI
@@ -115,8 +114,7 @@ def running_service(
 
 
 def _in_vllm(model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast, limits: dict[str, Any]) -> Engine:
-    if not PYTHON.is_file():
-        pytest.skip(f"no vLLM: there is no {PYTHON}")
+    assert PYTHON.is_file(), f"REX_TEST_ENGINE is vllm, and there is no {PYTHON}: `make export-vllm` makes it"
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

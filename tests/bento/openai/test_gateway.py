@@ -16,7 +16,9 @@ from tests.e2e.workplace import BIN, free_port, stop
 pytestmark = [
     pytest.mark.processes,
     pytest.mark.medium,
-    pytest.mark.skipif(not (BIN / "vllm-router").exists(), reason="no vllm-router (wheels: x86-64 Linux)"),
+    pytest.mark.skipif(
+        not (BIN / "vllm-router").exists(), reason="no vllm-router (it has wheels only for x86-64 Linux)"
+    ),
 ]
 WAIT_S = 60
 GREEDY = {"model": MODEL, "max_tokens": 6, "temperature": 0}

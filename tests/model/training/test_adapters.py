@@ -14,7 +14,7 @@ from model.weights.loading import load_model
 from tests.model.training.test_optimizer import make_model
 from tests.model.training.tiny import experiment
 
-pytest.importorskip("peft", reason="LoRA needs the extra `finetune`")
+pytest.importorskip("peft", reason="no peft: pip install '.[finetune]'")
 LORA = TrainingSettings(lora_rank=4, init_from="somewhere")
 
 

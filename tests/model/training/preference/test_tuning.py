@@ -15,7 +15,7 @@ from model.weights.loading import load_model
 from tests.model.training.test_optimizer import make_model
 from tests.model.training.tiny import experiment
 
-pytest.importorskip("trl", reason="preference tuning needs the extra `finetune`")
+pytest.importorskip("trl", reason="no trl: pip install '.[finetune]'")
 
 
 @pytest.fixture(scope="module")

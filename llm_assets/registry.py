@@ -94,7 +94,7 @@ PIPELINE = (
     ),
     StageSpec(
         "quantized_model",
-        "The checkpoint's weights in int8 (or unchanged, method `none`), with the measured loss in quality.",
+        "The checkpoint's weights in int8 or int4 (or unchanged, method `none`), with the measured loss in quality.",
         group="model",
         kinds=("pytorch",),
         eager=True,

@@ -50,7 +50,7 @@ def benchmark_report(
                 "summary": ui_metadata.summary(
                     decoding=f"{found['decode_tokens_per_second']:,.0f} tokens/s",
                     quantized=f"{found['decode_tokens_per_second_quantized']:,.0f} tokens/s",
-                    with_KV_cache=f"{found['kv_cache_speedup']:.2f} times as fast as without",
+                    speedup_by_the_KV_cache=f"{found['kv_cache_speedup']:.2f} times",
                     **{f"bits_per_byte_of_{report['quality']['windows']}_windows": f"{found['bits_per_byte']:.4f}"},
                 ),
                 "picture": ui_metadata.bars(

@@ -23,7 +23,7 @@ def quantized_model(
     trained_checkpoint: Path,
     tokenized_dataset: Path,
 ) -> Iterator[dg.MaterializeResult]:
-    """The checkpoint's weights in int8 (or as they are, method `none`), with the measured loss in quality."""
+    """The checkpoint's weights in int8 or int4 (or as they are, method `none`), with the measured loss in quality."""
     from model.quantization import quantize_checkpoint
 
     upstream = {"trained_checkpoint": trained_checkpoint, "tokenized_dataset": tokenized_dataset}
@@ -40,12 +40,11 @@ def quantized_model(
             {
                 "summary": ui_metadata.summary(
                     method=summary.method,
-                    weights=f"{ui_metadata.size(summary.bytes_after)} of {ui_metadata.size(summary.bytes_before)}",
+                    weights=ui_metadata.size(summary.bytes_after),
+                    weights_in_full_precision=ui_metadata.size(summary.bytes_before),
                     **{
-                        f"bits per byte of {summary.evaluated_tokens:,} validation tokens": (
-                            f"{summary.bits_per_byte_after:.4f}"
-                        ),
-                        "full_precision_on_the_same": f"{summary.bits_per_byte_before:.4f}",
+                        f"bits per byte, {summary.evaluated_tokens:,} tokens": f"{summary.bits_per_byte_after:.4f}",
+                        "in full precision, the same tokens": f"{summary.bits_per_byte_before:.4f}",
                     },
                     same_most_likely_token=f"{summary.top1_agreement:.1%}",
                     measured_through=f"{summary.step} step",

@@ -96,6 +96,8 @@ def one_line(error: BaseException) -> str:
     noise = ("object_type", "reference_type", "See https", "To append", "full_key", "Config search path", "provider=")
     kept = [line.rstrip(".") for line in lines if not line.startswith(noise)]
     reason = "; ".join(dict.fromkeys(kept)) + did_you_mean(str(error))
+    if "is not in struct" in reason:  # Hydra says so of dictionaries alone
+        reason += "; a new name of a dictionary is given with a plus, as '+OPTION.NAME=VALUE'"
     return f"{reason}; `python -m llm_assets.experiments --explain` prints every option"
 
 

@@ -43,11 +43,14 @@ def rounded(value: float) -> int | float:
     return round(value, digits) if digits > 0 else int(round(value, digits))
 
 
+SUMMARY_WIDTH = 46
+"""Characters of both columns that the Overview shows on a screen 1,500 pixels wide; it cuts longer rows."""
+
+
 def summary(**quantities: str) -> dg.MarkdownMetadataValue:
     """A short table of rounded numbers with units, shown inline. Underscores of identifiers become spaces.
 
-    On a screen 1,500 pixels wide, the Overview shows 46 characters of name and value together, and cuts longer rows at
-    the value: units that make a row too long belong to the name.
+    The longest name and the longest value together have at most SUMMARY_WIDTH characters.
     """
     named = {name.replace("_", " ") if name.isidentifier() else name: value for name, value in quantities.items()}
     rows = [f"| {name} | {value} |" for name, value in named.items()]

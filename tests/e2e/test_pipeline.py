@@ -9,6 +9,7 @@ import dagster as dg
 import pytest
 import yaml
 
+from llm_assets.stage.metadata import SUMMARY_WIDTH
 from model.artifact import verify
 from tests.e2e.workplace import REPO, Workplace
 
@@ -186,3 +187,14 @@ def test_the_newest_artifacts_and_the_command_that_serves_them_are_named(smoke):
     missing = smoke.run("python", "-m", "llm_assets.latest", "stdlib_30m")
     assert missing.returncode == 1
     assert missing.stdout.startswith("error: no corpus of experiment 'stdlib_30m'")
+
+
+def test_no_summary_is_cut_by_the_page_of_its_asset(smoke):
+    with dg.DagsterInstance.from_config(str(smoke.root / "dagster")) as instance:
+        for asset in ASSETS:
+            event = instance.get_latest_materialization_event(dg.AssetKey(asset))
+            assert event and event.asset_materialization
+            shown = event.asset_materialization.metadata["summary"].value
+            rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in shown.splitlines()[2:]]
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            assert sum(widths) <= SUMMARY_WIDTH, (asset, rows)

@@ -93,6 +93,7 @@ def test_a_name_that_no_registry_takes_is_refused_where_the_files_are_read(confi
     [
         ("smok", [], r"no experiment 'smok'.*did you mean 'smoke'\?"),
         ("smoke", ["training.max_step=3"], "Key 'max_step' not in 'TrainingSettings'"),
+        ("smoke", ["training.arguments.tf32=false"], r"Key 'tf32' is not in struct; .* as '\+OPTION.NAME=VALUE'"),
         ("smoke", ["+training.max_step=3"], "Key 'max_step' not in 'TrainingSettings'"),
         ("smoke", ["training.max_steps=many"], "'many' of type 'str' could not be converted to Integer"),
         ("smoke", ["training.max_steps=0"], "training.max_steps is 0: expected a number greater than 0"),

@@ -11,32 +11,13 @@ from typing import Any
 
 import dagster as dg
 
-from llm_assets.artifacts.io_manager import DirectoryIOManager
-from llm_assets.assets import load_asset
-from llm_assets.experiments.partitions import experiments
-from llm_assets.jobs import EVERY_STEP, build_executor, stage_jobs
 from llm_assets.registry import EVALUATION
-from llm_assets.resources.hydra import HydraConfig
-from llm_assets.resources.mlflow import MlflowTracking
-from llm_assets.terminal.records import file_logger
-
-ASSETS = [load_asset(stage) for stage in EVALUATION]
-# The pipeline makes these; here they are read.
-UPSTREAM = [
-    dg.AssetSpec(name, partitions_def=experiments).with_io_manager_key("artifacts") for name in EVALUATION[0].upstream
-]
+from llm_assets.side_location import build_side_location
 
 
 def build_defs(resource_overrides: Mapping[str, Any] | None = None) -> dg.Definitions:
     """A fresh code location; `resource_overrides` replaces resources by key."""
-    resources = {"artifacts": DirectoryIOManager(), "hydra": HydraConfig(), "mlflow": MlflowTracking()}
-    return dg.Definitions(
-        assets=[*ASSETS, *UPSTREAM],
-        jobs=stage_jobs(ASSETS),
-        resources={**resources, **(resource_overrides or {})},
-        executor=build_executor(EVERY_STEP),
-        loggers={"console": dg.colored_console_logger, "file": file_logger},
-    )
+    return build_side_location(EVALUATION, resource_overrides or {})
 
 
 @dg.definitions

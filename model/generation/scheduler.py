@@ -279,7 +279,7 @@ class Scheduler:
         if request.logprobs is not None:
             logprobs = tuple(token_logprobs(output.logits_RV[-1:], [token], request.logprobs))
         may_stop = generation.generated_tokens >= request.min_tokens
-        text, stop = sequence.stops.push(sequence.text.push(token), may_stop=may_stop)
+        text, stop = sequence.text.push(token, may_stop=may_stop)
         generation.emit(TextPiece(text, (token,), logprobs))
         if stop is not None:
             self._leave(sequence, "stop", stopped_by=stop)
@@ -327,10 +327,8 @@ class Scheduler:
         return [*request.stop_token_ids, *(() if request.ignore_eos else self._end_of_text_ids)]
 
     def _end_text(self, sequence: Sequence, reason: FinishReason, *, stopped_by: int | None = None) -> None:
-        """Emit the held-back text, then finish. Bytes of an incomplete character become U+FFFD."""
-        rest, stop = sequence.stops.push(sequence.text.flush(), is_last=True)
-        if stop is None:
-            rest += sequence.stops.flush()
+        """Emit the held-back text, then finish."""
+        rest, stop = sequence.text.end()
         if rest:
             sequence.generation.emit(TextPiece(rest, ()))
         if stop is None:

@@ -6,11 +6,10 @@ import numpy as np
 from torch import Tensor
 
 from model.generation.constraints import Constraint
-from model.generation.detokenizer import Detokenizer
 from model.generation.requests import Generation, TokenLogprob
 from model.generation.sampler import Sampler
 from model.generation.step import Segment, Wanted
-from model.generation.stopping import StopStrings
+from model.generation.stopping import GeneratedText
 
 
 class Sequence:
@@ -42,8 +41,7 @@ class Sequence:
         self.hidden_sum_D: Tensor | None = None
         """Sum of the hidden states of the prompt's computed tokens, float64, shape (D,)."""
         self.prompt_scores: list[TokenLogprob | None] = [None]
-        self.text = Detokenizer(token_bytes)
-        self.stops = StopStrings(request.stop, is_included=request.include_stop, until=request.stop_until)
+        self.text = GeneratedText(request, token_bytes)
 
     @property
     def is_prefilling(self) -> bool:

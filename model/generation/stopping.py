@@ -1,9 +1,12 @@
-"""Stop strings, also across token boundaries.
+"""The text of a request's tokens, and stop strings in it, also across token boundaries.
 
 Text that may be the beginning of a stop string is held back until later tokens decide.
 """
 
 from collections.abc import Sequence
+
+from model.generation.detokenizer import Detokenizer
+from model.generation.requests import GenerationRequest
 
 
 class StopStrings:
@@ -55,3 +58,20 @@ class StopStrings:
 
     def _may_begin(self, text: str) -> bool:
         return not text or any(stop.startswith(text) for stop in self._stops)
+
+
+class GeneratedText:
+    """The text of one request, token by token, up to its first stop string."""
+
+    def __init__(self, request: GenerationRequest, token_bytes: Sequence[bytes]) -> None:
+        self._characters = Detokenizer(token_bytes)
+        self._stops = StopStrings(request.stop, is_included=request.include_stop, until=request.stop_until)
+
+    def push(self, token: int, *, may_stop: bool) -> tuple[str, str | None]:
+        """Text that no later token can change, and the stop string found after it, else None."""
+        return self._stops.push(self._characters.push(token), may_stop=may_stop)
+
+    def end(self) -> tuple[str, str | None]:
+        """The held-back text, and the stop string found after it. Bytes of an incomplete character become U+FFFD."""
+        rest, stop = self._stops.push(self._characters.flush(), is_last=True)
+        return (rest, stop) if stop is not None else (rest + self._stops.flush(), None)

@@ -9,11 +9,10 @@ import logging
 import time
 from typing import Any
 
-from model.generation.detokenizer import Detokenizer
 from model.generation.queue import RequestQueue
 from model.generation.requests import FinishReason, Generation, PromptScores, TextPiece, TokenLogprob
 from model.generation.scheduler import FAILED
-from model.generation.stopping import StopStrings
+from model.generation.stopping import GeneratedText
 from model.generation.vllm.process import VllmProcess
 
 logger = logging.getLogger(__name__)
@@ -25,8 +24,7 @@ class Running:
     def __init__(self, generation: Generation, number: str, token_bytes: collections.abc.Sequence[bytes]) -> None:
         request = generation.request
         self.generation, self.request, self.number = generation, request, number
-        self.text = Detokenizer(token_bytes)
-        self.stops = StopStrings(request.stop, is_included=request.include_stop, until=request.stop_until)
+        self.text = GeneratedText(request, token_bytes)
 
     @property
     def num_tokens(self) -> int:
@@ -141,7 +139,7 @@ class VllmScheduler:
             return
         scores = (_score(place, token, request.logprobs),) if place and request.logprobs is not None else ()
         may_stop = generation.generated_tokens >= request.min_tokens
-        text, stop = one.stops.push(one.text.push(token), may_stop=may_stop)
+        text, stop = one.text.push(token, may_stop=may_stop)
         generation.emit(TextPiece(text, (token,), scores))
         if stop is not None:
             self._leave(one, "stop", stopped_by=stop, is_left=not is_last)
@@ -150,9 +148,7 @@ class VllmScheduler:
 
     def _end_text(self, one: Running, reason: FinishReason, *, stopped_by: int | None = None) -> None:
         """Emit the held-back text, then finish."""
-        rest, stop = one.stops.push(one.text.flush(), is_last=True)
-        if stop is None:
-            rest += one.stops.flush()
+        rest, stop = one.text.end()
         if rest:
             one.generation.emit(TextPiece(rest, ()))
         if stop is None:

@@ -33,6 +33,18 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parity, "_ask", lambda engine, path, asked, _: engines.ENGINES[engine](path, asked))
 
 
+def export_certified(source: Source, folder: Path) -> certified.CertifiedExport:
+    return certified.export_with_certificates(
+        folder / "rex",
+        folder / "quantized",
+        Path(source[1].tokens.filename).parent,
+        folder / "out",
+        sequence_length=CONTEXT,
+        name="mine",
+        provenance={},
+    )
+
+
 def test_every_engine_runs_the_same_model_in_a_process_of_its_own(glm4: Made) -> None:
     folder = glm4[3]
     export(folder / "rex", folder / "out", gguf_kinds=GGUF_KINDS)
@@ -146,15 +158,7 @@ def test_a_difference_and_what_was_not_run_are_named_beside_the_files(
     (tmp_path / "quantized").mkdir()
     monkeypatch.setattr(certified, "installed_engines", lambda: {"transformers": "5"})
     swap_rows(monkeypatch)
-    found = certified.export_with_certificates(
-        tmp_path / "rex",
-        tmp_path / "quantized",
-        Path(source[1].tokens.filename).parent,
-        tmp_path / "out",
-        sequence_length=CONTEXT,
-        name="mine",
-        provenance={},
-    )
+    found = export_certified(source, tmp_path)
     assert [certificate.file for certificate in found.certificates] == ["hf"]
     assert found.differences and all(line.startswith("transformers 5") for line in found.differences)
     assert found.left_out == [
@@ -180,13 +184,5 @@ def test_a_model_served_in_four_bits_is_certified_as_a_gguf_in_four_bits_too(
     (tmp_path / "quantized").mkdir()
     (tmp_path / "quantized" / QUANTIZATION).write_text(json.dumps({"format_version": FORMAT_VERSION, "method": "int4"}))
     monkeypatch.setattr(certified, "installed_engines", lambda: {"llama.cpp": "1"})
-    found = certified.export_with_certificates(
-        tmp_path / "rex",
-        tmp_path / "quantized",
-        Path(source[1].tokens.filename).parent,
-        tmp_path / "out",
-        sequence_length=CONTEXT,
-        name="mine",
-        provenance={},
-    )
+    found = export_certified(source, tmp_path)
     assert [one.precision for one in found.certificates] == ["float32", "q8_0", "q4_0"] and not found.differences

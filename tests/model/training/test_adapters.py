@@ -12,7 +12,7 @@ from model.training.adapters import add_adapters, merge_adapters
 from model.training.train import train
 from model.weights.loading import load_model
 from tests.model.training.test_optimizer import make_model
-from tests.model.training.tiny import experiment
+from tests.model.training.tiny import assert_resumes_bit_exact, experiment
 
 pytest.importorskip("peft", reason="no peft: pip install '.[finetune]'")
 LORA = TrainingSettings(lora_rank=4, init_from="somewhere")
@@ -56,16 +56,7 @@ def test_a_training_of_adapters_resumes_bit_exact_and_ends_as_a_plain_checkpoint
     settings = experiment(init_from=str(base), lora_rank=4, optim=optim, sample_tokens=0)
     summary = train(settings, dataset_dir, tmp_path / "whole", tmp_path / "a")
     assert not [line for line in summary.warnings if "unchanged" in line]  # weights beside adapters are no warning
-
-    def kill(step, metrics):
-        if step > 6:
-            raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        train(settings, dataset_dir, tmp_path / "resumed", tmp_path / "b", on_metrics=kill)
-    assert train(settings, dataset_dir, tmp_path / "resumed", tmp_path / "b").resumed_from_step
-    files = [tmp_path / name / "model.safetensors" for name in ("whole", "resumed")]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    assert_resumes_bit_exact(settings, dataset_dir, tmp_path)
 
     before, after = load_model(base), load_model(tmp_path / "whole")
     assert [name for name, _ in before.named_parameters()] == [name for name, _ in after.named_parameters()]

@@ -13,7 +13,7 @@ from model.text.corpus import build_corpus
 from model.text.tokens import TokenDataset, build_tokenized_dataset
 from model.training.train import train
 from model.weights.loading import load_model
-from tests.model.training.tiny import TOKENIZER, experiment
+from tests.model.training.tiny import TOKENIZER, assert_resumes_bit_exact, experiment
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +39,7 @@ def test_a_mixture_is_scored_by_source_and_a_killed_run_resumes_bit_exact(mixed_
     for name in ("code", "numbers"):
         assert any(f"bits_per_byte/{name}" in metrics and f"eval_loss/{name}" in metrics for metrics in seen)
         assert whole.sources[name]["bits_per_byte"] > 0
-
-    def kill(step, metrics):
-        if step > 6:
-            raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        train(settings, mixed_dir, tmp_path / "resumed", tmp_path / "b", on_metrics=kill)
-    assert train(settings, mixed_dir, tmp_path / "resumed", tmp_path / "b").resumed_from_step
-    files = [tmp_path / name / "model.safetensors" for name in ("whole", "resumed")]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    assert_resumes_bit_exact(settings, mixed_dir, tmp_path)
 
     dataset = TokenDataset(mixed_dir, "validation", TOKENIZER.sequence_length)
     scores = evaluate(load_model(tmp_path / "whole"), dataset, batch_size=3)

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from model.settings import (
     BenchmarkSettings,
     CorpusSettings,
@@ -15,6 +17,7 @@ from model.settings import (
 )
 from model.text.corpus import build_corpus
 from model.text.tokens import build_tokenized_dataset
+from model.training.train import train
 
 TOKENIZER = TokenizerSettings(vocab_size=300, sequence_length=64)
 
@@ -59,3 +62,17 @@ def experiment(**training: Any) -> ExperimentSettings:
         training=replace(settings, **training),
         benchmark=BenchmarkSettings(generated_tokens=[8], prefill_tokens=[8]),
     )
+
+
+def assert_resumes_bit_exact(settings: ExperimentSettings, dataset_dir: Path, tmp_path: Path) -> None:
+    """A training that is interrupted after its sixth step ends with the weights of `tmp_path/whole`."""
+
+    def interrupt(step: int, metrics: dict[str, float]) -> None:
+        if step > 6:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train(settings, dataset_dir, tmp_path / "resumed", tmp_path / "b", on_metrics=interrupt)
+    assert train(settings, dataset_dir, tmp_path / "resumed", tmp_path / "b").resumed_from_step
+    files = [tmp_path / name / "model.safetensors" for name in ("whole", "resumed")]
+    assert files[0].read_bytes() == files[1].read_bytes()

@@ -56,7 +56,7 @@ $(DAGSTER_HOME)/dagster.yaml: dagster.yaml
 
 pipeline: setup  ## Materialize all seven assets of EXPERIMENT (default stdlib), with Hydra OVERRIDES if given; FORCE=true computes unchanged ones too
 ifeq ($(strip $(OVERRIDES)),)
-	@$(BIN)/python -m llm_assets.dagster_home
+	@$(BIN)/python -m llm_assets.instance.dagster_home
 	@$(BIN)/python -m llm_assets.terminal.execute $(EXPERIMENT) $(if $(filter true,$(FORCE)),--force)
 else
 	@$(BIN)/python -m llm_assets.sweep $(if $(filter true,$(FORCE)),--force) experiment=$(EXPERIMENT) $(OVERRIDES)
@@ -96,7 +96,7 @@ logs:  ## Follow the logs of the composed stack
 image: setup  ## Build the container image of EXPERIMENT for DEVICE=cpu or gpu; the last line is its tag
 	@$(if $(filter cpu gpu,$(DEVICE)),,echo "error: DEVICE=$(DEVICE): expected cpu or gpu" >&2; exit 2)
 ifeq ($(strip $(OVERRIDES)),)
-	@$(BIN)/python -m llm_assets.dagster_home
+	@$(BIN)/python -m llm_assets.instance.dagster_home
 	@$(BIN)/python -m llm_assets.terminal.execute $(EXPERIMENT) --module llm_assets.images --job container_image_$(DEVICE)_job
 else
 	@$(BIN)/python -m llm_assets.sweep --module llm_assets.images --job container_image_$(DEVICE)_job experiment=$(EXPERIMENT) $(OVERRIDES)

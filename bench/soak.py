@@ -32,7 +32,7 @@ from bench.abuse.kinds import KINDS
 from bench.hardware import describe
 from bench.server import HOST, Server, run_bench, serve
 from bench.serving import save_random_30m
-from model.generation.cache import bytes_per_token
+from model.generation.steps.cache import bytes_per_token
 
 MB = 1e6
 MAX_GROWTH_MB = 16.0

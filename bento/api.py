@@ -21,12 +21,12 @@ from bento.http.body import JsonRoute
 from bento.http.middleware import add_middleware
 from bento.http.openapi import GENERATING, describe, stream_of, without
 from bento.http.probes import add_probes
-from bento.openai.embeddings import embedding_routes
-from bento.openai.messages import message_routes
-from bento.openai.responses import response_routes
+from bento.openai.endpoints.embeddings import embedding_routes
+from bento.openai.endpoints.messages import message_routes
+from bento.openai.endpoints.responses import response_routes
+from bento.openai.endpoints.similarity import similarity_routes
+from bento.openai.endpoints.tokenizing import token_routes
 from bento.openai.routes import openai_routes
-from bento.openai.similarity import similarity_routes
-from bento.openai.tokenizing import token_routes
 from bento.page import add_page
 from bento.schema import (
     DEFAULT_MAX_TOKENS,

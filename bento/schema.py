@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from bento.neutral import document_neutral, is_neutral
-from model.generation.grammar import Grammar
+from model.generation.grammar.grammar import Grammar
 from model.generation.requests import LARGEST_LOGIT_BIAS, MAX_SEED, GenerationRequest, SamplingParameters
 
 DEFAULT_MAX_TOKENS = 128

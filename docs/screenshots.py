@@ -137,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Take the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("experiment", nargs="?", default=DEFAULT_EXPERIMENT, help=f"default: {DEFAULT_EXPERIMENT}")
-    parser.add_argument("--into", type=Path, default=Path(__file__).parent, help="folder, default: docs/")
+    into = Path(__file__).parent / "pictures"
+    parser.add_argument("--into", type=Path, default=into, help="folder, default: docs/pictures")
     given = parser.parse_args(argv)
     if missing():
         raise PipelineError(f"no browser to take pictures with: {missing()}")

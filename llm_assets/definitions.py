@@ -15,9 +15,9 @@ import dagster as dg
 
 from llm_assets.artifacts.io_manager import DirectoryIOManager
 from llm_assets.assets import load_asset
-from llm_assets.automation import failure_webhook, observed_settings, retraining
 from llm_assets.experiments.observed import external_specs
-from llm_assets.jobs import build_jobs, executor
+from llm_assets.jobs.automation import failure_webhook, observed_settings, retraining
+from llm_assets.jobs.jobs import build_jobs, executor
 from llm_assets.registry import PIPELINE
 from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.hydra import HydraConfig

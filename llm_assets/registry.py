@@ -7,7 +7,7 @@ here and one module in `llm_assets/assets/`. Plain data: imports no Dagster and 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from bench.container import IMAGE_GB
+from bench.containers.container import IMAGE_GB
 
 SOURCE_TEXT = "source_text"
 """The external asset that represents the source text of a corpus (`experiments/observed.py`)."""
@@ -26,7 +26,7 @@ class StageSpec:
     checks: description by check name; all block. preload: modules that its steps import, loaded once per run.
     code: folders besides `model/` whose code determines its output.
     module: where the asset of this name is defined; empty: `llm_assets.assets.<name>`.
-    eager: whether automation materializes it once its upstream is newer (`llm_assets/automation.py`).
+    eager: whether automation materializes it once its upstream is newer (`llm_assets/jobs/automation.py`).
     """
 
     name: str

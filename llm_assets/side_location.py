@@ -11,7 +11,7 @@ import dagster as dg
 from llm_assets.artifacts.io_manager import DirectoryIOManager
 from llm_assets.assets import load_asset
 from llm_assets.experiments.partitions import experiments
-from llm_assets.jobs import EVERY_STEP, build_executor, stage_jobs
+from llm_assets.jobs.jobs import EVERY_STEP, build_executor, stage_jobs
 from llm_assets.registry import StageSpec
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking

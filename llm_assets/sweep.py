@@ -22,9 +22,9 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 
-from llm_assets.dagster_home import check_dagster_home
 from llm_assets.experiments import optuna_sweeper  # noqa: F401 - registers `hydra/sweeper=optuna`
 from llm_assets.experiments.compose import COMPOSING_ERRORS, CONFIG_DIR, one_line
+from llm_assets.instance.dagster_home import check_dagster_home
 from llm_assets.terminal.execute import DEFINITIONS, PIPELINE, execute_job
 from llm_assets.terminal.points import Sweep
 from model.errors import PipelineError, ends_in_one_line

@@ -22,7 +22,7 @@ from types import FrameType
 
 import psutil
 
-from llm_assets.dagster_home import check_dagster_home
+from llm_assets.instance.dagster_home import check_dagster_home
 from llm_assets.page_links import DAGSTER, MLFLOW, redirect_former
 from llm_assets.paths import REPOSITORY, var_dir
 from llm_assets.resources.provenance import DAGSTER_URL
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command += ["--workspace", str(REPOSITORY / "workspace.yaml")]
         command += ["--host", given.host, "--port", str(given.port)]
         servers.append(Server("Dagster", dagster, command, logs / "dagster.log"))
-        command = [sys.executable, "-m", "llm_assets.mlflow_server", given.host, str(given.mlflow_port)]
+        command = [sys.executable, "-m", "llm_assets.instance.mlflow_server", given.host, str(given.mlflow_port)]
         servers.append(Server("MLflow", mlflow, command, logs / "mlflow.log"))
         started = time.monotonic()
         while not all(server.answers() for server in servers):

@@ -62,7 +62,7 @@ class Agreement:
 
 
 class Predictor(Protocol):
-    """Computes the logits to evaluate: of a model, or of a step of the engine (`model/generation/predictor.py`)."""
+    """Computes the logits to evaluate: of a model, or of a step of the engine (`generation/steps/predictor.py`)."""
 
     @property
     def vocab_size(self) -> int:

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from model.artifact import write_json
 from model.errors import PipelineError, limits_as_error
 from model.evaluation import Agreement, compare, evaluate
-from model.generation.predictor import StepPredictor
-from model.generation.steps import choose_step
+from model.generation.steps.choose import choose_step
+from model.generation.steps.predictor import StepPredictor
 from model.modeling_rex import RexForCausalLM
 from model.progress import Log, silent
 from model.settings import QuantizationSettings
@@ -56,7 +56,7 @@ class QuantizationSummary:
     """Mean KL(full precision || quantized), nats per token."""
     evaluated_tokens: int
     step: str
-    """Which implementation of a step computed the quantized model, see `model/generation/steps.py`."""
+    """Which implementation of a step computed the quantized model, see `model/generation/steps/choose.py`."""
 
 
 def quantize_checkpoint(

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 import yaml
 
-from llm_assets.automation import WEBHOOK
+from llm_assets.jobs.automation import WEBHOOK
 from tests.e2e.workplace import REPO
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.documented import (
+from tests.support.documented import (
     PAGES,
     REPO,
     commands,

@@ -62,6 +62,18 @@ def test_no_source_file_is_longer_than_one_idea():
     assert not long
 
 
+def test_no_folder_shows_more_files_than_a_person_takes_in():
+    """About a dozen: beyond fourteen, a folder has a subject of its own in it."""
+    kinds = {".py", ".cpp", ".h", ".yaml", ".md", ".png", ".json", ".txt"}
+    crowded = {}
+    for room in (*FORBIDDEN, "configs", "deploy", "docs", "tests"):
+        for folder in (REPO / room, *(path for path in (REPO / room).rglob("*") if path.is_dir())):
+            files = [path for path in folder.iterdir() if path.suffix in kinds]
+            if len(files) > 14:
+                crowded[str(folder.relative_to(REPO))] = len(files)
+    assert not crowded
+
+
 def imported_files(path: Path, modules: dict[str, Path]) -> set[Path]:
     """The project's files that a file imports, inside functions too; imports for types alone are left out."""
     tree = ast.parse(path.read_text())

@@ -21,7 +21,7 @@ from typing import Any
 from bench.settings import read_settings
 from bench.training.speed import SHAPES, Clock, build_trainer
 from model.settings import TrainingSettings
-from model.training import checkpoints
+from model.training.checkpoints import local as checkpoints
 from model.training.trainer import RexTrainer
 
 STEPS, SAVED_AT = 12, (4, 8)

@@ -20,10 +20,10 @@ from bento.openai.structured import compile_form, compile_grammar
 from bento.openai.tools import Arguments, CallReader, CallStart, Part, dialogue_messages
 from bento.serving.answers import Answers, Batch, EventStream
 from bento.serving.backend import SHORT_TEXT, Backend, Prompt
-from model.generation.grammar import Grammar
+from model.generation.grammar.grammar import Grammar
 from model.generation.requests import Finished, TextPiece
-from model.text.chat import has_marks
-from model.text.tools import OPENING, plain_turns
+from model.text.chat.template import has_marks
+from model.text.chat.tools import OPENING, plain_turns
 
 MESSAGE_COST = 64
 """Cost of a message besides its text, in characters of text."""

@@ -31,9 +31,9 @@ from bento.serving.answers import EventStream
 from bento.serving.backend import Backend, BackendOf, Prompt, check_model
 from bento.serving.heavy import encode_in_parts
 from bento.serving.models import Models
-from model.generation.grammar import Grammar
+from model.generation.grammar.grammar import Grammar
 from model.generation.requests import Event, Finished, TextPiece
-from model.text.tools import OPENING
+from model.text.chat.tools import OPENING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -17,7 +17,7 @@ from bento.openai.tools import ToolFields, dialogue_messages
 from bento.openai.turns import MAX_MESSAGES, Label, Message, TemplateValues, unsupported
 from bento.schema import ALL_THAT_FITS, LARGEST_COUNT, WHOLE, Count, OnlyFalse, Sampling, StrictRequest, forms
 from model.generation.requests import LARGEST_LENGTH_PENALTY, Beams, GenerationRequest
-from model.text.tools import has_unpaired_results
+from model.text.chat.tools import has_unpaired_results
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_CHOICES = 64

@@ -2,7 +2,7 @@
 
 OpenAI's `response_format`, and vLLM's `structured_outputs` and earlier `guided_*`. The text matches, or is a prefix of
 a match if its tokens ran out (finish_reason "length"). A schema, an expression or a grammar that cannot be enforced
-exactly is refused. Grammars are compiled off the event loop; `model/generation/grammar.py` has the bounds.
+exactly is refused. Grammars are compiled off the event loop; `model/generation/grammar/grammar.py` has the bounds.
 """
 
 import json
@@ -17,7 +17,7 @@ from bento.errors import ApiError
 from bento.schema import OnlyFalse, StrictRequest, forms
 from bento.serving.backend import Backend
 from model.errors import PipelineError
-from model.generation.grammar import Grammar, Kind, choice_grammar
+from model.generation.grammar.grammar import Grammar, Kind, choice_grammar
 
 LONGEST_GRAMMAR = 65_536
 MAX_ALTERNATIVES = 1024

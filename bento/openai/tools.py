@@ -1,8 +1,8 @@
 """Functions that a chat model may call: OpenAI's `tools`, `tool_choice` and `parallel_tool_calls`.
 
-The functions, the assistant's earlier calls and their results become text (`model/text/tools.py`), whatever the chat
-template is. A grammar constrains the answer to text, to calls whose arguments are valid under the functions' schemas,
-or to both, depending on `tool_choice`. `CallReader` extracts the calls from the text, also while it streams.
+The functions, the assistant's earlier calls and their results become text (`model/text/chat/tools.py`), whatever the
+chat template is. A grammar constrains the answer to text, to calls whose arguments are valid under the functions'
+schemas, or to both, depending on `tool_choice`. `CallReader` extracts the calls from the text, also while it streams.
 """
 
 import json
@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from bento.schema import StrictRequest, forms
-from model.text.tools import CALL_TAIL, CLOSING, OPENING, Call, DialogueMessage, call_head
+from model.text.chat.tools import CALL_TAIL, CLOSING, OPENING, Call, DialogueMessage, call_head
 
 MAX_TOOLS = 128
 MAX_CALLS = 16

@@ -16,7 +16,7 @@ from bento.serving.answers import Answers
 from bento.serving.heavy import HeavyWork
 from bento.serving.models import Models
 from model.errors import PipelineError
-from model.generation.grammar import Grammar
+from model.generation.grammar.grammar import Grammar
 from model.generation.requests import EngineBusy, EngineStopped, Finished, GenerationRequest
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import Any
 
 import dagster as dg
 
-from llm_assets import checks
 from llm_assets.artifacts.io_manager import ArtifactDirectory
+from llm_assets.assets import checks
 from llm_assets.experiments.partitions import experiments
 from llm_assets.registry import StageSpec, settings_asset, stage_spec
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from llm_assets import checks
-from llm_assets.assets import asset_arguments
+from llm_assets.assets import asset_arguments, checks
 from llm_assets.containers.image import build_image
 from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.containers import ContainerEngine

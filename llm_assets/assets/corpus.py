@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 import dagster as dg
 
-from llm_assets import checks
-from llm_assets.assets import asset_arguments
+from llm_assets.assets import asset_arguments, checks
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.stage import metadata as ui_metadata

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from llm_assets import checks
-from llm_assets.assets import asset_arguments
+from llm_assets.assets import asset_arguments, checks
 from llm_assets.registry import model_name
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking

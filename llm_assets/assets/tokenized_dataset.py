@@ -5,8 +5,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from llm_assets import checks
-from llm_assets.assets import asset_arguments
+from llm_assets.assets import asset_arguments, checks
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.stage import metadata as ui_metadata

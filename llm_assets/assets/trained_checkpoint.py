@@ -5,9 +5,8 @@ from pathlib import Path
 
 import dagster as dg
 
-from llm_assets import checks
 from llm_assets.artifacts.io_manager import remote_scratch
-from llm_assets.assets import asset_arguments
+from llm_assets.assets import asset_arguments, checks
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.stage import metadata as ui_metadata
@@ -38,9 +37,9 @@ def trained_checkpoint(
     LLM_ASSETS_CHECKPOINTS names a place for copies.
     """
     from model.baselines import token_baselines
+    from model.training.checkpoints.remote import RemoteCheckpoints
     from model.training.launch.start import launch
     from model.training.preference.tuning import tune_preferences
-    from model.training.remote_checkpoints import RemoteCheckpoints
 
     upstream = {"tokenized_dataset": tokenized_dataset}
     with stage(context, hydra, mlflow, upstream, resumable=True, exclusive=True, fingerprint=preference_files) as work:

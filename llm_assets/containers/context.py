@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from llm_assets import bill_of_materials
 from llm_assets.artifacts.manifest import VERSION_DIGITS
 from llm_assets.containers import packages
 from llm_assets.paths import REPOSITORY
+from llm_assets.resources import bill_of_materials
 from llm_assets.resources.bentos import BentoBuilder
 from model.progress import Log, silent
 from model.system.revision import code_revision, git

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_assets import bill_of_materials
 from llm_assets.containers.context import labels, prepare_context
+from llm_assets.resources import bill_of_materials
 from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.containers import ContainerEngine
 from model.progress import Log, silent

@@ -16,9 +16,9 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llm_assets import bill_of_materials
 from llm_assets.containers.packages import lock, unpack
 from llm_assets.paths import REPOSITORY
+from llm_assets.resources import bill_of_materials
 from llm_assets.resources.containers import ContainerEngine
 from model.errors import PipelineError, ends_in_one_line
 

@@ -18,9 +18,9 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from llm_assets import bill_of_materials
 from llm_assets.artifacts.manifest import VERSION_DIGITS
 from llm_assets.paths import REPOSITORY
+from llm_assets.resources import bill_of_materials
 from model.errors import PipelineError
 from model.progress import Log, silent
 from model.settings import ServingSettings

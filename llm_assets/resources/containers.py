@@ -15,7 +15,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from bench.container import HARDENED
+from bench.containers.container import HARDENED
 from model.errors import PipelineError
 from model.progress import Log, silent
 from model.system.commands import run

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from model.configuration_rex import RexConfig
 from model.errors import PipelineError
 from model.modeling_rex import RexForCausalLM
-from model.text.chat import MARKS, end_ids
+from model.text.chat.template import MARKS, end_ids
 from model.text.tokenizer import splits_as_gpt2
 from model.weights import int4
 from model.weights.export import export_state_dict, interleave_pairs, layout

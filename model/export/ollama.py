@@ -7,7 +7,7 @@ of one role reach it joined by an empty line. Format: https://github.com/ollama/
 from transformers import PreTrainedTokenizerFast
 
 from model.modeling_rex import RexForCausalLM
-from model.text.chat import MARKS, has_marks
+from model.text.chat.template import MARKS, has_marks
 
 SAMPLING = {"temperature": "1", "top_k": "0", "top_p": "1", "min_p": "0", "repeat_penalty": "1"}
 """Ollama's own defaults cut the distribution and penalize repetition, of which code is full; the service's do not."""
@@ -45,7 +45,7 @@ def modelfile(model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast, weights
 
 
 def chat_template(end: str) -> str:
-    """`model.text.chat.TEMPLATE` in Go's syntax; `end` is the token that ends what the assistant says."""
+    """`model.text.chat.template.TEMPLATE` in Go's syntax; `end` is the token that ends what the assistant says."""
     turns = {
         'eq .Role "assistant"': f"{MARKS['assistant']}{{{{ .Content }}}}{end}",
         'eq .Role "user"': f"{MARKS['user']}{{{{ .Content }}}}",

@@ -31,7 +31,7 @@ from model.modeling_rex import RexForCausalLM
 from model.system.commands import ending_with_parent
 from model.system.cpu import limit_threads
 from model.system.failure import reason_of
-from model.text.chat import MARKS
+from model.text.chat.template import MARKS
 from model.text.tokenizer import LONGEST_RUN, without_bound
 from model.text.tokens import TokenDataset
 from model.weights import int4, int8

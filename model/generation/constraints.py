@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from model.generation.grammar import Matcher
+from model.generation.grammar.grammar import Matcher
 from model.generation.requests import GenerationRequest
 
 SEPARATOR = b"\x00\xff\x00\xff"

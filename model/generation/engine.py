@@ -20,8 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from model.errors import PipelineError
 from model.generation.beams import Search, searches
-from model.generation.cache import bytes_per_token
-from model.generation.grammar import Grammar, GrammarCompiler, Kind
+from model.generation.grammar.grammar import Grammar, GrammarCompiler, Kind
 from model.generation.queue import QueueFull, RequestQueue
 from model.generation.requests import (
     Deliver,
@@ -34,8 +33,9 @@ from model.generation.requests import (
     SamplingParameters,
 )
 from model.generation.scheduler import Scheduler
-from model.generation.step import Step
-from model.generation.steps import choose_step
+from model.generation.steps.cache import bytes_per_token
+from model.generation.steps.choose import choose_step
+from model.generation.steps.step import Step
 from model.settings import ServingSettings
 from model.system.allocator import keep_freed_memory
 from model.system.cpu import release_worker_threads

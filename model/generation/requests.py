@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.errors import PipelineError
-from model.generation.grammar import Grammar
+from model.generation.grammar.grammar import Grammar
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 MAX_SEED = 2**63 - 1

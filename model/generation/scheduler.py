@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model.generation.constraints import Constraint, TokenIndex, is_constrained
-from model.generation.grammar import DEAD_END, GrammarFailure
+from model.generation.grammar.grammar import DEAD_END, GrammarFailure
 from model.generation.queue import RequestQueue, is_short
 from model.generation.requests import (
     FAILED,
@@ -29,8 +29,8 @@ from model.generation.requests import (
 )
 from model.generation.sampler import Sampler, token_logprobs
 from model.generation.sequence import Sequence
-from model.generation.slots import SHORTEST_REUSE, SlotTable
-from model.generation.step import Segment, SegmentOutput, Step
+from model.generation.steps.slots import SHORTEST_REUSE, SlotTable
+from model.generation.steps.step import Segment, SegmentOutput, Step
 
 logger = logging.getLogger(__name__)
 SLOTS_PER_KEPT = 16

@@ -8,7 +8,7 @@ from torch import Tensor
 from model.generation.constraints import Constraint
 from model.generation.requests import Generation, TokenLogprob
 from model.generation.sampler import Sampler
-from model.generation.step import Segment, Wanted
+from model.generation.steps.step import Segment, Wanted
 from model.generation.stopping import GeneratedText
 
 

@@ -21,8 +21,9 @@ from pathlib import Path
 
 from model.system.cpu import usable_cores
 
-SOURCES = Path(__file__).parent
-LIBRARY = SOURCES / "librex_native.so"
+FOLDER = Path(__file__).parent
+SOURCES = (FOLDER / "engine", FOLDER / "kernels")
+LIBRARY = FOLDER / "librex_native.so"
 COMPILERS = ("c++", "g++", "clang++")
 # -ffp-contract=off: only explicit fused multiply-adds are fused, so that a result does not depend on which of two
 # kernels computes it.
@@ -78,18 +79,19 @@ def _build(compiler: str, flags: list[str], output: Path, stamp: Path, program: 
 def _compile(compiler: str, flags: list[str], scratch: Path, made: Path, program: Path | None) -> None:
     kernels = {name: extra for name, extra in _kernels().items() if _accepts(compiler, extra)}
     known = [f"-DHAS_{name}" for name in kernels]
-    jobs = [(source.stem, source, known) for source in sorted(SOURCES.glob("*.cpp")) if source.stem != "kernels"]
+    jobs = [(source.stem, source, known) for source in _files("*.cpp") if source.stem != "kernels"]
     for name, extra in {"portable": [], **kernels}.items():
         unsigned = "true" if name in ("avxvnni", "avx512", "amx") else "false"
         defined = [f"-DKERNELS={name}", f"-DUNSIGNED_WEIGHTS={unsigned}"]
-        jobs.append((f"kernels_{name}", SOURCES / "kernels.cpp", [*extra, *defined]))
+        jobs.append((f"kernels_{name}", FOLDER / "kernels" / "kernels.cpp", [*extra, *defined]))
     if program:
-        jobs.append((program.stem, program, [f"-I{SOURCES}"]))
+        jobs.append((program.stem, program, []))
+    compile_ = [compiler, *flags, *(f"-I{folder}" for folder in SOURCES)]
     with ThreadPoolExecutor(usable_cores()) as pool:
-        objects = pool.map(
-            lambda job: _run([compiler, *flags, *job[2], "-c", str(job[1]), "-o", str(scratch / f"{job[0]}.o")]), jobs
+        compiled = pool.map(
+            lambda job: _run([*compile_, *job[2], "-c", str(job[1]), "-o", str(scratch / f"{job[0]}.o")]), jobs
         )
-        list(objects)
+        list(compiled)  # raises the first error
     # Link the C++ runtime statically: a Bento's image may have an older one.
     whole = ["-static-libstdc++", "-static-libgcc"] if sys.platform == "linux" and "-g" not in flags else []
     _run(
@@ -124,9 +126,13 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{Path(command[0]).name} fails ({reason}): {WITHOUT}")
 
 
+def _files(pattern: str) -> list[Path]:
+    return sorted(path for folder in SOURCES for path in folder.glob(pattern))
+
+
 def _digest(parts: list[str]) -> str:
     content = hashlib.sha256("\n".join([*parts, platform.machine(), *_kernels()]).encode())
-    for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"), Path(__file__)]):
+    for source in [*_files("*.cpp"), *_files("*.h"), Path(__file__)]:
         content.update(source.read_bytes())
     return content.hexdigest()
 

@@ -4,9 +4,9 @@
     session = NativeSession(model, slots=16)
     logits_RV, best_R, highest_R = session.step([Segment(slot=0, start=0, ids=ids, wanted=1)])
 
-Inputs and outputs are NumPy arrays; ctypes releases the GIL during a pass. `rex_native.h` documents the interface, and
-`build.py` compiles the library. REX_NATIVE_INSTRUCTIONS in the environment selects an instruction set other than the
-CPU's best.
+Inputs and outputs are NumPy arrays; ctypes releases the GIL during a pass. `engine/rex_native.h` documents the
+interface, and `build.py` compiles the library. REX_NATIVE_INSTRUCTIONS in the environment selects an instruction set
+other than the CPU's best.
 
 Shapes: R rows of logits, V vocabulary.
 """

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from model.errors import PipelineError
 from model.progress import Log, Progress, silent
 from model.settings import TokenizerSettings
-from model.text.chat import ChatEncoder
+from model.text.chat.template import ChatEncoder
 from model.text.corpus import corpus_shards, read_shard
 from model.text.tokenizer import FastEncoder, load_tokenizer
 from model.text.tokens import SplitTokens, encode_split, save_array

@@ -21,8 +21,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from model.errors import PipelineError, TransientError
 from model.settings import CorpusSettings
+from model.text.chat.conversations import conversation, prompt_and_response
 from model.text.compression import CODECS, BrokenFile, decompressed
-from model.text.conversations import conversation, prompt_and_response
 from model.text.docstrings import docstrings
 from model.text.encodings import Utf8Stream, to_utf8
 from model.text.files import File, Listing, list_files, open_file, reading

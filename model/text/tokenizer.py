@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from model.errors import PipelineError
 from model.progress import Log, silent, with_lines
 from model.settings import TokenizerSettings
-from model.text.chat import MARKS, add_marks
+from model.text.chat.template import MARKS, add_marks
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 SPECIALS = (END_OF_TEXT, PAD)
@@ -50,8 +50,8 @@ def train_tokenizer(settings: TokenizerSettings, texts: Iterable[str], *, log: L
     """Train on `texts`: merges up to vocab_size for "bpe", the characters that occur for "char" (vocab_size unused).
 
     "pretrained" takes the tokenizer of the checkpoint in `settings.path` as it is. With `settings.chat` it carries the
-    chat template of `model/text/chat.py` and its marks: the first ids after the other special tokens, or the last ones
-    of a pretrained tokenizer.
+    chat template of `model/text/chat/template.py` and its marks: the first ids after the other special tokens, or the
+    last ones of a pretrained tokenizer.
     Raises PipelineError if the texts do not hold enough pairs that occur twice to reach vocab_size.
     """
     made = load_tokenizer(Path(settings.path)) if settings.kind == "pretrained" else _train(settings, texts, log)

@@ -27,7 +27,7 @@ from model.logits import IGNORE_INDEX
 from model.progress import Log, Progress, silent
 from model.settings import TokenizerSettings
 from model.system.cpu import limit_threads, usable_cores
-from model.text.chat import ChatEncoder, EncodedConversation, turns_of
+from model.text.chat.template import ChatEncoder, EncodedConversation, turns_of
 from model.text.corpus import CorpusSummary, read_documents, read_summary
 from model.text.mixture import SplitSources, read_sources, write_sources
 from model.text.tokenizer import FastEncoder, even_sample, token_bytes, train_tokenizer

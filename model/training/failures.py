@@ -12,7 +12,7 @@ from model.errors import PipelineError
 from model.modeling_rex import RexForCausalLM
 from model.settings import TrainingSettings
 from model.text.tokens import TokenDataset
-from model.training import checkpoints
+from model.training.checkpoints import local as checkpoints
 from model.training.run import TrainingRun
 
 _SHOWN = 8

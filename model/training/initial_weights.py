@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from model.errors import PipelineError
 from model.modeling_rex import RexForCausalLM
-from model.text.chat import MARKS
+from model.text.chat.template import MARKS
 from model.text.tokenizer import load_tokenizer
 from model.weights.loading import WEIGHTS, load_model
 from model.weights.stock import differing_options, read_weights, weight_files

@@ -15,8 +15,8 @@ from model.progress import Log, silent
 from model.settings import TrainingSettings
 from model.system.devices import Precision, resolve_device, resolve_precision
 from model.text.tokens import TokenDataset
-from model.training import checkpoints
 from model.training.arguments import share_batch, training_arguments, world_size
+from model.training.checkpoints import local as checkpoints
 
 OnMetrics = Callable[[int, dict[str, float]], None]
 

@@ -26,8 +26,8 @@ from model.settings import ExperimentSettings
 from model.system.cpu import limit_threads
 from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset
-from model.training import checkpoints
 from model.training.adapters import add_adapters, merge_adapters
+from model.training.checkpoints import local as checkpoints
 from model.training.failures import is_out_of_memory, out_of_memory
 from model.training.health import find_warnings, unigram_loss
 from model.training.initial_weights import load_teacher, start_from

@@ -37,7 +37,8 @@ from model.settings import TrainingSettings
 from model.system.allocator import keep_freed_memory
 from model.text.mixture import mixed_order, shares
 from model.text.tokens import TokenDataset
-from model.training import checkpoints, failures, health
+from model.training import failures, health
+from model.training.checkpoints import local as checkpoints
 from model.training.loss import TrainingLoss
 from model.training.optim.optimizer import build_optimizer
 from model.training.optim.schedule import muon_momentum, warmup_stable_decay

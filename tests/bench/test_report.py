@@ -24,7 +24,7 @@ from model.settings import (
     QuantizationSettings,
     TokenizerSettings,
 )
-from model.text.chat import MARKS
+from model.text.chat.template import MARKS
 from model.text.corpus import build_corpus
 from model.text.tokens import TokenDataset, build_tokenized_dataset
 from model.weights.loading import load_model

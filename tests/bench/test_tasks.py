@@ -12,7 +12,7 @@ from model.modeling_rex import RexForCausalLM
 from model.settings import EvaluationSettings
 from model.text.tokenizer import load_tokenizer
 from model.weights.loading import load_model
-from tests.tiny import save_tiny_model
+from tests.support.tiny import save_tiny_model
 
 needs_harness = pytest.mark.skipif(not find_spec("lm_eval"), reason="no lm-eval: `make harness` installs it")
 QUESTIONS = [("def main", "(x):", ")))", 0), ("return", "None", " 'größer", 1), ("print('", "日本", "语", 0)] * 2

@@ -13,7 +13,7 @@ from bento.api import create_app
 from model.generation.engine import Engine
 from model.modeling_rex import RexForCausalLM
 from tests.model.generation.engines import StepHook
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 MAX_BODY_BYTES = 4096
 TIMEOUT_S = 60.0

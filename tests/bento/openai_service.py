@@ -1,6 +1,6 @@
 """The whole app over a tiny model, in this process or on a loopback port, with or without a chat template.
 
-With REX_TEST_ENGINE=vllm the model runs in vLLM, in the environment that `tests/vllm.py` names.
+With REX_TEST_ENGINE=vllm the model runs in vLLM, in the environment that `tests/support/vllm.py` names.
 """
 
 import json
@@ -25,9 +25,9 @@ from bento.http.protocol import ConnectionLimits, protocol_class
 from model.generation.engine import Engine
 from model.generation.vllm.engine import VllmEngine
 from model.modeling_rex import RexForCausalLM
-from model.text.chat import TEMPLATE, add_marks
-from tests.tiny import CONTEXT, tiny_model, tiny_tokenizer
-from tests.vllm import PYTHON
+from model.text.chat.template import TEMPLATE, add_marks
+from tests.support.tiny import CONTEXT, tiny_model, tiny_tokenizer
+from tests.support.vllm import PYTHON
 
 MODEL = "rex-tiny:1"
 VLLM_SHAPE = {"hidden_size": 128, "intermediate_size": 128}

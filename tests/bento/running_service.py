@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from model.modeling_rex import RexForCausalLM
 from tests.e2e.workplace import BIN, REPO, free_port, stop, wait_for
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 LONG_CONTEXT = 8192
 GREEDY = {"prompt": "def main", "max_tokens": 8, "temperature": 0}

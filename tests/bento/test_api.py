@@ -10,10 +10,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from bento.api import create_app
-from model.generation.step import Segment
+from model.generation.steps.step import Segment
 from tests.bento.conftest import MAX_BODY_BYTES, Service, make_service
 from tests.model.generation.engines import StepHook
-from tests.tiny import CONTEXT
+from tests.support.tiny import CONTEXT
 
 GREEDY = {"prompt": "def main", "max_tokens": 8, "temperature": 0}
 

@@ -18,7 +18,7 @@ from bento.options import (
 from bento.serving import loading
 from model.errors import PipelineError
 from model.settings import ServingSettings
-from tests.tiny import save_tiny_model
+from tests.support.tiny import save_tiny_model
 
 
 def test_arguments_come_as_text_and_are_typed():

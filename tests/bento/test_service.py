@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.e2e.workplace import BIN, REPO, free_port, stop, wait_for
-from tests.tiny import save_tiny_model
+from tests.support.tiny import save_tiny_model
 
 TAG = "rex-tiny:1"
 pytestmark = pytest.mark.e2e

@@ -4,8 +4,8 @@ import subprocess
 
 import pytest
 
-from tests.documented import blocks, commands
 from tests.e2e.workplace import REPO, Workplace, new_workplace
+from tests.support.documented import blocks, commands
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from bench.container import HARDENED
+from bench.containers.container import HARDENED
 from tests.e2e.workplace import free_port
 
 BASE_IMAGE = "python:3.11-slim"

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from bench.image import HELD
+from bench.containers.image import HELD
 from llm_assets.containers.context import prepare_context
 from llm_assets.resources.bentos import BentoBuilder
 from tests.e2e.engine import Container, docker, require_engine, start

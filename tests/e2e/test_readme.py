@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.documented import blocks, commands
 from tests.e2e.workplace import REPO, Workplace, free_port, wait_for
+from tests.support.documented import blocks, commands
 
 pytestmark = pytest.mark.e2e
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from bench.stack import STATUS
+from bench.containers.stack import STATUS
 from tests.bento.running_service import GREEDY
 from tests.e2e.stack import Stack, composed, run
 from tests.e2e.test_webserver import ask, ended, launch, wait_until

@@ -13,7 +13,7 @@ import pytest
 from selenium.webdriver import Chrome
 from selenium.webdriver.support.wait import WebDriverWait
 
-from bench.stack import LAUNCH, STATUS
+from bench.containers.stack import LAUNCH, STATUS
 from docs.screenshots import WAIT_S, boxes, lineage_address, partition_address, pictures, text_of
 from llm_assets.registry import PIPELINE
 from tests.bento.page.browser import browser, missing, set_viewport

@@ -5,12 +5,12 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from llm_assets import jobs
 from llm_assets.artifacts.io_manager import DirectoryIOManager
 from llm_assets.definitions import ASSETS, build_defs, defs
 from llm_assets.experiments.compose import DEFAULT_EXPERIMENT, experiment_names
 from llm_assets.experiments.observed import external_specs
 from llm_assets.experiments.partitions import ExperimentPartitions, experiments, in_use
+from llm_assets.jobs import jobs
 from llm_assets.resources.hydra import HydraConfig
 from model.settings import GROUPS, options
 

@@ -9,7 +9,7 @@ import pytest
 from llm_assets.containers.prepare import EXAMPLE_PASSWORD, check_settings, mlflow_uri
 from model.errors import PipelineError
 from tests.e2e.workplace import BIN, REPO, Workplace
-from tests.postgres import postgres_server
+from tests.support.postgres import postgres_server
 
 LIMIT = pytest.mark.timeout(1200)  # a busy machine takes minutes to make both databases and run two pipelines
 

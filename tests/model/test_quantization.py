@@ -11,8 +11,8 @@ from transformers import DynamicCache
 from model.build import build_config, build_model
 from model.errors import PipelineError
 from model.evaluation import compare, evaluate
-from model.generation.predictor import StepPredictor
-from model.generation.steps import choose_step
+from model.generation.steps.choose import choose_step
+from model.generation.steps.predictor import StepPredictor
 from model.modeling_rex import RexForCausalLM
 from model.quantization import QuantizationSummary, quantize_checkpoint
 from model.settings import ModelSettings, QuantizationSettings

@@ -16,10 +16,10 @@ from transformers import AutoConfig, GenerationConfig
 
 from model.errors import PipelineError
 from model.export.compressed_tensors import write_compressed_tensors
-from model.generation.cache import bytes_per_token
 from model.generation.engine import Engine
-from model.generation.grammar import Grammar, Kind
+from model.generation.grammar.grammar import Grammar, Kind
 from model.generation.requests import GenerationRequest
+from model.generation.steps.cache import bytes_per_token
 from model.generation.vllm.process import VllmProcess
 from model.generation.vllm.scheduler import VllmScheduler
 from model.system.cpu import usable_cores

@@ -22,9 +22,9 @@ from model.errors import PipelineError, TransientError
 from model.progress import Log, silent
 from model.settings import ExperimentSettings
 from model.system.lifeline import GRACE_S, Presence
+from model.training.checkpoints.remote import RemoteCheckpoints, copied
 from model.training.launch.job import JOB, PRESENCE, REPORTS, rendezvous
 from model.training.outputs.summary import TrainingSummary
-from model.training.remote_checkpoints import RemoteCheckpoints, copied
 from model.training.run import OnMetrics
 from model.training.train import train
 

@@ -12,7 +12,7 @@ from model.artifact import write_json
 from model.errors import limits_as_error
 from model.modeling_rex import RexForCausalLM
 from model.settings import ExperimentSettings
-from model.text.chat import end_ids
+from model.text.chat.template import end_ids
 from model.training.outputs.curves import plot_loss
 from model.training.outputs.summary import TrainingSummary
 

@@ -16,9 +16,9 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
 from model.errors import PipelineError
-from model.text.chat import MARKS, Turn, has_marks, text_of
+from model.text.chat.conversations import ROLES
+from model.text.chat.template import MARKS, Turn, has_marks, text_of
 from model.text.compression import CODECS, BrokenFile, decompressed
-from model.text.conversations import ROLES
 from model.text.files import list_files, open_file, reading
 from model.text.tokenizer import FastEncoder
 

@@ -11,7 +11,7 @@ from bento.openai.schema import MAX_CHOICES, MAX_LOGPROBS, MAX_PROMPTS
 from bento.schema import LONGEST_STOP, MAX_BIASES, MAX_STOP_IDS, MAX_STOPS
 from bento.serving.backend import Backend
 from tests.bento.openai_service import CHAT_TEMPLATE, GOOD, refusal, running_service
-from tests.tiny import CONTEXT
+from tests.support.tiny import CONTEXT
 
 GENERATING = ["/v1/completions", "/v1/chat/completions", "/generate"]
 NAN, INFINITY = float("nan"), float("inf")

@@ -6,8 +6,8 @@ import pytest
 
 from bento.openai.chat import encode_chat
 from bento.serving.backend import SHORT_TEXT
-from model.text.chat import MARKS, TEMPLATE, ChatEncoder
-from model.text.chat import Turn as Said
+from model.text.chat.template import MARKS, TEMPLATE, ChatEncoder
+from model.text.chat.template import Turn as Said
 from model.text.tokenizer import FastEncoder
 from tests.bento.openai_service import CHAT_TEMPLATE, PLAIN_TEMPLATE, Service, events, refusal, running_service
 

@@ -4,7 +4,7 @@ import pytest
 
 from bento.serving.backend import SHORT_TEXT
 from tests.bento.openai_service import MODEL, Service, events, refusal, running_service
-from tests.tiny import CONTEXT
+from tests.support.tiny import CONTEXT
 
 PATH = "/v1/completions"
 GREEDY = {"prompt": "def main", "max_tokens": 12, "temperature": 0}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.bento.openai_service import CHAT_TEMPLATE, Service, events, refusal, running_service
-from tests.tiny import CONTEXT
+from tests.support.tiny import CONTEXT
 
 MESSAGES = [{"role": "user", "content": "x"}]
 

@@ -6,7 +6,7 @@ import pytest
 
 from bento.neutral import NEUTRAL, PENALTIES, SUBORDINATE
 from tests.bento.openai_service import CHAT_TEMPLATE, refusal, running_service
-from tests.tiny import CONTEXT
+from tests.support.tiny import CONTEXT
 
 PATHS = {
     "/v1/completions": {"prompt": "x", "max_tokens": 4, "seed": 3},

@@ -12,9 +12,9 @@ import torch
 from bento.openai import routes
 from bento.openai.logprobs import PositionedToken, TokenNames, chat_logprobs, completion_logprobs, prompt_logprobs
 from model.generation.sampler import token_logprobs
-from model.generation.steps import available_steps
+from model.generation.steps.choose import available_steps
 from tests.bento.openai_service import CHAT_TEMPLATE, Service, events, running_service
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 TEXTS = ["def main():\n    return 'größer'", "日本語 🦖 if print", "x" * 40, "else None\n"]
 

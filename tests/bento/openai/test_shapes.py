@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from model.text.chat import TEMPLATE, ChatEncoder, turns_of
-from model.text.conversations import read_messages
+from model.text.chat.conversations import read_messages
+from model.text.chat.template import TEMPLATE, ChatEncoder, turns_of
+from model.text.chat.tools import write_call
 from model.text.tokenizer import FastEncoder
-from model.text.tools import write_call
 from tests.bento.openai_service import GOOD, Service, events, refusal, running_service
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"

@@ -10,7 +10,7 @@ import pydantic
 import pytest
 
 from bento.openai.structured import LONGEST_GRAMMAR
-from model.generation.grammar import GrammarCompiler
+from model.generation.grammar.grammar import GrammarCompiler
 from tests.bento.openai_service import CHAT_TEMPLATE, MODEL, Service, events, on_a_port, refusal, running_service
 
 MESSAGES = [{"role": "user", "content": "x"}]

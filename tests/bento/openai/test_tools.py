@@ -9,7 +9,7 @@ import pydantic
 import pytest
 
 from bento.openai.tools import Arguments, CallReader, CallStart, Content, read_answer
-from model.text.tools import write_call
+from model.text.chat.tools import write_call
 from tests.bento.openai_service import CHAT_TEMPLATE, MODEL, Service, refusal, running_service
 
 MESSAGES = [{"role": "user", "content": "x"}]

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from model.text.chat import TEMPLATE
+from model.text.chat.template import TEMPLATE
 from tests.bento.openai_service import CHAT_TEMPLATE, PLAIN_TEMPLATE, refusal, running_service
 
 PATH = "/v1/chat/completions"

@@ -14,8 +14,8 @@ from model.settings import TokenizerSettings
 from model.text.tokenizer import train_tokenizer
 from tests.bento.running_service import GREEDY
 from tests.e2e.workplace import BIN, free_port, stop, wait_for
-from tests.paired_scores import compare_numbers
-from tests.tiny import TEXT, tiny_model
+from tests.support.paired_scores import compare_numbers
+from tests.support.tiny import TEXT, tiny_model
 
 CONTEXT = 4096
 

@@ -14,7 +14,7 @@ from bento.serving.models import Models, Served
 from model.generation.requests import EngineStats
 from tests.bento.conftest import make_service
 from tests.bento.running_service import GREEDY
-from tests.tiny import save_tiny_model
+from tests.support.tiny import save_tiny_model
 
 
 @dataclass

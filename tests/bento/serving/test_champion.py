@@ -21,7 +21,7 @@ from model.generation.engine import Engine
 from tests.bento.running_service import GREEDY, Server, serve
 from tests.bento.serving.registry import Registered, mlflow_server, save_version
 from tests.bento.test_lifecycle import Asking, running, wait_until
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 NAME = "rex-tiny"
 

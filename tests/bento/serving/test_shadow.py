@@ -18,7 +18,7 @@ from model.text.tokenizer import train_tokenizer
 from tests.bento.openai_service import Service, running_service
 from tests.bento.serving.registry import Registered, mlflow_server, save_version
 from tests.model.generation.engines import StepHook
-from tests.tiny import TEXT, tiny_model, tiny_tokenizer
+from tests.support.tiny import TEXT, tiny_model, tiny_tokenizer
 
 NAME = "rex-tiny"
 BODY = {"prompt": "def main", "max_tokens": 6, "temperature": 0}

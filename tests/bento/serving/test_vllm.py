@@ -16,8 +16,8 @@ from model.generation.engine import Engine
 from model.generation.requests import GenerationRequest, SamplingParameters, TextPiece
 from tests.bento.openai_service import VLLM_SHAPE
 from tests.bento.running_service import Server, serve
-from tests.tiny import CONTEXT, tiny_model, tiny_tokenizer
-from tests.vllm import PYTHON, needs_vllm
+from tests.support.tiny import CONTEXT, tiny_model, tiny_tokenizer
+from tests.support.vllm import PYTHON, needs_vllm
 
 pytestmark = pytest.mark.e2e
 KEY = "sk-" + "a" * 40

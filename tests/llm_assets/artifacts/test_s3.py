@@ -22,10 +22,10 @@ from llm_assets.artifacts import remote as conditional
 from llm_assets.artifacts.remote import replace_if_unchanged, revision
 from llm_assets.artifacts.store import LATEST, ArtifactStore
 from model.errors import PipelineError, TransientError
-from model.training import checkpoints
-from model.training.remote_checkpoints import RemoteCheckpoints
+from model.training.checkpoints import local as checkpoints
+from model.training.checkpoints.remote import RemoteCheckpoints
 from tests.llm_assets.artifacts.test_store import staged
-from tests.model.training.test_remote_checkpoints import checkpoint
+from tests.model.training.checkpoints.test_remote import checkpoint
 
 WEED = Path(sys.executable).with_name("weed")
 

@@ -14,10 +14,10 @@ import pytest
 from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleCause, StaleStatus
 from dagster._core.loader import LoadingContextForTest
 
-from llm_assets.automation import observed_settings
 from llm_assets.experiments.compose import CONFIG_DIR
 from llm_assets.experiments.observed import FIRST, changed_options, external_specs, source_uris
 from llm_assets.experiments.partitions import NAME, enter, experiments, in_use
+from llm_assets.jobs.automation import observed_settings
 from llm_assets.resources.hydra import HydraConfig
 from model.settings import GROUPS, CorpusSettings, options
 

@@ -12,7 +12,7 @@ from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.resources.tracked_run import TrackedRun
 from llm_assets.stage.stage import Stage
 from model.system.revision import git
-from tests.paired_scores import WORST, compare_numbers
+from tests.support.paired_scores import WORST, compare_numbers
 
 Pipeline = Any  # conftest's
 

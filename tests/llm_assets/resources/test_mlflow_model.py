@@ -19,7 +19,7 @@ from model.progress import silent
 from model.quantization import _write_model
 from model.weights.loading import load_model, read_method
 from model.weights.quantized_rex import RexForCausalLM
-from tests.tiny import save_tiny_model
+from tests.support.tiny import save_tiny_model
 
 PROMPT, TOKENS = "def main", 6
 

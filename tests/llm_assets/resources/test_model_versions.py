@@ -8,7 +8,7 @@ from llm_assets import champion
 from llm_assets.resources import promotion
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.resources.model_versions import register_version
-from tests.paired_scores import compare_scores, write_scores
+from tests.support.paired_scores import compare_scores, write_scores
 
 
 class Registry:

@@ -89,7 +89,7 @@ def test_a_stopped_process_that_holds_a_lock_is_named_and_not_waited_for(tmp_pat
 PIPELINE = """
 import os, time
 import dagster as dg
-from llm_assets.jobs import build_executor
+from llm_assets.jobs.jobs import build_executor
 from llm_assets.stage.interrupts import end_with_run
 from llm_assets.terminal.records import file_logger
 

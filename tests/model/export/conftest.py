@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from model.settings import CorpusSettings, TokenizerSettings
-from model.text.chat import add_marks
+from model.text.chat.template import add_marks
 from model.text.corpus import build_corpus
 from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset, build_tokenized_dataset
 from tests.model.export.exports import Made, Source, make
-from tests.tiny import CONTEXT
+from tests.support.tiny import CONTEXT
 
 
 @pytest.fixture(scope="session")

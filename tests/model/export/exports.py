@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerFast
 from model.export import parity
 from model.export.parity import Certificate
 from model.modeling_rex import RexForCausalLM
-from model.text.chat import end_ids
+from model.text.chat.template import end_ids
 from model.text.tokens import TokenDataset
 from model.weights import export as layouts
-from tests.tiny import tiny_model
+from tests.support.tiny import tiny_model
 
 Source = tuple[PreTrainedTokenizerFast, TokenDataset]
 Made = tuple[RexForCausalLM, PreTrainedTokenizerFast, TokenDataset, Path]

@@ -21,12 +21,12 @@ from model.export.ollama import modelfile
 from model.export.package import export
 from model.generation.requests import SamplingParameters
 from model.settings import TokenizerSettings
-from model.text.chat import MARKS, end_ids
+from model.text.chat.template import MARKS, end_ids
 from model.text.tokenizer import train_tokenizer
 from model.weights import int4
 from model.weights.int8 import quantize
 from model.weights.loading import load_model
-from tests.tiny import TEXT, save_tiny_model, tiny_model, tiny_tokenizer
+from tests.support.tiny import TEXT, save_tiny_model, tiny_model, tiny_tokenizer
 
 GO: dict[str, Any] = json.loads(Path(__file__).with_name("rendered.json").read_text())
 """Ollama's template, conversations, and what Go 1.27 renders of them."""

@@ -22,7 +22,7 @@ from tests.model.export.exports import (
     make,
     swap_rows,
 )
-from tests.tiny import CONTEXT
+from tests.support.tiny import CONTEXT
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 

@@ -25,8 +25,8 @@ from tests.model.export.exports import (
     make,
     swap_rows,
 )
-from tests.tiny import TEXT, save_tiny_model
-from tests.vllm import PYTHON, needs_vllm
+from tests.support.tiny import TEXT, save_tiny_model
+from tests.support.vllm import PYTHON, needs_vllm
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from model.generation.engine import Engine
-from model.generation.steps import available_steps
+from model.generation.steps.choose import available_steps
 from tests.model.generation import engines
 from tests.model.generation.engines import Gate, start
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from model.errors import PipelineError
 from model.generation.engine import Engine
 from model.generation.requests import Beams, EngineBusy, Finished, GenerationRequest, PromptScores, TextPiece
 from tests.model.generation.engines import GREEDY, PROMPT, reference, start, tokens
-from tests.tiny import tiny_model
+from tests.support.tiny import tiny_model
 
 ENDS = frozenset(range(6, 280, 17))
 """Tokens that end a text: enough that some beams of a model with random weights end early."""

@@ -4,7 +4,7 @@ import random
 
 from model.generation.detokenizer import Detokenizer
 from model.text.tokenizer import token_bytes
-from tests.tiny import TEXT, tiny_tokenizer
+from tests.support.tiny import TEXT, tiny_tokenizer
 
 BYTES = [bytes([byte]) for byte in range(256)]
 

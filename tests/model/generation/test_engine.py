@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from model.errors import PipelineError
-from model.generation.cache import bytes_per_token
 from model.generation.engine import MIB, Engine
 from model.generation.requests import Finished, GenerationRequest, PromptScores, SamplingParameters
+from model.generation.steps.cache import bytes_per_token
 from model.text.tokenizer import token_bytes
 from model.weights import int8
 from tests.model.generation.engines import GREEDY, PROMPT, StepHook, reference, start, tokens
-from tests.tiny import CONTEXT, TEXT, tiny_model
+from tests.support.tiny import CONTEXT, TEXT, tiny_model
 
 pytestmark = pytest.mark.usefixtures("each_step")
 

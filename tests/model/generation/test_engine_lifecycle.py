@@ -10,9 +10,9 @@ import torch
 import model.generation.engine as engine_module
 from model.errors import PipelineError
 from model.generation.requests import EngineBusy, EngineStopped, Finished, GenerationRequest, TextPiece
-from model.generation.step import Segment
+from model.generation.steps.step import Segment
 from tests.model.generation.engines import GREEDY, PROMPT, StepHook, last, reference, start, tokens
-from tests.tiny import tiny_model
+from tests.support.tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("each_step")
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from model.generation.queue import QueueFull, RequestQueue
-from model.generation.reference import ReferenceStep
 from model.generation.requests import Finished, Generation, GenerationRequest, SamplingParameters, TextPiece
 from model.generation.scheduler import Scheduler
-from model.generation.step import Segment
+from model.generation.steps.reference import ReferenceStep
+from model.generation.steps.step import Segment
 from model.text.tokenizer import token_bytes
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 GREEDY = SamplingParameters(temperature=0)
 CHUNK = 8

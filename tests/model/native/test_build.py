@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from model.errors import PipelineError
-from model.generation.steps import choose_step
+from model.generation.steps.choose import choose_step
 from model.native import library
 from model.native.build import build, find_compiler
 from model.native.library import available_instructions, choose_instructions
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 REPO = Path(__file__).resolve().parents[3]
 needs_compiler = pytest.mark.skipif(

@@ -6,7 +6,7 @@ import torch
 
 from model.native.library import ACTIVATION_LEVELS, NativeModel, NativeSession, Segment, unsupported
 from model.weights import int4, int8
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.medium
 

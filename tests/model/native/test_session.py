@@ -7,7 +7,7 @@ import torch
 from model.errors import PipelineError
 from model.native.library import NativeModel, NativeSession, Segment, unsupported
 from model.weights import int4, int8
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 PAGE = 64
 SHAPE = {"hidden_size": 96, "intermediate_size": 144, "max_position_embeddings": 400, "num_hidden_layers": 2}

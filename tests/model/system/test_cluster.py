@@ -18,11 +18,11 @@ from model.settings import ComputeSettings, ExperimentSettings
 from model.system.cluster import apply_tasks, connected
 from model.text.shards import by_shards
 from model.text.tokens import build_tokenized_dataset
-from model.training import checkpoints
+from model.training.checkpoints import local as checkpoints
 from model.training.launch.cluster import fitting
 from model.training.launch.start import launch
+from tests.model.training.launch.test_distributed import REPO, assert_same_curve, curve
 from tests.model.training.launch.tiny import one_process
-from tests.model.training.test_distributed import REPO, assert_same_curve, curve
 from tests.model.training.tiny import TOKENIZER, make_dataset
 
 RAY = ComputeSettings(engine="ray", processes=2)

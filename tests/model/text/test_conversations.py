@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from model.errors import PipelineError
 from model.settings import CorpusSettings, TokenizerSettings
-from model.text.chat import MARKS, TEMPLATE, ChatEncoder, EncodedConversation, Turn, end_ids, turns_of
+from model.text.chat.template import MARKS, TEMPLATE, ChatEncoder, EncodedConversation, Turn, end_ids, turns_of
+from model.text.chat.tools import describe_tools, write_call
 from model.text.corpus import SPLITS, build_corpus, read_documents
 from model.text.tokenizer import FastEncoder, load_tokenizer, train_tokenizer
 from model.text.tokens import TokenDataset, build_tokenized_dataset
-from model.text.tools import describe_tools, write_call
 
 SYSTEM, USER, ASSISTANT, TOOL = MARKS.values()
 END = "<|endoftext|>"

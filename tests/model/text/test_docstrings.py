@@ -1,7 +1,7 @@
 import pytest
 
 from model.settings import CorpusSettings
-from model.text.chat import turns_of
+from model.text.chat.template import turns_of
 from model.text.docstrings import docstrings
 from model.text.sources import Sources
 

@@ -15,7 +15,7 @@ import pytest
 
 from model.errors import PipelineError, TransientError
 from model.settings import CorpusSettings
-from model.text.chat import turns_of
+from model.text.chat.template import turns_of
 from model.text.corpus import SPLITS, CorpusSummary, build_corpus, read_documents
 from model.text.files import list_files
 from model.text.sources import Sources, fingerprint

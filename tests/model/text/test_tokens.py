@@ -10,7 +10,7 @@ import torch
 
 from model.errors import PipelineError
 from model.settings import CorpusSettings, TokenizerSettings
-from model.text.chat import MARKS
+from model.text.chat.template import MARKS
 from model.text.corpus import SPLITS, build_corpus, read_documents
 from model.text.tokenizer import FastEncoder, load_tokenizer
 from model.text.tokens import TokenDataset, TokenizedDatasetSummary, build_tokenized_dataset, count_windows

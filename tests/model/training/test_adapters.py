@@ -11,7 +11,7 @@ from model.training import adapters
 from model.training.adapters import add_adapters, merge_adapters
 from model.training.train import train
 from model.weights.loading import load_model
-from tests.model.training.test_optimizer import make_model
+from tests.model.training.optim.test_optimizer import make_model
 from tests.model.training.tiny import assert_resumes_bit_exact, experiment
 
 pytest.importorskip("peft", reason="no peft: pip install '.[finetune]'")

@@ -14,7 +14,7 @@ from model.kernels import linear_cross_entropy as kernel
 from model.logits import IGNORE_INDEX
 from model.settings import ExperimentSettings, TokenizerSettings
 from model.text.tokenizer import train_tokenizer
-from model.training import checkpoints
+from model.training.checkpoints import local as checkpoints
 from model.training.loss import DistillationTargets, linear_cross_entropy
 from model.training.train import train
 from tests.model.training.tiny import experiment

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from model.errors import PipelineError
-from model.training import checkpoints
+from model.training.checkpoints import local as checkpoints
 from model.training.outputs.summary import TrainingSummary
 from model.training.train import train
 from tests.model.training.tiny import experiment

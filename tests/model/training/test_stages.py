@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from model.errors import PipelineError
 from model.modeling_rex import RexForCausalLM
 from model.settings import CorpusSettings, ExperimentSettings, TokenizerSettings
-from model.text.chat import MARKS, end_ids, turns_of
+from model.text.chat.template import MARKS, end_ids, turns_of
 from model.text.corpus import build_corpus, read_documents
 from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset, build_tokenized_dataset

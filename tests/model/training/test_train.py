@@ -12,7 +12,8 @@ from model.evaluation import evaluate
 from model.modeling_rex import RexForCausalLM
 from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset
-from model.training import checkpoints, loss, trainer
+from model.training import loss, trainer
+from model.training.checkpoints import local as checkpoints
 from model.training.optim.optimizer import MuonAdamW, parameter_groups
 from model.training.outputs.files import TIMING_FIELDS
 from model.training.outputs.summary import TrainingSummary

@@ -7,7 +7,7 @@ from torch import nn
 from model.weights import int4, int8
 from model.weights.int4 import GROUP, ZERO, Int4Linear, quantize_weight
 from model.weights.int8 import Int8Embedding, Int8Linear
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 

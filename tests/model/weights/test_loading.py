@@ -15,7 +15,7 @@ from model.modeling_rex import RexForCausalLM
 from model.settings import ModelSettings
 from model.weights import int8
 from model.weights.loading import load_model, logits_digest
-from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
+from tests.support.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 
 IDS_BT = torch.tensor([[5, 6, 7, 8]])
 

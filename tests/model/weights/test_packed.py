@@ -9,7 +9,7 @@ from torch import nn
 
 from model.modeling_rex import RexRMSNorm
 from model.weights.packed import PackedLinear, PackedRMSNorm, pack
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("rows", [0, 1, 16, 17, 32, 63, 260])

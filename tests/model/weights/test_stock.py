@@ -15,7 +15,7 @@ from model.training.initial_weights import start_from
 from model.weights.export import export_checkpoint, export_model
 from model.weights.stock import read_weights
 from tests.model.weights.test_export import NORMS
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 IDS = torch.arange(24)[None] % 280
 

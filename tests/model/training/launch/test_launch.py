@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from model.errors import PipelineError, TransientError
 from model.settings import ComputeSettings, TrainingSettings
 from model.system.lifeline import Presence
-from model.training import checkpoints
 from model.training.arguments import share_batch, training_arguments
+from model.training.checkpoints import local as checkpoints
 from model.training.launch import worker
 from model.training.launch.job import PRESENCE, REPORTS, rendezvous, worker_environment
 from model.training.launch.start import Reports, launch
+from tests.model.training.launch.test_distributed import REPO, assert_same_curve, curve
 from tests.model.training.launch.tiny import one_process, two_processes
-from tests.model.training.test_distributed import REPO, assert_same_curve, curve
 from tests.model.training.tiny import experiment
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from model.errors import PipelineError
 from model.settings import TokenizerSettings
-from model.text.chat import Turn
+from model.text.chat.template import Turn
 from model.text.tokenizer import train_tokenizer
 from model.training.preference.pairs import PreferenceEncoder, preference, read_preferences
 

@@ -12,7 +12,7 @@ from model.text.tokenizer import load_tokenizer
 from model.training.preference.tuning import checkpoint_key, tune_preferences
 from model.training.train import train
 from model.weights.loading import load_model
-from tests.model.training.test_optimizer import make_model
+from tests.model.training.optim.test_optimizer import make_model
 from tests.model.training.tiny import experiment
 
 pytest.importorskip("trl", reason="no trl: pip install '.[finetune]'")

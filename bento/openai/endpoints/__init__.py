@@ -1,0 +1,1 @@
+"""Further routes over the same engine: responses, Anthropic messages, embeddings, scores, tokenizing."""

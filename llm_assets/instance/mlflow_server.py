@@ -1,0 +1,47 @@
+"""Serves MLflow's page on the tracking database below var/: `llm_assets/ui.py` runs this.
+
+    python -m llm_assets.instance.mlflow_server 127.0.0.1 5000
+
+First the database is created or repaired, and its locations are corrected after a move. MLflow's own command then sets
+up its server, which runs in this process, too: MLflow would start another process for it and wait, and each takes 200
+MB and seconds to import the package.
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import uvicorn
+
+from llm_assets.paths import var_dir
+from llm_assets.resources.mlflow import MlflowTracking
+from llm_assets.resources.tracking_database import ARTIFACTS
+from model.errors import ends_in_one_line
+
+
+def serve_here(cmd: list[str], *, extra_env: Mapping[str, str] | None = None, **_: Any) -> None:
+    """Run the command `python -m uvicorn ...` in this process, until a signal arrives."""
+    os.environ.update(extra_env or {})
+    uvicorn.main(cmd[3:], standalone_mode=False)
+    sys.exit(0)
+
+
+@ends_in_one_line
+def main() -> int:
+    """Serve until a signal arrives."""
+    host, port = sys.argv[1:]
+    database = f"sqlite:///{var_dir() / 'mlflow.db'}"
+    MlflowTracking(tracking_uri=database).client()
+    from mlflow import server
+    from mlflow.cli import cli
+
+    server._exec_cmd = serve_here
+    place = ["--host", host, "--port", port, "--workers", "1"]
+    store = ["--backend-store-uri", database, "--default-artifact-root", str(var_dir() / ARTIFACTS)]
+    cli.main(["server", *place, *store], prog_name="mlflow", standalone_mode=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

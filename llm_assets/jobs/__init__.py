@@ -1,0 +1,1 @@
+"""Jobs over the assets, and what starts them by itself: automation conditions, sensors, schedules."""

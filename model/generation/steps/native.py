@@ -1,0 +1,95 @@
+"""The step in C++ for CPUs (`model/native/`): int8, bfloat16 and float32 weights, one call per step.
+
+A sequence's results are bit-identical whatever other sequences are in the step. Keys and values are stored in pages
+that a slot allocates as its text grows; sequences with a common prefix share pages.
+"""
+
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from model.generation.steps.step import Segment, SegmentOutput, Step
+from model.native import library
+from model.native.library import NativeModel, NativeSession, unsupported
+
+
+class NativeStep(Step):
+    """Computes with the native library, on as many threads as torch has at construction."""
+
+    name = "native"
+    logits_device = torch.device("cpu")
+    page_tokens = library.PAGE_TOKENS
+
+    def __init__(self, model: NativeModel, slots: int, threads: int) -> None:
+        self._model, self._threads = model, threads
+        self._session = NativeSession(model, slots, threads=threads)
+        self.slots, self.context_length, self.vocab_size = slots, model.context_length, model.vocab_size
+        self.precision = model.precision
+        self.bytes_per_token = self._session.bytes_per_token
+        self._no_logits = torch.empty(0, self.vocab_size)
+
+    @classmethod
+    def unavailable(cls, model: PreTrainedModel) -> str | None:
+        """Why the library cannot run the model, in one line; None if it can."""
+        return unsupported(model)
+
+    @classmethod
+    def create(cls, model: PreTrainedModel, slots: int) -> Self:
+        """The step for a model; the library copies the weights, so the model may be freed."""
+        return cls(NativeModel(model), slots, torch.get_num_threads())
+
+    def cache_bytes(self, held_tokens: int) -> int:
+        """Pages in use; slots with a common prefix share them, and a free one is used again."""
+        return self._session.cache_bytes
+
+    def compute(self, segments: Sequence[Segment]) -> list[SegmentOutput]:
+        """As `Step.compute`; raises PipelineError if a segment does not fit or memory runs out."""
+        if any(s.logits == "hidden" for s in segments):
+            embedded = [s for s in segments if s.logits == "hidden"]
+            hidden = iter(self._hidden(embedded))
+            others = [s for s in segments if s.logits != "hidden"]
+            rest = iter(self.compute(others) if others else ())
+            return [next(hidden) if s.logits == "hidden" else next(rest) for s in segments]
+        wanted = [len(s.ids) if s.logits == "all" else int(s.logits != "none") for s in segments]
+        logits_RV, best_R, highest_R = self._session.step_over(
+            [(s.slot, s.start, len(s.ids), rows) for s, rows in zip(segments, wanted, strict=True)],
+            [s.ids for s in segments],
+            logits=any(s.logits in ("last", "all") for s in segments),
+        )
+        tokens = best_R.tolist()
+        if not np.isfinite(highest_R).all():
+            tokens = [
+                token if is_finite else None
+                for token, is_finite in zip(tokens, np.isfinite(highest_R).tolist(), strict=True)
+            ]
+        outputs, end = [], 0
+        all_RV = None if logits_RV is None else torch.from_numpy(logits_RV)
+        for rows in wanted:
+            start, end = end, end + rows
+            segment_RV = self._no_logits if all_RV is None else all_RV[start:end]
+            outputs.append(SegmentOutput(segment_RV, tokens[end - 1] if rows else None))
+        return outputs
+
+    def _hidden(self, segments: Sequence[Segment]) -> list[SegmentOutput]:
+        hidden_RD = self._session.hidden_states([library.Segment(s.slot, s.start, s.ids, len(s.ids)) for s in segments])
+        parts = torch.from_numpy(hidden_RD).split([len(s.ids) for s in segments])
+        return [SegmentOutput(self._no_logits, None, part_RD) for part_RD in parts]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy a prefix of one slot to another; whole pages are shared, not copied."""
+        self._session.copy_prefix(source, target, length)
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot. Attention never reads positions that a sequence has not written, so nothing is zeroed."""
+        self._session.truncate(slot, 0)
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Free the pages after position `length`."""
+        self._session.truncate(slot, length)
+
+    def renewed(self) -> "NativeStep":
+        """The same weights with empty slots and new threads."""
+        return NativeStep(self._model, self.slots, self._threads)

@@ -1,0 +1,84 @@
+"""What may run by itself: off by default, right where it is on."""
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+
+import dagster as dg
+import pytest
+
+from llm_assets.definitions import ASSETS, defs
+from llm_assets.jobs import automation
+
+
+@pytest.fixture
+def webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict]]:
+    """A server that takes what is posted."""
+    posted: list[dict] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            posted.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv(automation.WEBHOOK, f"http://127.0.0.1:{server.server_port}/hook")
+    yield posted
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_nothing_runs_by_itself_until_it_is_turned_on() -> None:
+    repository = defs().get_repository_def()
+    statuses = {sensor.name: sensor.default_status for sensor in repository.sensor_defs}
+    assert statuses == {
+        "default_automation_condition_sensor": dg.DefaultSensorStatus.STOPPED,
+        "failure_webhook": dg.DefaultSensorStatus.STOPPED,
+        "settings": dg.DefaultSensorStatus.RUNNING,
+    }
+    # It has nothing that it could start a run of.
+    assert not repository.get_sensor_def("settings").targets
+    assert [(schedule.name, schedule.default_status) for schedule in repository.schedule_defs] == [
+        ("retraining", dg.DefaultScheduleStatus.STOPPED)
+    ]
+
+
+def test_only_what_is_cheap_follows_its_upstream() -> None:
+    following = {spec.key.path[-1] for asset in ASSETS for spec in asset.specs if spec.automation_condition is not None}
+    assert following == {"quantized_model", "exported_model", "benchmark_report", "packaged_bento"}
+
+
+def test_a_failed_run_is_posted_with_its_experiment_and_reason(webhook: list[dict]) -> None:
+    @dg.op
+    def corpus() -> None:
+        raise dg.Failure(description="no file matches /nowhere/*.txt", allow_retries=False)
+
+    @dg.job
+    def llm_pipeline() -> None:
+        corpus()
+
+    instance = dg.DagsterInstance.ephemeral()
+    result = llm_pipeline.execute_in_process(
+        instance=instance, tags={"dagster/partition": "smoke"}, raise_on_error=False
+    )
+    (event,) = [event for event in result.all_events if event.event_type == dg.DagsterEventType.RUN_FAILURE]
+    context = dg.build_run_status_sensor_context(
+        sensor_name="failure_webhook", dagster_event=event, dagster_instance=instance, dagster_run=result.dagster_run
+    ).for_run_failure()
+    automation.failure_webhook(context)
+    (posted,) = webhook
+    assert (posted["job"], posted["experiment"], posted["run_id"]) == ("llm_pipeline", "smoke", result.run_id)
+    assert "no file matches /nowhere/*.txt" in posted["error"] and posted["error"] in posted["text"]
+
+
+def test_the_schedule_asks_for_the_default_experiment() -> None:
+    request = automation.retraining(dg.build_schedule_context())
+    assert isinstance(request, dg.RunRequest) and request.partition_key == "stdlib"

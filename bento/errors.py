@@ -26,6 +26,8 @@ ANTHROPIC_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
+UNSUPPORTED_VALUE = "unsupported_value"
+"""OpenAI's code for a value that another model takes."""
 LONGEST_VALUE = 40
 LONGEST_NAME = 64
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from bento.errors import ApiError, server_error
+from bento.errors import UNSUPPORTED_VALUE, ApiError, server_error
 from bento.serving.admission import never_started, queue_timeout
 from bento.telemetry.record import CLIENT_LEFT, RequestRecord
 from model.generation.requests import Event, Finished, Generation, GenerationRequest, TextPiece
@@ -28,6 +28,8 @@ Batch = list[tuple[int, Event]]
 T = TypeVar("T")
 PING_S = 3.0
 DONE = "data: [DONE]\n\n"
+REFUSED = {"grammar": "grammar_too_complex", "value": UNSUPPORTED_VALUE}
+"""The code of each refusal of the engine."""
 GATHER_S = 0.001
 """Wait for the other events of the same step; the event loop's clock has no finer resolution."""
 
@@ -174,8 +176,8 @@ class Answers:
             )
         if last.finish_reason == "cancelled":  # by the service: a client that left gets no answer
             return server_error(503, "the service is stopping", code="stopped")
-        if last.is_refusal:
-            return ApiError(400, last.error or "the request cannot be answered", code="grammar_too_complex")
+        if last.refusal:
+            return ApiError(400, last.error or "the request cannot be answered", code=REFUSED[last.refusal])
         if last.finish_reason == "error":
             reason = last.error or "generating failed: the server's log has the reason"
             return server_error(500, reason, code="internal_error")

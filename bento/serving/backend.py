@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 from fastapi import Request
 
-from bento.errors import ApiError, context_exceeded, server_error
+from bento.errors import UNSUPPORTED_VALUE, ApiError, context_exceeded, server_error
 from bento.schema import ALL_THAT_FITS, Sampling
 from bento.serving.answers import Answers
 from bento.serving.heavy import HeavyWork
 from bento.serving.models import Models
 from model.errors import PipelineError
 from model.generation.grammar.grammar import Grammar
-from model.generation.requests import EngineBusy, EngineStopped, Finished, GenerationRequest
+from model.generation.requests import EngineBusy, EngineStopped, Finished, GenerationRequest, UnsupportedValue
 
 if TYPE_CHECKING:
     from model.generation.engine import Engine
@@ -208,6 +208,8 @@ class Backend:
             raise ApiError(429, str(busy), code="queue_full", type="rate_limit_error", headers=retry) from None
         except EngineStopped:
             raise server_error(503, "the model has stopped: the service restarts", code="stopped") from None
+        except UnsupportedValue as error:
+            raise ApiError(400, str(error), code=UNSUPPORTED_VALUE) from None
         except PipelineError as error:
             raise ApiError(400, str(error), code="invalid_request") from None
 

@@ -262,9 +262,7 @@ class Search:
     def _finish(self, failure: Finished) -> None:
         self._end()
         for text in self._texts:
-            text.finish(
-                text.interruption() or failure.finish_reason, error=failure.error, is_refusal=failure.is_refusal
-            )
+            text.finish(text.interruption() or failure.finish_reason, error=failure.error, refusal=failure.refusal)
 
     def _bytes_of(self, token: int) -> bytes:
         return self._token_bytes[token] if token < len(self._token_bytes) else b""

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from model.generation.grammar.grammar import Matcher
+from model.generation.grammar.grammar import DEAD_END, GrammarFailure, Matcher
 from model.generation.requests import GenerationRequest
 
 SEPARATOR = b"\x00\xff\x00\xff"
@@ -105,6 +105,21 @@ class Constraint:
             allowed_V[list(self._banned.completing())] = False
         allowed_V[list(forbidden)] = False
         return allowed_V
+
+    def next_allowed(self, forbidden: Collection[int], ends: Collection[int]) -> npt.NDArray[np.bool_] | None:
+        """`allowed`; None where the text is complete and no token may follow.
+
+        forbidden: tokens that would end the text before min_tokens. A form takes precedence over them where it needs
+        one of the request's stop tokens. Raises GrammarFailure.
+        """
+        allowed_V = self.allowed(forbidden, ends)
+        if forbidden and not allowed_V.any() and not self.may_end:
+            allowed_V = self.allowed([token for token in forbidden if token in ends], ends)
+        if allowed_V.any():
+            return allowed_V
+        if not self.may_end:
+            raise GrammarFailure(DEAD_END)
+        return None
 
     def accept(self, token: int, data: bytes) -> None:
         """Advance by a token whose bytes are `data`. Raises GrammarFailure."""

@@ -18,6 +18,9 @@ from model.errors import PipelineError
 from model.generation.grammar.grammar import Grammar
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
+Refusal = Literal["grammar", "value"]
+"""The part of a request that is to blame for an error: a form of the text that takes too much work or allows no token,
+or a value that the engine does not take."""
 MAX_SEED = 2**63 - 1
 LARGEST_LOGIT_BIAS = 100.0
 LARGEST_LENGTH_PENALTY = 10.0
@@ -30,6 +33,10 @@ class EngineBusy(Exception):
     def __init__(self, retry_after_s: int) -> None:
         super().__init__(f"the queue is full; try again in {retry_after_s} s")
         self.retry_after_s = retry_after_s
+
+
+class UnsupportedValue(PipelineError):
+    """The engine that serves the model does not take a value of the request, which others take."""
 
 
 class EngineStopped(Exception):
@@ -203,7 +210,7 @@ class Finished:
     generated_tokens: includes the token that ended the text (finish_reason "stop"), whose text is emitted only with
     include_stop. stopped_by: the stop string or stop token id that matched; None for the end-of-text token.
     cached_tokens: prompt tokens served from the prefix cache. error: one-line reason for finish_reason "error".
-    is_refusal: the request is invalid (a client error).
+    refusal: the part of the request that is to blame for an error; None: an error of the engine.
     """
 
     finish_reason: FinishReason
@@ -212,7 +219,12 @@ class Finished:
     stopped_by: str | int | None = None
     cached_tokens: int = 0
     error: str | None = None
-    is_refusal: bool = False
+    refusal: Refusal | None = None
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether the request is invalid (a client error)."""
+        return self.refusal is not None
 
 
 @dataclass(frozen=True)
@@ -302,7 +314,7 @@ class Generation:
         *,
         stopped_by: str | int | None = None,
         error: str | None = None,
-        is_refusal: bool = False,
+        refusal: Refusal | None = None,
     ) -> None:
         """Deliver the last event, once; the engine calls it."""
         with self._finishing:  # a step that hangs may return after the watchdog has finished its requests
@@ -311,7 +323,7 @@ class Generation:
             self.is_finished = True
         prompt_tokens = len(self.request.prompt_ids)
         counts = prompt_tokens, self.generated_tokens
-        self._hand_over(Finished(reason, *counts, stopped_by, self.cached_tokens, error, is_refusal))
+        self._hand_over(Finished(reason, *counts, stopped_by, self.cached_tokens, error, refusal))
 
     def _hand_over(self, event: Event) -> None:
         try:

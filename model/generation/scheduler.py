@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model.generation.constraints import Constraint, TokenIndex, is_constrained
-from model.generation.grammar.grammar import DEAD_END, GrammarFailure
+from model.generation.grammar.grammar import GrammarFailure
 from model.generation.queue import RequestQueue, is_short
 from model.generation.requests import (
     FAILED,
@@ -24,6 +24,7 @@ from model.generation.requests import (
     FinishReason,
     Generation,
     PromptScores,
+    Refusal,
     TextPiece,
     TokenLogprob,
 )
@@ -226,7 +227,7 @@ class Scheduler:
             if sequence.num_computed_tokens == sequence.num_tokens:
                 self._take_token(sequence, segment, output)
         except GrammarFailure as error:
-            self._leave(sequence, "error", error=str(error), is_refusal=True)
+            self._leave(sequence, "error", error=str(error), refusal="grammar")
         except Exception:
             logger.exception("a request failed; the others go on")
             self._leave(sequence, "error", error=FAILED)
@@ -302,15 +303,8 @@ class Scheduler:
 
     def _constrained_token(self, sequence: Sequence, constraint: Constraint, output: SegmentOutput) -> int | None:
         ends = frozenset() if sequence.request.ignore_eos else self._end_of_text_ids
-        forbidden = self._forbidden(sequence)
-        allowed_V = constraint.allowed(forbidden, ends)
-        if forbidden and not allowed_V.any() and not constraint.may_end:
-            # The form takes precedence over min_tokens: it needs one of the request's stop tokens here.
-            forbidden = [token for token in forbidden if token in ends]
-            allowed_V = constraint.allowed(forbidden, ends)
-        if not allowed_V.any():
-            if not constraint.may_end:
-                raise GrammarFailure(DEAD_END)
+        allowed_V = constraint.next_allowed(self._forbidden(sequence), ends)
+        if allowed_V is None:
             return None
         token = sequence.sampler.next(output.logits_RV[-1], allowed_V=allowed_V)
         constraint.accept(token, self._bytes_of(token))
@@ -343,7 +337,7 @@ class Scheduler:
         *,
         stopped_by: str | int | None = None,
         error: str | None = None,
-        is_refusal: bool = False,
+        refusal: Refusal | None = None,
     ) -> None:
         self.running.remove(sequence)
         self._free.append(sequence.slot)
@@ -352,4 +346,4 @@ class Scheduler:
         self._slots.touch(sequence.slot)
         held_s = time.monotonic() - (sequence.generation.started_at or 0.0)
         self.request_seconds += 0.2 * (held_s - self.request_seconds)
-        sequence.generation.finish(reason, stopped_by=stopped_by, error=error, is_refusal=is_refusal)
+        sequence.generation.finish(reason, stopped_by=stopped_by, error=error, refusal=refusal)

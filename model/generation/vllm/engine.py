@@ -1,7 +1,8 @@
 """The engine with vLLM in place of the steps: the same queue, deadlines, restart and events (`model/generation`).
 
 For GPUs and large models. vLLM needs a separate environment (`make export-vllm` makes one); a model directory is
-converted to the layout that it reads. Forms of the text (grammars), bad_words and embeddings are refused by name.
+converted to the layout that it reads. Constraints (forms of the text, bad_words, allowed tokens) are computed here and
+passed on as masks. Embeddings, and sampling parameters beyond vLLM's range, are refused by name.
 """
 
 import json
@@ -17,8 +18,7 @@ from transformers import AutoConfig, GenerationConfig
 from model.errors import PipelineError
 from model.export.compressed_tensors import write_compressed_tensors
 from model.generation.engine import Engine
-from model.generation.grammar.grammar import Grammar, Kind
-from model.generation.requests import GenerationRequest
+from model.generation.requests import GenerationRequest, UnsupportedValue
 from model.generation.steps.cache import bytes_per_token
 from model.generation.vllm.process import VllmProcess
 from model.generation.vllm.scheduler import VllmScheduler
@@ -29,8 +29,8 @@ from model.weights.loading import load_model, read_method
 
 BLOCK_TOKENS = 32
 """Tokens of a block of vLLM's cache, which later prompts reuse whole; processors need a multiple of 32."""
-MAX_LOGPROBS = 256
-"""Most likely tokens beside each: a search with 64 beams needs 192 where two tokens end a text."""
+RANGES = {"temperature": (0.0, 2.0), "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0)}
+"""Smallest and largest values of the sampling parameters that vLLM bounds."""
 
 
 class VllmEngine(Engine):
@@ -76,14 +76,6 @@ class VllmEngine(Engine):
         """Of vLLM's process, None while it does not run."""
         return self._process.pid
 
-    def compile_grammar(self, kind: Kind, source: str) -> Grammar:
-        """Raises PipelineError: vLLM has no tokenizer here, which its own forms of a text would need."""
-        raise PipelineError("the engine vllm constrains no text here; serve the model with engine rex")
-
-    def compiled_grammar(self, kind: Kind, source: str) -> Grammar | None:
-        """None."""
-        return None
-
     def stop(self, timeout_s: float = 10.0) -> None:
         """End the thread after its current step, then vLLM's process."""
         super().stop(timeout_s)
@@ -98,14 +90,14 @@ class VllmEngine(Engine):
 
     def _check(self, request: GenerationRequest) -> None:
         super()._check(request)
-        unsupported = {
-            "embedding": request.embedding is not None,
-            "bad_words": bool(request.bad_words),
-            "a form of the text": request.grammar is not None,
-        }
-        for name, is_asked in unsupported.items():
-            if is_asked:
-                raise PipelineError(f"{name}: the engine vllm does not offer it; serve the model with engine rex")
+        if request.embedding is not None:
+            raise UnsupportedValue("embedding: the engine vllm does not offer it; serve the model with engine rex")
+        for name, (least, most) in RANGES.items():
+            value = getattr(request.sampling, name)
+            if not least <= value <= most:
+                raise UnsupportedValue(
+                    f"{name} is {value:g}: the engine vllm takes {least:g} to {most:g}; serve the model with engine rex"
+                )
 
     def _create_step(self, model: Any, name: str) -> Any:
         """Start vLLM and wait until it has loaded the model. Raises PipelineError."""
@@ -119,12 +111,13 @@ class VllmEngine(Engine):
             self._model_dir,
             {
                 "dtype": dtype,
-                "max_model_len": self.context_length,
+                # One token more than the model's context: see `worker.py`.
+                "max_model_len": self.context_length + 1,
                 "max_num_seqs": self._slots,
                 "max_num_batched_tokens": max(self._prefill_chunk, self._slots),
                 "block_size": BLOCK_TOKENS,
                 "kv_cache_memory_bytes": cache_bytes,
-                "max_logprobs": MAX_LOGPROBS,
+                "max_logprobs": -1,  # as many as the vocabulary has
                 "seed": 0,
             },
             variables={"OMP_NUM_THREADS": str(self._threads or usable_cores())},
@@ -146,6 +139,7 @@ class VllmEngine(Engine):
             self._process,
             self._queue,
             slots=self._slots,
+            vocab_size=self.vocab_size,
             token_bytes=self.token_bytes,
             end_of_text_ids=self.end_of_text_ids,
         )

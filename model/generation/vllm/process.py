@@ -59,6 +59,8 @@ class VllmProcess:
 
     def start(self) -> None:
         """Start it and wait until the model is loaded. Raises PipelineError with vLLM's reason."""
+        # That environment has its own packages.
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         command = [str(self._python), "-m", self._worker, str(self._model_dir), json.dumps(self._options)]
         try:
             self._process = subprocess.Popen(
@@ -68,7 +70,7 @@ class VllmProcess:
                 stderr=subprocess.PIPE,
                 text=True,
                 cwd=Path(__file__).parents[3],
-                env={**os.environ, **self._variables},
+                env={**inherited, **self._variables},
                 start_new_session=True,  # a Ctrl-C in the terminal ends the service, which drains first
             )
         except OSError as error:
@@ -83,13 +85,17 @@ class VllmProcess:
         self.device, self.cache_tokens = ready["device"], ready["cache_tokens"]
         logger.info("vLLM %s on %s: process %d", ready["release"], self.device, self._process.pid)
 
-    def exchange(self, add: Mapping[str, Any], abort: list[str]) -> dict[str, Any]:
-        """Pass requests on, compute one step, and return its outputs. Raises RuntimeError if the process has ended."""
+    def exchange(self, add: Mapping[str, Any], abort: list[str], masks: Mapping[str, str]) -> dict[str, Any]:
+        """Pass requests on, compute one step, and return its outputs.
+
+        add: new requests, by number. abort: numbers of those to end. masks: which tokens constrained ones may take
+        next. Raises RuntimeError if the process has ended.
+        """
         process = self._process
         if process is None or process.stdin is None:
             raise RuntimeError("vLLM does not run")
         try:
-            process.stdin.write(json.dumps({"add": dict(add), "abort": abort}) + "\n")
+            process.stdin.write(json.dumps({"add": dict(add), "abort": abort, "masks": dict(masks)}) + "\n")
             process.stdin.flush()
         except (OSError, ValueError):
             raise RuntimeError(self._reason()) from None

@@ -4,6 +4,7 @@ The routes over it: `tests/bento/serving/test_vllm.py`.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,18 +18,23 @@ import pytest
 
 from model.errors import PipelineError
 from model.generation.engine import Engine
+from model.generation.grammar.grammar import DEAD_END, Kind
 from model.generation.requests import (
+    FAILED,
     EngineBusy,
+    EngineStopped,
     Finished,
+    Generation,
     GenerationRequest,
     PromptScores,
     SamplingParameters,
     TextPiece,
     TokenLogprob,
+    UnsupportedValue,
 )
 from model.generation.vllm.engine import VllmEngine
 from model.weights.loading import FORMAT_VERSION, QUANTIZATION
-from tests.model.generation.vllm.stand_in import CRASH, HANG, REFUSED
+from tests.model.generation.vllm.stand_in import CRASH, FAILS, GARBLED, HANG, REFUSED
 from tests.support.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 from tests.support.vllm import PYTHON, needs_vllm
 
@@ -97,19 +103,92 @@ def test_scores_are_those_asked_for_and_the_prompts_come_first(engine: VllmEngin
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("bad_words", {"bad_words": ("x",)}), ("embedding", {"embedding": "mean", "max_tokens": 0})]
+    ("message", "options"),
+    [
+        ("embedding: the engine vllm does not offer it", {"embedding": "mean", "max_tokens": 0}),
+        ("temperature is 3: the engine vllm takes 0 to 2", {"sampling": SamplingParameters(temperature=3)}),
+        (
+            "presence_penalty is -2.5: the engine vllm takes -2 to 2",
+            {"sampling": SamplingParameters(presence_penalty=-2.5)},
+        ),
+    ],
 )
-def test_what_vllm_does_not_offer_is_refused_by_its_name(engine: VllmEngine, name: str, options: dict) -> None:
-    with pytest.raises(PipelineError, match=f"^{name}: the engine vllm does not offer it"):
+def test_what_vllm_does_not_offer_is_refused_by_its_name(engine: VllmEngine, message: str, options: dict) -> None:
+    with pytest.raises(UnsupportedValue, match=rf"^{message}; serve the model with engine rex$"):
         ask(engine, [5], **options)
-    with pytest.raises(PipelineError, match="the engine vllm constrains no text here"):
-        engine.compile_grammar("regex", "a")
 
 
-def test_a_request_that_vllm_refuses_fails_alone(engine: VllmEngine) -> None:
+@pytest.mark.parametrize(
+    ("kind", "source", "expected", "reason"),
+    [
+        ("regex", "(b|c)x{2}y?z", "bxxyz", "stop"),
+        ("regex", "[p-r]{90}", "[p-r]{20,89}", "length"),
+        ("json", '{"type": "boolean"}', "false", "stop"),
+        ("grammar", 'start: "u" "v"', "uv", "stop"),
+    ],
+)
+def test_a_form_of_the_text_decides_which_tokens_come_next(
+    engine: VllmEngine, kind: Kind, source: str, expected: str, reason: str
+) -> None:
+    grammar = engine.compile_grammar(kind, source)
+    events, last = ask(engine, engine.encode("a"), 20, grammar=grammar)
+    assert re.fullmatch(expected, text(events)) and last.finish_reason == reason
+    assert engine.stats().running == 0
+
+
+def test_strings_that_must_not_appear_and_allowed_tokens_are_masks_too(engine: VllmEngine) -> None:
+    assert text(ask(engine, engine.encode("a"), bad_words=("d",))[0]) == "bcef"
+    allowed = frozenset(engine.encode("pqx"))
+    assert text(ask(engine, engine.encode("a"), 5, allowed_token_ids=allowed)[0]) == "pqxpq"
+
+
+def test_a_stop_token_ends_a_constrained_text_after_min_tokens(engine: VllmEngine) -> None:
+    (stop,) = engine.encode("q")
+    asked: dict[str, Any] = {
+        "grammar": engine.compile_grammar("regex", "[p-r]+"),
+        "stop_token_ids": frozenset({stop}),
+    }
+    events, last = ask(engine, engine.encode("a"), 20, **asked)
+    assert text(events) == "p" and last.stopped_by == stop
+    events, last = ask(engine, engine.encode("a"), 20, min_tokens=4, **asked)
+    assert "q" not in text(events) and last.generated_tokens >= 4 and last.stopped_by == stop
+    # A form that needs the stop token goes before min_tokens.
+    asked["grammar"] = engine.compile_grammar("regex", "qx")
+    assert text(ask(engine, engine.encode("a"), 20, min_tokens=2, **asked)[0]) == "qx"
+
+
+def test_a_form_that_allows_no_token_fails_its_request_only(engine: VllmEngine) -> None:
+    grammar = engine.compile_grammar("regex", "(b|c)x{2}y?z")
+    _, last = ask(engine, engine.encode("a"), 20, grammar=grammar, allowed_token_ids=frozenset(engine.encode("b")))
+    assert last.refusal == "grammar" and last.error == DEAD_END and last.generated_tokens == 1
+    assert ask(engine, [5])[1].finish_reason == "length"
+
+
+def test_a_request_that_vllm_refuses_or_answers_wrongly_fails_alone(engine: VllmEngine) -> None:
     _, last = ask(engine, [REFUSED, 5])
     assert last.is_refusal and last.error == "vLLM refuses the request: too bad"
+    for token in (FAILS, GARBLED):
+        _, last = ask(engine, [token, 5])
+        assert (last.finish_reason, last.error, last.is_refusal) == ("error", FAILED, False)
     assert ask(engine, [5])[1].finish_reason == "length"
+    assert engine.stats().restarts_total == 0
+
+
+def test_an_error_after_the_end_of_a_request_ends_no_other_one(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = Generation.finish
+
+    def broken(self: Generation, *arguments: Any, **options: Any) -> None:
+        finish(self, *arguments, **options)
+        raise RuntimeError("after the end")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Generation, "finish", broken)
+        assert ask(engine, [5])[1].finish_reason == "length"
+        assert ask(engine, [5])[1].finish_reason == "length"
+    assert ask(engine, [5])[1].finish_reason == "length"
+    assert engine.stats().restarts_total == 0
 
 
 def test_requests_wait_are_refused_beyond_the_queue_and_end_when_they_are_cancelled(engine: VllmEngine) -> None:
@@ -138,8 +217,22 @@ def test_a_dead_or_hanging_process_is_replaced_once_and_none_is_left(model_dir: 
     assert first and second and first != second and not psutil.pid_exists(first)
     _, last = ask(engine, [CRASH])
     assert last.error == "the engine died" and not engine.is_alive
+    with pytest.raises(EngineStopped):
+        ask(engine, [5])
     engine.stop()
     assert not psutil.pid_exists(second)
+
+
+def test_a_process_that_is_killed_between_two_requests_is_replaced(model_dir: Path) -> None:
+    engine = stand_in(model_dir)
+    try:
+        assert engine.process_id
+        os.kill(engine.process_id, signal.SIGKILL)
+        assert ask(engine, [5])[1].error == "the engine died: it restarts, try again"
+        assert ask(engine, [5])[1].finish_reason == "length" and engine.is_ready
+        assert engine.stats().restarts_total == 1
+    finally:
+        engine.stop()
 
 
 def test_the_process_ends_with_the_one_that_started_it(model_dir: Path) -> None:
@@ -200,7 +293,13 @@ def test_vllm_answers_as_our_own_engine_does(tmp_path: Path) -> None:
             {"min_tokens": 10},
             {"stop": ("e",), "include_stop": True},
             {"allowed_token_ids": frozenset(range(40, 60))},
+            {"bad_words": ("e", "in")},
+            {"grammar": "[a-z]{3,9}[0-9]"},
+            {"grammar": "[a-z]{3,9}[0-9]", "min_tokens": 5, "stop_token_ids": frozenset(range(60, 70))},
+            {"grammar": "[a-z]+", "logprobs": 2},
         ):
+            if source := options.get("grammar"):
+                options = {**options, "grammar": ours.compile_grammar("regex", source)}
             asked = {"sampling": SamplingParameters(temperature=0), **options}
             (events, last), (expected, expected_last) = (
                 ask(engine, ours.encode("def main"), 20, **asked) for engine in (vllm, ours)

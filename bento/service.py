@@ -92,18 +92,20 @@ API_KEYS = read_api_keys()
 MODEL_NAME = options.champion or (MODEL_DIR.name if MODEL_DIR and is_path(options.model) else options.model)
 SERVED_NAMES = [name.strip() for name in options.served_model_name.split(",") if name.strip()]
 
+# vLLM has an environment of its own (vllm-gpu.txt); the service then only converts the weights.
+computes_on_gpu = args.device == "cuda" and args.engine != "vllm"
 # distro "": the default adds compilers and git, which wheels do not need. Versions are those of this environment.
 image = bentoml.images.Image(
     base_image="python:3.11-slim", distro="", python_version="3.11", lock_python_packages=False
 ).python_packages(
     # PyPI's wheel is the CUDA build; the CPU build has its own index, which uv finds by UV_TORCH_BACKEND.
-    f"torch=={PYTORCH}" if args.device == "cuda" else f"torch=={PYTORCH}+cpu",
+    f"torch=={PYTORCH}" if computes_on_gpu else f"torch=={PYTORCH}+cpu",
     *(f"{name}=={version(name)}" for name in (*PACKAGES, *OPTIONAL_PACKAGES) if is_installed(name)),
 )
 IMAGE_VARIABLES = {
     "BENTOML_DO_NOT_TRACK": "True",
     "HF_HUB_OFFLINE": "1",
-    **({} if args.device == "cuda" else {"UV_TORCH_BACKEND": "cpu"}),
+    **({} if computes_on_gpu else {"UV_TORCH_BACKEND": "cpu"}),
 }
 
 app = create_app(

@@ -8,3 +8,5 @@ HARDENED = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-o
 """Options of `docker run`: no writable root, no capabilities and no way to gain privileges; the service needs none."""
 IMAGE_GB = {"cpu": 1.7, "gpu": 6.5}
 """Largest size of an image, 1e9 bytes, by device."""
+VLLM_GB = {"cpu": 2.5, "gpu": 12.0}
+"""What the environment of vLLM may add to it."""

@@ -71,7 +71,7 @@ def _vllm_engine(options: BentoArgs, model_dir: Path, quantized: bool | None, li
     if not Path(options.vllm_python).is_file():
         raise PipelineError(
             f"{PREFIX}ENGINE is vllm, and {PREFIX}VLLM_PYTHON is {options.vllm_python!r}: expected the interpreter of "
-            "an environment that has vLLM; `make export-vllm` makes .venv-vllm/bin/python"
+            "an environment that has vLLM; `make vllm` makes .venv-vllm/bin/python"
         )
     return VllmEngine(
         model_dir,

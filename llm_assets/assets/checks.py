@@ -15,7 +15,7 @@ from typing import Any
 
 import dagster as dg
 
-from bench.containers.container import IMAGE_GB
+from bench.containers.container import IMAGE_GB, VLLM_GB
 from llm_assets.experiments.partitions import experiments
 from llm_assets.registry import QUANTIZATION_ERROR, QUANTIZATION_WARNING, SHARED_WARNING, stage_spec
 from llm_assets.stage.metadata import table
@@ -221,8 +221,12 @@ def is_in_store(bento: dict[str, Any] | None, model: dict[str, Any]) -> dg.Asset
     )
 
 
-def of_image(asset: str, device: str, inside: dict[str, Any], size: int) -> list[dg.AssetCheckResult]:
-    """Check the findings in a container of the image (`ContainerEngine.probe`) and the image's size."""
+def of_image(asset: str, device: str, engine: str, inside: dict[str, Any], size: int) -> list[dg.AssetCheckResult]:
+    """Check the findings in a container of the image (`ContainerEngine.probe`) and the image's size.
+
+    engine: of the service, `rex` or `vllm`.
+    """
+    limit = IMAGE_GB[device] + (VLLM_GB[device] if engine == "vllm" else 0.0)
     has_cuda = [bool(inside["cuda"]), inside["cuda_packages"] > 0]
     return [
         dg.AssetCheckResult(
@@ -234,7 +238,7 @@ def of_image(asset: str, device: str, inside: dict[str, Any], size: int) -> list
         dg.AssetCheckResult(
             asset_key=asset,
             check_name="is_small",
-            passed=size <= IMAGE_GB[device] * 1e9,
+            passed=size <= limit * 1e9,
             severity=dg.AssetCheckSeverity.WARN,
             metadata={"image_bytes": size},
         ),

@@ -51,7 +51,7 @@ def build_container_image(device: str) -> dg.AssetsDefinition:
                     "licenses": dg.MetadataValue.json(image.licenses),
                     "reused": image.reused,
                 },
-                checks.of_image(name, device, image.inside, image.bytes),
+                checks.of_image(name, device, image.engine, image.inside, image.bytes),
             )
 
     return container_image

@@ -42,6 +42,8 @@ def packaged_bento(
             model_name(work.experiment), upstream[served], work.upstream[served].version, serving, labels, log=work.log
         )
         command = f"bentoml serve {bento['tag']}"
+        if serving.engine == "vllm":  # `make vllm` makes its environment; an image has it
+            command = f"REX_VLLM_PYTHON=.venv-vllm/bin/python {command}"
         record = {
             "bento": bento["tag"],
             "bento_bytes": bento["bytes"],

@@ -1,14 +1,18 @@
 """The build context of an image: a Bento for one device, the lock of its packages, and the labels.
 
-FOLDER/bento/      the Bento with its model: `src/bento/Dockerfile` has the instructions,
-                   `env/python/requirements.txt` the lock, `sbom.cdx.json` beside it the bill of materials
-FOLDER/packages/   the packages themselves, once `unpack` has run
+FOLDER/bento/          the Bento with its model: `src/bento/Dockerfile` has the instructions,
+                       `env/python/requirements.txt` the lock, `sbom.cdx.json` beside it the bill of materials
+FOLDER/app/packages/   the packages themselves, once `unpack` has run
+
+A Bento with the engine vllm has a second environment, with a lock of its own, `env/python/vllm.txt`, made from
+`src/bento/vllm-DEVICE.txt`: its packages are in FOLDER/app/vllm/, which the image makes a virtual environment. The
+service itself then only converts the weights and needs no CUDA.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,17 +28,32 @@ from model.system.revision import code_revision, git
 
 # The service's option `device` for each kind of image.
 SERVICE_DEVICE = {"cpu": "cpu", "gpu": "cuda"}
+VLLM_SYSTEM_PACKAGES = {"cpu": ("libnuma1",), "gpu": ("gcc", "libc6-dev")}
+"""Debian packages that vLLM needs: a library that it links, and what Triton compiles its kernels with."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Packages of an image. lock: names them with the hashes of their files. device: their build, `cpu` or `gpu`."""
+
+    lock: Path
+    folder: Path
+    device: str
 
 
 @dataclass(frozen=True)
 class ImageContext:
-    """A folder to build an image in, without its packages. device: `cpu` or `gpu`. python: the base's version."""
+    """A folder to build an image in, without its packages. device: `cpu` or `gpu`. python: the base's version.
+
+    engine: of the service, `rex` or `vllm`.
+    """
 
     folder: Path
     device: str
     bento: str
     base_image: str
     python: str
+    engine: str = "rex"
 
     @property
     def bill(self) -> Path:
@@ -46,14 +65,30 @@ class ImageContext:
         """The file that names every package with its version and the hashes of its files."""
         return self.folder / "bento" / "env" / "python" / "requirements.txt"
 
+    @property
+    def environments(self) -> list[Environment]:
+        """The service's packages, then those of vLLM, if it is the engine."""
+        own = Environment(self.lock, self.folder / "app" / "packages", self.device)
+        if self.engine != "vllm":
+            return [own]
+        site = self.folder / "app" / "vllm" / "lib" / f"python{self.python}" / "site-packages"
+        return [replace(own, device="cpu"), Environment(self.lock.with_name("vllm.txt"), site, self.device)]
+
+    @property
+    def system_packages(self) -> tuple[str, ...]:
+        """Debian packages that the base must have."""
+        return VLLM_SYSTEM_PACKAGES[self.device] if self.engine == "vllm" else ()
+
     def tag(self, base_id: str) -> str:
         """The image's tag: the model's name, the hash of everything that determines the image, the device."""
-        name, content = self.bento.partition(":")[0], [self.bento, base_id, self.lock.read_text()]
+        name = self.bento.partition(":")[0]
+        content = [self.bento, base_id, *(one.lock.read_text() for one in self.environments)]
         return f"{name}:{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:VERSION_DIGITS]}-{self.device}"
 
     def unpack(self, log: Log = silent) -> None:
         """Unpack the packages."""
-        packages.unpack(self.lock, self.folder / "packages", device=self.device, python=self.python, log=log)
+        for one in self.environments:
+            packages.unpack(one.lock, one.folder, device=one.device, python=self.python, log=log)
 
 
 def prepare_context(
@@ -71,9 +106,20 @@ def prepare_context(
     )
     folder.mkdir(parents=True)
     metadata = bentos.export(bento["tag"], folder / "bento", log=log)
-    context = ImageContext(folder, device, bento["tag"], metadata["base_image"], metadata["python_version"])
-    wanted, tested = context.lock.with_suffix(".in"), REPOSITORY / "constraints.txt"
-    packages.lock(wanted, tested, context.lock, device=device, python=context.python, log=log)
+    context = ImageContext(
+        folder,
+        device,
+        bento["tag"],
+        metadata["base_image"],
+        metadata["python_version"],
+        packaged["arguments"].get("engine", "rex"),
+    )
+    own, *further = context.environments
+    wanted, tested = own.lock.with_suffix(".in"), REPOSITORY / "constraints.txt"
+    packages.lock(wanted, tested, own.lock, device=own.device, python=context.python, log=log)
+    for one in further:
+        pins = folder / "bento" / "src" / "bento" / f"vllm-{one.device}.txt"
+        packages.lock(pins, None, one.lock, device=one.device, python=context.python, log=log)
     return context
 
 

@@ -16,13 +16,16 @@ from model.progress import Log, silent
 
 BILL = f"/app/bento/env/python/{bill_of_materials.FILE}"
 """The bill of materials, in an image."""
+VLLM_PYTHON = ("/app/vllm/bin/python", "-I")
+"""The interpreter of vLLM's environment, in an image, without the service's packages."""
 
 
 @dataclass(frozen=True)
 class BuiltImage:
     """An image of the engine's store. inside: the result of `ContainerEngine.probe`. run: the command that starts it.
 
-    reused: an image of the same content already existed. licenses: number of packages per license.
+    engine: of the service. reused: an image of the same content already existed. licenses: number of packages per
+    license.
     """
 
     tag: str
@@ -30,6 +33,7 @@ class BuiltImage:
     layers: int
     labels: dict[str, str]
     bento: str
+    engine: str
     inside: dict[str, Any]
     run: str
     reused: bool
@@ -56,22 +60,25 @@ def build_image(
     started = time.monotonic()
     engine.require()
     context = prepare_context(workspace / "context", bentos, packaged, experiment, device, log=log)
-    base, base_id = engine.base(context.base_image, log=log)
+    base, base_id = engine.base(context.base_image, context.system_packages, log=log)
     tag = context.tag(base_id)
     found = engine.find_image(tag)
     reused = found is not None
     if found is None:
         context.unpack(log=log)
-        held = bill_of_materials.of_folder(context.folder / "packages")
+        held = [part for one in context.environments for part in bill_of_materials.of_folder(one.folder)]
         held += bill_of_materials.of_base_image(engine.base_packages(base))
         name, version = tag.split(":")
         bill_of_materials.write(context.bill, name=name, version=version, model=packaged["model"], components=held)
         named = labels(context, model=packaged["model"], experiment=experiment, base=base)
         found = engine.build(tag, context.folder, base, named, log=log)
-    inside, run = engine.probe(tag), engine.run_command(tag, device)
+    is_vllm = context.engine == "vllm"
+    inside = engine.probe(tag, VLLM_PYTHON if is_vllm else ("python3",))
+    run = engine.run_command(tag, device, memory="6g" if is_vllm else "2g")
     record = {"image": tag, **found, "bento": context.bento, "inside": inside, "run": run}
     (output / "image.json").write_text(json.dumps(record, indent=2) + "\n")
-    shutil.copy(context.lock, output)
+    for one in context.environments:
+        shutil.copy(one.lock, output)
     bill = engine.read_file(tag, BILL)
     (output / bill_of_materials.FILE).write_text(bill)
     seconds = round(time.monotonic() - started, 1)
@@ -83,6 +90,7 @@ def build_image(
         found["layers"],
         found["labels"],
         context.bento,
+        context.engine,
         inside,
         run,
         reused,

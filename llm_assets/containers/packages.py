@@ -49,14 +49,18 @@ def pip_options() -> dict[str, str]:
     return options
 
 
-def lock(requirements: Path, constraints: Path, target: Path, *, device: str, python: str, log: Log = silent) -> None:
+def lock(
+    requirements: Path, constraints: Path | None, target: Path, *, device: str, python: str, log: Log = silent
+) -> None:
     """Write every package that `requirements` needs, with its version and the hashes of its files, to `target`.
 
-    constraints: the versions that the project is tested with. python: version of the image's Python, as "3.11". Raises
-    PipelineError if packages are not found, or if packages of the other device are among them.
+    constraints: the versions that the project is tested with; None: `requirements` names every package with its
+    version. python: version of the image's Python, as "3.11". Raises PipelineError if packages are not found, or if
+    packages of the other device are among them.
     """
     command = [*_uv("compile", python), "--no-header", "--no-annotate", "--generate-hashes", "--quiet"]
-    command += ["--constraint", str(constraints), "--output-file", str(target), str(requirements)]
+    command += ["--constraint", str(constraints)] if constraints else ["--no-deps"]
+    command += ["--output-file", str(target), str(requirements)]
     run(command, "locking the image's packages", environment=_environment(device), log=log, name="uv")
     refuse_other_device(target.read_text(), device)
 

@@ -4,11 +4,13 @@ Each command runs in a separate process, which ends with the step. `llm_assets/c
 the build context; the instructions are `bento/Dockerfile`.
 """
 
+import hashlib
 import json
 import os
 import shlex
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +79,12 @@ class ContainerEngine(dg.ConfigurableResource):
                 f"dockerd as root) or let this user reach it (group docker), and run again: {error}"
             ) from None
 
-    def base(self, named: str, log: Log = silent) -> tuple[str, str]:
-        """Name and id of the base image: the field's, the variable's or `named`; pulled if it is not present."""
+    def base(self, named: str, packages: Sequence[str] = (), log: Log = silent) -> tuple[str, str]:
+        """Name and id of the base image: the field's, the variable's or `named`; pulled if it is not present.
+
+        packages: Debian packages that it must have; without them, an image of it that has them is built, which needs
+        the network.
+        """
         name = self.base_image or os.environ.get("LLM_ASSETS_BASE_IMAGE") or named
         found = self.find_image(name)
         if found is None:
@@ -90,6 +96,29 @@ class ContainerEngine(dg.ConfigurableResource):
                     f"image {name} is not on this machine and cannot be pulled: {error}; set another base image in "
                     "LLM_ASSETS_BASE_IMAGE"
                 ) from None
+            found = self.find_image(name)
+        assert found is not None
+        missing = set(packages) - {one["name"] for one in self.base_packages(name)["debian"]} if packages else set()
+        return self._extended(name, found["id"], sorted(missing), log) if missing else (name, found["id"])
+
+    def _extended(self, base: str, base_id: str, packages: Sequence[str], log: Log) -> tuple[str, str]:
+        """Name and id of an image of `base` with Debian packages besides, built unless there is one."""
+        digest = hashlib.sha256(" ".join([base_id, *packages]).encode()).hexdigest()[:12]
+        name = f"rex-base:{digest}"
+        found = self.find_image(name)
+        if found is None:
+            named = " ".join(packages)
+            log(f"adding {named} to {base}")
+            install = f"apt-get update -q && apt-get install -q --yes --no-install-recommends {named}"
+            instructions = f"FROM {base}\nRUN {install} && rm -rf /var/lib/apt/lists/*\n"
+            with tempfile.TemporaryDirectory() as folder:
+                Path(folder, "Dockerfile").write_text(instructions)
+                try:
+                    run([self.command, "build", "--tag", name, folder], f"adding {named} to {base}", log=log)
+                except PipelineError as error:
+                    raise PipelineError(
+                        f"{error}; name a base image that has {named} in LLM_ASSETS_BASE_IMAGE"
+                    ) from None
             found = self.find_image(name)
         assert found is not None
         return name, found["id"]
@@ -121,9 +150,12 @@ class ContainerEngine(dg.ConfigurableResource):
         assert found is not None
         return found
 
-    def probe(self, tag: str) -> dict[str, Any]:
-        """`{"torch", "cuda", "cuda_packages", "uid"}` as seen inside the image; cuda is "" in a CPU build."""
-        found: dict[str, Any] = json.loads(self._run_in(tag, "python3", "-c", _PROBE))
+    def probe(self, tag: str, python: Sequence[str] = ("python3",)) -> dict[str, Any]:
+        """`{"torch", "cuda", "cuda_packages", "uid"}` as seen inside the image; cuda is "" in a CPU build.
+
+        python: the command of the interpreter that has torch.
+        """
+        found: dict[str, Any] = json.loads(self._run_in(tag, *python, "-c", _PROBE))
         return found
 
     def _run_in(self, tag: str, program: str, *arguments: str) -> str:
@@ -153,8 +185,8 @@ class ContainerEngine(dg.ConfigurableResource):
         """A text file of an image."""
         return self._run_in(tag, "cat", path)
 
-    def run_command(self, tag: str, device: str) -> str:
+    def run_command(self, tag: str, device: str, memory: str = "2g") -> str:
         """The command that starts an image's service: hardened, on this machine's loopback address, without a key."""
-        words = [self.command, "run", "--rm", "-p", "127.0.0.1:3000:3000", *HARDENED, "--memory", "2g"]
+        words = [self.command, "run", "--rm", "-p", "127.0.0.1:3000:3000", *HARDENED, "--memory", memory]
         words += ["--gpus", "all"] if device == "gpu" else []
         return shlex.join([*words, "-e", "REX_ALLOW_ANONYMOUS=true", tag])

@@ -14,8 +14,7 @@ class ServingSettings(Settings, group="serving"):
 
     engine: Literal["rex", "vllm"] = option(
         "rex",
-        "What generates the texts; vllm: vLLM in a separate process, for GPUs and large models, without forms of the "
-        "text, bad_words and embeddings.",
+        "What generates the texts; vllm: vLLM in a separate process, for GPUs and large models, without embeddings.",
     )
     kv_cache: bool = option(
         True, "Keep keys and values of earlier tokens; false: recompute them for each token, for comparison."

@@ -1,6 +1,7 @@
 """The whole app over a tiny model, in this process or on a loopback port, with or without a chat template.
 
-With REX_TEST_ENGINE=vllm the model runs in vLLM, in the environment that `tests/support/vllm.py` names.
+With REX_TEST_ENGINE=vllm the model runs in vLLM, in the environment that `tests/support/vllm.py` names: services of one
+shape share a process, which takes half a minute to start.
 """
 
 import json
@@ -30,6 +31,7 @@ from tests.support.tiny import CONTEXT, tiny_model, tiny_tokenizer
 from tests.support.vllm import PYTHON
 
 MODEL = "rex-tiny:1"
+IS_VLLM = os.environ.get("REX_TEST_ENGINE") == "vllm"
 VLLM_SHAPE = {"hidden_size": 128, "intermediate_size": 128}
 """Heads of a size that vLLM's attention has on a CPU."""
 MAX_BODY_BYTES = 16_384
@@ -96,29 +98,38 @@ def running_service(
     tokenizer.chat_template = chat_template
     if chat_template == TEMPLATE:
         add_marks(tokenizer)
-    is_vllm = os.environ.get("REX_TEST_ENGINE") == "vllm"
-    shape = VLLM_SHAPE if is_vllm else {}
-    model = tiny_model(tokenizer, max_position_embeddings=context, **shape)
+    model = tiny_model(tokenizer, max_position_embeddings=context, **(VLLM_SHAPE if IS_VLLM else {}))
     app = create_app(
         **{"model_name": MODEL, "request_timeout_s": 60, "max_body_bytes": MAX_BODY_BYTES, **options}  # type: ignore[arg-type]
     )
     ends = {} if stops else {"end_of_text_ids": frozenset()}
     limits = {"max_batch_size": max_batch_size, "max_queue": max_queue, **ends}
-    engine = _in_vllm(model, tokenizer, limits) if is_vllm else Engine(model, tokenizer, step=step, **limits)  # type: ignore[arg-type]
+    engine = _in_vllm(model, tokenizer, limits) if IS_VLLM else Engine(model, tokenizer, step=step, **limits)  # type: ignore[arg-type]
     app.state.models.serve(engine)
     engine.warm_up()
+    former, engine.tokenizer = engine.tokenizer, tokenizer
     try:
         yield Service(app, engine, model, tokenizer)
     finally:
-        engine.stop()
+        engine.tokenizer = former
+        if not IS_VLLM:
+            engine.stop()
+
+
+_in_vllm_by_shape: dict[str, VllmEngine] = {}
 
 
 def _in_vllm(model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast, limits: dict[str, Any]) -> Engine:
-    assert PYTHON.is_file(), f"REX_TEST_ENGINE is vllm, and there is no {PYTHON}: `make export-vllm` makes it"
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return VllmEngine(Path(folder), python=PYTHON, **limits)
+    """An engine that ends with the tests; services that differ by their chat template share it."""
+    shape = f"{limits} {model.config.max_position_embeddings} {len(tokenizer)}"
+    engine = _in_vllm_by_shape.get(shape)
+    if engine is None or not engine.is_alive:
+        assert PYTHON.is_file(), f"REX_TEST_ENGINE is vllm, and there is no {PYTHON}: `make vllm` makes it"
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            engine = _in_vllm_by_shape[shape] = VllmEngine(Path(folder), python=PYTHON, **limits)
+    return engine
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The engine with vLLM in place of the steps: the same queue, deadlines, restart and events (`model/generation`).
 
-For GPUs and large models. vLLM needs a separate environment (`make export-vllm` makes one); a model directory is
+For GPUs and large models. vLLM needs a separate environment (`make vllm` makes one); a model directory is
 converted to the layout that it reads. Constraints (forms of the text, bad_words, allowed tokens) are computed here and
 passed on as masks. Embeddings, and sampling parameters beyond vLLM's range, are refused by name.
 """

@@ -1,19 +1,25 @@
 """OpenAI's client on a real port, for the `service` of each file."""
 
-import os
 from collections.abc import Iterator
 
 import openai
 import pytest
 
-from tests.bento.openai_service import Service, on_a_port
+from tests.bento.openai_service import IS_VLLM, Service, on_a_port
+
+NOT_OVER_VLLM = {
+    "test_embeddings.py": "the engine vllm embeds no text",
+    "test_similarity.py": "the engine vllm embeds no text",
+}
+"""With REX_TEST_ENGINE=vllm all files run but these."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Over vLLM each test starts a process."""
-    if os.environ.get("REX_TEST_ENGINE") == "vllm":
-        for item in items:
-            item.add_marker("processes")
+    """Over vLLM each test may start a process."""
+    for item in items if IS_VLLM else ():
+        item.add_marker("processes")
+        if reason := NOT_OVER_VLLM.get(item.path.name):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import pytest
 
 from bento.serving.backend import SHORT_TEXT
-from tests.bento.openai_service import MODEL, Service, events, refusal, running_service
+from tests.bento.openai_service import IS_VLLM, MODEL, Service, events, refusal, running_service
 from tests.support.tiny import CONTEXT
 
 PATH = "/v1/completions"
@@ -148,7 +148,7 @@ def test_filters_that_leave_one_token_make_sampling_greedy(service):
 
 def test_penalties_and_biases_change_what_is_chosen(service):
     plain = complete(service, return_token_ids=True, max_tokens=40)["choices"][0]["token_ids"]
-    largest = 2.0 if service.engine.step_name == "vllm" else 100.0  # vLLM takes OpenAI's range and refuses others
+    largest = 2.0 if IS_VLLM else 100.0  # vLLM takes OpenAI's range and refuses others
     for change in (
         {"repetition_penalty": 50.0},
         {"presence_penalty": largest},

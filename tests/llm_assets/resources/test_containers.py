@@ -54,6 +54,39 @@ def test_a_base_that_is_not_there_and_cannot_be_pulled_is_named(
     assert "no such host" in str(refused.value) and "LLM_ASSETS_BASE_IMAGE" in str(refused.value)
 
 
+# Answers as an engine whose base has one package, and whose images are those that it built.
+ENGINE = """
+folder=$(dirname "$0")
+case "$1" in
+image) [ "$3" = base ] || [ -f "$folder/built" ] || exit 1
+  echo '[{"Id": "sha256:1", "Size": 1, "RootFS": {"Layers": []}, "Config": {"Labels": {}}}]' ;;
+run) echo '{"python": "3.11.2", "debian": [{"name": "libc6"}]}' ;;
+build) cat "$4/Dockerfile" >>"$folder/built" ;;
+esac
+"""
+
+
+@pytest.mark.processes
+def test_a_base_that_lacks_a_system_package_gets_it_once(tmp_path: Path) -> None:
+    engine = ContainerEngine(command=command(tmp_path, ENGINE))
+    assert engine.base("base", ("libc6",)) == ("base", "sha256:1")
+    found = engine.base("base", ("libc6", "libnuma1"))
+    assert found[0].startswith("rex-base:") and engine.base("base", ("libnuma1",)) == found
+    instructions = (tmp_path / "built").read_text()
+    assert instructions.startswith("FROM base\nRUN apt-get update") and instructions.count("FROM") == 1
+    assert "--no-install-recommends libnuma1 &&" in instructions
+
+
+@pytest.mark.processes
+def test_a_system_package_that_cannot_be_added_is_named(tmp_path: Path) -> None:
+    failing = ENGINE.replace('cat "$4/Dockerfile" >>"$folder/built"', "echo no network >&2; exit 1")
+    engine = ContainerEngine(command=command(tmp_path, failing))
+    with pytest.raises(
+        PipelineError, match=r"^adding libnuma1 to base failed .*no network; name a base image that has"
+    ):
+        engine.base("base", ("libnuma1",))
+
+
 @pytest.mark.processes
 def test_a_failed_build_is_one_line(tmp_path: Path) -> None:
     engine = ContainerEngine(command=command(tmp_path, "echo Step 1; echo BuildKit is broken >&2; exit 1"))

@@ -1,6 +1,6 @@
 """The comparison with vLLM: the command, and the certificates where there is an environment that has it.
 
-`make export-vllm` makes one; the variable VLLM_PYTHON names the interpreter of another.
+`make vllm` makes one; the variable VLLM_PYTHON names the interpreter of another.
 """
 
 import sys

@@ -92,7 +92,7 @@ API_KEYS = read_api_keys()
 MODEL_NAME = options.champion or (MODEL_DIR.name if MODEL_DIR and is_path(options.model) else options.model)
 SERVED_NAMES = [name.strip() for name in options.served_model_name.split(",") if name.strip()]
 
-# vLLM has an environment of its own (vllm-gpu.txt); the service then only converts the weights.
+# vLLM has a separate environment (vllm-gpu.txt); the service then only converts the weights.
 computes_on_gpu = args.device == "cuda" and args.engine != "vllm"
 # distro "": the default adds compilers and git, which wheels do not need. Versions are those of this environment.
 image = bentoml.images.Image(

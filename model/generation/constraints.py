@@ -107,7 +107,7 @@ class Constraint:
         return allowed_V
 
     def next_allowed(self, forbidden: Collection[int], ends: Collection[int]) -> npt.NDArray[np.bool_] | None:
-        """`allowed`; None where the text is complete and no token may follow.
+        """`allowed`; None if the text is complete and no token may follow.
 
         forbidden: tokens that would end the text before min_tokens. A form takes precedence over them where it needs
         one of the request's stop tokens. Raises GrammarFailure.

@@ -160,3 +160,17 @@ def test_a_gguf_in_q4_0_holds_the_values_of_our_int4_and_int8_for_the_embedding(
     assert kinds["blk.1.ffn_down.weight"] == "Q4_0"
     expected = int4.quantize(model).model.layers[1].mlp.down_proj.dequantized()
     assert torch.equal(torch.from_numpy(gguf.quants.dequantize(down.data, down.tensor_type)), expected)
+
+
+def test_a_bfloat16_model_is_a_gguf_of_its_own_values(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "rex")
+    tokenizer.save_pretrained(tmp_path / "rex")
+    made = export(tmp_path / "rex", tmp_path / "out", ["gguf"], gguf_kinds=["full"])
+    assert [(file.path, file.precision) for file in made.files] == [("gguf/model-bf16.gguf", "bfloat16")]
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out/gguf/model-bf16.gguf").tensors}
+    down = tensors["blk.1.ffn_down.weight"]
+    assert down.tensor_type.name == "BF16" and tensors["blk.1.ffn_norm.weight"].tensor_type.name == "F32"
+    expected = model.model.layers[1].mlp.down_proj.weight.float()
+    assert torch.equal(torch.from_numpy(gguf.quants.dequantize(down.data, down.tensor_type)), expected)

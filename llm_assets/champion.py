@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from llm_assets.registry import model_name
 from llm_assets.resources.mlflow import MlflowTracking
-from llm_assets.resources.model_versions import all_versions
-from llm_assets.resources.promotion import CHAMPION, DECISION, history, set_by_hand
+from llm_assets.versions.measurements import in_words
+from llm_assets.versions.mlflow_model import add_mlflow_model
+from llm_assets.versions.promotion import CHAMPION, DECISION, decision_of, history, set_by_hand
+from llm_assets.versions.register import all_versions
 from model.errors import PipelineError, ends_in_one_line
 
 if TYPE_CHECKING:
@@ -54,9 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise PipelineError(f"{name} has no version {version}: expected one of {numbers}")
         if version == str(current):
             raise PipelineError(f"version {version} of {name} is already the champion: nothing was changed")
-        set_by_hand(client, name, version, given.reason.strip())
+        set_by_hand(client, name, version, given.reason.strip(), log=print)
         print(f"{name}: version {version} is champion" + (f", was {current}" if current else ""))
         return 0
+    if current:
+        add_mlflow_model(client, name, str(current), print)
     _show(client, name, versions, str(current) if current else None)
     return 0
 
@@ -77,6 +81,8 @@ def _show(client: "MlflowClient", name: str, versions: list[Any], current: str |
         print(f"{mark} {version.version:>3}  {version.tags.get('asset', ''):19} {bits:8.4f} bits per byte")
         if DECISION in version.tags:
             print(f"       {version.tags[DECISION]}")
+            words = in_words(decision_of(version))
+            print(f"       tasks: {words['tasks']}; parity of the export: {words['parity']}")
     entries = history(client, name)
     if entries:
         print("\nchampions, the newest last:")

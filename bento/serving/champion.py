@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("bentoml.champion")  # BentoML's log configuration shows loggers below `bentoml`
 ALIAS = "champion"
 DECIDED, HISTORY, DECISION = "champion_decided", "champion_history", "champion_decision"
-"""Tags of the registered model and of its versions, as `llm_assets/resources/promotion.py` has them."""
+"""Tags of the registered model and of its versions, as `llm_assets/versions/promotion.py` has them."""
 HISTORY_ENTRIES, LONGEST_REASON = 16, 160
 NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 """MLflow's error codes for a model that is not registered, and for one without the alias."""

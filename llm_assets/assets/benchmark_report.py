@@ -6,14 +6,15 @@ from pathlib import Path
 
 import dagster as dg
 
-from llm_assets.artifacts.io_manager import DirectoryIOManager
 from llm_assets.assets import asset_arguments, checks
 from llm_assets.registry import model_name
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.stage import metadata as ui_metadata
+from llm_assets.stage.evidence import served_model
 from llm_assets.stage.once import reuses_unchanged
-from llm_assets.stage.stage import Stage, stage
+from llm_assets.stage.stage import stage
+from llm_assets.versions.measurements import export_agrees
 
 
 @dg.asset(**asset_arguments("benchmark_report"))
@@ -40,7 +41,7 @@ def benchmark_report(
         )
         found = report["summary"]
         work.tracked.log_artifact(work.output)
-        served = "quantized_model" if work.settings.serving.quantized else "trained_checkpoint"
+        served = served_model(work.settings)
         decision = work.tracked.find_decision(model_name(work.experiment), served, work.upstream[served].content_hash)
         # The UI cannot open pictures next to the report: they get separate entries.
         text = re.sub(r"!\[.*\n\n", "", (work.output / "report.md").read_text())
@@ -65,14 +66,5 @@ def benchmark_report(
                 "kv_cache": ui_metadata.picture(work.output / "kv_cache.png"),
                 "model_benchmark_comparison": ui_metadata.picture(work.output / "model_benchmark_comparison.png"),
             },
-            [checks.is_fit_for_release(found, decision, _export_agrees(work))],
+            [checks.is_fit_for_release(found, decision, export_agrees(decision))],
         )
-
-
-def _export_agrees(work: Stage) -> bool | None:
-    """Whether this checkpoint's export passed its checks; None without an export."""
-    exported = DirectoryIOManager().store().latest_manifest("exported_model", work.experiment)
-    checkpoint = work.upstream["trained_checkpoint"].content_hash
-    if exported is None or exported.upstream.get("trained_checkpoint") != checkpoint:
-        return None
-    return not exported.warned_checks

@@ -14,6 +14,7 @@ from llm_assets.assets import asset_arguments
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.stage import metadata as ui_metadata
+from llm_assets.stage.evidence import measured_model
 from llm_assets.stage.once import reuses_unchanged
 from llm_assets.stage.stage import stage
 from model.settings import ExperimentSettings
@@ -45,10 +46,8 @@ def evaluation_report(
 
     upstream = {"trained_checkpoint": trained_checkpoint, "quantized_model": quantized_model}
     with stage(context, hydra, mlflow, upstream, exclusive=True, fingerprint=fingerprint) as work:
-        settings = work.settings.evaluation
-        served = "quantized_model" if work.settings.serving.quantized else "trained_checkpoint"
-        scored = served if settings.model == "served" else settings.model
-        scores = score_tasks(settings, upstream[scored], work.output, log=work.log)
+        scored = measured_model(work.asset, work.settings) or "trained_checkpoint"
+        scores = score_tasks(work.settings.evaluation, upstream[scored], work.output, log=work.log)
         work.tracked.log_artifact(work.output)
         values = {f"{score.task} {score.metric}": score.value for score in scores}
         yield work.result(

@@ -12,6 +12,7 @@ from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.stage import metadata as ui_metadata
+from llm_assets.stage.evidence import served_model
 from llm_assets.stage.stage import stage
 
 
@@ -36,7 +37,7 @@ def packaged_bento(
     }
     with stage(context, hydra, mlflow, upstream) as work:
         serving = work.settings.serving
-        served = "quantized_model" if serving.quantized else "trained_checkpoint"
+        served = served_model(work.settings)
         labels = {"experiment": work.experiment, "asset": served, "config_hash": work.upstream[served].config_hash[:16]}
         bento, model = bentos.package(
             model_name(work.experiment), upstream[served], work.upstream[served].version, serving, labels, log=work.log

@@ -27,10 +27,10 @@ from llm_assets.page_links import DAGSTER, MLFLOW, remember
 from llm_assets.paths import var_dir
 from llm_assets.registry import model_name
 from llm_assets.resources import tracking_database
-from llm_assets.resources.model_versions import is_registered
-from llm_assets.resources.promotion import CompareWithChampion, warned
 from llm_assets.resources.provenance import dagster_address, inputs, source_tags
 from llm_assets.resources.tracked_run import TrackedRun, one_line, send_unsent
+from llm_assets.versions.promotion import CompareWithChampion, warned
+from llm_assets.versions.register import add_measurements, is_registered
 from model.errors import PipelineError, TransientError
 from model.progress import Log, silent
 
@@ -144,6 +144,26 @@ class MlflowTracking(dg.ConfigurableResource):
                     most_latency_ratio=self.champion_latency_ratio,
                     **tags,
                 )
+
+    def measure_again(
+        self,
+        context: dg.AssetExecutionContext,
+        model: Manifest,
+        found: Mapping[str, str],
+        compare: CompareWithChampion | None = None,
+    ) -> None:
+        """Record measurements of a registered model that the registry lost: see `add_measurements`."""
+        client, _ = self.client(context.log.info)
+        add_measurements(
+            client,
+            model_name(model.experiment),
+            model.asset,
+            model.content_hash,
+            found,
+            compare=compare,
+            most_latency_ratio=self.champion_latency_ratio,
+            log=context.log.info,
+        )
 
     def client(self, log: Log = silent) -> tuple["MlflowClient", str]:
         """A client whose store is ready, and the experiment's id. An experiment deleted in MLflow's page is restored.

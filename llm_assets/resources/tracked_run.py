@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from llm_assets.resources.model_versions import find_decision, register_version
-from llm_assets.resources.promotion import CompareWithChampion, decision_of
+from llm_assets.versions.promotion import CompareWithChampion, decision_of
+from llm_assets.versions.register import add_measurements, find_decision, register_version
 from model.progress import Log, silent
 
 if TYPE_CHECKING:
@@ -225,6 +225,33 @@ class TrackedRun:
                 most_latency_ratio=most_latency_ratio,
             )
             decision |= decision_of(self._client.get_model_version(name, number))
+        return decision
+
+    def add_measurements(
+        self,
+        name: str,
+        asset: str,
+        content_hash: str,
+        found: Mapping[str, str],
+        compare: CompareWithChampion | None = None,
+        most_latency_ratio: float = 0.0,
+    ) -> dict[str, Any]:
+        """Record what a later stage measured of a registered artifact: see `add_measurements`. A failure is a warning.
+
+        Returns the decision (`decision_of`).
+        """
+        decision: dict[str, Any] = {}
+        with self.tolerated("measurements of a version"):
+            decision |= add_measurements(
+                self._client,
+                name,
+                asset,
+                content_hash,
+                found,
+                compare=compare,
+                most_latency_ratio=most_latency_ratio,
+                log=self._log,
+            )
         return decision
 
     def find_decision(self, name: str, asset: str, content_hash: str) -> dict[str, Any]:

@@ -1,15 +1,32 @@
-"""Evidence for a model against the champion: both scores on the same text, and the ratio of their times per token."""
+"""Evidence for a model against the champion: both scores on the same text, and the ratio of their times per token.
+
+Later stages measure a model that is registered already: `measured_model` says which.
+"""
 
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from llm_assets.resources.promotion import Evidence
+from llm_assets.versions.promotion import Evidence
 from model.settings import ExperimentSettings
 
 TEXT_PIECES = 128
 """Windows of the validation split that a candidate and the champion are scored on."""
 TIMED_TOKENS, TIMED_ROUNDS = 16, 5
+
+
+def served_model(settings: ExperimentSettings) -> str:
+    """The asset of the model that is served, which is the candidate for champion."""
+    return "quantized_model" if settings.serving.quantized else "trained_checkpoint"
+
+
+def measured_model(asset: str, settings: ExperimentSettings) -> str | None:
+    """The asset of the registered model that `asset` measures (`versions/measurements.py`), else None."""
+    if asset == "exported_model":
+        return served_model(settings)
+    if asset == "evaluation_report":
+        return served_model(settings) if settings.evaluation.model == "served" else settings.evaluation.model
+    return None
 
 
 def champion_comparison(model_dir: Path, dataset_dir: Path, settings: ExperimentSettings) -> Callable[[Path], Evidence]:

@@ -14,6 +14,8 @@ from urllib.parse import quote
 
 import dagster as dg
 
+from llm_assets.versions.measurements import in_words
+
 # An event is a row of the run storage, and the UI loads pages of them, so pictures must be small.
 PICTURE_BYTES = 300_000
 TEXT_CHARACTERS = 20_000
@@ -62,16 +64,24 @@ def decision(recorded: Mapping[str, Any]) -> dict[str, Any]:
     shown: dict[str, Any] = {}
     if "decision" in recorded:
         shown["champion_decision"] = recorded["decision"]
+    found: dict[str, str] = {}
     if "difference" in recorded:
-        shown["champion_evidence"] = summary(
-            compared_with=f"version {recorded['champion']}",
-            bits_per_byte=f"{recorded['candidate']:.4f}",
-            of_the_champion=f"{recorded['champion_bits_per_byte']:.4f}",
-            difference=f"{recorded['difference']:+.4f}",
-            **{f"{recorded['confidence']:.0%} interval": f"{recorded['low']:+.4f} to {recorded['high']:+.4f}"},
-            text=f"{recorded['pieces']} {recorded['unit']}, {size(recorded['bytes'])}",
-        )
+        found |= {
+            "compared with": f"version {recorded['champion']}",
+            "bits per byte": f"{recorded['candidate']:.4f}",
+            "of the champion": f"{recorded['champion_bits_per_byte']:.4f}",
+            "difference": f"{recorded['difference']:+.4f}",
+            f"{recorded['confidence']:.0%} interval": f"{recorded['low']:+.4f} to {recorded['high']:+.4f}",
+            "text": f"{recorded['pieces']} {recorded['unit']}, {size(recorded['bytes'])}",
+        }
         shown["bits_per_byte_to_champion"] = rounded(recorded["difference"])
+    if "parity" in recorded:
+        words = in_words(recorded)
+        shown["champion_evidence"] = summary(**found, tasks=words["tasks"], parity_of_the_export=words["parity"])
+    elif found:
+        shown["champion_evidence"] = summary(**found)  # of an older release
+    if isinstance(recorded.get("tasks"), list):
+        shown["champion_tasks"] = table(recorded["tasks"])
     return shown
 
 

@@ -19,7 +19,8 @@ from llm_assets.failures import no_retry_after_termination, permanent_failures
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.stage.code import code_digest, code_version
-from llm_assets.stage.evidence import champion_comparison
+from llm_assets.stage.evidence import champion_comparison, measured_model
+from llm_assets.versions.measurements import measurements
 from model.errors import PipelineError
 from model.settings import ExperimentSettings
 
@@ -104,10 +105,14 @@ def _materialize_again(
         f"unchanged: {manifest.asset} of {manifest.experiment!r} already has version {manifest.version} "
         f"(the tag {FORCE_TAG}=true recomputes it)"
     )
+    settings, dataset = hydra.settings(manifest.experiment), upstream.get("tokenized_dataset")
     if manifest.registration:
-        dataset = upstream.get("tokenized_dataset")
-        compare = champion_comparison(path, dataset, hydra.settings(manifest.experiment)) if dataset else None
+        compare = champion_comparison(path, dataset, settings) if dataset else None
         mlflow.register_again(context, manifest, path, compare)
+    elif measured := measured_model(manifest.asset, settings):
+        found = measurements(path, settings.evaluation.num_fewshot)
+        compare = champion_comparison(upstream[measured], dataset, settings) if dataset else None
+        mlflow.measure_again(context, Manifest.read(upstream[measured]), found, compare)
     checks = [
         # The artifact has passed its blocking checks.
         dg.AssetCheckResult(

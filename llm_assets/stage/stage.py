@@ -30,12 +30,13 @@ from llm_assets.failures import no_retry_after_termination, permanent_failures
 from llm_assets.registry import model_name
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
-from llm_assets.resources.promotion import warned
 from llm_assets.resources.tracked_run import TrackedRun
 from llm_assets.stage import metadata as ui_metadata
 from llm_assets.stage.code import code_digest, code_version
-from llm_assets.stage.evidence import champion_comparison
+from llm_assets.stage.evidence import champion_comparison, measured_model
 from llm_assets.stage.interrupts import end_with_run, noticed_interrupts
+from llm_assets.versions.measurements import measurements
+from llm_assets.versions.promotion import warned
 from model.errors import PipelineError, limits_as_error
 from model.progress import Log
 from model.settings import ExperimentSettings
@@ -61,7 +62,7 @@ class Stage:
     """A materialization in progress.
 
     output: empty directory for the artifact. scratch: folder that a resumed run finds again. upstream: manifests by
-    asset.
+    asset. folders: the upstream's directories by asset.
     """
 
     context: dg.AssetExecutionContext
@@ -73,6 +74,7 @@ class Stage:
     upstream: dict[str, Manifest]
     tracked: TrackedRun
     check_interrupt: Callable[[], None]
+    folders: Mapping[str, Path] = field(default_factory=dict)
     source: str = ""
     """Fingerprint of the stage's inputs other than its upstream."""
     most_latency_ratio: float = 0.0
@@ -157,6 +159,7 @@ class Stage:
                 **dataclasses.asdict(registration),
             )
             metadata |= ui_metadata.decision(decision)
+        metadata |= self._add_measurements()
         self.tracked.release_files()
         self.tracked.log_final_metrics(
             {name: value for name, value in metadata.items() if isinstance(value, int | float)}
@@ -173,6 +176,31 @@ class Stage:
             },
             check_results=list(checks),
         )
+
+    def _add_measurements(self) -> dict[str, Any]:
+        """Add what this artifact measures of a registered model to its evidence; returns the decision's metadata.
+
+        The model's page gets the decision, too, as an observation.
+        """
+        measured = measured_model(self.asset, self.settings)
+        if measured is None:
+            return {}
+        model, dataset = self.upstream[measured], self.folders.get("tokenized_dataset")
+        decision = self.tracked.add_measurements(
+            model_name(self.experiment),
+            measured,
+            model.content_hash,
+            measurements(self.output, self.settings.evaluation.num_fewshot),
+            champion_comparison(self.folders[measured], dataset, self.settings) if dataset else None,
+            self.most_latency_ratio,
+        )
+        shown = ui_metadata.decision(decision)
+        if shown:
+            tags = {"dagster/data_version": model.content_hash}
+            self.context.log_event(
+                dg.AssetObservation(dg.AssetKey(measured), partition=self.experiment, metadata=shown, tags=tags)
+            )
+        return shown
 
 
 def peak_memory_mb() -> float:
@@ -242,6 +270,7 @@ def stage(
                         upstream=manifests,
                         tracked=tracked,
                         check_interrupt=check_interrupt,
+                        folders=upstream or {},
                         source=fingerprint(settings) if fingerprint else "",
                         most_latency_ratio=mlflow.champion_latency_ratio,
                     )

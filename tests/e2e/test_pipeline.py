@@ -98,7 +98,10 @@ def test_mlflow_has_one_finished_run_an_asset_with_params_metrics_and_models(smo
     assert len(history) > 3 and history[-1].value < history[0].value
     client = mlflow_client(smoke)
     assert len(client.search_model_versions("name='rex-smoke'")) == 2
-    assert client.get_model_version_by_alias("rex-smoke", "champion")
+    champion = client.get_model_version_by_alias("rex-smoke", "champion")
+    evidence = json.loads(champion.tags["champion_evidence"])
+    assert evidence["parity"]["certificates"] and not evidence["parity"]["differences"]
+    assert evidence["tasks"] == "not measured"
 
 
 def test_the_run_of_make_pipeline_is_of_the_location_whose_runs_the_home_page_shows(smoke):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llm_assets.resources.promotion import Evidence
+from llm_assets.versions.promotion import Evidence
 from model.paired import paired_bootstrap
 
 PIECES, BYTES = 32, 100.0

@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 from bento.serving.champion import ModelRegistry
 from bento.serving.shadow import ChallengerWatcher, Outcomes, Rollback, Shadow
-from llm_assets.resources.promotion import history
+from llm_assets.versions.promotion import history
 from model.generation.engine import Engine
 from model.generation.requests import Finished
 from model.settings import TokenizerSettings

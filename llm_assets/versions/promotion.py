@@ -6,6 +6,9 @@ the bound) that no other version beats and that is better than the champion on t
 alias that a person moved (it differs from the last recorded decision) moves only to a version that is better on the
 champion's own text. Tags of the version hold the decision and its numbers; a tag of the model holds the history of
 champions with the reasons. `python -m llm_assets.champion` shows both, promotes by hand and rolls back.
+
+A version is decided on when it is registered, before its export and its tasks can exist (`measurements.py`). Once they
+are measured, `decide_again` weighs them: a champion that they speak against is withdrawn, and the former one returns.
 """
 
 import dataclasses
@@ -18,7 +21,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.progress import Log
+from llm_assets.versions.measurements import later_evidence, objection
+from llm_assets.versions.mlflow_model import FOLDER, add_mlflow_model
+from model.progress import Log, silent
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -73,10 +78,10 @@ def decide_champion(
     current = str(model.aliases[CHAMPION]) if CHAMPION in model.aliases else None
     if current == str(version.version):
         return
-    champion = next((other for other in versions if str(other.version) == current), None)
+    champion = _numbered(versions, current)
     is_by_hand = model.tags.get(DECIDED) not in (None, current)
-    record: dict[str, Any] = {}
-    against = _reason_against(version, versions, objections)
+    record: dict[str, Any] = {**later_evidence(version, champion), "objections": list(objections)}
+    against = _reason_against(version, versions, objections) or objection(record)
     if against is None and is_by_hand and (champion is None or _kind(champion) != _kind(version)):
         against = f"the champion ({current or 'none'}) was set by hand, and it was measured on another text"
     if against:
@@ -91,24 +96,83 @@ def decide_champion(
             with tempfile.TemporaryDirectory(prefix="rex-champion-") as folder:
                 evidence = compare(download_model(client, champion, Path(folder)))
                 scores = dataclasses.asdict(evidence.comparison)
-                record = {**scores, "champion": current, "champion_bits_per_byte": scores["champion"]}
+                record |= {**scores, "champion": current, "champion_bits_per_byte": scores["champion"]}
                 ratio = evidence.measure_latency_ratio() if most_latency_ratio else 0.0
                 record |= {"latency_ratio": ratio} if ratio else {}
             promoted, reason = _weigh(evidence.comparison, current, ratio, most_latency_ratio)
         except Exception as error:  # noqa: BLE001 - a broken or foreign champion must not end the training
             promoted = False
             reason = f"not promoted: the champion, version {current}, cannot be scored ({error}); {BY_HAND}"
-    if record:
-        client.set_model_version_tag(name, str(version.version), EVIDENCE, json.dumps(record))
+    client.set_model_version_tag(name, str(version.version), EVIDENCE, json.dumps(record))
     client.set_model_version_tag(name, str(version.version), DECISION, reason)
     if promoted:
         # The decision first: a process killed in between leaves an alias that the next run treats as set by hand.
         client.set_registered_model_tag(name, DECIDED, str(version.version))
-        _set_champion(client, name, str(version.version), reason, former=current)
+        _set_champion(client, name, str(version.version), reason, former=current, log=log)
     log(f"{name} version {version.version}: {reason}")
 
 
-def set_by_hand(client: "MlflowClient", name: str, version: str, reason: str) -> None:
+def decide_again(
+    client: "MlflowClient",
+    name: str,
+    version: Any,
+    versions: Sequence[Any],
+    *,
+    compare: CompareWithChampion | None,
+    most_latency_ratio: float,
+    log: Log,
+) -> None:
+    """Weigh what was measured since the decision on `version`, record it, and change the decision if it must be.
+
+    A champion by decision is withdrawn if the measurements speak against it. A version that they spoke against is
+    decided on again once they no longer do. compare, most_latency_ratio: as for `decide_champion`.
+    """
+    number = str(version.version)
+    if DECISION not in version.tags:
+        return  # it is no candidate
+    model = client.get_registered_model(name)
+    current = str(model.aliases[CHAMPION]) if CHAMPION in model.aliases else None
+    before: dict[str, Any] = json.loads(version.tags.get(EVIDENCE, "{}"))
+    rival = before.get("champion") or (current if current != number else None)
+    record = {**before, **later_evidence(version, _numbered(versions, rival))}
+    client.set_model_version_tag(name, number, EVIDENCE, json.dumps(record))
+    against = objection(record)
+    if current == number and against:
+        if model.tags.get(DECIDED) == number:
+            _withdraw(client, name, number, _numbered(versions, rival), against, log)
+        else:
+            against += "; it was set by hand and stays the champion"
+        log(f"{name} version {number}: {against}")
+    elif current != number and objection(before) and not against:
+        decide_champion(
+            client,
+            name,
+            version,
+            versions,
+            compare=compare,
+            objections=record.get("objections", []),
+            most_latency_ratio=most_latency_ratio,
+            log=log,
+        )
+
+
+def _withdraw(client: "MlflowClient", name: str, number: str, former: Any, against: str, log: Log) -> None:
+    """Give the alias of version `number` back to the champion before it, or remove it if there was none."""
+    client.set_model_version_tag(name, number, DECISION, f"withdrawn: {against}")
+    if former is None:
+        client.delete_registered_model_alias(name, CHAMPION)
+        client.delete_registered_model_tag(name, DECIDED)
+        return
+    client.set_registered_model_tag(name, DECIDED, str(former.version))
+    reason = f"version {number} was withdrawn: {against}"
+    _set_champion(client, name, str(former.version), reason, former=number, log=log)
+
+
+def _numbered(versions: Sequence[Any], number: str | None) -> Any:
+    return next((version for version in versions if str(version.version) == number), None)
+
+
+def set_by_hand(client: "MlflowClient", name: str, version: str, reason: str, log: Log = silent) -> None:
     """Make a version champion by hand; afterwards the alias moves only to a better model.
 
     Raises MlflowException if there is no such version.
@@ -118,7 +182,7 @@ def set_by_hand(client: "MlflowClient", name: str, version: str, reason: str) ->
     # Recorded even if the last decision chose this version, since a manual choice outranks decisions.
     client.set_registered_model_tag(name, DECIDED, "by hand")
     client.set_model_version_tag(name, version, DECISION, f"promoted by hand: {reason}")
-    _set_champion(client, name, version, f"by hand: {reason}", former=str(former) if former else None)
+    _set_champion(client, name, version, f"by hand: {reason}", former=str(former) if former else None, log=log)
 
 
 def warned(checks: Sequence[str]) -> list[str]:
@@ -140,7 +204,7 @@ def decision_of(version: Any) -> dict[str, Any]:
 
 def download_model(client: "MlflowClient", version: Any, folder: Path) -> Path:
     """Download the model directory of a version from the tracking store into `folder`."""
-    return Path(client.download_artifacts(version.run_id, "model", str(folder)))
+    return Path(client.download_artifacts(version.run_id, FOLDER, str(folder)))
 
 
 def _reason_against(version: Any, versions: Sequence[Any], objections: Sequence[str]) -> str | None:
@@ -151,7 +215,11 @@ def _reason_against(version: Any, versions: Sequence[Any], objections: Sequence[
     if objections:
         return "; ".join(objections)
     rivals = [
-        other for other in versions if _kind(other) == _kind(version) and str(other.version) != str(version.version)
+        other
+        for other in versions
+        if _kind(other) == _kind(version)
+        and str(other.version) != str(version.version)
+        and not objection(json.loads(other.tags.get(EVIDENCE, "{}")))  # a refused one is no model to choose instead
     ]
     better = [other for other in rivals if not bits < _bits(other)]
     if better:
@@ -173,7 +241,9 @@ def _weigh(scores: "PairedComparison", current: str | None, ratio: float, most_r
     return True, f"promoted: {said}"
 
 
-def _set_champion(client: "MlflowClient", name: str, version: str, reason: str, *, former: str | None) -> None:
+def _set_champion(
+    client: "MlflowClient", name: str, version: str, reason: str, *, former: str | None, log: Log
+) -> None:
     entries = history(client, name)
     if former and (not entries or entries[-1]["version"] != former):  # set on MLflow's page, which takes no reason
         entries.append({"version": former, "at": "", "reason": "set in another way"})
@@ -181,6 +251,7 @@ def _set_champion(client: "MlflowClient", name: str, version: str, reason: str, 
     entries.append({"version": version, "at": now, "reason": reason[:_REASON_CHARACTERS]})
     client.set_registered_model_alias(name, CHAMPION, version)
     client.set_registered_model_tag(name, HISTORY, json.dumps(entries[-_HISTORY_ENTRIES:]))
+    add_mlflow_model(client, name, version, log)
 
 
 def _kind(version: Any) -> tuple[str | None, str | None]:

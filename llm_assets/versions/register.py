@@ -4,12 +4,12 @@
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_assets.resources.mlflow_model import is_model, write_mlflow_model
-from llm_assets.resources.promotion import DECISION, CompareWithChampion, decide_champion, decision_of
+from llm_assets.versions.mlflow_model import FOLDER, is_model, write_mlflow_model
+from llm_assets.versions.promotion import DECISION, CompareWithChampion, decide_again, decide_champion, decision_of
 from model.progress import Log
 
 if TYPE_CHECKING:
@@ -45,12 +45,12 @@ def register_version(
     versions = all_versions(client, name)
     version = _with_content(versions, asset, content_hash)
     if version is None:
-        client.log_artifacts(run_id, str(model_dir), "model")
+        client.log_artifacts(run_id, str(model_dir), FOLDER)
         if is_model(model_dir):
             with tempfile.TemporaryDirectory() as folder:
                 write_mlflow_model(model_dir, Path(folder), run_id=run_id)
-                client.log_artifacts(run_id, folder, "model")
-        source = f"{client.get_run(run_id).info.artifact_uri}/model"
+                client.log_artifacts(run_id, folder, FOLDER)
+        source = f"{client.get_run(run_id).info.artifact_uri}/{FOLDER}"
         tags = {"asset": asset, "bits_per_byte": repr(bits_per_byte), "evaluation_text": evaluation_text}
         tags |= {"content_hash": content_hash} if content_hash else {}
         version = client.create_model_version(name, source, run_id, tags=tags, await_creation_for=0)
@@ -69,6 +69,36 @@ def register_version(
             log=log,
         )
     return str(version.version)
+
+
+def add_measurements(
+    client: "MlflowClient",
+    name: str,
+    asset: str,
+    content_hash: str,
+    found: Mapping[str, str],
+    *,
+    compare: CompareWithChampion | None = None,
+    most_latency_ratio: float = 0.0,
+    log: Log,
+) -> dict[str, Any]:
+    """Tag the version of an artifact's content with what a later stage measured of it, and decide on it again.
+
+    found: see `measurements`; nothing happens if the version has the same tags. compare, most_latency_ratio: see
+    `decide_champion`. Returns the decision (`decision_of`); empty if the content is not registered.
+    """
+    versions = all_versions(client, name)
+    version = _with_content(versions, asset, content_hash)
+    if version is None:
+        return {}
+    new = {tag: value for tag, value in found.items() if version.tags.get(tag) != value}
+    if new:
+        for tag, value in new.items():
+            client.set_model_version_tag(name, str(version.version), tag, value)
+        version = client.get_model_version(name, str(version.version))
+        decide_again(client, name, version, versions, compare=compare, most_latency_ratio=most_latency_ratio, log=log)
+        version = client.get_model_version(name, str(version.version))
+    return decision_of(version)
 
 
 def find_decision(client: "MlflowClient", name: str, asset: str, content_hash: str) -> dict[str, Any]:

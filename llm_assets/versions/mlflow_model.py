@@ -5,11 +5,15 @@
 
     MLmodel, requirements.txt, python_env.yaml    MLflow's format of models, the flavors `transformers` and `pyfunc`
     components/tokenizer/                         a copy of the tokenizer, where the flavor expects it
-    quantized/, code/                             of a quantized model: what transformers loads, and its modules
+    code/                                         the loader for `pyfunc` (`rex_predict.py`)
+    quantized/, code/rex_model/                   of a quantized model: what transformers loads, and its modules
 
 They are written directly, because MLflow's own `save_model` takes a model in memory and writes its weights again. A
 checkpoint in full precision brings its code; the loader of quantized models and the modules of `model/` that it imports
 travel as the package `rex_model`: another package may be called `model` there.
+
+A version that was registered before these files were written gets them once it becomes champion or is shown
+(`add_mlflow_model`).
 """
 
 import json
@@ -17,18 +21,26 @@ import modulefinder
 import platform
 import re
 import shutil
+import tempfile
 import uuid
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from llm_assets.versions import rex_predict
 from model.artifact import write_json
+from model.progress import Log
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 PACKAGE, CODE, QUANTIZED = "rex_model", "code", "quantized"
+FOLDER = "model"
+"""The folder of a version among the artifacts of its MLflow run."""
 REQUIREMENTS = ("mlflow", "safetensors", "torch", "transformers")
 PARAMETERS = (
     ("max_new_tokens", "integer", 64),
@@ -45,6 +57,24 @@ def is_model(directory: Path) -> bool:
     return (directory / "config.json").is_file() and (directory / "tokenizer_config.json").is_file()
 
 
+def add_mlflow_model(client: "MlflowClient", name: str, number: str, log: Log) -> None:
+    """Add these files to a version that has none; a failure is a line in `log`, as the service needs none of them."""
+    try:
+        run_id = client.get_model_version(name, number).run_id or ""
+        paths = {file.path for file in client.list_artifacts(run_id, FOLDER)}
+        if f"{FOLDER}/MLmodel" in paths or f"{FOLDER}/tokenizer_config.json" not in paths:
+            return
+        with tempfile.TemporaryDirectory(prefix="rex-version-") as folder:
+            model_dir = Path(client.download_artifacts(run_id, FOLDER, folder))
+            written = Path(folder) / "written"
+            write_mlflow_model(model_dir, written, run_id=run_id)
+            client.log_artifacts(run_id, str(written), FOLDER)
+        log(f"{name} version {number}: added the files that `mlflow.pyfunc.load_model` needs")
+    except Exception as error:  # noqa: BLE001 - a tracking store and an old model's files may raise anything
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        log(f"{name} version {number}: `mlflow.pyfunc.load_model` cannot load it ({reason}): train the model again")
+
+
 def write_mlflow_model(model_dir: Path, into: Path, *, run_id: str) -> None:
     """Write to `into` what MLflow needs beside the files of `model_dir` to load them.
 
@@ -55,9 +85,10 @@ def write_mlflow_model(model_dir: Path, into: Path, *, run_id: str) -> None:
     from model.weights.loading import read_method
 
     is_quantized = read_method(model_dir) != "none"
-    code = {"code": CODE} if is_quantized else {}
     tokenizer = into / "components" / "tokenizer"
     tokenizer.mkdir(parents=True)
+    (into / CODE).mkdir()
+    shutil.copy(rex_predict.__file__, into / CODE)
     for path in (found for pattern in TOKENIZER_FILES for found in model_dir.glob(pattern)):
         shutil.copyfile(path, tokenizer / path.name)
     if is_quantized:
@@ -78,10 +109,10 @@ def write_mlflow_model(model_dir: Path, into: Path, *, run_id: str) -> None:
         "artifact_path": "model",
         "flavors": {
             "python_function": {
-                "loader_module": "mlflow.transformers",
+                "loader_module": rex_predict.__name__.rpartition(".")[2],
                 "python_version": platform.python_version(),
                 "env": {"virtualenv": "python_env.yaml"},
-                **code,
+                "code": CODE,
             },
             "transformers": {
                 "task": "text-generation",
@@ -91,7 +122,7 @@ def write_mlflow_model(model_dir: Path, into: Path, *, run_id: str) -> None:
                 "components": ["tokenizer"],
                 "tokenizer_type": kind or "PreTrainedTokenizerFast",
                 "transformers_version": version("transformers"),
-                **code,
+                **({"code": CODE} if is_quantized else {}),
             },
         },
         "mlflow_version": version("mlflow"),

@@ -1,59 +1,13 @@
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llm_assets import champion
-from llm_assets.resources import promotion
 from llm_assets.resources.mlflow import MlflowTracking
-from llm_assets.resources.model_versions import register_version
-from tests.support.paired_scores import compare_scores, write_scores
+from llm_assets.versions import promotion
 
-
-class Registry:
-    """One registered model, `rex-NAME`."""
-
-    def __init__(self, mlflow: MlflowTracking, name: str, folder: Path) -> None:
-        self.client, self.experiment_id = mlflow.client()
-        self.name, self.folder = f"rex-{name}", folder
-        self.lines: list[str] = []
-
-    def register(
-        self, bits: float, content: str = "", *, text: str = "a", asset: str = "quantized_model", **decision: Any
-    ) -> str:
-        """decision: noise and latency_ratio of the comparison with the champion, and `decide_champion`'s arguments."""
-        measured = {name: decision.pop(name) for name in ("noise", "latency_ratio") if name in decision}
-        write_scores(self.folder, bits, text)
-        return register_version(
-            self.client,
-            self.client.create_run(self.experiment_id).info.run_id,
-            self.name,
-            self.folder,
-            asset=asset,
-            bits_per_byte=bits,
-            evaluation_text=text,
-            candidate=True,
-            content_hash=content,
-            log=self.lines.append,
-            **{"compare": compare_scores(self.folder, text, **measured), **decision},
-        )
-
-    @property
-    def champion(self) -> str | None:
-        found = self.client.get_registered_model(self.name).aliases.get("champion")
-        return str(found) if found else None
-
-    def decision(self, version: str) -> str:
-        return str(self.client.get_model_version(self.name, version).tags["champion_decision"])
-
-    def set_by_hand(self, version: str) -> None:
-        self.client.set_registered_model_alias(self.name, "champion", version)
-
-
-@pytest.fixture
-def registry(mlflow: MlflowTracking, request: pytest.FixtureRequest, tmp_path: Path) -> Registry:
-    return Registry(mlflow, request.node.name[:60], tmp_path)
+Registry = Any  # conftest's
 
 
 def test_the_same_content_is_registered_once(registry: Registry) -> None:

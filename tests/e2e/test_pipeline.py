@@ -11,7 +11,7 @@ import yaml
 
 from llm_assets.stage.metadata import SUMMARY_WIDTH
 from model.artifact import verify
-from tests.e2e.workplace import REPO, Workplace
+from tests.e2e.workplace import REPO, CommandLine, Workplace
 
 pytestmark = pytest.mark.e2e
 ASSETS = [
@@ -23,6 +23,13 @@ ASSETS = [
     "benchmark_report",
     "packaged_bento",
 ]
+
+
+@pytest.fixture(scope="module")
+def dagster(smoke):
+    commands = CommandLine(smoke)
+    yield commands
+    commands.close()
 
 
 def mlflow_client(workplace: Workplace):
@@ -113,10 +120,10 @@ def test_the_run_of_make_pipeline_is_of_the_location_whose_runs_the_home_page_sh
     assert selector.repository_name == "__repository__"
 
 
-def test_a_part_of_the_pipeline_is_materialized_by_name_and_gives_the_same_bits(smoke):
+def test_a_part_of_the_pipeline_is_materialized_by_name_and_gives_the_same_bits(smoke, dagster):
     before = {asset: smoke.manifest(asset)["content_hash"] for asset in ASSETS if asset != "benchmark_report"}
-    result = smoke.run(
-        "dagster", "asset", "materialize", "-m", "llm_assets.definitions",
+    result = dagster.run(
+        "asset", "materialize", "-m", "llm_assets.definitions",
         "--select", "trained_checkpoint+", "--partition", "smoke",
         "--config-json", '{"resources": {"hydra": {"config": {"force": true}}}}',
     )  # fmt: skip
@@ -125,11 +132,11 @@ def test_a_part_of_the_pipeline_is_materialized_by_name_and_gives_the_same_bits(
     assert result.stdout.count("unchanged: ") == 4  # all but the report, whose timings are new
 
 
-def test_an_unchanged_pipeline_is_neither_computed_nor_registered_again(smoke):
+def test_an_unchanged_pipeline_is_neither_computed_nor_registered_again(smoke, dagster):
     before = {asset: smoke.manifest(asset) for asset in ASSETS if asset != "packaged_bento"}
     runs = len(mlflow_runs(smoke))
-    result = smoke.run(
-        "dagster", "job", "execute", "-m", "llm_assets.definitions", "-j", "llm_pipeline",
+    result = dagster.run(
+        "job", "execute", "-m", "llm_assets.definitions", "-j", "llm_pipeline",
         "--tags", '{"dagster/partition": "smoke"}',
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-4000:]
@@ -150,11 +157,11 @@ def test_an_unchanged_pipeline_is_neither_computed_nor_registered_again(smoke):
     ],
     ids=["no file", "vocabulary too large", "upstream of another config", "loss becomes NaN", "unknown option"],
 )
-def test_a_mistake_fails_in_one_line_and_leaves_the_last_good_artifact(smoke, asset, overrides, says):
+def test_a_mistake_fails_in_one_line_and_leaves_the_last_good_artifact(smoke, dagster, asset, overrides, says):
     before = {name: smoke.latest(name) for name in ASSETS}
     config = {"resources": {"hydra": {"config": {"overrides": overrides}}}}
-    result = smoke.run(
-        "dagster", "asset", "materialize", "-m", "llm_assets.definitions", "--select", asset,
+    result = dagster.run(
+        "asset", "materialize", "-m", "llm_assets.definitions", "--select", asset,
         "--partition", "smoke", "--config-json", json.dumps(config),
     )  # fmt: skip
     assert result.returncode != 0
@@ -170,9 +177,9 @@ def test_a_failed_run_is_failed_in_mlflow(smoke):
     assert statuses == {"FINISHED", "FAILED"}, [(run.info.run_name, run.info.status) for run in runs]
 
 
-def test_an_unknown_experiment_names_the_known_ones(smoke):
-    result = smoke.run(
-        "dagster", "job", "execute", "-m", "llm_assets.definitions", "-j", "llm_pipeline",
+def test_an_unknown_experiment_names_the_known_ones(dagster):
+    result = dagster.run(
+        "job", "execute", "-m", "llm_assets.definitions", "-j", "llm_pipeline",
         "--tags", '{"dagster/partition": "smokes"}',
     )  # fmt: skip
     assert result.returncode != 0

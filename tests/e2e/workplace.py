@@ -75,6 +75,56 @@ class Workplace:
         return json.loads((self.latest(asset, experiment) / "manifest.json").read_text())
 
 
+_COMMAND_LINE = """
+import json, sys, traceback
+from dagster._cli import create_dagster_cli
+dagster = create_dagster_cli()
+for line in sys.stdin:
+    status = 0
+    try:
+        dagster.main(json.loads(line), prog_name="dagster")
+    except SystemExit as ended:
+        status = ended.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    print(f"\\n{sys.argv[1]}{status}", flush=True)
+"""
+_ENDED = "the command has ended: "
+
+
+class CommandLine:
+    """Dagster's command line in one process, which imports it once and forks the steps of all runs from one server."""
+
+    def __init__(self, workplace: Workplace) -> None:
+        self._process = subprocess.Popen(
+            [str(BIN / "python"), "-W", "ignore", "-c", _COMMAND_LINE, _ENDED],
+            cwd=REPO,
+            env=workplace.env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run `dagster` with these arguments; stdout and stderr come together."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(arguments) + "\n")
+        self._process.stdin.flush()
+        lines: list[str] = []
+        for line in self._process.stdout:
+            if line.startswith(_ENDED):
+                status = line.removeprefix(_ENDED).strip()
+                return subprocess.CompletedProcess(arguments, int(status) if status.isdigit() else 1, "".join(lines))
+            lines.append(line)
+        return pytest.fail("".join(lines)[-3000:])
+
+    def close(self) -> None:
+        """End the process and, with it, the server of its steps."""
+        self._process.communicate()
+
+
 def new_workplace(root: Path) -> Workplace:
     (root / "dagster").mkdir(parents=True)
     (root / "dagster" / "dagster.yaml").write_bytes((REPO / "dagster.yaml").read_bytes())

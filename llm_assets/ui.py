@@ -4,23 +4,27 @@
 
 Prints two addresses once both answer; the servers' output goes to var/ui/. TERM, INT and HUP (a closed terminal) end
 them, even if a script started this in the background, where INT is ignored. An active run gets time to save its state.
-This process imports neither Dagster nor MLflow, each of which takes 100 MB or more.
+This process imports neither Dagster nor MLflow, each of which takes 100 MB or more. All servers start at once, those of
+Dagster with its own commands (`instance/started_after.py`).
 """
 
 import argparse
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 import psutil
+import yaml
 
 from llm_assets.instance.dagster_home import check_dagster_home
 from llm_assets.page_links import DAGSTER, MLFLOW, redirect_former
@@ -33,7 +37,7 @@ START_S, STOP_S = 180.0, 7.0
 
 
 class Server:
-    """One server in a separate session, so that all its processes can be found and ended."""
+    """One server in a separate session, so that all its processes can be found and ended. url: of its page, if any."""
 
     def __init__(self, name: str, url: str, command: Sequence[str], log: Path) -> None:
         self.name, self.url, self.log = name, url, log
@@ -48,11 +52,13 @@ class Server:
             )
 
     def answers(self) -> bool:
-        """Whether the server answers. Raises PipelineError if it has ended."""
+        """Whether the server's page answers, if it has one. Raises PipelineError if the server has ended."""
         if self.process.poll() is not None:
             lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
             reason = lines[-1].strip() if lines else f"exit status {self.process.returncode}"
             raise PipelineError(f"{self.name} has ended: {reason} (see its output in {self.log})")
+        if not self.url:
+            return True
         with suppress(urllib.error.URLError, OSError), urllib.request.urlopen(self.url, timeout=2):
             return True
         return False
@@ -81,6 +87,64 @@ def stop(servers: Sequence[Server]) -> None:
         server.process.wait()
 
 
+def code_locations(workspace: Path) -> dict[str, str]:
+    """The module of each code location in a workspace file, by the location's name.
+
+    Raises PipelineError for a location that is not a module.
+    """
+    found = {}
+    for entry in yaml.safe_load(workspace.read_text(encoding="utf-8"))["load_from"]:
+        module = entry.get("python_module") if isinstance(entry, dict) else None
+        if isinstance(module, str):
+            module = {"module_name": module}
+        if not module:
+            raise PipelineError(
+                f"{workspace} lists {entry}: expected `python_module`; `dagster dev` starts other kinds"
+            )
+        found[module.get("location_name") or module["module_name"]] = module["module_name"]
+    return found
+
+
+def start_dagster(host: str, port: int, logs: Path, folder: Path) -> Iterator[Server]:
+    """Start a server for each code location, the webserver and the daemon; sockets and a workspace go to `folder`.
+
+    The daemon waits for the webserver, as the first process to open a new instance creates its tables.
+    """
+    dagster = [sys.executable, "-W", "ignore::FutureWarning", "-m"]
+    sockets: dict[str, str] = {}
+    for name, module in code_locations(REPOSITORY / "workspace.yaml").items():
+        sockets[name] = str(folder / f"{len(sockets)}.sock")
+        command = [*dagster, "dagster", "code-server", "start", "--module-name", module, "--socket", sockets[name]]
+        command += ["--location-name", name, "--working-directory", str(REPOSITORY)]
+        yield Server(f"Dagster's code location {name}", "", command, logs / f"{name}.log")
+    workspace = folder / "workspace.yaml"
+    entries = [{"grpc_server": {"location_name": name, "socket": path}} for name, path in sockets.items()]
+    workspace.write_text(yaml.safe_dump({"load_from": entries}))
+    after = [*dagster, "llm_assets.instance.started_after"]
+    command = [*after, ",".join(sockets.values()), "dagster-webserver", "--workspace", str(workspace)]
+    yield Server(
+        "Dagster", f"http://{host}:{port}", [*command, "--host", host, "--port", str(port)], logs / "dagster.log"
+    )
+    command = [*after, f"{host}:{port}", "dagster-daemon", "run", "--workspace", str(workspace)]
+    yield Server("Dagster's daemon", "", command, logs / "daemon.log")
+
+
+def check_port(host: str, port: int, page: str, variable: str) -> None:
+    """Raise PipelineError if no server can listen at this address, for the page that `make ui` starts there."""
+    if not 0 < port < 1 << 16:
+        raise PipelineError(f"{variable}={port}: expected a port from 1 to 65535 for {page}'s page")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        with socket.socket(found[0][0]) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(found[0][4])
+    except OSError as error:
+        raise PipelineError(
+            f"{page} cannot listen at {host}:{port} ({error.strerror}): end the server that has it, or choose another: "
+            f"make ui {variable}={port + 10 if port < 65000 else 3011}"
+        ) from error
+
+
 class _Stopped(Exception):
     """A signal arrived that ends the servers."""
 
@@ -100,18 +164,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _raise_stopped)
     servers: list[Server] = []
+    folder = tempfile.TemporaryDirectory(prefix="rex-ui-")  # a socket's path has at most 107 bytes
     try:
         check_dagster_home()
+        check_port(given.host, given.port, "Dagster", "UI_PORT")
+        check_port(given.host, given.mlflow_port, "MLflow", "MLFLOW_PORT")
+        if given.port == given.mlflow_port:
+            raise PipelineError(f"both pages have port {given.port}: expected two ports, UI_PORT and MLFLOW_PORT")
         logs = var_dir() / "ui"
         logs.mkdir(parents=True, exist_ok=True)
         mlflow, dagster = (f"http://{given.host}:{port}" for port in (given.mlflow_port, given.port))
         os.environ.setdefault("MLFLOW_UI_URL", mlflow)
         os.environ.setdefault(DAGSTER_URL, dagster)
-        # Without Dagster's warning that advises `dg`.
-        command = [sys.executable, "-W", "ignore::FutureWarning", "-m", "dagster", "dev"]
-        command += ["--workspace", str(REPOSITORY / "workspace.yaml")]
-        command += ["--host", given.host, "--port", str(given.port)]
-        servers.append(Server("Dagster", dagster, command, logs / "dagster.log"))
+        servers.extend(start_dagster(given.host, given.port, logs, Path(folder.name)))
         command = [sys.executable, "-m", "llm_assets.instance.mlflow_server", given.host, str(given.mlflow_port)]
         servers.append(Server("MLflow", mlflow, command, logs / "mlflow.log"))
         started = time.monotonic()
@@ -132,6 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         stop(servers)
+        folder.cleanup()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python -m llm_assets.ui [--host 127.0.0.1] [--port 3001] [--mlflow-port 5000]
 
+Dagster's records are in DAGSTER_HOME, by default `dagster/` of the output folder, where `make` keeps them.
 Prints two addresses once both answer; the servers' output goes to var/ui/. TERM, INT and HUP (a closed terminal) end
 them, even if a script started this in the background, where INT is ignored. An active run gets time to save its state.
 This process imports neither Dagster nor MLflow, each of which takes 100 MB or more. All servers start at once, those of
@@ -10,6 +11,7 @@ Dagster with its own commands (`instance/started_after.py`).
 
 import argparse
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -166,7 +168,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     servers: list[Server] = []
     folder = tempfile.TemporaryDirectory(prefix="rex-ui-")  # a socket's path has at most 107 bytes
     try:
+        home = Path(os.environ.setdefault("DAGSTER_HOME", str(var_dir() / "dagster")))
         check_dagster_home()
+        if not (home / "dagster.yaml").exists():
+            shutil.copyfile(REPOSITORY / "dagster.yaml", home / "dagster.yaml")
         check_port(given.host, given.port, "Dagster", "UI_PORT")
         check_port(given.host, given.mlflow_port, "MLflow", "MLFLOW_PORT")
         if given.port == given.mlflow_port:

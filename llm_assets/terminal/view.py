@@ -63,7 +63,8 @@ class View:
         """Refresh the live line; to be called a few times a second."""
         if self._status:
             working = [self._working(stage) for stage in self._started]
-            self._status.update("\n  ".join(working) or f"starting  {format_duration(self._clock() - self._began)}")
+            idle = "running" if self._said else "starting"  # also between two stages, and after the last
+            self._status.update("\n  ".join(working) or f"{idle}  {format_duration(self._clock() - self._began)}")
 
     def _working(self, stage: str) -> str:
         said = self._said.get(stage, "")

@@ -74,9 +74,9 @@ def in_words(evidence: Mapping[str, Any]) -> dict[str, str]:
     """Both entries in a few words each."""
     parity, tasks = evidence.get("parity", NOT_MEASURED), evidence.get("tasks", NOT_MEASURED)
     if isinstance(parity, Mapping):
-        parity = f"{parity['certificates']} certificates, {parity['differences'] or 'no'} differences"
+        parity = f"certificates: {parity['certificates']}, differences: {parity['differences']}"
     if isinstance(tasks, list):
-        tasks = f"{len(tasks)} scores, {sum(score['is_worse'] for score in tasks) or 'none'} worse"
+        tasks = f"scores: {len(tasks)}, worse: {sum(score['is_worse'] for score in tasks)}"
     return {"parity": parity, "tasks": tasks}
 
 

@@ -102,12 +102,12 @@ def test_a_withdrawn_version_is_decided_on_again_once_its_export_agrees(registry
 @pytest.mark.parametrize(
     ("champions", "candidates", "stays", "words"),
     [
-        (tasks, {"value": 0.44}, False, "1 scores, 1 worse"),
-        (tasks, {"value": 0.46}, True, "1 scores, none worse"),
-        (tasks, {"value": 0.9}, True, "1 scores, none worse"),
-        (tasks, {"value": 0.9, "higher": False}, False, "1 scores, 1 worse"),
-        (tasks, {"value": 0.1, "higher": None}, True, "1 scores, none worse"),
-        (tasks, {"value": 0.1, "stderr": None}, True, "1 scores, none worse"),
+        (tasks, {"value": 0.44}, False, "scores: 1, worse: 1"),
+        (tasks, {"value": 0.46}, True, "scores: 1, worse: 0"),
+        (tasks, {"value": 0.9}, True, "scores: 1, worse: 0"),
+        (tasks, {"value": 0.9, "higher": False}, False, "scores: 1, worse: 1"),
+        (tasks, {"value": 0.1, "higher": None}, True, "scores: 1, worse: 0"),
+        (tasks, {"value": 0.1, "stderr": None}, True, "scores: 1, worse: 0"),
         (tasks, {"value": 0.1, "documents": 50}, True, "measured, with other documents than the champion's"),
         (tasks, {"value": 0.1, "few": 5}, True, "measured, with other solved examples than the champion's"),
         (tasks, {"value": 0.1, "task": "arc"}, True, "measured, with other tasks than the champion's"),

@@ -40,7 +40,7 @@ from bento.schema import (
 )
 from bento.serving.admission import Admission
 from bento.serving.answers import Answers, Batch, EventStream, server_sent
-from bento.serving.backend import Backend, BackendOf, Prompt
+from bento.serving.backend import Backend, BackendOf, Prompt, challenger_named
 from bento.serving.heavy import HeavyWork
 from bento.serving.models import Models
 from bento.telemetry.metrics import CONTENT_TYPE, ServiceMetrics
@@ -64,13 +64,15 @@ def create_app(
     clamp_max_tokens: bool = True,
     api_keys: Sequence[str] = (),
     cors_origins: Sequence[str] = (),
+    compare_with: str = "",
 ) -> FastAPI:
     """The service's routes.
 
     model_name, aliases: see `Models`. request_timeout_s: from a request's arrival to its last token. queue_timeout_s:
     from its arrival to its start. receive_timeout_s: from a request's first byte to its last.
     max_choices: maximum number of texts per request. clamp_max_tokens: see `Backend`. api_keys: each grants access to
-    every route; without keys the service is open. cors_origins: allowed CORS origins.
+    every route; without keys the service is open. cors_origins: allowed CORS origins. compare_with: see
+    `add_page`.
     """
     app = FastAPI(
         title="REX text generation",
@@ -102,9 +104,9 @@ def create_app(
     app.add_exception_handler(RequestValidationError, _refuse_invalid)
     app.add_exception_handler(HTTPException, _refuse)
 
-    def backend_of(request: Request) -> Backend:
+    def backend_of(request: Request, model: str | None = None) -> Backend:
         return Backend(
-            request.state.served.engine,
+            challenger_named(model, models) or request.state.served,
             models,
             request_timeout_s,
             queue_timeout_s,
@@ -125,7 +127,7 @@ def create_app(
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
     add_probes(app, models, admission.refusal)
-    add_page(app)
+    add_page(app, compare_with)
     return app
 
 

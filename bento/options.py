@@ -70,6 +70,11 @@ class ServiceSettings(ServingSettings):
     rollback_min_generations: int = option(
         50, "Fewest generations of each model for a comparison.", unit="generations", above=0, maximum=1_000_000
     )
+    compare_with: str = option(
+        "",
+        "Address of a second service, http://HOST:PORT: the page offers its answers side by side with this one's. Its "
+        "REX_CORS_ORIGINS has to name this service's address.",
+    )
     clamp_max_tokens: bool = option(
         True, "Reduce max_tokens to what fits into the context; false: refuse a larger value with a 400."
     )
@@ -171,6 +176,16 @@ def origins(cors_origins: str) -> tuple[str, ...]:
                 f"{PREFIX}CORS_ORIGINS has {origin!r}: expected * or scheme and host, https://example.org"
             )
     return found
+
+
+def second_service(address: str) -> str:
+    """The address of the service that the page compares with. Raises InvalidArgument for a malformed one."""
+    # Semicolons, commas and quotes would end the address inside the page's Content-Security-Policy.
+    if address and not re.fullmatch(r"https?://[^/\s;,'\"]+(/[^\s;,'\"?#]*)?", address):
+        raise InvalidArgument(
+            f"{PREFIX}COMPARE_WITH is {address!r}: expected scheme and host of a service, https://example.org"
+        )
+    return address
 
 
 def is_path(model: str) -> bool:

@@ -37,6 +37,7 @@ from bento.options import (
     origins,
     refuse_for_vllm,
     refuse_without_champion,
+    second_service,
     with_overrides,
 )
 from bento.serving.admission import drain_on_signal
@@ -119,6 +120,7 @@ app = create_app(
     max_choices=min(MAX_CHOICES, options.max_queue + options.max_batch_size),
     api_keys=API_KEYS,
     cors_origins=origins(options.cors_origins),
+    compare_with=second_service(options.compare_with),
 )
 app.state.tracer = None
 

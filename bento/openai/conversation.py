@@ -47,7 +47,6 @@ async def read_conversation(backend: Backend, body: ChatRequest, names: Mapping[
 
     Raises ApiError 400 if the model, its chat template or the context does not accept it.
     """
-    backend.check_model(body.model)
     grammar: Grammar | None
     if source := body.calls_grammar():
         grammar = await compile_grammar(backend, "tools", "calls", source)

@@ -28,9 +28,9 @@ from bento.openai.schema import (
 from bento.openai.structured import compile_form
 from bento.openai.tool_format import ToolChatFormat
 from bento.serving.answers import EventStream
-from bento.serving.backend import Backend, BackendOf, Prompt, check_model
+from bento.serving.backend import Backend, BackendOf, Prompt, challenger_named
 from bento.serving.heavy import encode_in_parts
-from bento.serving.models import Models
+from bento.serving.models import Models, Served
 from model.generation.grammar.grammar import Grammar
 from model.generation.requests import Event, Finished, TextPiece
 from model.text.chat.tools import OPENING
@@ -67,7 +67,7 @@ def openai_routes(backend_of: BackendOf, models: Models) -> APIRouter:
         summary="Continue texts",
     )
     async def complete(body: CompletionRequest, request: Request) -> Response:
-        return await _complete(backend_of(request), body, request)
+        return await _complete(backend_of(request, body.model), body, request)
 
     @router.post(
         "/chat/completions",
@@ -76,7 +76,7 @@ def openai_routes(backend_of: BackendOf, models: Models) -> APIRouter:
         summary="Continue a conversation",
     )
     async def chat(body: ChatRequest, request: Request) -> Response:
-        return await _chat(backend_of(request), body, request)
+        return await _chat(backend_of(request, body.model), body, request)
 
     return router
 
@@ -84,10 +84,9 @@ def openai_routes(backend_of: BackendOf, models: Models) -> APIRouter:
 def _add_model_routes(router: APIRouter, models: Models) -> None:
     started = int(time.time())
 
-    def describe_model() -> dict[str, Any]:
-        served = models.current
+    def describe_model(served: Served | None) -> dict[str, Any]:
         return {
-            "id": models.name,
+            "id": (served and served.name) or models.name,
             "object": "model",
             "created": started,
             "owned_by": "rex",
@@ -95,11 +94,17 @@ def _add_model_routes(router: APIRouter, models: Models) -> None:
             "version": served.version if served else None,
         }
 
-    @router.get("/models", response_model=ModelList, responses=LISTING, summary="List the models: the served one")
+    @router.get(
+        "/models",
+        response_model=ModelList,
+        responses=LISTING,
+        summary="List the models: the served one, and the challenger of a shadow phase",
+    )
     async def list_models() -> Response:
-        model = describe_model()
+        model = describe_model(models.current)
         aliases = [{**model, "id": alias, "root": models.name} for alias in models.aliases]
-        return JSONResponse({"object": "list", "data": [model, *aliases]})
+        others = [describe_model(models.challenger)] if models.challenger else []
+        return JSONResponse({"object": "list", "data": [model, *aliases, *others]})
 
     @router.get(
         "/models/{model:path}",
@@ -108,12 +113,10 @@ def _add_model_routes(router: APIRouter, models: Models) -> None:
         summary="Describe a model",
     )
     async def describe_one(model: str) -> Response:
-        check_model(model, models)
-        return JSONResponse(describe_model())
+        return JSONResponse(describe_model(challenger_named(model, models) or models.current))
 
 
 async def _complete(backend: Backend, body: CompletionRequest, request: Request) -> Response:
-    backend.check_model(body.model)
     marks = infill_marks(backend.engine.tokenizer) if body.suffix else None
     read = await _read(backend, body.prompt)
     if marks and body.suffix:
@@ -202,7 +205,7 @@ async def _answer(
     form = make_format(
         engine=backend.engine,
         model=backend.model_name,
-        fingerprint=request.state.served.fingerprint,
+        fingerprint=backend.served.fingerprint,
         number=request.state.record.id,
         prompts=prompts,
         n=n,

@@ -1,4 +1,4 @@
-// The service's HTTP API as this page uses it. Addresses are relative, so that the page works behind a path prefix.
+// The service's HTTP API as this page uses it. base: address of the service; that of the page, whatever prefix a proxy adds.
 
 import { readEvents } from "./sse.js";
 
@@ -12,8 +12,6 @@ export class ApiError extends Error {
 
 // Usage in every chunk: a chunk may hold several tokens, and an aborted stream has no final chunk.
 const STREAM_OPTIONS = { include_usage: true, continuous_usage_stats: true };
-
-const address = (path) => new URL(path, document.baseURI);
 
 const authorization = (key) => (key ? { Authorization: `Bearer ${key}` } : {});
 
@@ -31,11 +29,15 @@ async function refusal(response) {
   });
 }
 
-/** The served model's name; null if the server does not list one. */
-export async function modelName(key) {
-  const response = await fetch(address("v1/models"), { headers: authorization(key) });
-  if (!response.ok) return null;
-  return (await response.json()).data?.[0]?.id ?? null;
+/** The names of a service's models, without aliases; empty if it lists none or does not answer. */
+export async function models(base, key) {
+  try {
+    const response = await fetch(new URL("v1/models", base), { headers: authorization(key) });
+    const { data } = response.ok ? await response.json() : {};
+    return (data ?? []).filter(({ root, id }) => (root ?? id) === id).map(({ id }) => id);
+  } catch {
+    return []; // the first request shows the error
+  }
 }
 
 /** The tokens of a piece: {text, logprob, others: [[text, logprob], ...]} each; both routes' forms. */
@@ -59,10 +61,10 @@ function scoresOf(logprobs) {
  * tokens being the number generated so far, and {finishReason} when the text has ended.
  * Throws ApiError if the server refuses or fails, AbortError if `signal` aborted it.
  */
-export async function* complete(request, { key, model, signal }) {
+export async function* complete(request, { base, key, model, signal }) {
   let response;
   try {
-    response = await fetch(address(request.messages ? "v1/chat/completions" : "v1/completions"), {
+    response = await fetch(new URL(request.messages ? "v1/chat/completions" : "v1/completions", base), {
       method: "POST",
       headers: { "Content-Type": "application/json", Accept: "text/event-stream", ...authorization(key) },
       body: JSON.stringify({ ...(model && { model }), ...request, stream: true, stream_options: STREAM_OPTIONS }),

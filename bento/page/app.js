@@ -1,20 +1,22 @@
 // The page: fields in, streamed text out. Text of users and models is only ever set as textContent.
 
-import { ApiError, complete, modelName } from "./api.js";
+import { ApiError, models } from "./api.js";
+import { ALTERNATIVES, Pane } from "./pane.js";
 
 const $ = (id) => document.getElementById(id);
 const NUMBERS = ["max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"];
 const WHOLE = new Set(["max_tokens", "top_k", "seed"]);
 const FIELDS = { ...Object.fromEntries(["prompt", ...NUMBERS].map((name) => [name, $(name)])), stop: $("stop_strings") };
-const FINISHED = { stop: "The text ended.", length: "As many tokens as asked for." };
+const CHOICES = ["chat", "probabilities", "compare"];
 const KEY = "rex-api-key";
 
-const ALTERNATIVES = 5;
-const SPEAKERS = { user: "You", assistant: "Model" };
-const messages = []; // of the conversation, in chat
+const first = new Pane();
+const second = Pane.copyOf(first);
+const panes = [first, second];
+/** The panes that are shown: both while two models are compared. */
+const shown = () => ($("compare").checked && !$("compare-field").hidden ? panes : [first]);
 
 let running = null; // AbortController of the generation under way
-let model = null;
 
 // ---- Request
 
@@ -35,13 +37,11 @@ function stopStrings() {
   return lines.map((line) => line.replace(/\\[nt\\]/g, (escape) => ESCAPES[escape]));
 }
 
-/** The request's body; an empty field leaves the server's default. */
+/** The request's parameters; an empty field leaves the server's default. */
 function request() {
-  const text = FIELDS.prompt.value;
-  const isChat = $("chat").checked;
-  const body = isChat ? { messages: [...messages, { role: "user", content: text }] } : { prompt: text };
+  const body = {};
   if ($("probabilities").checked) {
-    Object.assign(body, isChat ? { logprobs: true, top_logprobs: ALTERNATIVES } : { logprobs: ALTERNATIVES });
+    Object.assign(body, $("chat").checked ? { logprobs: true, top_logprobs: ALTERNATIVES } : { logprobs: ALTERNATIVES });
   }
   for (const name of NUMBERS) {
     check(name);
@@ -57,7 +57,7 @@ function request() {
 function writeAddress() {
   const kept = new URLSearchParams();
   for (const [name, field] of Object.entries(FIELDS)) if (field.value !== field.defaultValue) kept.set(name, field.value);
-  for (const name of ["chat", "probabilities"]) {
+  for (const name of CHOICES) {
     if ($(name).checked !== $(name).defaultChecked) kept.set(name, String($(name).checked));
   }
   history.replaceState(null, "", kept.size ? `#${kept}` : location.pathname + location.search);
@@ -66,57 +66,26 @@ function writeAddress() {
 function readAddress() {
   const kept = new URLSearchParams(location.hash.slice(1));
   for (const [name, field] of Object.entries(FIELDS)) field.value = kept.get(name) ?? field.defaultValue;
-  for (const name of ["chat", "probabilities"]) {
+  for (const name of CHOICES) {
     $(name).checked = kept.has(name) ? kept.get(name) === "true" : $(name).defaultChecked;
   }
 }
 
 // ---- Display
 
-const percent = (logprob) => `${(100 * Math.exp(logprob)).toFixed(logprob < -4.6 ? 2 : 1)} %`;
-
-/** A piece of text; its title lists each token's probability and those of the likeliest tokens at its place. */
-function pieceOf(text, scores) {
-  const piece = document.createElement("span");
-  piece.textContent = text;
-  const lines = scores.map(({ text: token, logprob, others }) => {
-    const rest = others.filter(([other]) => other !== token).slice(0, ALTERNATIVES);
-    const instead = rest.map(([other, score]) => `${JSON.stringify(other)} ${percent(score)}`).join("\n  ");
-    return `${JSON.stringify(token)} ${percent(logprob)}${instead && `\ninstead of\n  ${instead}`}`;
-  });
-  if (lines.length) piece.title = lines.join("\n");
-  return piece;
-}
-
-const transcript = (turns) => turns.map(({ role, content }) => `${SPEAKERS[role]}: ${content}\n\n`).join("");
-
 function showMode() {
   const isChat = $("chat").checked;
   $("prompt-label").textContent = isChat ? "Message" : "Prompt";
   $("clear").hidden = !isChat;
-  $("continue").hidden = isChat;
+  for (const pane of panes) pane.$("continue").hidden = isChat;
+  const isCompared = shown().length > 1;
+  $("results").classList.toggle("both", isCompared);
+  second.$("result").hidden = !isCompared;
+  for (const pane of panes) pane.$("result-title").textContent = isCompared ? pane.name : "Result";
 }
 
 function clearConversation() {
-  messages.length = 0;
-  for (const id of ["given", "generated"]) $(id).textContent = "";
-  $("status").textContent = "A new conversation.";
-}
-
-const seconds = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(2)} s`);
-
-/** Times in milliseconds; firstTokens: how many tokens the first piece of text was. */
-function showNumbers({ started, first, last, now, tokens, firstTokens }) {
-  $("first-token").textContent = first === null ? "–" : seconds(first - started);
-  $("tokens").textContent = tokens;
-  $("time").textContent = seconds(now - started);
-  // The time to the first chunk is prefill, so it is left out of the rate.
-  const rate = last > first ? (1000 * (tokens - firstTokens)) / (last - first) : null;
-  $("speed").textContent = rate === null ? "–" : `${rate < 10 ? rate.toFixed(1) : Math.round(rate)} tokens/s`;
-}
-
-function clearNumbers() {
-  for (const id of ["first-token", "speed", "tokens", "time"]) $(id).textContent = "–";
+  for (const pane of panes) pane.clear();
 }
 
 function showError(error) {
@@ -141,81 +110,68 @@ function clearError() {
   }
 }
 
-function setRunning(controller) {
+function setRunning(controller, active) {
   const hadFocus = document.activeElement;
   running = controller;
   const isRunning = controller !== null;
-  $("output").setAttribute("aria-busy", String(isRunning));
+  for (const pane of active) pane.setBusy(isRunning);
+  for (const id of ["chat", "compare"]) $(id).disabled = isRunning;
   $("generate").disabled = isRunning;
   $("stop").disabled = !isRunning;
-  for (const id of ["copy", "continue"]) $(id).disabled = isRunning || !$("generated").textContent;
   // Disabling the focused button would drop keyboard focus.
-  if (isRunning && [$("generate"), $("continue")].includes(hadFocus)) $("stop").focus();
+  if (isRunning && [$("generate"), ...panes.map((pane) => pane.$("continue"))].includes(hadFocus)) $("stop").focus();
   if (!isRunning && hadFocus === $("stop")) $("generate").focus();
 }
 
 // ---- Actions
 
+/** The error to show: the first pane's, else the second's with its model's name; undefined without one. */
+function failureOf(results) {
+  const at = results.findIndex(({ reason }) => reason && reason.name !== "AbortError");
+  const { reason } = results[at] ?? {};
+  if (at > 0) reason.message = `${panes[at].name}: ${reason.message}`;
+  return reason;
+}
+
 async function generate() {
   if (running) return;
   clearError();
-  const output = $("output");
-  const times = { started: performance.now(), first: null, last: null, now: 0, tokens: 0, firstTokens: 0 };
-  let held = [];
-  let finish = "The server did not say why the text ended.";
+  const active = shown();
   try {
-    const body = request();
+    const [text, isChat, parameters] = [FIELDS.prompt.value, $("chat").checked, request()];
     writeAddress();
-    $("given").textContent = body.messages ? `${transcript(body.messages)}${SPEAKERS.assistant}: ` : body.prompt;
-    $("generated").textContent = "";
-    setRunning(new AbortController());
-    $("status").textContent = "Generating …";
-    const options = { key: $("key").value.trim(), model, signal: running.signal };
-    times.started = times.now = performance.now();
-    showNumbers(times);
-    for await (const { text, finishReason, tokens, scores } of complete(body, options)) {
-      times.now = performance.now();
-      times.tokens = tokens ?? times.tokens;
-      if (text) {
-        if (times.first === null) Object.assign(times, { first: times.now, firstTokens: times.tokens });
-        times.last = times.now;
-        const follows = output.scrollHeight - output.scrollTop - output.clientHeight < 40;
-        $("generated").append(pieceOf(text, [...held, ...scores]));
-        held = [];
-        if (follows) output.scrollTop = output.scrollHeight;
-      }
-      if (!text) held.push(...scores); // bytes of a character that a later token completes
-      if (finishReason) finish = FINISHED[finishReason] ?? `Ended: ${finishReason}.`;
-      showNumbers(times);
-    }
-    $("status").textContent = finish;
-    if (body.messages) {
-      messages.splice(0, Infinity, ...body.messages, { role: "assistant", content: $("generated").textContent });
+    setRunning(new AbortController(), active);
+    const options = { key: $("key").value.trim(), signal: running.signal };
+    const bodies = active.map((pane) => ({ ...pane.continued(text, isChat), ...parameters }));
+    const results = await Promise.allSettled(active.map((pane, at) => pane.run(bodies[at], options)));
+    setRunning(null, active);
+    const failure = failureOf(results);
+    if (failure) showError(failure);
+    if (isChat && results.every(({ status }) => status === "fulfilled")) {
+      active.forEach((pane, at) => pane.keepTurn(bodies[at]));
       FIELDS.prompt.value = "";
     }
   } catch (error) {
-    times.now = performance.now();
-    if (times.tokens) showNumbers(times);
-    else clearNumbers();
-    $("status").textContent = error.name === "AbortError" ? "Stopped." : "Failed.";
-    if (error.name !== "AbortError") {
-      setRunning(null);
-      showError(error);
-    }
-  } finally {
-    setRunning(null);
+    setRunning(null, active);
+    for (const pane of active) pane.fail(error);
+    showError(error);
   }
 }
 
 const stop = () => running?.abort();
 
-async function showModel() {
-  try {
-    model = await modelName($("key").value.trim());
-  } catch {
-    model = null; // the first request shows the error
-  }
-  if (model) $("model").textContent = model;
+/** Ask for the models: the served one, and a second one of this service or of the service that the page names. */
+async function findModels() {
+  const key = $("key").value.trim();
+  const named = document.querySelector("meta[name=compare-with]").content;
+  const [own, others] = await Promise.all([models(first.base, key), named ? models(named, key) : []]);
+  first.model = own[0] ?? null;
+  if (first.model) $("model").textContent = first.model;
+  second.base = named || first.base;
+  second.model = named ? (others[0] ?? null) : (own[1] ?? null);
+  $("compare-field").hidden = !(named || second.model);
+  $("compare-hint").textContent = `the same request to ${second.name}`;
+  showMode();
 }
 
 $("form").addEventListener("submit", (event) => {
@@ -223,32 +179,36 @@ $("form").addEventListener("submit", (event) => {
   generate();
 });
 $("stop").addEventListener("click", stop);
-$("copy").addEventListener("click", async () => {
-  try {
-    await navigator.clipboard.writeText($("output").textContent);
-    $("status").textContent = "Copied.";
-  } catch {
-    // Browsers allow clipboard writes only over HTTPS or from localhost.
-    getSelection().selectAllChildren($("output"));
-    $("status").textContent = "Selected: copy it as usual.";
-  }
-});
-$("continue").addEventListener("click", () => {
-  FIELDS.prompt.value = $("output").textContent;
-  generate();
-});
+for (const pane of panes) {
+  pane.$("copy").addEventListener("click", async () => {
+    try {
+      await navigator.clipboard.writeText(pane.text);
+      pane.say("Copied.");
+    } catch {
+      // Browsers allow clipboard writes only over HTTPS or from localhost.
+      getSelection().selectAllChildren(pane.$("output"));
+      pane.say("Selected: copy it as usual.");
+    }
+  });
+  pane.$("continue").addEventListener("click", () => {
+    FIELDS.prompt.value = pane.text;
+    generate();
+  });
+}
 $("clear").addEventListener("click", clearConversation);
-$("chat").addEventListener("change", () => {
-  showMode();
-  clearConversation();
-});
+for (const id of ["chat", "compare"]) {
+  $(id).addEventListener("change", () => {
+    showMode();
+    if ($("chat").checked || id === "chat") clearConversation();
+  });
+}
 addEventListener("hashchange", () => {
   readAddress();
   showMode();
 });
 $("key").addEventListener("change", () => {
   sessionStorage.setItem(KEY, $("key").value.trim());
-  showModel();
+  findModels();
 });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && running) {
@@ -264,4 +224,4 @@ $("key").value = sessionStorage.getItem(KEY) ?? "";
 readAddress();
 showMode();
 $("options").open = matchMedia("(min-width: 60rem)").matches;
-showModel();
+findModels();

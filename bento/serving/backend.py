@@ -6,7 +6,7 @@ A request gets its backend once and keeps that model until it ends, even if anot
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from fastapi import Request
 
@@ -14,7 +14,7 @@ from bento.errors import UNSUPPORTED_VALUE, ApiError, context_exceeded, server_e
 from bento.schema import ALL_THAT_FITS, Sampling
 from bento.serving.answers import Answers
 from bento.serving.heavy import HeavyWork
-from bento.serving.models import Models
+from bento.serving.models import Models, Served
 from model.errors import PipelineError
 from model.generation.grammar.grammar import Grammar
 from model.generation.requests import EngineBusy, EngineStopped, Finished, GenerationRequest, UnsupportedValue
@@ -40,12 +40,12 @@ class Prompt:
 class Backend:
     """The engine of one model and the service's limits, for routes.
 
-    request_timeout_s: from a request's arrival to its last token. queue_timeout_s: to its start; None waits on.
-    max_choices: texts per request, prompts times choices. heavy: runs work that would block the event loop.
+    served: the model, which no rollover changes. request_timeout_s: from a request's arrival to its last token.
+    queue_timeout_s: to its start; None waits on. max_choices: texts per request, prompts times choices. heavy: runs work that would block the event loop.
     clamp_max_tokens: reduce max_tokens to what fits (finish_reason "length") instead of refusing.
     """
 
-    engine: "Engine"
+    served: Served
     models: Models
     request_timeout_s: float
     queue_timeout_s: float | None
@@ -54,13 +54,14 @@ class Backend:
     clamp_max_tokens: bool = True
 
     @property
+    def engine(self) -> "Engine":
+        """The model's engine."""
+        return self.served.engine
+
+    @property
     def model_name(self) -> str:
         """The model's name in answers."""
-        return self.models.name
-
-    def check_model(self, name: str | None) -> None:
-        """Raises ApiError 404 if a request names a model that is not served."""
-        check_model(name, self.models)
+        return self.served.name or self.models.name
 
     async def encode(self, text: str) -> list[int]:
         """The tokens of a text; special tokens in it are ordinary text."""
@@ -230,8 +231,11 @@ class Backend:
         return observe
 
 
-BackendOf = Callable[[Request], Backend]
-"""The backend of a request that was admitted."""
+class BackendOf(Protocol):
+    """The backend of a request that was admitted."""
+
+    def __call__(self, request: Request, model: str | None = None) -> Backend:
+        """model: the name in the request. Raises ApiError 404 for one that is not served."""
 
 
 def _sender(request: Request) -> tuple[str, str]:
@@ -240,8 +244,13 @@ def _sender(request: Request) -> tuple[str, str]:
     return getattr(request.state, "api_key", None) or host, f"{host}:{port}"
 
 
-def check_model(name: str | None, models: Models) -> None:
-    """Raises ApiError 404 for a model name that is not served; an empty one names none."""
+def challenger_named(name: str | None, models: Models) -> Served | None:
+    """The challenger if a request names it, None for the served model, which an empty name means as well.
+
+    Raises ApiError 404 for another name.
+    """
+    if challenger := models.challenger_named(name):
+        return challenger
     if name and name not in models.names():
         raise ApiError(
             404,
@@ -249,3 +258,4 @@ def check_model(name: str | None, models: Models) -> None:
             code="model_not_found",
             param="model",
         )
+    return None

@@ -16,18 +16,20 @@ if TYPE_CHECKING:
     from bento.serving.shadow import Rollback, Shadow
     from model.generation.engine import Engine
 
+CHALLENGER = "challenger"
 NO_ACTIVITY = EngineStats(*[0] * len(fields(EngineStats)))
 
 
 @dataclass(eq=False)
 class Served:
     """One loaded model. version: distinguishes it from other versions of the same name. under_way: requests that hold
-    it.
+    it. name: in answers, if it is not the service's.
     """
 
     engine: "Engine"
     version: str | None = None
     under_way: int = 0
+    name: str | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -80,10 +82,26 @@ class Models:
             self._former.remove(former)
 
     def names(self) -> set[str]:
-        """Names that requests may use: with the version and without it, and the aliases."""
-        stable, _, _ = self.name.partition(":")
+        """Names that requests may use for the served model: with the version and without it, and the aliases."""
         version = self.version()
-        return {self.name, stable, *self.aliases, *([f"{stable}:{version}"] if version else [])}
+        return {self.name, self._stable, *self.aliases, *([f"{self._stable}:{version}"] if version else [])}
+
+    @property
+    def challenger(self) -> Served | None:
+        """The model of a shadow phase, named as MLflow names an alias: `rex-stdlib@challenger`."""
+        found = self.shadow.challenger if self.shadow else None
+        return Served(*found, name=f"{self._stable}@{CHALLENGER}") if found else None
+
+    def challenger_named(self, name: str | None) -> Served | None:
+        """The challenger, if a request names it and not the served model."""
+        challenger = self.challenger
+        if challenger is None or not name or name in self.names():
+            return None
+        return challenger if name in (challenger.name, f"{self._stable}:{challenger.version}") else None
+
+    @property
+    def _stable(self) -> str:
+        return self.name.partition(":")[0]
 
     def version(self) -> str | None:
         """Version of the served model, empty for one without; None while no model is loaded."""

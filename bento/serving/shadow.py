@@ -1,9 +1,10 @@
 """The shadow phase: a challenger answers copies of a share of the requests, and its answers are dropped.
 
 The challenger is the version with the alias `challenger` of the registered model whose champion is served. Errors and
-seconds per token of both are compared on the copied requests, in /metrics and in one log line per window. After a new
-champion took over, `Rollback` restores the former one if the new one fails or is slow. Off by default
-(`shadow_share` 0, `rollback_window_s` 0): then none of this is created.
+seconds per token of both are compared on the copied requests, in /metrics and in one log line per window. A request
+that names the challenger is answered by it (`Models.challenger`) and not copied. After a new champion took over,
+`Rollback` restores the former one if the new one fails or is slow. Off by default (`shadow_share` 0,
+`rollback_window_s` 0): then none of this is created.
 """
 
 import logging
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bento.serving.champion import ModelRegistry, Version, one_line
+from bento.serving.models import CHALLENGER
 from model.errors import PipelineError
 from model.generation.requests import EngineBusy, EngineStopped, Event, Finished, GenerationRequest
 
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from model.generation.engine import Engine
 
 logger = logging.getLogger("bentoml.shadow")  # BentoML's log configuration shows loggers below `bentoml`
-CHALLENGER = "challenger"
 FAILED = ("error", "timeout")
 MAX_KEPT = 10_000
 
@@ -97,7 +98,7 @@ class Shadow:
     ) -> Callable[[Finished, float], None] | None:
         """Send a copy of some requests. Returns the function to call with each original's end; None without a copy."""
         challenger = self.challenger
-        if challenger is None or self._random.random() >= self._share:
+        if challenger is None or challenger[0] is champion or self._random.random() >= self._share:
             return None
         engine, started = challenger[0], time.monotonic()
 

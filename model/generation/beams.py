@@ -126,19 +126,21 @@ class BeamSearch:
 
 
 class Part(Generation):
-    """The next token of one beam. texts: the generations of its search. is_continuation: not the first token."""
+    """The next token of one beam of `search`."""
 
-    def __init__(
-        self, request: GenerationRequest, deliver: Callable[[Event], None], texts: Sequence[Generation]
-    ) -> None:
+    def __init__(self, request: GenerationRequest, deliver: Callable[[Event], None], search: "Search") -> None:
         super().__init__(request, deliver)
-        self._texts = texts
-        self.submitted_at = texts[0].submitted_at
-        self.is_continuation = texts[0].started_at is not None
+        self._search = search
+        self.submitted_at = search.texts[0].submitted_at
+        self.is_part, self.is_continuation = True, search.texts[0].started_at is not None
 
     def interruption(self) -> FinishReason | None:
         """Why to end early: as any request, or because all texts were canceled."""
-        return "cancelled" if all(text.is_cancelled for text in self._texts) else super().interruption()
+        return "cancelled" if all(text.is_cancelled for text in self._search.texts) else super().interruption()
+
+    def remaining_tokens(self, usual: float) -> float:
+        """The part's share of the tokens of its search."""
+        return self._search.remaining_tokens / max(self._search.missing, 1)
 
 
 class Search:
@@ -159,7 +161,7 @@ class Search:
     ) -> None:
         request = texts[0].request
         assert request.beams is not None
-        self._texts, self._request, self._token_bytes = texts, request, token_bytes
+        self.texts, self._request, self._token_bytes = texts, request, token_bytes
         self._submit, self._release = submit, release
         self._is_released = False
         own = () if request.ignore_eos else ends
@@ -175,13 +177,20 @@ class Search:
         self._found: list[TokenLogprob | None] = []
         self._parts: list[Part] = []
         self._failure: Finished | None = None
-        self._missing = 0
+        self.missing = 0
+        """Parts of this step that have not ended."""
         self._lock = threading.Lock()
+
+    @property
+    def remaining_tokens(self) -> int:
+        """Tokens of all beams until the search ends at its max_tokens."""
+        assert self._request.beams
+        return self._request.beams.width * (self._request.max_tokens - len(self._search.running[0].tokens))
 
     def parts(self) -> list[Part]:
         """The requests of the next step, one for each beam."""
         beams = self._search.running
-        self._found, self._missing = [None] * len(beams), len(beams)
+        self._found, self.missing = [None] * len(beams), len(beams)
         self._parts = [
             Part(
                 GenerationRequest(
@@ -197,7 +206,7 @@ class Search:
                     connection=self._request.connection,
                 ),
                 partial(self._take, number),
-                self._texts,
+                self,
             )
             for number, beam in enumerate(beams)
         ]
@@ -211,10 +220,10 @@ class Search:
             self._found[number] = event.logprobs[0]
         elif isinstance(event, Finished):
             with self._lock:
-                self._missing -= 1
+                self.missing -= 1
                 if event.finish_reason != "length":
                     self._failure = event
-                if self._missing:
+                if self.missing:
                     return
             self._advance(event)
 
@@ -223,7 +232,7 @@ class Search:
             if self._failure:
                 self._finish(self._failure)
                 return
-            for text in self._texts:
+            for text in self.texts:
                 if text.started_at is None:
                     text.started_at, text.cached_tokens = self._parts[0].started_at, last.cached_tokens
             if self._search.advance([score for score in self._found if score is not None]):
@@ -243,7 +252,7 @@ class Search:
 
     def _deliver(self) -> None:
         self._end()
-        for text, beam in zip(self._texts, self._search.best, strict=True):
+        for text, beam in zip(self.texts, self._search.best, strict=True):
             if self._prompt_scores:
                 text.emit(self._prompt_scores)
             text.generated_tokens = len(beam.tokens)
@@ -261,7 +270,7 @@ class Search:
 
     def _finish(self, failure: Finished) -> None:
         self._end()
-        for text in self._texts:
+        for text in self.texts:
             text.finish(text.interruption() or failure.finish_reason, error=failure.error, refusal=failure.refusal)
 
     def _bytes_of(self, token: int) -> bytes:

@@ -219,7 +219,8 @@ class Engine:
             try:
                 self._queue.put(generations, room=self._scheduler.free_slots, beginnings=beginnings)
             except QueueFull:
-                seconds = self._scheduler.request_seconds * max(1.0, len(self._queue) / self._slots)
+                running = [sequence.generation for sequence in list(self._scheduler.running)]
+                seconds = self._scheduler.pace.seconds([*running, *self._queue.generations()], self._slots)
                 raise EngineBusy(min(LONGEST_RETRY_S, math.ceil(seconds))) from None
             self._changed.notify_all()
         return generations

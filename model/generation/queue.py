@@ -32,6 +32,11 @@ class RequestQueue:
         with self._lock:
             return len(self._waiting)
 
+    def generations(self) -> list[Generation]:
+        """The waiting requests."""
+        with self._lock:
+            return list(self._waiting)
+
     @property
     def tokens(self) -> int:
         """Prompt tokens of the waiting requests."""

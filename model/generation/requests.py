@@ -268,6 +268,8 @@ class Generation:
         self.is_finished = False
         self.is_continuation = False
         """Continues a request that was admitted: it does not count against the queue's limits."""
+        self.is_part = False
+        """One token of a beam search."""
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._deliver = deliver or self._events.put
         self._is_cancelled = False
@@ -298,6 +300,10 @@ class Generation:
         waited_s = time.monotonic() - self.submitted_at
         limits_s = [self.request.timeout_s, self.request.queue_timeout_s if self.started_at is None else None]
         return "timeout" if any(limit_s is not None and waited_s > limit_s for limit_s in limits_s) else None
+
+    def remaining_tokens(self, usual: float) -> float:
+        """Tokens still to be generated, at least 1. usual: the tokens of an answer that ends before its max_tokens."""
+        return max(min(self.request.max_tokens, usual) - self.generated_tokens, 1)
 
     def start(self, cached_tokens: int) -> None:
         """Record that the request left the queue; the engine calls it."""

@@ -9,7 +9,6 @@ import collections.abc
 import logging
 import math
 import sys
-import time
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from model.generation.constraints import Constraint, TokenIndex, is_constrained
 from model.generation.grammar.grammar import GrammarFailure
+from model.generation.pace import Pace
 from model.generation.queue import RequestQueue, is_short
 from model.generation.requests import (
     FAILED,
@@ -69,8 +69,7 @@ class Scheduler:
         self._free = list(range(step.slots))
         self.running: list[Sequence] = []
         """Running sequences, in order of slot assignment."""
-        self.request_seconds = 1.0
-        """Moving average of the time that a request holds a slot."""
+        self.pace = Pace()
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = self.cancelled = self.answered = 0
 
     @property
@@ -344,6 +343,5 @@ class Scheduler:
         if reason == "error":
             self._slots.clear(sequence.slot)
         self._slots.touch(sequence.slot)
-        held_s = time.monotonic() - (sequence.generation.started_at or 0.0)
-        self.request_seconds += 0.2 * (held_s - self.request_seconds)
+        self.pace.ended(sequence.generation)
         sequence.generation.finish(reason, stopped_by=stopped_by, error=error, refusal=refusal)

@@ -44,9 +44,9 @@ class Service:
         assert self.opened.wait(30)
 
 
-def make_service(*, request_timeout_s: float = TIMEOUT_S, max_queue: int = 2, **options: Any) -> Service:
+def make_service(*, request_timeout_s: float = TIMEOUT_S, max_queue: int = 2, seed: int = 0, **options: Any) -> Service:
     tokenizer = tiny_tokenizer()
-    model = tiny_model(tokenizer)
+    model = tiny_model(tokenizer, seed=seed)
     limits = {
         "request_timeout_s": request_timeout_s,
         "max_body_bytes": MAX_BODY_BYTES,

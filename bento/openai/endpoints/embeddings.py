@@ -91,7 +91,7 @@ def embedding_routes(backend_of: BackendOf) -> APIRouter:
 
     @router.post("/embeddings", response_model=EmbeddingResponse, responses=GENERATING, summary="Embed texts")
     async def embed(body: EmbeddingRequest, request: Request) -> Response:
-        return await _embed(backend_of(request), body, request)
+        return await _embed(backend_of(request, body.model), body, request)
 
     return router
 
@@ -114,7 +114,6 @@ class _Form:
 
 
 async def _embed(backend: Backend, body: EmbeddingRequest, request: Request) -> Response:
-    backend.check_model(body.model)
     hidden_size = backend.engine.hidden_size
     if body.dimensions and body.dimensions > hidden_size:
         raise ApiError(

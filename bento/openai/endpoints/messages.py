@@ -162,7 +162,7 @@ def message_routes(backend_of: BackendOf) -> APIRouter:
         summary="Continue a conversation",
     )
     async def create(body: MessagesRequest, request: Request) -> Response:
-        backend = backend_of(request)
+        backend = backend_of(request, body.model)
         chat = _as_chat(body)
         conversation = await read_conversation(backend, chat, NAMES)
         answers = submit(backend, request, chat, conversation)
@@ -171,8 +171,7 @@ def message_routes(backend_of: BackendOf) -> APIRouter:
 
     @router.post("/messages/count_tokens", response_model=CountResponse, responses=READING, summary="Count tokens")
     async def count(body: CountRequest, request: Request) -> Response:
-        backend = backend_of(request)
-        backend.check_model(body.model)
+        backend = backend_of(request, body.model)
         return JSONResponse({"input_tokens": len(await encode_dialogue(backend, _as_chat(body), NAMES))})
 
     return router

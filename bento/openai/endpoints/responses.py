@@ -179,7 +179,7 @@ def response_routes(backend_of: BackendOf) -> APIRouter:
         summary="Continue a conversation",
     )
     async def respond(body: ResponsesRequest, request: Request) -> Response:
-        backend = backend_of(request)
+        backend = backend_of(request, body.model)
         chat = _as_chat(body)
         conversation = await read_conversation(backend, chat, NAMES)
         answers = submit(backend, request, chat, conversation)

@@ -166,13 +166,13 @@ def similarity_routes(backend_of: BackendOf) -> APIRouter:
 
         @post(path, response_model=ScoreResponse, summary="Compare texts", include_in_schema=path == SCORE_PATHS[0])
         async def score(body: ScoreRequest, request: Request) -> Response:
-            return await _score(backend_of(request), body, request)
+            return await _score(backend_of(request, body.model), body, request)
 
     for path in RERANK_PATHS:
 
         @post(path, response_model=RerankResponse, summary="Order texts", include_in_schema=path == RERANK_PATHS[0])
         async def rerank(body: RerankRequest, request: Request) -> Response:
-            return await _rerank(backend_of(request), body, request)
+            return await _rerank(backend_of(request, body.model), body, request)
 
     return router
 
@@ -219,7 +219,6 @@ async def _similarities(
     backend: Backend, request: Request, body: _SimilarityRequest, sides: Sequence[tuple[str, list[str]]]
 ) -> tuple[list[float], int]:
     """The score of each pair, and the tokens of all texts. A single text on the first side pairs with all others."""
-    backend.check_model(body.model)
     encoded = [await encode_inputs(backend, texts, body.truncate_prompt_tokens, name) for name, texts in sides]
     tokens = [ids for side in encoded for ids in side]
     vectors_ND = np.array(await embed_tokens(backend, request, tokens), dtype=np.float64)

@@ -74,8 +74,7 @@ def token_routes(backend_of: BackendOf) -> APIRouter:
 
     @router.post("/tokenize", response_model=TokenizeResponse, responses=READING, summary="The tokens of a text")
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
-        backend = backend_of(request)
-        backend.check_model(body.model)
+        backend = backend_of(request, body.model)
         if body.prompt is None:
             ids = await encode_dialogue(backend, body, is_continued=False)
         else:
@@ -93,8 +92,7 @@ def token_routes(backend_of: BackendOf) -> APIRouter:
 
     @router.post("/detokenize", response_model=DetokenizeResponse, responses=READING, summary="The text of tokens")
     async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
-        backend = backend_of(request)
-        backend.check_model(body.model)
+        backend = backend_of(request, body.model)
         backend.check_ids(body.tokens, param="tokens")
         decode = backend.engine.decode
         is_short = len(body.tokens) <= FEW_TOKENS

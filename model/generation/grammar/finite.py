@@ -1,4 +1,4 @@
-"""Refuses grammars with a part that no finite text matches, such as an object that requires itself.
+"""Finds parts of grammars that no finite text matches, such as an object that requires itself; refuses such grammars.
 
 Generation that enters such a part never ends, or has no next token. llguidance detects contradictions but no endless
 recursion. A part is finite if one of its alternatives consists of finite parts: the least fixed point over all parts
@@ -46,21 +46,53 @@ def check_lark(source: str) -> None:
     for schema in _embedded_schemas(source):
         check_schema(schema)
     try:
-        rules = _LarkReader(source).rules()
-        uses = {name: list(_names(rule)) for name, rule in rules.items()}
+        reader = _LarkReader(source)
+        rules = reader.rules()
+        uses = reader.uses()
     except (ValueError, RecursionError):
         return  # not read here: the compiler decides
     finite = _least_fixed_point(uses, lambda name, known: _is_finite(rules[name], rules, known))
-    reached, waiting = set[str](), ["start"]
+    for name in _reached(uses):
+        if name not in finite:
+            raise PipelineError(
+                f"no text is ever complete in the rule {name[:LONGEST_PLACE]!r}: it requires itself inside"
+            )
+
+
+def check_terminals(source: str, matches_nothing: Callable[[str], bool]) -> None:
+    """Raises PipelineError for a Lark grammar with a terminal or a regular expression that no text matches: `[a&&b]`.
+
+    matches_nothing: whether no text matches a grammar, by the compiler. A concatenation matches nothing if one of its
+    parts does, so a single grammar decides in most cases.
+    """
+    try:
+        reader = _LarkReader(source)
+        reader.rules()
+        used = list(dict.fromkeys(one for name in _reached(reader.uses()) for one in reader.lexemes[name]))
+    except (ValueError, RecursionError):
+        return
+
+    def is_empty(some: list[str]) -> bool:
+        # The text in front makes the first token cheap: only tokens that begin with it are tried.
+        return matches_nothing("\n".join([f'start: {ALL}\n{ALL}: "x" {" ".join(some)}', *reader.definitions]))
+
+    if not used or not is_empty(used):
+        return
+    while len(used) > 1:
+        half = used[: len(used) // 2]
+        used = half if is_empty(half) else used[len(half) :]
+    raise PipelineError(f"no text matches {used[0][:LONGEST_PLACE]}: correct it")
+
+
+def _reached(uses: Mapping[str, Iterable[str]]) -> list[str]:
+    """The rules that a text can need, `start` first."""
+    reached, waiting = dict[str, None](), ["start"]
     while waiting:
         name = waiting.pop()
-        if name in rules and name not in reached:
-            reached.add(name)
+        if name in uses and name not in reached:
+            reached[name] = None
             waiting += uses[name]
-            if name not in finite:
-                raise PipelineError(
-                    f"no text is ever complete in the rule {name[:LONGEST_PLACE]!r}: it requires itself inside"
-                )
+    return list(reached)
 
 
 def _least_fixed_point(uses: Mapping[T, Iterable[T]], is_finite: Callable[[T, set[T]], bool]) -> set[T]:
@@ -204,6 +236,7 @@ def _required(schema: Schema) -> Iterator[list[Any]]:
 
 # ---- Lark
 
+ALL = "ALL_TERMINALS_OF_THE_GRAMMAR"
 Expression = str | tuple[str, list[Any]] | None
 """A rule's name; "any" or "all" of several; None for expressions that are always finite."""
 TOKENS = re.compile(
@@ -228,29 +261,41 @@ class _LarkReader:
     """Reads rules as expressions. Raises ValueError for syntax that it does not know."""
 
     def __init__(self, source: str) -> None:
+        self._source = source
         self._tokens: list[tuple[str, str]] = []
+        self._begins: list[int] = []
+        self.lexemes: dict[str, list[str]] = {}
+        """Names of terminals, and regular expressions, in each rule."""
+        self.definitions: list[str] = []
+        """Of the terminals, as they stand in the source, and imports."""
         at = 0
         while at < len(source):
             found = TOKENS.match(source, at)
             if not found or not found.lastgroup:
                 raise ValueError(source[at : at + 20])
-            at = found.end()
+            begin, at = at, found.end()
+            if found[0].startswith("%import"):
+                self.definitions.append(found[0])
+            self._begins += [begin] * (found.lastgroup not in ("skip", "directive"))
             if found.lastgroup == "block":
                 _, at = json.JSONDecoder().raw_decode(source, at)
                 self._tokens.append(("text", ""))
             elif found.lastgroup not in ("skip", "directive"):
                 self._tokens.append((found.lastgroup, found[0]))
         self._tokens.append(("line", ""))
+        self._begins.append(len(source))
         self._at = 0
+        self._rules: dict[str, Expression] = {}
 
     def rules(self) -> dict[str, Expression]:
         """The expression of each rule; terminals cannot be recursive and are left out."""
-        rules: dict[str, Expression] = {}
+        rules = self._rules
         while self._at < len(self._tokens):
             if self._take("line"):
                 continue
             while self._take("sign", "?!"):
                 pass
+            begin = self._begins[self._at]
             name = self._expect("name")
             if self._take("sign", "["):  # attributes of the rule
                 while not self._take("sign", "]"):
@@ -261,10 +306,17 @@ class _LarkReader:
             if _is_terminal(name):
                 while not self._take("line"):
                     self._at += 1
+                self.definitions.append(self._source[begin : self._begins[self._at - 1]])
             else:
-                rules[name.partition(".")[0]] = self._alternatives()
+                name = name.partition(".")[0]
+                self._used = self.lexemes.setdefault(name, [])
+                rules[name] = self._alternatives()
                 self._expect("line")
         return rules
+
+    def uses(self) -> dict[str, list[str]]:
+        """The rules that each rule names."""
+        return {name: list(_names(rule)) for name, rule in self._rules.items()}
 
     def _alternatives(self) -> Expression:
         parts = [self._sequence()]
@@ -282,12 +334,16 @@ class _LarkReader:
 
     def _item(self) -> Expression | bool:
         """One element with its repetition; False at the end of a sequence."""
-        if self._take("text"):
+        if text := self._take("text"):
+            if text.startswith("/"):
+                self._used.append(text)
             if self._take("sign", ".."):
                 self._expect("text")
             part: Expression = None
         elif name := self._take("name"):
             part = None if _is_terminal(name) else name
+            if _is_terminal(name):
+                self._used.append(name)
         elif self._take("sign", "("):
             part = self._alternatives()
             self._expect("sign", ")")

@@ -11,13 +11,14 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from model.errors import PipelineError
-from model.generation.grammar.finite import check_lark, check_schema
+from model.generation.grammar.finite import check_lark, check_schema, check_terminals
 
 Kind = Literal["json", "regex", "grammar", "calls"]
 MAX_WHITE_SPACE = 20
@@ -39,7 +40,8 @@ LIMITS: dict[str, Any] = {
 # JSON are long (four items per property) but unambiguous.
 MAX_ITEMS = {"json": 2000, "calls": 2000, "regex": 300, "grammar": 300}
 
-
+NO_TOKEN = "NoExtension"
+"""In llguidance's error where no token is allowed."""
 DEAD_END = "the grammar allows no token at this place, where the text may not end: correct the grammar"
 
 
@@ -158,7 +160,8 @@ class GrammarCompiler:
                 )
         limits = llguidance.LLParserLimits(**LIMITS, max_items_in_row=MAX_ITEMS[kind])
         try:
-            template = llguidance.LLMatcher(self._tokenizer, _translate(kind, source), log_level=0, limits=limits)
+            translated = _translate(kind, source)
+            template = llguidance.LLMatcher(self._tokenizer, translated, log_level=0, limits=limits)
         except (ValueError, RecursionError) as error:
             raise PipelineError(one_line(str(error)) or "it is nested too deep") from None
         if template.is_error():
@@ -167,7 +170,20 @@ class GrammarCompiler:
         first.compute_bitmask()  # computes the first token's mask here rather than between two steps
         if first.is_error():
             raise PipelineError("no text follows it")
+        if kind == "grammar":
+            check_terminals(translated, partial(self._matches_nothing, limits))
         return template
+
+    def _matches_nothing(self, limits: Any, source: str) -> bool:
+        """Whether no text matches a Lark grammar; False if that is not known."""
+        import llguidance
+
+        grammar = str(llguidance.grammar_from("lark", source))
+        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
+        if matcher.is_error():
+            return False
+        matcher.compute_bitmask()
+        return bool(matcher.is_error()) and NO_TOKEN in matcher.get_error()
 
 
 def choice_grammar(choices: Sequence[str]) -> str:
@@ -183,7 +199,7 @@ def one_line(message: str) -> str:
 
 
 def _failure(reason: str) -> GrammarFailure:
-    if "NoExtension" in reason:
+    if NO_TOKEN in reason:
         return GrammarFailure(DEAD_END)
     return GrammarFailure(f"the grammar takes too much work for the next token of this text ({reason}): simplify it")
 

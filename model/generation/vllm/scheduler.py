@@ -8,7 +8,6 @@ request it ends at max_tokens only, as its form decides where it may end.
 import base64
 import collections.abc
 import logging
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from model.generation.constraints import Constraint, TokenIndex, is_constrained
 from model.generation.grammar.grammar import GrammarFailure
+from model.generation.pace import Pace
 from model.generation.queue import RequestQueue
 from model.generation.requests import FinishReason, Generation, PromptScores, Refusal, TextPiece, TokenLogprob
 from model.generation.scheduler import FAILED
@@ -69,7 +69,7 @@ class VllmScheduler:
         self._left: list[str] = []
         """Requests that ended here before they did in vLLM."""
         self.running: list[Running] = []
-        self.request_seconds = 1.0
+        self.pace = Pace()
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = self.cancelled = self.answered = 0
 
     @property
@@ -243,8 +243,7 @@ class VllmScheduler:
         self.running.remove(one)
         if is_left:
             self._left.append(one.number)
-        held_s = time.monotonic() - (one.generation.started_at or 0.0)
-        self.request_seconds += 0.2 * (held_s - self.request_seconds)
+        self.pace.ended(one.generation)
         one.generation.finish(reason, stopped_by=stopped_by, error=error, refusal=refusal)
 
 

@@ -3,7 +3,9 @@
 import re
 
 import pytest
+from starlette.testclient import TestClient
 
+from bento.api import create_app
 from bento.page import FOLDER
 
 FILES = sorted(path.name for path in FOLDER.iterdir() if path.suffix in {".css", ".html", ".js", ".svg"})
@@ -18,6 +20,13 @@ def test_the_root_is_a_page_that_may_only_load_from_its_own_server(client):
     assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
     assert "unsafe" not in answer.headers["content-security-policy"]
     assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_the_page_may_ask_the_second_service_that_an_option_names():
+    app = create_app(model_name="x", request_timeout_s=1, max_body_bytes=1, compare_with="https://other.example/rex")
+    answer = TestClient(app).get("/")
+    assert "connect-src 'self' https://other.example/rex/; " in answer.headers["content-security-policy"]
+    assert '<meta name="compare-with" content="https://other.example/rex/">' in answer.text
 
 
 def test_every_file_that_the_page_names_is_served_with_its_type(client):

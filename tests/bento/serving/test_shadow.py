@@ -12,10 +12,10 @@ from bento.serving.champion import ModelRegistry
 from bento.serving.shadow import ChallengerWatcher, Outcomes, Rollback, Shadow
 from llm_assets.versions.promotion import history
 from model.generation.engine import Engine
-from model.generation.requests import Finished
+from model.generation.requests import Finished, GenerationRequest, SamplingParameters
 from model.settings import TokenizerSettings
 from model.text.tokenizer import train_tokenizer
-from tests.bento.openai_service import Service, running_service
+from tests.bento.openai_service import MODEL, Service, refusal, running_service
 from tests.bento.serving.registry import Registered, mlflow_server, save_version
 from tests.model.generation.engines import StepHook
 from tests.support.tiny import TEXT, tiny_model, tiny_tokenizer
@@ -97,6 +97,25 @@ def test_a_challenger_without_room_is_left_out(phase, challenger):
     challenger.stop()
     assert phase.service.post("/v1/completions", **BODY).status_code == 200
     assert phase.metrics()["rex_shadow_skipped_total"] == 1 and phase.shadow.of_champion.total == 0
+
+
+def test_a_request_that_names_the_challenger_is_answered_by_it_alone(phase, challenger):
+    with TestClient(phase.service.app) as client:
+        listed = client.get("/v1/models").json()["data"]
+        assert [(one["id"], one["version"]) for one in listed] == [(MODEL, None), (f"{NAME}@challenger", "7")]
+        assert client.get(f"/v1/models/{NAME}@challenger").json()["id"] == f"{NAME}@challenger"
+        for name in (f"{NAME}@challenger", f"{NAME}:7"):
+            answer = client.post("/v1/completions", json={**BODY, "model": name}).json()
+            assert answer["model"] == f"{NAME}@challenger" and answer["system_fingerprint"].startswith("fp_7_")
+            prompt = challenger.encode(BODY["prompt"])
+            *pieces, _ = challenger.submit(GenerationRequest(prompt, 6, SamplingParameters(temperature=0)))
+            assert answer["choices"][0]["text"] == "".join(one.text for one in pieces)
+        tokens = client.post("/tokenize", json={"prompt": "def main", "model": f"{NAME}@challenger"}).json()["tokens"]
+        assert tokens == challenger.encode("def main")
+        assert client.post("/v1/embeddings", json={"input": "x", "model": f"{NAME}:7"}).status_code == 200
+    assert phase.shadow.of_challenger.total == phase.shadow.of_champion.total == 0
+    phase.shadow.challenger = None
+    assert refusal(phase.service.post("/v1/completions", **BODY, model=f"{NAME}:7"), 404)["code"] == "model_not_found"
 
 
 def test_without_a_shadow_phase_there_is_no_trace_of_it(service):

@@ -123,8 +123,39 @@ def test_large_recursive_schemas_and_grammars_are_decided_fast(engine):
     check_lark("start: " + "(" * 60_000)  # not read here, and refused by the compiler
 
 
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ('start: "q" A\nA: /a/ & /b/', "A"),
+        ('start: "q" A | "r"\nA: /[^\\s\\S]/', "A"),
+        ('start: "q" (/[a-z]/ | B)\nB: C /x/\nC: "y" /[a&&b]/', "B"),
+        ('start: x* "q"\nx: A D | "z"\nA: /a+/\nD: "b" ~2 & /b/\n   | (/c/ & /d/)', "D"),
+        ('start: "q" /[0-9]+/ /(?i:\\P{Any})/ "x"', "/(?i:\\P{Any})/"),
+        ('start: a "x" b\na: /[a-z]/\nb[lazy]: /[^\\w\\W]x/', "/[^\\w\\W]x/"),
+        ('%import common.INT\nstart: "q" INT N\nN: INT & /[a-z]+/', "N"),
+    ],
+)
+def test_a_terminal_that_no_text_matches_is_refused_by_name_before_a_text_begins(engine, source, named):
+    with pytest.raises(PipelineError, match=f"^no text matches {re.escape(named)}"):
+        engine.compile_grammar("grammar", source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'start: "q" A B\nA: "" | /a/\nB: /b*/',
+        'start: "q" /a?/ unused?\nunused: "u"\nNOTHING: /a/ & /b/',
+        'start: "q" A\nA: (/a/ & /b/) | "y"',
+        '%import common (INT, WORD)\nstart: "q" INT WORD\n%ignore / /',
+        'start: "q" a\na[stop="x"]: /[a-z]*/',
+    ],
+)
+def test_terminals_that_match_an_empty_text_or_are_not_needed_are_taken(engine, source):
+    engine.compile_grammar("grammar", source)
+
+
 def test_a_grammar_without_a_next_token_ends_the_request_with_the_reason(engine):
-    text, last = answer(engine, ask(engine, "grammar", 'start: "q" A\nA: /a/ & /b/'))
+    text, last = answer(engine, ask(engine, "calls", 'start: "q" A\nA: /a/ & /b/'))
     assert text == "q" and last.is_refusal and "no token at this place" in str(last.error)
 
 

@@ -218,5 +218,10 @@ async def _refuse(request: Request, error: Exception) -> Response:
     if not isinstance(error, ApiError):
         headers = error.headers or {}
         error = ApiError(error.status_code, str(error.detail), code=f"http_{error.status_code}", headers=headers)
+    if error.status_code == 405 and (allow := (error.headers or {}).get("Allow")):
+        methods = {*allow.split(", "), "OPTIONS", *(["HEAD"] if "GET" in allow else [])}  # the middleware answers HEAD
+        error.headers = {**(error.headers or {}), "Allow": ", ".join(sorted(methods))}
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers=error.headers)
     request.state.record.error_code = error.content["error"]["code"]
     return error.response(request.url.path)

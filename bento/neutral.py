@@ -1,7 +1,7 @@
 """Neutral values of unsupported fields: explicit defaults from other servers' clients, and labels.
 
-An unsupported field is refused by name, unless its value would not change the answer. Null, an empty list and an empty
-object are neutral for every field; other values are listed with their fields.
+An unsupported field is refused by name, unless its value would not change the answer. Null, an empty text, list or
+object, and an object of neutral values are neutral for every field; other values are listed with their fields.
 """
 
 from collections.abc import Mapping
@@ -11,11 +11,18 @@ from typing import Any
 TEXTS = {"input", "messages", "prompt"}
 """Fields with the text itself, on this route or another: an empty one is an error, null is an absent one."""
 LABELS = {
-    "cache_salt", "chat_id", "guided_decoding_backend", "id_slot", "keep_alive", "prompt_cache_retention",
-    "reasoning_format", "request_id", "rid", "session_id", "slot_id", "speculative.n_max", "speculative.n_min",
-    "speculative.p_min", "trace_id",
+    "cache_salt", "chat_id", "client_id", "conversation_id", "correlation_id", "extra_key", "guided_decoding_backend",
+    "id_slot", "keep_alive", "message_id", "prompt_cache_retention", "reasoning_format", "request_id", "rid", "run_id",
+    "session_id", "slot_id", "speculative.n_max", "speculative.n_min", "speculative.p_min", "thread_id", "trace_id",
+    "user_id",
 }  # fmt: skip
 """Labels of a request, cache hints, and choices that do not change the text."""
+EMPTY_OF_EITHER_KIND = {
+    "allowed_token_ids", "bad_words", "cache_control", "chat_template_kwargs", "functions", "guided_choice", "include",
+    "instructions", "logit_bias", "metadata", "modalities", "reasoning", "response_format", "stop", "stop_sequences",
+    "stop_token_ids", "stream_options", "structured_outputs", "system", "text", "tool_choice", "tools",
+}  # fmt: skip
+"""Supported fields whose empty list or object asks for nothing: languages such as PHP write an empty object as []."""
 PENALTIES = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
 """Penalties, with the value that means off."""
 SUBORDINATE: dict[str, tuple[str, ...]] = {
@@ -56,7 +63,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "endianness": ("native", "little"),
     "include_reasoning": (True, False),
     "include_stop_str_in_output": (False,),
-    "length_penalty": (1, 1.0),
+    "length_penalty": (1,),
     "logprob_start_len": (-1,),
     "no_stop_trim": (False,),
     "priority": (0,),
@@ -73,12 +80,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_logprobs_num": (0,),
     "use_beam_search": (False,),
     # llama.cpp, Ollama and pages in front of them
-    "adaptive_target": (-1, -1.0),
+    "adaptive_target": (-1,),
     "context": (),
-    "dry_multiplier": (0, 0.0),
+    "dry_multiplier": (0,),
     "enable_thinking": (False,),
-    "format": ("",),
-    "grammar": ("",),
     "grammar_lazy": (False,),
     "min_keep": (0,),
     "n_cmpl": (1,),
@@ -90,25 +95,37 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "reasoning_in_content": (True, False),
     "return_tokens": (False,),
     "safe_prompt": (False,),
-    "system": ("",),
     "t_max_predict_ms": (0, -1),
-    "template": ("",),
     "think": (False,),
     "thinking": ({"type": "disabled"},),
     "thinking_forced_open": (False,),
-    "top_a": (0, 0.0),
-    "top_n_sigma": (-1, -1.0, 0, 0.0),
+    "top_a": (0,),
+    "top_n_sigma": (-1, 0),
     "usage": ({"include": False},),
-    "dynatemp_range": (0, 0.0),
+    "dynatemp_range": (0,),
     "mirostat": (0,),
     "n_keep": (0,),
     "n_probs": (0,),
-    "repeat_penalty": (1, 1.0),
+    "repeat_penalty": (1,),
     "return_progress": (False,),
-    "tfs_z": (1, 1.0),
+    "tfs_z": (1,),
     "timings_per_token": (False,),
-    "typical_p": (1, 1.0),
-    "xtc_probability": (0, 0.0),
+    "typical_p": (1,),
+    "xtc_probability": (0,),
+    "low_vram": (True, False),  # of a server's memory
+    "max_thinking_tokens": (0,),
+    "numa": (True, False),
+    "thinking_budget": (0,),
+    "use_mlock": (True, False),
+    "use_mmap": (True, False),
+    "web_search": (False,),
+    # Parts of routers' objects: kv_transfer_params, session_params, provider
+    "do_remote_decode": (False,),
+    "do_remote_prefill": (False,),
+    "enabled": (False,),
+    "exclude": (True, False),
+    "include_timings": (False,),
+    "include_usage": (False,),
     # Text Generation Inference
     "decoder_input_details": (False,),
     "details": (False,),
@@ -121,11 +138,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "parallel_tool_calls": (),
     "stream": (False,),
-    "suffix": ("",),
 }
 
 
-EMPTY = [{"type": "null"}, {"type": "array", "maxItems": 0}, {"type": "object", "maxProperties": 0}]
+EMPTY = [
+    {"type": "null"},
+    {"type": "string", "maxLength": 0},
+    {"type": "array", "maxItems": 0},
+    {"type": "object", "maxProperties": 0},
+]
 """JSON schemas of values that are neutral for every field."""
 
 
@@ -138,13 +159,25 @@ def is_neutral(name: str, value: Any, fields: Mapping[str, Any] = MappingProxyTy
     """Whether this value of a field leaves every answer unchanged. fields: of the same object."""
     if name in TEXTS:
         return value is None
-    if value is None or (isinstance(value, list | dict) and not value):
+    if value is None or (isinstance(value, str | list | dict) and not value):
         return True
     if name in LABELS:
         return isinstance(value, str | int | float)
     if name in SUBORDINATE and isinstance(value, str | int | float | list):
         return all(_is_off(other, fields.get(other)) for other in SUBORDINATE[name])
-    return any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL.get(name, ()))
+    if any(_is_same(value, neutral) for neutral in NEUTRAL.get(name, ())):
+        return True
+    return isinstance(value, dict) and all(is_neutral(inner, one, value) for inner, one in value.items())
+
+
+def is_empty(name: str, value: Any) -> bool:
+    """Whether a supported field's value is an empty list or object that asks for nothing."""
+    return name in EMPTY_OF_EITHER_KIND and isinstance(value, list | dict) and not value
+
+
+def _is_same(value: Any, neutral: Any) -> bool:
+    """Equality of JSON values: 1 is 1.0, and true is no number."""
+    return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
 
 
 def _is_off(name: str, value: Any) -> bool:

@@ -10,12 +10,14 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from bento.neutral import document_neutral, is_neutral
+from bento.neutral import document_neutral, is_empty, is_neutral
 from model.generation.grammar.grammar import Grammar
 from model.generation.requests import LARGEST_LOGIT_BIAS, MAX_SEED, GenerationRequest, SamplingParameters
 
 DEFAULT_MAX_TOKENS = 128
 LARGEST_COUNT = 2**31 - 1
+MOST_TOKENS = 2**63 - 1
+"""Largest max_tokens: clients write the largest integer of their language for "all that fits"."""
 MAX_STOPS, LONGEST_STOP = 16, 256
 MAX_STOP_IDS = 64
 MAX_BIASES = 1024
@@ -44,8 +46,8 @@ def _count(value: Any) -> Any:
     return value
 
 
-Count = Annotated[int, AfterValidator(_count), WHOLE, Field(ge=ALL_THAT_FITS, le=LARGEST_COUNT)]
-TokenId = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+Count = Annotated[int, AfterValidator(_count), WHOLE, Field(ge=ALL_THAT_FITS, le=MOST_TOKENS)]
+TokenId = Annotated[int, WHOLE, Field(ge=0, le=LARGEST_COUNT)]
 
 
 def _stops(value: Any) -> Any:
@@ -129,7 +131,11 @@ class StrictRequest(BaseModel):
         if not isinstance(value, dict):
             return value
         known = {field.alias or name for name, field in cls.model_fields.items()}
-        return {name: one for name, one in value.items() if name in known or not is_neutral(name, one, value)}
+        return {
+            name: one
+            for name, one in value.items()
+            if not (is_empty(name, one) if name in known else is_neutral(name, one, value))
+        }
 
 
 class Sampling(StrictRequest):

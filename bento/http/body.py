@@ -24,6 +24,8 @@ MAX_VALUES = 131_072
 MAX_NAMES = 8_192
 """Maximum number of names, objects and lists in a body: a thousand messages and a thousand biases."""
 LONG_BODY = 16_384
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""Written by .NET and PowerShell; RFC 8259 section 8.1 lets a parser ignore it."""
 _STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
@@ -53,6 +55,7 @@ class _JsonRequest(Request):
 
 def parse(body: bytes) -> Any:
     """The value of a JSON text. Raises ApiError 400."""
+    body = body.removeprefix(BYTE_ORDER_MARK)
     names = check_cost(body)
     return _parse_short(body) if len(body) <= LONG_BODY else _parse_long(body, names)
 

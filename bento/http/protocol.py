@@ -3,8 +3,8 @@
 uvicorn does not limit headers, idle connections or slow requests, treats an upgrade request as the end of HTTP and
 drops the body, and answers malformed requests in plain text. This class adds:
 
-- bounds: bytes and number of headers (431), seconds until a request has arrived (408), connections, idle time,
-  pipelining;
+- bounds: bytes and number of headers, bytes of chunk extensions and trailers (431), seconds until a request has arrived
+  (408), connections, idle time, pipelining;
 - upgrade requests (h2c, websocket) are ignored, as RFC 9110 section 7.8 allows, and the body is read;
 - a client that has closed its sending side (a half-closed connection) still gets its answer;
 - HTTP/1.0 clients get streams without chunks; malformed requests get the service's error object.
@@ -90,6 +90,7 @@ class Http1Protocol(HttpToolsProtocol):
         self._is_feeding = self._is_in_head = self._is_in_message = self._is_refused = False
         self._has_upgrade_offer = False
         self._head_bytes = 0
+        """Bytes of the head, or since the last byte of a body: of chunk extensions and trailers."""
         self._began = self._completed_at = 0.0
         self._deadline: asyncio.TimerHandle | None = None
         self._refusal: tuple[int, str, str] | None = None
@@ -187,10 +188,11 @@ class Http1Protocol(HttpToolsProtocol):
         except httptools.HttpParserError:
             self._refuse(*(self._refusal or (400, "the request is not valid HTTP/1.1", "invalid_http")))
             return
-        if self._is_in_head:
+        if self._is_in_message:
             self._head_bytes += len(piece)
             if self._head_bytes > MAX_HEAD_BYTES:
-                self._refuse(431, f"the headers are longer than {MAX_HEAD_BYTES:,} bytes", "headers_too_large")
+                what = "headers" if self._is_in_head else "chunk extensions or trailers"
+                self._refuse(431, f"the {what} are longer than {MAX_HEAD_BYTES:,} bytes", "headers_too_large")
 
     def _parse_without_offer(self, rest: bytes) -> None:
         """Parse the request again without its upgrade header, then the bytes after its head."""
@@ -226,6 +228,7 @@ class Http1Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Parser: the head is complete. Start the app, or queue the request after the current one."""
         self._is_in_head = False
+        self._head_bytes = 0
         self.scope["method"] = self.parser.get_method().decode("ascii")
         self.scope["http_version"] = self.parser.get_http_version()
         if self._refusal is None and (refusal := self._wrong_head()):
@@ -276,6 +279,11 @@ class Http1Protocol(HttpToolsProtocol):
         if codings and codings.strip().lower() != b"chunked":
             return 501, "Transfer-Encoding has another value than chunked: compress with Content-Encoding", "encoding"
         return None
+
+    def on_body(self, body: bytes) -> None:
+        """Parser: a part of the body."""
+        super().on_body(body)
+        self._head_bytes = 0
 
     def on_message_complete(self) -> None:
         """Parser: the body is complete."""

@@ -15,7 +15,17 @@ from pydantic_core import PydanticCustomError
 from bento.openai.structured import Structured
 from bento.openai.tools import ToolFields, dialogue_messages
 from bento.openai.turns import MAX_MESSAGES, Label, Message, TemplateValues, unsupported
-from bento.schema import ALL_THAT_FITS, LARGEST_COUNT, WHOLE, Count, OnlyFalse, Sampling, StrictRequest, forms
+from bento.schema import (
+    ALL_THAT_FITS,
+    LARGEST_COUNT,
+    MOST_TOKENS,
+    WHOLE,
+    Count,
+    OnlyFalse,
+    Sampling,
+    StrictRequest,
+    forms,
+)
 from model.generation.requests import LARGEST_LENGTH_PENALTY, Beams, GenerationRequest
 from model.text.chat.tools import has_unpaired_results
 
@@ -62,6 +72,7 @@ def read_prompts(value: Any, most: int = MAX_PROMPTS) -> list[str] | list[list[i
         raise PydanticCustomError(
             "prompt_type", "expected a string, a list of strings, token ids or lists of token ids"
         )
+    value = [_whole_ids(one) for one in value] if any(type(one) is list for one in value) else _whole_ids(value)
     if _are_ids(value) and value:
         value = [value]
     if len(value) > most:
@@ -73,6 +84,13 @@ def read_prompts(value: Any, most: int = MAX_PROMPTS) -> list[str] | list[list[i
     if all(isinstance(prompt, list) and _are_ids(prompt) for prompt in value):
         return value
     raise PydanticCustomError("prompt_type", "expected a string, a list of strings, token ids or lists of token ids")
+
+
+def _whole_ids(value: Any) -> Any:
+    """A list of tokens with its integral floats as integers; anything else as it is."""
+    if type(value) is not list or not all(type(token) in (int, float) for token in value) or _are_ids(value):
+        return value
+    return [int(token) if type(token) is float and token.is_integer() else token for token in value]
 
 
 def _are_ids(value: list[Any]) -> bool:
@@ -233,13 +251,13 @@ class CompletionRequest(OpenAIRequest):
     max_tokens: Annotated[int, WHOLE] | None = Field(
         None,
         ge=ALL_THAT_FITS,
-        le=LARGEST_COUNT,
+        le=MOST_TOKENS,
         description=f"Most tokens to generate. Default: {DEFAULT_COMPLETION_TOKENS}, or as many as fit if "
         "fewer; -1 for all that fits. 0 is for echo, which then only repeats and scores the prompt.",
         examples=[16],
     )
     max_completion_tokens: Annotated[int, WHOLE] | None = Field(
-        None, ge=ALL_THAT_FITS, le=LARGEST_COUNT, description="Another name of max_tokens."
+        None, ge=ALL_THAT_FITS, le=MOST_TOKENS, description="Another name of max_tokens."
     )
     echo: bool | None = Field(None, description="Begin the text with the prompt. Default: false.")
     logprobs: Annotated[

@@ -21,7 +21,7 @@ from model.generation.grammar.grammar import Grammar, Kind, choice_grammar
 
 LONGEST_GRAMMAR = 65_536
 MAX_ALTERNATIVES = 1024
-ANY_OBJECT = '{"type": "object"}'
+ANY, ANY_OBJECT = "{}", '{"type": "object"}'
 
 
 def _schema(value: Any) -> str:
@@ -58,16 +58,29 @@ class ResponseFormat(StrictRequest):
         description="text: any; json_object: a JSON object; json_schema: JSON that is valid under a schema."
     )
     named: NamedSchema | None = Field(None, alias="json_schema", description="With the type json_schema.")
+    plain: Schema | None = Field(
+        None, alias="schema", description="A schema without a name, as llama.cpp has it: with both types of JSON."
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> "ResponseFormat":
-        if (self.type == "json_schema") != (self.named is not None):
+        if self.type == "json_schema":
+            is_right = (self.named is None) != (self.plain is None)
+        else:
+            is_right = self.named is None and (self.plain is None or self.type == "json_object")
+        if not is_right:
             raise PydanticCustomError(
                 "response_format",
                 "expected the field json_schema with the type json_schema, and only then",
                 {"param": "response_format"},
             )
         return self
+
+    def source(self) -> str:
+        """The schema, as JSON text."""
+        if self.named:
+            return self.named.json_schema
+        return self.plain if self.plain and (self.plain != ANY or self.type == "json_schema") else ANY_OBJECT
 
 
 class StructuredOutputs(StrictRequest):
@@ -120,8 +133,7 @@ class Structured(StrictRequest):
         """Field, kind and source of each requested grammar."""
         asked: list[tuple[str, Kind, str]] = []
         if self.response_format and self.response_format.type != "text":
-            named = self.response_format.named
-            asked.append(("response_format", "json", named.json_schema if named else ANY_OBJECT))
+            asked.append(("response_format", "json", self.response_format.source()))
         if self.structured_outputs:
             asked += [("structured_outputs", kind, source) for kind, source in self.structured_outputs.sources()]
         if self.guided_json is not None:

@@ -41,8 +41,9 @@ class Backend:
     """The engine of one model and the service's limits, for routes.
 
     served: the model, which no rollover changes. request_timeout_s: from a request's arrival to its last token.
-    queue_timeout_s: to its start; None waits on. max_choices: texts per request, prompts times choices. heavy: runs work that would block the event loop.
-    clamp_max_tokens: reduce max_tokens to what fits (finish_reason "length") instead of refusing.
+    queue_timeout_s: to its start; None waits on. max_choices: texts per request, prompts times choices. heavy: runs
+    work that would block the event loop. clamp_max_tokens: reduce max_tokens to what fits (finish_reason "length")
+    instead of refusing.
     """
 
     served: Served

@@ -43,7 +43,7 @@ BAD_SAMPLING = [
     *[{"stop": value} for value in ("", [""], 5, [5], [None], {"a": 1}, ["x"] * (MAX_STOPS + 1))],
     *[{"stop": value} for value in ("x" * (LONGEST_STOP + 1), ["x", "y" * (LONGEST_STOP + 1)])],
     *[{"stop_token_ids": value} for value in ([-1], [10_000], [True], ["1"], 5, [2] * (MAX_STOP_IDS + 1), [2**70])],
-    *[{"logit_bias": value} for value in ({"x": 1}, {"-1": 1}, {"2": 101}, {"2": NAN}, {"2": "1"}, {"2": True}, [])],
+    *[{"logit_bias": value} for value in ({"x": 1}, {"-1": 1}, {"2": 101}, {"2": NAN}, {"2": "1"}, {"2": True}, [2])],
     *[{"logit_bias": value} for value in ({"10000": 1}, {"2": 1, "02": 1}, {"9" * 30: 1}, {"²": 1}, {"": 1})],
     {"logit_bias": {str(token): 0 for token in range(MAX_BIASES + 1)}},
     *[{"max_tokens": value} for value in (-2, 0, CONTEXT, 2**31, 10**400, 1.5, True, "2")],

@@ -9,7 +9,7 @@ import subprocess
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -291,6 +291,69 @@ def test_needless_slashes_do_not_count(address):
         assert json.loads(body)["object"] == "list"
     for path in ("/v1/completions/", "//v1/completions"):
         assert ask(address, post(BODY, path=path))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/v1/completions", "OPTIONS, POST"),
+        ("/v1/models/", "GET, HEAD, OPTIONS"),
+        ("/", "GET, HEAD, OPTIONS"),
+        ("/metrics", "GET, HEAD, OPTIONS"),
+    ],
+)
+def test_options_and_the_refusal_of_a_method_name_the_methods_of_a_path(address, path, allowed):
+    status, headers, body = ask(address, f"OPTIONS {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    assert (status, headers["allow"], body) == (204, allowed, b"")
+    refused = ask(address, f"DELETE {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    assert error(refused, 405) and refused[1]["allow"] == allowed
+    assert error(ask(address, b"OPTIONS /v1/nothing HTTP/1.1\r\nHost: x\r\n\r\n"), 404)
+
+
+def chunks(*parts: bytes, extension: bytes = b"", trailers: bytes = b"") -> bytes:
+    lines = [b"%x%b\r\n%b\r\n" % (len(part), extension, part) for part in parts]
+    return b"".join([*lines, b"0", extension, b"\r\n", trailers, b"\r\n"])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        chunks(BODY, extension=b';name=value;other="quoted"'),
+        chunks(*[BODY[at : at + 1] for at in range(len(BODY))]),
+        chunks(BODY, trailers=b"Digest: x\r\nServer-Timing: y\r\n"),
+        chunks(b" " * 5000, *[b" "] * 9000, BODY),  # more bytes around the chunks than a head may have
+    ],
+    ids=["extensions", "single bytes", "trailers", "much padding"],
+)
+def test_chunked_bodies_are_read(address, body):
+    with connection(address) as made:
+        for _ in range(2):
+            made.sendall(post(body, "Transfer-Encoding: chunked", "Trailer: Digest"))
+            assert read_answer(made)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        chunks(BODY, trailers=b"X: " + b"a" * 2 * MAX_HEAD_BYTES + b"\r\n"),
+        chunks(BODY, extension=b";" + b"a" * 2 * MAX_HEAD_BYTES),
+        chunks(BODY, trailers=b"X: 1\r\n" * (MAX_HEADERS + 1)),
+        chunks(BODY, trailers=(b"X: " + b"a" * 1000 + b"\r\n") * 100),
+        b"1" + b";" * 2 * MAX_HEAD_BYTES,
+    ],
+    ids=["a trailer", "an extension", "trailers", "long trailers", "an extension without an end"],
+)
+def test_trailers_and_chunk_extensions_are_bounded_as_headers_are(address, body):
+    with connection(address) as made:
+        with suppress(ConnectionResetError, BrokenPipeError):
+            made.sendall(post(body, "Transfer-Encoding: chunked"))
+        assert error(read_answer(made), 431)
+        assert made.recv(1) == b""
+
+
+def test_a_byte_order_mark_before_the_json_is_no_part_of_it(address):
+    for body in (BODY, BODY[:-1] + b" " * 16_000 + b"}"):
+        assert ask(address, post(b"\xef\xbb\xbf" + body))[0] == 200
 
 
 def test_http_1_0_gets_whole_answers_and_streams_without_chunks(address):

@@ -53,6 +53,13 @@ SAME: list[dict[str, Any]] = [
     {"no_stop_trim": False, "separate_reasoning": True, "stream_reasoning": True, "skip_special_tokens": True},
     {"rid": "abc", "request_id": "x", "priority": 0, "lora_path": None},
     {"mirostat": 0, "typical_p": 1.0, "repeat_penalty": 1.0, "cache_prompt": True},
+    {"mirostat": 0.0, "typical_p": 1, "priority": 0.0, "dry_multiplier": 0, "num_beams": 1.0},
+    {"logit_bias": [], "stop": {}, "stop_token_ids": {}, "bad_words": {}, "allowed_token_ids": {}},
+    {"user_id": "u", "conversation_id": 7, "thread_id": "t", "extra_key": "k", "run_id": "r"},
+    {"something": "", "more": {"a": None, "b": {"c": ""}}},
+    {"kv_transfer_params": {"do_remote_decode": False, "do_remote_prefill": False, "remote_engine_id": None}},
+    {"options": {"mirostat": 0, "tfs_z": 1, "repeat_last_n": 64, "use_mmap": True}, "session_params": {"id": None}},
+    {"reasoning_content": "", "thinking_budget": 0, "web_search": False, "provider": {"order": []}},
 ]
 
 
@@ -60,6 +67,56 @@ SAME: list[dict[str, Any]] = [
 @pytest.mark.parametrize("more", SAME, ids=str)
 def test_a_value_that_asks_for_nothing_changes_nothing_on_any_route(service, path, more):
     assert answer(service, path, **more) == answer(service, path)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("empty", [[], {}], ids=str)
+def test_an_empty_list_and_an_empty_object_are_the_same_nothing(service, path, empty):
+    names = ["metadata", "stream_options", "response_format", "structured_outputs", "guided_choice", "logit_bias"]
+    names += ["tools", "tool_choice", "functions", "modalities", "chat_template_kwargs"] if "chat" in path else []
+    assert answer(service, path, **dict.fromkeys(names, empty)) == answer(service, path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"something": [{}]},
+        {"something": {"a": {"b": 0}}},
+        {"kv_transfer_params": {"do_remote_prefill": True}},
+        {"options": {"mirostat": 2}},
+        {"options": {"repeat_last_n": 64, "repeat_penalty": 1.1}},
+        {"priority": False},
+        {"watermark": 0},
+        {"color": 0},
+        {"color": False},
+    ],
+    ids=str,
+)
+def test_what_is_not_nothing_is_refused_by_name(service, path, more):
+    (name,) = more
+    assert refusal(service.post(path, **PATHS[path], **more))["param"] == name
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("most", [2**31, 2**32 - 1, 2**53 - 1, 2**63 - 1, 1e9, 1e18])
+def test_the_largest_integers_of_other_languages_mean_all_that_fits(service, path, most):
+    assert answer(service, path, max_tokens=most) == answer(service, path, max_tokens=-1)
+    if path != "/generate":
+        other = {**PATHS[path], "max_tokens": None, "max_completion_tokens": most}
+        assert service.post(path, **other).json()["usage"]["total_tokens"] == CONTEXT
+
+
+@pytest.mark.parametrize("form", [lambda ids: ids, lambda ids: [ids], lambda ids: [ids, [2]]])
+def test_tokens_may_be_written_with_a_decimal_point(service, form):
+    path, ids = "/v1/completions", [70, 71, 72]
+    floats = [70.0, 71, 72.0]
+    assert answer(service, path, prompt=form(floats)) == answer(service, path, prompt=form(ids))
+    vectors = [service.post("/v1/embeddings", input=form(one)).json()["data"] for one in (floats, ids)]
+    assert vectors[0] == vectors[1]
+    for name in ("stop_token_ids", "allowed_token_ids"):
+        assert answer(service, path, **{name: floats}) == answer(service, path, **{name: ids})
+    assert service.post("/detokenize", tokens=floats).json() == service.post("/detokenize", tokens=ids).json()
 
 
 @pytest.mark.parametrize("path", PATHS)

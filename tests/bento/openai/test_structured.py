@@ -85,6 +85,8 @@ FORMS = [
     ({"structured_outputs": {"json_object": True}}, r"\{.*"),
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": ["a"]}}}}, '"a"'),
     ({"response_format": {"type": "text"}, "guided_choice": ["z"]}, "z"),
+    ({"response_format": {"type": "json_schema", "schema": {"enum": ["a"]}}}, '"a"'),
+    ({"response_format": {"type": "json_object", "schema": {"const": "b"}}}, '"b"'),
 ]
 
 
@@ -107,6 +109,11 @@ def test_every_form_holds_on_both_routes(client, form, pattern, route):
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format"),
         ({"response_format": {"type": "json_object", "json_schema": NAMED["json_schema"]}}, "response_format"),
         ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "text", "schema": {}}}, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "schema": {}, "json_schema": NAMED["json_schema"]}},
+            "response_format",
+        ),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "objekt"}}}},
             "response_format",

@@ -17,12 +17,18 @@ LABELS = {
     "user_id",
 }  # fmt: skip
 """Labels of a request, cache hints, and choices that do not change the text."""
-EMPTY_OF_EITHER_KIND = {
-    "allowed_token_ids", "bad_words", "cache_control", "chat_template_kwargs", "functions", "guided_choice", "include",
-    "instructions", "logit_bias", "metadata", "modalities", "reasoning", "response_format", "stop", "stop_sequences",
-    "stop_token_ids", "stream_options", "structured_outputs", "system", "text", "tool_choice", "tools",
+OBJECTS = {
+    "cache_control", "chat_template_kwargs", "logit_bias", "metadata", "reasoning", "stream_options",
+    "structured_outputs", "text",
 }  # fmt: skip
-"""Supported fields whose empty list or object asks for nothing: languages such as PHP write an empty object as []."""
+LISTS = {
+    "allowed_token_ids", "bad_words", "functions", "guided_choice", "include", "stop", "stop_sequences",
+    "stop_token_ids", "tools",
+}  # fmt: skip
+NOT_EMPTY = {"instructions", "modalities", "response_format", "tool_choice"}
+"""Supported fields whose empty list or object asks for nothing, by what they are: languages such as PHP write an empty
+object as []. Those of the last set have no empty value: it means none.
+"""
 PENALTIES = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
 """Penalties, with the value that means off."""
 SUBORDINATE: dict[str, tuple[str, ...]] = {
@@ -141,18 +147,19 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-EMPTY = [
-    {"type": "null"},
-    {"type": "string", "maxLength": 0},
-    {"type": "array", "maxItems": 0},
-    {"type": "object", "maxProperties": 0},
-]
+EMPTY_OBJECTS = [{"type": "array", "maxItems": 0}, {"type": "object", "maxProperties": 0}]
+EMPTY: list[dict[str, Any]] = [{"type": "null"}, {"type": "string", "maxLength": 0}, *EMPTY_OBJECTS]
 """JSON schemas of values that are neutral for every field."""
+for _ in range(2):
+    EMPTY = [*EMPTY[:4], {"type": "object", "additionalProperties": {"anyOf": EMPTY}}]
 
 
 def document_neutral(schema: dict[str, Any]) -> None:
-    """Document in a body's JSON schema that unknown fields may be empty; other neutral values are too many to list."""
+    """Document empty values in a body's JSON schema; other neutral values are too many to list."""
     schema["additionalProperties"] = {"anyOf": EMPTY}
+    for name, field in schema.get("properties", {}).items():
+        if name in OBJECTS | LISTS | NOT_EMPTY and "anyOf" in field:
+            field["anyOf"] = [*field["anyOf"], *EMPTY_OBJECTS]
 
 
 def is_neutral(name: str, value: Any, fields: Mapping[str, Any] = MappingProxyType({})) -> bool:
@@ -170,9 +177,15 @@ def is_neutral(name: str, value: Any, fields: Mapping[str, Any] = MappingProxyTy
     return isinstance(value, dict) and all(is_neutral(inner, one, value) for inner, one in value.items())
 
 
-def is_empty(name: str, value: Any) -> bool:
-    """Whether a supported field's value is an empty list or object that asks for nothing."""
-    return name in EMPTY_OF_EITHER_KIND and isinstance(value, list | dict) and not value
+def without_confusion(name: str, value: Any) -> Any:
+    """A supported field's value, an empty list and an empty object as what the field has."""
+    if value not in ([], {}):
+        return value
+    if name in OBJECTS:
+        return {}
+    if name in LISTS:
+        return []
+    return None if name in NOT_EMPTY else value
 
 
 def _is_same(value: Any, neutral: Any) -> bool:

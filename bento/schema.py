@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from bento.neutral import document_neutral, is_empty, is_neutral
+from bento.neutral import document_neutral, is_neutral, without_confusion
 from model.generation.grammar.grammar import Grammar
 from model.generation.requests import LARGEST_LOGIT_BIAS, MAX_SEED, GenerationRequest, SamplingParameters
 
@@ -132,9 +132,9 @@ class StrictRequest(BaseModel):
             return value
         known = {field.alias or name for name, field in cls.model_fields.items()}
         return {
-            name: one
+            name: without_confusion(name, one)
             for name, one in value.items()
-            if not (is_empty(name, one) if name in known else is_neutral(name, one, value))
+            if name in known or not is_neutral(name, one, value)
         }
 
 

@@ -14,9 +14,10 @@ const first = new Pane();
 const second = Pane.copyOf(first);
 const panes = [first, second];
 /** The panes that are shown: both while two models are compared. */
-const shown = () => ($("compare").checked && !$("compare-field").hidden ? panes : [first]);
+const shown = () => ($("compare").checked && hasSecond ? panes : [first]);
 
 let running = null; // AbortController of the generation under way
+let hasSecond = false; // whether there is a model to compare with
 
 // ---- Request
 
@@ -115,7 +116,8 @@ function setRunning(controller, active) {
   running = controller;
   const isRunning = controller !== null;
   for (const pane of active) pane.setBusy(isRunning);
-  for (const id of ["chat", "compare"]) $(id).disabled = isRunning;
+  $("chat").disabled = isRunning;
+  $("compare").disabled = isRunning || !hasSecond;
   $("generate").disabled = isRunning;
   $("stop").disabled = !isRunning;
   // Disabling the focused button would drop keyboard focus.
@@ -169,8 +171,9 @@ async function findModels() {
   if (first.model) $("model").textContent = first.model;
   second.base = named || first.base;
   second.model = named ? (others[0] ?? null) : (own[1] ?? null);
-  $("compare-field").hidden = !(named || second.model);
-  $("compare-hint").textContent = `the same request to ${second.name}`;
+  hasSecond = Boolean(named || second.model);
+  $("compare").disabled = Boolean(running) || !hasSecond;
+  if (hasSecond) $("compare-hint").textContent = `the same request to ${second.name}`;
   showMode();
 }
 

@@ -378,7 +378,7 @@ def greedy(service: Service) -> str:
 
 
 def test_champion_and_challenger_answer_side_by_side(page, other):
-    assert not page["compare-field"].is_displayed() and not page["result-2"].is_displayed()
+    assert not page["compare"].is_enabled() and not page["result-2"].is_displayed()
     models = page.service.app.state.models
     models.shadow = Shadow(0.0, 60)
     models.shadow.serve(other.engine, "7")

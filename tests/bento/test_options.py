@@ -13,6 +13,7 @@ from bento.options import (
     origins,
     refuse_for_vllm,
     refuse_without_champion,
+    second_service,
     with_overrides,
 )
 from bento.serving import loading
@@ -60,6 +61,7 @@ def test_each_option_is_overridden_by_its_variable():
         "REX_MAX_CONNECTIONS": "50",
         "REX_MAX_BODY_BYTES": "100",
         "REX_CORS_ORIGINS": "https://a.example",
+        "REX_COMPARE_WITH": "http://b.example:3000",
         "REX_ALLOW_ANONYMOUS": "true",
         "REX_THREADS": "2",
     }
@@ -96,6 +98,7 @@ def test_each_option_is_overridden_by_its_variable():
         max_connections=50,
         max_body_bytes=100,
         cors_origins="https://a.example",
+        compare_with="http://b.example:3000",
         allow_anonymous=True,
         threads=2,
     )
@@ -228,3 +231,17 @@ def test_an_option_of_champions_needs_one(name):
         refuse_without_champion(BentoArgs.model_validate({name: 1.0}))
     refuse_without_champion(BentoArgs.model_validate({name: 1.0, "champion": "rex-a"}))
     refuse_without_champion(BentoArgs.model_validate({}))
+
+
+@pytest.mark.parametrize(
+    "address", ["b.example", "ftp://b", "http://b;script-src *", "http://b/a b", 'http://b/"', "http://"]
+)
+def test_an_address_that_would_change_the_pages_policy_is_refused_in_one_line(address):
+    with pytest.raises(InvalidArgument, match=r"REX_COMPARE_WITH is .*: expected scheme and host") as refusal:
+        second_service(address)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("address", ["", "http://b", "https://b.example:3000/", "http://[::1]:3000/rex"])
+def test_the_address_of_a_second_service_is_taken(address):
+    assert second_service(address) == address

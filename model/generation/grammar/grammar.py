@@ -41,7 +41,7 @@ LIMITS: dict[str, Any] = {
 MAX_ITEMS = {"json": 2000, "calls": 2000, "regex": 300, "grammar": 300}
 
 NO_TOKEN = "NoExtension"
-"""In llguidance's error where no token is allowed."""
+"""Word in the error of llguidance for a place without an allowed token."""
 DEAD_END = "the grammar allows no token at this place, where the text may not end: correct the grammar"
 
 

@@ -76,11 +76,11 @@ class Server:
 
 
 def stop(servers: Sequence[Server]) -> None:
-    """End every process of the servers: by SIGINT, and by SIGKILL after STOP_S."""
+    """End every process of the servers, runs included, as Ctrl-C in their terminal would; by SIGKILL after STOP_S."""
     members = [process for server in servers for process in server.members()]
-    for server in servers:
-        with suppress(ProcessLookupError):
-            os.kill(server.process.pid, signal.SIGINT)
+    for process in members:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGINT)
     _, alive = psutil.wait_procs(members, timeout=STOP_S)
     for process in {*alive, *(process for server in servers for process in server.members())}:
         with suppress(psutil.NoSuchProcess):

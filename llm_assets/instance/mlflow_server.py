@@ -4,7 +4,7 @@
 
 First the database is created or repaired, and its locations are corrected after a move. MLflow's own command then sets
 up its server, which runs in this process, too: MLflow would start another process for it and wait, and each takes 200
-MB and seconds to import the package.
+MB and seconds to import the package. Dagster, which takes 100 MB more, is not imported.
 """
 
 import os
@@ -15,8 +15,8 @@ from typing import Any
 import uvicorn
 
 from llm_assets.paths import var_dir
-from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.resources.tracking_database import ARTIFACTS
+from llm_assets.resources.tracking_store import EXPERIMENT, open_store
 from model.errors import ends_in_one_line
 
 
@@ -32,7 +32,7 @@ def main() -> int:
     """Serve until a signal arrives."""
     host, port = sys.argv[1:]
     database = f"sqlite:///{var_dir() / 'mlflow.db'}"
-    MlflowTracking(tracking_uri=database).client()
+    open_store(database, EXPERIMENT)
     from mlflow import server
     from mlflow.cli import cli
 

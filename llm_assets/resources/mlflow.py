@@ -10,7 +10,6 @@ A killed process cannot end its MLflow run. The next run of the same asset and e
 RUNNING, and a resumed training continues its run.
 """
 
-import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,17 +20,15 @@ from urllib.parse import urlparse
 import dagster as dg
 from pydantic import Field
 
-from llm_assets.artifacts.locks import WAIT_S, acquire
 from llm_assets.artifacts.manifest import Manifest
 from llm_assets.page_links import DAGSTER, MLFLOW, remember
 from llm_assets.paths import var_dir
 from llm_assets.registry import model_name
-from llm_assets.resources import tracking_database
 from llm_assets.resources.provenance import dagster_address, inputs, source_tags
-from llm_assets.resources.tracked_run import TrackedRun, one_line, send_unsent
+from llm_assets.resources.tracked_run import TrackedRun, send_unsent
+from llm_assets.resources.tracking_store import EXPERIMENT, open_store
 from llm_assets.versions.promotion import CompareWithChampion, warned
 from llm_assets.versions.register import add_measurements, is_registered
-from model.errors import PipelineError, TransientError
 from model.progress import Log, silent
 
 if TYPE_CHECKING:
@@ -40,8 +37,6 @@ if TYPE_CHECKING:
 _NAME_CHARACTERS = 250
 TRAINING_VIEW = "workflowType=machine_learning"
 """Without it, MLflow's UI opens its view for agents, which shows no training curves."""
-DATABASE_TIMEOUT_S = 600
-"""Longest wait of a call for another writer of an SQLite database."""
 
 
 class MlflowTracking(dg.ConfigurableResource):
@@ -50,7 +45,7 @@ class MlflowTracking(dg.ConfigurableResource):
     tracking_uri: str = Field(
         default="", description="MLflow tracking URI. Empty: MLFLOW_TRACKING_URI, else sqlite in var/mlflow.db."
     )
-    experiment: str = Field(default="rex", description="MLflow experiment that all runs belong to.")
+    experiment: str = Field(default=EXPERIMENT, description="MLflow experiment that all runs belong to.")
     ui_url: str = Field(
         default="",
         description="Address of the MLflow UI, for links. Empty: MLFLOW_UI_URL, else the server, else "
@@ -168,55 +163,9 @@ class MlflowTracking(dg.ConfigurableResource):
     def client(self, log: Log = silent) -> tuple["MlflowClient", str]:
         """A client whose store is ready, and the experiment's id. An experiment deleted in MLflow's page is restored.
 
-        A lock keeps processes from opening a new store at the same time: its migrations would race.
-        Raises PipelineError, one line, if the store cannot be opened.
+        See `open_store`.
         """
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        # With MLflow's default of 7 retries with backoff, a failing call takes four minutes.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        from filelock import FileLock, Timeout
-
-        uri = self._uri()
-        database = _sqlite_file(uri)
-        lock = database.with_name(database.name + ".lock") if database else var_dir() / "mlflow.lock"
-        try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            held = FileLock(lock)
-            acquire(held)
-            try:
-                if database:
-                    tracking_database.prepare(database, log)
-                return self._open(uri, database, log)
-            finally:
-                held.release()
-        except PipelineError:
-            raise
-        except Timeout:
-            raise TransientError(f"another process has held {lock} for {WAIT_S:.0f} s: end it and run again") from None
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise PipelineError(
-                f"the tracking store {uri} cannot be used: {one_line(error)}; repair it, or set another in "
-                "MLFLOW_TRACKING_URI"
-            ) from error
-
-    def _open(self, uri: str, database: Path | None, log: Log) -> tuple["MlflowClient", str]:
-        from mlflow import MlflowClient
-
-        if database:
-            uri = f"sqlite:///{database}?timeout={DATABASE_TIMEOUT_S}"  # SQLite's own default is 5 s
-        client = MlflowClient(uri, uri)
-        found = client.get_experiment_by_name(self.experiment)
-        if found is None:
-            place = (database.parent / tracking_database.ARTIFACTS).as_uri() if database else None
-            return client, client.create_experiment(self.experiment, artifact_location=place)
-        if found.lifecycle_stage == "deleted":
-            client.restore_experiment(found.experiment_id)
-            log(f"the MLflow experiment {self.experiment!r} was deleted: it is restored")
-        return client, found.experiment_id
+        return open_store(self._uri(), self.experiment, log)
 
     def _uri(self) -> str:
         return self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{var_dir() / 'mlflow.db'}"
@@ -257,8 +206,3 @@ def _resumable(client: "MlflowClient", run_id: str | None) -> str | None:
     except MlflowException:
         return None
     return run_id if run.info.lifecycle_stage == "active" else None
-
-
-def _sqlite_file(uri: str) -> Path | None:
-    """The file of an SQLite URI, None for another store."""
-    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from llm_assets.resources.tracking_store import one_line
 from llm_assets.versions.promotion import CompareWithChampion, decision_of
 from llm_assets.versions.register import add_measurements, find_decision, register_version
 from model.progress import Log, silent
@@ -40,12 +41,6 @@ _PERMANENT = {
     "RESOURCE_ALREADY_EXISTS",
     "RESOURCE_DOES_NOT_EXIST",
 }
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's text."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else repr(error)
 
 
 def system_metrics() -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 from llm_assets.latest import latest_artifacts
 from llm_assets.paths import shown_path, var_dir
 from llm_assets.resources.mlflow import MlflowTracking
-from llm_assets.resources.tracked_run import one_line
+from llm_assets.resources.tracking_store import one_line
 
 
 @dataclass

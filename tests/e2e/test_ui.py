@@ -14,9 +14,10 @@ from tests.e2e.workplace import BIN, REPO, free_port, new_workplace
 pytestmark = pytest.mark.e2e
 
 
-@pytest.fixture
-def workplace(tmp_path):
-    return new_workplace(tmp_path)
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """The first start makes MLflow's tables, which takes seconds."""
+    return new_workplace(tmp_path_factory.mktemp("ui"))
 
 
 def processes(workplace) -> set[psutil.Process]:

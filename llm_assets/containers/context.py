@@ -31,6 +31,9 @@ SERVICE_DEVICE = {"cpu": "cpu", "gpu": "cuda"}
 VLLM_SYSTEM_PACKAGES = {"cpu": ("libnuma1",), "gpu": ("gcc", "libc6-dev")}
 """Debian packages that vLLM needs: a library that it links, and what Triton compiles its kernels with."""
 
+VLLM_OMITTED = {"cpu": ("torchaudio", "torchcodec", "torchvision", "triton"), "gpu": ()}
+"""Packages that vLLM names and that its file of versions leaves out, which says why."""
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -119,7 +122,8 @@ def prepare_context(
     packages.lock(wanted, tested, own.lock, device=own.device, python=context.python, log=log)
     for one in further:
         pins = folder / "bento" / "src" / "bento" / f"vllm-{one.device}.txt"
-        packages.lock(pins, None, one.lock, device=one.device, python=context.python, log=log)
+        omitted = VLLM_OMITTED[one.device]
+        packages.lock(pins, pins, one.lock, device=one.device, python=context.python, omitted=omitted, log=log)
     return context
 
 

@@ -10,7 +10,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from model.errors import PipelineError
@@ -50,17 +50,28 @@ def pip_options() -> dict[str, str]:
 
 
 def lock(
-    requirements: Path, constraints: Path | None, target: Path, *, device: str, python: str, log: Log = silent
+    requirements: Path,
+    constraints: Path,
+    target: Path,
+    *,
+    device: str,
+    python: str,
+    omitted: Sequence[str] = (),
+    log: Log = silent,
 ) -> None:
     """Write every package that `requirements` needs, with its version and the hashes of its files, to `target`.
 
-    constraints: the versions that the project is tested with; None: `requirements` names every package with its
-    version. python: version of the image's Python, as "3.11". Raises PipelineError if packages are not found, or if
+    constraints: the versions that the project is tested with. python: version of the image's Python, as "3.11".
+    omitted: packages that are left out although others name them. Raises PipelineError if packages are not found, or if
     packages of the other device are among them.
     """
     command = [*_uv("compile", python), "--no-header", "--no-annotate", "--generate-hashes", "--quiet"]
-    command += ["--constraint", str(constraints)] if constraints else ["--no-deps"]
-    command += ["--output-file", str(target), str(requirements)]
+    command += ["--constraint", str(constraints), "--output-file", str(target)]
+    if omitted:
+        overrides = target.with_suffix(".overrides")
+        overrides.write_text("".join(f"{name}; python_version < '0'\n" for name in omitted))
+        command += ["--override", str(overrides)]
+    command.append(str(requirements))
     run(command, "locking the image's packages", environment=_environment(device), log=log, name="uv")
     refuse_other_device(target.read_text(), device)
 

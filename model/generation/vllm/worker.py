@@ -37,6 +37,10 @@ def main() -> int:
 
     options = json.loads(sys.argv[2])
     device = current_platform.device_type
+    if device == "cpu":
+        # A part of a prompt rewinds the request's random generator, which only those of GPUs can.
+        options["enable_chunked_prefill"] = False
+        options["max_num_batched_tokens"] = max(options["max_num_batched_tokens"], options["max_model_len"])
     engine = LLMEngine.from_engine_args(
         EngineArgs(
             model=sys.argv[1],

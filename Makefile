@@ -126,7 +126,7 @@ releases: harness  ## Run a checkpoint's own code under every supported minor re
 coverage: setup  ## Run the fast and the medium tests with coverage; fails below the floor in pyproject.toml
 	$(BIN)/pytest $(SHARED) -m 'not slow and not processes' --cov --cov-report=term:skip-covered
 
-vllm: setup .venv-vllm/.installed  ## Make the environment of vLLM for DEVICE=cpu or gpu (3 GB, GPU 10 GB): .venv-vllm/bin/python
+vllm: setup .venv-vllm/.installed  ## Make the environment of vLLM for DEVICE=cpu or gpu (2 GB; for a GPU, several): .venv-vllm/bin/python
 
 export-vllm: vllm  ## Compare the export of EXPERIMENT in vLLM with its checkpoint
 	$(BIN)/python -m model.export.vllm --python .venv-vllm/bin/python $(foreach asset,exported_model trained_checkpoint tokenized_dataset,"$$($(BIN)/python -m llm_assets.latest $(EXPERIMENT) --asset $(asset))")

@@ -1,4 +1,4 @@
-"""vllm-router in front of two replicas: requests reach both, streams come through, and one replica alone goes on."""
+"""vllm-router and smg in front of two replicas: requests reach both, streams come through, one replica goes on."""
 
 import subprocess
 import time
@@ -11,16 +11,12 @@ import openai
 import pytest
 
 from tests.bento.openai_service import CHAT_TEMPLATE, MODEL, Service, on_a_port, running_service
-from tests.e2e.workplace import BIN, free_port, stop
+from tests.e2e.workplace import BIN, free_port
 
-pytestmark = [
-    pytest.mark.processes,
-    pytest.mark.medium,
-    pytest.mark.skipif(
-        not (BIN / "vllm-router").exists(), reason="no vllm-router (it has wheels only for x86-64 Linux)"
-    ),
-]
+pytestmark = [pytest.mark.processes, pytest.mark.medium]
 WAIT_S = 60
+GATEWAYS = {"vllm-router": ([], "/health"), "smg": (["launch"], "/readiness")}
+"""Arguments before the options, and the path that says whether the replicas are known."""
 GREEDY = {"model": MODEL, "max_tokens": 6, "temperature": 0}
 
 
@@ -34,8 +30,12 @@ class Gateway:
         return [replica.engine.stats().generated_tokens_total for replica in self.replicas]
 
 
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory) -> Iterator[Gateway]:
+@pytest.fixture(scope="module", params=GATEWAYS)
+def gateway(request, tmp_path_factory) -> Iterator[Gateway]:
+    program = BIN / request.param
+    if not program.exists():
+        pytest.skip(f"no {request.param} (it has wheels only for x86-64 Linux)")
+    arguments, ready = GATEWAYS[request.param]
     port, prometheus = free_port(), free_port()
     log = tmp_path_factory.mktemp("router") / "router.log"
     with ExitStack() as stack, ExitStack() as first, log.open("w") as out:
@@ -43,22 +43,23 @@ def gateway(tmp_path_factory) -> Iterator[Gateway]:
         for keep in (first, stack):
             replicas.append(stack.enter_context(running_service(chat_template=CHAT_TEMPLATE)))
             urls.append(keep.enter_context(on_a_port(replicas[-1].app)))
-        command = [BIN / "vllm-router", "--host", "127.0.0.1", "--port", str(port), "--policy", "round_robin"]
+        command = [program, *arguments, "--host", "127.0.0.1", "--port", str(port), "--policy", "round_robin"]
         command += ["--prometheus-port", str(prometheus), "--worker-urls", *urls]
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
         try:
             url, end = f"http://127.0.0.1:{port}", time.monotonic() + WAIT_S
-            while not _is_healthy(url):
+            while not _is_healthy(f"{url}{ready}"):
                 assert process.poll() is None and time.monotonic() < end, log.read_text()
                 time.sleep(0.1)
             yield Gateway(url, replicas, first)
         finally:
-            stop(process)
+            process.kill()  # at SIGTERM smg keeps its port for 5 s
+            process.wait(WAIT_S)
 
 
 def _is_healthy(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+        return httpx.get(url, timeout=5).status_code == 200
     except httpx.TransportError:
         return False
 

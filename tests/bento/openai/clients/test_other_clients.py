@@ -1,5 +1,6 @@
-"""LangChain and litellm with their real packages: answers, streams, tools, forms, embeddings, errors they act on."""
+"""LangChain, litellm and llm with their real packages: answers, streams, tools, forms, embeddings, known errors."""
 
+import json
 import os
 from collections.abc import Iterator
 from typing import Literal
@@ -7,6 +8,7 @@ from typing import Literal
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else its import asks another host for prices
 
 import litellm
+import llm
 import pydantic
 import pytest
 from langchain_core.tools import tool
@@ -110,3 +112,35 @@ def test_langchain_knows_a_text_that_is_too_long(address):
 
     with pytest.raises(ContextOverflowError):
         ChatOpenAI(**address).invoke(LONG)
+
+
+@pytest.fixture
+def rex(address, tmp_path, monkeypatch) -> llm.Model:
+    """The service as a model of llm, as its documentation says for servers of OpenAI's API."""
+    server = {"model_id": "rex", "model_name": MODEL, "api_base": address["base_url"], "api_key_name": "rex"}
+    abilities = {"supports_schema": True, "supports_tools": True}
+    (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([{**server, **abilities}]))
+    monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
+    return llm.get_model("rex")
+
+
+def test_llm_has_whole_answers_streams_and_conversations(rex):
+    asked = {"max_tokens": 8, "temperature": 0, "key": "none"}
+    whole = rex.prompt("größer?", stream=False, **asked)
+    assert whole.text() and whole.usage().output == 8
+    assert "".join(rex.prompt("größer?", stream=True, **asked)) == whole.text()
+    talk = rex.conversation()
+    assert talk.prompt("größer?", system="Be terse.", stream=False, **asked).text()
+    assert talk.prompt("Why?", stream=False, **asked).usage().input > whole.usage().input
+
+
+def test_llm_has_schemas_and_tools(rex):
+    schema = {**Answer.model_json_schema(), "additionalProperties": False}
+    answer = rex.prompt("x", schema=schema, stream=False, max_tokens=200, seed=1, key="none")
+    assert Answer.model_validate_json(answer.text())
+
+    def city() -> str:
+        """The name of a city."""
+        return "Oslo"
+
+    assert rex.prompt("x", tools=[city], stream=False, max_tokens=20, key="none").text() is not None

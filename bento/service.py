@@ -27,7 +27,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bento.api import MAX_CHOICES, create_app
 from bento.bentoml_internals import end_service, listening_host, report_start_failures, uvicorn_server
+from bento.errors import ApiError
 from bento.http.auth import HEALTH_PATHS, read_api_keys, refuse_open_address
+from bento.http.middleware import as_routed
 from bento.http.protocol import ConnectionLimits, protocol_class, usable_connections
 from bento.options import (
     BentoArgs,
@@ -126,15 +128,26 @@ app.state.tracer = None
 
 
 class OnlyOurRoutes:
-    """Routes every path but health to our app, with its keys: BentoML's own pages check no key."""
+    """Routes every path but health to our app, with its keys: BentoML's own pages check no key. It answers health
+    under the exact path only.
+    """
 
     def __init__(self, inner: ASGIApp) -> None:
         self._inner = inner
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        is_ours = scope["type"] == "http" and scope["path"] not in HEALTH_PATHS
-        await (app if is_ours else self._inner)(scope, receive, send)
+        if scope["type"] != "http":
+            await self._inner(scope, receive, send)
+            return
+        routed = as_routed(scope)
+        if routed["path"] not in HEALTH_PATHS:
+            await app(scope, receive, send)
+        elif routed["method"] == "GET":
+            await self._inner({**scope, "path": routed["path"]}, receive, send)
+        else:
+            refusal = ApiError(405, "Method Not Allowed", code="http_405", headers={"Allow": "GET, HEAD"})
+            await refusal.response()(scope, receive, send)
 
 
 @bentoml.service(

@@ -74,7 +74,7 @@ class RequestMiddleware:
             await self.app(scope, receive, send)
             return
         # A copy, because the server reads the method from the original scope to drop the body for HEAD.
-        inner = {**scope, **_as_routed(scope)}
+        inner = {**scope, **as_routed(scope)}
         headers = Headers(scope=scope)
         record = RequestRecord(_request_id(headers), self._metrics)
         inner.setdefault("state", {})["record"] = record
@@ -128,7 +128,7 @@ class RequestMiddleware:
         )
 
 
-def _as_routed(scope: Scope) -> dict[str, Any]:
+def as_routed(scope: Scope) -> dict[str, Any]:
     """The method and path that the routes see: HEAD becomes GET, and redundant slashes are removed."""
     path = re.sub("//+", "/", scope["path"])
     return {

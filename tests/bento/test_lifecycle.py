@@ -108,8 +108,11 @@ def _children(server: Server) -> list:
 
 def test_with_keys_every_route_but_health_wants_one_and_no_key_or_prompt_is_logged(model_dir, tmp_path):
     with serve(tmp_path, model_dir, **KEYS) as server, server.client() as client:
-        for path in ("/livez", "/readyz", "/healthz"):
-            assert client.get(path).status_code == 200
+        for path in ("/livez", "/readyz", "/healthz", "/readyz/", "/livez//"):
+            assert client.get(path).status_code == client.head(path).status_code == 200
+            wrong = client.post(path)
+            assert (wrong.status_code, wrong.headers["allow"]) == (405, "GET, HEAD")
+            assert wrong.json()["error"]["code"] == "http_405"
         for path in ("/metrics", "/v1/models", "/nothing", "/schema.json", "/docs.json", "/static_content/index.css"):
             answer = client.get(path)
             assert answer.status_code == 401, path

@@ -6,7 +6,10 @@ artifacts), `mlflow.db` and `mlartifacts/` (tracking), `logs/` (records of runs)
 """
 
 import os
+import tempfile
 from pathlib import Path
+
+from model.errors import PipelineError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -14,6 +17,21 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def var_dir() -> Path:
     """The output folder of all runs, absolute."""
     return Path(os.environ.get("LLM_ASSETS_VAR") or REPOSITORY / "var").absolute()
+
+
+def output_folder(name: str) -> Path:
+    """The folder `name` of the output folder, made if it is missing. Raises PipelineError if it cannot be made."""
+    folder = var_dir() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PipelineError(
+            f"{folder} cannot be written ({error.strerror}): expected a folder for what runs write; make it "
+            "writable, or set LLM_ASSETS_VAR to another"
+        ) from error
+    return folder
 
 
 def shown_path(path: Path) -> str:

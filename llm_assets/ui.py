@@ -30,7 +30,7 @@ import yaml
 
 from llm_assets.instance.dagster_home import check_dagster_home
 from llm_assets.page_links import DAGSTER, MLFLOW, redirect_former
-from llm_assets.paths import REPOSITORY, var_dir
+from llm_assets.paths import REPOSITORY, output_folder, var_dir
 from llm_assets.resources.provenance import DAGSTER_URL
 from model.errors import PipelineError, ends_in_one_line
 
@@ -176,8 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_port(given.host, given.mlflow_port, "MLflow", "MLFLOW_PORT")
         if given.port == given.mlflow_port:
             raise PipelineError(f"both pages have port {given.port}: expected two ports, UI_PORT and MLFLOW_PORT")
-        logs = var_dir() / "ui"
-        logs.mkdir(parents=True, exist_ok=True)
+        logs = output_folder("ui")
         mlflow, dagster = (f"http://{given.host}:{port}" for port in (given.mlflow_port, given.port))
         os.environ.setdefault("MLFLOW_UI_URL", mlflow)
         os.environ.setdefault(DAGSTER_URL, dagster)

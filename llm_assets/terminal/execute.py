@@ -21,7 +21,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from llm_assets.paths import shown_path, var_dir
+from llm_assets.experiments.compose import compose
+from llm_assets.paths import output_folder, shown_path
 from llm_assets.terminal.records import Follower, Record
 from llm_assets.terminal.view import View
 from model.errors import ends_in_one_line
@@ -50,8 +51,7 @@ def execute_job(
     tags: of the run, besides its partition. A signal is passed on to the run, which saves its work.
     """
     console = console or Console()
-    view, logs = View(console), var_dir() / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    view, logs = View(console), output_folder("logs")
     log = logs / f"{datetime.now():%Y%m%d-%H%M%S}-{experiment}-{os.getpid()}.log"
     log.touch()
     config = {
@@ -128,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--job", default=PIPELINE, help=f"default: {PIPELINE}")
     parser.add_argument("--force", action="store_true", help="compute unchanged stages too")
     given = parser.parse_args(argv)
+    compose(given.experiment, given.overrides)  # a mistake is found here in a second, and not by the run's first step
     tags = {"rex/force": "true"} if given.force else {}
     return execute_job(given.experiment, given.overrides, given.module, given.job, tags=tags)
 

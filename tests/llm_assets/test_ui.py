@@ -7,6 +7,7 @@ import pytest
 
 from llm_assets import ui
 from llm_assets.instance.started_after import answers
+from llm_assets.terminal import execute
 from model.errors import PipelineError
 
 
@@ -53,3 +54,23 @@ def test_a_server_answers_at_a_socket_or_an_address(tmp_path: Path) -> None:
         unix.listen()
         tcp.listen()
         assert answers(path) and answers(address)
+
+
+def test_an_output_folder_that_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    monkeypatch.setenv("LLM_ASSETS_VAR", str(tmp_path / "file"))
+    for start in (lambda: ui.main([]), lambda: execute.main(["smoke"])):
+        assert start() == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert (
+            line.startswith(f"error: {tmp_path / 'file'}/") and "cannot be written (Not a directory): expected" in line
+        )
+
+
+def test_an_experiment_that_is_none_is_refused_before_a_run_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute.main(["smokes"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: no experiment 'smokes'") and line.endswith("did you mean 'smoke'?")

@@ -10,15 +10,18 @@ from tests.bento.openai_service import IS_VLLM, Service, on_a_port
 NOT_OVER_VLLM = {
     "test_embeddings.py": "the engine vllm embeds no text",
     "test_similarity.py": "the engine vllm embeds no text",
+    "test_langchain_embeds": "the engine vllm embeds no text",
+    "test_node_clients.py": "its programs embed texts, which the engine vllm does not",
+    "test_gateway.py": "its replicas would share one process of vLLM",
 }
-"""With REX_TEST_ENGINE=vllm all files run but these."""
+"""With REX_TEST_ENGINE=vllm all tests run but these files and tests."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Over vLLM each test may start a process."""
     for item in items if IS_VLLM else ():
         item.add_marker("processes")
-        if reason := NOT_OVER_VLLM.get(item.path.name):
+        if reason := NOT_OVER_VLLM.get(item.path.name) or NOT_OVER_VLLM.get(item.name):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 

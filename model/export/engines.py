@@ -150,6 +150,9 @@ def vllm(path: Path, asked: Questions) -> Answers:
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm import __version__ as release
 
+    from model.system.amx import allow_amx
+
+    allow_amx()
     # vLLM's int8 products on a CPU take half precision alone.
     is_int8 = "quantization_config" in json.loads((path / "config.json").read_text(encoding="utf-8"))
     model = LLM(

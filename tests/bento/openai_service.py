@@ -156,8 +156,8 @@ def on_a_port(app: FastAPI, limits: ConnectionLimits | None = None) -> Iterator[
 
 
 def events(text: str) -> list[Any]:
-    """The data of server-sent events, JSON parsed but for the closing [DONE]."""
-    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    """The data of server-sent events, JSON parsed but for the closing [DONE]; an idle stream has comments as well."""
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line and not line.startswith(":")]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]
 

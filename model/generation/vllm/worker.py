@@ -1,7 +1,7 @@
 """vLLM in its process: a line of JSON in, one step of its engine, a line of JSON out.
 
-Started by `process.py` with the interpreter of the environment that has vLLM; nothing outside of the standard library,
-vLLM and what it needs is imported. vLLM's engine runs in this process, not in a child, so that it ends with this one.
+Started by `process.py` with the interpreter of the environment that has vLLM; nothing that this environment lacks is
+imported. vLLM's engine runs in this process, not in a child, so that it ends with this one.
 The tokens that a constrained request may take next come with each line, as a mask over the vocabulary.
 """
 
@@ -35,9 +35,12 @@ def main() -> int:
     from vllm import EngineArgs, LLMEngine, __version__
     from vllm.platforms import current_platform
 
+    from model.system.amx import allow_amx
+
     options = json.loads(sys.argv[2])
     device = current_platform.device_type
     if device == "cpu":
+        allow_amx()
         # A part of a prompt rewinds the request's random generator, which only those of GPUs can.
         options["enable_chunked_prefill"] = False
         options["max_num_batched_tokens"] = max(options["max_num_batched_tokens"], options["max_model_len"])

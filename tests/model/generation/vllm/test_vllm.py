@@ -318,3 +318,18 @@ def test_vllm_answers_as_our_own_engine_does(tmp_path: Path) -> None:
     finally:
         vllm.stop()
         ours.stop()
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_vllm_generates_with_int8_weights(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tiny_model(tokenizer, hidden_size=128, intermediate_size=128).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    engine = VllmEngine(tmp_path, python=PYTHON, quantized=True)
+    try:
+        engine.warm_up()
+        assert engine.precision == "int8, bfloat16"
+        assert ask(engine, [5, 6], 20, ignore_eos=True)[1].generated_tokens == 20
+    finally:
+        engine.stop()

@@ -1,9 +1,13 @@
 """The `smoke` pipeline through the real CLI: what it leaves behind, and what a mistake leaves untouched."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import dagster as dg
 import pytest
@@ -12,6 +16,7 @@ import yaml
 from llm_assets.stage.metadata import SUMMARY_WIDTH
 from model.artifact import verify
 from tests.e2e.workplace import REPO, CommandLine, Workplace
+from tests.support.documented import PAGES, documented_commands
 
 pytestmark = pytest.mark.e2e
 ASSETS = [
@@ -23,6 +28,8 @@ ASSETS = [
     "benchmark_report",
     "packaged_bento",
 ]
+READING = re.compile(r"python -m (llm_assets\.(experiments|latest|champion show)|model\.export) \S")
+"""Documented commands that read a finished experiment; the others start a run, a server or a benchmark."""
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +204,22 @@ def test_the_newest_artifacts_and_the_command_that_serves_them_are_named(smoke):
     missing = smoke.run("python", "-m", "llm_assets.latest", "stdlib_30m")
     assert missing.returncode == 1
     assert missing.stdout.startswith("error: no corpus of experiment 'stdlib_30m'")
+
+
+def test_the_documented_commands_that_read_an_experiment_work(smoke: Workplace, tmp_path: Path) -> None:
+    """As they stand, but for the experiment, which is `smoke`, and the folders CHECKPOINT and OUT."""
+    found = {command for page in PAGES for command in documented_commands(page) if READING.match(command)}
+    commands = sorted(command for command in found if "--image" not in command)
+    assert len(commands) > 6
+    places = {"stdlib": "smoke", "EXPERIMENT": "smoke", "CHECKPOINT": str(smoke.latest("trained_checkpoint"))}
+
+    def run(number: int) -> subprocess.CompletedProcess[str]:
+        words = shlex.split(commands[number])
+        return smoke.run(*({**places, "OUT": str(tmp_path / str(number))}.get(word, word) for word in words))
+
+    with ThreadPoolExecutor(3) as pool:
+        for command, done in zip(commands, pool.map(run, range(len(commands))), strict=True):
+            assert done.returncode == 0 and done.stdout.strip(), (command, done.stdout[-2000:])
 
 
 def test_no_summary_is_cut_by_the_page_of_its_asset(smoke):

@@ -21,6 +21,8 @@ DEEPEST = 48
 """Maximum nesting depth: a JSON schema has two levels for each nested object."""
 MAX_VALUES = 131_072
 """Maximum number of values in a body: 64 prompts of 2,000 token ids."""
+MAX_FIELDS = 256
+"""Maximum number of fields of a body itself: the schema names each that it does not know."""
 MAX_NAMES = 8_192
 """Maximum number of names, objects and lists in a body: a thousand messages and a thousand biases."""
 LONG_BODY = 16_384
@@ -57,7 +59,10 @@ def parse(body: bytes) -> Any:
     """The value of a JSON text. Raises ApiError 400."""
     body = body.removeprefix(BYTE_ORDER_MARK)
     names = check_cost(body)
-    return _parse_short(body) if len(body) <= LONG_BODY else _parse_long(body, names)
+    value = _parse_short(body) if len(body) <= LONG_BODY else _parse_long(body, names)
+    if isinstance(value, dict) and len(value) > MAX_FIELDS:
+        raise _too_many("fields", MAX_FIELDS)
+    return value
 
 
 def _parse_short(body: bytes) -> Any:

@@ -7,7 +7,9 @@ drops the body, and answers malformed requests in plain text. This class adds:
   (408), connections, idle time, pipelining;
 - upgrade requests (h2c, websocket) are ignored, as RFC 9110 section 7.8 allows, and the body is read;
 - a client that has closed its sending side (a half-closed connection) still gets its answer;
-- HTTP/1.0 clients get streams without chunks; malformed requests get the service's error object.
+- HTTP/1.0 clients get streams without chunks; malformed requests get the service's error object;
+- a client that uses more than its share of the event loop waits until more is read from it
+  (`bento/serving/shares.py`).
 
 httptools is kept because h11 costs 6 to 9 microseconds for each streamed chunk against 1.7 (bench/LOG.md). Tested with
 uvicorn 0.54.0 and httptools 0.9.0. The body's deadline is in `upload.py`.
@@ -25,16 +27,22 @@ from typing import Any
 from urllib.parse import unquote
 
 import httptools
-from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from bento.errors import error_content
+from bento.serving.shares import Charged, ClientShares
 
 MAX_HEAD_BYTES = 65_536
 MAX_HEADERS = 200
 MAX_PIPELINED = 16
+MAX_CHUNKS = 16_384
+"""Chunks of a body: each costs a microsecond or two, however few bytes it has."""
 FEED_BYTES = 4096
 """Bytes passed to the parser at a time, which limits the requests parsed from one read."""
+FEED_AT_ONCE = 16
+"""Pieces that the parser takes before the event loop turns to other connections."""
 HOP_BY_HOP = {b"upgrade", b"http2-settings"}
 MESSAGE_BEGAN = "message_began"
 """Key of the scope's state: `time.monotonic()` at the first byte of the request, seconds."""
@@ -62,6 +70,7 @@ class ConnectionLimits:
     max_connections: int = 4096
     idle: "dict[Http1Protocol, None]" = field(default_factory=dict)
     """Connections without a request in progress, the longest idle first."""
+    shares: ClientShares = field(default_factory=ClientShares)
 
     def make_room(self, connections: int) -> bool:
         """Close idle connections to make room for one more. False if none is idle."""
@@ -91,13 +100,17 @@ class Http1Protocol(HttpToolsProtocol):
         self._has_upgrade_offer = False
         self._head_bytes = 0
         """Bytes of the head, or since the last byte of a body: of chunk extensions and trailers."""
+        self._chunks = 0
         self._began = self._completed_at = 0.0
         self._deadline: asyncio.TimerHandle | None = None
+        self._later: asyncio.TimerHandle | None = None
+        """When the received bytes are parsed that had to wait."""
         self._refusal: tuple[int, str, str] | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the deadline of the first request; refuse the connection if there are too many."""
         super().connection_made(transport)
+        self._client_host = self.client[0] if self.client else ""
         self.flow = _Flow(transport, self._received)
         if not self._limits.make_room(len(self.connections)):
             self._refuse(503, "too many connections: try again", "too_many_connections")
@@ -109,6 +122,8 @@ class Http1Protocol(HttpToolsProtocol):
         """Remove the connection from the limits."""
         self._limits.idle.pop(self, None)
         self._stop_deadline()
+        if self._later:
+            self._later.cancel()
         self._received.clear()
         for cycle, _ in self.pipeline:
             cycle.disconnected = True
@@ -160,20 +175,50 @@ class Http1Protocol(HttpToolsProtocol):
             self.transport.abort()
 
     def _feed(self) -> None:
-        if self._is_feeding:  # a response that completes while the parser runs
+        if self._is_feeding or self._later:  # a response that completes while the parser runs, or waits
+            return
+        wait_s = self._limits.shares.wait_s(self._client_host)
+        if wait_s > 0:
+            self._wait(wait_s)
             return
         self._is_feeding = True
+        began, pieces = time.thread_time(), 0
         try:
             while self._received and len(self.pipeline) < MAX_PIPELINED and not self.transport.is_closing():
+                if pieces == FEED_AT_ONCE:
+                    self._wait(0)
+                    break
                 piece = bytes(self._received[:FEED_BYTES])
                 del self._received[:FEED_BYTES]
                 self._parse(piece)
+                pieces += 1
                 if self._is_refused:
                     self._received.clear()
         finally:
             self._is_feeding = False
+            self._charge(time.thread_time() - began)
         if self._received:
             self.flow.pause_reading()
+
+    def _wait(self, seconds: float) -> None:
+        self.flow.pause_reading()
+        self._later = self.loop.call_later(seconds, self._feed_later)
+
+    def _feed_later(self) -> None:
+        self._later = None
+        self._feed()
+        body = self.cycle.body if self.cycle else b""
+        if not (self._received or self._later or len(body) > HIGH_WATER_LIMIT or self.transport.is_closing()):
+            self.flow.resume_reading()
+
+    def _charge(self, seconds: float) -> None:
+        self._limits.shares.charge(self._client_host, seconds)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        async def charged(scope: Any, receive: Any, send: Any) -> None:
+            await Charged(app(scope, receive, send), self._charge)
+
+        super()._start_asgi_task(cycle, charged)
 
     def _parse(self, piece: bytes) -> None:
         try:
@@ -214,7 +259,7 @@ class Http1Protocol(HttpToolsProtocol):
         """Parser: the first byte of a request."""
         super().on_message_begin()
         self._is_in_head = self._is_in_message = True
-        self._head_bytes = 0
+        self._head_bytes = self._chunks = 0
         if self._deadline is None:
             self._start_deadline()
 
@@ -223,6 +268,17 @@ class Http1Protocol(HttpToolsProtocol):
         super().on_header(name, value)
         if len(self.headers) > MAX_HEADERS:
             self._refusal = (431, f"the request has more than {MAX_HEADERS} headers", "too_many_headers")
+            raise ValueError
+
+    def on_chunk_header(self) -> None:
+        """Parser: a chunk of a body without a stated length."""
+        self._chunks += 1
+        if self._chunks > MAX_CHUNKS:
+            self._refusal = (
+                413,
+                f"the body comes in more than {MAX_CHUNKS:,} chunks: send larger ones",
+                "too_many_chunks",
+            )
             raise ValueError
 
     def on_headers_complete(self) -> None:

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import orjson
 
+from bento.serving.shares import CHARGE
+
 T = TypeVar("T")
 PARTS_DEPTH = 5
 """Levels of an answer that are split: down to each token of a text."""
@@ -48,6 +50,8 @@ class HeavyWork:
                 sys.setswitchinterval(before)
                 now = time.monotonic()
                 self._free_at = now + (min(PAUSE * (now - started), LONGEST_PAUSE_S) if holds_lock else 0.0)
+                if charge := CHARGE.get():
+                    charge(now - started)
 
 
 def encode_in_parts(value: Any) -> bytes:

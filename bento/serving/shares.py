@@ -1,0 +1,93 @@
+"""Shares the event loop among clients: the CPU time of reading, checking and rendering their requests.
+
+Each client, an address, has a leaky bucket that fills with the CPU time of its requests and drains at `SHARE` of a
+core. While other clients send requests too, the server reads nothing from the connections of a client whose bucket is
+full, so that its data waits in the kernel. A client alone never waits. Generation has its own turns
+(`model/generation/turns.py`).
+"""
+
+import time
+from collections.abc import Awaitable, Callable, Generator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+SHARE = 0.2
+"""Of a core, for one client while others send requests."""
+BURST_S = 0.05
+"""CPU time that a client can use at once before it waits."""
+LONGEST_WAIT_S = 1.0
+OTHERS_S = 1.0
+"""A client that sent nothing for this long leaves its share to the others."""
+MOST_CLIENTS = 4096
+
+Charge = Callable[[float], None]
+CHARGE: ContextVar[Charge | None] = ContextVar("charge", default=None)
+"""Charges the client of the current request with seconds of CPU time."""
+
+
+@dataclass
+class _Bucket:
+    level_s: float = 0.0
+    at: float = 0.0
+
+
+@dataclass
+class ClientShares:
+    """The buckets of all clients. clock: seconds; for tests."""
+
+    clock: Callable[[], float] = time.monotonic
+    _buckets: dict[str, _Bucket] = field(default_factory=dict)
+    _newest: str = ""
+    _newest_at: float = float("-inf")
+    _other_at: float = float("-inf")
+
+    def charge(self, client: str, seconds: float) -> None:
+        """Add the cost of a part of a request."""
+        now = self.clock()
+        bucket = self._drained(client, now)
+        bucket.level_s = min(bucket.level_s + seconds, BURST_S + SHARE * LONGEST_WAIT_S)
+        if len(self._buckets) > MOST_CLIENTS:
+            self._buckets = {name: one for name, one in self._buckets.items() if now - one.at < LONGEST_WAIT_S}
+
+    def wait_s(self, client: str) -> float:
+        """Seconds until the client's next request may be read; 0 if at once. Counts as a request of the client."""
+        now = self.clock()
+        if client != self._newest:
+            self._newest, self._other_at = client, self._newest_at
+        self._newest_at = now
+        if now - self._other_at > OTHERS_S:
+            return 0.0
+        return max(0.0, (self._drained(client, now).level_s - BURST_S) / SHARE)
+
+    def _drained(self, client: str, now: float) -> _Bucket:
+        bucket = self._buckets.setdefault(client, _Bucket(at=now))
+        bucket.level_s = max(0.0, bucket.level_s - SHARE * (now - bucket.at))
+        bucket.at = now
+        return bucket
+
+
+class Charged:
+    """An awaitable that runs a coroutine and charges the CPU time of each of its steps."""
+
+    def __init__(self, coroutine: Awaitable[Any], charge: Charge) -> None:
+        self._coroutine, self._charge = coroutine, charge
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        """As the coroutine's own."""
+        steps: Any = self._coroutine.__await__()
+        error: BaseException | None = None
+        CHARGE.set(self._charge)
+        while True:
+            began = time.thread_time()
+            try:
+                waits_for = steps.throw(error) if error else steps.send(None)
+            except StopIteration as end:
+                return end.value
+            finally:
+                self._charge(time.thread_time() - began)
+            error = None
+            try:
+                yield waits_for
+            except BaseException as raised:  # noqa: BLE001 - the coroutine handles it, a cancellation too
+                error = raised

@@ -1,0 +1,194 @@
+"""The event loop is shared: a client that costs much waits while others ask, and nobody else does."""
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from bento.http.protocol import MAX_CHUNKS, ConnectionLimits
+from bento.serving.heavy import HeavyWork
+from bento.serving.shares import BURST_S, CHARGE, LONGEST_WAIT_S, MOST_CLIENTS, OTHERS_S, SHARE, Charged, ClientShares
+from tests.bento.openai_service import GOOD, Service, on_a_port, running_service
+
+COSTLY, OTHER = "127.0.0.2", "127.0.0.1"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def shares(clock: Clock) -> ClientShares:
+    return ClientShares(clock=clock)
+
+
+def test_a_client_alone_never_waits(shares: ClientShares, clock: Clock) -> None:
+    for _ in range(100):
+        assert shares.wait_s("one") == 0
+        shares.charge("one", 1.0)
+        clock.now += 0.01
+
+
+def test_beside_others_a_client_waits_until_its_costs_have_drained(shares: ClientShares, clock: Clock) -> None:
+    assert shares.wait_s("costly") == shares.wait_s("cheap") == 0
+    shares.charge("costly", BURST_S + SHARE / 4)
+    assert shares.wait_s("cheap") == 0
+    assert shares.wait_s("costly") == pytest.approx(0.25)
+    clock.now += 0.25
+    assert shares.wait_s("cheap") == 0
+    assert shares.wait_s("costly") == pytest.approx(0, abs=1e-9)
+
+
+def test_a_burst_within_the_allowance_is_free(shares: ClientShares) -> None:
+    shares.wait_s("other")
+    shares.charge("one", BURST_S)
+    assert shares.wait_s("one") == 0
+
+
+def test_no_wait_is_longer_than_the_longest(shares: ClientShares) -> None:
+    shares.wait_s("other")
+    shares.charge("one", 1000.0)
+    assert shares.wait_s("one") == pytest.approx(LONGEST_WAIT_S)
+
+
+def test_a_client_whose_neighbors_have_gone_waits_no_more(shares: ClientShares, clock: Clock) -> None:
+    shares.wait_s("other")
+    shares.charge("one", 1000.0)
+    clock.now += OTHERS_S + 0.1
+    shares.charge("one", 1000.0)
+    assert shares.wait_s("one") == 0
+
+
+def test_clients_that_left_are_forgotten(shares: ClientShares, clock: Clock) -> None:
+    for number in range(3 * MOST_CLIENTS):
+        shares.charge(str(number), 0.001)
+        clock.now += 0.001
+    assert len(shares._buckets) <= MOST_CLIENTS + 1
+
+
+def test_all_steps_of_a_coroutine_are_charged_and_its_waits_are_not() -> None:
+    charged: list[float] = []
+
+    async def work() -> str:
+        for _ in range(3):
+            began = time.thread_time()
+            while time.thread_time() - began < 0.01:
+                pass
+            await asyncio.sleep(0.05)
+        return "done"
+
+    assert asyncio.run(_run(work(), charged)) == "done"
+    assert len(charged) == 4 and 0.03 <= sum(charged) < 0.1
+
+
+async def _run(coroutine, charged: list[float]):
+    return await Charged(coroutine, charged.append)
+
+
+def test_errors_and_cancellations_pass_through_a_charged_coroutine() -> None:
+    seen: list[str] = []
+
+    async def waits() -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            seen.append("canceled")
+            raise
+
+    async def fails() -> None:
+        await asyncio.sleep(0)
+        raise LookupError("what it is")
+
+    async def main() -> None:
+        task = asyncio.create_task(_run(waits(), []))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        with pytest.raises(LookupError, match="what it is"):
+            await _run(fails(), [])
+
+    asyncio.run(main())
+    assert seen == ["canceled"]
+
+
+def test_heavy_work_is_charged_to_the_client_whose_request_it_is() -> None:
+    charged: list[float] = []
+
+    async def request() -> None:
+        assert CHARGE.get() == charged.append
+        await HeavyWork().run(time.sleep, 0.05)
+
+    asyncio.run(_run(request(), charged))
+    assert sum(charged) >= 0.05
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with running_service() as running:
+        yield running
+
+
+def _post(address: tuple[str, int], body: bytes, source: str) -> socket.socket:
+    made = socket.create_connection(address, timeout=30, source_address=(source, 0))
+    made.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    return made
+
+
+@pytest.mark.medium
+def test_on_a_real_server_one_client_waits_and_another_is_answered_and_what_waited_is_answered_too(
+    service: Service, clock: Clock, shares: ClientShares
+) -> None:
+    body = json.dumps({**GOOD["/v1/completions"], "temperature": 0}).encode()
+    with on_a_port(service.app, ConnectionLimits(shares=shares)) as url:
+        address = (OTHER, int(url.rpartition(":")[2]))
+        assert httpx.get(f"{url}/v1/models").status_code == 200
+        clock.now += LONGEST_WAIT_S
+        assert shares.wait_s(OTHER) == 0
+        shares.charge(COSTLY, 1000.0)
+        with _post(address, body, COSTLY) as whole, _post(address, body, COSTLY) as half_closed:
+            half_closed.shutdown(socket.SHUT_WR)
+            for _ in range(3):
+                assert httpx.post(f"{url}/v1/completions", json=json.loads(body)).status_code == 200
+                clock.now += LONGEST_WAIT_S / 10
+            for waiting in (whole, half_closed):
+                waiting.settimeout(0.3)
+                with pytest.raises(TimeoutError):
+                    waiting.recv(1)
+            clock.now += 10 * LONGEST_WAIT_S
+            for waiting in (whole, half_closed):
+                waiting.settimeout(30)
+                assert b"200 OK" in waiting.recv(4096)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(("chunks", "status"), [(MAX_CHUNKS - 100, b"200"), (MAX_CHUNKS + 1, b"413")])
+def test_the_number_of_chunks_is_bounded(service: Service, chunks: int, status: bytes) -> None:
+    body = json.dumps({**GOOD["/v1/completions"], "temperature": 0}).encode()
+    body = b" " * (chunks - 1) + body  # white space before JSON is JSON
+    pieces = b"".join(b"1\r\n%c\r\n" % byte for byte in body[: chunks - 1])
+    last = body[chunks - 1 :]
+    sent = pieces + b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last)
+    with (
+        on_a_port(service.app) as url,
+        socket.create_connection((OTHER, int(url.rpartition(":")[2])), timeout=30) as made,
+    ):
+        made.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + sent)
+        answer = b""
+        while part := made.recv(65536):
+            answer += part
+    assert answer.split()[1] == status, answer

@@ -41,6 +41,9 @@ MAX_CHUNKS = 16_384
 """Chunks of a body: each costs a microsecond or two, however few bytes it has."""
 FEED_BYTES = 4096
 """Bytes passed to the parser at a time, which limits the requests parsed from one read."""
+LINGER_S, MAX_DISCARDED = 1.0, 1_000_000
+"""After a refusal: seconds and bytes that the rest of the request is read for. To close a socket with unread bytes
+resets the connection, and the client may lose the answer."""
 FEED_AT_ONCE = 16
 """Pieces that the parser takes before the event loop turns to other connections."""
 HOP_BY_HOP = {b"upgrade", b"http2-settings"}
@@ -100,7 +103,7 @@ class Http1Protocol(HttpToolsProtocol):
         self._has_upgrade_offer = False
         self._head_bytes = 0
         """Bytes of the head, or since the last byte of a body: of chunk extensions and trailers."""
-        self._chunks = 0
+        self._chunks = self._discarded = 0
         self._began = self._completed_at = 0.0
         self._deadline: asyncio.TimerHandle | None = None
         self._later: asyncio.TimerHandle | None = None
@@ -135,6 +138,9 @@ class Http1Protocol(HttpToolsProtocol):
         """Parse what arrived, a few requests at a time."""
         self._unset_keepalive_if_required()
         if self._is_refused:
+            self._discarded += len(data)
+            if self._discarded > MAX_DISCARDED:
+                self.transport.close()
             return
         if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
             self._start_deadline()
@@ -388,7 +394,13 @@ class Http1Protocol(HttpToolsProtocol):
         head = f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
         if not self.transport.is_closing():
             self.transport.write(f"{head}connection: close\r\n\r\n".encode() + body)
-            self.transport.close()
+            if status == 503 or not self.transport.can_write_eof():
+                self.transport.close()
+                return
+            self.transport.write_eof()
+            self._received.clear()
+            self.flow.resume_reading()
+            self.loop.call_later(LINGER_S, self.transport.close)
 
     def _start_deadline(self) -> None:
         self._stop_deadline()

@@ -1,4 +1,4 @@
-"""The event loop is shared: a client that costs much waits while others ask, and nobody else does."""
+"""The event loop is shared: a client whose requests cost much waits while others send theirs."""
 
 import asyncio
 import json

@@ -32,7 +32,7 @@ from tests.support.vllm import PYTHON
 
 MODEL = "rex-tiny:1"
 IS_VLLM = os.environ.get("REX_TEST_ENGINE") == "vllm"
-VLLM_SHAPE = {"hidden_size": 128, "intermediate_size": 128, "seed": 2}
+VLLM_SHAPE = {"hidden_size": 128, "intermediate_size": 128, "seed": 3}
 """Heads of a size that vLLM's attention has on a CPU, and random weights that end a JSON object within the context."""
 MAX_BODY_BYTES = 16_384
 CHAT_TEMPLATE = (

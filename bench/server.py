@@ -22,8 +22,10 @@ from typing import Any
 import psutil
 
 from model.errors import PipelineError
+from model.system.commands import ending_with_parent
 
 HOST = "127.0.0.1"
+CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 @dataclass
@@ -103,7 +105,9 @@ def serve(model_dir: Path, folder: Path, **variables: str) -> Iterator[Server]:
     started = time.perf_counter()
     with log.open("w") as out:
         process = subprocess.Popen(
-            [*command, "--working-dir", str(Path(__file__).resolve().parents[1]), "--host", HOST, "--port", str(port)],
+            ending_with_parent(
+                [*command, "--working-dir", str(CHECKOUT), "--host", HOST, "--port", str(port)], signal="TERM"
+            ),
             cwd=folder,
             env=environment,
             stdout=out,

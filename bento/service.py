@@ -48,6 +48,7 @@ from bento.serving.loading import release_load_memory, start_engine
 from bento.serving.models import Models
 from bento.serving.shadow import ChallengerWatcher, Rollback, Shadow
 from bento.telemetry.tracing import start_tracing
+from model.artifact import read_origin
 from model.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -231,7 +232,7 @@ class RexService:
             if MODEL_DIR:
                 engine = start_engine(options, MODEL_DIR)
                 release_load_memory()
-                app.state.models.serve(engine, _packed_version())
+                app.state.models.serve(engine, _packed_version(), read_origin(MODEL_DIR))
                 logger.info("API keys: %d", len(API_KEYS))
         except Exception as error:
             app.state.admission.has_failed = True

@@ -7,7 +7,7 @@ directory. The manifest's other fields (configuration, upstream versions, tracki
 import hashlib
 import json
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from model.errors import PipelineError
 
@@ -43,6 +43,18 @@ def content_hash(digests: dict[str, FileDigest]) -> str:
     for name in sorted(digests):
         total.update(name.encode() + b"\0" + digests[name]["sha256"].encode() + b"\n")
     return total.hexdigest()
+
+
+def read_origin(directory: Path) -> dict[str, Any] | None:
+    """What the manifest says about an artifact's origin: settings, upstream versions and runs, but not its files.
+
+    None without a manifest.
+    """
+    manifest = directory / MANIFEST
+    if not manifest.is_file():
+        return None
+    found: dict[str, Any] = json.loads(manifest.read_text())
+    return {name: value for name, value in found.items() if name != "files"}
 
 
 def verify(directory: Path) -> None:

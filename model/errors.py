@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,9 @@ def ends_in_one_line(main: Callable[P, int]) -> Callable[P, int]:
         except PipelineError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except BrokenPipeError:  # `head` and its like have read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
 
     return run
 

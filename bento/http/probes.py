@@ -61,6 +61,7 @@ def add_probes(app: FastAPI, models: Models, refusal: Callable[[], ApiError | No
                 "precision": one.engine.precision,
                 "max_model_len": one.engine.context_length,
                 "vocab_size": one.engine.vocab_size,
+                "origin": one.origin,
             }
         )
 

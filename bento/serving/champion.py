@@ -25,7 +25,7 @@ from urllib.parse import quote, urlsplit
 from bentoml.exceptions import InvalidArgument
 
 from bento.serving.models import Models, Served
-from model.artifact import MANIFEST, verify
+from model.artifact import MANIFEST, read_origin, verify
 from model.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -250,7 +250,8 @@ class ChampionWatcher:
         started = time.monotonic()
         try:
             with tempfile.TemporaryDirectory(prefix="rex-champion-") as folder:
-                engine = self._load(self._registry.download(champion, Path(folder)), champion.number)
+                model_dir = self._registry.download(champion, Path(folder))
+                engine, origin = self._load(model_dir, champion.number), read_origin(model_dir)
         except httpx.HTTPError:
             raise  # the next poll tries again
         except Exception as error:  # noqa: BLE001 - out of memory, for example
@@ -260,7 +261,7 @@ class ChampionWatcher:
         if self._stopping.is_set():
             engine.stop()
             return
-        former = self._models.serve(engine, champion.number)
+        former = self._models.serve(engine, champion.number, origin)
         if self._rollback:
             self._rollback.took_over(self._serving, champion)
         self._serving, self._refused = champion, None

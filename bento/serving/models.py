@@ -5,10 +5,10 @@ each model, and `serve` swaps the pointer for later requests.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from model.generation.requests import EngineStats
 
@@ -23,17 +23,18 @@ NO_ACTIVITY = EngineStats(*[0] * len(fields(EngineStats)))
 @dataclass(eq=False)
 class Served:
     """One loaded model. version: distinguishes it from other versions of the same name. under_way: requests that hold
-    it. name: in answers, if it is not the service's.
+    it. name: in answers, if it is not the service's. origin: settings, dataset and runs, if its folder says them.
     """
 
     engine: "Engine"
     version: str | None = None
     under_way: int = 0
     name: str | None = None
+    origin: Mapping[str, Any] | None = None
 
     @property
     def fingerprint(self) -> str:
-        """`system_fingerprint`: identifies weights, engine and precision. /server_info has the parts."""
+        """`system_fingerprint`: identifies weights, engine and precision. /server_info has the parts and the origin."""
         return f"fp_{self.version or 'local'}_{self.engine.step_name}_{self.engine.precision}"
 
 
@@ -53,10 +54,12 @@ class Models:
         self._past = NO_ACTIVITY
         self._lock = threading.Lock()
 
-    def serve(self, engine: "Engine", version: str | None = None) -> Served | None:
+    def serve(
+        self, engine: "Engine", version: str | None = None, origin: Mapping[str, Any] | None = None
+    ) -> Served | None:
         """Serve new requests with this engine. Returns the former model, to be passed to `retire`."""
         with self._lock:
-            former, self.current = self.current, Served(engine, version)
+            former, self.current = self.current, Served(engine, version, origin=origin)
             if former:
                 self._former.append(former)
         return former

@@ -13,14 +13,15 @@ from model.errors import PipelineError
 from model.progress import Log, silent
 
 
-def ending_with_parent(command: Sequence[str]) -> list[str]:
+def ending_with_parent(command: Sequence[str], signal: str = "KILL") -> list[str]:
     """The command, killed by the kernel when the thread that starts it ends, also by SIGKILL.
 
+    signal: the name of the one that it gets; TERM for a program that has to end others.
     Uses the program setpriv instead of `preexec_fn`, which is unsafe in a process with threads; without setpriv the
     command is unchanged.
     """
     setpriv = shutil.which("setpriv")
-    return [setpriv, "--pdeathsig", "KILL", *command] if setpriv else list(command)
+    return [setpriv, "--pdeathsig", signal, *command] if setpriv else list(command)
 
 
 def run(

@@ -13,8 +13,10 @@ import dagster as dg
 import pytest
 import yaml
 
+from llm_assets.origin import find_origin
 from llm_assets.stage.metadata import SUMMARY_WIDTH
 from model.artifact import verify
+from model.errors import PipelineError
 from tests.e2e.workplace import REPO, CommandLine, Workplace
 from tests.support.documented import PAGES, documented_commands
 
@@ -28,7 +30,7 @@ ASSETS = [
     "benchmark_report",
     "packaged_bento",
 ]
-READING = re.compile(r"python -m (llm_assets\.(experiments|latest|champion show)|model\.export) \S")
+READING = re.compile(r"python -m (llm_assets\.(experiments|latest|origin|champion show)|model\.export) \S")
 """Documented commands that read a finished experiment; the others start a run, a server or a benchmark."""
 
 
@@ -204,6 +206,18 @@ def test_the_newest_artifacts_and_the_command_that_serves_them_are_named(smoke):
     missing = smoke.run("python", "-m", "llm_assets.latest", "stdlib_30m")
     assert missing.returncode == 1
     assert missing.stdout.startswith("error: no corpus of experiment 'stdlib_30m'")
+
+
+def test_the_origin_of_an_answer_is_found_by_its_fingerprint(smoke: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_ASSETS_VAR", str(smoke.var))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    expected = {name: value for name, value in smoke.manifest("quantized_model").items() if name != "files"}
+    for version in ("2", expected["content_hash"][:16]):
+        found = find_origin("smoke", f"fp_{version}_native_int8")
+        assert (found.pop("model"), found.pop("version")) == ("rex-smoke", "2")
+        assert found == expected and found["upstream"]["tokenized_dataset"] and found["config"]["training"]
+    with pytest.raises(PipelineError, match=r"^'fp_99_native_int8' is not of a registered version of rex-smoke"):
+        find_origin("smoke", "fp_99_native_int8")
 
 
 def test_the_documented_commands_that_read_an_experiment_work(smoke: Workplace, tmp_path: Path) -> None:

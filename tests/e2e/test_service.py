@@ -54,6 +54,15 @@ def test_generate_answers_json_with_usage(service):
     assert body["usage"]["generated_tokens"] == 12 or body["finish_reason"] == "stop"
 
 
+def test_an_answer_leads_to_the_dataset_settings_and_runs_of_its_model(service, smoke):
+    info = service.get("/server_info").json()
+    answer = service.post("/v1/completions", json={"prompt": "def ", "max_tokens": 1}).json()
+    assert answer["system_fingerprint"] == info["system_fingerprint"]
+    manifest = smoke.manifest("quantized_model")
+    assert info["origin"] == {name: value for name, value in manifest.items() if name != "files"}
+    assert info["system_fingerprint"].split("_")[1] == manifest["content_hash"][:16]
+
+
 def test_a_stream_gives_the_same_text_in_pieces(service):
     request = {"prompt": "import ", "max_tokens": 20, "temperature": 0.8, "seed": 7}
     whole = service.post("/generate", json=request).json()["text"]

@@ -335,8 +335,11 @@ class Http1Protocol(HttpToolsProtocol):
         version = self.scope["http_version"]
         if not version.startswith(("0.", "1.")):
             return 505, f"HTTP/{version} is not spoken here: use HTTP/1.1", "http_version"
-        if sum(name == b"host" for name, _ in self.headers) > 1:
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if hosts > 1:
             return 400, "the request has several Host headers: send one", "invalid_http"
+        if not hosts and version == "1.1":
+            return 400, "the request has no Host header, which HTTP/1.1 requires", "invalid_http"
         codings = b",".join(value for name, value in self.headers if name == b"transfer-encoding")
         if codings and codings.strip().lower() != b"chunked":
             return 501, "Transfer-Encoding has another value than chunked: compress with Content-Encoding", "encoding"

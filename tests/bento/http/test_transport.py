@@ -251,6 +251,7 @@ GET = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n"
         (post(b"", "Transfer-Encoding: gzip", "Transfer-Encoding: chunked"), 501),
         (GET.replace(b"1.1", b"2.0") + b"\r\n", 505),
         (GET + b"Host: y\r\n\r\n", 400),
+        (GET.replace(b"Host: x\r\n", b"") + b"\r\n", 400),
         (GET + b"Host: y\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n", 400),
     ],
     ids=lambda value: str(value)[:60],

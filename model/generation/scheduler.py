@@ -217,10 +217,10 @@ class Scheduler:
         """Score the prompt and sample the next token; an error ends only this request."""
         if segment.logits == "none":
             return
-        if output.hidden_RD is not None:
-            self._embed(sequence, output.hidden_RD)
-            return
         try:
+            if output.hidden_RD is not None:
+                self._embed(sequence, output.hidden_RD)
+                return
             if sequence.request.prompt_logprobs is not None and not sequence.generation.generated_tokens:
                 self._score_prompt(sequence, segment, output)
             if sequence.num_computed_tokens == sequence.num_tokens:

@@ -123,6 +123,18 @@ def test_a_request_that_fails_fails_alone(model, engine):
     assert engine.is_alive and engine.stats().restarts_total == 0
 
 
+def test_an_embedding_that_is_no_number_fails_alone(tokenizer):
+    broken, poison = tiny_model(tokenizer), 123
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[poison] = torch.nan
+    engine = start(broken, tokenizer)
+    prompts = [[5, 9], [poison, 5], [7, 8]]
+    generations = [engine.submit(GenerationRequest(prompt, 0, embedding="mean")) for prompt in prompts]
+    assert [last(generation).finish_reason for generation in generations] == ["length", "error", "length"]
+    assert engine.is_alive and engine.stats().restarts_total == 0
+    engine.stop()
+
+
 def test_a_receiver_that_is_gone_ends_its_own_request_only(model, engine):
     def gone(event: object) -> None:
         raise RuntimeError("event loop is closed")

@@ -9,8 +9,7 @@ UI_PORT    ?= 3001
 MLFLOW_PORT ?= 5000
 DEVICE     ?= cpu
 EXTRAS     ?=
-# Tests often wait for a process: one more than the two cores that the times in CONTRIBUTING.md are for.
-WORKERS    ?= 3
+WORKERS    ?= 2
 
 BIN       := .venv/bin
 INSTALLED := .venv/.installed
@@ -106,7 +105,7 @@ endif
 evaluation: harness  ## Score the newest model of EXPERIMENT on tasks of lm-eval: OVERRIDES='evaluation.tasks=[piqa,arc_easy]'
 	@$(BIN)/python -m llm_assets.sweep --module llm_assets.evaluation --job evaluation_report_job experiment=$(EXPERIMENT) $(OVERRIDES)
 
-test: setup  ## Run all tests on WORKERS=3 processes
+test: setup  ## Run all tests on WORKERS=2 processes
 	$(BIN)/pytest $(SHARED)
 
 test-fast: setup  ## Run the tests that take less than a second each and start no process: most of them

@@ -94,7 +94,7 @@ def wait_until(condition, seconds: float = 180):
     while time.monotonic() < deadline:
         if found := condition():
             return found
-        time.sleep(0.5)
+        time.sleep(1.0)
     return pytest.fail(f"not reached within {seconds} s")
 
 

@@ -32,7 +32,7 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from bento.errors import error_content
-from bento.serving.shares import Charged, ClientShares
+from bento.serving.shares import CONNECTION_S, Charged, ClientShares
 
 MAX_HEAD_BYTES = 65_536
 MAX_HEADERS = 200
@@ -114,6 +114,7 @@ class Http1Protocol(HttpToolsProtocol):
         """Start the deadline of the first request; refuse the connection if there are too many."""
         super().connection_made(transport)
         self._client_host = self.client[0] if self.client else ""
+        self._charge(CONNECTION_S)
         self.flow = _Flow(transport, self._received)
         if not self._limits.make_room(len(self.connections)):
             self._refuse(503, "too many connections: try again", "too_many_connections")
@@ -222,7 +223,13 @@ class Http1Protocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         async def charged(scope: Any, receive: Any, send: Any) -> None:
-            await Charged(app(scope, receive, send), self._charge)
+            async def send_free(message: Any) -> None:
+                if message.get("more_body"):  # a stream: its text has its share of the engine
+                    answer.is_free = True
+                await send(message)
+
+            answer = Charged(app(scope, receive, send_free), self._charge)
+            await answer
 
         super()._start_asgi_task(cycle, charged)
 

@@ -1,4 +1,4 @@
-"""Shares the event loop among clients: the CPU time of reading, checking and rendering their requests.
+"""Shares the event loop among clients: the CPU time of their requests, but not of streams.
 
 Each client, an address, has a leaky bucket that fills with the CPU time of its requests and drains at `SHARE` of a
 core. While other clients send requests too, the server reads nothing from the connections of a client whose bucket is
@@ -12,13 +12,15 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-SHARE = 0.2
+SHARE = 0.1
 """Of a core, for one client while others send requests."""
 BURST_S = 0.05
 """CPU time that a client can use at once before it waits."""
 LONGEST_WAIT_S = 1.0
 OTHERS_S = 1.0
 """A client that sent nothing for this long leaves its share to the others."""
+CONNECTION_S = 0.0005
+"""Charged for a connection: the kernel's and the loop's work that no step of a request shows."""
 MOST_CLIENTS = 4096
 
 Charge = Callable[[float], None]
@@ -68,10 +70,11 @@ class ClientShares:
 
 
 class Charged:
-    """An awaitable that runs a coroutine and charges the CPU time of each of its steps."""
+    """An awaitable that runs a coroutine and charges the CPU time of each of its steps, until it is `is_free`."""
 
     def __init__(self, coroutine: Awaitable[Any], charge: Charge) -> None:
         self._coroutine, self._charge = coroutine, charge
+        self.is_free = False
 
     def __await__(self) -> Generator[Any, Any, Any]:
         """As the coroutine's own."""
@@ -85,7 +88,8 @@ class Charged:
             except StopIteration as end:
                 return end.value
             finally:
-                self._charge(time.thread_time() - began)
+                if not self.is_free:
+                    self._charge(time.thread_time() - began)
             error = None
             try:
                 yield waits_for

@@ -4,92 +4,25 @@ import gzip
 import json
 import shutil
 import socket
-import struct
 import subprocess
-import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from starlette.testclient import TestClient
 
-from bento.http.protocol import MAX_HEAD_BYTES, MAX_HEADERS, ConnectionLimits
-from tests.bento.conftest import make_service
-from tests.bento.openai_service import GOOD, MAX_BODY_BYTES, Service, on_a_port, running_service
+from bento.http.protocol import MAX_HEAD_BYTES, MAX_HEADERS
+from tests.bento.http.wire import BODY, ask, connection, error, post, read_all, read_answer
+from tests.bento.openai_service import MAX_BODY_BYTES, Service, running_service
 
 pytestmark = pytest.mark.medium
-
-LIMITS = ConnectionLimits(receive_timeout_s=1.0, keep_alive_s=60.0, max_connections=1000)
-BODY = json.dumps({**GOOD["/v1/completions"], "temperature": 0}).encode()
-LONG = json.dumps({"prompt": "x", "max_tokens": 80, "temperature": 0, "ignore_eos": True}).encode()
 
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
     with running_service(receive_timeout_s=1.0) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def address(service) -> Iterator[tuple[str, int]]:
-    with on_a_port(service.app, LIMITS) as url:
-        yield _host_and_port(url)
-
-
-def _host_and_port(url: str) -> tuple[str, int]:
-    host, _, port = url.removeprefix("http://").rpartition(":")
-    return host, int(port)
-
-
-def post(body: bytes, *headers: str, path: str = "/v1/completions", version: str = "1.1") -> bytes:
-    lines = [f"POST {path} HTTP/{version}", "Host: x", "Content-Type: application/json", *headers]
-    if not any(line.lower().startswith("transfer-encoding") for line in headers):
-        lines.append(f"Content-Length: {len(body)}")
-    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
-
-
-@contextmanager
-def connection(address: tuple[str, int]) -> Iterator[socket.socket]:
-    with socket.create_connection(address, timeout=30) as made:
-        yield made
-
-
-def read_all(made: socket.socket) -> bytes:
-    received = bytearray()
-    while chunk := made.recv(65536):
-        received += chunk
-    return bytes(received)
-
-
-def read_answer(made: socket.socket) -> tuple[int, dict[str, str], bytes]:
-    """One answer of a stated length: status, headers, body."""
-    received = b""
-    while b"\r\n\r\n" not in received:
-        chunk = made.recv(1)
-        assert chunk, f"the connection was closed after {received!r}"
-        received += chunk
-    lines = received.decode().split("\r\n")
-    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:-2])}
-    body = b""
-    while missing := int(headers.get("content-length", 0)) - len(body):
-        body += made.recv(missing)
-    return int(lines[0].split()[1]), headers, body
-
-
-def ask(address: tuple[str, int], request: bytes) -> tuple[int, dict[str, str], bytes]:
-    with connection(address) as made:
-        made.sendall(request)
-        return read_answer(made)
-
-
-def error(answer: tuple[int, dict[str, str], bytes], status: int) -> dict[str, str]:
-    assert answer[0] == status, answer
-    assert answer[1]["content-type"] == "application/json"
-    body = json.loads(answer[2])
-    assert set(body["error"]) == {"message", "type", "param", "code"}
-    return body["error"]
 
 
 UPGRADES = {
@@ -370,102 +303,6 @@ def test_http_1_0_gets_whole_answers_and_streams_without_chunks(address):
             assert json.loads(content)["choices"]
 
 
-def test_a_half_closed_client_gets_its_answer(address):
-    for stream in (False, True):
-        body = json.dumps({**json.loads(LONG), "stream": stream}).encode()
-        with connection(address) as made:
-            made.sendall(post(body))
-            made.shutdown(socket.SHUT_WR)
-            received = read_all(made)
-        assert received.startswith(b"HTTP/1.1 200 OK")
-        assert b"length" in received
-
-
-@pytest.mark.parametrize("how", ["closed", "reset"])
-def test_a_client_that_is_gone_is_no_half_closed_one(how):
-    service = make_service()
-    try:
-        with on_a_port(service.app) as url:
-            service.close_gate()
-            made = socket.create_connection(_host_and_port(url))
-            made.sendall(post(LONG, path="/generate"))
-            assert service.reached.wait(30)
-            if how == "reset":
-                made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            made.close()
-            service.opened.set()
-            deadline = time.monotonic() + 30
-            while service.app.state.admission.under_way:
-                service.close_gate()  # a step at a time, so that the text cannot end before the client is missed
-                time.sleep(0.1)
-                service.opened.set()
-                time.sleep(0.01)
-                assert time.monotonic() < deadline
-            assert service.engine.stats().cancelled_total == 1 or service.steps < 90
-    finally:
-        service.opened.set()
-        service.engine.stop()
-
-
-def test_pipelined_requests_are_answered_in_order(address):
-    count = 500
-    paths = ["/v1/models" if i % 2 else "/v1/nothing" for i in range(count)]
-    requests = [f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for path in paths]
-    with connection(address) as made:
-        made.sendall(b"".join(requests))
-        assert [read_answer(made)[0] for _ in range(count)] == [200 if i % 2 else 404 for i in range(count)]
-
-
-def test_what_follows_good_requests_is_refused_after_their_answers(address):
-    with connection(address) as made:
-        made.sendall(post(BODY) + b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\nnonsense\r\n\r\n")
-        assert read_answer(made)[0] == 200
-        assert read_answer(made)[0] == 200
-        assert error(read_answer(made), 400)["code"] == "invalid_http"
-
-
-@pytest.mark.parametrize(
-    "begun",
-    [
-        b"",
-        b"\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost",
-        post(BODY)[:-1],
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhe",
-    ],
-    ids=["nothing", "empty lines", "headers", "body", "chunked body"],
-)
-def test_a_request_that_does_not_arrive_is_answered_408(address, begun):
-    with connection(address) as made:
-        made.sendall(begun)
-        answer = read_answer(made)
-        assert error(answer, 408)["code"] == "request_timeout"
-        assert answer[1]["connection"] == "close"
-        assert made.recv(1) == b""
-
-
-def test_a_request_that_arrives_byte_by_byte_has_the_same_deadline(address):
-    with connection(address) as made:
-        made.settimeout(0.05)
-        answer = b""
-        for byte in post(BODY + b" " * 500):
-            try:
-                made.sendall(bytes([byte]))
-                answer = made.recv(4096)
-                break
-            except TimeoutError:
-                continue
-        assert answer.startswith(b"HTTP/1.1 408")
-
-
-def test_the_rest_of_a_refused_body_is_read_so_that_the_refusal_arrives(address):
-    with connection(address) as made:
-        made.sendall(post(b" " * (20 * MAX_BODY_BYTES)))
-        assert error(read_answer(made), 413)["code"] == "body_too_large"
-        made.sendall(post(BODY))
-        assert read_answer(made)[0] == 200
-
-
 COMPRESSED = {
     "gzip": gzip.compress(BODY),
     "x-gzip": gzip.compress(BODY),
@@ -502,39 +339,3 @@ def test_another_compression_is_refused_by_name(address, encoding):
 )
 def test_a_body_that_is_not_what_its_encoding_says_is_refused(address, body):
     assert error(ask(address, post(body, "Content-Encoding: gzip")), 400)["code"] == "invalid_encoding"
-
-
-def test_beyond_the_limit_the_longest_idle_connection_makes_room(service):
-    with on_a_port(service.app, ConnectionLimits(max_connections=5)) as url:
-        address = _host_and_port(url)
-        first = [socket.create_connection(address, timeout=30) for _ in range(5)]
-        try:
-            first[0].sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert read_answer(first[0])[0] == 200  # so that the second is idle for longest
-            assert ask(address, post(BODY))[0] == 200
-            assert first[1].recv(1) == b""
-            first[0].sendall(post(BODY))
-            assert read_answer(first[0])[0] == 200
-        finally:
-            for made in first:
-                made.close()
-
-
-def test_an_idle_connection_is_kept_for_as_long_as_is_said(service):
-    limits = ConnectionLimits(receive_timeout_s=0.2, keep_alive_s=1.0)
-    with on_a_port(service.app, limits) as url, connection(_host_and_port(url)) as made:
-        made.sendall(post(BODY))
-        assert read_answer(made)[0] == 200
-        time.sleep(0.5)  # beyond the deadline of a request, which has not begun
-        made.sendall(post(BODY))
-        assert read_answer(made)[0] == 200
-        assert made.recv(1) == b""  # closed without an answer
-
-
-def test_a_client_that_leaves_during_its_upload_is_no_wrong_request(service, address):
-    with connection(address) as made:
-        made.sendall(post(BODY)[:-1])
-    deadline = time.monotonic() + 30
-    while 'status="499"' not in TestClient(service.app).get("/metrics").text:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -1,6 +1,8 @@
 """vllm-router and smg in front of two replicas: requests reach both, streams come through, one replica goes on."""
 
+import platform
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -32,9 +34,10 @@ class Gateway:
 
 @pytest.fixture(scope="module", params=GATEWAYS)
 def gateway(request, tmp_path_factory) -> Iterator[Gateway]:
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        pytest.skip(f"{request.param} has wheels only for x86-64 Linux")
     program = BIN / request.param
-    if not program.exists():
-        pytest.skip(f"no {request.param} (it has wheels only for x86-64 Linux)")
+    assert program.exists(), "run `make setup`: the gateways are among the packages for tests"
     arguments, ready = GATEWAYS[request.param]
     port, prometheus = free_port(), free_port()
     log = tmp_path_factory.mktemp("router") / "router.log"

@@ -27,7 +27,7 @@ from llm_assets.registry import model_name
 from llm_assets.resources.provenance import dagster_address, inputs, source_tags
 from llm_assets.resources.tracked_run import TrackedRun, send_unsent
 from llm_assets.resources.tracking_store import EXPERIMENT, open_store
-from llm_assets.versions.promotion import CompareWithChampion, warned
+from llm_assets.versions.promotion import CompareWithChampion, Contest, warned
 from llm_assets.versions.register import add_measurements, is_registered
 from model.progress import Log, silent
 
@@ -123,7 +123,7 @@ class MlflowTracking(dg.ConfigurableResource):
     ) -> None:
         """Register a published model that the registry lost or never got; does nothing if it is registered.
 
-        compare: see `decide_champion`.
+        compare: with the champion, if there is a text.
         """
         name, tags = model_name(manifest.experiment), dict(manifest.registration or {})
         client, _ = self.client(context.log.info)
@@ -134,11 +134,14 @@ class MlflowTracking(dg.ConfigurableResource):
                     path,
                     asset=manifest.asset,
                     content_hash=manifest.content_hash,
-                    compare=compare,
+                    contest=self.contest(compare),
                     objections=warned(manifest.warned_checks),
-                    most_latency_ratio=self.champion_latency_ratio,
                     **tags,
                 )
+
+    def contest(self, compare: CompareWithChampion | None) -> Contest:
+        """How a version is measured against the champion, within this resource's bound on latency."""
+        return Contest(compare, self.champion_latency_ratio)
 
     def measure_again(
         self,
@@ -155,8 +158,7 @@ class MlflowTracking(dg.ConfigurableResource):
             model.asset,
             model.content_hash,
             found,
-            compare=compare,
-            most_latency_ratio=self.champion_latency_ratio,
+            contest=self.contest(compare),
             log=context.log.info,
         )
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from llm_assets.resources.tracking_store import one_line
-from llm_assets.versions.promotion import CompareWithChampion, decision_of
+from llm_assets.versions.promotion import NO_CONTEST, Contest, decision_of
 from llm_assets.versions.register import add_measurements, find_decision, register_version
 from model.progress import Log, silent
 
@@ -194,9 +194,8 @@ class TrackedRun:
         evaluation_text: str,
         candidate: bool,
         content_hash: str = "",
-        compare: CompareWithChampion | None = None,
+        contest: Contest = NO_CONTEST,
         objections: Sequence[str] = (),
-        most_latency_ratio: float = 0.0,
     ) -> dict[str, Any]:
         """Register a model directory as a version of `name`: see `register_version`. A failure is a warning.
 
@@ -215,9 +214,8 @@ class TrackedRun:
                 candidate=candidate,
                 content_hash=content_hash,
                 log=self._log,
-                compare=compare,
+                contest=contest,
                 objections=objections,
-                most_latency_ratio=most_latency_ratio,
             )
             decision |= decision_of(self._client.get_model_version(name, number))
         return decision
@@ -228,8 +226,7 @@ class TrackedRun:
         asset: str,
         content_hash: str,
         found: Mapping[str, str],
-        compare: CompareWithChampion | None = None,
-        most_latency_ratio: float = 0.0,
+        contest: Contest = NO_CONTEST,
     ) -> dict[str, Any]:
         """Record what a later stage measured of a registered artifact: see `add_measurements`. A failure is a warning.
 
@@ -237,16 +234,7 @@ class TrackedRun:
         """
         decision: dict[str, Any] = {}
         with self.tolerated("measurements of a version"):
-            decision |= add_measurements(
-                self._client,
-                name,
-                asset,
-                content_hash,
-                found,
-                compare=compare,
-                most_latency_ratio=most_latency_ratio,
-                log=self._log,
-            )
+            decision |= add_measurements(self._client, name, asset, content_hash, found, contest=contest, log=self._log)
         return decision
 
     def find_decision(self, name: str, asset: str, content_hash: str) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from llm_assets.stage.code import code_digest, code_version
 from llm_assets.stage.evidence import champion_comparison, measured_model
 from llm_assets.stage.interrupts import end_with_run, noticed_interrupts
 from llm_assets.versions.measurements import measurements
-from llm_assets.versions.promotion import warned
+from llm_assets.versions.promotion import Contest, warned
 from model.errors import PipelineError, limits_as_error
 from model.progress import Log
 from model.settings import ExperimentSettings
@@ -78,7 +78,7 @@ class Stage:
     source: str = ""
     """Fingerprint of the stage's inputs other than its upstream."""
     most_latency_ratio: float = 0.0
-    """Bound for a champion: see `decide_champion`."""
+    """Bound for a champion: see `Contest`."""
     after_publishing: Callable[[], None] = lambda: None
     """Called once the artifact is published."""
     last_observation_s: float = field(default_factory=time.monotonic)
@@ -153,9 +153,8 @@ class Stage:
                 self.output,
                 asset=self.asset,
                 content_hash=manifest.content_hash,
-                compare=champion_comparison(self.output, dataset, self.settings) if dataset else None,
+                contest=self._contest(self.output, dataset),
                 objections=warned(manifest.warned_checks),
-                most_latency_ratio=self.most_latency_ratio,
                 **dataclasses.asdict(registration),
             )
             metadata |= ui_metadata.decision(decision)
@@ -177,6 +176,10 @@ class Stage:
             check_results=list(checks),
         )
 
+    def _contest(self, model: Path, dataset: Path | None) -> Contest:
+        compare = champion_comparison(model, dataset, self.settings) if dataset else None
+        return Contest(compare, self.most_latency_ratio)
+
     def _add_measurements(self) -> dict[str, Any]:
         """Add what this artifact measures of a registered model to its evidence; returns the decision's metadata.
 
@@ -191,8 +194,7 @@ class Stage:
             measured,
             model.content_hash,
             measurements(self.output, self.settings.evaluation.num_fewshot),
-            champion_comparison(self.folders[measured], dataset, self.settings) if dataset else None,
-            self.most_latency_ratio,
+            self._contest(self.folders[measured], dataset),
         )
         shown = ui_metadata.decision(decision)
         if shown:

@@ -58,21 +58,35 @@ CompareWithChampion = Callable[[Path], Evidence]
 """Takes the champion's model directory and scores the candidate and the champion on the same text."""
 
 
+@dataclass(frozen=True)
+class Contest:
+    """How a version is measured against the champion.
+
+    compare: None if there is no text to score both on. most_latency_ratio: the largest time per token, as a multiple of
+    the champion's; 0: no limit.
+    """
+
+    compare: CompareWithChampion | None = None
+    most_latency_ratio: float = 0.0
+
+
+NO_CONTEST = Contest()
+"""A version that meets a champion is not compared, and so not promoted."""
+
+
 def decide_champion(
     client: "MlflowClient",
     name: str,
     version: Any,
     versions: Sequence[Any],
+    contest: Contest,
     *,
-    compare: CompareWithChampion | None,
     objections: Sequence[str],
-    most_latency_ratio: float,
     log: Log,
 ) -> None:
     """Decide once whether `version` becomes champion, and record it.
 
     versions: all of the model. objections: reasons against the version that hold whatever its score.
-    most_latency_ratio: the largest time per token, as a multiple of the champion's; 0: no limit.
     """
     model = client.get_registered_model(name)
     current = str(model.aliases[CHAMPION]) if CHAMPION in model.aliases else None
@@ -91,15 +105,15 @@ def decide_champion(
     else:
         log(f"{name} version {version.version}: scoring it and the champion, version {current}, on the same text")
         try:
-            if compare is None:
+            if contest.compare is None:
                 raise ValueError("no text to score both on")
             with tempfile.TemporaryDirectory(prefix="rex-champion-") as folder:
-                evidence = compare(download_model(client, champion, Path(folder)))
+                evidence = contest.compare(download_model(client, champion, Path(folder)))
                 scores = dataclasses.asdict(evidence.comparison)
                 record |= {**scores, "champion": current, "champion_bits_per_byte": scores["champion"]}
-                ratio = evidence.measure_latency_ratio() if most_latency_ratio else 0.0
+                ratio = evidence.measure_latency_ratio() if contest.most_latency_ratio else 0.0
                 record |= {"latency_ratio": ratio} if ratio else {}
-            promoted, reason = _weigh(evidence.comparison, current, ratio, most_latency_ratio)
+            promoted, reason = _weigh(evidence.comparison, current, ratio, contest.most_latency_ratio)
         except Exception as error:  # noqa: BLE001 - a broken or foreign champion must not end the training
             promoted = False
             reason = f"not promoted: the champion, version {current}, cannot be scored ({error}); {BY_HAND}"
@@ -117,15 +131,13 @@ def decide_again(
     name: str,
     version: Any,
     versions: Sequence[Any],
-    *,
-    compare: CompareWithChampion | None,
-    most_latency_ratio: float,
+    contest: Contest,
     log: Log,
 ) -> None:
     """Weigh what was measured since the decision on `version`, record it, and change the decision if it must be.
 
     A champion by decision is withdrawn if the measurements speak against it. A version that they spoke against is
-    decided on again once they no longer do. compare, most_latency_ratio: as for `decide_champion`.
+    decided on again once they no longer do.
     """
     number = str(version.version)
     if DECISION not in version.tags:
@@ -144,16 +156,7 @@ def decide_again(
             against += "; it was set by hand and stays the champion"
         log(f"{name} version {number}: {against}")
     elif current != number and objection(before) and not against:
-        decide_champion(
-            client,
-            name,
-            version,
-            versions,
-            compare=compare,
-            objections=record.get("objections", []),
-            most_latency_ratio=most_latency_ratio,
-            log=log,
-        )
+        decide_champion(client, name, version, versions, contest, objections=record.get("objections", []), log=log)
 
 
 def _withdraw(client: "MlflowClient", name: str, number: str, former: Any, against: str, log: Log) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_assets.versions.mlflow_model import FOLDER, is_model, write_mlflow_model
-from llm_assets.versions.promotion import DECISION, CompareWithChampion, decide_again, decide_champion, decision_of
+from llm_assets.versions.promotion import DECISION, NO_CONTEST, Contest, decide_again, decide_champion, decision_of
 from model.progress import Log
 
 if TYPE_CHECKING:
@@ -28,16 +28,14 @@ def register_version(
     candidate: bool,
     content_hash: str,
     log: Log,
-    compare: CompareWithChampion | None = None,
+    contest: Contest = NO_CONTEST,
     objections: Sequence[str] = (),
-    most_latency_ratio: float = 0.0,
 ) -> str:
     """Register a model directory as a version of `name` unless its content is registered; returns the version number.
 
     candidate: whether this model is of the kind that is served, full precision or quantized: a quantized model never
     beats the one it was made from. evaluation_text identifies the text that the bits per byte were measured on.
-    content_hash: of the artifact; if empty, a version is always added. compare, objections, most_latency_ratio: see
-    `decide_champion`.
+    content_hash: of the artifact; if empty, a version is always added. objections: see `decide_champion`.
     The version holds its own copy of the directory: the artifact store keeps only the newest versions, and a tracking
     server refuses local paths. Beside it are the files that MLflow's flavors load a model by (`mlflow_model.py`).
     """
@@ -58,16 +56,7 @@ def register_version(
     else:
         log(f"{name} version {version.version} already has this content: no version is added")
     if candidate and DECISION not in version.tags:  # decided only once: a person may have rolled back since
-        decide_champion(
-            client,
-            name,
-            version,
-            versions,
-            compare=compare,
-            objections=objections,
-            most_latency_ratio=most_latency_ratio,
-            log=log,
-        )
+        decide_champion(client, name, version, versions, contest, objections=objections, log=log)
     return str(version.version)
 
 
@@ -78,14 +67,13 @@ def add_measurements(
     content_hash: str,
     found: Mapping[str, str],
     *,
-    compare: CompareWithChampion | None = None,
-    most_latency_ratio: float = 0.0,
+    contest: Contest = NO_CONTEST,
     log: Log,
 ) -> dict[str, Any]:
     """Tag the version of an artifact's content with what a later stage measured of it, and decide on it again.
 
-    found: see `measurements`; nothing happens if the version has the same tags. compare, most_latency_ratio: see
-    `decide_champion`. Returns the decision (`decision_of`); empty if the content is not registered.
+    found: see `measurements`; nothing happens if the version has the same tags. Returns the decision (`decision_of`);
+    empty if the content is not registered.
     """
     versions = all_versions(client, name)
     version = _with_content(versions, asset, content_hash)
@@ -96,7 +84,7 @@ def add_measurements(
         for tag, value in new.items():
             client.set_model_version_tag(name, str(version.version), tag, value)
         version = client.get_model_version(name, str(version.version))
-        decide_again(client, name, version, versions, compare=compare, most_latency_ratio=most_latency_ratio, log=log)
+        decide_again(client, name, version, versions, contest, log)
         version = client.get_model_version(name, str(version.version))
     return decision_of(version)
 

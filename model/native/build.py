@@ -86,10 +86,10 @@ def _compile(compiler: str, flags: list[str], scratch: Path, made: Path, program
         jobs.append((f"kernels_{name}", FOLDER / "kernels" / "kernels.cpp", [*extra, *defined]))
     if program:
         jobs.append((program.stem, program, []))
-    compile_ = [compiler, *flags, *(f"-I{folder}" for folder in SOURCES)]
+    call = [compiler, *flags, *(f"-I{folder}" for folder in SOURCES)]
     with ThreadPoolExecutor(usable_cores()) as pool:
         compiled = pool.map(
-            lambda job: _run([*compile_, *job[2], "-c", str(job[1]), "-o", str(scratch / f"{job[0]}.o")]), jobs
+            lambda job: _run([*call, *job[2], "-c", str(job[1]), "-o", str(scratch / f"{job[0]}.o")]), jobs
         )
         list(compiled)  # raises the first error
     # Link the C++ runtime statically: a Bento's image may have an older one.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llm_assets.artifacts.manifest import seal
 from llm_assets.resources.tracked_run import TrackedRun
+from llm_assets.versions.promotion import Contest
 from model.generation.engine import Engine
 from model.generation.requests import GenerationRequest, SamplingParameters, TextPiece
 from model.settings import TokenizerSettings
@@ -78,7 +79,7 @@ class Registered:
             bits_per_byte=self._score,
             evaluation_text="text",
             candidate=True,
-            compare=lambda champion: compare_numbers(1.0, 2.0),
+            contest=Contest(lambda champion: compare_numbers(1.0, 2.0)),
         )
         return str(self._client.get_model_version_by_alias(self.name, "champion").version)
 

@@ -11,6 +11,7 @@ from llm_assets.paths import REPOSITORY
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.resources.tracked_run import TrackedRun
 from llm_assets.stage.stage import Stage
+from llm_assets.versions.promotion import Contest
 from model.system.revision import git
 from tests.support.paired_scores import WORST, compare_numbers
 
@@ -140,7 +141,7 @@ def test_the_best_candidate_on_the_same_text_is_champion(pipeline: Pipeline) -> 
                 bits_per_byte=score,
                 evaluation_text=evaluation_text,
                 candidate=candidate,
-                compare=compare_with(client, score, evaluation_text),
+                contest=Contest(compare_with(client, score, evaluation_text)),
             )
             aliases = client.get_registered_model("rex-champions").aliases
             champions.append(str(aliases.get("champion", "none")))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from llm_assets.resources.mlflow import MlflowTracking
+from llm_assets.versions.promotion import Contest
 from llm_assets.versions.register import add_measurements, register_version
 from tests.support.paired_scores import compare_scores, write_scores
 
@@ -21,8 +22,9 @@ class Registry:
     def register(
         self, bits: float, content: str = "", *, text: str = "a", asset: str = "quantized_model", **decision: Any
     ) -> str:
-        """decision: noise and latency_ratio of the comparison with the champion, and `decide_champion`'s arguments."""
+        """decision: noise and latency_ratio of the comparison with the champion, most_latency_ratio, objections."""
         measured = {name: decision.pop(name) for name in ("noise", "latency_ratio") if name in decision}
+        bound = decision.pop("most_latency_ratio", 0.0)
         write_scores(self.folder, bits, text)
         return register_version(
             self.client,
@@ -35,7 +37,7 @@ class Registry:
             candidate=True,
             content_hash=content,
             log=self.lines.append,
-            **{"compare": compare_scores(self.folder, text, **measured), **decision},
+            **{"contest": Contest(compare_scores(self.folder, text, **measured), bound), **decision},
         )
 
     def measure(self, content: str, found: dict[str, str], bits: float | None = None) -> dict[str, Any]:
@@ -48,7 +50,7 @@ class Registry:
             "quantized_model",
             content,
             found,
-            compare=compare_scores(self.folder) if bits is not None else None,
+            contest=Contest(compare_scores(self.folder) if bits is not None else None),
             log=self.lines.append,
         )
 

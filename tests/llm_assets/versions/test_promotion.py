@@ -6,6 +6,7 @@ import pytest
 from llm_assets import champion
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.versions import promotion
+from llm_assets.versions.promotion import NO_CONTEST
 
 Registry = Any  # conftest's
 
@@ -110,7 +111,7 @@ def test_a_champion_of_another_text_is_scored_again_and_may_stay(registry: Regis
     [
         ({"objections": ["its check keeps_quality has a warning"]}, "its check keeps_quality has a warning"),
         ({"latency_ratio": 1.31, "most_latency_ratio": 1.2}, "takes 1.31 times the champion's time per token (at most"),
-        ({"compare": None}, "the champion, version 1, cannot be scored (no text to score both on); `python -m"),
+        ({"contest": NO_CONTEST}, "the champion, version 1, cannot be scored (no text to score both on); `python -m"),
     ],
     ids=["a check that warns", "too slow", "no text"],
 )

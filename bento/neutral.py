@@ -148,10 +148,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 EMPTY_OBJECTS = [{"type": "array", "maxItems": 0}, {"type": "object", "maxProperties": 0}]
-EMPTY: list[dict[str, Any]] = [{"type": "null"}, {"type": "string", "maxLength": 0}, *EMPTY_OBJECTS]
-"""JSON schemas of values that are neutral for every field."""
-for _ in range(2):
-    EMPTY = [*EMPTY[:4], {"type": "object", "additionalProperties": {"anyOf": EMPTY}}]
+
+
+def _empty(depth: int) -> list[dict[str, Any]]:
+    plain: list[dict[str, Any]] = [{"type": "null"}, {"type": "string", "maxLength": 0}, *EMPTY_OBJECTS]
+    return [*plain, {"type": "object", "additionalProperties": {"anyOf": _empty(depth - 1)}}] if depth else plain
+
+
+EMPTY = _empty(2)
+"""JSON schemas of values that are neutral for every field; a schema has to end, so objects nest two deep."""
 
 
 def document_neutral(schema: dict[str, Any]) -> None:

@@ -147,6 +147,9 @@ def check_port(host: str, port: int, page: str, variable: str) -> None:
         ) from error
 
 
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 class _Stopped(Exception):
     """A signal arrived that ends the servers."""
 
@@ -163,8 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=3001, help="port of Dagster's page, default: 3001")
     parser.add_argument("--mlflow-port", type=int, default=5000, help="port of MLflow's page, default: 5000")
     given = parser.parse_args(argv)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, _raise_stopped)
+    before = {number: signal.signal(number, _raise_stopped) for number in ENDING}
     servers: list[Server] = []
     folder = tempfile.TemporaryDirectory(prefix="rex-ui-")  # a socket's path has at most 107 bytes
     try:
@@ -198,10 +200,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Stopped:
         return 0
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in ENDING:
             signal.signal(number, signal.SIG_IGN)
         stop(servers)
         folder.cleanup()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

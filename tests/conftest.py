@@ -54,6 +54,10 @@ MARKS_OF_FIXTURES = {
 }
 """What shared fixtures cost: their tests get the markers, whichever of them comes first and pays."""
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals whose handlers a file leaves as they were: processes that later tests start inherit that one is ignored."""
+
+_handlers: dict[signal.Signals, Any] = {}
 _started: list[str] = []
 _durations: dict[str, float] = {}
 _markers: dict[str, set[str]] = {}
@@ -100,16 +104,25 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Forget the processes of earlier tests."""
     _started.clear()
+    if not _handlers:
+        _handlers.update({number: signal.getsignal(number) for number in SIGNALS})
     return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    """Fail a test that started a process, in a fixture or by itself, without saying so."""
+    """Fail a test that started a process, in a fixture or by itself, without saying so, and a file that leaves a signal
+    handled in another way.
+    """
     before = list(_started)
     result = yield
     # The last test of a file also tears down the fixtures that tests share, such as a database.
-    started = _started if nextitem and nextitem.path == item.path else before
+    is_last = nextitem is None or nextitem.path != item.path
+    if is_last and (left := [number for number, former in _handlers.items() if signal.getsignal(number) != former]):
+        for number in left:
+            signal.signal(number, _handlers[number])
+        pytest.fail(f"a test of its file leaves another handler of {left[0].name}: restore it")
+    started = before if is_last else _started
     if started and not item.get_closest_marker("processes"):
         pytest.fail(f"it starts a process ({started[0]}): give it the marker `processes`, or `e2e` with a whole tool")
     return result

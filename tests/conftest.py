@@ -55,7 +55,7 @@ MARKS_OF_FIXTURES = {
 """What shared fixtures cost: their tests get the markers, whichever of them comes first and pays."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals whose handlers a file leaves as they were: processes that later tests start inherit that one is ignored."""
+"""Signals that no file leaves ignored, which processes that later tests start would inherit; handlers they do not."""
 
 _handlers: dict[signal.Signals, Any] = {}
 _started: list[str] = []
@@ -112,16 +112,17 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     """Fail a test that started a process, in a fixture or by itself, without saying so, and a file that leaves a signal
-    handled in another way.
+    ignored.
     """
     before = list(_started)
     result = yield
     # The last test of a file also tears down the fixtures that tests share, such as a database.
     is_last = nextitem is None or nextitem.path != item.path
-    if is_last and (left := [number for number, former in _handlers.items() if signal.getsignal(number) != former]):
-        for number in left:
+    ignored = [number for number, former in _handlers.items() if former != signal.getsignal(number) == signal.SIG_IGN]
+    if is_last and ignored:
+        for number in ignored:
             signal.signal(number, _handlers[number])
-        pytest.fail(f"a test of its file leaves another handler of {left[0].name}: restore it")
+        pytest.fail(f"a test of its file leaves {ignored[0].name} ignored: restore the handler")
     started = before if is_last else _started
     if started and not item.get_closest_marker("processes"):
         pytest.fail(f"it starts a process ({started[0]}): give it the marker `processes`, or `e2e` with a whole tool")

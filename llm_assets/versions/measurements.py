@@ -1,18 +1,23 @@
 """Measurements of a registered version that later stages make: scores on tasks, and the parity of its export.
 
 Each is a tag of the version, as JSON. `promotion.py` weighs them: an export that computes another model than the
-checkpoint, or a task on which the version is worse than the champion, is an objection.
+checkpoint, or a task on which the version is worse than the champion by more than chance, is an objection.
 """
 
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 TASKS, PARITY = "evaluation_tasks", "exported_parity"
 """Tags of a version: its scores on tasks of lm-eval, and the result of its export's certificates."""
 NOT_MEASURED = "not measured"
+FALSE_OBJECTION = 0.05
+"""Probability that a version as good as the champion is called worse on any of its scores, however many there are: a
+bound of each score's own, such as one standard error, would reject most equal models that have a dozen scores.
+"""
 _SHOWN = 3
 """Differences of an export that are kept in words."""
 
@@ -57,7 +62,7 @@ def objection(evidence: Mapping[str, Any]) -> str | None:
     if worse:
         named = "; ".join(
             f"{score['task']} {score['metric']} {score['candidate']:.4f}, the champion's {score['champion']:.4f}, "
-            f"standard error of the difference {score['stderr']:.4f}"
+            f"{score['loss_in_stderr']:.1f} standard errors of the difference worse (bound {score['bound_in_stderr']:.1f})"
             for score in worse
         )
         return f"it is worse on {len(worse)} of {len(tasks or [])} scores of the same tasks: {named}"
@@ -100,12 +105,14 @@ def _compare(version: Any, champion: Any) -> Scores | str:
     }
     if other_name := next((name for name, is_different in differs.items() if is_different), ""):
         return f"measured, with other {other_name} than the champion's"
+    bound = NormalDist().inv_cdf(1 - FALSE_OBJECTION / max(1, len(ours)))  # Bonferroni's, one-sided
     scores = []
     for (task, metric), row in ours.items():
         rival = theirs[task, metric]
         errors = [found["stderr"] for found in (row, rival)]
         stderr = None if None in errors else math.hypot(*errors)
         loss = rival["value"] - row["value"] if row["higher_is_better"] else row["value"] - rival["value"]
+        loss_in_stderr = loss / stderr if stderr and row["higher_is_better"] is not None else None
         scores.append(
             {
                 "task": task,
@@ -114,7 +121,9 @@ def _compare(version: Any, champion: Any) -> Scores | str:
                 "candidate": row["value"],
                 "champion": rival["value"],
                 "stderr": stderr,
-                "is_worse": stderr is not None and row["higher_is_better"] is not None and loss > stderr,
+                "loss_in_stderr": loss_in_stderr,
+                "bound_in_stderr": bound,
+                "is_worse": loss_in_stderr is not None and loss_in_stderr > bound,
             }
         )
     return scores

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bento.errors import ApiError, server_error
@@ -54,12 +55,24 @@ def add_middleware(
     app.add_middleware(RequestMiddleware, metrics=metrics)
     if cors_origins:
         app.add_middleware(
-            CORSMiddleware,
+            Cors,
             allow_origins=cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
+
+
+class Cors(CORSMiddleware):
+    """Starlette's, with refusals of preflight requests in the service's error shape."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """The answer to a preflight request."""
+        answer = super().preflight_response(request_headers)
+        if answer.status_code < 400:
+            return answer
+        kept = {name: value for name, value in answer.headers.items() if not name.startswith("content-")}
+        return ApiError(400, bytes(answer.body).decode(), code="cors", headers=kept).response()
 
 
 class RequestMiddleware:

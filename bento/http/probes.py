@@ -9,17 +9,19 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
-from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from bento.bentoml_internals import swagger_ui_file
 from bento.errors import ApiError
+from bento.http.files import file_response
 from bento.serving.admission import unavailable
 from bento.serving.models import Models, Served
 
 PACKAGE = "rex-pipeline"
-SWAGGER = ("swagger-ui-bundle.js", "swagger-ui.css")
+SWAGGER = {"swagger-ui-bundle.js": "text/javascript; charset=utf-8", "swagger-ui.css": "text/css; charset=utf-8"}
+SCRIPT, STYLE = SWAGGER
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -39,6 +41,11 @@ def add_probes(app: FastAPI, models: Models, refusal: Callable[[], ApiError | No
 
     for path, methods in (("/health", ["GET"]), ("/ping", ["GET", "POST"])):
         app.add_api_route(path, health, methods=methods, include_in_schema=False)
+
+    @app.options("*", include_in_schema=False)
+    async def read_methods() -> Response:
+        """The server as a whole (RFC 9110 section 9.3.7)."""
+        return Response(status_code=204, headers={"Allow": "GET, HEAD, OPTIONS, POST"})
 
     @get("/version")
     async def read_version() -> Response:
@@ -87,8 +94,8 @@ def add_probes(app: FastAPI, models: Models, refusal: Callable[[], ApiError | No
         return get_swagger_ui_html(
             openapi_url="/openapi.json",
             title=app.title,
-            swagger_js_url=f"/docs/{SWAGGER[0]}",
-            swagger_css_url=f"/docs/{SWAGGER[1]}",
+            swagger_js_url=f"/docs/{SCRIPT}",
+            swagger_css_url=f"/docs/{STYLE}",
             swagger_favicon_url="/page/icon.svg",
         )
 
@@ -97,10 +104,10 @@ def add_probes(app: FastAPI, models: Models, refusal: Callable[[], ApiError | No
         return RedirectResponse("/docs")
 
     @get("/docs/{name}")
-    async def docs_file(name: str) -> Response:
+    def docs_file(request: Request, name: str) -> Response:
         if name not in SWAGGER:
             raise ApiError(404, "Not Found", code="http_404")
-        return FileResponse(swagger_ui_file(name))
+        return file_response(request, swagger_ui_file(name).read_bytes(), SWAGGER[name])
 
 
 def bentoml_routes(app: FastAPI) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ uvicorn 0.54.0 and httptools 0.9.0. The body's deadline is in `upload.py`.
 
 import asyncio
 import json
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -46,6 +47,8 @@ LINGER_S, MAX_DISCARDED = 1.0, 1_000_000
 resets the connection, and the client may lose the answer."""
 FEED_AT_ONCE = 16
 """Pieces that the parser takes before the event loop turns to other connections."""
+HOST = re.compile(rb"(\[[0-9A-Za-z:.%_~-]+\]|[0-9A-Za-z._~%!$&'()*+,;=-]*)(:[0-9]*)?")
+"""The syntax of RFC 3986 section 3.2.2; a request for no host has an empty one."""
 HOP_BY_HOP = {b"upgrade", b"http2-settings"}
 MESSAGE_BEGAN = "message_began"
 """Key of the scope's state: `time.monotonic()` at the first byte of the request, seconds."""
@@ -243,8 +246,9 @@ class Http1Protocol(HttpToolsProtocol):
             else:  # CONNECT: the following bytes would belong to a tunnel
                 self._refuse(405, "CONNECT is not a method of this service", "http_405")
             return
-        except httptools.HttpParserError:
-            self._refuse(*(self._refusal or (400, "the request is not valid HTTP/1.1", "invalid_http")))
+        except httptools.HttpParserError as error:
+            reason = f"the request is not valid HTTP/1.1 ({error})"
+            self._refuse(*(self._refusal or (400, reason, "invalid_http")))
             return
         if self._is_in_message:
             self._head_bytes += len(piece)
@@ -342,11 +346,13 @@ class Http1Protocol(HttpToolsProtocol):
         version = self.scope["http_version"]
         if not version.startswith(("0.", "1.")):
             return 505, f"HTTP/{version} is not spoken here: use HTTP/1.1", "http_version"
-        hosts = sum(name == b"host" for name, _ in self.headers)
-        if hosts > 1:
+        hosts = [value for name, value in self.headers if name == b"host"]
+        if len(hosts) > 1:
             return 400, "the request has several Host headers: send one", "invalid_http"
         if not hosts and version == "1.1":
             return 400, "the request has no Host header, which HTTP/1.1 requires", "invalid_http"
+        if hosts and not HOST.fullmatch(hosts[0]):
+            return 400, "the Host header is not a host name or address, with or without a port", "invalid_http"
         codings = b",".join(value for name, value in self.headers if name == b"transfer-encoding")
         if codings and codings.strip().lower() != b"chunked":
             return 501, "Transfer-Encoding has another value than chunked: compress with Content-Encoding", "encoding"

@@ -18,6 +18,8 @@ from bento.telemetry.record import CLIENT_LEFT
 
 WITHOUT_BODY = {"GET", "HEAD", "OPTIONS"}
 ENCODINGS = ("gzip", "deflate")
+MAX_GZIP_MEMBERS = 16
+"""Concatenated gzip files in a body: an empty one costs 15 microseconds and the copying of the rest."""
 CLOSE = {"Connection": "close"}
 
 
@@ -99,8 +101,9 @@ class UploadMiddleware:
 
 def _encoding(headers: Headers) -> str:
     """The body's compression; empty if uncompressed. Raises ApiError 415 for one that is not supported."""
-    named = headers.get("content-encoding", "").lower().strip().removeprefix("x-")
-    if named in ("", "identity"):
+    codings = ",".join(headers.getlist("content-encoding")).lower().replace(" ", "").split(",")
+    named = ", ".join(coding for coding in codings if coding not in ("", "identity")).removeprefix("x-")
+    if not named:
         return ""
     if named not in ENCODINGS:
         raise ApiError(
@@ -117,7 +120,7 @@ def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
     plain = bytearray()
     # 47: gzip or zlib by their headers. Some clients send "deflate" without zlib's header.
     wbits = 47 if encoding == "gzip" or body[0] & 15 == 8 else -zlib.MAX_WBITS
-    while body:
+    for _ in range(MAX_GZIP_MEMBERS):
         stream = zlib.decompressobj(wbits)
         try:
             plain += stream.decompress(body, max_bytes + 1 - len(plain))
@@ -128,7 +131,9 @@ def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
         if not stream.eof:
             raise ApiError(400, f"the body's {encoding} data is cut short", code="invalid_encoding")
         body = stream.unused_data  # gzip files may be concatenated
-    return bytes(plain)
+        if not body:
+            return bytes(plain)
+    raise ApiError(400, f"the body is more than {MAX_GZIP_MEMBERS} {encoding} texts in a row", code="invalid_encoding")
 
 
 def _too_large(max_bytes: int) -> ApiError:

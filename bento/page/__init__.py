@@ -5,13 +5,14 @@ Prompts and completions are inserted as text, never as HTML. The static files ar
 key where keys are configured.
 """
 
-import hashlib
 from html import escape
 from pathlib import Path
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+
+from bento.http.files import file_response
 
 FOLDER = Path(__file__).parent
 INDEX = "index.html"
@@ -40,20 +41,13 @@ def add_page(app: FastAPI, compare_with: str = "") -> None:
     place = SECOND_SERVICE.format(address="").encode()
     files[INDEX] = files[INDEX].replace(place, SECOND_SERVICE.format(address=escape(address)).encode())
     headers = {
-        # Revalidated on each request (304), so that a page never loads scripts of another version.
-        "Cache-Control": "no-cache",
         "Content-Security-Policy": POLICY.format(connect=f"'self' {address}".rstrip()),
         "Referrer-Policy": "no-referrer",
         "X-Content-Type-Options": "nosniff",
     }
 
     def answer(request: Request, name: str) -> Response:
-        content = files[name]
-        tagged = {**headers, "ETag": f'"{hashlib.sha256(content).hexdigest()[:32]}"'}
-        known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
-        if tagged["ETag"] in known:
-            return Response(status_code=304, headers=tagged)
-        return Response(content, headers=tagged, media_type=MEDIA_TYPES[Path(name).suffix])
+        return file_response(request, files[name], MEDIA_TYPES[Path(name).suffix], headers)
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page(request: Request) -> Response:

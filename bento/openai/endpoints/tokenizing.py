@@ -1,6 +1,6 @@
 """/tokenize and /detokenize: from a text or a conversation to tokens, and back."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, model_validator
@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from bento.http.body import JsonRoute
 from bento.http.openapi import READING
+from bento.http.probes import SPECIAL_TOKENS
 from bento.openai.conversation import encode_dialogue
 from bento.openai.logprobs import TokenNames
 from bento.openai.schema import Dialogue
@@ -16,12 +17,17 @@ from bento.openai.turns import MAX_MESSAGES, Message
 from bento.schema import StrictRequest, TokenId
 from bento.serving.backend import BackendOf
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 FEW_TOKENS = 4096
 """Largest answer, in tokens, that is rendered in the event loop."""
 
 
 class TokenizeRequest(Dialogue):
-    """A text or a conversation to tokenize. Special tokens in it are ordinary text."""
+    """A text or a conversation to tokenize. Special tokens in it are ordinary text, but a prompt that is one, as
+    /tokenizer_info names it, is that token.
+    """
 
     model: str | None = Field(None, description="The served model, the only one.")
     prompt: str | None = Field(None, description="The text, in place of messages.", examples=["def main():\n"])
@@ -68,6 +74,14 @@ class DetokenizeResponse(BaseModel):
     prompt: str
 
 
+def _special_token(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int] | None:
+    """The token if `text` is exactly one that /tokenizer_info names: evaluation harnesses ask so for its id."""
+    for name in SPECIAL_TOKENS:
+        if text == getattr(tokenizer, name):
+            return [getattr(tokenizer, f"{name}_id")]
+    return None
+
+
 def token_routes(backend_of: BackendOf) -> APIRouter:
     """The routes /tokenize and /detokenize."""
     router = APIRouter(route_class=JsonRoute, tags=["Tokens"])
@@ -78,7 +92,7 @@ def token_routes(backend_of: BackendOf) -> APIRouter:
         if body.prompt is None:
             ids = await encode_dialogue(backend, body, is_continued=False)
         else:
-            ids = await backend.encode(body.prompt)
+            ids = _special_token(backend.engine.tokenizer, body.prompt) or await backend.encode(body.prompt)
         engine = backend.engine
 
         def render() -> Response:

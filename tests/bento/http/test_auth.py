@@ -6,6 +6,7 @@ from starlette.testclient import TestClient
 
 from bento.api import create_app
 from bento.http.auth import is_loopback, read_api_keys, refuse_open_address
+from tests.bento.openai_service import refusal
 
 KEYS = ("first-key", "second-key")
 ORIGIN = "https://app.example"
@@ -93,7 +94,10 @@ def test_a_browser_may_ask_and_can_read_every_refusal(client):
         assert answer.status_code == status
         assert answer.headers["access-control-allow-origin"] == ORIGIN
         assert "Retry-After" in answer.headers["access-control-expose-headers"]
-    assert client.options("/generate", headers={**ask, "Origin": "https://other.example"}).status_code == 400
+    for wrong in ({"Origin": "https://other.example"}, {"Access-Control-Request-Method": "DELETE"}):
+        refused = client.options("/generate", headers={**ask, **wrong})
+        assert refusal(refused)["code"] == "cors"
+        assert "Access-Control-Request-Method" in refused.headers["vary"]
 
 
 def test_no_origin_is_allowed_by_default():

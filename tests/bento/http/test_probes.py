@@ -52,6 +52,10 @@ def test_the_tokenizer_is_told_as_harnesses_read_it(service, client):
     info = client.get("/tokenizer_info").json()
     assert info["eos_token"] == service.tokenizer.eos_token
     assert info["chat_template"] == CHAT_TEMPLATE
+    for name in ("bos_token", "eos_token", "pad_token"):
+        known = client.post("/tokenize", json={"prompt": info[name], "add_special_tokens": False}).json()
+        assert known["tokens"] == [getattr(service.tokenizer, f"{name}_id")]
+        assert client.post("/tokenize", json={"prompt": f"{info[name]} "}).json()["count"] > 2
 
 
 @pytest.mark.parametrize("name", [MODEL, MODEL.partition(":")[0], "gpt-4o", "small"])
@@ -87,6 +91,10 @@ def test_the_documentation_needs_no_other_host(client):
         if line.startswith("/docs/"):
             assert len(client.get(line).content) > 1000
     assert client.get("/redoc").url.path == "/docs"
+    tag = client.get("/docs/swagger-ui.css").headers["etag"]
+    assert client.get("/docs/swagger-ui.css", headers={"If-None-Match": f'"x", W/{tag}'}).status_code == 304
+    for wrong in ("bytes=5-1", "bytes=9999999-", "lines=1-2", "x"):
+        assert client.get("/docs/swagger-ui.css", headers={"Range": wrong}).status_code == 200
     assert refusal(client.get("/docs/../auth.py"), 404)
 
 

@@ -186,6 +186,10 @@ GET = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n"
         (GET + b"Host: y\r\n\r\n", 400),
         (GET.replace(b"Host: x\r\n", b"") + b"\r\n", 400),
         (GET + b"Host: y\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n", 400),
+        *[
+            (GET.replace(b"x", host) + b"\r\n", 400)
+            for host in (b"a b", b"user@x", b"x/y", b"b\xfccher.example", b"x:http", b"::1", b"[::1", b"x\ty")
+        ],
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -196,6 +200,16 @@ def test_what_the_parser_takes_and_the_standard_does_not_is_refused(address, req
         assert made.recv(1) == b""
 
 
+@pytest.mark.parametrize("host", [b"", b"x:", b"[::1]:80", b"my_host.example.:8080", b"b%C3%BCcher.example"])
+def test_hosts_of_every_form_are_accepted(address, host):
+    assert ask(address, GET.replace(b"x", host) + b"\r\n")[0] == 200
+
+
+def test_the_refusal_of_malformed_http_says_what_is_wrong(address):
+    assert "Content-Length" in error(ask(address, MALFORMED[3]), 400)["message"]
+    assert "header" in error(ask(address, GET + b"No colon\r\n\r\n"), 400)["message"]
+
+
 def test_an_old_client_is_not_told_to_continue(address):
     with connection(address) as made:
         made.sendall(post(BODY, "Expect: 100-continue", version="1.0"))
@@ -204,7 +218,9 @@ def test_an_old_client_is_not_told_to_continue(address):
 
 def test_a_tunnel_and_a_question_about_the_server_are_answered(address):
     assert error(ask(address, b"CONNECT example.org:443 HTTP/1.1\r\nHost: x\r\n\r\n"), 405)
-    assert error(ask(address, b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n"), 404)
+    status, headers, body = ask(address, b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert (status, headers["allow"], body) == (204, "GET, HEAD, OPTIONS, POST", b"")
+    assert error(ask(address, b"GET * HTTP/1.1\r\nHost: x\r\n\r\n"), 405)
 
 
 def test_head_is_answered_where_get_is_and_has_no_body(address):
@@ -323,6 +339,19 @@ def test_compressed_bodies_are_within_the_same_limit(address):
         bomb = gzip.compress(b" " * size)
         assert len(bomb) < MAX_BODY_BYTES
         assert error(ask(address, post(bomb, "Content-Encoding: gzip")), 413)["code"] == "body_too_large"
+
+
+def test_what_changes_nothing_is_not_counted_among_the_encodings(address):
+    for named in (["identity, gzip"], ["gzip", "identity"], ["identity"] * 2):
+        body = gzip.compress(BODY) if "gzip" in ", ".join(named) else BODY
+        assert ask(address, post(body, *(f"Content-Encoding: {one}" for one in named)))[0] == 200
+    twice = post(gzip.compress(gzip.compress(BODY)), *["Content-Encoding: gzip"] * 2)
+    assert "gzip, gzip" in error(ask(address, twice), 415)["message"]
+
+
+def test_a_body_of_many_compressed_texts_is_refused(address):
+    many = gzip.compress(b"") * (MAX_BODY_BYTES // 20)
+    assert error(ask(address, post(many, "Content-Encoding: gzip")), 400)["code"] == "invalid_encoding"
 
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "compress", "gzip, gzip"])

@@ -62,7 +62,8 @@ def objection(evidence: Mapping[str, Any]) -> str | None:
     if worse:
         named = "; ".join(
             f"{score['task']} {score['metric']} {score['candidate']:.4f}, the champion's {score['champion']:.4f}, "
-            f"{score['loss_in_stderr']:.1f} standard errors of the difference worse (bound {score['bound_in_stderr']:.1f})"
+            f"{score['loss_in_stderr']:.1f} standard errors of the difference worse "
+            f"(bound {score['bound_in_stderr']:.1f})"
             for score in worse
         )
         return f"it is worse on {len(worse)} of {len(tasks or [])} scores of the same tasks: {named}"

@@ -98,31 +98,29 @@ def llama_cpp(path: Path, asked: Questions) -> Answers:
         body = {"content": text, "add_special": False, "parse_special": special}
         return list(post("/tokenize", body)["tokens"]) if text else []
 
-    # The server omits the probabilities of tokens inside an incomplete UTF-8 character. A letter in place of the
-    # sampled token avoids that; the probabilities are those from which the token was sampled.
     (letter,) = tokenize("a", False)
 
-    def distribution(ids: list[int], top: int) -> list[tuple[int, float]]:
-        """The `top` most likely next tokens with their log-probabilities, in descending order."""
-        body = {"prompt": ids, "n_predict": 1, "n_probs": top, "temperature": 0, "logit_bias": [[letter, 1e9]]}
+    def log_probability(ids: list[int], token: int) -> float:
+        """Of `token` after `ids`: the request allows no other, and the probabilities are those before that."""
+        body = {"prompt": ids, "n_predict": 1, "n_probs": 1, "temperature": 0}
+        answer = post("/completion", {**body, "logit_bias": [[token, 1e9]]})
+        if "completion_probabilities" in answer:
+            return float(answer["completion_probabilities"][0]["logprob"])
+        # The server omits the probabilities of tokens inside an incomplete UTF-8 character: a letter in its place, and
+        # the whole distribution.
+        body |= {"n_probs": asked["vocab_size"], "logit_bias": [[letter, 1e9]]}
         (step,) = post("/completion", body)["completion_probabilities"]
-        return [(entry["id"], entry["logprob"]) for entry in step["top_logprobs"]]
+        return next((entry["logprob"] for entry in step["top_logprobs"] if entry["id"] == token), -math.inf)
 
     def continued(ids: list[int]) -> list[list[float]]:
         body = {"prompt": ids, "n_predict": asked["steps"], "temperature": 0, "return_tokens": True}
         chosen = list(post("/completion", body)["tokens"])
-        scores = [distribution([*ids, *chosen[:count]], 1)[0] for count in range(len(chosen))]
-        # A token that is not the most likely has no score here; NaN exceeds every bound.
-        return [
-            [token, score if likeliest == token else math.nan]
-            for token, (likeliest, score) in zip(chosen, scores, strict=True)
-        ]
+        return [[token, log_probability([*ids, *chosen[:count]], token)] for count, token in enumerate(chosen)]
 
     greedy = {name: continued(ids) for name, ids in asked["ids"].items()}
     nats = 0.0
     for window in asked["windows"]:
-        for stop in range(1, len(window)):
-            nats -= dict(distribution(window[:stop], asked["vocab_size"])).get(window[stop], -math.inf)
+        nats -= sum(log_probability(window[:place], window[place]) for place in range(1, len(window)))
     tokens = {name: [tokenize(text, True), tokenize(text, False)] for name, text in asked["texts"].items()}
     chats = {name: post("/apply-template", {"messages": turns})["prompt"] for name, turns in asked["chats"].items()}
     return {

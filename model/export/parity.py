@@ -6,17 +6,16 @@ accepted only if REX's two best log-probabilities differ by less than twice the 
 GGUF: it bounds no run of characters (other tokens are accepted if they are those of the tokenizer without its bound),
 and has places for three of the tokens that end a generation. Accepted differences are listed.
 
-A Q4_0 file is compared with the model in the int4 weights that it holds (`model/weights/int4.py`): what rounding to
-four bits costs is measured where the weights are quantized.
+The engine of a file that is rounded is compared with REX in the same numbers (`model/export/stored.py`); what rounding
+costs is listed on its own.
 """
 
-import copy
 import json
 import math
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from model.errors import PipelineError
 from model.export.gguf import MARKS_THAT_END
+from model.export.stored import ROUNDED, as_stored
 from model.modeling_rex import RexForCausalLM
 from model.system.commands import ending_with_parent
 from model.system.cpu import limit_threads
@@ -34,19 +34,19 @@ from model.system.failure import reason_of
 from model.text.chat.template import MARKS
 from model.text.tokenizer import LONGEST_RUN, without_bound
 from model.text.tokens import TokenDataset
-from model.weights import int4, int8
 
 STEPS = 16
 """Greedy tokens after each prompt."""
 LOG_PROBABILITY_BOUND = {"float32": 1e-3, "bfloat16": 0.25, "int8": 0.25, "q8_0": 0.25, "q4_0": 0.25}
 """Largest difference of one log-probability, nats, by storage precision of the exported weights."""
-BITS_PER_BYTE_BOUND = {"float32": 1e-3, "bfloat16": 0.02, "int8": 0.02, "q8_0": 0.02, "q4_0": 0.02}
+BITS_PER_BYTE_BOUND = 1e-3
 """Largest difference in bits per byte on the same held-out tokens."""
 _NO_END_IN_GGUF = set(MARKS.values()) - set(MARKS_THAT_END)
-WINDOWS = 8
-"""Windows of the validation split, evenly spread, for engines that return whole distributions."""
-LLAMA_CPP_SCORES = 400_000
-"""Held-out tokens scored with llama.cpp: it returns a whole distribution for each token."""
+SCORED_TOKENS = 2048
+"""Held-out tokens to score, or all where there are fewer: an engine that rounds activations to 8 bits shifts a single
+log-probability by a hundredth of a nat, the mean of so many by a few ten-thousandths."""
+WINDOW = 257
+"""Tokens of a window at most, the first of which has no score: windows are evenly spread over the validation split."""
 
 TEXTS = {
     "empty": "",
@@ -102,8 +102,10 @@ class Certificate:
     bits_per_byte_difference: float
     bits_per_byte_bound: float
     scored_tokens: int
-    compared_with: str = "checkpoint"
-    """checkpoint, or int4: its weights rounded to int4."""
+    compared_with: str
+    """checkpoint, or the precision to which it was rounded."""
+    bits_per_byte_lost_by_rounding: float
+    """Of the rounded model in REX, above those of the checkpoint."""
     differences: list[str] = field(default_factory=list)
 
     @property
@@ -130,20 +132,14 @@ def certify(
     Raises PipelineError with the engine's error if it cannot load or run the file.
     """
     limit_threads()
-    length = min(dataset.sequence_length, model.config.max_position_embeddings)
-    count = min(WINDOWS, len(dataset))
-    starts = [index * len(dataset) // count * (length - 1) for index in range(count)]
-    if engine == "llama.cpp":
-        starts, length = [0], min(length, max(LLAMA_CPP_SCORES // model.config.vocab_size, 32))
+    length = min(WINDOW, model.config.max_position_embeddings, len(dataset.tokens))
+    available = (len(dataset.tokens) - 1) // (length - 1)
+    count = min(math.ceil(SCORED_TOKENS / (length - 1)), available)
+    starts = [index * available // count * (length - 1) for index in range(count)]
     windows = [dataset.tokens[start : start + length].astype("int64").tolist() for start in starts]
     asked = _questions(model, tokenizer, windows, dataset)
     answers = _ask(engine, path, asked, python)
-    in_gguf = engine == "llama.cpp"
-    compared_with = "checkpoint"
-    if precision == "q4_0":
-        compared_with, model = "int4", int8.dequantize(int4.quantize(copy.deepcopy(model)))
-    found = _compare(model, tokenizer, dataset, asked, answers, precision, name or path.name, in_gguf=in_gguf)
-    return replace(found, compared_with=compared_with)
+    return _compare(model, tokenizer, dataset, asked, answers, precision, name or path.name, engine == "llama.cpp")
 
 
 def _questions(
@@ -236,9 +232,9 @@ def _compare(
     answers: dict[str, Any],
     precision: str,
     name: str,
-    *,
     in_gguf: bool,
 ) -> Certificate:
+    stored = as_stored(model, precision)
     differences, explained = _compare_tokens(tokenizer, asked["texts"], answers["tokens"], in_gguf=in_gguf)
     for title, turns in asked["chats"].items():
         text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
@@ -248,10 +244,10 @@ def _compare(
     largest, compared = 0.0, 0
     for title, ids in asked["ids"].items():
         chosen = [int(token) for token, _ in answers["greedy"][title]]
-        for token, line in _missed_ends(model, title, chosen):
+        for token, line in _missed_ends(stored, title, chosen):
             is_known = in_gguf and tokenizer.convert_ids_to_tokens(token) in _NO_END_IN_GGUF
             (explained if is_known else differences).append(line)
-        log_p = _next_log_probabilities(model, [*ids, *chosen])[len(ids) - 1 :]
+        log_p = _next_log_probabilities(stored, [*ids, *chosen])[len(ids) - 1 :]
         for step, (token, score) in enumerate(answers["greedy"][title]):
             best = int(log_p[step].argmax())
             margin = float(log_p[step, best] - log_p[step, int(token)])
@@ -263,11 +259,13 @@ def _compare(
             compared += 1
     if not largest <= bound:
         differences.append(f"a log-probability differs by {largest:.3g} nats: expected at most {bound}")
-    nats, tokens, text_bytes = _score(model, asked["windows"], dataset)
+    nats, tokens, text_bytes = _score(stored, asked["windows"], dataset)
     scale = 1 / math.log(2) / max(text_bytes, 1)
-    gap, limit = abs(answers["nats"] - nats) * scale, BITS_PER_BYTE_BOUND[precision]
-    if not gap <= limit:
-        differences.append(f"bits per byte differ by {gap:.3g}: expected at most {limit}")
+    gap = abs(answers["nats"] - nats) * scale
+    if not gap <= BITS_PER_BYTE_BOUND:
+        differences.append(f"bits per byte differ by {gap:.3g}: expected at most {BITS_PER_BYTE_BOUND}")
+    is_rounded = precision in ROUNDED
+    loss = nats - _score(as_stored(model, "float32"), asked["windows"], dataset)[0] if is_rounded else 0.0
     return Certificate(
         engine=answers["engine"],
         file=name,
@@ -279,8 +277,10 @@ def _compare(
         log_probability_bound=bound,
         bits_per_byte=answers["nats"] * scale,
         bits_per_byte_difference=gap,
-        bits_per_byte_bound=limit,
+        bits_per_byte_bound=BITS_PER_BYTE_BOUND,
         scored_tokens=tokens,
+        compared_with=precision if is_rounded else "checkpoint",
+        bits_per_byte_lost_by_rounding=loss * scale,
         differences=differences,
     )
 

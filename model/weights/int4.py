@@ -55,6 +55,12 @@ def quantize_weight(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     return values[..., 0] | values[..., 1] << 4, scale_NG.to(torch.bfloat16)
 
 
+def dequantize_weight(packed: Tensor, scale_NG: Tensor) -> Tensor:
+    """The matrix (N, K), float32, of what `quantize_weight` returns."""
+    values_NGI = torch.stack([packed & 15, packed >> 4], dim=-1).reshape(*scale_NG.shape, GROUP)
+    return ((values_NGI.float() - ZERO) * scale_NG.float()[..., None]).flatten(-2)
+
+
 def _values(groups_NGI: Tensor, scale_NG: Tensor) -> Tensor:
     inverse_NG = torch.where(scale_NG == 0, 0.0, 1 / scale_NG)
     return (groups_NGI * inverse_NG[..., None]).round_().add_(ZERO).clamp_(0, 15)
@@ -77,9 +83,7 @@ class Int4Linear(QuantizedMatrix):
         return quantize_weight(weight_NK)
 
     def _float(self, dtype: torch.dtype) -> Tensor:
-        n, k = self.out_features, self.in_features
-        values_NK = torch.stack([self.weight & 15, self.weight >> 4], dim=-1).reshape(n, k // GROUP, GROUP)
-        return ((values_NK.float() - ZERO) * self.weight_scale.float()[..., None]).reshape(n, k).to(dtype)
+        return dequantize_weight(self.weight, self.weight_scale).to(dtype)
 
 
 def quantize(model: M, *, values: bool = True) -> M:

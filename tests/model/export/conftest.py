@@ -18,7 +18,7 @@ from tests.support.tiny import CONTEXT
 def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     folder = tmp_path_factory.mktemp("text")
     texts = [
-        f"def f{n}(x):\n    return 'naïve größe' + {n * n}  # it's  東京 {chr(0x3400 + n)}\n" * 3 for n in range(200)
+        f"def f{n}(x):\n    return 'naïve größe' + {n * n}  # it's  東京 {chr(0x3400 + n)}\n" * 3 for n in range(300)
     ]
     path = folder / "in.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

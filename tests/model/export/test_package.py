@@ -19,6 +19,7 @@ from model.export.__main__ import main
 from model.export.gguf import reason_against, write_gguf
 from model.export.ollama import modelfile
 from model.export.package import export
+from model.export.stored import as_stored
 from model.generation.requests import SamplingParameters
 from model.settings import TokenizerSettings
 from model.text.chat.template import MARKS, end_ids
@@ -174,3 +175,30 @@ def test_a_bfloat16_model_is_a_gguf_of_its_own_values(tmp_path: Path) -> None:
     assert down.tensor_type.name == "BF16" and tensors["blk.1.ffn_norm.weight"].tensor_type.name == "F32"
     expected = model.model.layers[1].mlp.down_proj.weight.float()
     assert torch.equal(torch.from_numpy(gguf.quants.dequantize(down.data, down.tensor_type)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["q8_0", "q4_0", "int8"])
+def test_an_engine_is_compared_with_the_values_that_its_file_holds(
+    tmp_path: Path, precision: str, dtype: torch.dtype
+) -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer, hidden_size=64, intermediate_size=96).to(dtype)
+    model.save_pretrained(tmp_path / "rex")
+    tokenizer.save_pretrained(tmp_path / "rex")
+    stored = as_stored(model, precision)
+    name, embedding = "model.layers.1.mlp.down_proj", stored.model.embed_tokens.weight
+    if precision == "int8":
+        export(tmp_path / "rex", tmp_path / "out", ["compressed-tensors"])
+        tensors = load_file(tmp_path / "out/compressed-tensors/model.safetensors")
+        written = tensors[f"{name}.weight"] * tensors[f"{name}.weight_scale"].float()
+        assert torch.equal(embedding, tensors["model.embed_tokens.weight"].float())
+    else:
+        write_gguf(model, tokenizer, tmp_path / "model.gguf", precision, name="tiny")
+        file = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+        written, embedded = (
+            torch.from_numpy(gguf.quants.dequantize(file[key].data, file[key].tensor_type))
+            for key in ("blk.1.ffn_down.weight", "token_embd.weight")
+        )
+        assert torch.equal(embedding, embedded)
+    assert torch.equal(stored.get_submodule(name).weight, written)

@@ -57,9 +57,21 @@ def test_every_engine_runs_the_same_model_in_a_process_of_its_own(glm4: Made) ->
     ):
         found = certificate(glm4, engine, path, precision)
         assert found.passed, found.differences
-        assert found.greedy_tokens > 100 and found.scored_tokens > 20
+        assert found.greedy_tokens > 100 and found.scored_tokens >= parity.SCORED_TOKENS
         assert engine in found.engine
-        assert found.compared_with == ("int4" if precision == "q4_0" else "checkpoint")
+        assert found.compared_with == ("checkpoint" if precision == "float32" else precision)
+        assert found.bits_per_byte_difference <= found.bits_per_byte_bound == 1e-3
+        assert (found.bits_per_byte_lost_by_rounding == 0) == (precision == "float32")
+
+
+def test_a_bfloat16_checkpoint_is_the_same_model_too(glm4: Made, in_this_process: None) -> None:
+    model, tokenizer, dataset, folder = glm4
+    model = model.to(torch.bfloat16)
+    model.save_pretrained(folder / "rex")
+    export(folder / "rex", folder / "out", ["hf", "gguf"], gguf_kinds=["full"])
+    for engine, path in (("transformers", "hf"), ("llama.cpp", "gguf/model-bf16.gguf")):
+        found = certificate((model, tokenizer, dataset, folder), engine, path, "bfloat16")
+        assert found.passed, found.differences
 
 
 @pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])

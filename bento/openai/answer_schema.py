@@ -134,7 +134,8 @@ class ChatResponse(BaseModel):
 
 class Model(BaseModel):
     """The served model. max_model_len: most tokens of a prompt and its answer together; version: changes where another
-    version of the model takes over; root: the model that an alias stands for. Null until it is loaded.
+    version of the model takes over; has_chat_template: whether it takes conversations; root: the model that an alias
+    stands for. Null until it is loaded.
     """
 
     id: str
@@ -143,6 +144,7 @@ class Model(BaseModel):
     owned_by: str
     max_model_len: int | None
     version: str | None
+    has_chat_template: bool | None
     root: str | None = None
 
 

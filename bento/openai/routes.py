@@ -92,6 +92,7 @@ def _add_model_routes(router: APIRouter, models: Models) -> None:
             "owned_by": "rex",
             "max_model_len": served.engine.context_length if served else None,
             "version": served.version if served else None,
+            "has_chat_template": bool(served.engine.tokenizer.chat_template) if served else None,
         }
 
     @router.get(

@@ -29,12 +29,13 @@ async function refusal(response) {
   });
 }
 
-/** The names of a service's models, without aliases; empty if it lists none or does not answer. */
+/** A service's models, {id, hasChat} each, without aliases; empty if it lists none or does not answer. */
 export async function models(base, key) {
   try {
     const response = await fetch(new URL("v1/models", base), { headers: authorization(key) });
     const { data } = response.ok ? await response.json() : {};
-    return (data ?? []).filter(({ root, id }) => (root ?? id) === id).map(({ id }) => id);
+    const own = (data ?? []).filter(({ root, id }) => (root ?? id) === id);
+    return own.map(({ id, has_chat_template: hasChat }) => ({ id, hasChat: Boolean(hasChat) }));
   } catch {
     return []; // the first request shows the error
   }

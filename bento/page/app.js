@@ -9,6 +9,7 @@ const WHOLE = new Set(["max_tokens", "top_k", "seed"]);
 const FIELDS = { ...Object.fromEntries(["prompt", ...NUMBERS].map((name) => [name, $(name)])), stop: $("stop_strings") };
 const CHOICES = ["chat", "probabilities", "compare"];
 const KEY = "rex-api-key";
+const CONTINUED = FIELDS.prompt.placeholder;
 
 const first = new Pane();
 const second = Pane.copyOf(first);
@@ -67,7 +68,12 @@ function writeAddress() {
 function readAddress() {
   const kept = new URLSearchParams(location.hash.slice(1));
   for (const [name, field] of Object.entries(FIELDS)) field.value = kept.get(name) ?? field.defaultValue;
-  for (const name of CHOICES) {
+  readChoices(CHOICES);
+}
+
+function readChoices(names) {
+  const kept = new URLSearchParams(location.hash.slice(1));
+  for (const name of names) {
     $(name).checked = kept.has(name) ? kept.get(name) === "true" : $(name).defaultChecked;
   }
 }
@@ -77,12 +83,20 @@ function readAddress() {
 function showMode() {
   const isChat = $("chat").checked;
   $("prompt-label").textContent = isChat ? "Message" : "Prompt";
+  FIELDS.prompt.placeholder = isChat ? "Your message" : CONTINUED;
   $("clear").hidden = !isChat;
   for (const pane of panes) pane.$("continue").hidden = isChat;
   const isCompared = shown().length > 1;
   $("results").classList.toggle("both", isCompared);
   second.$("result").hidden = !isCompared;
   for (const pane of panes) pane.$("result-title").textContent = isCompared ? pane.name : "Result";
+}
+
+/** Chat is the default of a chat model, unless the address says otherwise. */
+function setDefaultMode(isChat) {
+  if ($("chat").defaultChecked === isChat) return;
+  $("chat").defaultChecked = isChat;
+  readChoices(["chat"]);
 }
 
 function clearConversation() {
@@ -167,10 +181,11 @@ async function findModels() {
   const key = $("key").value.trim();
   const named = document.querySelector("meta[name=compare-with]").content;
   const [own, others] = await Promise.all([models(first.base, key), named ? models(named, key) : []]);
-  first.model = own[0] ?? null;
+  first.model = own[0]?.id ?? null;
+  setDefaultMode(Boolean(own[0]?.hasChat));
   if (first.model) $("model").textContent = first.model;
   second.base = named || first.base;
-  second.model = named ? (others[0] ?? null) : (own[1] ?? null);
+  second.model = (named ? others[0] : own[1])?.id ?? null;
   hasSecond = Boolean(named || second.model);
   $("compare").disabled = Boolean(running) || !hasSecond;
   if (hasSecond) $("compare-hint").textContent = `the same request to ${second.name}`;

@@ -352,6 +352,24 @@ def test_a_conversation_goes_on_turn_by_turn(page, monkeypatch):
     assert not page["clear"].is_displayed() and page.complaints == []
 
 
+def test_a_chat_model_is_talked_to_unless_the_address_says_otherwise(page, monkeypatch):
+    monkeypatch.setattr(page.service.engine.tokenizer, "chat_template", CHAT_TEMPLATE)
+    page.open()
+    page.wait(lambda: page.text("prompt-label") == "Message")
+    assert page["chat"].is_selected() and page["clear"].is_displayed()
+    assert page["prompt"].get_attribute("placeholder") == "Your message"
+    page["chat"].click()
+    assert page["prompt"].get_attribute("placeholder").startswith("The text to continue")
+    page.allow(300)
+    page.fill(max_tokens="3", prompt="x")
+    page["generate"].click()
+    page.wait(lambda: page.text("status").startswith("As many"))
+    assert page.text("given") == "x" and "chat=false" in page.driver.current_url
+    page.driver.refresh()
+    page.wait(lambda: page.text("model") != "A language model that continues your text.")
+    assert not page["chat"].is_selected()
+
+
 @pytest.fixture
 def other() -> Iterator[Service]:
     """A second model with other weights, whose vocabulary is the first one's."""
@@ -429,7 +447,6 @@ def test_each_of_two_models_has_its_own_conversation(page, other, monkeypatch):
         page.driver.refresh()
         page.wait(lambda: "challenger" in page.text("compare-hint"))
         page.fill(max_tokens="3", temperature="0")
-        page["chat"].click()
         page["compare"].click()
         page.allow(300)
         said: list[list[str]] = []

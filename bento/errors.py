@@ -26,8 +26,16 @@ ANTHROPIC_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
+CONTEXT_EXCEEDED = "context_length_exceeded"
 UNSUPPORTED_VALUE = "unsupported_value"
 """OpenAI's code for a value that another model takes."""
+EXPECTED = {
+    "dict_type": "expected an object",
+    "list_type": "expected a list",
+    "model_attributes_type": "expected an object",
+    "model_type": "expected an object",
+}
+"""In place of pydantic's reasons that name types of Python."""
 LONGEST_VALUE = 40
 LONGEST_NAME = 64
 
@@ -56,8 +64,10 @@ class ApiError(HTTPException):
 
 def anthropic_error(error: ApiError) -> dict[str, Any]:
     """An error in Anthropic's format, with the fields of OpenAI's."""
-    kind = ANTHROPIC_TYPES.get(error.status_code, "api_error")
-    return {"type": "error", "error": {**error.content["error"], "type": kind}}
+    detail = {**error.content["error"], "type": ANTHROPIC_TYPES.get(error.status_code, "api_error")}
+    if detail["code"] == CONTEXT_EXCEEDED:
+        detail["message"] = f"prompt is too long: {detail['message']}"  # the words that Anthropic's clients look for
+    return {"type": "error", "error": detail}
 
 
 def error_content(message: str, *, type: str, param: str | None, code: str) -> dict[str, Any]:
@@ -67,8 +77,7 @@ def error_content(message: str, *, type: str, param: str | None, code: str) -> d
 
 def context_exceeded(message: str, param: str) -> ApiError:
     """A text that the context does not hold. Clients look for OpenAI's sentence, or for the code inside the message."""
-    code = "context_length_exceeded"
-    return ApiError(400, f"{message} ({code})", code=code, param=param)
+    return ApiError(400, f"{message} ({CONTEXT_EXCEEDED})", code=CONTEXT_EXCEEDED, param=param)
 
 
 def server_error(status: int, message: str, *, code: str, headers: Mapping[str, str] | None = None) -> ApiError:
@@ -95,6 +104,7 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         return ApiError(400, f"{place} is missing", code=kind, param=param)
     if kind == "none_required":
         return ApiError(400, f"{place} is not supported: leave it out", code="unsupported_parameter", param=param)
+    reason = EXPECTED.get(kind, reason)
     return ApiError(400, f"{place}{_shown(param, first.get('input'))}: {reason}", code=kind, param=param)
 
 

@@ -138,6 +138,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "return_full_text": (False,),
     "watermark": (False,),
     # OpenAI
+    "function_call": ("none",),
+    "modalities": (["text"],),
+    "reasoning_effort": ("none",),
+    "tool_choice": ("none",),
     "verbosity": ("medium",),
     "logprobs": (False,),
     "top_logprobs": (0,),

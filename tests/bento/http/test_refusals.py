@@ -103,6 +103,22 @@ def test_a_wrong_field_of_a_completion_is_refused_by_name(service, bad, param):
     assert error["param"] == param and len(error["message"]) < 300
 
 
+@pytest.mark.parametrize(
+    ("bad", "expected"),
+    [
+        ({"messages": None}, "messages: expected a list"),
+        ({"messages": [["x"]]}, "messages[0]: expected an object"),
+        ({"stream": True, "stream_options": "x"}, 'stream_options is "x": expected an object'),
+        ({"logit_bias": [[2, 1]]}, "logit_bias: expected an object"),
+    ],
+    ids=str,
+)
+def test_what_is_expected_is_said_in_the_words_of_json(service, bad, expected):
+    assert (
+        refusal(service.post("/v1/chat/completions", **{**GOOD["/v1/chat/completions"], **bad}))["message"] == expected
+    )
+
+
 # Bodies that are not plain JSON, and the code of their refusal.
 NOT_PLAIN = [
     (b"", "json_invalid"),

@@ -101,7 +101,9 @@ def test_errors_have_the_packages_classes_and_shape(url, client):
     with pytest.raises(anthropic.BadRequestError, match="is not supported here") as caught:
         client.messages.create(messages=[{"role": "user", "content": [{"type": "image", "source": {}}]}], **GREEDY)
     assert caught.value.body["error"]["type"] == "invalid_request_error"
-    with pytest.raises(anthropic.BadRequestError, match="prompt is too long: .* maximum context length is 1024 tokens"):
+    with pytest.raises(
+        anthropic.BadRequestError, match=r"prompt is too long: .* maximum context length is 1024 tokens"
+    ):
         client.messages.create(messages=[{"role": "user", "content": "word " * 1024}], **GREEDY)
     with pytest.raises(anthropic.BadRequestError, match="max_tokens"):
         client.messages.create(messages=USER, **{**GREEDY, "max_tokens": 0})

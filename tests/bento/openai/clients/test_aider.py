@@ -1,6 +1,6 @@
 """aider's real program edits a file with the service's answer, and knows a conversation that is too long.
 
-It pins a hundred packages in other releases than this project's, so it has an environment of its own, whose Python
+It pins a hundred packages in other releases than this project's, so it has a separate environment, whose Python
 the variable AIDER_PYTHON names: `python -m venv DIR && DIR/bin/pip install aider-chat`.
 """
 

@@ -1,13 +1,16 @@
 """The queue of requests waiting for a slot: bounded by requests and prompt tokens, fair among clients."""
 
 import threading
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 from model.generation.requests import Generation
 from model.generation.turns import Turns
 
 SHORT_ANSWER = 64
 """Most tokens of an answer that may use the slots reserved for short ones."""
+PRESENT_S = 5.0
+"""A client counts as present for this long after its last request."""
 
 
 class QueueFull(Exception):
@@ -19,13 +22,18 @@ class RequestQueue:
 
     max_requests, max_tokens: limits of waiting requests and of their prompt tokens. An empty queue accepts one request
     of any length. A named client with less than its share of a full queue may exceed the limits, up to twice.
+    clock: seconds; for tests.
     """
 
-    def __init__(self, max_requests: int, max_tokens: int) -> None:
-        self._max_requests, self._max_tokens = max_requests, max_tokens
+    def __init__(
+        self, max_requests: int, max_tokens: int, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._max_requests, self._max_tokens, self._clock = max_requests, max_tokens, clock
         self._waiting = Turns()
         self._held = 0
         """Places of running beam searches, whose requests come back to the queue for each token."""
+        self._arrivals: dict[str, float] = {}
+        """When each client's latest request arrived."""
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -59,6 +67,7 @@ class RequestQueue:
                 dropped = self._take_interrupted()
                 fits = self._fits(generations, room)
             if fits:
+                self._arrivals |= {generation.request.client: self._clock() for generation in entering}
                 self._held += len(generations) - len(entering)
                 for generation in entering:
                     self._waiting.append(generation)
@@ -78,10 +87,17 @@ class RequestQueue:
         with self._lock:
             self._held -= places
 
-    def first(self, *, only_short: bool = False) -> Generation | None:
-        """Peek at the next request; None if empty. only_short: consider answers of at most SHORT_ANSWER tokens."""
+    def first(self, is_allowed: Callable[[Generation], bool] = lambda _: True) -> Generation | None:
+        """Peek at the next request of those that `is_allowed` accepts; None if there is none."""
         with self._lock:
-            return self._waiting.first(is_short if only_short else lambda _: True)
+            return self._waiting.first(is_allowed)
+
+    def present_clients(self) -> set[str]:
+        """Clients that sent a request within PRESENT_S, or wait."""
+        with self._lock:
+            oldest = self._clock() - PRESENT_S
+            self._arrivals = {client: at for client, at in self._arrivals.items() if at >= oldest}
+            return self._waiting.clients | self._arrivals.keys()
 
     def remove(self, generation: Generation) -> None:
         """Remove a request if it is still queued."""

@@ -1,8 +1,11 @@
 """Continuous batching: selects the tokens of each step and processes its logits.
 
 In each step every running sequence decodes one token, and prefill fills the step up to `prefill_chunk` tokens, so a
-long prompt delays the others by one chunk at most. Sequences join and leave at every step. A failing
-request does not affect the others. All of this runs in one thread; `engine.py` has queueing, threads and restarts.
+long prompt delays the others by one chunk at most. While several clients are present the chunk is an eighth of that,
+the client with the fewest computed tokens is prefilled first, in steps of its own at most every other time, and a slot
+stays free for a client that has none, so that nobody's first token waits for more than a short step of the others. Sequences join and leave at every step. A
+failing request does not affect the others. All of this runs in one thread; `engine.py` has queueing, threads and
+restarts.
 """
 
 import collections.abc
@@ -36,6 +39,8 @@ from model.generation.steps.step import Segment, SegmentOutput, Step
 logger = logging.getLogger(__name__)
 SLOTS_PER_KEPT = 16
 """One slot in this many is reserved for short answers, so that they do not wait for long ones."""
+SHARED_CHUNKS = 8
+"""While several clients are present a step has this fraction of `prefill_chunk`: more would delay the others."""
 Batch = list[tuple[Sequence, Segment]]
 
 
@@ -67,6 +72,12 @@ class Scheduler:
         # Chunked prefill needs the cache of the earlier chunks.
         self._prefill_chunk = prefill_chunk if kv_cache else sys.maxsize
         self._free = list(range(step.slots))
+        self._present: set[str] = set()
+        """Clients that have running requests or sent one lately."""
+        self._computed: dict[str, int] = {}
+        """Tokens computed for each client with running requests; one that joins starts just below the others."""
+        self._is_alone = False
+        """Whether the last step had one client's sequences only, while others had some too."""
         self.running: list[Sequence] = []
         """Running sequences, in order of slot assignment."""
         self.pace = Pace()
@@ -124,30 +135,67 @@ class Scheduler:
             self._slots.truncate(sequence.slot, 0)
 
     def _next_batch(self) -> Batch:
-        batch = [(s, self._next_segment(s, s.num_tokens)) for s in self.running if not s.is_prefilling]
-        # Steps are filled to prefill_chunk tokens (whole GEMM tiles); a quarter is reserved for prefill so that it
-        # advances however many sequences decode.
-        left = max(self._prefill_chunk - len(batch), math.ceil(self._prefill_chunk / 4))
-        for sequence in [s for s in self.running if s.is_prefilling]:
+        self._count_clients()
+        chunk = self._prefill_chunk
+        if len(self._present) > 1:
+            chunk = math.ceil(chunk / SHARED_CHUNKS)
+            while self._start_next(has_priority=True):
+                pass
+        first = self._first_client()
+        chosen = [s for s in self.running if first is None or s.request.client == first]
+        batch = [(s, self._next_segment(s, s.num_tokens)) for s in chosen if not s.is_prefilling]
+        # Steps are filled to `chunk` tokens (whole GEMM tiles); a quarter is reserved for prefill so that it advances
+        # however many sequences decode.
+        left = max(chunk - len(batch), math.ceil(chunk / 4))
+        prefilling = [s for s in chosen if s.is_prefilling]
+        for sequence in sorted(prefilling, key=lambda sequence: self._computed[sequence.request.client]):
             if left > 0:
                 batch.append((sequence, self._next_segment(sequence, left)))
                 left -= len(batch[-1][1].ids)
-        while left > 0 and (started := self._start_next()):
+        while first is None and left > 0 and (started := self._start_next()):
             batch.append((started, self._next_segment(started, left)))
             left -= len(batch[-1][1].ids)
         return batch
 
+    def _first_client(self) -> str | None:
+        """The client that has this step alone, at most every other step: it waits for a first token, and had fewer
+        tokens computed than any other.
+        """
+        clients = {sequence.request.client for sequence in self.running}
+        fewest = min(clients, key=self._computed.__getitem__, default=None)
+        waits = any(s.is_prefilling for s in self.running if s.request.client == fewest)
+        self._is_alone = len(clients) > 1 and waits and not self._is_alone
+        return fewest if self._is_alone else None
+
+    def _count_clients(self) -> None:
+        """Take notice of clients that came and went."""
+        running = {sequence.request.client for sequence in self.running}
+        self._present = running | self._queue.present_clients()
+        self._computed = {client: tokens for client, tokens in self._computed.items() if client in self._present}
+
     def _next_segment(self, sequence: Sequence, most: int) -> Segment:
         return sequence.next_segment(most, self._forbidden(sequence))
 
-    def _start_next(self) -> Sequence | None:
-        """Start the next request in a free slot; None if none can start in this step."""
+    def _start_next(self, *, has_priority: bool = False) -> Sequence | None:
+        """Start the next request in a free slot; None if none can start in this step.
+
+        has_priority: consider only clients without running requests.
+        """
         if not self._free:
             return None
         slots = len(self._free) + len(self.running)
         most_long = slots - slots // SLOTS_PER_KEPT
         long = sum(not is_short(sequence.generation) for sequence in self.running)
-        generation = self._queue.first(only_short=long >= most_long)
+        clients = {sequence.request.client for sequence in self.running}
+        # A slot is kept for a client that is present without a request here.
+        kept = 1 if slots > 1 and self._present - clients else 0
+
+        def is_allowed(generation: Generation) -> bool:
+            if long >= most_long and not is_short(generation):
+                return False
+            return generation.request.client not in clients or (not has_priority and len(self._free) > kept)
+
+        generation = self._queue.first(is_allowed)
         if generation is None:
             return None
         prompt_ids = np.array(generation.request.prompt_ids, dtype=np.int64)
@@ -162,6 +210,9 @@ class Scheduler:
         sequence = self._new_sequence(generation, slot, cached)
         self._free.remove(slot)
         self.running.append(sequence)
+        others = [self._computed[client] for client in clients]
+        client = generation.request.client
+        self._computed[client] = max(self._computed.get(client, -1), min(others, default=0) - 1)
         if self._capacity is not None:
             self._slots.free_memory(self._free, self._capacity - self._reserved())
         generation.start(cached)
@@ -198,6 +249,7 @@ class Scheduler:
 
     def _advance(self, sequence: Sequence, segment: Segment) -> None:
         sequence.num_computed_tokens += len(segment.ids)
+        self._computed[sequence.request.client] += len(segment.ids)
         self._slots.append(sequence.slot, segment.ids)
 
     def _step_alone(self, batch: Batch) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.generation.queue import QueueFull, RequestQueue
+from model.generation.queue import PRESENT_S, QueueFull, RequestQueue
 from model.generation.requests import Finished, Generation, GenerationRequest, SamplingParameters, TextPiece
 from model.generation.scheduler import Scheduler
 from model.generation.steps.reference import ReferenceStep
@@ -255,3 +255,65 @@ def test_long_answers_leave_a_slot_to_short_ones(recorder):
     scheduler.step()
     assert len(scheduler.running) == 15  # the slot stays free for the next short one
     assert isinstance(events[-1], Finished)
+
+
+def test_a_client_that_joins_is_prefilled_first_in_short_steps(recorder):
+    step = Recorder(tiny_model(tiny_tokenizer()), 4)
+    scheduler = schedule(step, prefill_chunk=32)
+    for start in (2, 60):
+        add(scheduler, list(range(start, start + 50)), client="a")
+    scheduler.step()
+    assert sizes(step.steps[-1]) == [32]  # alone: a whole chunk
+    late, events = add(scheduler, [5, 6, 7], client="b")
+    scheduler.step()
+    assert sizes(step.steps[-1]) == [3]  # the new client's prompt by itself
+    assert len(events) == 1 and not late.is_finished
+    scheduler.step()
+    assert sizes(step.steps[-1]) == [1, 3]  # an eighth of a chunk, with the other's next tokens
+
+
+def test_running_streams_go_on_at_least_every_other_step(recorder):
+    step = Recorder(tiny_model(tiny_tokenizer()), 4)
+    scheduler = schedule(step, prefill_chunk=32)
+    _, events = add(scheduler, [5, 6], count=30, client="a")
+    add(scheduler, list(range(2, 60)), client="b")
+    for done in range(1, 7):
+        scheduler.step()
+        scheduler.step()
+        assert len(events) >= done
+
+
+def test_clients_share_the_prefill_evenly(recorder):
+    step = Recorder(tiny_model(tiny_tokenizer()), 8)
+    scheduler = schedule(step, prefill_chunk=32)
+    for number in range(6):
+        add(scheduler, list(range(number, number + 40)), client="a")
+    add(scheduler, list(range(100, 140)), client="b")
+    scheduler.step()
+    own = {sequence.slot: sequence.request.client for sequence in scheduler.running}
+    computed = dict.fromkeys("ab", 0)
+    for _ in range(10):
+        scheduler.step()
+        own |= {sequence.slot: sequence.request.client for sequence in scheduler.running}
+        for segment in step.steps[-1]:
+            computed[own[segment.slot]] += len(segment.ids)
+    assert abs(computed["a"] - computed["b"]) <= 8
+
+
+def test_a_slot_stays_free_for_a_client_that_sent_a_request_lately(recorder):
+    now = [0.0]
+    scheduler = schedule(recorder, prefill_chunk=256)
+    scheduler._queue = RequestQueue(16, 1000, clock=lambda: now[0])
+    done, _ = add(scheduler, [9], count=1, client="b")
+    scheduler.step()
+    assert done.is_finished
+    for number in range(5):
+        add(scheduler, [5, number + 2], client="a")
+    scheduler.step()
+    assert [sequence.request.client for sequence in scheduler.running] == ["a"] * 3
+    again, events = add(scheduler, [9, 8], count=1, client="b")
+    scheduler.step()
+    assert again.is_finished and len(events) == 2
+    now[0] = PRESENT_S + 0.1
+    scheduler.step()
+    assert len(scheduler.running) == 4  # nobody else is there any more

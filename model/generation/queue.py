@@ -25,9 +25,7 @@ class RequestQueue:
     clock: seconds; for tests.
     """
 
-    def __init__(
-        self, max_requests: int, max_tokens: int, *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, max_requests: int, max_tokens: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_requests, self._max_tokens, self._clock = max_requests, max_tokens, clock
         self._waiting = Turns()
         self._held = 0

@@ -3,7 +3,7 @@
 In each step every running sequence decodes one token, and prefill fills the step up to `prefill_chunk` tokens, so a
 long prompt delays the others by one chunk at most. While several clients are present the chunk is an eighth of that,
 the client with the fewest computed tokens is prefilled first, in steps of its own at most every other time, and a slot
-stays free for a client that has none, so that nobody's first token waits for more than a short step of the others.
+stays free for a client that has none, so that a first token waits for at most a short step of the others.
 Sequences join and leave at every step. A failing request does not affect the others. All of this runs in one thread;
 `engine.py` has queueing, threads and restarts.
 """

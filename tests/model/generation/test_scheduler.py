@@ -316,4 +316,4 @@ def test_a_slot_stays_free_for_a_client_that_sent_a_request_lately(recorder):
     assert again.is_finished and len(events) == 2
     now[0] = PRESENT_S + 0.1
     scheduler.step()
-    assert len(scheduler.running) == 4  # nobody else is there any more
+    assert len(scheduler.running) == 4  # client b is no longer present

@@ -65,7 +65,7 @@ sweep: setup  ## One run for each point of a Hydra sweep: make sweep EXPERIMENT=
 	@$(BIN)/python -m llm_assets.sweep --multirun experiment=$(EXPERIMENT) $(OVERRIDES)
 
 ui: setup  ## Start Dagster (UI_PORT=3001, webserver and daemon) and the MLflow UI (MLFLOW_PORT=5000)
-	@exec $(BIN)/python -m llm_assets.ui --port $(UI_PORT) --mlflow-port $(MLFLOW_PORT)
+	@exec $(BIN)/python -m llm_assets.ui --port='$(UI_PORT)' --mlflow-port='$(MLFLOW_PORT)'
 
 serve: export REX_VLLM_PYTHON ?= $(wildcard $(CURDIR)/.venv-vllm/bin/python)
 serve: setup  ## Serve the packaged Bento of EXPERIMENT, or BENTO=NAME:VERSION, on HOST (127.0.0.1) and PORT (3000)

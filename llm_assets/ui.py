@@ -131,10 +131,11 @@ def start_dagster(host: str, port: int, logs: Path, folder: Path) -> Iterator[Se
     yield Server("Dagster's daemon", "", command, logs / "daemon.log")
 
 
-def check_port(host: str, port: int, page: str, variable: str) -> None:
-    """Raise PipelineError if no server can listen at this address, for the page that `make ui` starts there."""
+def usable_port(host: str, text: str, page: str, variable: str) -> int:
+    """The port that `text` gives for a page. Raises PipelineError if it is none, or no server can listen there."""
+    port = int(text) if text.isascii() and text.isdigit() else 0
     if not 0 < port < 1 << 16:
-        raise PipelineError(f"{variable}={port}: expected a port from 1 to 65535 for {page}'s page")
+        raise PipelineError(f"{variable}={text}: expected a port from 1 to 65535 for {page}'s page")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         with socket.socket(found[0][0]) as probe:
@@ -145,6 +146,7 @@ def check_port(host: str, port: int, page: str, variable: str) -> None:
             f"{page} cannot listen at {host}:{port} ({error.strerror}): end the server that has it, or choose another: "
             f"make ui {variable}={port + 10 if port < 65000 else 3011}"
         ) from error
+    return port
 
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -163,8 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal arrives or a server ends."""
     parser = argparse.ArgumentParser(prog="python -m llm_assets.ui", description=__doc__.split("\n")[0])
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on, default: 127.0.0.1")
-    parser.add_argument("--port", type=int, default=3001, help="port of Dagster's page, default: 3001")
-    parser.add_argument("--mlflow-port", type=int, default=5000, help="port of MLflow's page, default: 5000")
+    parser.add_argument("--port", default="3001", help="port of Dagster's page, default: 3001")
+    parser.add_argument("--mlflow-port", default="5000", help="port of MLflow's page, default: 5000")
     given = parser.parse_args(argv)
     before = {number: signal.signal(number, _raise_stopped) for number in ENDING}
     servers: list[Server] = []
@@ -174,16 +176,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_dagster_home()
         if not (home / "dagster.yaml").exists():
             shutil.copyfile(REPOSITORY / "dagster.yaml", home / "dagster.yaml")
-        check_port(given.host, given.port, "Dagster", "UI_PORT")
-        check_port(given.host, given.mlflow_port, "MLflow", "MLFLOW_PORT")
-        if given.port == given.mlflow_port:
-            raise PipelineError(f"both pages have port {given.port}: expected two ports, UI_PORT and MLFLOW_PORT")
+        port = usable_port(given.host, given.port, "Dagster", "UI_PORT")
+        mlflow_port = usable_port(given.host, given.mlflow_port, "MLflow", "MLFLOW_PORT")
+        if port == mlflow_port:
+            raise PipelineError(f"both pages have port {port}: expected two ports, UI_PORT and MLFLOW_PORT")
         logs = output_folder("ui")
-        mlflow, dagster = (f"http://{given.host}:{port}" for port in (given.mlflow_port, given.port))
+        mlflow, dagster = (f"http://{given.host}:{number}" for number in (mlflow_port, port))
         os.environ.setdefault("MLFLOW_UI_URL", mlflow)
         os.environ.setdefault(DAGSTER_URL, dagster)
-        servers.extend(start_dagster(given.host, given.port, logs, Path(folder.name)))
-        command = [sys.executable, "-m", "llm_assets.instance.mlflow_server", given.host, str(given.mlflow_port)]
+        servers.extend(start_dagster(given.host, port, logs, Path(folder.name)))
+        command = [sys.executable, "-m", "llm_assets.instance.mlflow_server", given.host, str(mlflow_port)]
         servers.append(Server("MLflow", mlflow, command, logs / "mlflow.log"))
         started = time.monotonic()
         while not all(server.answers() for server in servers):

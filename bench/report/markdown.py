@@ -42,10 +42,10 @@ token frequencies alone {numbers["bits_per_byte_unigram"]:.3f}.
 - **KV cache:** {numbers["kv_cache_tokens"]:,} tokens are generated {numbers["kv_cache_speedup"]:.1f} times as fast \
 with it as without.
 - **Speed:** {numbers["decode_tokens_per_second"]:,.0f} tokens/s for one sequence of {numbers["decode_tokens"]:,} \
-tokens, {numbers["largest_batch_tokens_per_second"]:,.0f} in a batch.
+tokens, {numbers["batch_tokens_per_second"]:,.0f} in a batch.
 - **{_capital(quantized["label"])}:** {full["weights_bytes"] / quantized["weights_bytes"]:.2f} times smaller, \
 {numbers["quantized_speedup"]:.2f} times the speed for one sequence, \
-{numbers["largest_batch_tokens_per_second_quantized"] / numbers["largest_batch_tokens_per_second"]:.2f} times in a \
+{numbers["batch_tokens_per_second_quantized"] / numbers["batch_tokens_per_second"]:.2f} times in a \
 batch, {lost:+.4f} bits per byte."""
 
 

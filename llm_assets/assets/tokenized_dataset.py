@@ -12,6 +12,9 @@ from llm_assets.stage import metadata as ui_metadata
 from llm_assets.stage.once import reuses_unchanged
 from llm_assets.stage.stage import stage
 
+SHOWN_TOKENS = 10
+"""Most common tokens on the asset's page; the artifact's summary.json has more."""
+
 
 @dg.asset(**asset_arguments("tokenized_dataset"))
 @reuses_unchanged()
@@ -45,7 +48,9 @@ def tokenized_dataset(
                 **ui_metadata.numbers(summary),
                 "kind": summary.kind,
                 "dtype": summary.dtype,
-                "most_common_tokens": ui_metadata.table(summary.most_common),
+                "most_common_tokens": ui_metadata.table(
+                    [{**row, "token": ui_metadata.quoted(row["token"])} for row in summary.most_common[:SHOWN_TOKENS]]
+                ),
             },
             [checks.round_trip_is_exact(corpus, work.output, settings.sequence_length)],
         )

@@ -25,6 +25,10 @@ SIGNIFICANT_DIGITS = 5
 _UNQUOTED = "/:=',;+!*@$&-._~"
 
 
+NAME_CHARACTERS = 34
+"""Longest name of an entry that the UI shows whole; it prints a longer one over the value."""
+
+
 def numbers(summary: Any, prefix: str = "") -> dict[str, int | float]:
     """The finite numbers of a dataclass or a mapping, rounded, nested keys joined by `/`."""
     fields = summary if isinstance(summary, Mapping) else dataclasses.asdict(summary)
@@ -204,6 +208,11 @@ def fenced(text: str, language: str = "") -> str:
 def text(path: Path) -> dg.MarkdownMetadataValue:
     """A Markdown file, cut to the size of an event; the end is kept, since it has the newest entries."""
     return dg.MetadataValue.md(path.read_text(encoding="utf-8")[-TEXT_CHARACTERS:] or "none")
+
+
+def quoted(text: str) -> str:
+    """Text in quotes, control characters escaped, so that a cell of whitespace does not look empty."""
+    return '"' + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) + '"'
 
 
 def samples(texts: Mapping[str, str]) -> dg.MarkdownMetadataValue:

@@ -113,30 +113,41 @@ def _materialize_again(
         found = measurements(path, settings.evaluation.num_fewshot)
         compare = champion_comparison(upstream[measured], dataset, settings) if dataset else None
         mlflow.measure_again(context, Manifest.read(upstream[measured]), found, compare)
+    metadata, measured_by = _earlier_metadata(context, manifest)
     checks = [
         # The artifact has passed its blocking checks.
         dg.AssetCheckResult(
             check_name=name,
             passed=name not in manifest.warned_checks,
             severity=dg.AssetCheckSeverity.WARN if name in manifest.warned_checks else dg.AssetCheckSeverity.ERROR,
-            metadata={"version": manifest.version},
+            metadata={**measured_by.get(name, {}), "version": manifest.version},
         )
         for name in (spec.name for spec in context.assets_def.check_specs)
     ]
     return dg.MaterializeResult(
         value=Reused(str(path), manifest.version),
         data_version=dg.DataVersion(manifest.content_hash),
-        metadata=_earlier_metadata(context, manifest),
+        metadata=metadata,
         check_results=checks,
     )
 
 
-def _earlier_metadata(context: dg.AssetExecutionContext, manifest: Manifest) -> dict[str, Any]:
-    """Metadata of this version's materialization, without the IO manager's; empty on another instance."""
+def _earlier_metadata(
+    context: dg.AssetExecutionContext, manifest: Manifest
+) -> tuple[dict[str, Any], dict[str, Mapping[str, Any]]]:
+    """Metadata of this version's newest materialization, without the IO manager's, and that of its checks by name.
+
+    Both are empty on another instance.
+    """
     records = context.instance.fetch_materializations(
         dg.AssetRecordsFilter(asset_key=context.asset_key, asset_partitions=[manifest.experiment]), limit=1
     ).records
     event = records[0].asset_materialization if records else None
     if event is None or (event.tags or {}).get("dagster/data_version") != manifest.content_hash:
-        return {}
-    return {name: value for name, value in event.metadata.items() if name not in ("path", "version", "unchanged")}
+        return {}, {}
+    evaluated = context.instance.all_logs(records[0].run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION)
+    evaluations = [entry.dagster_event.asset_check_evaluation_data for entry in evaluated if entry.dagster_event]
+    return (
+        {name: value for name, value in event.metadata.items() if name not in ("path", "version", "unchanged")},
+        {found.check_name: found.metadata for found in evaluations if found.asset_key == context.asset_key},
+    )

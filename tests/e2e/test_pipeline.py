@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from llm_assets.origin import find_origin
-from llm_assets.stage.metadata import SUMMARY_WIDTH
+from llm_assets.stage.metadata import NAME_CHARACTERS, SUMMARY_WIDTH
 from model.artifact import verify
 from model.errors import PipelineError
 from tests.e2e.workplace import REPO, CommandLine, Workplace
@@ -239,12 +239,14 @@ def test_the_documented_commands_that_read_an_experiment_work(smoke: Workplace, 
             assert done.returncode == 0 and done.stdout.strip(), (command, done.stdout[-2000:])
 
 
-def test_no_summary_is_cut_by_the_page_of_its_asset(smoke):
+def test_no_summary_and_no_name_is_cut_by_the_page_of_its_asset(smoke):
     with dg.DagsterInstance.from_config(str(smoke.root / "dagster")) as instance:
         for asset in ASSETS:
             event = instance.get_latest_materialization_event(dg.AssetKey(asset))
             assert event and event.asset_materialization
-            shown = event.asset_materialization.metadata["summary"].value
+            metadata = event.asset_materialization.metadata
+            assert max(map(len, metadata)) <= NAME_CHARACTERS, (asset, max(metadata, key=len))
+            shown = metadata["summary"].value
             rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in shown.splitlines()[2:]]
             widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
             assert sum(widths) <= SUMMARY_WIDTH, (asset, rows)

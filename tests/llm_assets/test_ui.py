@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.server import free_port
 from llm_assets import ui
 from llm_assets.instance.started_after import answers
 from llm_assets.terminal import execute
@@ -21,7 +22,7 @@ def test_each_code_location_of_the_workspace_is_started(tmp_path: Path) -> None:
         ui.code_locations(file)
 
 
-@pytest.mark.parametrize("wrong", ["taken", "same", "impossible"])
+@pytest.mark.parametrize("wrong", ["taken", "same", "impossible", "no number", "empty"])
 def test_a_port_that_cannot_be_used_is_one_line(
     wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -38,6 +39,8 @@ def test_a_port_that_cannot_be_used_is_one_line(
             "taken": ((port, taken), f"MLflow cannot listen at 127.0.0.1:{taken} (Address already in use): end the"),
             "same": ((port, port), f"both pages have port {port}: expected two ports"),
             "impossible": ((70000, port), "UI_PORT=70000: expected a port from 1 to 65535 for Dagster's page"),
+            "no number": (("abc", port), "UI_PORT=abc: expected a port from 1 to 65535 for Dagster's page"),
+            "empty": ((port, ""), "MLFLOW_PORT=: expected a port from 1 to 65535 for MLflow's page"),
         }[wrong]
         assert ui.main(["--port", str(ports[0]), "--mlflow-port", str(ports[1])]) == 1
         (line,) = capsys.readouterr().err.splitlines()
@@ -62,7 +65,8 @@ def test_an_output_folder_that_cannot_be_written_is_one_line(
     (tmp_path / "file").touch()
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
     monkeypatch.setenv("LLM_ASSETS_VAR", str(tmp_path / "file"))
-    for start in (lambda: ui.main([]), lambda: execute.main(["smoke"])):
+    ports = ["--port", str(free_port()), "--mlflow-port", str(free_port())]
+    for start in (lambda: ui.main(ports), lambda: execute.main(["smoke"])):
         assert start() == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert (

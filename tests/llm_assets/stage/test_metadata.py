@@ -56,6 +56,11 @@ def test_a_block_holds_text_that_has_fences_and_is_cut_when_long() -> None:
     assert len(ui_metadata.fenced("x" * 100_000)) < 21_000
 
 
+def test_a_token_of_whitespace_is_visible() -> None:
+    shown = {" ": '" "', "\n\t": '"\\n\\t"', "é": '"é"', "a\\xff": '"a\\xff"'}
+    assert {token: ui_metadata.quoted(token) for token in shown} == shown
+
+
 def test_samples_show_prompt_and_continuation_together() -> None:
     assert ui_metadata.samples({"def ": "main():"}).value == "```\ndef main():\n```"
 

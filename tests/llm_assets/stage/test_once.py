@@ -60,6 +60,10 @@ def test_an_unchanged_pipeline_is_not_computed_and_not_tracked_again(pipeline: P
 
 
 def test_the_page_of_a_reused_asset_shows_what_it_showed(pipeline: Pipeline, computed: list[str]) -> None:
+    def measured(work: Stage) -> list[dg.AssetCheckResult]:
+        return [dg.AssetCheckResult(check_name="is_good", passed=True, metadata={"loss": 1.5})]
+
+    pipeline.bodies["corpus"] = measured
     (first,) = pipeline.run("corpus").asset_materializations_for_node("corpus")
     result = pipeline.run("corpus")
     (second,) = result.asset_materializations_for_node("corpus")
@@ -69,7 +73,7 @@ def test_the_page_of_a_reused_asset_shows_what_it_showed(pipeline: Pipeline, com
     }
     assert second.tags["dagster/data_version"] == first.tags["dagster/data_version"]
     (check,) = result.get_asset_check_evaluations()
-    assert check.passed
+    assert check.passed and check.metadata["loss"].value == 1.5
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@
 Dagster's records are in DAGSTER_HOME, by default `dagster/` of the output folder, where `make` keeps them.
 Prints two addresses once both answer; the servers' output goes to var/ui/. TERM, INT and HUP (a closed terminal) end
 them, even if a script started this in the background, where INT is ignored. An active run gets time to save its state.
+A page whose server was killed is started again, and runs go on meanwhile.
 This process imports neither Dagster nor MLflow, each of which takes 100 MB or more. All servers start at once, those of
 Dagster with its own commands (`instance/started_after.py`).
 """
@@ -43,9 +44,16 @@ class Server:
 
     def __init__(self, name: str, url: str, command: Sequence[str], log: Path) -> None:
         self.name, self.url, self.log = name, url, log
-        with log.open("w") as out:
+        self._command = command
+        log.unlink(missing_ok=True)
+        self.start()
+
+    def start(self) -> None:
+        """Start its process, also in place of one that has ended."""
+        self.has_answered = False
+        with self.log.open("a") as out:
             self.process = subprocess.Popen(
-                command,
+                self._command,
                 cwd=REPOSITORY,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -56,14 +64,31 @@ class Server:
     def answers(self) -> bool:
         """Whether the server's page answers, if it has one. Raises PipelineError if the server has ended."""
         if self.process.poll() is not None:
-            lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-            reason = lines[-1].strip() if lines else f"exit status {self.process.returncode}"
-            raise PipelineError(f"{self.name} has ended: {reason} (see its output in {self.log})")
+            raise PipelineError(f"{self.name} has ended: {self.reason()} (see its output in {self.log})")
         if not self.url:
             return True
         with suppress(urllib.error.URLError, OSError), urllib.request.urlopen(self.url, timeout=2):
-            return True
-        return False
+            self.has_answered = True
+        return self.has_answered
+
+    def reason(self) -> str:
+        """Why its process has ended: the signal, or the last line that it printed."""
+        status = self.process.returncode
+        if status < 0:
+            return f"killed by {signal.Signals(-status).name}"
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1].strip() if lines else f"exit status {status}"
+
+    def watch(self) -> None:
+        """Start the server again if it has ended and its page had answered: runs do not need a page.
+
+        Raises PipelineError for one that has ended without a page or before it answered.
+        """
+        if self.has_answered and self.process.poll() is not None:
+            print(f"{self.name} has ended ({self.reason()}) and is started again", file=sys.stderr, flush=True)
+            self.start()
+        elif not self.has_answered:
+            self.answers()
 
     def members(self) -> list[psutil.Process]:
         """The processes of its session."""
@@ -162,7 +187,7 @@ def _raise_stopped(number: int, frame: FrameType | None) -> None:
 
 @ends_in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until a signal arrives or a server ends."""
+    """Serve until a signal arrives or a server ends that cannot be started again."""
     parser = argparse.ArgumentParser(prog="python -m llm_assets.ui", description=__doc__.split("\n")[0])
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on, default: 127.0.0.1")
     parser.add_argument("--port", default="3001", help="port of Dagster's page, default: 3001")
@@ -196,8 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"Dagster  {dagster}\nMLflow   {mlflow}", flush=True)
         while True:
             for server in servers:
-                if server.process.poll() is not None:
-                    server.answers()  # raises with its last line
+                server.watch()
             time.sleep(0.5)
     except _Stopped:
         return 0

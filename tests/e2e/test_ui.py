@@ -9,7 +9,7 @@ import urllib.request
 import psutil
 import pytest
 
-from tests.e2e.workplace import BIN, REPO, free_port, new_workplace
+from tests.e2e.workplace import BIN, REPO, free_port, new_workplace, wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -30,6 +30,13 @@ def processes(workplace) -> set[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+def end_the_page_at(port: int, workplace) -> None:
+    """Kill the server that listens at this port, as a machine without memory does."""
+    for process in processes(workplace):
+        if port in {found.laddr.port for found in process.net_connections() if found.status == psutil.CONN_LISTEN}:
+            process.kill()
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda sent: sent.name)
@@ -53,6 +60,9 @@ def test_make_ui_prints_two_addresses_and_leaves_no_process(workplace, sent):
     for port in ports:
         assert urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=30).status == 200
     if sent == signal.SIGTERM:
+        end_the_page_at(ports[1], workplace)
+        assert "killed by SIGKILL" in ui.stdout.readline()
+        wait_for(f"http://127.0.0.1:{ports[1]}", ui, workplace.var / "ui" / "mlflow.log")  # it is started again
         ui.send_signal(sent)
     else:
         os.killpg(ui.pid, sent)

@@ -28,14 +28,19 @@ from model.errors import PipelineError
 
 WEBHOOK = "LLM_ASSETS_FAILURE_WEBHOOK"
 TIMEOUT_S = 10
+_FAILURE = "dagster._core.definitions.events.Failure: "
+"""Before the reason of a failure that the pipeline explains itself."""
+_OF_PAGES = "__ASSET_JOB"
+"""Dagster's name of the job that materializes assets chosen on a page."""
 
 
 def failure_message(run: dg.DagsterRun, error: str) -> dict[str, str]:
     """The posted message: a line for chats (`text`) and its fields."""
     partition = run.tags.get("dagster/partition", "")
-    first = error.strip().splitlines()[0] if error.strip() else "no reason given"
+    first = error.strip().splitlines()[0].removeprefix(_FAILURE) if error.strip() else "no reason given"
+    what = "run" if run.job_name == _OF_PAGES else run.job_name
     return {
-        "text": f"{run.job_name} of {partition or 'no experiment'} failed: {first} (run {run.run_id})",
+        "text": f"{what} of {partition or 'no experiment'} failed: {first} (run {run.run_id})",
         "job": run.job_name,
         "experiment": partition,
         "run_id": run.run_id,

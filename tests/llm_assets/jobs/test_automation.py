@@ -56,12 +56,13 @@ def test_only_what_is_cheap_follows_its_upstream() -> None:
     assert following == {"quantized_model", "exported_model", "benchmark_report", "packaged_bento"}
 
 
-def test_a_failed_run_is_posted_with_its_experiment_and_reason(webhook: list[dict]) -> None:
+@pytest.mark.parametrize(("job", "named"), [("llm_pipeline", "llm_pipeline"), ("__ASSET_JOB", "run")])
+def test_a_failed_run_is_posted_with_its_experiment_and_reason(webhook: list[dict], job: str, named: str) -> None:
     @dg.op
     def corpus() -> None:
         raise dg.Failure(description="no file matches /nowhere/*.txt", allow_retries=False)
 
-    @dg.job
+    @dg.job(name=job)
     def llm_pipeline() -> None:
         corpus()
 
@@ -75,8 +76,9 @@ def test_a_failed_run_is_posted_with_its_experiment_and_reason(webhook: list[dic
     ).for_run_failure()
     automation.failure_webhook(context)
     (posted,) = webhook
-    assert (posted["job"], posted["experiment"], posted["run_id"]) == ("llm_pipeline", "smoke", result.run_id)
-    assert "no file matches /nowhere/*.txt" in posted["error"] and posted["error"] in posted["text"]
+    assert (posted["job"], posted["experiment"], posted["run_id"]) == (job, "smoke", result.run_id)
+    assert posted["error"] == "no file matches /nowhere/*.txt"
+    assert posted["text"] == f"{named} of smoke failed: {posted['error']} (run {result.run_id})"
 
 
 def test_the_schedule_asks_for_the_default_experiment() -> None:

@@ -52,11 +52,31 @@ def train_tokenizer(settings: TokenizerSettings, texts: Iterable[str], *, log: L
     "pretrained" takes the tokenizer of the checkpoint in `settings.path` as it is. With `settings.chat` it carries the
     chat template of `model/text/chat/template.py` and its marks: the first ids after the other special tokens, or the
     last ones of a pretrained tokenizer.
-    Raises PipelineError if the texts do not hold enough pairs that occur twice to reach vocab_size.
+    Raises PipelineError if the texts do not hold enough pairs that occur twice to reach vocab_size, or the pretrained
+    tokenizer is of another kind.
     """
-    made = load_tokenizer(Path(settings.path)) if settings.kind == "pretrained" else _train(settings, texts, log)
+    made = _pretrained(Path(settings.path)) if settings.kind == "pretrained" else _train(settings, texts, log)
     if settings.chat:
         add_marks(made)
+    return made
+
+
+def _pretrained(directory: Path) -> PreTrainedTokenizerFast:
+    if not (directory / "tokenizer.json").is_file():
+        raise PipelineError(
+            f"tokenizer.path is {str(directory)!r}: no tokenizer.json there; name a checkpoint's folder"
+        )
+    made = load_tokenizer(directory)
+    state = json.loads(made.backend_tokenizer.to_str())
+    model, decoder = state["model"], state["decoder"] or {}
+    is_byte_level = model["type"] == "BPE" and '"ByteLevel"' in json.dumps(decoder)
+    is_ours = model.get("byte_fallback") and not (model["merges"] or state["normalizer"] or state["pre_tokenizer"])
+    if not (is_byte_level or is_ours):
+        kind = "BPE of characters" if model["type"] == "BPE" else model["type"]
+        raise PipelineError(
+            f"tokenizer.path is {str(directory)!r}: its tokenizer is {kind}: expected byte-level BPE, as GPT-2, "
+            "Llama 3 and Qwen have it, or one of this project; take another model"
+        )
     return made
 
 

@@ -413,7 +413,8 @@ def _check_split(
     if not settings.chat and encoded != expected:
         raise PipelineError(
             f"the {split} split's tokens stand for {encoded:,} bytes, {corpus_dir / 'summary.json'} says {expected:,}: "
-            "expected the same; make the corpus again"
+            "expected the same; make the corpus again, or take a tokenizer that leaves text as it is (a normalizer "
+            "rewrites some, a prefix space adds bytes)"
         )
     if found.tokens < settings.sequence_length:
         raise PipelineError(_too_short(split, found.tokens, settings.sequence_length))

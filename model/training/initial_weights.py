@@ -22,20 +22,24 @@ _OF_TOKENS = ("model.embed_tokens.weight", "lm_head.weight")
 def start_from(model: RexForCausalLM, checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Load the weights of `training.init_from`: a REX checkpoint, or a stock model of the same architecture.
 
-    Role marks that `tokenizer` adds to the checkpoint's vocabulary are initialized to the mean of the other embeddings.
+    Role marks that `tokenizer` adds to the checkpoint's vocabulary are initialized to the mean of the other embeddings,
+    and embeddings of no token are left out.
     Raises PipelineError if they are missing, differ in shape or vocabulary from `model` and `tokenizer`, or would
     compute different results in this experiment, for example with another rotary base.
     """
     option = f"training.init_from is {str(checkpoint)!r}"
-    if not weight_files(checkpoint):
-        raise PipelineError(f"{option}: no {WEIGHTS} there; name the folder of a trained checkpoint")
     try:
+        if not weight_files(checkpoint):
+            raise PipelineError(f"no {WEIGHTS} there; name the folder of a trained checkpoint, or of a stock model")
         found, options = read_weights(checkpoint), differing_options(checkpoint, model.config)
+        theirs, ours = load_tokenizer(checkpoint).get_vocab(), tokenizer.get_vocab()
     except PipelineError as error:
         raise PipelineError(f"{option}: {error}") from None
-    theirs, ours = load_tokenizer(checkpoint).get_vocab(), tokenizer.get_vocab()
     added = ours.keys() - theirs.keys()
     is_extended = bool(added) and added <= set(MARKS.values()) and {**ours, **theirs} == ours
+    if theirs == ours or is_extended:
+        # Published models have rows beyond their tokenizer, to a round number, which no text uses.
+        found |= {name: found[name][: len(theirs)] for name in _OF_TOKENS if name in found}
     if is_extended:
         found |= {name: _with_rows(found[name], len(added)) for name in _OF_TOKENS if name in found}
     expected = dict(model.named_parameters())

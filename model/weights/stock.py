@@ -46,10 +46,20 @@ _FIELDS = (
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory; empty if there is none."""
-    if (directory / INDEX).is_file():
-        index: dict[str, Any] = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-        return [directory / name for name in sorted(set(index["weight_map"].values()))]
+    """The safetensors files of a model directory; empty if there is none.
+
+    Raises PipelineError if the index is unreadable or names a file that is not there.
+    """
+    path = directory / INDEX
+    if path.is_file():
+        try:
+            index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            names = sorted(set(index["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PipelineError(f"{path} is not a readable index ({error}): fetch the model again") from None
+        if missing := [name for name in names if not (directory / name).is_file()]:
+            raise PipelineError(f"{path} names {missing[0]}, which is not there: fetch the model again")
+        return [directory / name for name in names]
     return [directory / WEIGHTS] if (directory / WEIGHTS).is_file() else []
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from model.errors import PipelineError
@@ -307,3 +307,37 @@ def test_one_long_document_is_sampled_throughout() -> None:
     text = "".join(chr(0x100 + number) * 65_536 for number in range(20))
     sample = "".join(even_sample([text], len(text.encode()), len(text.encode()) // 4))
     assert [ord(character) - 0x100 for character in sorted(set(sample))] == [0, 4, 8, 12, 16]
+
+
+def of_characters() -> Tokenizer:
+    """As Llama 2 has it: pieces of characters, with bytes for those that are unknown."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "\u2581a"]
+    model = models.BPE({piece: n for n, piece in enumerate(pieces)}, [("\u2581", "a")], byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "kind"),
+    [
+        (Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0)), "Unigram"),
+        (Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]")), "WordPiece"),
+        (of_characters(), "BPE of characters"),
+    ],
+    ids=["unigram", "wordpiece", "llama2"],
+)
+def test_a_pretrained_tokenizer_of_another_kind_is_one_line(tmp_path: Path, tokenizer: Tokenizer, kind: str) -> None:
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="a").save_pretrained(tmp_path)
+    with pytest.raises(
+        PipelineError, match=rf"^tokenizer.path is .*: its tokenizer is {kind}: expected byte-level BPE"
+    ):
+        train_tokenizer(TokenizerSettings(kind="pretrained", path=str(tmp_path)), [])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pretrained_tokenizer_of_this_project_is_taken_as_it_is(tokenizers, tmp_path: Path, kind: str) -> None:
+    tokenizers[kind].save_pretrained(tmp_path)
+    taken = train_tokenizer(TokenizerSettings(kind="pretrained", path=str(tmp_path)), [])
+    assert taken.get_vocab() == tokenizers[kind].get_vocab()

@@ -59,6 +59,25 @@ def test_a_stock_llama_in_several_files_and_half_precision_gives_its_own_logits(
     torch.testing.assert_close(model(IDS).logits, expected(IDS).logits, atol=1e-5, rtol=0)
 
 
+def test_embeddings_beyond_the_tokenizer_are_left_out_and_a_missing_file_is_named(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, rms_norm_eps=1e-5, max_position_embeddings=64, initializer_range=0.3,
+    )  # fmt: skip
+    stock = LlamaForCausalLM(config).eval()
+    stock.save_pretrained(tmp_path / "llama", max_shard_size="20kB")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    model = tiny_model(tokenizer, post_norm=False)
+    start_from(model, tmp_path / "llama", tokenizer)
+    torch.testing.assert_close(model(IDS).logits, stock(IDS).logits[..., : len(tokenizer)], atol=1e-5, rtol=0)
+    (lost := sorted((tmp_path / "llama").glob("model-*"))[1]).unlink()
+    with pytest.raises(
+        PipelineError, match=rf"^training.init_from is .*index.json names {lost.name}, which is not there"
+    ):
+        start_from(model, tmp_path / "llama", tokenizer)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

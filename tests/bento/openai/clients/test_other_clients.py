@@ -22,7 +22,7 @@ LONG = "word " * ROOM
 MESSAGES = [{"role": "user", "content": "größer?"}]
 
 
-class Answer(pydantic.BaseModel):
+class Answer(pydantic.BaseModel, extra="forbid"):  # else random weights go on with fields of their own
     ok: bool
     size: int = pydantic.Field(ge=1, le=3)
 

@@ -1,6 +1,7 @@
 """The command `python -m model.export`."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.to not in ("gguf", "all") and given.gguf != DEFAULT_GGUF_KINDS:
         parser.error(f"--gguf is for --to gguf or all, and --to is {given.to}")
+    if not re.fullmatch(r"\w[\w.-]*", given.name, re.ASCII):
+        parser.error(f"--name is {given.name!r}: expected letters, digits, '.', '_' and '-', as Ollama takes them")
     formats = FORMATS if given.to == "all" else (given.to,)
     made = export(given.checkpoint, given.out, formats, gguf_kinds=given.gguf, name=given.name)
     for file in made.files:

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from model.artifact import MANIFEST, file_digests
+from model.artifact import MANIFEST, file_digests, read_origin
 from model.errors import PipelineError
 from model.export.compressed_tensors import write_compressed_tensors
 from model.export.gguf import reason_against, write_gguf
 from model.export.ollama import modelfile
 from model.modeling_rex import RexForCausalLM
+from model.system.revision import code_revision
 from model.text.tokenizer import LONGEST_RUN, load_tokenizer
 from model.weights.export import export_checkpoint
 from model.weights.loading import load_model
@@ -62,12 +63,14 @@ def export(
     """Write `formats` of a REX checkpoint in full precision.
 
     gguf_kinds: the weights of the GGUFs, one file each, of GGUF_KINDS. name: of the model in the card and in GGUF.
-    provenance: lines of the model card, by title.
+    provenance: lines of the model card, by title; none: what the checkpoint's manifest says, and this code's commit.
     A format that cannot represent the model is left out, with the reason, if other formats were requested as well.
     Raises PipelineError if `checkpoint_dir` is not a REX checkpoint, or the only requested format cannot represent it.
     """
     if not (checkpoint_dir / "config.json").is_file():
         raise PipelineError(f"no config.json in {checkpoint_dir}: expected a REX checkpoint; train one first")
+    if output_dir.resolve() == checkpoint_dir.resolve() or (output_dir.exists() and not output_dir.is_dir()):
+        raise PipelineError(f"{output_dir} is a file or the checkpoint's own folder: name another one to write to")
     model, tokenizer = load_model(checkpoint_dir, quantized=False), load_tokenizer(checkpoint_dir)
     precision = str(model.dtype).removeprefix("torch.")
     files: list[ExportedFile] = []
@@ -86,9 +89,22 @@ def export(
             left_out["gguf"] = reason
         else:
             files += _write_ggufs(model, tokenizer, output_dir / "gguf", name, gguf_kinds)
-    (output_dir / CARD).write_text(_card(name, files, left_out, provenance or {}), encoding="utf-8")
+    (output_dir / CARD).write_text(
+        _card(name, files, left_out, provenance or _provenance(checkpoint_dir)), encoding="utf-8"
+    )
     write_checksums(output_dir)
     return Export(tuple(files), left_out)
+
+
+def _provenance(checkpoint_dir: Path) -> dict[str, Any]:
+    origin = read_origin(checkpoint_dir) or {}
+    known = {
+        "experiment": origin.get("experiment"),
+        "upstream versions": {**origin.get("upstream", {}), origin.get("asset", ""): origin.get("content_hash")},
+        "configuration": origin.get("config"),
+        "bits per byte": (origin.get("registration") or {}).get("bits_per_byte"),
+    }
+    return {**(known if origin else {}), "commit": code_revision()}
 
 
 def copy_tokenizer(checkpoint_dir: Path, output_dir: Path) -> None:

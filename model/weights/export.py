@@ -24,6 +24,7 @@ from transformers import (
 from model.configuration_rex import RexConfig
 from model.errors import PipelineError
 from model.modeling_rex import RexForCausalLM
+from model.weights.loading import load_model
 
 StockConfig = Glm4Config | LlamaConfig | Qwen3Config
 CLASSES: dict[str, type[PreTrainedModel]] = {
@@ -108,13 +109,12 @@ def export_model(model: RexForCausalLM) -> PreTrainedModel:
 
 
 def export_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
-    """Convert a REX checkpoint directory, tokenizer included.
+    """Convert a REX checkpoint directory, tokenizer included; a quantized one in the values of its weights.
 
     Raises PipelineError if `checkpoint_dir` is not a REX checkpoint.
     """
     if not (checkpoint_dir / "config.json").is_file():
         raise PipelineError(f"no config.json in {checkpoint_dir}: expected a REX checkpoint; train one first")
-    model = RexForCausalLM.from_pretrained(checkpoint_dir)
-    export_model(model).save_pretrained(output_dir)
+    export_model(load_model(checkpoint_dir, quantized=False)).save_pretrained(output_dir)
     for path in (*checkpoint_dir.glob("*token*.json"), *checkpoint_dir.glob("chat_template.jinja")):
         shutil.copy(path, output_dir / path.name)

@@ -11,9 +11,10 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoConfig, Glm4Config, PreTrainedTokenizerFast
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, Glm4Config, PreTrainedTokenizerFast
 
+from model.artifact import MANIFEST, file_digests
 from model.errors import PipelineError
 from model.export.__main__ import main
 from model.export.gguf import reason_against, write_gguf
@@ -24,9 +25,8 @@ from model.generation.requests import SamplingParameters
 from model.settings import TokenizerSettings
 from model.text.chat.template import MARKS, end_ids
 from model.text.tokenizer import train_tokenizer
-from model.weights import int4
-from model.weights.int8 import quantize
-from model.weights.loading import load_model
+from model.weights import int4, int8
+from model.weights.loading import FORMAT_VERSION, QUANTIZATION, load_model
 from tests.support.tiny import TEXT, save_tiny_model, tiny_model, tiny_tokenizer
 
 GO: dict[str, Any] = json.loads(Path(__file__).with_name("rendered.json").read_text())
@@ -94,6 +94,38 @@ def test_the_command_writes_every_format_with_card_modelfile_and_checksums(tmp_p
     assert not list((tmp_path / "out").rglob("*.py"))
 
 
+def test_a_quantized_model_is_exported_in_the_values_of_its_weights(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "rex")
+    quantized = int8.quantize(load_model(tmp_path / "rex"))
+    shutil.copytree(tmp_path / "rex", tmp_path / "int8")
+    save_file(quantized.state_dict(), tmp_path / "int8/model.safetensors")
+    (tmp_path / "int8" / QUANTIZATION).write_text(json.dumps({"format_version": FORMAT_VERSION, "method": "int8"}))
+    export(tmp_path / "int8", tmp_path / "out", ["hf"])
+    ids = torch.arange(24)[None]
+    expected = load_model(tmp_path / "int8", quantized=False)(ids).logits
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out/hf")(ids).logits
+    torch.testing.assert_close(exported, expected, atol=1e-5, rtol=0)
+
+
+def test_the_model_card_says_what_the_manifest_of_the_checkpoint_does(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "rex")
+    made = {"asset": "trained_checkpoint", "experiment": "mine", "content_hash": "ab12", "config": {"model": {"a": 1}}}
+    origin = {**made, "upstream": {"tokenized_dataset": "cd34"}, "registration": {"bits_per_byte": 1.25}}
+    (tmp_path / "rex" / MANIFEST).write_text(json.dumps({**origin, "files": file_digests(tmp_path / "rex")}))
+    export(tmp_path / "rex", tmp_path / "out", ["hf"])
+    lines = (tmp_path / "out/README.md").read_text().splitlines()
+    assert "- experiment: mine" in lines and "- bits per byte: `1.25`" in lines
+    assert '- upstream versions: `{"tokenized_dataset": "cd34", "trained_checkpoint": "ab12"}`' in lines
+    assert '- configuration: `{"model": {"a": 1}}`' in lines and any(line.startswith("- commit: ") for line in lines)
+
+
+@pytest.mark.parametrize("name", ["", "my model", '"', "-x", "a\nb", "../a"])
+def test_a_name_that_ollama_does_not_take_is_refused(tmp_path: Path, capsys, name: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path), str(tmp_path / "out"), f"--name={name}"])
+    assert "expected letters, digits" in capsys.readouterr().err
+
+
 def test_only_the_format_asked_for_is_written(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "rex")
     assert main([str(tmp_path / "rex"), str(tmp_path / "out"), "--to", "gguf"]) == 0
@@ -124,7 +156,7 @@ def test_compressed_tensors_holds_the_integers_of_the_int8_model(tmp_path: Path)
     save_tiny_model(tmp_path / "rex")
     export(tmp_path / "rex", tmp_path / "out", ["compressed-tensors"])
     stored = load_file(tmp_path / "out/compressed-tensors/model.safetensors")
-    quantized = quantize(load_model(tmp_path / "rex")).state_dict()
+    quantized = int8.quantize(load_model(tmp_path / "rex")).state_dict()
     down = "model.layers.1.mlp.down_proj"
     expected = next(value for name, value in quantized.items() if name.startswith(down) and value.dtype == torch.int8)
     assert torch.equal(stored[f"{down}.weight"], expected)
@@ -148,6 +180,15 @@ def test_a_character_tokenizer_is_left_out_of_gguf_with_the_reason(tmp_path: Pat
 def test_a_folder_without_a_checkpoint_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"^no config.json in .*: expected a REX checkpoint; train one first$"):
         export(tmp_path, tmp_path / "out")
+
+
+def test_a_file_or_the_checkpoint_itself_is_no_folder_to_write_to(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "rex")
+    card = (tmp_path / "rex/README.md").exists()
+    for output in (tmp_path / "rex/config.json", tmp_path / "rex"):
+        with pytest.raises(PipelineError, match=rf"^{output} is a file or the checkpoint's own folder: name another"):
+            export(tmp_path / "rex", output)
+    assert (tmp_path / "rex/README.md").exists() == card
 
 
 def test_a_gguf_in_q4_0_holds_the_values_of_our_int4_and_int8_for_the_embedding(tmp_path: Path) -> None:

@@ -348,12 +348,11 @@ class RexModel(RexPreTrainedModel):
         position_ids: (B, T); counted on from the cache when left out. Without mask and cache, positions that start over
         within a row mark packed sequences, which do not see each other. output_indices: indices (R,) of the tokens
         whose hidden states, then (B, R, D), are wanted: the last layer computes no others. For attention
-        implementations that can tell which queries those are. `cache` is another name of `past_key_values` where
-        transformers calls it that. Raises TypeError for an argument that neither this file nor transformers' attention
-        functions know.
+        implementations that can tell which queries those are. `cache` is another name of `past_key_values`. Raises
+        TypeError for an argument that neither this file nor transformers' attention functions know.
         """
-        if CACHE in kwargs:
-            past_key_values = kwargs.pop(CACHE)
+        if CACHE in kwargs or isinstance(kwargs.get("cache"), Cache):
+            past_key_values = kwargs.pop("cache")
         unknown = sorted(kwargs.keys() - _PASSED_ON)
         if unknown and self.config._attn_implementation in _ATTENTION_OF_TRANSFORMERS:
             raise TypeError(f"REX takes no argument {unknown[0]!r}: nothing in it or in its attention would read it")

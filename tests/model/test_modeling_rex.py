@@ -95,6 +95,16 @@ def test_cached_logits_of_a_left_padded_batch_equal_those_of_each_row_alone(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_is_read_by_either_of_its_names(model: RexForCausalLM, name: str) -> None:
+    """transformers 5.24 renames it; an older release must not pass over the new name in silence."""
+    ids, cache = tokens(1, 9), DynamicCache(config=model.config)
+    model(ids[:, :6], **{name: cache})
+    assert cache.get_seq_length() == 6
+    assert_same(model(ids[:, 6:], **{name: cache}).logits, model(ids).logits[:, 6:])
+
+
+@torch.no_grad()
 def test_packed_rows_do_not_see_each_other(model: RexForCausalLM) -> None:
     first, second = tokens(1, 5, seed=1), tokens(1, 7, seed=2)
     positions = torch.cat((torch.arange(5), torch.arange(7)))[None]

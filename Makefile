@@ -25,13 +25,15 @@ export GOMP_SPINCOUNT ?= 20000
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_UI_URL ?= http://127.0.0.1:$(MLFLOW_PORT)
 export LLM_ASSETS_DAGSTER_URL ?= http://127.0.0.1:$(UI_PORT)
+# Packages whose files have other hashes than those of constraints.txt are refused.
+INSTALL := PYTHONPATH=. $(BIN)/python -m llm_assets.install
 # Tests of one file stay in one process, as they share fixtures.
 SHARED := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Compose v2 is a plugin of docker's command line; the first version was a separate command.
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow harness cluster evaluation releases coverage vllm export-vllm lint docs screenshots bench clean
+.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow harness cluster evaluation releases coverage vllm export-vllm lint docs screenshots lock bench clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,8 +45,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	@# torch first and pinned, so that nothing else chooses another build of it. Bytecode is left to the first import:
 	@# compiling twenty thousand files here takes a minute or more, and most are never imported.
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0 $$(sed -n 's/^\(uv==[^ ]*\).*/\1/p' constraints.txt)
+	$(INSTALL) dev
 	@# Generation in C++; without a compiler, one line names the consequence.
 	@$(BIN)/python -m model.native.build
 	@touch $@
@@ -115,10 +117,10 @@ test-slow: setup  ## Run the other tests: slow ones, and those that start proces
 	$(BIN)/pytest $(SHARED) -m 'slow or processes' --durations 40 --durations-min 5
 
 harness: setup  ## Install lm-eval, whose log-likelihoods a test compares with ours
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[harness]'
+	$(INSTALL) harness
 
 cluster: setup  ## Install Ray, S3's file system, an S3 server and Helm's renderer, which tests of several machines need
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[cluster]'
+	$(INSTALL) cluster
 
 releases: harness  ## Run a checkpoint's own code under every supported minor release of transformers, and under the newest
 	EVERY_RELEASE=1 $(BIN)/pytest --numprocesses $(WORKERS) tests/model/test_releases.py
@@ -146,6 +148,9 @@ docs: setup  ## Write the tables of options into the documentation
 
 screenshots: setup  ## Take the documentation's pictures of Dagster's pages with EXPERIMENT (after `make pipeline`)
 	PYTHONPATH=. $(BIN)/python docs/screenshots.py $(EXPERIMENT)
+
+lock: setup  ## Write constraints.txt, with the hashes of all files, from pyproject.toml; UPGRADE='NAME ...' takes newer releases of these
+	$(INSTALL) --lock $(UPGRADE)
 
 lint: setup  ## Check style and types
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
+from llm_assets.containers.packages import pinned
 from model.training.trainer import RexTrainer
 
 REPO = Path(__file__).resolve().parents[1]
@@ -115,10 +116,10 @@ def test_the_file_of_private_modules_lists_the_names_that_it_imports(file: str) 
 
 
 def test_the_versions_seen_to_work_are_the_pinned_ones() -> None:
-    pinned = dict(line.split("==") for line in (REPO / "constraints.txt").read_text().split() if "==" in line)
+    versions = dict(line.split("==") for line in pinned((REPO / "constraints.txt").read_text()))
     for package, _, _ in table():
         name, version = package.lower().split()
-        assert pinned[name] == version, f"{name}: test the pinned release and put it in docs/architecture.md"
+        assert versions[name] == version, f"{name}: test the pinned release and put it in docs/architecture.md"
 
 
 def workflow() -> dict[str, Any]:

@@ -10,6 +10,7 @@ MLFLOW_PORT ?= 5000
 DEVICE     ?= cpu
 EXTRAS     ?=
 WORKERS    ?= 2
+UPGRADE    ?=
 
 BIN       := .venv/bin
 INSTALLED := .venv/.installed
@@ -26,7 +27,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_UI_URL ?= http://127.0.0.1:$(MLFLOW_PORT)
 export LLM_ASSETS_DAGSTER_URL ?= http://127.0.0.1:$(UI_PORT)
 # Packages whose files have other hashes than those of constraints.txt are refused.
-INSTALL := PYTHONPATH=. $(BIN)/python -m llm_assets.install
+INSTALL := PYTHONPATH=. $(BIN)/python -m llm_assets.instance.install
 # Tests of one file stay in one process, as they share fixtures.
 SHARED := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Compose v2 is a plugin of docker's command line; the first version was a separate command.

@@ -1,10 +1,10 @@
 """Installs this project, editable, with extras, from the locked packages: a file with another hash is refused.
 
-    python -m llm_assets.install EXTRA ...             # as `make setup`
-    python -m llm_assets.install --lock [PACKAGE ...]  # as `make lock`: write constraints.txt, with newer PACKAGEs
+    python -m llm_assets.instance.install EXTRA ...             # as `make setup`
+    python -m llm_assets.instance.install --lock [PACKAGE ...]  # as `make lock`: write constraints.txt, PACKAGEs newer
 
 Runs in a new environment that has only pip, torch and uv, so it imports nothing else. uv finds the package index in its
-own variables, else in pip's configuration. torch is not in the lock: pip installs it first, in the build for the device.
+own variables, else in pip's configuration. torch is not in the lock: pip installs it first, in the device's build.
 """
 
 import argparse
@@ -43,7 +43,9 @@ def lock_command(upgraded: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """See the module's docstring; the exit status is uv's."""
     parser = argparse.ArgumentParser(
-        prog="python -m llm_assets.install", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m llm_assets.instance.install",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="extras of pyproject.toml; with --lock, packages")
     parser.add_argument("--lock", action="store_true", help="write constraints.txt")

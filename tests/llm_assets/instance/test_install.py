@@ -12,14 +12,14 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from llm_assets.containers.packages import pinned
-from llm_assets.install import CONSTRAINTS, install_command, main
+from llm_assets.instance.install import CONSTRAINTS, install_command, main
 from llm_assets.paths import REPOSITORY
 from model.errors import PipelineError
 
 
 @pytest.mark.processes
 def test_it_needs_nothing_but_the_standard_library() -> None:
-    program = "import sys; sys.path.insert(0, sys.argv[1]); import llm_assets.install; print('imported')"
+    program = "import sys; sys.path.insert(0, sys.argv[1]); import llm_assets.instance.install; print('imported')"
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", program, str(REPOSITORY)], capture_output=True, text=True, check=False
     )
@@ -30,8 +30,8 @@ def test_every_package_but_torch_is_locked_with_hashes() -> None:
     lock = CONSTRAINTS.read_text()
     names = {canonicalize_name(line.partition("==")[0]) for line in pinned(lock)}
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"].values()
-    wanted = {canonicalize_name(Requirement(one).name) for one in (*project["dependencies"], *sum(extras, []))}
+    listed = [project["dependencies"], *project["optional-dependencies"].values()]
+    wanted = {canonicalize_name(Requirement(one).name) for several in listed for one in several}
     assert wanted - names == {"torch", "rex-pipeline"}
     entries = [entry for entry in lock.replace("\\\n", "").splitlines() if "==" in entry.split("#")[0]]
     assert len(entries) == len(pinned(lock)) > 300

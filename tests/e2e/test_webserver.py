@@ -33,11 +33,19 @@ _OPEN = """
 const found = [...document.querySelectorAll("*")].filter((box) => !box.children.length);
 found.find((box) => box.textContent === arguments[0]).click();
 """
+_PRESS = """
+// Press what has this text; whether it was there.
+const found = [...document.querySelectorAll("button *, [role=menuitem] *, div")].filter((box) => box.clientWidth);
+const pressed = found.filter((box) => !box.children.length && box.textContent.trim() === arguments[0]).at(-1);
+pressed?.click();
+return Boolean(pressed);
+"""
 _ICONS = """
 // Names of the icons beside a link.
 const link = document.querySelector(`a[href="${arguments[0]}"]`);
 return link && [...link.parentElement.querySelectorAll("[role=img]")].map((icon) => icon.ariaLabel);
 """
+RUNS = "{ runsOrError { ... on Runs { results { runId } } } }"
 TERMINATE = "mutation Terminate($id: String!) { terminateRun(runId: $id) { __typename } }"
 
 
@@ -70,6 +78,23 @@ def ask(client: httpx.Client, query: str, **variables):
 
 def icons_of_link(driver: Chrome, address: str) -> list[str]:
     return list(WebDriverWait(driver, WAIT_S).until(lambda page: page.execute_script(_ICONS, address)))
+
+
+def press(driver: Chrome, label: str) -> None:
+    WebDriverWait(driver, WAIT_S).until(lambda page: page.execute_script(_PRESS, label))
+
+
+def materialize_all(driver: Chrome, address: str, assets: int) -> None:
+    """Open the dialog of the lineage page's first button and choose `smoke` in it."""
+    driver.get(address)
+    text_of(driver, "Materialize all")
+    # A filtered page does not count.
+    press(driver, f"Materialize all ({assets})…" if "~" not in address else "Materialize all…")
+    text_of(driver, f"Launch runs to materialize {assets} assets")
+    press(driver, "Select a partition or create one")
+    text_of(driver, "Select all (1)")
+    press(driver, "smoke")
+    text_of(driver, "Launch 1 run")
 
 
 def launch(client: httpx.Client, overrides: list[str], assets: tuple[str, ...] = TO_CHECKPOINT) -> str:
@@ -180,6 +205,23 @@ def test_a_person_reads_names_numbers_and_pictures_on_the_pages(dagster, tmp_pat
         text_of(driver, "changed", "training.learning_rate")
         driver.get(partition_address(address, "source_text", "smoke"))
         text_of(driver, "dagster/uri", "file://")
+
+
+@pytest.mark.skipif(bool(missing()), reason=missing())
+def test_materialize_all_is_pressed_on_the_lineage_page_and_succeeds(dagster, tmp_path):
+    _, client = dagster
+    address = f"{str(client.base_url).rstrip('/')}/asset-groups"
+    with browser(tmp_path / "profile") as driver:
+        set_viewport(driver, 1500, 1000)
+        materialize_all(driver, address, len(PIPELINE))
+        # Two assets that are unchanged, so that the run takes seconds.
+        materialize_all(driver, f"{address}~key:corpus or key:tokenized_dataset", 2)
+        before = ask(client, RUNS)["runsOrError"]["results"]
+        press(driver, "Launch 1 run")
+        text_of(driver, "Launched run")
+    runs = ask(client, RUNS)["runsOrError"]["results"]
+    (run_id,) = {run["runId"] for run in runs} - {run["runId"] for run in before}
+    assert ended(client, run_id) == "SUCCESS"
 
 
 def test_a_cancelled_run_leaves_no_process_and_the_next_one_goes_on_to_the_same_bits(dagster):

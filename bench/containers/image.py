@@ -38,9 +38,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # Run by the image's Python inside the container: number of processes, anonymous bytes and mapped-file bytes, shared
 # pages counted once.
 HELD = """
-import glob, os, re
-own = f"/proc/{os.getpid()}/smaps_rollup"
-texts = [open(path).read() for path in glob.glob("/proc/[0-9]*/smaps_rollup") if path != own]
+import contextlib, glob, os, re
+own, texts = f"/proc/{os.getpid()}/smaps_rollup", []
+for path in glob.glob("/proc/[0-9]*/smaps_rollup"):
+    with contextlib.suppress(OSError):  # a process that ends, such as that of a health check
+        texts += [open(path).read()] if path != own else []
 def held(kind):
     return sum(int(re.search(f"^Pss_{kind}: +([0-9]+) kB", text, re.M)[1]) * 1024 for text in texts)
 print(len(texts), held("Anon") + held("Shmem"), held("File"))

@@ -128,16 +128,17 @@ PIPELINE = (
     ),
     StageSpec(
         "benchmark_report",
-        "Quality, latency, throughput and memory of both models, with and without KV cache: JSON, Markdown and plots.",
+        "Quality, latency, throughput and memory of both models, with and without KV cache, and the exported model in "
+        "other engines: JSON, Markdown and plots.",
         group="release",
         kinds=("pytorch", "markdown"),
         eager=True,
-        code_version="2",
+        code_version="3",
         settings=("benchmark",),
-        upstream=("trained_checkpoint", "quantized_model", "tokenized_dataset"),
+        upstream=("trained_checkpoint", "quantized_model", "exported_model", "tokenized_dataset"),
         checks={
             "is_fit_for_release": "The KV cache makes decoding faster, bits per byte are not above the champion's by "
-            "more than chance, and the exported model, if there is one, agrees with the checkpoint (else a warning)."
+            "more than chance, and the exported model agrees with the checkpoint (else a warning)."
         },
         pool="device",
         preload=("bench.report.report",),

@@ -14,6 +14,7 @@ def render(report: dict[str, Any]) -> str:
         _decode(report),
         _prefill_and_batches(report),
         _memory(report),
+        *([_export(report["export"])] if report["export"] else []),
         _samples(report),
         _conditions(report),
     ]
@@ -165,6 +166,31 @@ configuration in its own; the second column excludes the memory of the imported 
 {table(["", "peak, MB", "beyond the imports, MB", "GPU, MB"], rows)}
 
 {table(["model.safetensors", "bytes", "MB"], sizes)}"""
+
+
+def _export(export: dict[str, Any]) -> str:
+    rows = [
+        (
+            f"`{row['file']}`",
+            row["engine"],
+            _megabytes(row["bytes"]),
+            f"{row['bits_per_byte']:.4f}",
+            f"{row['bits_per_byte_difference']:.1g}",
+            f"{row['log_probability_difference']:.1g}",
+            f"{len(row['differences'])}",
+        )
+        for row in export["certificates"]
+    ]
+    header = ["file", "engine", "MB", "bits per byte", "difference", "nats", "beyond the bounds"]
+    left_out = [f"Left out: {reason}." for reason in export["left_out"]]
+    text = f"""## In other engines
+
+Each file of the exported model, run by its engine. Bits per byte are of other windows of the validation split than \
+above. Their difference, and the largest one of a log-probability in nats, are to this project's model with the same \
+weights; the bounds are in `certificates.json`.
+
+{table(header, rows)}"""
+    return "\n\n".join([text, *left_out])
 
 
 def _samples(report: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """The benchmark report of an experiment, measured on its artifacts: quality, speed and memory of both models.
 
-    python -m bench.report CHECKPOINT_DIR QUANTIZED_DIR DATASET_DIR OUTPUT_DIR
+    python -m bench.report CHECKPOINT_DIR QUANTIZED_DIR DATASET_DIR OUTPUT_DIR [--exported EXPORTED_DIR]
 
 writes report.json (everything, raw rounds included), report.md, kv_cache.png and model_benchmark_comparison.png.
 `bench/report/speed.py` has the timings and `bench/report/quality.py` the scores; this file assembles the report.
@@ -43,12 +43,14 @@ def build_report(
     dataset_dir: Path,
     output_dir: Path,
     *,
+    exported_dir: Path | None = None,
     log: Log = silent,
 ) -> dict[str, Any]:
     """Measure both models on `settings.serving.device`, write the four files to `output_dir`, return report.json.
 
-    Its key `summary` holds the headline numbers, flat. Speeds are in tokens per second, latencies in milliseconds,
-    sizes in bytes. Raises PipelineError if a directory cannot be loaded or a length exceeds the model's context.
+    exported_dir: the model for other engines, whose files and certificates are listed. The key `summary` holds the
+    headline numbers, flat. Speeds are in tokens per second, latencies in milliseconds, sizes in bytes. Raises
+    PipelineError if a directory cannot be loaded or a length exceeds the model's context.
     """
     device = resolve_device(settings.serving.device, setting="serving.device")
     directories = {"full": checkpoint_dir, "quantized": quantized_dir}
@@ -83,6 +85,7 @@ def build_report(
         **speed,
         "memory": memory.result(),
         "samples": samples,
+        "export": read_export(exported_dir) if exported_dir else None,
     }
     report["summary"] = summarize(report)
     with limits_as_error(output_dir):
@@ -179,6 +182,23 @@ def _memory(
     return [{k: v for k, v in row.items() if k != "model_dir"} for row in measure_peaks(configurations)]
 
 
+def read_export(exported_dir: Path) -> dict[str, Any]:
+    """Sizes and certificates of the files for other engines. Raises PipelineError if there are none."""
+    path = exported_dir / "certificates.json"
+    if not path.is_file():
+        raise PipelineError(f"no {path.name} in {exported_dir}: expected an exported model; materialize it first")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        **found,
+        "certificates": [{**row, "bytes": _size(exported_dir / row["file"])} for row in found["certificates"]],
+    }
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -200,6 +220,7 @@ def main() -> int:
     parser.add_argument("quantized_dir", type=Path, help="directory of the quantized model")
     parser.add_argument("dataset_dir", type=Path, help="directory of the tokenized dataset")
     parser.add_argument("output_dir", type=Path, help="where the four files go")
+    parser.add_argument("--exported", type=Path, help="directory of the exported model, for its certificates")
     parser.add_argument("--name", default="experiment", help="the experiment's name, for the title")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to measure")
     for name, value in asdict(defaults).items():
@@ -214,6 +235,7 @@ def main() -> int:
         arguments.quantized_dir,
         arguments.dataset_dir,
         arguments.output_dir,
+        exported_dir=arguments.exported,
         log=print,
     )
     print(arguments.output_dir / "report.md")

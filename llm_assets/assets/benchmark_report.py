@@ -25,6 +25,7 @@ def benchmark_report(
     mlflow: MlflowTracking,
     trained_checkpoint: Path,
     quantized_model: Path,
+    exported_model: Path,
     tokenized_dataset: Path,
 ) -> Iterator[dg.MaterializeResult]:
     """Quality, latency, throughput and memory of both models, with and without KV cache: JSON, Markdown and plots."""
@@ -33,11 +34,18 @@ def benchmark_report(
     upstream = {
         "trained_checkpoint": trained_checkpoint,
         "quantized_model": quantized_model,
+        "exported_model": exported_model,
         "tokenized_dataset": tokenized_dataset,
     }
     with stage(context, hydra, mlflow, upstream, exclusive=True) as work:
         report = build_report(
-            work.settings, trained_checkpoint, quantized_model, tokenized_dataset, work.output, log=work.log
+            work.settings,
+            trained_checkpoint,
+            quantized_model,
+            tokenized_dataset,
+            work.output,
+            exported_dir=exported_model,
+            log=work.log,
         )
         found = report["summary"]
         work.tracked.log_artifact(work.output)

@@ -15,15 +15,14 @@ from llm_assets.stage.once import reuses_unchanged
 from llm_assets.stage.stage import stage
 from model.settings import ExperimentSettings
 
-COLUMNS = (
-    "engine",
-    "file",
-    "precision",
-    "log_probability_difference",
-    "bits_per_byte_difference",
-    "differences",
-)
-"""Of the certificates on the asset's page, as many as its width has room for; the manifest has all."""
+COLUMNS = {
+    "file": "file",
+    "log_probability_difference": "nats",
+    "bits_per_byte_difference": "bits per byte",
+    "differences": "differences",
+    "engine": "engine",
+}
+"""Of the certificates on the asset's page, as many as its width has room for, by short names; the manifest has all."""
 
 
 def fingerprint(settings: ExperimentSettings) -> str:
@@ -87,7 +86,9 @@ def exported_model(
                     },
                     "B",
                 ),
-                "certificates": ui_metadata.table([{name: row[name] for name in COLUMNS} for row in rows]),
+                "certificates": ui_metadata.table(
+                    [{title: row[name] for name, title in COLUMNS.items()} for row in rows]
+                ),
                 "left_out": "; ".join(found.left_out) or "nothing",
             },
             [checks.is_the_same_model(rows, found.differences)],

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from bench.decode import decode, measure_kv_cache, prompt
+from bench.report.markdown import render
 from bench.report.memory import Configuration, measure_peaks
 from bench.report.plots import running_median
-from bench.report.report import build_report, settings_of
+from bench.report.report import build_report, read_export, settings_of
 from bench.report.speed import _middles, _total, common_length, uncached_every
 from model.baselines import held_out, token_counts, unigram_bits, xz_bits
 from model.build import build_config, build_model
@@ -64,6 +65,30 @@ def report(directories, settings) -> dict:
     return build_report(
         settings, directories["checkpoint"], directories["int8"], directories["dataset"], directories["report"]
     )
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    """An exported model of one file, with its certificate."""
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "model-q8_0.gguf").write_bytes(b"x" * 2_500_000)
+    row = {"file": "gguf/model-q8_0.gguf", "engine": "llama.cpp 1", "bits_per_byte": 2.32541, "differences": ["a"]}
+    row |= {"bits_per_byte_difference": 8.5e-5, "log_probability_difference": 0.0266}
+    found = {"certificates": [row], "left_out": ["hf: not checked"]}
+    (tmp_path / "certificates.json").write_text(json.dumps(found))
+    return tmp_path
+
+
+def test_the_exported_model_is_listed_with_its_certificates(report, exported):
+    export = read_export(exported)
+    assert export["certificates"][0]["bytes"] == 2_500_000
+    assert report["export"] is None and "## In other engines" not in render(report)
+    page = render({**report, "export": export})
+    assert "| `gguf/model-q8_0.gguf` | llama.cpp 1 | 2.5 | 2.3254 | 9e-05 | 0.03 | 1 |" in page
+    assert "Left out: hf: not checked." in page
+    (exported / "certificates.json").unlink()
+    with pytest.raises(PipelineError, match=r"no certificates\.json in .*: expected an exported model"):
+        read_export(exported)
 
 
 @pytest.fixture(scope="module")

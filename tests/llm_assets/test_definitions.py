@@ -65,7 +65,7 @@ def test_each_asset_is_made_from_the_ones_that_the_design_names() -> None:
         "trained_checkpoint": {"tokenized_dataset"},
         "quantized_model": {"trained_checkpoint", "tokenized_dataset"},
         "exported_model": {"trained_checkpoint", "quantized_model", "tokenized_dataset"},
-        "benchmark_report": {"trained_checkpoint", "quantized_model", "tokenized_dataset"},
+        "benchmark_report": {"trained_checkpoint", "quantized_model", "exported_model", "tokenized_dataset"},
         "packaged_bento": {"trained_checkpoint", "quantized_model", "benchmark_report"},
     }
 

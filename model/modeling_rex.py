@@ -35,7 +35,7 @@ _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 _CACHES_TAKE_POSITIONS = "cache_kwargs" in inspect.signature(Cache.update).parameters
 # Of the arguments that transformers' own code passes on, those that its attention functions read or that are harmless.
 _PASSED_ON = {"num_items_in_batch", "cache_position", "is_causal", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"}
-_PASSED_ON |= {"max_length_q", "max_length_k", "cache", "block_table", "read_index", "write_index", "logits_indices"}
+_PASSED_ON |= {"max_length_q", "max_length_k", "block_table", "read_index", "write_index", "logits_indices"}
 _PASSED_ON |= {"max_seqlen_q", "max_seqlen_k", "cumulative_seqlens_q", "cumulative_seqlens_k", "logits_processor_args"}
 _ATTENTION_OF_TRANSFORMERS = {"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"}
 
@@ -351,7 +351,7 @@ class RexModel(RexPreTrainedModel):
         implementations that can tell which queries those are. `cache` is another name of `past_key_values`. Raises
         TypeError for an argument that neither this file nor transformers' attention functions know.
         """
-        if CACHE in kwargs or isinstance(kwargs.get("cache"), Cache):
+        if "cache" in kwargs and (CACHE == "cache" or isinstance(kwargs["cache"], Cache)):
             past_key_values = kwargs.pop("cache")
         unknown = sorted(kwargs.keys() - _PASSED_ON)
         if unknown and self.config._attn_implementation in _ATTENTION_OF_TRANSFORMERS:

@@ -104,6 +104,11 @@ def test_a_cache_is_read_by_either_of_its_names(model: RexForCausalLM, name: str
     assert_same(model(ids[:, 6:], **{name: cache}).logits, model(ids).logits[:, 6:])
 
 
+def test_what_is_no_cache_is_not_passed_over(model: RexForCausalLM) -> None:
+    with pytest.raises((TypeError, AttributeError)):  # from 5.24 on it is asked for its length
+        model(tokens(1, 6), cache="pages")
+
+
 @torch.no_grad()
 def test_packed_rows_do_not_see_each_other(model: RexForCausalLM) -> None:
     first, second = tokens(1, 5, seed=1), tokens(1, 7, seed=2)

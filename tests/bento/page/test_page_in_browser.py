@@ -1,34 +1,20 @@
 """The page in a real browser against the real routes and engine: what a person at a desk or with a phone meets."""
 
 import re
-import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import httpx
 import pytest
-import uvicorn
-from fastapi import FastAPI
-from selenium.webdriver import Chrome
-from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.wait import WebDriverWait
-from starlette.testclient import TestClient
 
 from bento.api import create_app
-from bento.serving.shadow import Shadow
-from tests.bento.conftest import Service, make_service
 from tests.bento.openai_service import CHAT_TEMPLATE
-from tests.bento.page.browser import browser, missing, requested, set_colors, set_viewport
-from tests.model.generation.engines import StepHook
+from tests.bento.page.browser import missing, requested, set_colors, set_viewport
+from tests.bento.page.opened import listening
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(bool(missing()), reason=missing())]
 
-WAIT_S = 30
 GAUGES = ("rex_num_requests_running", "rex_num_requests_waiting")
 MARKUP = "<img src=x onerror=document.title='broken'>"
 CONTRAST = """
@@ -52,114 +38,6 @@ return [...document.querySelectorAll(texts + ", #error")]
     return [element.id || element.tagName + " " + element.textContent.slice(0, 20), (a + 0.05) / (b + 0.05)];
   });
 """
-
-
-@dataclass
-class Page:
-    """The page in a browser, the service behind it, and a gate that lets the model take single steps."""
-
-    driver: Chrome
-    service: Service
-    address: str
-    steps: threading.Semaphore
-
-    def open(self) -> None:
-        self.driver.get(self.address)
-        self.driver.execute_script("sessionStorage.clear()")
-        requested(self.driver)
-        self.driver.get(self.address)
-
-    def __getitem__(self, name: str) -> WebElement:
-        return self.driver.find_element(By.ID, name)
-
-    def text(self, name: str) -> str:
-        return str(self[name].get_property("textContent"))
-
-    def fill(self, **fields: str) -> None:
-        if self["options"].get_attribute("open") is None:
-            self["options"].find_element(By.TAG_NAME, "summary").click()
-        for name, value in fields.items():
-            self[name].clear()
-            self[name].send_keys(value)
-
-    def allow(self, steps: int) -> None:
-        self.steps.release(steps)
-
-    def wait(self, condition) -> None:
-        WebDriverWait(self.driver, WAIT_S, poll_frequency=0.05).until(lambda _: condition())
-
-    def press(self, *keys: str) -> None:
-        *held, last = keys
-        actions = ActionChains(self.driver)
-        for key in held:
-            actions.key_down(key)
-        actions.send_keys(last)
-        for key in held:
-            actions.key_up(key)
-        actions.perform()
-
-    @property
-    def focused(self) -> str:
-        return str(self.driver.switch_to.active_element.get_attribute("id"))
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether the engine has nothing to do."""
-        stats = self.service.engine.stats()
-        return stats.running == stats.waiting == 0
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether the page says that it generates."""
-        return self["output"].get_attribute("aria-busy") == "true"
-
-    @property
-    def complaints(self) -> list[str]:
-        """What the browser's console says of scripts and of the page's policy."""
-        entries = self.driver.get_log("browser")
-        return [entry["message"] for entry in entries if entry["source"] != "network"]
-
-
-@contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
-    """The app behind a real server; its address."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-        finally:
-            server.should_exit = True
-            thread.join(WAIT_S)
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory) -> Iterator[Page]:
-    service, steps = make_service(), threading.Semaphore(0)
-
-    def step(*_: object) -> None:
-        assert steps.acquire(timeout=WAIT_S)
-
-    StepHook(service.engine, before=step)
-    try:
-        with listening(service.app) as address, browser(tmp_path_factory.mktemp("profile")) as driver:
-            yield Page(driver, service, address, steps)
-            steps.release(10_000)
-    finally:
-        service.engine.stop()
-
-
-@pytest.fixture
-def page(served: Page) -> Iterator[Page]:
-    set_viewport(served.driver, 1200, 900)
-    while served.steps.acquire(blocking=False):
-        pass
-    served.open()
-    yield served
-    served.allow(10_000)
-    served.wait(lambda: served.is_idle)
 
 
 def test_the_page_asks_nothing_of_another_host_and_breaks_no_rule_of_its_policy(page):
@@ -368,98 +246,6 @@ def test_a_chat_model_is_talked_to_unless_the_address_says_otherwise(page, monke
     page.driver.refresh()
     page.wait(lambda: page.text("model") != "A language model that continues your text.")
     assert not page["chat"].is_selected()
-
-
-@pytest.fixture
-def other() -> Iterator[Service]:
-    """A second model with other weights, whose vocabulary is the first one's."""
-    made = make_service(seed=1, cors_origins=["*"])
-    yield made
-    made.opened.set()
-    made.engine.stop()
-
-
-def compare(page: Page, name: str) -> None:
-    """Show both models, the second by this name, and generate."""
-    page.driver.refresh()
-    page.wait(lambda: name in page.text("compare-hint"))
-    page.fill(prompt="def main", max_tokens="6", temperature="0")
-    page["compare"].click()
-    page.allow(300)
-    page["generate"].click()
-    page.wait(lambda: not page.is_busy and page.text("tokens") == page.text("tokens-2") == "6")
-
-
-def greedy(service: Service) -> str:
-    body = {"prompt": "def main", "max_tokens": 6, "temperature": 0}
-    return str(TestClient(service.app).post("/v1/completions", json=body).json()["choices"][0]["text"])
-
-
-def test_champion_and_challenger_answer_side_by_side(page, other):
-    assert not page["compare"].is_enabled() and not page["result-2"].is_displayed()
-    models = page.service.app.state.models
-    models.shadow = Shadow(0.0, 60)
-    models.shadow.serve(other.engine, "7")
-    try:
-        compare(page, "rex-tiny@challenger")
-    finally:
-        models.shadow = None
-    assert [page.text("result-title"), page.text("result-title-2")] == ["rex-tiny:1", "rex-tiny@challenger"]
-    page.allow(100)
-    texts = [greedy(page.service), greedy(other)]
-    assert [page.text("generated"), page.text("generated-2")] == texts and texts[0] != texts[1]
-    left, right = page["output"].rect, page["output-2"].rect
-    assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]
-    assert "compare=true" in page.driver.current_url and page.complaints == []
-    set_viewport(page.driver, 390, 700, phone=True)
-    above, below = page["output"].rect, page["output-2"].rect
-    assert below["y"] > above["y"] and below["x"] == above["x"]
-
-
-def test_a_second_service_is_asked_as_well_and_each_error_says_whose_it_is(page, other):
-    page.allow(100)
-    with listening(other.app) as second:
-        app = create_app(model_name="rex-tiny:1", request_timeout_s=60, max_body_bytes=4096, compare_with=second)
-        app.state.models.serve(page.service.engine)
-        with listening(app) as address:
-            both = replace(page, address=address)
-            both.open()
-            other.app.state.models.name = "other:2"
-            compare(both, "other:2")
-            assert both.text("generated-2") == greedy(other) and both.complaints == []
-            hosts = {one.removeprefix(second).removeprefix(address) for one in requested(both.driver)}
-            assert not [one for one in hosts if "//" in one]
-            other.app.state.models.name = "renamed:3"
-            both["generate"].click()
-            both.wait(lambda: both["error"].is_displayed())
-            assert both.text("error").startswith("other:2: model 'other:2' is not served")
-            assert both.text("status").startswith("As many") and both.text("status-2") == "Failed."
-            both.driver.get("about:blank")  # no connection of the browser keeps the servers
-
-
-def test_each_of_two_models_has_its_own_conversation(page, other, monkeypatch):
-    models = page.service.app.state.models
-    for engine in (page.service.engine, other.engine):
-        monkeypatch.setattr(engine.tokenizer, "chat_template", CHAT_TEMPLATE)
-    models.shadow = Shadow(0.0, 60)
-    models.shadow.serve(other.engine, "7")
-    try:
-        page.driver.refresh()
-        page.wait(lambda: "challenger" in page.text("compare-hint"))
-        page.fill(max_tokens="3", temperature="0")
-        page["compare"].click()
-        page.allow(300)
-        said: list[list[str]] = []
-        for turn in ("first", "second"):
-            page.fill(prompt=turn)
-            page["generate"].click()
-            page.wait(lambda: not page.is_busy and not page["prompt"].get_property("value"))
-            said.append([page.text("generated"), page.text("generated-2")])
-    finally:
-        models.shadow = None
-    for at, suffix in enumerate(("", "-2")):
-        given = page.text(f"given{suffix}")
-        assert given == f"You: first\n\nModel: {said[0][at]}\n\nYou: second\n\nModel: "
 
 
 def test_a_server_with_keys_shows_the_page_and_asks_for_one(page):

@@ -17,7 +17,7 @@ PYTHON = os.environ.get("AIDER_PYTHON", "")
 pytestmark = [
     pytest.mark.processes,
     pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON, reason="no aider: AIDER_PYTHON names the Python of its environment"),
+    pytest.mark.skipif(not PYTHON, reason="no aider: AIDER_PYTHON names a Python that has aider-chat"),
 ]
 BEFORE, AFTER = "def add(a, b):\n    return a - b\n", "def add(a, b):\n    return a + b\n"
 FILE = "calc.py"

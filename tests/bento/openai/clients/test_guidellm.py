@@ -39,8 +39,8 @@ def packages(tmp_path_factory) -> Path:
         PACKAGES,
     ]
     done = subprocess.run(install, capture_output=True, text=True, timeout=300, check=False)
-    if done.returncode and UNREACHED.search(done.stderr):
-        pytest.skip("the package index does not answer")
+    if done.returncode and (unreached := UNREACHED.search(done.stderr)):
+        pytest.skip(f"the package index does not answer ({unreached[0]})")
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -161,7 +161,7 @@ class Scheduler:
         """The client that has this step alone, at most every other step: it waits for a first token, and had fewer
         tokens computed than any other.
         """
-        clients = {sequence.request.client for sequence in self.running}
+        clients = self._running_clients()
         fewest = min(clients, key=self._computed.__getitem__, default=None)
         waits = any(s.is_prefilling for s in self.running if s.request.client == fewest)
         self._is_alone = len(clients) > 1 and waits and not self._is_alone
@@ -169,9 +169,11 @@ class Scheduler:
 
     def _count_clients(self) -> None:
         """Take notice of clients that came and went."""
-        running = {sequence.request.client for sequence in self.running}
-        self._present = running | self._queue.present_clients()
+        self._present = self._running_clients() | self._queue.present_clients()
         self._computed = {client: tokens for client, tokens in self._computed.items() if client in self._present}
+
+    def _running_clients(self) -> set[str]:
+        return {sequence.request.client for sequence in self.running}
 
     def _next_segment(self, sequence: Sequence, most: int) -> Segment:
         return sequence.next_segment(most, self._forbidden(sequence))
@@ -186,7 +188,7 @@ class Scheduler:
         slots = len(self._free) + len(self.running)
         most_long = slots - slots // SLOTS_PER_KEPT
         long = sum(not is_short(sequence.generation) for sequence in self.running)
-        clients = {sequence.request.client for sequence in self.running}
+        clients = self._running_clients()
         # A slot is kept for a client that is present without a request here.
         kept = 1 if slots > 1 and self._present - clients else 0
 

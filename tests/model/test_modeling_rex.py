@@ -105,7 +105,7 @@ def test_a_cache_is_read_by_either_of_its_names(model: RexForCausalLM, name: str
 
 
 def test_what_is_no_cache_is_not_passed_over(model: RexForCausalLM) -> None:
-    with pytest.raises((TypeError, AttributeError)):  # from 5.24 on it is asked for its length
+    with pytest.raises((TypeError, AttributeError)):  # from 5.24 on the model reads its length
         model(tokens(1, 6), cache="pages")
 
 

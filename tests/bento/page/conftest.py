@@ -1,4 +1,4 @@
-"""The page, opened anew for each test in one browser for each file."""
+"""The page, opened again for each test in one browser for each file."""
 
 import threading
 from collections.abc import Iterator

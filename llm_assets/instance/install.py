@@ -14,7 +14,7 @@ import sys
 import tomllib
 from collections.abc import Sequence
 
-from llm_assets.containers.packages import pip_options, uv_environment
+from llm_assets.containers.packages import pinned, pip_options, uv_environment
 from llm_assets.paths import REPOSITORY
 from model.errors import PipelineError, ends_in_one_line
 
@@ -32,7 +32,13 @@ def install_command(extras: Sequence[str]) -> list[str]:
 
 
 def lock_command(upgraded: Sequence[str]) -> list[str]:
-    """Arguments of `uv pip` that lock all extras for every Python and system; only `upgraded` get newer releases."""
+    """Arguments of `uv pip` that lock all extras for every Python and system; only `upgraded` get newer releases.
+
+    Raises PipelineError for a package that is not in the lock, which uv would pass over.
+    """
+    held = {line.partition("==")[0] for line in pinned(CONSTRAINTS.read_text())}
+    if unknown := [name for name in upgraded if name not in held]:
+        raise PipelineError(f"no package {unknown[0]!r} in {CONSTRAINTS.name}: name one as it is spelled there")
     wanted = ["compile", "pyproject.toml", "--all-extras", "--universal", "--python-version", OLDEST_PYTHON]
     form = ["--generate-hashes", "--no-annotate", "--output-file", CONSTRAINTS.name]
     omitted = ["--no-emit-package=torch", "--no-emit-package=pip"]

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from llm_assets.containers.packages import pinned
-from llm_assets.instance.install import CONSTRAINTS, install_command, main
+from llm_assets.instance.install import CONSTRAINTS, install_command, lock_command, main
 from llm_assets.paths import REPOSITORY
 from model.errors import PipelineError
 
@@ -60,8 +60,11 @@ def test_a_file_with_another_hash_is_refused(tmp_path: Path, is_right: bool) -> 
     assert is_right or "Hash mismatch" in done.stderr
 
 
-def test_an_unknown_extra_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_extra_or_package_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(PipelineError, match=r"no extra 'clutser': expected one of cluster, dev, "):
         install_command(["clutser"])
+    assert "--upgrade-package=transformers" in lock_command(["transformers"])
+    with pytest.raises(PipelineError, match=r"no package 'transfomers' in constraints\.txt"):
+        lock_command(["transfomers"])
     assert main([]) == 1
     assert capsys.readouterr().err == "error: nothing to install: name an extra of pyproject.toml, such as dev\n"

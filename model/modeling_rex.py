@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -353,7 +354,8 @@ class RexModel(RexPreTrainedModel):
         """
         if "cache" in kwargs and (CACHE == "cache" or isinstance(kwargs["cache"], Cache)):
             past_key_values = kwargs.pop("cache")
-        unknown = sorted(kwargs.keys() - _PASSED_ON)
+        pages = {"cache"} if isinstance(kwargs.get("cache"), PagedAttentionCache) else set()  # attention functions' own
+        unknown = sorted(kwargs.keys() - _PASSED_ON - pages)
         if unknown and self.config._attn_implementation in _ATTENTION_OF_TRANSFORMERS:
             raise TypeError(f"REX takes no argument {unknown[0]!r}: nothing in it or in its attention would read it")
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -381,8 +383,7 @@ class RexModel(RexPreTrainedModel):
         if cache_position is None and (position_ids is None or _CACHES_TAKE_POSITIONS):
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             cache_position = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
-        if position_ids is None:
-            position_ids = cache_position.unsqueeze(0)
+        position_ids = cache_position.unsqueeze(0) if position_ids is None else position_ids
         mask = None
         if not is_plain_causal:
             arguments: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}

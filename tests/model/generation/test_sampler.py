@@ -68,6 +68,23 @@ def test_probabilities_equal_those_of_transformers_processors(options, vocab_siz
     torch.testing.assert_close(mine.float(), expected[0].softmax(-1), atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("temperature", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("top_k", [0, 7, 300])
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.95, 0.999999])
+def test_the_candidates_are_those_of_a_stable_sort(temperature: float, top_k: int, top_p: float) -> None:
+    """With many equal logits, of which the first by id are kept, and some that are minus infinity."""
+    scores_V = (torch.randn(1000, generator=torch.Generator().manual_seed(3)) * 8).round() / 2
+    scores_V[100:110] = -torch.inf
+    sampler = Sampler(SamplingParameters(temperature=temperature, top_k=top_k, top_p=top_p), [], 1000, CPU)
+    ids, weights = sampler.kept(scores_V)
+    expected_V = ((scores_V.double() - scores_V.max()) / temperature).exp()
+    sorted_C, order = expected_V.sort(descending=True, stable=True)
+    sorted_C = sorted_C[: top_k or None]
+    kept = int((sorted_C.cumsum(0) - sorted_C < top_p * sorted_C.sum()).sum())
+    assert ids.tolist() == sorted(order[:kept].tolist())
+    torch.testing.assert_close(torch.from_numpy(weights), expected_V[torch.from_numpy(ids)], rtol=1e-12, atol=0)
+
+
 def test_draws_come_as_often_as_their_probabilities_say():
     scores_V, count = logits(), 20_000
     sampler = Sampler(SamplingParameters(seed=0, top_k=6), [], V, CPU)

@@ -9,6 +9,7 @@ thread, one at a time (`heavy.py`).
 import json
 import re
 from collections.abc import Callable, Coroutine
+from itertools import chain
 from typing import Any
 
 import orjson
@@ -28,6 +29,7 @@ MAX_NAMES = 8_192
 LONG_BODY = 16_384
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """Written by .NET and PowerShell; RFC 8259 section 8.1 lets a parser ignore it."""
+_NESTED = frozenset({dict, list})
 _STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
@@ -152,12 +154,9 @@ def _count_names(value: Any) -> int:
     level, names = [value], 0
     for _ in range(DEEPEST + 1):
         names += sum(len(one) for one in level if type(one) is dict)
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if type(outer) is dict else outer if type(outer) is list else ())
-            if type(inner) is dict or type(inner) is list
-        ]
+        inside = [one.values() if type(one) is dict else one for one in level if type(one) is dict or type(one) is list]
+        # Of plain values, which may be 100,000, only the set of types is looked at.
+        level = list(chain.from_iterable(values for values in inside if not _NESTED.isdisjoint(map(type, values))))
         if not level:
             return names
     raise _too_deep()

@@ -225,14 +225,19 @@ class Http1Protocol(HttpToolsProtocol):
         self._limits.shares.charge(self._client_host, seconds)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        cost = self._limits.shares.request(self._client_host)
+
         async def charged(scope: Any, receive: Any, send: Any) -> None:
             async def send_free(message: Any) -> None:
                 if message.get("more_body"):  # a stream: its text has its share of the engine
                     answer.is_free = True
                 await send(message)
 
-            answer = Charged(app(scope, receive, send_free), self._charge)
-            await answer
+            answer = Charged(app(scope, receive, send_free), cost.charge)
+            try:
+                await answer
+            finally:
+                self._limits.shares.learn(self._client_host, cost.spent_s)
 
         super()._start_asgi_task(cycle, charged)
 

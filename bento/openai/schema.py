@@ -25,6 +25,7 @@ from bento.schema import (
     Sampling,
     StrictRequest,
     forms,
+    whole_items,
 )
 from model.generation.requests import LARGEST_LENGTH_PENALTY, Beams, GenerationRequest
 from model.text.chat.tools import has_unpaired_results
@@ -72,7 +73,7 @@ def read_prompts(value: Any, most: int = MAX_PROMPTS) -> list[str] | list[list[i
         raise PydanticCustomError(
             "prompt_type", "expected a string, a list of strings, token ids or lists of token ids"
         )
-    value = [_whole_ids(one) for one in value] if any(type(one) is list for one in value) else _whole_ids(value)
+    value = [whole_items(one) for one in value] if list in set(map(type, value)) else whole_items(value)
     if _are_ids(value) and value:
         value = [value]
     if len(value) > most:
@@ -86,15 +87,8 @@ def read_prompts(value: Any, most: int = MAX_PROMPTS) -> list[str] | list[list[i
     raise PydanticCustomError("prompt_type", "expected a string, a list of strings, token ids or lists of token ids")
 
 
-def _whole_ids(value: Any) -> Any:
-    """A list of tokens with its integral floats as integers; anything else as it is."""
-    if type(value) is not list or not all(type(token) in (int, float) for token in value) or _are_ids(value):
-        return value
-    return [int(token) if type(token) is float and token.is_integer() else token for token in value]
-
-
 def _are_ids(value: list[Any]) -> bool:
-    return all(type(token) is int for token in value)  # a bool is an int
+    return set(map(type, value)) <= {int}  # a bool is an int
 
 
 def prompts_schema(most: int, min_length: int = 0) -> WithJsonSchema:

@@ -2,8 +2,9 @@
 
 Each client, an address, has a leaky bucket that fills with the CPU time of its requests and drains at `SHARE` of a
 core. While other clients send requests too, the server reads nothing from the connections of a client whose bucket is
-full, so that its data waits in the kernel. A client alone never waits. Generation has its own turns
-(`model/generation/turns.py`).
+full, so that its data waits in the kernel. A request is charged in advance with what the client's requests usually
+cost, so that of several connections that wait, one is read at a time. A client alone never waits. Generation has its
+own turns (`model/generation/turns.py`).
 """
 
 import time
@@ -22,6 +23,8 @@ OTHERS_S = 1.0
 CONNECTION_S = 0.0005
 """Charged for a connection: the kernel's and the loop's work that no step of a request shows."""
 MOST_CLIENTS = 4096
+NEWEST_WEIGHT = 0.25
+"""Of a request's cost in the moving average that is charged in advance."""
 
 Charge = Callable[[float], None]
 CHARGE: ContextVar[Charge | None] = ContextVar("charge", default=None)
@@ -32,6 +35,8 @@ CHARGE: ContextVar[Charge | None] = ContextVar("charge", default=None)
 class _Bucket:
     level_s: float = 0.0
     at: float = 0.0
+    usual_s: float = 0.0
+    """Moving average of the cost of a request."""
 
 
 @dataclass
@@ -52,6 +57,17 @@ class ClientShares:
         if len(self._buckets) > MOST_CLIENTS:
             self._buckets = {name: one for name, one in self._buckets.items() if now - one.at < LONGEST_WAIT_S}
 
+    def request(self, client: str) -> "RequestCost":
+        """Charge the client's usual cost for a request that begins."""
+        usual_s = self._buckets[client].usual_s if client in self._buckets else 0.0
+        self.charge(client, usual_s)
+        return RequestCost(self, client, usual_s)
+
+    def learn(self, client: str, seconds: float) -> None:
+        """Note the whole cost of a request that has ended."""
+        bucket = self._buckets.setdefault(client, _Bucket(at=self.clock()))
+        bucket.usual_s += NEWEST_WEIGHT * (seconds - bucket.usual_s)
+
     def wait_s(self, client: str) -> float:
         """Seconds until the client's next request may be read; 0 if at once. Counts as a request of the client."""
         now = self.clock()
@@ -67,6 +83,23 @@ class ClientShares:
         bucket.level_s = max(0.0, bucket.level_s - SHARE * (now - bucket.at))
         bucket.at = now
         return bucket
+
+
+@dataclass
+class RequestCost:
+    """The charges of one request, of which `paid_s` were charged in advance."""
+
+    shares: ClientShares
+    client: str
+    paid_s: float
+    spent_s: float = 0.0
+
+    def charge(self, seconds: float) -> None:
+        """Add the cost of a part of the request."""
+        unpaid_s = max(0.0, self.spent_s + seconds - max(self.spent_s, self.paid_s))
+        self.spent_s += seconds
+        if unpaid_s:
+            self.shares.charge(self.client, unpaid_s)
 
 
 class Charged:

@@ -84,6 +84,8 @@ class Engine:
             end_of_text_ids = _end_of_text_ids(model, tokenizer)
         self.end_of_text_ids = end_of_text_ids
         self.token_bytes: Sequence[bytes] = token_bytes(tokenizer)
+        padding = [b""] * (self.vocab_size - len(self.token_bytes))
+        self._bytes_of = [*self.token_bytes, *padding].__getitem__
         self._encoder = FastEncoder(tokenizer)
         self._grammars = GrammarCompiler(
             self.token_bytes,
@@ -164,8 +166,7 @@ class Engine:
         """Text of tokens; bytes that are not UTF-8 become U+FFFD. Raises IndexError for an id outside the
         vocabulary.
         """
-        known = len(self.token_bytes)
-        return b"".join(self.token_bytes[i] if i < known else b"" for i in ids).decode("utf-8", "replace")
+        return b"".join(map(self._bytes_of, ids)).decode("utf-8", "replace")
 
     def compile_grammar(self, kind: Kind, source: str) -> Grammar:
         """A grammar for requests to this engine, see `GrammarCompiler.compile`. Raises PipelineError."""

@@ -14,7 +14,7 @@ from bento.openai.conversation import encode_dialogue
 from bento.openai.logprobs import TokenNames
 from bento.openai.schema import Dialogue
 from bento.openai.turns import MAX_MESSAGES, Message
-from bento.schema import StrictRequest, TokenId
+from bento.schema import StrictRequest, TokenIds
 from bento.serving.backend import BackendOf
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class DetokenizeRequest(StrictRequest):
     """Tokens to detokenize."""
 
     model: str | None = Field(None, description="The served model, the only one.")
-    tokens: list[TokenId] = Field(description="Token ids of the model's vocabulary.", examples=[[2, 3, 4]])
+    tokens: TokenIds = Field(description="Token ids of the model's vocabulary.", examples=[[2, 3, 4]])
 
 
 class DetokenizeResponse(BaseModel):

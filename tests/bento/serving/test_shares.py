@@ -73,6 +73,34 @@ def test_a_client_whose_neighbors_have_gone_waits_no_more(shares: ClientShares, 
     assert shares.wait_s("one") == 0
 
 
+def test_of_several_waiting_connections_one_is_read_at_a_time(shares: ClientShares, clock: Clock) -> None:
+    """At the moment when the bucket has drained, all are asked whether they must wait."""
+    for _ in range(20):
+        shares.learn("costly", SHARE / 2)
+    shares.wait_s("other")
+    shares.charge("costly", BURST_S)
+    assert shares.wait_s("costly") == 0
+    shares.request("costly")
+    assert shares.wait_s("costly") == pytest.approx(0.5, rel=0.01)
+    clock.now += 0.51
+    shares.wait_s("other")
+    assert shares.wait_s("costly") == 0
+
+
+@pytest.mark.parametrize(("usual", "parts"), [(0.02, [0.01, 0.005]), (0.02, [0.01, 0.02, 0.03]), (0.0, [0.01])])
+def test_a_request_costs_what_was_charged_in_advance_or_what_it_took_if_that_is_more(
+    clock: Clock, usual: float, parts: list[float]
+) -> None:
+    shares = ClientShares(clock=clock)
+    for _ in range(50):
+        shares.learn("one", usual)
+    request = shares.request("one")
+    for part in parts:
+        request.charge(part)
+    assert request.spent_s == pytest.approx(sum(parts))
+    assert shares._buckets["one"].level_s == pytest.approx(max(usual, sum(parts)), rel=1e-4)
+
+
 def test_clients_that_left_are_forgotten(shares: ClientShares, clock: Clock) -> None:
     for number in range(3 * MOST_CLIENTS):
         shares.charge(str(number), 0.001)

@@ -92,19 +92,20 @@ class Sampler:
 
         The order by id, unlike one by probability, does not change with the rounding of near-equal logits.
         """
-        parameters = self._parameters
-        # float64, shifted to a maximum of 0, so that a temperature near 0 does not overflow.
-        values_V = scores_V.cpu().numpy().astype(np.float64)
-        with np.errstate(over="ignore"):
-            scaled_V = (values_V - values_V.max()) / parameters.temperature
-        weights_V = np.exp(scaled_V)
-        ids = np.arange(len(weights_V))
+        parameters, values_C = self._parameters, scores_V.cpu().numpy()
+        ids = np.arange(len(values_C))
         if 0 < parameters.top_k < len(ids):
-            ids = _largest(weights_V, parameters.top_k)
-        if parameters.top_p < 1:  # a fraction of the probability mass that top-k keeps
-            ids = ids[_nucleus(scaled_V[ids], weights_V[ids], parameters.top_p)]
-        ids = ids[weights_V[ids] >= parameters.min_p]
-        return ids, weights_V[ids]
+            ids = _largest(scores_V, parameters.top_k)
+            values_C = values_C[ids]
+        # float64, shifted to a maximum of 0, so that a temperature near 0 does not overflow.
+        with np.errstate(over="ignore"):
+            scaled_C = (values_C.astype(np.float64) - values_C.max()) / parameters.temperature
+        weights_C = np.exp(scaled_C)
+        if parameters.top_p < 1 or parameters.min_p > 0:
+            # top-p is a fraction of the probability mass that top-k keeps.
+            keep_C = _nucleus(scaled_C, weights_C, parameters.top_p) & (weights_C >= parameters.min_p)
+            ids, weights_C = ids[keep_C], weights_C[keep_C]
+        return ids, weights_C
 
     def _draw(self, scores_V: Tensor) -> int:
         ids, weights_C = self.kept(scores_V)
@@ -114,16 +115,18 @@ class Sampler:
         return int(ids[min(at, np.searchsorted(sums_C, sums_C[-1]))])
 
 
-def _largest(weights_C: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` largest weights, ascending; of equal ones, the first."""
-    least = np.partition(weights_C, -count)[-count]
-    keep_C = weights_C > least
-    keep_C[np.flatnonzero(weights_C == least)[: count - np.count_nonzero(keep_C)]] = True
-    return np.flatnonzero(keep_C)
+def _largest(scores_V: Tensor, count: int) -> np.ndarray:
+    """Ids of the `count` largest scores, ascending; of equal ones, the first."""
+    least, values_V = float(torch.topk(scores_V, count).values[-1]), scores_V.cpu().numpy()
+    keep_V = values_V >= least
+    if surplus := np.count_nonzero(keep_V) - count:
+        keep_V[np.flatnonzero(values_V == least)[-surplus:]] = False
+    return np.flatnonzero(keep_V)
 
 
 def _nucleus(scaled_C: np.ndarray, weights_C: np.ndarray, top_p: float) -> np.ndarray:
-    """Indices of the fewest largest weights with `top_p` of all weight, ascending. scaled_C: their logarithms, up to 0.
+    """A mask of the fewest largest weights with `top_p` of all weight; of equal ones, the first. scaled_C: their
+    logarithms, up to 0.
 
     To sort all would take ten times as long for 32,000 tokens: whole bins are in or out, and only one is sorted.
     """
@@ -137,7 +140,7 @@ def _nucleus(scaled_C: np.ndarray, weights_C: np.ndarray, top_p: float) -> np.nd
     sums = weights_C[inside].cumsum() - weights_C[inside]
     keep_C = bins_C < last
     keep_C[inside[before_B[last] + sums < wanted]] = True
-    return np.flatnonzero(keep_C)
+    return keep_C
 
 
 def token_logprobs(logits_RV: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:

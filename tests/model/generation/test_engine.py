@@ -180,6 +180,13 @@ def test_special_tokens_written_out_in_a_prompt_are_ordinary_text(engine, tokeni
     assert engine.encode(TEXT) == tokenizer.encode(TEXT)
 
 
+def test_every_id_of_the_vocabulary_has_a_text_and_others_are_an_error(engine):
+    everything = b"".join(engine.token_bytes).decode("utf-8", "replace")
+    assert engine.decode(range(engine.vocab_size)) == everything
+    with pytest.raises(IndexError):
+        engine.decode([engine.vocab_size])
+
+
 def test_many_threads_each_get_their_own_answer(model, engine):
     prompts = [[n + 2, n + 30] for n in range(16)]
     answers: dict[int, list[int]] = {}

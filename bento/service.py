@@ -242,6 +242,7 @@ class RexService:
             return
         finally:
             gc.enable()
+        app.openapi()  # its first reader would hold the event loop for 0.2 s
         if REGISTRY:
             self._watchers = _watch(REGISTRY)
             for watcher in self._watchers:

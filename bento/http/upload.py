@@ -52,7 +52,8 @@ class UploadMiddleware:
         encoding = _encoding(headers)
         body: bytes | None = await self._read(scope, headers, receive)
         if encoding and body:
-            body = decompress(body, encoding, self._max_body_bytes)
+            heavy = scope["app"].state.heavy  # 5 ms for a megabyte
+            body = await heavy.run(decompress, body, encoding, self._max_body_bytes, holds_lock=False)
 
         async def replay() -> Message:
             nonlocal body

@@ -29,7 +29,7 @@ from bento.openai.structured import compile_form
 from bento.openai.tool_format import ToolChatFormat
 from bento.serving.answers import EventStream
 from bento.serving.backend import Backend, BackendOf, Prompt, challenger_named
-from bento.serving.heavy import encode_in_parts
+from bento.serving.heavy import json_response
 from bento.serving.models import Models, Served
 from model.generation.grammar.grammar import Grammar
 from model.generation.requests import Event, Finished, TextPiece
@@ -223,13 +223,7 @@ async def _answer(
         form.unshown_tokens -= sum(last.generated_tokens for _, last in results)
 
     size = max(scored, sum(len(events) for events, _ in results))
-    if size <= FEW_EVENTS:
-        return JSONResponse(form.whole(results))
-
-    def render() -> bytes:
-        return encode_in_parts(form.whole(results))
-
-    return Response(await backend.heavy.run(render), media_type="application/json")
+    return await json_response(backend.heavy, partial(form.whole, results), is_short=size <= FEW_EVENTS)
 
 
 def _scores(prompts: Sequence[Prompt], counts: Sequence[int], drawn: int, scores: dict[str, int | None]) -> int:

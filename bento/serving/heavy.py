@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import orjson
+from starlette.responses import JSONResponse, Response
 
 from bento.serving.shares import CHARGE
 
@@ -54,6 +55,13 @@ class HeavyWork:
                     charge(now - started)
 
 
+async def json_response(heavy: HeavyWork, content: Callable[[], Any], *, is_short: bool) -> Response:
+    """The answer of what `content` returns, made as heavy work unless it is short."""
+    if is_short:
+        return JSONResponse(content())
+    return Response(await heavy.run(lambda: encode_in_parts(content())), media_type="application/json")
+
+
 def encode_in_parts(value: Any) -> bytes:
     """JSON of a large answer, in parts between which other threads can run. Takes `value` apart.
 
@@ -65,13 +73,13 @@ def encode_in_parts(value: Any) -> bytes:
 
 def _parts(value: Any, depth: int) -> Iterator[bytes]:
     # Others are encoded at once, in microseconds: lists of plain values, and the likely tokens beside one token.
-    if depth and isinstance(value, dict) and any(isinstance(part, list) for part in value.values()):
+    if depth and isinstance(value, dict) and list in map(type, value.values()):
         for number, key in enumerate(value):
             yield (b"," if number else b"{") + orjson.dumps(key) + b":"
             yield from _parts(value[key], depth - 1)
             value[key] = None
         yield b"}"
-    elif depth and isinstance(value, list) and any(isinstance(part, dict | list) for part in value):
+    elif depth and isinstance(value, list) and not {dict, list}.isdisjoint(map(type, value)):
         for number in range(len(value)):
             yield b"," if number else b"["
             yield from _parts(value[number], depth - 1)

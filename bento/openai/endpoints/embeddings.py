@@ -13,7 +13,7 @@ import numpy as np
 from fastapi import APIRouter, Request
 from pydantic import AfterValidator, BaseModel, Field
 from pydantic_core import PydanticCustomError
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from bento.errors import ApiError, context_exceeded
 from bento.http.body import JsonRoute
@@ -22,6 +22,7 @@ from bento.openai.schema import not_zero, prompts_schema, read_prompts
 from bento.openai.turns import Label
 from bento.schema import WHOLE, StrictRequest
 from bento.serving.backend import Backend, BackendOf
+from bento.serving.heavy import json_response
 from model.generation.requests import Embedding, GenerationRequest
 
 MAX_INPUTS = 2048
@@ -127,15 +128,15 @@ async def _embed(backend: Backend, body: EmbeddingRequest, request: Request) -> 
     form = _Form(body.dimensions or hidden_size, body.normalize is not False, body.encoding_format == "base64")
     vectors = await embed_tokens(backend, request, texts, body.pooling or "mean")
 
-    def render() -> Response:
+    def content() -> dict[str, Any]:
         data = [
             {"object": "embedding", "index": index, "embedding": form.write(vector)}
             for index, vector in enumerate(vectors)
         ]
         usage = {"prompt_tokens": count, "total_tokens": count}
-        return JSONResponse({"object": "list", "model": backend.model_name, "data": data, "usage": usage})
+        return {"object": "list", "model": backend.model_name, "data": data, "usage": usage}
 
-    return render() if len(vectors) * form.dimensions <= AT_ONCE * 1024 else await backend.heavy.run(render)
+    return await json_response(backend.heavy, content, is_short=len(vectors) * form.dimensions <= AT_ONCE * 1024)
 
 
 async def embed_tokens(

@@ -16,6 +16,7 @@ from bento.openai.schema import Dialogue
 from bento.openai.turns import MAX_MESSAGES, Message
 from bento.schema import StrictRequest, TokenIds
 from bento.serving.backend import BackendOf
+from bento.serving.heavy import json_response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -95,14 +96,12 @@ def token_routes(backend_of: BackendOf) -> APIRouter:
             ids = _special_token(backend.engine.tokenizer, body.prompt) or await backend.encode(body.prompt)
         engine = backend.engine
 
-        def render() -> Response:
-            content: dict[str, Any] = {"count": len(ids), "max_model_len": engine.context_length, "tokens": ids}
-            if body.return_token_strs:
-                names = TokenNames(engine)
-                content["token_strs"] = [names[token] for token in ids]
-            return JSONResponse(content)
+        def content() -> dict[str, Any]:
+            names = TokenNames(engine)
+            shown = {"token_strs": [names[token] for token in ids]} if body.return_token_strs else {}
+            return {"count": len(ids), "max_model_len": engine.context_length, "tokens": ids, **shown}
 
-        return render() if len(ids) <= FEW_TOKENS else await backend.heavy.run(render)
+        return await json_response(backend.heavy, content, is_short=len(ids) <= FEW_TOKENS)
 
     @router.post("/detokenize", response_model=DetokenizeResponse, responses=READING, summary="The text of tokens")
     async def detokenize(body: DetokenizeRequest, request: Request) -> Response:

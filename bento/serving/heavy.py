@@ -59,7 +59,11 @@ async def json_response(heavy: HeavyWork, content: Callable[[], Any], *, is_shor
     """The answer of what `content` returns, made as heavy work unless it is short."""
     if is_short:
         return JSONResponse(content())
-    return Response(await heavy.run(lambda: encode_in_parts(content())), media_type="application/json")
+
+    def render() -> bytes:
+        return encode_in_parts(content())
+
+    return Response(await heavy.run(render), media_type="application/json")
 
 
 def encode_in_parts(value: Any) -> bytes:

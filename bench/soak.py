@@ -11,7 +11,8 @@ the worker's memory at start and after each tenth of the time, by its parts:
 - files: mapped files (libraries), which the system can drop;
 - rest: weights, imported libraries, and what glibc and Python hold: the allocator keeps freed blocks for the next step.
 
-Ends with status 1 if memory grew by more than MAX_GROWTH_MB in the second half of the time.
+One request in twenty is always the same, and so must be its answer. Ends with status 1 if memory grew by more than
+MAX_GROWTH_MB in the second half of the time, or if an answer was lost, wrong or a server error.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,10 @@ from model.generation.steps.cache import bytes_per_token
 
 MB = 1e6
 MAX_GROWTH_MB = 16.0
+LONGEST_S = 300.0
+SAME = {"prompt": "def main():", "max_tokens": 32, "temperature": 0, "ignore_eos": True}
+JSON = {"content-type": "application/json"}
+FAILURES = ("lost", "wrong", "server errors")
 PARTS = ("resident", "cache", "files", "rest")
 COSTLY = [name for name, kind in KINDS.items() if kind.clients == 1 and name not in ("pipelined", "unknown paths")]
 
@@ -63,21 +69,32 @@ def body(chosen: random.Random, context: int) -> tuple[str, dict[str, Any]]:
     return "/v1/completions", asked
 
 
-def load(port: int, context: int, end: float, seed: int, counts: list[int]) -> None:
+def load(port: int, context: int, end: float, seed: int, tally: Counter[str]) -> None:
     """Ask until the clock's `end`; some leave early, and some send what is costly to read."""
     chosen = random.Random(seed)
-    with httpx.Client(base_url=f"http://{HOST}:{port}", timeout=60) as client:
+    with httpx.Client(base_url=f"http://{HOST}:{port}", timeout=LONGEST_S) as client:
+        expected = client.post("/v1/completions", json=SAME).json()["choices"][0]["text"]
         while time.monotonic() < end:
+            draw, leaves, same = chosen.random(), False, False
             try:
-                if chosen.random() < 0.1:
+                if draw < 0.05:
+                    same = True
+                    answer = client.post("/v1/completions", json=SAME)
+                elif draw < 0.15:
                     content = _body_of(KINDS[chosen.choice(COSTLY)].make())
-                    client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+                    answer = client.post("/v1/completions", content=content, headers=JSON)
                 else:
+                    leaves = chosen.random() < 0.1
                     path, asked = body(chosen, context)
-                    client.post(path, json=asked, timeout=0.05 if chosen.random() < 0.1 else 60)
+                    answer = client.post(path, json=asked, timeout=0.05 if leaves else LONGEST_S)
             except httpx.HTTPError:
-                pass
-            counts[0] += 1
+                tally["left" if leaves else "lost"] += 1
+                continue
+            tally[
+                "refused" if answer.is_client_error else "server errors" if answer.is_server_error else "answered"
+            ] += 1
+            if same and answer.is_success and answer.json()["choices"][0]["text"] != expected:
+                tally["wrong"] += 1
 
 
 def _body_of(request: bytes) -> bytes:
@@ -102,24 +119,26 @@ def measure(model_dir: Path, *, seconds: float, clients: int) -> dict[str, Any]:
         said = re.search(r"cache_tokens=(\d+)", (Path(folder) / "serve.log").read_text())
         assert said
         rows = [{"requests": 0.0, **parts(server)}]
-        started, counts = time.monotonic(), [0]
+        started, tally = time.monotonic(), Counter[str]()
         threads = [
-            threading.Thread(target=load, args=(server.port, context, started + seconds, seed, counts), daemon=True)
+            threading.Thread(target=load, args=(server.port, context, started + seconds, seed, tally), daemon=True)
             for seed in range(clients)
         ]
         for thread in threads:
             thread.start()
         for tenth in range(1, 11):
             time.sleep(max(started + tenth * seconds / 10 - time.monotonic(), 0))
-            rows.append({"requests": float(counts[0]), **parts(server)})
+            rows.append({"requests": float(tally.total()), **parts(server)})
             print(rows[-1], file=sys.stderr, flush=True)
         for thread in threads:
-            thread.join(60)
+            thread.join(LONGEST_S)
     grown = max(row["resident"] for row in rows[6:]) - max(row["resident"] for row in rows[:6])
     return {
         "memory": rows,
         "grown_mb": grown,
         "is_flat": grown <= MAX_GROWTH_MB,
+        "answers": dict(tally),
+        "failures": sum(tally[name] for name in FAILURES),
         "cache_mb": int(said[1]) * bytes_per_token(config, torch.float32) / MB,
         "machine": describe(torch.device("cpu")),
     }
@@ -132,7 +151,8 @@ def table(result: dict[str, Any]) -> str:
     rows += [" ".join(f"{row[name]:9.0f}" for name in columns) for row in result["memory"]]
     verdict = "flat" if result["is_flat"] else f"not flat: expected at most {MAX_GROWTH_MB:.0f}"
     last = f"MB; in the second half {result['grown_mb']:+.0f} MB ({verdict}); the cache takes {result['cache_mb']:.0f}"
-    return "\n".join([*rows, f"{last} at most"])
+    answers = ", ".join(f"{count:,} {name}" for name, count in result["answers"].items())
+    return "\n".join([*rows, f"{last} at most", f"answers: {answers}"])
 
 
 def main() -> None:
@@ -140,7 +160,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=300.0, help="of load")
     parser.add_argument("--clients", type=int, default=8, help="that ask at once")
-    if not run_bench(parser, save_random_30m, measure, table)["is_flat"]:
+    result = run_bench(parser, save_random_30m, measure, table)
+    if result["failures"] or not result["is_flat"]:
         sys.exit(1)
 
 

@@ -3,11 +3,16 @@
 The links between both pages are stored with runs and name the address of their day. Each run records the local
 addresses that it writes into links (`remember`), in `var/page-addresses`; `make ui` redirects the former ones to the
 current page (`redirect_former`). A browser keeps a link's fragment, such as `#/experiments/1`, through a redirect.
+
+A redirect must not keep a page from its port: the `make ui` of another checkout takes it back (`release`), and so does
+`curl -X RELEASE http://127.0.0.1:5000` for other programs.
 """
 
+import http.client
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -16,6 +21,8 @@ from llm_assets.paths import var_dir
 
 DAGSTER, MLFLOW = "dagster", "mlflow"
 LOCAL = ("127.0.0.1", "localhost")
+RELEASE_S = 5.0
+"""How long a redirect may take to close its port."""
 
 
 def remember(page: str, address: str) -> None:
@@ -47,6 +54,15 @@ def redirect_former(current: Mapping[str, str]) -> list[ThreadingHTTPServer]:
     return servers
 
 
+def release(port: int) -> bool:
+    """Ask what listens at a port to close it; only a redirect knows this request and does. Returns whether it did."""
+    connection = http.client.HTTPConnection(LOCAL[0], port, timeout=RELEASE_S)
+    with suppress(OSError, http.client.HTTPException):
+        connection.request("RELEASE", "/")
+        return connection.getresponse().status == HTTPStatus.NO_CONTENT
+    return False
+
+
 def _port(address: str) -> int | None:
     try:
         return urlsplit(address).port
@@ -60,6 +76,12 @@ def _redirecting(target: str) -> type[BaseHTTPRequestHandler]:
             self.send_response(302)
             self.send_header("Location", target + self.path)
             self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def do_RELEASE(self) -> None:
+            self.server.shutdown()
+            self.server.server_close()  # before the answer, as the port is free then
+            self.send_response(HTTPStatus.NO_CONTENT)
             self.end_headers()
 
         def log_message(self, format: str, *args: object) -> None:

@@ -30,7 +30,7 @@ import psutil
 import yaml
 
 from llm_assets.instance.dagster_home import check_dagster_home
-from llm_assets.page_links import DAGSTER, MLFLOW, redirect_former
+from llm_assets.page_links import DAGSTER, MLFLOW, redirect_former, release
 from llm_assets.paths import REPOSITORY, output_folder, var_dir
 from llm_assets.resources.provenance import DAGSTER_URL
 from model.errors import PipelineError, ends_in_one_line
@@ -157,21 +157,34 @@ def start_dagster(host: str, port: int, logs: Path, folder: Path) -> Iterator[Se
 
 
 def usable_port(host: str, text: str, page: str, variable: str) -> int:
-    """The port that `text` gives for a page. Raises PipelineError if it is none, or no server can listen there."""
+    """The port that `text` gives for a page; links of another checkout that are redirected there give way.
+
+    Raises PipelineError if it is no port, or no server can listen there.
+    """
     port = int(text) if text.isascii() and text.isdigit() else 0
     if not 0 < port < 1 << 16:
         raise PipelineError(f"{variable}={text}: expected a port from 1 to 65535 for {page}'s page")
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        with socket.socket(found[0][0]) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(found[0][4])
+        try:
+            _bind(host, port)
+        except OSError:
+            if not release(port):
+                raise
+            _bind(host, port)
     except OSError as error:
         raise PipelineError(
             f"{page} cannot listen at {host}:{port} ({error.strerror}): end the server that has it, or choose another: "
             f"make ui {variable}={port + 10 if port < 65000 else 3011}"
         ) from error
     return port
+
+
+def _bind(host: str, port: int) -> None:
+    """Raise OSError if no server can listen there."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    with socket.socket(found[0][0]) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(found[0][4])
 
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

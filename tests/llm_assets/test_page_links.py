@@ -1,14 +1,17 @@
 """A link that was stored with a former port leads to the page at its present one."""
 
 import socket
+import threading
 import urllib.error
 import urllib.request
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llm_assets.page_links import DAGSTER, MLFLOW, redirect_former, remember
+from llm_assets.page_links import DAGSTER, MLFLOW, redirect_former, release, remember
+from llm_assets.ui import usable_port
 from tests.e2e.workplace import free_port
 
 Pipeline = Any  # conftest's
@@ -56,6 +59,23 @@ def test_current_ports_foreign_hosts_and_ports_in_use_are_left_alone(var: Path) 
             remember(MLFLOW, address)
         assert redirect_former({MLFLOW: "http://127.0.0.1:7", DAGSTER: "http://127.0.0.1:8"}) == []
     assert "example.org" not in (var / "page-addresses").read_text()
+
+
+def test_a_redirect_gives_way_to_the_page_of_another_checkout_and_no_other_server_does(var: Path) -> None:
+    port = free_port()
+    remember(MLFLOW, f"http://127.0.0.1:{port}")
+    (redirect,) = redirect_former({MLFLOW: "http://127.0.0.1:1"})
+    try:
+        assert location(f"http://127.0.0.1:{port}/") == "http://127.0.0.1:1/"
+        assert usable_port("127.0.0.1", str(port), "MLflow", "MLFLOW_PORT") == port
+        with socket.create_server(("127.0.0.1", port)):
+            pass
+    finally:
+        redirect.server_close()
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as foreign:
+        threading.Thread(target=foreign.serve_forever, daemon=True).start()
+        assert not release(foreign.server_address[1])
+        foreign.shutdown()
 
 
 def test_a_damaged_record_is_passed_over(var: Path) -> None:

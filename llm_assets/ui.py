@@ -148,7 +148,7 @@ def start_dagster(host: str, port: int, logs: Path, folder: Path) -> Iterator[Se
     entries = [{"grpc_server": {"location_name": name, "socket": path}} for name, path in sockets.items()]
     workspace.write_text(yaml.safe_dump({"load_from": entries}))
     after = [*dagster, "llm_assets.instance.started_after"]
-    command = [*after, ",".join(sockets.values()), "dagster-webserver", "--workspace", str(workspace)]
+    command = [*after, ",".join(sockets.values()), "llm_assets.instance.webserver:main", "--workspace", str(workspace)]
     yield Server(
         "Dagster", f"http://{host}:{port}", [*command, "--host", host, "--port", str(port)], logs / "dagster.log"
     )

@@ -9,7 +9,7 @@ observations, and its pages show the metadata of materializations.
 """
 
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ GROUP_NAME = "settings"
 FIRST = "nothing: this is the first observation"
 _VERSION_DIGITS = 16
 _VERSION_TAG = "dagster/data_version"
+_INPUT_TAG = "dagster/input_event_pointer"
+"""Before the name of an asset, on a materialization that was made from it: the event that was the newest then."""
 
 
 def external_specs() -> list[dg.AssetSpec]:
@@ -108,6 +110,28 @@ def changes(
         values_now = {"values": dg.MetadataValue.json(now)}
         events.append(dg.AssetMaterialization(key, metadata={**said, **shown[asset], **values_now}, **common))
     return events
+
+
+def changed_since(
+    instance: dg.DagsterInstance, asset: Sequence[str], settings: Sequence[str], experiment: str
+) -> list[str]:
+    """`changed_options` of a group of settings since an asset of the experiment was made from it.
+
+    asset, settings: paths of their keys. Empty if the asset was not made from such a group.
+    """
+
+    def newest(key: dg.AssetKey, before: int | None = None) -> dg.AssetMaterialization | None:
+        wanted = dg.AssetRecordsFilter(asset_key=key, asset_partitions=[experiment], before_storage_id=before)
+        records = instance.fetch_materializations(wanted, limit=1).records
+        return records[0].asset_materialization if records else None
+
+    made, group = newest(dg.AssetKey(asset)), dg.AssetKey(settings)
+    read = ((made and made.tags) or {}).get(f"{_INPUT_TAG}/{group.to_user_string()}", "")
+    then, now = (newest(group, int(read) + 1), newest(group)) if read.isdigit() else (None, None)
+    if then is None or now is None:
+        return []
+    name = settings[-1].removesuffix("_settings")
+    return changed_options({name: _values(then)}, {name: _values(now)})
 
 
 def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
 """Runs a command of another package once servers answer that it needs; meanwhile it is imported.
 
-    python -m llm_assets.instance.started_after /tmp/code.sock dagster-webserver --port 3001 ...
+    python -m llm_assets.instance.started_after /tmp/code.sock llm_assets.instance.webserver:main --port 3001 ...
     python -m llm_assets.instance.started_after /tmp/code.sock,127.0.0.1:3001 dagster-daemon run ...
 
 `llm_assets/ui.py` starts Dagster's processes this way, all at once: each imports for seconds. `dagster dev` starts them
@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from contextlib import suppress
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
 WAIT_S, POLL_EVERY_S = 180.0, 0.05
 
@@ -30,9 +30,9 @@ def answers(address: str) -> bool:
 
 
 def main() -> None:
-    """Import the command, wait, and run it. Raises TimeoutError after WAIT_S."""
+    """Import the command, by its name or as MODULE:FUNCTION, wait, and run it. Raises TimeoutError after WAIT_S."""
     addresses, name, *options = sys.argv[1:]
-    (script,) = entry_points(group="console_scripts", name=name)
+    (script,) = entry_points(group="console_scripts", name=name) or [EntryPoint(name, name, "")]
     command = script.load()
     started = time.monotonic()
     for address in addresses.split(","):

@@ -13,10 +13,17 @@ import pytest
 # What Dagster's page shows: GraphQL's `staleStatus` and `staleCauses` call this class.
 from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleCause, StaleStatus
 from dagster._core.loader import LoadingContextForTest
+from dagster._core.remote_origin import InProcessCodeLocationOrigin
+from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
+from dagster._core.workspace.context import WorkspaceProcessContext
+from dagster._core.workspace.load_target import InProcessWorkspaceLoadTarget
+from dagster_graphql.schema import create_schema
+from dagster_graphql.schema.asset_graph import GrapheneAssetNode
 
 from llm_assets.experiments.compose import CONFIG_DIR
 from llm_assets.experiments.observed import FIRST, changed_options, external_specs, source_uris
 from llm_assets.experiments.partitions import NAME, enter, experiments, in_use
+from llm_assets.instance import webserver
 from llm_assets.jobs.automation import observed_settings
 from llm_assets.resources.hydra import HydraConfig
 from model.settings import GROUPS, CorpusSettings, options
@@ -24,6 +31,13 @@ from model.settings import GROUPS, CorpusSettings, options
 pytestmark = pytest.mark.medium
 
 EXPERIMENTS = {"smoke", "stdlib"}
+GRAPH = "{ assetNodes { assetKey { path } isMaterializable staleStatus staleCauses { reason } } }"
+"""The fields that the lineage page and its button "Materialize unsynced" ask for."""
+
+NO_OUTPUT = {
+    "compute_logs": {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}
+}
+"""An instance that keeps none of what runs print, for which it would start processes."""
 
 
 @dg.asset(partitions_def=experiments, deps=["source_text", "corpus_settings"])
@@ -34,6 +48,10 @@ def corpus(hydra: HydraConfig) -> None:
 @dg.asset(partitions_def=experiments, deps=["model_settings", "training_settings", corpus])
 def trained_checkpoint(hydra: HydraConfig) -> None:
     pass
+
+
+defs = dg.Definitions([*external_specs(), corpus, trained_checkpoint], resources={"hydra": HydraConfig()})
+"""What the webserver loads."""
 
 
 class Location:
@@ -89,6 +107,18 @@ class Location:
         assert (status == StaleStatus.STALE) == bool(found)
         return found
 
+    def on_the_graph(self) -> dict[str, tuple[str, list[str]]]:
+        """What the graph of `make ui` shows of each asset that has been made: its status, and why."""
+        origin = InProcessCodeLocationOrigin(LoadableTargetOrigin(python_file=__file__, attribute="defs"))
+        with WorkspaceProcessContext(self.instance, InProcessWorkspaceLoadTarget(origin)) as workspace:
+            answer = create_schema().execute(GRAPH, context=workspace.create_request_context())
+        assert answer.data and not answer.errors, answer
+        return {
+            node["assetKey"]["path"][-1]: (node["staleStatus"], [cause["reason"] for cause in node["staleCauses"]])
+            for node in answer.data["assetNodes"]
+            if node["isMaterializable"]
+        }
+
     def newest(self, asset: str, experiment: str = "smoke") -> dg.AssetObservation:
         filtered = dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), asset_partitions=[experiment])
         observation = self.instance.fetch_observations(filtered, limit=1).records[0].asset_observation
@@ -129,6 +159,29 @@ def test_a_changed_option_makes_what_reads_it_out_of_date_and_is_named(location:
 
     location.run()
     assert not location.causes("trained_checkpoint")
+
+
+def test_the_graph_shows_what_is_out_of_date_in_any_experiment_and_names_every_option_since_it_was_made(
+    tmp_path: Path, var: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    location = Location(tmp_path / "configs", dg.DagsterInstance.local_temp(str(tmp_path), overrides=NO_OUTPUT))
+    monkeypatch.setattr(GrapheneAssetNode, "resolve_staleStatus", webserver.resolve_status)
+    monkeypatch.setattr(GrapheneAssetNode, "resolve_staleCauses", webserver.resolve_causes)
+    location.run()
+    location.run(experiment="stdlib")
+    location.look()
+    assert location.on_the_graph() == {"corpus": ("FRESH", []), "trained_checkpoint": ("FRESH", [])}
+
+    for value in ("0.05", "0.07"):
+        before = "description:" if value == "0.05" else "  learning_rate: 0.05\n"
+        after = "training:\n  learning_rate: 0.05\ndescription:" if value == "0.05" else "  learning_rate: 0.07\n"
+        location.edit("experiment/smoke.yaml", before, after)
+        location.look()
+    why = "has a new data version for smoke: training.learning_rate is 0.07, was 0.01"
+    assert location.on_the_graph() == {"corpus": ("FRESH", []), "trained_checkpoint": ("STALE", [why])}
+
+    location.run()
+    assert location.on_the_graph()["trained_checkpoint"] == ("FRESH", [])
 
 
 def test_what_was_made_with_overrides_is_out_of_date_by_the_files(location: Location) -> None:

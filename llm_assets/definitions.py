@@ -22,7 +22,7 @@ from llm_assets.registry import PIPELINE
 from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
-from llm_assets.terminal.records import file_logger
+from llm_assets.terminal.file_logger import file_logger
 
 ASSETS = [load_asset(stage) for stage in PIPELINE]
 

@@ -15,7 +15,7 @@ from llm_assets.jobs.jobs import EVERY_STEP, build_executor, stage_jobs
 from llm_assets.registry import StageSpec
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
-from llm_assets.terminal.records import file_logger
+from llm_assets.terminal.file_logger import file_logger
 
 
 def build_side_location(stages: Sequence[StageSpec], resources: Mapping[str, Any]) -> dg.Definitions:

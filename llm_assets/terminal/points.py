@@ -8,9 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from llm_assets.latest import latest_artifacts
 from llm_assets.paths import shown_path, var_dir
-from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.resources.tracking_store import one_line
 
 
@@ -46,6 +44,8 @@ class Sweep:
 
     def finish(self, experiment: str) -> float:
         """Read the results in the point's artifacts; returns its bits per byte."""
+        from llm_assets.latest import latest_artifacts  # imports Dagster, for which the first point does not wait
+
         artifacts = latest_artifacts(experiment)
         trained, quantized = (
             json.loads((artifacts[asset] / "summary.json").read_text())
@@ -99,6 +99,8 @@ class Sweep:
         return "\n".join(lines)
 
     def _log(self, best: Point, files: Sequence[Path]) -> None:
+        from llm_assets.resources.mlflow import MlflowTracking
+
         client, experiment_id = MlflowTracking().client()
         tags: dict[str, Any] = {"rex.sweep": self.name, "rex.best": best.name}
         run_id = client.create_run(experiment_id, tags=tags, run_name=f"sweep {self.name}").info.run_id

@@ -1,23 +1,16 @@
 """The log of a run as a text file, which the terminal's view follows.
 
-Each record is one line: time, level, stage, kind of event, text. Every process of a run appends to the same file.
+Each record is one line: time, level, stage, kind of event, text. Every process of a run appends to the same file
+(`file_logger.py`). Imports no Dagster, which would keep a terminal silent for seconds.
 """
 
-import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import dagster as dg
 
 NONE = "-"
-KILLED = (
-    "its process was killed from outside, perhaps because memory ran out (`dmesg` shows it): raise the limit, end "
-    "other programs or make the work smaller, then run again; the last good artifact is untouched"
-)
-"""The reason shown for a step that ended without one."""
+"""Stands for a stage or an event that a record does not have."""
 _LINE = re.compile(r"(?P<time>\S+) (?P<level>\S+) +(?P<stage>\S+) +(?P<event>\S+) +(?P<text>.*)")
 
 
@@ -29,43 +22,6 @@ class Record:
     stage: str
     event: str
     text: str
-
-
-class _OneLine(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        meta: dict[str, Any] = getattr(record, "dagster_meta", {})
-        event = meta.get("dagster_event")
-        text = meta.get("orig_message") or record.getMessage()
-        if event is not None and event.is_step_failure:
-            text = _reason(event) or text
-        name = event.event_type_value if event is not None else NONE
-        time = self.formatTime(record, "%Y-%m-%dT%H:%M:%S")
-        line = f"{time} {record.levelname:8} {meta.get('step_key') or NONE:19} {name:24} "
-        return line + " ".join(str(text).split())
-
-
-def _reason(event: dg.DagsterEvent) -> str:
-    """Why a step failed, in one line: the stage's own description, else the first error's type and text."""
-    failure = event.step_failure_data
-    if failure.user_failure_data and failure.user_failure_data.description:
-        return failure.user_failure_data.description
-    error = failure.error
-    while error and error.cause:
-        error = error.cause
-    said = error.message.strip() if error else ""
-    if said.endswith("ChildProcessCrashException"):
-        return KILLED
-    return "terminated" if said.endswith("DagsterExecutionInterruptedError") else said
-
-
-@dg.logger(config_schema={"path": dg.Field(str, description="The file to append to.")}, description="Lines of a file.")
-def file_logger(context: dg.InitLoggerContext) -> logging.Logger:
-    """Appends every record of a run to a file, one line each."""
-    logger = logging.Logger("dagster", logging.DEBUG)  # noqa: LOG001 - one logger per run
-    handler = logging.FileHandler(context.logger_config["path"], encoding="utf-8")
-    handler.setFormatter(_OneLine())
-    logger.addHandler(handler)
-    return logger
 
 
 class Follower:

@@ -91,7 +91,7 @@ import os, time
 import dagster as dg
 from llm_assets.jobs.jobs import build_executor
 from llm_assets.stage.interrupts import end_with_run
-from llm_assets.terminal.records import file_logger
+from llm_assets.terminal.file_logger import file_logger
 
 @dg.op
 def training(context: dg.OpExecutionContext) -> None:

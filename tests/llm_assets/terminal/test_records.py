@@ -1,8 +1,12 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import dagster as dg
+import pytest
 
-from llm_assets.terminal.records import Follower, file_logger
+from llm_assets.terminal.file_logger import file_logger
+from llm_assets.terminal.records import Follower
 
 
 def test_the_records_of_a_run_are_lines_with_stage_event_and_reason(tmp_path: Path) -> None:
@@ -47,3 +51,10 @@ def test_half_a_line_waits_for_its_end(tmp_path: Path) -> None:
     (record,) = follower.records()
     follower.close()
     assert (record.stage, record.text) == ("corpus", "47 documents")
+
+
+@pytest.mark.processes
+def test_a_terminal_does_not_wait_for_dagster_before_its_first_line() -> None:
+    program = "import sys, llm_assets.terminal.execute, llm_assets.sweep; print('dagster' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

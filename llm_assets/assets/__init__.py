@@ -14,7 +14,14 @@ import dagster as dg
 from llm_assets.artifacts.io_manager import ArtifactDirectory
 from llm_assets.assets import checks
 from llm_assets.experiments.partitions import experiments
-from llm_assets.registry import StageSpec, settings_asset, stage_spec
+from llm_assets.registry import PIPELINE, StageSpec, settings_asset, stage_spec
+
+SETTINGS = dg.AssetSelection.assets(*(settings_asset(group) for stage in PIPELINE for group in stage.settings))
+AFTER_UPSTREAM = dg.AutomationCondition.eager().ignore(SETTINGS)
+"""Materializes an asset once its upstream is newer.
+
+Not after changed settings, as a run with overrides and the sensor `settings` report theirs in turn.
+"""
 
 
 def asset_arguments(name: str) -> dict[str, Any]:
@@ -33,7 +40,7 @@ def asset_arguments(name: str) -> dict[str, Any]:
         "deps": [*spec.external, *(settings_asset(group) for group in spec.settings)],
         "owners": ["team:llm"],
         "io_manager_key": "artifacts",
-        "automation_condition": dg.AutomationCondition.eager() if spec.eager else None,
+        "automation_condition": AFTER_UPSTREAM if spec.eager else None,
         "dagster_type": ArtifactDirectory,
     }
 

@@ -1,7 +1,8 @@
 """Automation: off until enabled on the Automation page or by the variable below, except the sensor `settings`.
 
 - The automation sensor of Dagster materializes quantized_model, exported_model, benchmark_report and packaged_bento of
-  an experiment once their upstream is newer (`dg.AutomationCondition.eager()`). Training is started by hand.
+  an experiment once their upstream is newer, with the overrides of the run that made the checkpoint
+  (`resources/hydra.py`). Training is started by hand.
 - `failure_webhook` posts each failed run to LLM_ASSETS_FAILURE_WEBHOOK; it is on if the variable is set.
 - `retraining` is an example schedule: the pipeline of the default experiment each night. If text, settings and code are
   unchanged, every stage is reused and nothing is trained.

@@ -1,11 +1,15 @@
 """Composes the run's experiment: the partition names it; this resource adds the configuration folder and overrides.
 
+A run that automation starts has no configuration. It takes the overrides of the run that made the experiment's newest
+checkpoint, which it follows.
+
 Every field has a default, so that the UI starts a run without any run configuration. Each step composes from the files,
 so that every step of a run, and a later run of one asset, resolve the same settings.
 """
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 from pydantic import Field, PrivateAttr
@@ -19,6 +23,8 @@ from llm_assets.experiments.references import resolve
 from model.errors import PipelineError
 from model.settings import ExperimentSettings
 
+AUTOMATION_TAG = "dagster/from_automation_condition"
+"""Dagster's tag of a run that an automation condition started."""
 logger = logging.getLogger(__name__)
 
 
@@ -39,6 +45,7 @@ class HydraConfig(dg.ConfigurableResource):
         description="Recompute every selected stage, even if unchanged. Same as the run tag rex/force=true.",
     )
 
+    _inherited: list[str] = PrivateAttr(default_factory=list)
     _composed: dict[str, ExperimentSettings] = PrivateAttr(default_factory=dict)
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
@@ -50,6 +57,8 @@ class HydraConfig(dg.ConfigurableResource):
         experiment = context.run.tags.get("dagster/partition") if context.run else None
         if not experiment or context.instance is None:
             return
+        if AUTOMATION_TAG in context.run.tags:
+            self._inherited = _overrides_of_checkpoint(context.instance, experiment)
         if experiments.has_partition_key(experiment):
             enter(context.instance, experiment)
         try:
@@ -69,5 +78,21 @@ class HydraConfig(dg.ConfigurableResource):
         """
         store = DirectoryIOManager().store()
         if experiment not in self._composed:
-            self._composed[experiment] = compose(experiment, self.overrides, Path(self.config_dir))
+            self._composed[experiment] = compose(experiment, self.all_overrides, Path(self.config_dir))
         return resolve(self._composed[experiment], lambda name: store.load("trained_checkpoint", name))
+
+    @property
+    def all_overrides(self) -> list[str]:
+        """The run's overrides, after those that an automatic run takes over."""
+        return [*self._inherited, *self.overrides]
+
+
+def _overrides_of_checkpoint(instance: dg.DagsterInstance, experiment: str) -> list[str]:
+    """The overrides of the run that made the newest checkpoint of an experiment."""
+    wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey("trained_checkpoint"), asset_partitions=[experiment])
+    records = instance.fetch_materializations(wanted, limit=1).records
+    run = instance.get_run_by_id(records[0].run_id) if records else None
+    config: Any = run.run_config if run else {}
+    for key in ("resources", "hydra", "config", "overrides"):
+        config = config.get(key) or {}
+    return list(config)

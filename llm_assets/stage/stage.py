@@ -240,7 +240,7 @@ def stage(
         settings = hydra.settings(experiment)
         config = stage_config(settings, asset)
         manifests = {name: Manifest.read(path) for name, path in (upstream or {}).items()}
-        assert_compatible(list(manifests.values()), settings, experiment, hydra.overrides)
+        assert_compatible(list(manifests.values()), settings, experiment, hydra.all_overrides)
         key = context.run.run_id
         if resumable:
             inputs = {name: manifest.content_hash for name, manifest in manifests.items()}
@@ -256,7 +256,7 @@ def stage(
                     context,
                     parent_run_id=_parent(manifests),
                     resume_run_id=_read(workspace / "mlflow_run_id"),
-                    overrides=hydra.overrides,
+                    overrides=hydra.all_overrides,
                     description=settings.description,
                     upstream=manifests,
                 ) as tracked:

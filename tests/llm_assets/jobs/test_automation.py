@@ -4,12 +4,18 @@ import http.server
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import dagster as dg
 import pytest
 
 from llm_assets.definitions import ASSETS, defs
+from llm_assets.experiments.partitions import enter, experiments
 from llm_assets.jobs import automation
+from llm_assets.registry import PIPELINE
+from llm_assets.resources.hydra import AUTOMATION_TAG, HydraConfig
+
+EAGER = {"quantized_model", "exported_model", "benchmark_report", "packaged_bento"}
 
 
 @pytest.fixture
@@ -53,7 +59,56 @@ def test_nothing_runs_by_itself_until_it_is_turned_on() -> None:
 
 def test_only_what_is_cheap_follows_its_upstream() -> None:
     following = {spec.key.path[-1] for asset in ASSETS for spec in asset.specs if spec.automation_condition is not None}
-    assert following == {"quantized_model", "exported_model", "benchmark_report", "packaged_bento"}
+    assert following == EAGER
+
+
+def test_what_follows_a_new_checkpoint_does_not_follow_changed_settings() -> None:
+    with dg.DagsterInstance.ephemeral() as instance:
+        enter(instance, "smoke")
+        cursor = None
+
+        def following(*made: str) -> set[str]:
+            """What automation makes after these assets."""
+            nonlocal cursor
+            for name in made:
+                instance.report_runless_asset_event(dg.AssetMaterialization(name, partition="smoke"))
+            found = dg.evaluate_automation_conditions(defs(), instance, cursor=cursor)
+            cursor = found.cursor
+            return {asset for asset in EAGER if found.get_requested_partitions(dg.AssetKey(asset))}
+
+        following(*(stage.name for stage in PIPELINE))
+        assert not following("quantization_settings", "benchmark_settings", "serving_settings")
+        assert following("trained_checkpoint") == EAGER
+
+
+def test_an_automatic_run_has_the_overrides_of_the_run_that_made_the_checkpoint(var: Path) -> None:
+    steps: list[int] = []
+
+    @dg.asset(partitions_def=experiments)
+    def trained_checkpoint(hydra: HydraConfig) -> None:
+        steps.append(hydra.settings("smoke").training.max_steps)
+
+    @dg.asset(partitions_def=experiments, deps=[trained_checkpoint])
+    def quantized_model(hydra: HydraConfig) -> None:
+        steps.append(hydra.settings("smoke").training.max_steps)
+
+    with dg.DagsterInstance.ephemeral() as instance:
+
+        def run(asset: dg.AssetsDefinition, *overrides: str, **tags: str) -> None:
+            assert dg.materialize(
+                [trained_checkpoint, quantized_model],
+                selection=[asset],
+                partition_key="smoke",
+                instance=instance,
+                tags=tags,
+                resources={"hydra": HydraConfig()},
+                run_config={"resources": {"hydra": {"config": {"overrides": list(overrides)}}}},
+            ).success
+
+        run(trained_checkpoint, "training.max_steps=7")
+        run(quantized_model)
+        run(quantized_model, **{AUTOMATION_TAG: "true"})
+        assert steps == [7, 60, 7]
 
 
 @pytest.mark.parametrize(("job", "named"), [("llm_pipeline", "llm_pipeline"), ("__ASSET_JOB", "run")])

@@ -1,8 +1,9 @@
 """The service with its model, ready to run."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
@@ -13,10 +14,22 @@ from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.stage import metadata as ui_metadata
 from llm_assets.stage.evidence import served_model
+from llm_assets.stage.once import reuses_unchanged
 from llm_assets.stage.stage import stage
 
 
+def outdated(path: Path, arguments: Mapping[str, Any]) -> str:
+    """Why BentoML's stores do not have the Bento of the present source, with its model."""
+    bentos, record = arguments["bentos"], json.loads((path / "bento.json").read_text())
+    tag = bentos.tag(record["bento"].partition(":")[0], record["arguments"])
+    if tag != record["bento"]:
+        return f"the service's source has changed since {record['bento']}"
+    missing = bentos.find_missing(tag, record["model"])
+    return f"BentoML's store has no {missing}" if missing else ""
+
+
 @dg.asset(**asset_arguments("packaged_bento"))
+@reuses_unchanged(outdated=outdated)
 def packaged_bento(
     context: dg.AssetExecutionContext,
     hydra: HydraConfig,

@@ -2,6 +2,7 @@
 
     python bento_store.py model NAME:VERSION DIRECTORY LABELS_JSON     import a model directory unless the store has it
     python bento_store.py bento NAME:VERSION                           find a Bento
+    python bento_store.py missing BENTO_TAG MODEL_TAG                  the first tag that the stores do not have
     python bento_store.py export NAME:VERSION DIRECTORY                copy a Bento with its models to a new directory
 
 The last line of output is JSON: the entry of the store, or null if there is no such Bento.
@@ -42,6 +43,19 @@ def find_bento(tag: str) -> dict[str, Any] | None:
     return _described(str(bento.tag), Path(bento.path))
 
 
+def find_missing(bento: str, model: str) -> dict[str, str]:
+    """`{"tag"}`: of the Bento or the model, if one is not in its store; else empty."""
+    import bentoml
+    from bentoml.exceptions import NotFound
+
+    for tag, store in ((bento, bentoml.bentos), (model, bentoml.models)):
+        try:
+            store.get(tag)
+        except NotFound:
+            return {"tag": tag}
+    return {"tag": ""}
+
+
 def export(tag: str, directory: str) -> dict[str, Any]:
     """Copy the Bento `tag` and its models to a directory that `bentoml serve` takes; every user may read it.
 
@@ -68,5 +82,10 @@ def _described(tag: str, path: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     command, *arguments = sys.argv[1:]
-    commands: dict[str, Callable[..., Any]] = {"model": import_model, "bento": find_bento, "export": export}
+    commands: dict[str, Callable[..., Any]] = {
+        "model": import_model,
+        "bento": find_bento,
+        "missing": find_missing,
+        "export": export,
+    }
     print(json.dumps(commands[command](*arguments)))

@@ -46,6 +46,10 @@ class BentoBuilder(dg.ConfigurableResource):
         found = self._store("bento", tag, log=log)
         return found or None
 
+    def find_missing(self, bento: str, model: str, log: Log = silent) -> str:
+        """Which of a Bento's and its model's tags is not in the stores; empty if both are."""
+        return str(self._store("missing", bento, model, log=log)["tag"])
+
     def build(
         self, tag: str, *, labels: Mapping[str, str], arguments: Mapping[str, Any], log: Log = silent
     ) -> dict[str, Any]:
@@ -80,14 +84,18 @@ class BentoBuilder(dg.ConfigurableResource):
     ) -> dict[str, Any]:
         """The Bento `name` for these arguments and the current source, built unless the store has it.
 
-        Returns `{"tag", "path", "bytes", "created"}`; the version is a hash of everything that determines the Bento.
+        Returns `{"tag", "path", "bytes", "created"}`.
         """
-        self._compile_native_step(log)
-        content = json.dumps(dict(arguments), sort_keys=True) + self.source_digest()
-        tag = f"{name}:{hashlib.sha256(content.encode()).hexdigest()[:VERSION_DIGITS]}"
+        tag = self.tag(name, arguments, log)
         found = self.find_bento(tag)
         bento = self.build(tag, labels=labels, arguments=arguments, log=log) if found is None else found
         return {**bento, "created": found is None}
+
+    def tag(self, name: str, arguments: Mapping[str, Any], log: Log = silent) -> str:
+        """The tag of the Bento `name`: its version is a hash of everything that determines it."""
+        self._compile_native_step(log)
+        content = json.dumps(dict(arguments), sort_keys=True) + self.source_digest()
+        return f"{name}:{hashlib.sha256(content.encode()).hexdigest()[:VERSION_DIGITS]}"
 
     def package(
         self,

@@ -26,13 +26,18 @@ from model.settings import ExperimentSettings
 
 FORCE_TAG = "rex/force"
 SourceFingerprint = Callable[[ExperimentSettings], str]
+Outdated = Callable[[Path, Mapping[str, Any]], str]
 _Compute = Callable[..., Iterator[dg.MaterializeResult]]
 
 
-def reuses_unchanged(fingerprint: SourceFingerprint | None = None) -> Callable[[_Compute], _Compute]:
+def reuses_unchanged(
+    fingerprint: SourceFingerprint | None = None, outdated: Outdated | None = None
+) -> Callable[[_Compute], _Compute]:
     """Decorate an asset's function, which then runs only if the latest artifact is stale.
 
     fingerprint: of the stage's inputs other than its upstream, such as files that the settings name.
+    outdated: for an artifact that names something in another store: why that is not what the stage would make now, or
+    "". Called with the artifact's folder and the step's resources and inputs by name.
     """
 
     def decorate(compute: _Compute) -> _Compute:
@@ -44,6 +49,10 @@ def reuses_unchanged(fingerprint: SourceFingerprint | None = None) -> Callable[[
                 again = None
                 with no_retry_after_termination(context), permanent_failures():
                     found = _find_unchanged(context, hydra, upstream, fingerprint)
+                    why = outdated(found[0], arguments) if found and outdated else ""
+                    if why:
+                        context.log.info(f"{context.asset_key.path[-1]} is made again: {why}")
+                        found = None
                     if found:
                         again = _materialize_again(context, hydra, arguments["mlflow"], upstream, *found)
                 if again:

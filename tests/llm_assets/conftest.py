@@ -36,7 +36,7 @@ class Pipeline:
         self.retries = 0
         self.tags: dict[str, str] = {}
         self.code_version = "1"
-        self.experiment, self.source = "smoke", ""
+        self.experiment, self.source, self.outdated = "smoke", "", ""
         self.registration: Registration | None = None
 
     def run(self, *names: str) -> dg.ExecuteInProcessResult:
@@ -70,7 +70,7 @@ class Pipeline:
 
     def _once(self, compute: Callable[..., Any]) -> Callable[..., Any]:
         fingerprint = self.fingerprint if compute.__name__ == "corpus" else None
-        return reuses_unchanged(fingerprint)(compute) if self.reuses else compute
+        return reuses_unchanged(fingerprint, lambda path, arguments: self.outdated)(compute) if self.reuses else compute
 
     def _corpus(self) -> dg.AssetsDefinition:
         @dg.asset(

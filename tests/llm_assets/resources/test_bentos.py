@@ -65,6 +65,9 @@ def test_a_model_is_imported_once_and_a_bento_is_built_from_it(
         log=lines.append,
     )
     assert bento == builder.find_bento("rex-smoke:def")
+    assert builder.find_missing("rex-smoke:def", "rex-smoke:abc") == ""
+    assert builder.find_missing("rex-smoke:def", "rex-smoke:ghi") == "rex-smoke:ghi"
+    assert builder.find_missing("rex-smoke:ghi", "rex-smoke:abc") == "rex-smoke:ghi"
     description = (Path(bento["path"]) / "bento.yaml").read_text()
     assert "rex-smoke:abc" in description
     assert "kv_cache: false" in description.replace("'", "")

@@ -40,6 +40,10 @@ def change_code_version(pipeline: Pipeline) -> None:
     pipeline.code_version = "2"
 
 
+def lose_what_it_names(pipeline: Pipeline) -> None:
+    pipeline.outdated = "another store has no rex-smoke:abc"
+
+
 def force_by_tag(pipeline: Pipeline) -> None:
     pipeline.tags = {"rex/force": "true"}
 
@@ -77,7 +81,16 @@ def test_the_page_of_a_reused_asset_shows_what_it_showed(pipeline: Pipeline, com
 
 
 @pytest.mark.parametrize(
-    "change", [change_settings, change_source, change_code_version, force_by_tag, force_by_configuration, alter_a_file]
+    "change",
+    [
+        change_settings,
+        change_source,
+        change_code_version,
+        lose_what_it_names,
+        force_by_tag,
+        force_by_configuration,
+        alter_a_file,
+    ],
 )
 def test_what_decides_a_stage_makes_it_compute(
     pipeline: Pipeline, computed: list[str], change: Callable[[Pipeline], None]

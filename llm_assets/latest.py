@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_assets.artifacts.io_manager import DirectoryIOManager
 from llm_assets.artifacts.manifest import refresh_command
+from llm_assets.artifacts.store import ArtifactStore
 from llm_assets.experiments.compose import DEFAULT_EXPERIMENT
 from llm_assets.paths import shown_path
 from llm_assets.registry import PIPELINE
@@ -29,7 +29,7 @@ def latest_artifacts(experiment: str) -> dict[str, Path]:
 
     Raises PipelineError if one is missing.
     """
-    store = DirectoryIOManager().store()
+    store = ArtifactStore.default()
     return {asset: store.load(asset, experiment) for asset in STAGES}
 
 
@@ -60,7 +60,7 @@ def results(artifacts: Mapping[str, Path]) -> dict[str, str]:
 
 def bento_tag(experiment: str) -> str:
     """The tag of the experiment's newest Bento. Raises PipelineError if BentoML's store does not have it."""
-    record = DirectoryIOManager().store().load("packaged_bento", experiment) / "bento.json"
+    record = ArtifactStore.default().load("packaged_bento", experiment) / "bento.json"
     tag: str = json.loads(record.read_text())["bento"]
     bentos = Path(os.environ.get("BENTOML_HOME") or Path.home() / "bentoml") / "bentos"
     if not (bentos / tag.replace(":", "/")).is_dir():
@@ -73,7 +73,7 @@ def bento_tag(experiment: str) -> str:
 
 def image_tag(experiment: str, device: str) -> str:
     """The tag of the experiment's newest container image for `cpu` or `gpu`."""
-    record = DirectoryIOManager().store().load(f"container_image_{device}", experiment) / "image.json"
+    record = ArtifactStore.default().load(f"container_image_{device}", experiment) / "image.json"
     tag: str = json.loads(record.read_text())["image"]
     return tag
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(image_tag(arguments.experiment, arguments.image))
         return 0
     if arguments.asset:
-        print(DirectoryIOManager().store().load(arguments.asset, arguments.experiment))
+        print(ArtifactStore.default().load(arguments.asset, arguments.experiment))
         return 0
     artifacts = latest_artifacts(arguments.experiment)
     for asset, path in artifacts.items():

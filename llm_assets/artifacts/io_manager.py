@@ -71,8 +71,7 @@ class DirectoryIOManager(dg.ConfigurableIOManager):
 
     def store(self) -> ArtifactStore:
         """The store that the fields describe."""
-        root = self.root or os.environ.get("LLM_ASSETS_ARTIFACTS") or str(var_dir() / "artifacts")
-        return ArtifactStore(root, Path(self.cache_dir or var_dir() / "cache"), self.keep_versions)
+        return ArtifactStore.default(self.root, self.cache_dir, self.keep_versions)
 
     def handle_output(self, context: dg.OutputContext, obj: Staged | Reused) -> None:
         """Publish a sealed directory, or name a version that is reused."""

@@ -24,6 +24,7 @@ from upath import UPath
 from llm_assets.artifacts.locks import exclusive, hold, unread
 from llm_assets.artifacts.manifest import Manifest, refresh_command
 from llm_assets.artifacts.remote import is_abandoned, refusals, replace_if_unchanged, revision
+from llm_assets.paths import var_dir
 from model.artifact import MANIFEST, verify
 from model.errors import PipelineError, TransientError, limits_as_error
 
@@ -53,6 +54,12 @@ class ArtifactStore:
         self._local = path.protocol in ("", "file", "local")
         self.root: UPath | Path = Path(path.path).absolute() if self._local else path
         self._cache_dir, self._keep_versions = cache_dir, keep_versions
+
+    @classmethod
+    def default(cls, root: str = "", cache_dir: str = "", keep_versions: int = 3) -> "ArtifactStore":
+        """The store at `root`, else LLM_ASSETS_ARTIFACTS, else var/artifacts; cached at `cache_dir`, else var/cache."""
+        root = root or os.environ.get("LLM_ASSETS_ARTIFACTS") or str(var_dir() / "artifacts")
+        return cls(root, Path(cache_dir or var_dir() / "cache"), keep_versions)
 
     def publish(self, staging: Path) -> Publication:
         """Make a sealed directory a version, and the latest one unless it failed a blocking check.

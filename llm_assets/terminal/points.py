@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from llm_assets.latest import latest_artifacts
 from llm_assets.paths import shown_path, var_dir
 from llm_assets.resources.tracking_store import one_line
 
@@ -44,8 +45,6 @@ class Sweep:
 
     def finish(self, experiment: str) -> float:
         """Read the results in the point's artifacts; returns its bits per byte."""
-        from llm_assets.latest import latest_artifacts  # imports Dagster, for which the first point does not wait
-
         artifacts = latest_artifacts(experiment)
         trained, quantized = (
             json.loads((artifacts[asset] / "summary.json").read_text())

@@ -54,7 +54,8 @@ def test_half_a_line_waits_for_its_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
-def test_a_terminal_does_not_wait_for_dagster_before_its_first_line() -> None:
-    program = "import sys, llm_assets.terminal.execute, llm_assets.sweep; print('dagster' in sys.modules)"
+def test_a_terminal_does_not_wait_for_dagster_before_the_first_line_and_the_results() -> None:
+    program = "import sys, llm_assets.terminal.execute, llm_assets.sweep, llm_assets.latest; "
+    program += "print('dagster' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -54,10 +54,11 @@ class HydraConfig(dg.ConfigurableResource):
         Every step reports again: the sensor or a run with other overrides may have observed different values since.
         """
         self._composed.clear()
-        experiment = context.run.tags.get("dagster/partition") if context.run else None
+        tags = context.run.tags if context.run else {}
+        experiment = tags.get("dagster/partition")
         if not experiment or context.instance is None:
             return
-        if AUTOMATION_TAG in context.run.tags:
+        if AUTOMATION_TAG in tags:
             self._inherited = _overrides_of_checkpoint(context.instance, experiment)
         if experiments.has_partition_key(experiment):
             enter(context.instance, experiment)

@@ -62,6 +62,8 @@ def test_only_what_is_cheap_follows_its_upstream() -> None:
     assert following == EAGER
 
 
+@pytest.mark.medium
+@pytest.mark.filterwarnings("ignore:Parameter `include_sources`")
 def test_what_follows_a_new_checkpoint_does_not_follow_changed_settings() -> None:
     with dg.DagsterInstance.ephemeral() as instance:
         enter(instance, "smoke")

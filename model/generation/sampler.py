@@ -1,10 +1,9 @@
 """Sampling for one request: penalties, bias, temperature, top-k, top-p and min-p, in the order of `generate()`.
 
 Each request has its own random generator and draws one number per token, so a seed gives the same text regardless of
-other requests. Sampling inverts the cumulative distribution of the kept tokens: one random number instead of the
-vocabulary-sized vector that `torch.multinomial` draws.
+other requests. `steps/draw.py` samples by that number.
 
-Shapes: V vocabulary, C candidates, B bins.
+Shapes: V vocabulary.
 """
 
 import random
@@ -16,9 +15,7 @@ import torch
 from torch import Tensor
 
 from model.generation.requests import SamplingParameters, TokenLogprob
-
-BINS, BINS_PER_NAT = 1024, 32
-"""Of the logarithm of a probability; the last bin has all of e^-32 and below."""
+from model.generation.steps.draw import Draw, draw_token
 
 
 class Sampler:
@@ -32,6 +29,7 @@ class Sampler:
     ) -> None:
         self._parameters = parameters
         self._random = random.Random(parameters.seed)
+        self._uniform: float | None = None
         self._bias: tuple[Tensor, Tensor] | None = None
         if parameters.logit_bias:
             tokens, biases = zip(*parameters.logit_bias.items(), strict=True)
@@ -44,8 +42,9 @@ class Sampler:
         if parameters.presence_penalty or parameters.frequency_penalty:
             self._count_V = torch.zeros(vocab_size, device=device)
         changes = (self._bias, self._seen_V, self._count_V)
-        self.is_plain_greedy: bool = parameters.temperature == 0 and all(change is None for change in changes)
-        """Whether the next token is always the one with the highest logit."""
+        self.is_greedy: bool = parameters.temperature == 0
+        self.is_plain: bool = all(change is None for change in changes)
+        """Whether the next token depends on the logits as they are."""
 
     def next(
         self, logits_V: Tensor, forbidden: Sequence[int] = (), allowed_V: npt.NDArray[np.bool_] | None = None
@@ -61,7 +60,11 @@ class Sampler:
             scores_V = torch.where(allowed, scores_V, -torch.inf)
             if not torch.isfinite(scores_V.max()):
                 raise ValueError("the model's logits of the allowed tokens are not numbers")
-        token = int(scores_V.argmax()) if self._parameters.temperature == 0 else self._draw(scores_V)
+        if self._parameters.temperature == 0:
+            token = int(scores_V.argmax())
+        else:
+            token = draw_token(scores_V, self.draw())
+            self.take()
         if self._seen_V is not None:
             self._seen_V[token] = True
         if self._count_V is not None:
@@ -87,60 +90,16 @@ class Sampler:
             raise ValueError(f"the model's highest logit is {highest.item()}: its weights or its input are broken")
         return scores_V
 
-    def kept(self, scores_V: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Candidate ids, ascending, and their probabilities over that of the most likely one, each (C,).
+    def draw(self) -> Draw:
+        """The next sample's parameters; the same until a token has been taken, since a failed step is repeated."""
+        if self._uniform is None:
+            self._uniform = self._random.random()
+        chosen = self._parameters
+        return Draw(chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p, self._uniform)
 
-        The order by id, unlike one by probability, does not change with the rounding of near-equal logits.
-        """
-        parameters, values_C = self._parameters, scores_V.cpu().numpy()
-        ids = np.arange(len(values_C))
-        if 0 < parameters.top_k < len(ids):
-            ids = _largest(scores_V, parameters.top_k)
-            values_C = values_C[ids]
-        # float64, shifted to a maximum of 0, so that a temperature near 0 does not overflow.
-        with np.errstate(over="ignore"):
-            scaled_C = (values_C.astype(np.float64) - values_C.max()) / parameters.temperature
-        weights_C = np.exp(scaled_C)
-        if parameters.top_p < 1 or parameters.min_p > 0:
-            # top-p is a fraction of the probability mass that top-k keeps.
-            keep_C = _nucleus(scaled_C, weights_C, parameters.top_p) & (weights_C >= parameters.min_p)
-            ids, weights_C = ids[keep_C], weights_C[keep_C]
-        return ids, weights_C
-
-    def _draw(self, scores_V: Tensor) -> int:
-        ids, weights_C = self.kept(scores_V)
-        sums_C = weights_C.cumsum()
-        at = np.searchsorted(sums_C, self._random.random() * sums_C[-1], side="right")
-        # Rounding may step past the last token with a nonzero probability.
-        return int(ids[min(at, np.searchsorted(sums_C, sums_C[-1]))])
-
-
-def _largest(scores_V: Tensor, count: int) -> np.ndarray:
-    """Ids of the `count` largest scores, ascending; of equal ones, the first."""
-    least, values_V = float(torch.topk(scores_V, count).values[-1]), scores_V.cpu().numpy()
-    keep_V = values_V >= least
-    if surplus := np.count_nonzero(keep_V) - count:
-        keep_V[np.flatnonzero(values_V == least)[-surplus:]] = False
-    return np.flatnonzero(keep_V)
-
-
-def _nucleus(scaled_C: np.ndarray, weights_C: np.ndarray, top_p: float) -> np.ndarray:
-    """A mask of the fewest largest weights with `top_p` of all weight; of equal ones, the first. scaled_C: their
-    logarithms, up to 0.
-
-    To sort all would take ten times as long for 32,000 tokens: whole bins are in or out, and only one is sorted.
-    """
-    bins_C = np.minimum(scaled_C * -BINS_PER_NAT, BINS - 1).astype(np.intp)
-    mass_B = np.bincount(bins_C, weights_C, minlength=BINS)
-    before_B = mass_B.cumsum() - mass_B
-    wanted = top_p * mass_B.sum()
-    last = np.searchsorted(before_B, wanted) - 1
-    inside = np.flatnonzero(bins_C == last)
-    inside = inside[np.argsort(-weights_C[inside], kind="stable")]
-    sums = weights_C[inside].cumsum() - weights_C[inside]
-    keep_C = bins_C < last
-    keep_C[inside[before_B[last] + sums < wanted]] = True
-    return keep_C
+    def take(self) -> None:
+        """The drawn token has been taken: the next draw is another."""
+        self._uniform = None
 
 
 def token_logprobs(logits_RV: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:

@@ -348,10 +348,11 @@ class Scheduler:
         """The next token; None if the request's constraint allows no token, which completes the text."""
         if sequence.constraint:
             return self._constrained_token(sequence, sequence.constraint, output)
-        if sequence.sampler.is_plain_greedy and output.token is not None and not self._forbidden(sequence):
+        if segment.logits == "token":
+            if output.token is None:
+                raise ValueError("the highest logit is not finite: the weights or the cache hold broken numbers")
+            sequence.sampler.take()
             return output.token
-        if segment.logits == "argmax":
-            raise ValueError("the highest logit is not finite: the weights or the cache hold broken numbers")
         return sequence.sampler.next(output.logits_RV[-1], self._forbidden(sequence))
 
     def _constrained_token(self, sequence: Sequence, constraint: Constraint, output: SegmentOutput) -> int | None:

@@ -51,12 +51,9 @@ class Sequence:
     def next_segment(self, most: int, forbidden: collections.abc.Sequence[int]) -> Segment:
         """The next segment to compute, at most `most` tokens. forbidden: tokens excluded from sampling."""
         end = min(self.num_tokens, self.num_computed_tokens + most)
-        return Segment(
-            self.slot,
-            self.num_computed_tokens,
-            self.ids[self.num_computed_tokens : end],
-            self._wanted(end, is_free=not forbidden),
-        )
+        wanted = self._wanted(end, is_free=not forbidden)
+        draw = self.sampler.draw() if wanted == "token" and not self.sampler.is_greedy else None
+        return Segment(self.slot, self.num_computed_tokens, self.ids[self.num_computed_tokens : end], wanted, draw)
 
     def _wanted(self, end: int, *, is_free: bool) -> Wanted:
         if self.request.embedding:
@@ -66,5 +63,4 @@ class Sequence:
         if end < self.num_tokens:
             return "none"
         is_free = is_free and self.constraint is None
-        is_argmax = is_free and self.sampler.is_plain_greedy and self.request.logprobs is None
-        return "argmax" if is_argmax else "last"
+        return "token" if is_free and self.sampler.is_plain and self.request.logprobs is None else "last"

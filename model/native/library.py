@@ -28,7 +28,7 @@ from model.errors import PipelineError
 from model.native.build import LIBRARY
 from model.weights.int8 import QuantizedMatrix, TiedInt8Head, precision_name
 
-ABI = 4
+ABI = 5
 INSTRUCTIONS = ("portable", "avx2", "avxvnni", "avx512", "amx", "dotprod")
 """Instruction sets, in the order of their numbers in the library; of those that a CPU has, the last is the fastest."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
@@ -105,7 +105,7 @@ def open_library(path: Path | None = None) -> ctypes.CDLL | None:
         "rex_model_destroy": (None, [pointer]),
         "rex_session_create": (pointer, [pointer, whole, whole, long, whole, text]),
         "rex_session_destroy": (None, [pointer]),
-        "rex_session_step": (whole, [pointer, whole, *[pointer] * 8, text]),
+        "rex_session_step": (whole, [pointer, whole, *[pointer] * 9, text]),
         "rex_session_hidden": (whole, [pointer, whole, *[pointer] * 6, text]),
         "rex_session_copy_prefix": (whole, [pointer, whole, whole, whole, text]),
         "rex_session_truncate": (whole, [pointer, whole, whole, text]),
@@ -256,9 +256,18 @@ class NativeSession:
         return self.step_over(table, [s.ids for s in segments], logits=logits)
 
     def step_over(
-        self, table: Sequence[tuple[int, int, int, int]], ids: Sequence[np.ndarray], *, logits: bool
+        self,
+        table: Sequence[tuple[int, int, int, int]],
+        ids: Sequence[np.ndarray],
+        *,
+        logits: bool,
+        draws: np.ndarray | None = None,
     ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
-        """As `step`. table: slot, start, length and wanted rows of each segment. ids: the tokens of each."""
+        """As `step`. table: slot, start, length and wanted rows of each segment. ids: the tokens of each.
+
+        draws: float64 (R, 5), the temperature, top-k, top-p, min-p and uniform number of each row: with a temperature
+        above 0 it gets a sample in place of the first index of the highest logit.
+        """
         rows = sum([row[3] for row in table])
         arguments = self._arguments
         if max(len(table), rows) > arguments.capacity:
@@ -270,12 +279,13 @@ class NativeSession:
             len(table),
             *arguments.fill(table),
             tokens.ctypes.data,
+            None if draws is None else draws.ctypes.data,
             None if logits_RV is None else logits_RV.ctypes.data,
             *arguments.results,
             arguments.error,
         )
         _check(failed, arguments.error)
-        return logits_RV, arguments.best[:rows].copy(), arguments.highest[:rows].copy()
+        return logits_RV, arguments.chosen[:rows].copy(), arguments.highest[:rows].copy()
 
     def hidden_states(self, segments: Sequence[Segment]) -> np.ndarray:
         """As `step`, but ends after the final norm: hidden states (R, D) float32 of the requested rows."""
@@ -323,8 +333,8 @@ class _Arguments:
         self.capacity = capacity
         self._table = np.empty((4, capacity), dtype=np.int32)
         self._addresses = [row.ctypes.data for row in self._table]
-        self.best, self.highest = np.empty(capacity, dtype=np.int32), np.empty(capacity, dtype=np.float32)
-        self.results = (self.best.ctypes.data, self.highest.ctypes.data)
+        self.chosen, self.highest = np.empty(capacity, dtype=np.int32), np.empty(capacity, dtype=np.float32)
+        self.results = (self.chosen.ctypes.data, self.highest.ctypes.data)
         self.error = ctypes.create_string_buffer(_ERROR_SIZE)
 
     def fill(self, table: Sequence[tuple[int, int, int, int]]) -> list[int]:

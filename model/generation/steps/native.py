@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from model.generation.steps.draw import Draw
 from model.generation.steps.step import Segment, SegmentOutput, Step
 from model.native import library
 from model.native.library import NativeModel, NativeSession, unsupported
@@ -54,12 +55,13 @@ class NativeStep(Step):
             rest = iter(self.compute(others) if others else ())
             return [next(hidden) if s.logits == "hidden" else next(rest) for s in segments]
         wanted = [len(s.ids) if s.logits == "all" else int(s.logits != "none") for s in segments]
-        logits_RV, best_R, highest_R = self._session.step_over(
+        logits_RV, chosen_R, highest_R = self._session.step_over(
             [(s.slot, s.start, len(s.ids), rows) for s, rows in zip(segments, wanted, strict=True)],
             [s.ids for s in segments],
             logits=any(s.logits in ("last", "all") for s in segments),
+            draws=_draws(segments, wanted) if any(s.draw for s in segments) else None,
         )
-        tokens = best_R.tolist()
+        tokens = chosen_R.tolist()
         if not np.isfinite(highest_R).all():
             tokens = [
                 token if is_finite else None
@@ -93,3 +95,14 @@ class NativeStep(Step):
     def renewed(self) -> "NativeStep":
         """The same weights with empty slots and new threads."""
         return NativeStep(self._model, self.slots, self._threads)
+
+
+def _draws(segments: Sequence[Segment], rows: Sequence[int]) -> np.ndarray:
+    """The `Draw` of each row of logits, shape (R, 5); rows whose token is the most likely one are zero."""
+    nothing = (0.0,) * len(Draw._fields)
+    table = [
+        draw
+        for s, count in zip(segments, rows, strict=True)
+        for draw in ([s.draw or nothing] if count == 1 else [nothing] * count)
+    ]
+    return np.array(table, dtype=np.float64)

@@ -24,6 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from model.generation.steps.cache import KeyValueCache, bytes_per_token
+from model.generation.steps.draw import draw_token
 from model.generation.steps.step import Segment, SegmentOutput, Step
 from model.weights.int8 import precision_name
 from model.weights.packed import pack
@@ -127,11 +128,14 @@ class ReferenceStep(Step):
             return [SegmentOutput(logits_RV, None) for logits_RV in logits]
         highest, tokens = (iter(values.tolist()) for values in torch.cat(last_rows).max(dim=-1))
         outputs = []
-        for logits_RV in logits:
+        for segment, logits_RV in zip(segments, logits, strict=True):
             token = None
             if len(logits_RV):
                 token = next(tokens)
-                token = token if math.isfinite(next(highest)) else None
+                if not math.isfinite(next(highest)):
+                    token = None
+                elif segment.draw:
+                    token = draw_token(logits_RV[-1], segment.draw)
             outputs.append(SegmentOutput(logits_RV, token))
         return outputs
 
@@ -214,7 +218,7 @@ def _selected_rows(row: list[Segment]) -> tuple[list[int], list[int]]:
     end = 0
     for segment in row:
         end += len(segment.ids)
-        count = {"none": 0, "argmax": 1, "last": 1, "all": len(segment.ids), "hidden": len(segment.ids)}[segment.logits]
+        count = {"none": 0, "token": 1, "last": 1, "all": len(segment.ids), "hidden": len(segment.ids)}[segment.logits]
         selected += range(end - count, end)
         counts.append(count)
     return selected, counts

@@ -16,29 +16,33 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-Wanted = Literal["none", "argmax", "last", "all", "hidden"]
+from model.generation.steps.draw import Draw
+
+Wanted = Literal["none", "token", "last", "all", "hidden"]
 
 
 class Segment(NamedTuple):
     """Tokens scheduled for one sequence in one step: they follow the first `start` positions of its slot.
 
-    ids: int64, at least one. logits: which rows the step computes: none, the last token's arg-max alone, the last
-    token's logits, the logits of all tokens, or the hidden states of all tokens instead.
+    ids: int64, at least one. logits: which rows the step computes: none, only the chosen next token, the last token's
+    logits, the logits of all tokens, or the hidden states of all tokens instead. draw: how the next token is chosen if
+    it is not the most likely one; only for "token".
     """
 
     slot: int
     start: int
     ids: np.ndarray
     logits: Wanted = "last"
+    draw: Draw | None = None
 
 
 class SegmentOutput(NamedTuple):
     """The results of a step for one segment.
 
-    logits_RV: float32, R = 1 for "last", len(ids) for "all", 0 for "none"; for "argmax" 0 or 1, up to the step.
+    logits_RV: float32, R = 1 for "last", len(ids) for "all", 0 for "none"; for "token" 0 or 1, up to the step.
     hidden_RD: float32, hidden states after the final norm, R = len(ids), for "hidden"; else None.
-    token: the most likely token after the segment, the lowest id among equals; None for "none" and if the highest logit
-    is not finite.
+    token: the one that the segment's draw chooses, or the most likely, the lowest id among equals; None for "none" and
+    if the highest logit is not finite.
     """
 
     logits_RV: Tensor

@@ -170,17 +170,18 @@ RexSession* rex_session_create(const RexModel* model, int32_t slots, int32_t cac
 void rex_session_destroy(RexSession* session) { delete session; }
 
 int32_t rex_session_step(RexSession* session, int32_t segments, const int32_t* slot, const int32_t* start,
-                         const int32_t* length, const int32_t* wanted, const int64_t* ids, float* logits, int32_t* best,
-                         float* highest, char* error) {
+                         const int32_t* length, const int32_t* wanted, const int64_t* ids, const RexDraw* draws,
+                         float* logits, int32_t* chosen, float* highest, char* error) {
     return guarded(error, [&] {
-        session->session.step(rows_of(session, segments, slot, start, length, wanted, ids), {logits, best, highest});
+        session->session.step(rows_of(session, segments, slot, start, length, wanted, ids),
+                              {draws, logits, chosen, highest, nullptr});
     });
 }
 
 int32_t rex_session_hidden(RexSession* session, int32_t segments, const int32_t* slot, const int32_t* start,
                            const int32_t* length, const int32_t* wanted, const int64_t* ids, float* hidden, char* error) {
     return guarded(error, [&] {
-        session->session.step(rows_of(session, segments, slot, start, length, wanted, ids), {nullptr, nullptr, nullptr, hidden});
+        session->session.step(rows_of(session, segments, slot, start, length, wanted, ids), {nullptr, nullptr, nullptr, nullptr, hidden});
     });
 }
 

@@ -12,7 +12,7 @@
 #define REX_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { REX_ABI = 4, REX_ERROR_SIZE = 256 };
+enum { REX_ABI = 5, REX_ERROR_SIZE = 256 };
 enum RexDtype { REX_FLOAT32 = 0, REX_BFLOAT16 = 1, REX_INT8 = 2, REX_INT4 = 3 };
 enum RexInstructions { REX_PORTABLE = 0, REX_AVX2 = 1, REX_AVXVNNI = 2, REX_AVX512 = 3, REX_AMX = 4, REX_DOTPROD = 5 };
 
@@ -47,6 +47,12 @@ struct RexWeights {
     const float *cos, *sin;  // (context_length, head_dim / 2)
 };
 
+// How to choose the token of a row: at temperature 0 the highest logit, else a sample. top_k: 0 keeps all. uniform: from 0
+// to 1 exclusive, what the sample is drawn by.
+struct RexDraw {
+    double temperature, top_k, top_p, min_p, uniform;
+};
+
 struct RexModel;
 struct RexSession;
 
@@ -65,11 +71,11 @@ REX_API void rex_session_destroy(RexSession* session);
 
 // One pass over segments of many slots. Segment i: `length[i]` tokens after the first `start[i]` positions of
 // `slot[i]`; the last `wanted[i]` of them (0 to length) get logits. ids: the tokens of all segments, one after the
-// other. For each such row, in order: logits (rows, vocab_size) unless null, the first index of the highest logit, and
-// that logit, NaN if any is NaN.
+// other. For each such row, in order: logits (rows, vocab_size) unless null, the token that `draws` chooses (null: the
+// first index of the highest logit), and the highest logit, NaN if any is NaN.
 REX_API int32_t rex_session_step(RexSession* session, int32_t segments, const int32_t* slot, const int32_t* start,
-                                 const int32_t* length, const int32_t* wanted, const int64_t* ids, float* logits,
-                                 int32_t* best, float* highest, char* error);
+                                 const int32_t* length, const int32_t* wanted, const int64_t* ids, const RexDraw* draws,
+                                 float* logits, int32_t* chosen, float* highest, char* error);
 // As rex_session_step, but ends after the final norm. hidden: (rows, hidden_size) of the requested rows.
 REX_API int32_t rex_session_hidden(RexSession* session, int32_t segments, const int32_t* slot, const int32_t* start,
                                    const int32_t* length, const int32_t* wanted, const int64_t* ids, float* hidden,

@@ -1,6 +1,7 @@
 #include "session.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 
@@ -209,12 +210,16 @@ void Session::choose(int64_t count, Outputs& out) {
     float* logits = is_direct ? out.logits : logits_.data();
     multiply(head, normed_, strides_.hidden, count, logits, stride);
     each_row(count, [&](int64_t row) {
-        out.best[row] = kernels_.arg_max(logits + row * stride, config_.vocab_size, out.highest + row);
+        const float* own = logits + row * stride;
+        out.chosen[row] = kernels_.arg_max(own, config_.vocab_size, out.highest + row);
+        if (out.draws && out.draws[row].temperature > 0 && std::isfinite(out.highest[row]))
+            out.chosen[row] = kernels_.draw(own, config_.vocab_size, out.highest[row], out.draws[row]);
         if (out.logits && !is_direct)
-            std::memcpy(out.logits + row * config_.vocab_size, logits + row * stride, (size_t)config_.vocab_size * 4);
+            std::memcpy(out.logits + row * config_.vocab_size, own, (size_t)config_.vocab_size * 4);
     });
     if (out.logits) out.logits += count * config_.vocab_size;
-    out.best += count;
+    if (out.draws) out.draws += count;
+    out.chosen += count;
     out.highest += count;
 }
 

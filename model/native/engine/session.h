@@ -15,13 +15,14 @@ struct Row {
     bool is_wanted;  // whether its logits, or its hidden state, are requested
 };
 
-// Outputs of the requested rows; logits may be null. hidden, if not null: their hidden states, instead of the other
-// outputs.
+// Outputs of the requested rows; logits may be null. draws: how to choose each row's token; null: the highest logit.
+// hidden, if not null: their hidden states, instead of the other outputs.
 struct Outputs {
+    const RexDraw* draws;
     float* logits;
-    int32_t* best;
+    int32_t* chosen;
     float* highest;
-    float* hidden = nullptr;
+    float* hidden;
 };
 
 class Session {

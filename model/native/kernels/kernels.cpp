@@ -6,6 +6,7 @@
 #include "kernels.h"
 #include "products.h"
 #include "attention.h"
+#include "draw.h"
 
 namespace {
 
@@ -118,6 +119,7 @@ int32_t arg_max(const float* x, int64_t n, float* highest) {
 const Kernels table = {
     NAME_OF(KERNELS), UNSIGNED_WEIGHTS, product_f32, product_bf16, product_int8, product_int4, attend_f32, attend_bf16,
     rms_norm, head_norm, add, quantize, sum_groups, swiglu, rotate, store_f32, store_bf16, arg_max,
+    draw,
 };
 
 }  // namespace

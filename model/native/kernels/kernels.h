@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "rex_native.h"
+
 namespace rex {
 
 constexpr int ROW_UNIT = 64;  // rows are padded to a multiple of this
@@ -76,6 +78,8 @@ struct Kernels {
     void (*store_bf16)(const float* key, const float* value, int32_t head_dim, int64_t head_stride, uint8_t* page, int32_t at);
     // The first index of the highest value, and that value; NaN if any is NaN.
     int32_t (*arg_max)(const float* x, int64_t n, float* highest);
+    // A sample; highest: the highest value, finite.
+    int32_t (*draw)(const float* x, int64_t n, float highest, const RexDraw& how);
 };
 
 // Only the instruction sets that the compiler supported are defined; library.cpp checks HAS_... macros.

@@ -3,6 +3,7 @@
 import math
 import random
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from model.errors import PipelineError
 from model.generation.engine import MIB, Engine
 from model.generation.requests import Finished, GenerationRequest, PromptScores, SamplingParameters
 from model.generation.steps.cache import bytes_per_token
+from model.generation.steps.choose import available_steps
 from model.text.tokenizer import token_bytes
 from model.weights import int8
 from tests.model.generation.engines import GREEDY, PROMPT, StepHook, reference, start, tokens
@@ -77,8 +79,12 @@ def test_a_shared_beginning_is_computed_once_and_changes_nothing(model, engine):
     assert again.cached_tokens == len(beginning)
 
 
-def test_a_seed_gives_the_same_text_whatever_else_runs(engine):
-    sampling = SamplingParameters(temperature=1.1, top_k=60, top_p=0.95, min_p=0.01, presence_penalty=0.5, seed=3)
+SAMPLED = {"temperature": 1.1, "top_k": 60, "top_p": 0.95, "min_p": 0.01, "seed": 3}
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.5])  # the step samples, or the scheduler
+def test_a_seed_gives_the_same_text_whatever_else_runs(engine, penalty):
+    sampling = SamplingParameters(**SAMPLED, presence_penalty=penalty)
     request = GenerationRequest(PROMPT, 40, sampling)
     alone = tokens(engine.submit(request))
     others = [GenerationRequest(p, 50, SamplingParameters(seed=i)) for i, p in enumerate(random_prompts(6, 40))]
@@ -86,6 +92,21 @@ def test_a_seed_gives_the_same_text_whatever_else_runs(engine):
     assert tokens(generations[3]) == tokens(generations[-1]) == alone
     different = GenerationRequest(PROMPT, 40, SamplingParameters(temperature=1.1, seed=4))
     assert tokens(engine.submit(different)) != alone
+
+
+def test_a_seed_gives_the_same_text_by_every_step_with_log_probabilities_or_without(model, tokenizer):
+    texts = []
+    for step in available_steps(model):
+        engine = start(model, tokenizer, step=step)
+        for logprobs in (None, 1):
+            requests = [
+                GenerationRequest(prompt, 30, replace(SamplingParameters(**SAMPLED), seed=seed), logprobs=logprobs)
+                for seed, prompt in enumerate(random_prompts(6, 20))
+            ]
+            texts.append([tokens(generation) for generation in [engine.submit(one) for one in requests]])
+        engine.stop()
+    assert all(text == texts[0] for text in texts)
+    assert len({tuple(text) for text in texts[0]}) == 6
 
 
 def test_an_int8_model_gives_the_same_with_and_without_cache(tokenizer):

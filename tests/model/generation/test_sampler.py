@@ -17,6 +17,7 @@ from transformers import (
 from model.errors import PipelineError
 from model.generation.requests import SamplingParameters
 from model.generation.sampler import Sampler, token_logprobs
+from model.generation.steps.draw import candidates
 
 V = 50
 CPU = torch.device("cpu")
@@ -62,7 +63,7 @@ def test_probabilities_equal_those_of_transformers_processors(options, vocab_siz
     for processor in processors:
         expected = processor(torch.tensor([PROMPT]), expected)
     sampler = Sampler(parameters, PROMPT, vocab_size, CPU)
-    ids, probabilities = sampler.kept(sampler.scores(scores_V))
+    ids, probabilities = candidates(sampler.scores(scores_V), sampler.draw())
     mine = torch.zeros(vocab_size, dtype=torch.double)
     mine[ids] = torch.from_numpy(probabilities / probabilities.sum())
     torch.testing.assert_close(mine.float(), expected[0].softmax(-1), atol=1e-6, rtol=1e-4)
@@ -76,7 +77,7 @@ def test_the_candidates_are_those_of_a_stable_sort(temperature: float, top_k: in
     scores_V = (torch.randn(1000, generator=torch.Generator().manual_seed(3)) * 8).round() / 2
     scores_V[100:110] = -torch.inf
     sampler = Sampler(SamplingParameters(temperature=temperature, top_k=top_k, top_p=top_p), [], 1000, CPU)
-    ids, weights = sampler.kept(scores_V)
+    ids, weights = candidates(scores_V, sampler.draw())
     expected_V = ((scores_V.double() - scores_V.max()) / temperature).exp()
     sorted_C, order = expected_V.sort(descending=True, stable=True)
     sorted_C = sorted_C[: top_k or None]

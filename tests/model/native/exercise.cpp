@@ -97,7 +97,7 @@ static void exercise(int32_t instructions, int32_t dtype, bool post_norm) {
     const int32_t zero = 0;
     RexSession* session = rex_session_create(model, 1, REX_FLOAT32, 0, 1, error);
     require(session, error);
-    require(!rex_session_step(session, 1, &zero, &zero, &tokens, &tokens, ids.data(), whole.data(), best.data(), highest.data(), error), error);
+    require(!rex_session_step(session, 1, &zero, &zero, &tokens, &tokens, ids.data(), nullptr, whole.data(), best.data(), highest.data(), error), error);
     rex_session_destroy(session);
 
     session = rex_session_create(model, 3, REX_FLOAT32, 0, 3, error);
@@ -109,14 +109,20 @@ static void exercise(int32_t instructions, int32_t dtype, bool post_norm) {
         row.insert(row.end(), ids.begin() + done, ids.begin() + done + size);
         row.push_back(3);
         std::vector<float> logits((1 + size) * vocab);
-        require(!rex_session_step(session, 3, slot, start, length, wanted, row.data(), logits.data(), best.data(), highest.data(), error), error);
+        std::vector<RexDraw> draws(1 + size);
+        for (int32_t i = 0; i < 1 + size; i++) {
+            const double temperature[] = {0.0, 1e-40, 1.0, 50.0}, top_p[] = {1.0, 1e-9, 0.9};
+            draws[i] = {temperature[i % 4], (double)(i % 5), top_p[i % 3], i % 7 / 10.0, i / (1.0 + size)};
+        }
+        require(!rex_session_step(session, 3, slot, start, length, wanted, row.data(), draws.data(), logits.data(), best.data(), highest.data(), error), error);
+        for (int32_t i = 0; i < 1 + size; i++) require(best[i] >= 0 && best[i] < vocab, "a sample outside the vocabulary");
         require(!std::memcmp(logits.data() + vocab, whole.data() + done * vocab, (size_t)size * vocab * 4), "other bits in company");
         done += size;
     }
     require(!rex_session_copy_prefix(session, 0, 1, 130, error), error);
     const int32_t one = 1, at = 130, slot = 1;
     std::vector<float> logits(vocab);
-    require(!rex_session_step(session, 1, &slot, &at, &one, &one, ids.data() + at, logits.data(), best.data(), highest.data(), error), error);
+    require(!rex_session_step(session, 1, &slot, &at, &one, &one, ids.data() + at, nullptr, logits.data(), best.data(), highest.data(), error), error);
     require(!std::memcmp(logits.data(), whole.data() + at * vocab, vocab * 4), "other bits after a copied prefix");
     require(!rex_session_truncate(session, 0, 0, error) && !rex_session_truncate(session, 1, 70, error), error);
     rex_session_destroy(session);

@@ -39,7 +39,9 @@ def answer(engine: Engine, request: GenerationRequest) -> tuple[str, Finished]:
 
 
 @pytest.mark.parametrize(
-    "sampling", [SamplingParameters(temperature=0), SamplingParameters(seed=3, top_k=2, top_p=0.9)]
+    "sampling",
+    [SamplingParameters(temperature=0), *(SamplingParameters(seed=seed, top_k=2, top_p=0.9) for seed in (0, 1, 2))],
+    ids=str,
 )
 def test_a_text_is_valid_under_its_schema_in_every_step(each_step, model, tokenizer, sampling):
     engine = start(model, tokenizer)

@@ -3,10 +3,11 @@
     python -m bench.engine [MODEL_DIR] [--shape 2m 30m 125m] [--against transformers reference llama.cpp] [--rounds 5]
 
 Without a directory it uses models with random weights, which do not change the speed: the shape of the `stdlib_30m`
-experiment, or those of --shape. Decoding is greedy and ignores end-of-text. Against llama.cpp (`llama_cpp.py` says how
-to install it), int8 is compared with Q8_0, int4 with Q4_0 and float32 with F32:
+experiment, or those of --shape. Decoding ignores end-of-text; it is greedy, but for the streams named sampled. Against
+llama.cpp (`llama_cpp.py` says how to install it), int8 is compared with Q8_0, int4 with Q4_0 and float32 with F32:
 
-- one stream and eight up to 128 tokens, one up to 1,024: tokens per second from the first token on;
+- one stream and eight up to 128 tokens, greedy and sampled (temperature 0.8, top-k 40, top-p 0.95), one up to 1,024:
+  tokens per second from the first token on;
 - prefill of a prompt of 900 tokens: its tokens per second;
 - sixteen ragged streams, prompts of 448 to 576 tokens, each stream sending its next request after an answer, 48
   requests in total: answer tokens per second, prompts included in the time. Answers are even (uniform, 32 to 128),

@@ -44,17 +44,22 @@ WORKLOADS = {
     "one_stream": "one stream at 128",
     "one_long_stream": "one stream at 1,024",
     "eight_streams": "eight streams at 128",
+    "one_sampled_stream": "one sampled stream at 128",
+    "eight_sampled_streams": "eight sampled streams at 128",
     "ragged_even": "sixteen ragged, even",
     "ragged_long_tailed": "sixteen ragged, long-tailed",
     "prefill": "prefill of 900",
 }
 _FULL, _INT8, _INT4 = "engine float32", "engine int8", "engine int4"
-_LLAMA_WORKLOADS = ("one_stream", "one_long_stream", "eight_streams", "ragged_even", "prefill")
+_SAMPLED = ("one_sampled_stream", "eight_sampled_streams")
+_LLAMA_WORKLOADS = ("one_stream", "one_long_stream", "eight_streams", *_SAMPLED, "ragged_even", "prefill")
 _INT8_PAIRS = [((_INT8, name), (_FULL, name)) for name in ("one_stream", "eight_streams", "ragged_even")]
 PAIRS: dict[str, list[tuple[Run, Run]]] = {
     "transformers": [
         ((_FULL, "one_stream"), ("greedy loop", "one_stream")),
         ((_FULL, "eight_streams"), (_FULL, "one_stream")),
+        ((_FULL, "one_sampled_stream"), (_FULL, "one_stream")),
+        ((_FULL, "eight_sampled_streams"), (_FULL, "eight_streams")),
         ((_FULL, "ragged_long_tailed"), ("transformers' continuous batching", "ragged_long_tailed")),
         ((_FULL, "ragged_long_tailed"), ("padded batches", "ragged_long_tailed")),
         ((_FULL, "ragged_even"), ("transformers' continuous batching", "ragged_even")),

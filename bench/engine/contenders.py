@@ -8,7 +8,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from bench.decode import decode
-from bench.engine.workloads import RAGGED_STREAMS, Contender, small_tokenizer
+from bench.engine.workloads import RAGGED_STREAMS, SAMPLED, Contender, small_tokenizer
 from model.errors import PipelineError
 from model.generation.engine import Engine
 from model.generation.requests import Event, GenerationRequest, SamplingParameters, TextPiece
@@ -54,7 +54,7 @@ class OurEngine(Contender):
     def _run(self, prompt_tokens: list[int], answer_tokens: list[int]) -> tuple[list[float], list[float], float]:
         """Arrival times of each request's first and last token, and the time of sending."""
         requests = [
-            GenerationRequest(prompt, count, GREEDY)
+            GenerationRequest(prompt, count, SAMPLED if self._is_sampled else GREEDY)
             for prompt, count in zip(self._prompts(prompt_tokens), answer_tokens, strict=True)
         ]
         first, last, open_requests = [0.0] * len(requests), [0.0] * len(requests), set(range(len(requests)))

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.engine.workloads import RAGGED_STREAMS, Contender, small_tokenizer
+from bench.engine.workloads import RAGGED_STREAMS, SAMPLED, Contender, small_tokenizer
 from model.errors import PipelineError
 from model.export.gguf import write_gguf
 from model.modeling_rex import RexForCausalLM
@@ -82,6 +82,14 @@ class LlamaCpp(Contender):
         self.best: dict[str, Setting] = {}
         """The fastest setting of each workload."""
         self._batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
+        self._sampler = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+        for part in (
+            llama_cpp.llama_sampler_init_top_k(SAMPLED.top_k),
+            llama_cpp.llama_sampler_init_top_p(SAMPLED.top_p, 1),
+            llama_cpp.llama_sampler_init_temp(SAMPLED.temperature),
+            llama_cpp.llama_sampler_init_dist(0),
+        ):
+            llama_cpp.llama_sampler_chain_add(self._sampler, part)
         self._ids, self._positions, self._wanted, self._slots = self._views()
 
     def one_stream(self) -> float:
@@ -95,6 +103,14 @@ class LlamaCpp(Contender):
     def eight_streams(self) -> float:
         """Eight equal streams up to 128 tokens."""
         return self._at_best("eight_streams", super().eight_streams)
+
+    def one_sampled_stream(self) -> float:
+        """A single stream up to 128 tokens, sampled as SAMPLED says."""
+        return self._at_best("one_sampled_stream", super().one_sampled_stream)
+
+    def eight_sampled_streams(self) -> float:
+        """Eight equal streams up to 128 tokens, sampled as SAMPLED says."""
+        return self._at_best("eight_sampled_streams", super().eight_sampled_streams)
 
     def ragged_even(self) -> float:
         """Sixteen ragged streams with even answers."""
@@ -191,7 +207,7 @@ class LlamaCpp(Contender):
         return views[0], views[1], views[2], slots
 
     def _compute(self, segments: list[tuple[int, int, list[int]]]) -> list[int]:
-        """One pass over segments (slot, start, ids), and the most likely token after each."""
+        """One pass over segments (slot, start, ids), and the next token of each."""
         at, ends = 0, []
         for slot, start, ids in segments:
             end = at + len(ids)
@@ -205,6 +221,8 @@ class LlamaCpp(Contender):
         failed = self._library.llama_decode(self._context, self._batch)
         if failed:
             raise PipelineError(f"llama.cpp's step failed with {failed}")
+        if self._is_sampled:
+            return [self._library.llama_sampler_sample(self._sampler, self._context, end) for end in ends]
         logits = self._library.llama_get_logits(self._context)
         rows = np.ctypeslib.as_array(logits, (len(ends), self._vocab_size))
         return [int(token) for token in rows.argmax(axis=1)]

@@ -7,12 +7,15 @@ from transformers import PreTrainedTokenizerFast
 
 from bench.settings import read_settings
 from model.build import build_config, build_model
+from model.generation.requests import SamplingParameters
 from model.modeling_rex import RexForCausalLM
 from model.settings import ModelSettings, TokenizerSettings
 from model.text.tokenizer import train_tokenizer
 
 RAGGED_STREAMS, RAGGED_REQUESTS = 16, 48
 CONTEXT = 2_048
+SAMPLED = SamplingParameters(temperature=0.8, top_k=40, top_p=0.95, seed=0)
+"""llama.cpp's own defaults."""
 SHAPES: dict[str, tuple[ModelSettings, int]] = {
     "2m": (
         ModelSettings(
@@ -57,12 +60,13 @@ class Contender:
     """One way to generate; each workload is a method that runs it once and returns tokens per second.
 
     Decoding workloads count from each stream's first token to its last, without the prompt; the ragged ones divide
-    answer tokens by the total time. All are greedy and ignore end-of-text.
+    answer tokens by the total time. All ignore end-of-text, and all but those named sampled are greedy.
     """
 
     def __init__(self, model: RexForCausalLM) -> None:
         self._model, self._vocab_size = model, model.config.vocab_size
         self._round = 0
+        self._is_sampled = False
         self.requests = RAGGED_REQUESTS
         """Number of requests of the ragged workloads."""
         numbers = random.Random(0)
@@ -94,6 +98,21 @@ class Contender:
     def eight_streams(self) -> float:
         """Eight equal streams up to 128 tokens."""
         return self._decode(8, 32, 96)
+
+    def one_sampled_stream(self) -> float:
+        """A single stream up to 128 tokens, sampled as SAMPLED says."""
+        return self._sampled(1)
+
+    def eight_sampled_streams(self) -> float:
+        """Eight equal streams up to 128 tokens, sampled as SAMPLED says."""
+        return self._sampled(8)
+
+    def _sampled(self, streams: int) -> float:
+        self._is_sampled = True
+        try:
+            return self._decode(streams, 32, 96)
+        finally:
+            self._is_sampled = False
 
     def prefill(self) -> float:
         """Tokens of a prompt of 900 over the time to its answer's first token."""

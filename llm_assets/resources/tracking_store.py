@@ -5,6 +5,7 @@ Without Dagster, which the process of MLflow's page has no other use for (`insta
 
 import errno
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,9 @@ EXPERIMENT = "rex"
 """The MLflow experiment of all runs, unless the resource `mlflow` names another."""
 DATABASE_TIMEOUT_S = 600
 """Longest wait of a call for another writer of an SQLite database."""
+
+ANSWER_WAIT_S, ASK_EVERY_S = 120.0, 2.0
+"""How long a stage waits for a tracking server that does not answer, and how often it asks."""
 
 
 def one_line(error: BaseException) -> str:
@@ -51,7 +55,7 @@ def open_store(uri: str, experiment: str, log: Log = silent) -> tuple["MlflowCli
         try:
             if database:
                 tracking_database.prepare(database, log)
-            return _open(uri, experiment, database, log)
+            return _open_once_it_answers(uri, experiment, database, log)
         finally:
             held.release()
     except PipelineError:
@@ -65,6 +69,23 @@ def open_store(uri: str, experiment: str, log: Log = silent) -> tuple["MlflowCli
             f"the tracking store {uri} cannot be used: {one_line(error)}; repair it, or set another in "
             "MLFLOW_TRACKING_URI"
         ) from error
+
+
+def _open_once_it_answers(uri: str, experiment: str, database: Path | None, log: Log) -> tuple["MlflowClient", str]:
+    """`_open`; a server that does not answer may be starting again, and is asked for ANSWER_WAIT_S."""
+    deadline = 0.0
+    while True:
+        try:
+            return _open(uri, experiment, database, log)
+        except Exception as error:
+            if database or not isinstance(error.__cause__ or error.__context__, OSError):
+                raise
+            if not deadline:
+                deadline = time.monotonic() + ANSWER_WAIT_S
+                log(f"the tracking store {uri} does not answer: waiting {ANSWER_WAIT_S:.0f} s for it")
+            elif time.monotonic() > deadline:
+                raise
+            time.sleep(ASK_EVERY_S)
 
 
 def _open(uri: str, experiment: str, database: Path | None, log: Log) -> tuple["MlflowClient", str]:

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from llm_assets.resources import tracked_run
+from llm_assets.resources import tracked_run, tracking_store
 from llm_assets.resources.tracked_run import TrackedRun, send_unsent
+from model.errors import PipelineError
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
@@ -107,6 +108,27 @@ def test_a_training_does_not_wait_for_a_server_that_hangs(server: Server, client
     assert client.get_run(run.run_id).info.status == "FINISHED"
     assert "it is kept and sent once the store answers" in warnings[0]
     assert warnings[-1] == "MLflow answers again: the kept entries are being sent"
+
+
+def test_a_stage_waits_for_a_server_that_starts_again_and_not_forever(
+    server: Server, client: Any, var: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking_store, "ASK_EVERY_S", 0.1)
+    lines: list[str] = []
+
+    def start_again(line: str) -> None:
+        lines.append(line)
+        server.start()
+
+    server.kill()
+    _, experiment = tracking_store.open_store(server.uri, "Default", start_again)
+    assert experiment == "0"
+    assert lines == [f"the tracking store {server.uri} does not answer: waiting 120 s for it"]
+    server.kill()
+    monkeypatch.setattr(tracking_store, "ANSWER_WAIT_S", 0.5)
+    with pytest.raises(PipelineError, match=rf"^the tracking store {server.uri} cannot be used: .* repair it"):
+        tracking_store.open_store(server.uri, "Default")
+    server.start()
 
 
 def test_what_a_dead_server_did_not_get_is_sent_by_the_next_run(

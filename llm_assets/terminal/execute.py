@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--module", default=DEFINITIONS, help=f"default: {DEFINITIONS}")
     parser.add_argument("--job", default=PIPELINE, help=f"default: {PIPELINE}")
     parser.add_argument("--force", action="store_true", help="compute unchanged stages too")
-    given = parser.parse_args(argv)
+    given = parser.parse_intermixed_args(argv)
     compose(given.experiment, given.overrides)  # a mistake is found here in a second, and not by the run's first step
     tags = {"rex/force": "true"} if given.force else {}
     return execute_job(given.experiment, given.overrides, given.module, given.job, tags=tags)

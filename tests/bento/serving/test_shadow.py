@@ -215,6 +215,13 @@ def test_the_alias_challenger_is_followed(registered, service):
         client.set_registered_model_alias(NAME, "challenger", number)
         watcher.follow()
         assert (shadow.challenger and shadow.challenger[1]) == expected
+    client.set_registered_model_alias(NAME, "challenger", "2")
+    watcher.follow()
+    assert shadow.challenger
+    client.set_registered_model_alias(NAME, "champion", "2")
+    watcher.follow()
+    assert shadow.challenger is None  # it is the champion itself now
+    client.set_registered_model_alias(NAME, "champion", "1")
     client.delete_registered_model_alias(NAME, "challenger")
     watcher.follow()
-    assert loaded == ["2"] and shadow.challenger is None
+    assert loaded == ["2", "2"] and shadow.challenger is None

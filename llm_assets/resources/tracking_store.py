@@ -72,7 +72,7 @@ def open_store(uri: str, experiment: str, log: Log = silent) -> tuple["MlflowCli
 
 
 def _open_once_it_answers(uri: str, experiment: str, database: Path | None, log: Log) -> tuple["MlflowClient", str]:
-    """`_open`; a server that does not answer may be starting again, and is asked for ANSWER_WAIT_S."""
+    """`_open`, tried again for ANSWER_WAIT_S while no server answers: it may be starting again."""
     deadline = 0.0
     while True:
         try:

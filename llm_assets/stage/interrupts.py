@@ -16,7 +16,7 @@ from typing import Any
 
 import dagster as dg
 
-from model.system.lifeline import signal_at_parents_end
+from model.system.lifeline import interrupt, signal_at_parents_end
 
 WATCH_EVERY_S, GRACE_S = 1.0, 60.0
 """Interval at which a step checks for its run and its fork server, and time to save before it is killed."""
@@ -39,7 +39,7 @@ def end_with_run() -> None:
     def watch() -> None:
         while os.getppid() == fork_server and run.is_alive():
             run.join(WATCH_EVERY_S)
-        os.kill(os.getpid(), signal.SIGTERM)
+        interrupt(signal.SIGTERM)
         time.sleep(GRACE_S)
         os.kill(os.getpid(), signal.SIGKILL)
 

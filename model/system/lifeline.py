@@ -24,6 +24,14 @@ def signal_at_parents_end(number: signal.Signals) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
+def interrupt(number: signal.Signals) -> None:
+    """Send this process a signal from one of its threads: to the main thread, as only that one runs Python's handlers.
+
+    The kernel may otherwise choose another thread, and a system call of the main thread would go on.
+    """
+    signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+
 def end_with_input(*, after_parent: bool = False) -> None:
     """Watch standard input, an empty pipe, in a thread: at its end this process gets SIGTERM, GRACE_S later SIGKILL.
 
@@ -38,7 +46,7 @@ def end_with_input(*, after_parent: bool = False) -> None:
         ends_s = time.monotonic() + GRACE_S
         while after_parent and os.getppid() == parent and time.monotonic() < ends_s:
             time.sleep(0.2)
-        os.kill(os.getpid(), signal.SIGTERM)
+        interrupt(signal.SIGTERM)
         time.sleep(GRACE_S)
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -16,6 +16,8 @@ from tests.e2e.engine import BASE_IMAGE, require_engine
 from tests.e2e.workplace import REPO, free_port
 
 POSTGRES_IMAGE = "postgres:17"
+ONE_THREAD = {"services": {"code": {"environment": {"OMP_NUM_THREADS": "1"}}}}
+"""A second compose file: the other core is another test's."""
 
 
 def run(*command: str, timeout: float = 600) -> str:
@@ -63,10 +65,12 @@ class Stack:
 
     def __call__(self, *words: str, profile: str = "", **settings: str) -> str:
         """Run `docker compose`, with other settings where given."""
-        env_file = self.folder / "env"
+        env_file, threads = self.folder / "env", self.folder / "threads.json"
         env_file.write_text("".join(f"{name}={value}\n" for name, value in {**self.settings, **settings}.items()))
+        threads.write_text(json.dumps(ONE_THREAD))
+        files = ["-f", "docker-compose.yml", "-f", str(threads)]
         profiles = ["--profile", profile] if profile else []
-        return run(*self.compose, "-p", self.project, "--env-file", str(env_file), *profiles, *words)
+        return run(*self.compose, "-p", self.project, *files, "--env-file", str(env_file), *profiles, *words)
 
     def address(self, service: str) -> str:
         return f"http://127.0.0.1:{self.settings[service]}"

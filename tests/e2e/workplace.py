@@ -44,6 +44,7 @@ class Workplace:
             "DAGSTER_HOME": str(self.root / "dagster"),
             "BENTOML_HOME": str(self.bentoml),
             "BENTOML_DO_NOT_TRACK": "True",
+            "OMP_NUM_THREADS": "1",  # the other core is another test's
             "PYTHONUNBUFFERED": "1",
             **self.variables,
         }

@@ -78,8 +78,16 @@ sys.addaudithook(_note_process)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest first: the composed stack on one worker, the rest of `tests/e2e` on another."""
-    items.sort(key=lambda item: ("e2e" not in item.path.parts, item.path.name != STACK))  # stable within a file
+    """Put the longest first: the composed stack on one worker, the rest of `tests/e2e` on another; then those of the
+    whole repository, as at the end of a run one worker would wait for them.
+    """
+    items.sort(  # stable within a file
+        key=lambda item: (
+            "e2e" not in item.path.parts,
+            item.path.name != STACK,
+            item.path.parent != Path(__file__).parent,
+        )
+    )
     for item in items:
         for fixture in MARKS_OF_FIXTURES.keys() & set(getattr(item, "fixturenames", ())):
             for name in MARKS_OF_FIXTURES[fixture]:

@@ -226,13 +226,20 @@ def test_the_origin_of_an_answer_is_found_by_its_fingerprint(smoke: Workplace, m
 def test_the_documented_commands_that_read_an_experiment_work(smoke: Workplace, tmp_path: Path) -> None:
     """As they stand, but for the experiment, which is `smoke`, and the folders CHECKPOINT and OUT."""
     found = {command for page in PAGES for command in documented_commands(page) if READING.match(command)}
-    commands = sorted(command for command in found if "--image" not in command)
-    assert len(commands) > 6
     places = {"stdlib": "smoke", "EXPERIMENT": "smoke", "CHECKPOINT": str(smoke.latest("trained_checkpoint"))}
+    # A set: some differ only in these names.
+    commands = sorted(
+        {
+            tuple(places.get(word, word) for word in shlex.split(command))
+            for command in found
+            if "--image" not in command
+        }
+    )
+    assert len(commands) > 6
 
     def run(number: int) -> subprocess.CompletedProcess[str]:
-        words = shlex.split(commands[number])
-        return smoke.run(*({**places, "OUT": str(tmp_path / str(number))}.get(word, word) for word in words))
+        out = str(tmp_path / str(number))
+        return smoke.run(*(out if word == "OUT" else word for word in commands[number]))
 
     with ThreadPoolExecutor(3) as pool:
         for command, done in zip(commands, pool.map(run, range(len(commands))), strict=True):

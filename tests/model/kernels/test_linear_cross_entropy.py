@@ -14,8 +14,9 @@ from model.training.loss import TrainingLoss
 pytestmark = pytest.mark.medium
 
 SHAPE = ModelSettings(
-    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
 )
+"""One layer: compiling takes seconds for each, and the loss follows the last."""
 V = 61
 
 

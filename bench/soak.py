@@ -87,12 +87,11 @@ def load(port: int, context: int, end: float, seed: int, tally: Counter[str]) ->
                     leaves = chosen.random() < 0.1
                     path, asked = body(chosen, context)
                     answer = client.post(path, json=asked, timeout=0.05 if leaves else LONGEST_S)
-            except httpx.HTTPError:
-                tally["left" if leaves else "lost"] += 1
+            except httpx.HTTPError as error:
+                tally["left" if leaves else f"lost ({type(error).__name__})"] += 1
                 continue
-            tally[
-                "refused" if answer.is_client_error else "server errors" if answer.is_server_error else "answered"
-            ] += 1
+            failed = f"server errors ({answer.status_code})"
+            tally["refused" if answer.is_client_error else failed if answer.is_server_error else "answered"] += 1
             if same and answer.is_success and answer.json()["choices"][0]["text"] != expected:
                 tally["wrong"] += 1
 
@@ -138,7 +137,7 @@ def measure(model_dir: Path, *, seconds: float, clients: int) -> dict[str, Any]:
         "grown_mb": grown,
         "is_flat": grown <= MAX_GROWTH_MB,
         "answers": dict(tally),
-        "failures": sum(tally[name] for name in FAILURES),
+        "failures": sum(count for name, count in tally.items() if name.startswith(FAILURES)),
         "cache_mb": int(said[1]) * bytes_per_token(config, torch.float32) / MB,
         "machine": describe(torch.device("cpu")),
     }

@@ -217,7 +217,11 @@ class Http1Protocol(HttpToolsProtocol):
     def _feed_later(self) -> None:
         self._later = None
         self._feed()
-        body = self.cycle.body if self.cycle else b""
+        self._read_on()
+
+    def _read_on(self) -> None:
+        """Resume reading unless received bytes wait for the parser, or an unanswered body for the app."""
+        body = self.cycle.body if self.cycle and not self.cycle.response_complete else b""
         if not (self._received or self._later or len(body) > HIGH_WATER_LIMIT or self.transport.is_closing()):
             self.flow.resume_reading()
 
@@ -390,6 +394,7 @@ class Http1Protocol(HttpToolsProtocol):
             if self._is_in_message:  # the rest of the body is still arriving
                 self._start_deadline()
         self._feed()
+        self._read_on()
 
     def send_400_response(self, msg: str) -> None:
         """Uvicorn's own refusal, in the service's error shape."""

@@ -19,6 +19,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 from starlette.testclient import TestClient
+from starlette.types import ASGIApp
 from transformers import PreTrainedTokenizerFast
 
 from bento.api import create_app
@@ -133,7 +134,7 @@ def _in_vllm(model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast, limits: 
 
 
 @contextmanager
-def on_a_port(app: FastAPI, limits: ConnectionLimits | None = None) -> Iterator[str]:
+def on_a_port(app: ASGIApp, limits: ConnectionLimits | None = None) -> Iterator[str]:
     """The address of a real HTTP server of `app` on this machine."""
     config = uvicorn.Config(
         app,

@@ -1,5 +1,6 @@
 """Connections over raw sockets to a real server: half-closed, pipelined, slow, idle, left, too many."""
 
+import asyncio
 import json
 import socket
 import struct
@@ -7,7 +8,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
+from starlette.types import Receive, Scope, Send
 
 from bento.http.protocol import ConnectionLimits
 from tests.bento.conftest import make_service
@@ -117,6 +120,18 @@ def test_the_rest_of_a_refused_body_is_read_so_that_the_refusal_arrives(address)
         assert error(read_answer(made), 413)["code"] == "body_too_large"
         made.sendall(post(BODY))
         assert read_answer(made)[0] == 200
+
+
+@pytest.mark.parametrize("size", [100_000, 1_100_000, 3_000_000])
+def test_after_a_body_that_was_answered_early_the_connection_goes_on(size):
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.1)  # the body fills the buffers meanwhile
+        await JSONResponse({"length": dict(scope["headers"])[b"content-length"].decode()}, 413)(scope, receive, send)
+
+    with on_a_port(refuse) as url, connection(host_and_port(url)) as made:
+        for length in (size, 2, size, 3):
+            made.sendall(post(b"x" * length))
+            assert read_answer(made)[2] == b'{"length":"%d"}' % length
 
 
 def test_beyond_the_limit_the_longest_idle_connection_makes_room(service):

@@ -17,7 +17,10 @@ PYTHON = os.environ.get("AIDER_PYTHON", "")
 pytestmark = [
     pytest.mark.processes,
     pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON, reason="no aider: AIDER_PYTHON names a Python that has aider-chat"),
+    pytest.mark.skipif(
+        not PYTHON,
+        reason="no aider: AIDER_PYTHON names no Python with aider-chat (pip install it in an environment of its own)",
+    ),
 ]
 BEFORE, AFTER = "def add(a, b):\n    return a - b\n", "def add(a, b):\n    return a + b\n"
 FILE = "calc.py"

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         not PYTHON,
-        reason="no aider: AIDER_PYTHON names no Python with aider-chat (pip install it in an environment of its own)",
+        reason="no aider: AIDER_PYTHON names no Python that has aider-chat, which needs a separate environment",
     ),
 ]
 BEFORE, AFTER = "def add(a, b):\n    return a - b\n", "def add(a, b):\n    return a + b\n"

@@ -33,6 +33,7 @@ from .configuration_rex import RexConfig
 # Names that differ between releases: the cache (5.24), the mask's arguments (5.1, 5.4), a cache's position (5.4).
 CACHE = "cache" if hasattr(CausalLMOutputWithPast(), "cache") else "past_key_values"
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
+_CACHES = Cache | PagedAttentionCache if CACHE == "cache" else Cache  # attention functions read pages before 5.24
 _CACHES_TAKE_POSITIONS = "cache_kwargs" in inspect.signature(Cache.update).parameters
 # Of the arguments that transformers' own code passes on, those that its attention functions read or that are harmless.
 _PASSED_ON = {"num_items_in_batch", "cache_position", "is_causal", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"}
@@ -348,13 +349,12 @@ class RexModel(RexPreTrainedModel):
         attention_mask: (B, S), 0 for padding, or a mask (B, 1, T, S) for the attention implementation in use.
         position_ids: (B, T); counted on from the cache when left out. Without mask and cache, positions that start over
         within a row mark packed sequences, which do not see each other. output_indices: indices (R,) of the tokens
-        whose hidden states, then (B, R, D), are wanted: the last layer computes no others. For attention
-        implementations that can tell which queries those are. `cache` is another name of `past_key_values`. Raises
-        TypeError for an argument that neither this file nor transformers' attention functions know.
+        whose hidden states, then (B, R, D), are wanted, for attention that can tell which queries those are. `cache`:
+        another name of `past_key_values`. Raises TypeError for an argument that nothing here or in attention reads.
         """
-        if "cache" in kwargs and (CACHE == "cache" or isinstance(kwargs["cache"], Cache)):
+        if isinstance(kwargs.get("cache"), _CACHES):
             past_key_values = kwargs.pop("cache")
-        pages = {"cache"} if isinstance(kwargs.get("cache"), PagedAttentionCache) else set()  # attention functions' own
+        pages = {"cache"} if isinstance(kwargs.get("cache"), PagedAttentionCache | None) else set()
         unknown = sorted(kwargs.keys() - _PASSED_ON - pages)
         if unknown and self.config._attn_implementation in _ATTENTION_OF_TRANSFORMERS:
             raise TypeError(f"REX takes no argument {unknown[0]!r}: nothing in it or in its attention would read it")

@@ -241,7 +241,7 @@ class Http1Protocol(HttpToolsProtocol):
             try:
                 await answer
             finally:
-                self._limits.shares.learn(self._client_host, cost.spent_s)
+                cost.end()
 
         super()._start_asgi_task(cycle, charged)
 

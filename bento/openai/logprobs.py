@@ -28,7 +28,7 @@ class TokenNames:
 
     def data(self, token_id: int) -> bytes:
         """The bytes of a token's text; empty for special tokens and ids that pad the vocabulary."""
-        return self._token_bytes[token_id] if token_id < len(self._token_bytes) else b""
+        return self._token_bytes[token_id]
 
     def __getitem__(self, token_id: int) -> str:
         data = self.data(token_id)
@@ -59,7 +59,7 @@ class TokenOffsets:
 
     def next(self, token_id: int) -> int:
         """Offset of the character in which the next token begins; an earlier token may have begun that character."""
-        data = self._token_bytes[token_id] if token_id < len(self._token_bytes) else b""
+        data = self._token_bytes[token_id]
         was_inside = bool(self._decoder.getstate()[0])
         first = self._decoder.decode(data[:1])
         # A byte that cannot continue an incomplete character turns that one into U+FFFD and begins after it.

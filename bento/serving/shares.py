@@ -101,6 +101,10 @@ class RequestCost:
         if unpaid_s:
             self.shares.charge(self.client, unpaid_s)
 
+    def end(self) -> None:
+        """Let the whole cost count in the client's usual one."""
+        self.shares.learn(self.client, self.spent_s)
+
 
 class Charged:
     """An awaitable that runs a coroutine and charges the CPU time of each of its steps, until it is `is_free`."""

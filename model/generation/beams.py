@@ -256,7 +256,7 @@ class Search:
             if self._prompt_scores:
                 text.emit(self._prompt_scores)
             text.generated_tokens = len(beam.tokens)
-            is_shown = not beam.is_ended or (self._request.include_stop and self._bytes_of(beam.tokens[-1].token_id))
+            is_shown = not beam.is_ended or (self._request.include_stop and self._token_bytes[beam.tokens[-1].token_id])
             detokenizer = Detokenizer(self._token_bytes)
             for score in beam.tokens if is_shown else beam.tokens[:-1]:
                 logprobs = () if self._request.logprobs is None else (score,)
@@ -272,9 +272,6 @@ class Search:
         self._end()
         for text in self.texts:
             text.finish(text.interruption() or failure.finish_reason, error=failure.error, refusal=failure.refusal)
-
-    def _bytes_of(self, token: int) -> bytes:
-        return self._token_bytes[token] if token < len(self._token_bytes) else b""
 
 
 def searches(generations: Sequence[Generation]) -> list[list[Generation]]:

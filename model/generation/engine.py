@@ -83,12 +83,12 @@ class Engine:
         if end_of_text_ids is None:
             end_of_text_ids = _end_of_text_ids(model, tokenizer)
         self.end_of_text_ids = end_of_text_ids
-        self.token_bytes: Sequence[bytes] = token_bytes(tokenizer)
-        padding = [b""] * (self.vocab_size - len(self.token_bytes))
-        self._bytes_of = [*self.token_bytes, *padding].__getitem__
+        known = token_bytes(tokenizer)
+        self.token_bytes: Sequence[bytes] = [*known, *[b""] * (self.vocab_size - len(known))]
+        """Of every id of the vocabulary; those that pad it have none."""
         self._encoder = FastEncoder(tokenizer)
         self._grammars = GrammarCompiler(
-            self.token_bytes,
+            known,
             special_ids=tokenizer.all_special_ids,
             end_of_text_ids=sorted(end_of_text_ids) or [tokenizer.eos_token_id or 0],
             vocab_size=self.vocab_size,
@@ -166,7 +166,7 @@ class Engine:
         """Text of tokens; bytes that are not UTF-8 become U+FFFD. Raises IndexError for an id outside the
         vocabulary.
         """
-        return b"".join(map(self._bytes_of, ids)).decode("utf-8", "replace")
+        return b"".join(map(self.token_bytes.__getitem__, ids)).decode("utf-8", "replace")
 
     def compile_grammar(self, kind: Kind, source: str) -> Grammar:
         """A grammar for requests to this engine, see `GrammarCompiler.compile`. Raises PipelineError."""

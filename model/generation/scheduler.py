@@ -326,7 +326,7 @@ class Scheduler:
         is_end = token in self._end_of_text_ids and not request.ignore_eos
         # Before min_tokens a stop token comes only where the form allows no other token: it is part of the text.
         ends = is_end or (token in request.stop_token_ids and may_end)
-        if ends and not (request.include_stop and self._bytes_of(token)):
+        if ends and not (request.include_stop and self._token_bytes[token]):
             self._end_text(sequence, "stop", stopped_by=None if is_end else token)
             return
         logprobs: tuple[TokenLogprob, ...] = ()
@@ -361,11 +361,8 @@ class Scheduler:
         if allowed_V is None:
             return None
         token = sequence.sampler.next(output.logits_RV[-1], allowed_V=allowed_V)
-        constraint.accept(token, self._bytes_of(token))
+        constraint.accept(token, self._token_bytes[token])
         return token
-
-    def _bytes_of(self, token: int) -> bytes:
-        return self._token_bytes[token] if token < len(self._token_bytes) else b""
 
     def _forbidden(self, sequence: Sequence) -> list[int]:
         """Tokens excluded because they would end the text before min_tokens."""

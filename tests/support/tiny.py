@@ -20,10 +20,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(
-    tokenizer: PreTrainedTokenizerFast, *, stops: bool = False, seed: int = 0, **shape: Any
+    tokenizer: PreTrainedTokenizerFast, *, vocab_size: int = 0, stops: bool = False, seed: int = 0, **shape: Any
 ) -> RexForCausalLM:
     """Random weights large enough for clear preferences; `stops` leaves the end-of-text token in place.
 
+    vocab_size: with ids that the tokenizer does not have; 0 for none.
     Norms of queries and keys are random, too, so that one in place of the other changes the result.
     """
     settings: dict[str, Any] = {
@@ -38,7 +39,7 @@ def tiny_model(
     }
     config = build_config(
         ModelSettings(**{**settings, **shape}),
-        len(tokenizer),
+        vocab_size or len(tokenizer),
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,
         tokenizer.pad_token_id,

@@ -201,6 +201,16 @@ def test_special_tokens_written_out_in_a_prompt_are_ordinary_text(engine, tokeni
     assert engine.encode(TEXT) == tokenizer.encode(TEXT)
 
 
+def test_ids_that_pad_the_vocabulary_have_no_text_and_can_be_generated(tokenizer):
+    padded = len(tokenizer) + 40
+    engine = start(tiny_model(tokenizer, vocab_size=padded), tokenizer)
+    last = GenerationRequest(PROMPT, 3, replace(GREEDY, logit_bias={padded - 1: 100.0}), logprobs=1)
+    *pieces, _ = engine.submit(last)
+    assert [piece.token_ids for piece in pieces] == [(padded - 1,)] * 3
+    assert "".join(piece.text for piece in pieces) == engine.decode([padded - 1]) == ""
+    engine.stop()
+
+
 def test_every_id_of_the_vocabulary_has_a_text_and_others_are_an_error(engine):
     everything = b"".join(engine.token_bytes).decode("utf-8", "replace")
     assert engine.decode(range(engine.vocab_size)) == everything

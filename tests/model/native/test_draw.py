@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.build import build_config, build_model
 from model.generation.steps.draw import Draw, candidates
 from model.native.library import NativeModel, NativeSession
-from model.settings import ModelSettings
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 V, ROWS = 3001, 48
 ROUNDING = 1e-5
@@ -32,16 +31,7 @@ OPTIONS = [
 @pytest.fixture(scope="module")
 def model():
     """Every second token has the weights, and so the logit, of the one before it."""
-    shape = ModelSettings(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.5,
-        tie_word_embeddings=False,
-    )
-    made = build_model(build_config(shape, V, 0, 0, 1), seed=0).eval().requires_grad_(False)
+    made = tiny_model(tiny_tokenizer(), vocab_size=V)
     made.lm_head.weight[1::2] = made.lm_head.weight[:-1:2]
     return made
 

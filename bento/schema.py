@@ -5,6 +5,7 @@ null means the same as an absent field. Limits that depend on the model (tokens 
 are in its vocabulary) are checked in `serving/backend.py`. The OpenAI API's bodies are in `openai/schema.py`.
 """
 
+import functools
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
@@ -139,12 +140,17 @@ class StrictRequest(BaseModel):
     def _drop_neutral_fields(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        known = {field.alias or name for name, field in cls.model_fields.items()}
+        known = _names(cls)
         return {
             name: without_confusion(name, one)
             for name, one in value.items()
             if name in known or not is_neutral(name, one, value)
         }
+
+
+@functools.cache
+def _names(model: type[BaseModel]) -> frozenset[str]:
+    return frozenset(field.alias or name for name, field in model.model_fields.items())
 
 
 class Sampling(StrictRequest):

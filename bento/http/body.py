@@ -3,7 +3,7 @@ r"""Parses a request's body: strict JSON, bounded in its cost before it is parse
 Python's parser accepts more than JSON allows or the routes can handle: duplicate names, lone surrogates (`\ud800`),
 unbounded depth, and an unbounded number of values, each of which costs more memory than its bytes. NaN and Infinity
 pass here in short bodies; the schema refuses them with the name of their field. Long bodies are parsed in another
-thread, one at a time (`heavy.py`).
+thread, one at a time (`heavy.py`), and validated there too.
 """
 
 import json
@@ -15,8 +15,9 @@ from typing import Any
 import orjson
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from starlette.types import Receive, Scope
 
-from bento.errors import ApiError
+from bento.errors import ApiError, validation_error
 
 DEEPEST = 48
 """Maximum nesting depth: a JSON schema has two levels for each nested object."""
@@ -34,26 +35,40 @@ _STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 class JsonRoute(APIRoute):
-    """A route whose body is read by `parse`."""
+    """A route whose body is read by `parse`, and a long one validated before FastAPI sees it."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler with a strict JSON parser."""
         handle = super().get_route_handler()
 
         async def handle_json(request: Request) -> Response:
-            return await handle(_JsonRequest(request.scope, request.receive))
+            return await handle(_JsonRequest(request.scope, request.receive, self._read_long))
 
         return handle_json
 
+    def _read_long(self, body: bytes) -> Any:
+        """The body's model. Raises ApiError 400."""
+        value = parse(body)
+        if self.body_field is None:
+            return value
+        model, errors = self.body_field.validate(value, {}, loc=("body",))
+        if errors:
+            raise validation_error(errors)
+        return model
+
 
 class _JsonRequest(Request):
+    def __init__(self, scope: Scope, receive: Receive, read_long: Callable[[bytes], Any]) -> None:
+        super().__init__(scope, receive)
+        self._read_long = read_long
+
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
             body = await self.body()
             if len(body) <= LONG_BODY:
                 self._json = parse(body)
             else:
-                self._json = await self.app.state.heavy.run(parse, body)
+                self._json = await self.app.state.heavy.run(self._read_long, body)
         return self._json
 
 

@@ -6,7 +6,6 @@
 import json
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal, Protocol
 
 from fastapi import Request
@@ -70,20 +69,23 @@ async def encode_dialogue(
     """
     engine = backend.engine
     tools = [f.model_dump(include={"name", "description", "parameters"}) for f in body.callable_functions()]
-    turns = plain_turns(dialogue_messages(body.messages), tools, has_tool_role=has_marks(engine.tokenizer))
     values = body.chat_template_kwargs or {}
-    size = sum(len(turn.content) + MESSAGE_COST for turn in turns) + (len(json.dumps(values)) if values else 0)
-    encode = partial(
-        encode_chat,
-        engine.tokenizer,
-        turns,
-        engine.encode,
-        opens_turn=body.add_generation_prompt is not False,
-        continues=bool(body.continue_final_message),
-        values=values,
-        name=names.get("messages", "messages"),
-        is_continued=is_continued,
-    )
+
+    def encode() -> list[int]:
+        return encode_chat(
+            engine.tokenizer,
+            plain_turns(dialogue_messages(body.messages), tools, has_tool_role=has_marks(engine.tokenizer)),
+            engine.encode,
+            opens_turn=body.add_generation_prompt is not False,
+            continues=bool(body.continue_final_message),
+            values=values,
+            name=names.get("messages", "messages"),
+            is_continued=is_continued,
+        )
+
+    calls = [call.function.arguments for message in body.messages for call in message.tool_calls or ()]
+    texts = [*calls, *(message.content for message in body.messages), json.dumps([tools, values])]
+    size = sum(len(text) + MESSAGE_COST for text in texts)
     return encode() if size <= SHORT_TEXT else await backend.heavy.run(encode)
 
 

@@ -352,7 +352,9 @@ class Dialogue(ToolFields):
                     "{name} says otherwise than the request's field of that name",
                     {"param": "chat_template_kwargs", "name": name},
                 )
-        if _answers_no_call(self.messages or ()) or has_unpaired_results(dialogue_messages(self.messages or ())):
+        messages = self.messages or ()
+        has_tools = any(message.role == "tool" or message.tool_calls for message in messages)
+        if has_tools and (_answers_no_call(messages) or has_unpaired_results(dialogue_messages(messages))):
             raise PydanticCustomError(
                 "unpaired_results",
                 "the results after the assistant's calls are not one for each call, by its id",

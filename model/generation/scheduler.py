@@ -2,8 +2,9 @@
 
 In each step every running sequence decodes one token, and prefill fills the step up to `prefill_chunk` tokens, so a
 long prompt delays the others by one chunk at most. While several clients are present the chunk is an eighth of that,
-the client with the fewest computed tokens is prefilled first, in steps of its own at most every other time, and a slot
-stays free for a client that has none, so that a first token waits for at most a short step of the others.
+shared among those that are prefilled, the client with the fewest requests is prefilled in steps of its own at most
+every other time, and a slot stays free for a client that has none, so that a first token waits for at most a short
+step of the others.
 Sequences join and leave at every step. A failing request does not affect the others. All of this runs in one thread;
 `engine.py` has queueing, threads and restarts.
 """
@@ -12,6 +13,7 @@ import collections.abc
 import logging
 import math
 import sys
+from collections import Counter
 
 import numpy as np
 import torch
@@ -147,24 +149,31 @@ class Scheduler:
         # Steps are filled to `chunk` tokens (whole GEMM tiles); a quarter is reserved for prefill so that it advances
         # however many sequences decode.
         left = max(chunk - len(batch), math.ceil(chunk / 4))
-        prefilling = [s for s in chosen if s.is_prefilling]
-        for sequence in sorted(prefilling, key=lambda sequence: self._computed[sequence.request.client]):
-            if left > 0:
-                batch.append((sequence, self._next_segment(sequence, left)))
-                left -= len(batch[-1][1].ids)
+        prefilling: dict[str, list[Sequence]] = {}
+        for sequence in chosen:
+            if sequence.is_prefilling:
+                prefilling.setdefault(sequence.request.client, []).append(sequence)
+        for number, client in enumerate(sorted(prefilling, key=self._computed.__getitem__)):
+            share = math.ceil(left / (len(prefilling) - number))
+            left -= share
+            for sequence in prefilling[client]:
+                if share > 0:
+                    batch.append((sequence, self._next_segment(sequence, share)))
+                    share -= len(batch[-1][1].ids)
+            left += share
         while first is None and left > 0 and (started := self._start_next()):
             batch.append((started, self._next_segment(started, left)))
             left -= len(batch[-1][1].ids)
         return batch
 
     def _first_client(self) -> str | None:
-        """The client that has this step alone, at most every other step: it waits for a first token, and had fewer
-        tokens computed than any other.
+        """The client that has this step alone, at most every other step: it waits for a first token, and has fewer
+        running requests than any other or, of as many, had fewer tokens computed.
         """
-        clients = self._running_clients()
-        fewest = min(clients, key=self._computed.__getitem__, default=None)
+        running = Counter(sequence.request.client for sequence in self.running)
+        fewest = min(running, key=lambda client: (running[client], self._computed[client]), default=None)
         waits = any(s.is_prefilling for s in self.running if s.request.client == fewest)
-        self._is_alone = len(clients) > 1 and waits and not self._is_alone
+        self._is_alone = len(running) > 1 and waits and not self._is_alone
         return fewest if self._is_alone else None
 
     def _count_clients(self) -> None:

@@ -19,7 +19,7 @@ NAN, INFINITY = float("nan"), float("inf")
 
 @pytest.fixture(scope="module")
 def service():
-    with running_service(chat_template=CHAT_TEMPLATE, clamp_max_tokens=False) as running:
+    with running_service(chat_template=CHAT_TEMPLATE, clamp_max_tokens=False, max_body_bytes=2 * LONG_BODY) as running:
         yield running
 
 
@@ -172,6 +172,15 @@ def test_a_long_body_that_is_not_plain_json_is_refused_for_what_it_is(content, c
 def test_a_long_body_has_the_value_that_a_short_one_has(value):
     body = json.dumps(value).encode()
     assert parse(b" " * LONG_BODY + body) == parse(body) == value
+
+
+@pytest.mark.parametrize("path", GOOD)
+@pytest.mark.parametrize("bad", [{"model": 5}, {"color": "red"}, {"seed": 2**63}, {"user": ["x"]}], ids=str)
+def test_a_long_body_is_refused_as_a_short_one(service, path, bad):
+    client, body = TestClient(service.app), json.dumps({**GOOD[path], **bad}).encode()
+    headers = {"content-type": "application/json"}
+    short, long = (client.post(path, content=padding + body, headers=headers) for padding in (b"", b" " * LONG_BODY))
+    assert refusal(short) == refusal(long)
 
 
 def test_a_character_written_as_two_escapes_is_one(service):

@@ -300,6 +300,38 @@ def test_clients_share_the_prefill_evenly(recorder):
     assert abs(computed["a"] - computed["b"]) <= 8
 
 
+def test_a_long_prompt_leaves_room_for_another_client_that_had_more_computed(recorder):
+    step = Recorder(tiny_model(tiny_tokenizer()), 8)
+    scheduler = schedule(step, prefill_chunk=64)  # shared: 8 tokens
+    add(scheduler, [3, 4], count=40, client="long")
+    for number in range(4):
+        earlier, _ = add(scheduler, [number, *range(5, 20)], count=1, client="short")
+        while not earlier.is_finished:
+            scheduler.step()
+    add(scheduler, list(range(100, 150)), count=1, client="long")
+    scheduler.step()
+    late, _ = add(scheduler, [7, 8, 9], count=1, client="short")
+    for _ in range(2):
+        scheduler.step()
+    assert late.is_finished
+
+
+def test_the_client_with_fewest_requests_is_prefilled_alone_even_if_it_had_more_computed(recorder):
+    step = Recorder(tiny_model(tiny_tokenizer()), 8)
+    scheduler = schedule(step, prefill_chunk=64)
+    earlier, _ = add(scheduler, [*range(5, 30)], count=1, client="one")
+    while not earlier.is_finished:
+        scheduler.step()
+    for number in range(3):
+        add(scheduler, [number, 100], count=9, client="many")
+    scheduler.step()
+    late, _ = add(scheduler, [7, 8, 9], count=1, client="one")
+    steps = len(step.steps)
+    while not late.is_finished:
+        scheduler.step()
+    assert [3] in [sizes(segments) for segments in step.steps[steps:]]
+
+
 def test_a_slot_stays_free_for_a_client_that_sent_a_request_lately(recorder):
     now = [0.0]
     scheduler = schedule(recorder, prefill_chunk=256)

@@ -1,6 +1,7 @@
 """From the settings of an experiment to a configuration, an initialized model and its size."""
 
 import copy
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ def build_config(
         num_key_value_heads=settings.num_key_value_heads,
         head_dim=settings.head_dim,
         max_position_embeddings=settings.max_position_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": settings.rope_theta},
+        rope_parameters=_rope_parameters(settings),
         rms_norm_eps=settings.rms_norm_eps,
         post_norm=settings.post_norm,
         qk_norm=settings.qk_norm,
@@ -37,6 +38,12 @@ def build_config(
         eos_token_id=eos_token_id,
         pad_token_id=pad_token_id,
     )
+
+
+def _rope_parameters(settings: ModelSettings) -> dict[str, Any]:
+    """Everything about the rotary embeddings in one mapping, as transformers has it."""
+    partial = {} if settings.partial_rotary_factor == 1 else {"partial_rotary_factor": settings.partial_rotary_factor}
+    return {"rope_type": "default", "rope_theta": settings.rope_theta, **(settings.rope_scaling or {}), **partial}
 
 
 def build_model(config: RexConfig, seed: int) -> RexForCausalLM:

@@ -13,6 +13,10 @@ from transformers.configuration_utils import PreTrainedConfig
 
 KNOWN_TRANSFORMERS = ((5, 0), (5, 24))
 """The first and the last minor release of transformers that these two files were seen to load and generate alike on."""
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+"""Types of rotary embeddings whose frequencies are those of any other text within the context, so that cached keys stay
+valid; "dynamic" changes them beyond it.
+"""
 if not KNOWN_TRANSFORMERS[0] <= tuple(map(int, transformers.__version__.split(".")[:2])) <= KNOWN_TRANSFORMERS[1]:
     warnings.warn(
         f"transformers {transformers.__version__}: REX was seen to work with 5.0 to 5.24; compare a few outputs with "
@@ -25,10 +29,12 @@ class RexConfig(PreTrainedConfig):  # type: ignore[misc]
     """Shape of a REX model.
 
     head_dim: defaults to hidden_size / num_attention_heads.
-    rope_parameters: {"rope_type": "default", "rope_theta": 10000.0} unless given; the scaled types of transformers
-    work. post_norm: True normalizes the output of each branch before it is added (the GLM-4-0414 arithmetic); False is
-    Llama. qk_norm: normalizes the queries and keys of each head before they are rotated (Qwen3), without post_norm.
-    Raises ValueError, one line, for a shape that attention cannot be built from, and for qk_norm with post_norm.
+    rope_parameters: {"rope_type": "default", "rope_theta": 10000.0} unless given, by transformers' names; the types of
+    ROPE_TYPES, and partial_rotary_factor, the share of each head that is rotated. post_norm: True normalizes the output
+    of each branch before it is added (the GLM-4-0414 arithmetic); False is Llama. qk_norm: normalizes the queries and
+    keys of each head before they are rotated (Qwen3), without post_norm and partial_rotary_factor.
+    Raises ValueError, one line, for a shape that attention cannot be built from, for another type of rotary embeddings
+    and for qk_norm with what it excludes, and KeyError for a type that lacks one of its parameters.
     """
 
     model_type = "rex"
@@ -103,7 +109,7 @@ class RexConfig(PreTrainedConfig):  # type: ignore[misc]
         self.num_key_value_heads = num_key_value_heads
         self.head_dim = head_dim
         self.max_position_embeddings = max_position_embeddings
-        self.rope_parameters = rope_parameters
+        self.rope_parameters = dict(rope_parameters or {})  # transformers writes its defaults into the mapping
         self.rms_norm_eps = rms_norm_eps
         self.post_norm = post_norm
         self.qk_norm = qk_norm
@@ -122,6 +128,26 @@ class RexConfig(PreTrainedConfig):  # type: ignore[misc]
         super().__init__(**kwargs)
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
         self.tie_word_embeddings = tie_word_embeddings
+        rope_type = self.rope_parameters["rope_type"]
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(
+                f"rope_type is {rope_type!r}: expected one of {', '.join(ROPE_TYPES)}, whose frequencies do not depend "
+                "on a text's length"
+            )
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise ValueError(
+                f"partial_rotary_factor rotates {self.rotary_dim} of the {head_dim} numbers of a head: expected an "
+                "even number of them, as rotary embeddings rotate pairs"
+            )
+        if qk_norm and self.rotary_dim < head_dim:
+            raise ValueError(
+                "qk_norm is True: expected False with partial_rotary_factor, as no other architecture has both"
+            )
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many numbers of each head are rotated, the first ones."""
+        return int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
 
 
 __all__ = ["RexConfig"]

@@ -1,12 +1,12 @@
 """REX: a decoder-only language model, native to transformers.
 
 Grouped-query attention, rotary embeddings, SwiGLU, no biases, and RMSNorm before and after each branch:
-`x + post_norm(branch(pre_norm(x)))`. That is GLM-4-0414's arithmetic; `post_norm=False` gives that of Llama, with
-`qk_norm=True` that of Qwen3. `model/weights/export.py` converts to these layouts. Class and module names are the ones
+`x + post_norm(branch(pre_norm(x)))`. That is GLM-4-0414's arithmetic; `post_norm=False` gives that of Llama or GLM,
+with `qk_norm=True` that of Qwen3. `model/weights/export.py` converts to these layouts. Class and module names are those
 that transformers looks for. This file and `configuration_rex.py` travel with every checkpoint: no imports of others.
 
 Shapes: B batch, T new tokens, S all tokens (cached and new), D hidden size, F intermediate size, H query heads,
-G key/value heads, K head dimension, V vocabulary.
+G key/value heads, K head dimension, J numbers of it that are rotated, V vocabulary.
 """
 
 import inspect
@@ -81,8 +81,7 @@ class RexRotaryEmbedding(nn.Module):
     def __init__(self, config: RexConfig) -> None:
         super().__init__()
         self.config = config
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
         self.rope_type: str = config.rope_parameters["rope_type"]  # type: ignore[index,assignment]
         compute = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
         inv_freq, self.attention_scaling = compute(config)
@@ -91,9 +90,9 @@ class RexRotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config: RexConfig, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
-        """Inverse frequencies, shape (K / 2,), and the factor on cosines and sines."""
-        head_dim, theta = config.head_dim, config.rope_parameters["rope_theta"]  # type: ignore[index]
-        return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim), 1.0  # type: ignore
+        """Inverse frequencies, shape (J / 2,), and the factor on cosines and sines."""
+        dim, theta = config.rotary_dim, config.rope_parameters["rope_theta"]  # type: ignore[index]
+        return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float) / dim), 1.0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # `model.to(torch.bfloat16)` would round the frequencies to 8 bits: at position 1,000 an angle is off by
@@ -105,7 +104,7 @@ class RexRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x_BTD: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines in x's dtype, each (B, T, K / 2), for position_ids (B, T)."""
+        """Cosines and sines in x's dtype, each (B, T, J / 2), for position_ids (B, T)."""
         # Angles in float32: in bfloat16, positions above 256 would coincide.
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x_BTD.device, dtype=torch.float)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
@@ -113,9 +112,10 @@ class RexRotaryEmbedding(nn.Module):
 
 
 def rotate(x_BHTK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + K/2]) by its position's angle; cos and sin are (B, 1, T, K / 2)."""
-    a, b = x_BHTK.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Turn each pair (x[i], x[i + J/2]) of the first J by its position's angle; cos and sin are (B, 1, T, J / 2)."""
+    half = cos.shape[-1]
+    a, b, rest = x_BHTK.tensor_split((half, 2 * half), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
 
 
 def eager_attention_forward(
@@ -182,7 +182,7 @@ class RexAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Output (B, T, D) and, from implementations that give them, attention weights.
 
-        position_embeddings: cosines and sines, each (B, T, K / 2). output_indices: as in `RexDecoderLayer.forward`.
+        position_embeddings: cosines and sines, each (B, T, J / 2). output_indices: as in `RexDecoderLayer.forward`.
         kwargs go to the attention implementation as they are.
         """
         heads = (-1, self.head_dim)

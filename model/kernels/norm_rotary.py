@@ -86,7 +86,10 @@ class _Rotary(torch.autograd.Function):
 
 def _rotated(x_BHTK: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     out_BHTK = torch.empty_like(x_BHTK, dtype=cos.dtype)
-    (a, b), (c, d) = x_BHTK.to(cos.dtype).chunk(2, dim=-1), out_BHTK.chunk(2, dim=-1)
+    places = (cos.shape[-1], 2 * cos.shape[-1])
+    a, b, rest = x_BHTK.to(cos.dtype).tensor_split(places, dim=-1)
+    c, d, unturned = out_BHTK.tensor_split(places, dim=-1)
     torch.mul(a, cos, out=c).addcmul_(b, sin, value=-direction)
     torch.mul(b, cos, out=d).addcmul_(a, sin, value=direction)
+    unturned.copy_(rest)
     return out_BHTK.to(x_BHTK.dtype)

@@ -28,7 +28,7 @@ from model.errors import PipelineError
 from model.native.build import LIBRARY
 from model.weights.int8 import QuantizedMatrix, TiedInt8Head, precision_name
 
-ABI = 5
+ABI = 6
 INSTRUCTIONS = ("portable", "avx2", "avxvnni", "avx512", "amx", "dotprod")
 """Instruction sets, in the order of their numbers in the library; of those that a CPU has, the last is the fastest."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
@@ -51,7 +51,7 @@ class _Config(ctypes.Structure):
             (name, ctypes.c_int32)
             for name in (
                 *("layers", "hidden_size", "intermediate_size", "heads", "groups", "head_dim", "vocab_size"),
-                *("context_length", "post_norm", "activation_levels", "instructions"),
+                *("context_length", "rotary_dim", "post_norm", "activation_levels", "instructions"),
             )
         ),
         ("eps", ctypes.c_float),
@@ -145,11 +145,8 @@ def unsupported(model: PreTrainedModel) -> str | None:
         return "the native library is not built: run python -m model.native.build, which needs a C++ compiler"
     if model.config.model_type != "rex":
         return f"it supports models of the type 'rex', not {model.config.model_type!r}"
-    rope = model.config.rope_parameters["rope_type"]
     if model.device.type != "cpu":
         return f"the model is on {model.device}"
-    if rope in ("dynamic", "longrope"):
-        return f"rotary embeddings of the type {rope} depend on the length of a text"
     if any(isinstance(module, nn.Linear) and module.bias is not None for module in model.modules()):
         return "a linear layer has a bias"
     dtypes = {w.dtype for w in (_weight(model, name) for name in _matrix_names(model)) if w is not None}
@@ -194,6 +191,7 @@ class NativeModel:
             config.head_dim,
             config.vocab_size,
             config.max_position_embeddings,
+            config.rotary_dim,
             int(config.post_norm),
             ACTIVATION_LEVELS,
             INSTRUCTIONS.index(self.instructions),

@@ -1,8 +1,23 @@
 """The shape of REX (`configs/model/`)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from model.settings.option import Settings, expect, option
+from model.settings.option import Bounds, Settings, expect, option
+
+ROPE_SCALING: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+"""Types of scaled rotary embeddings, each with the parameters that it needs."""
+OPTIONAL_ROPE_SCALING: dict[str, tuple[str, ...]] = {
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+}
+"""Parameters that a type takes besides."""
+_POSITIVE, _AT_LEAST_1 = Bounds(above=0, maximum=2**20), Bounds(minimum=1, maximum=2**20)
 
 
 @dataclass
@@ -26,6 +41,17 @@ class ModelSettings(Settings, group="model"):
     )
     max_position_embeddings: int = option(1024, "Context length.", unit="tokens", above=0, maximum=2**20)
     rope_theta: float = option(10_000.0, "Base of the rotary embeddings' wavelengths.", above=0, maximum=1e12)
+    rope_scaling: dict[str, Any] | None = option(
+        None,
+        "Rotary embeddings scaled for a longer context, by transformers' names: rope_type (linear, dynamic, llama3 or "
+        "yarn), factor and what else the type takes, such as original_max_position_embeddings; null: not scaled.",
+    )
+    partial_rotary_factor: float = option(
+        1.0,
+        "Share of each head's numbers, the first ones, that rotary embeddings rotate (GLM-4 and GLM layouts).",
+        above=0,
+        maximum=1.0,
+    )
     rms_norm_eps: float = option(1e-5, "Added to the mean square in RMSNorm.", above=0, maximum=1.0)
     post_norm: bool = option(
         True, "RMSNorm after each branch too (GLM-4 layout); false: before each branch only (Llama or Qwen3 layout)."
@@ -60,3 +86,42 @@ class ModelSettings(Settings, group="model"):
         )
         head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         expect(head_dim % 2 == 0, "model.head_dim", head_dim, "an even number, as rotary embeddings rotate pairs")
+        rotary_dim = int(head_dim * self.partial_rotary_factor)
+        expect(
+            rotary_dim > 0 and rotary_dim % 2 == 0,
+            "model.partial_rotary_factor",
+            self.partial_rotary_factor,
+            f"an even share of a head's {head_dim} numbers, not {rotary_dim}, as rotary embeddings rotate pairs",
+        )
+        expect(
+            rotary_dim == head_dim or not self.qk_norm,
+            "model.partial_rotary_factor",
+            self.partial_rotary_factor,
+            "1, or model.qk_norm=false: no layout that other engines read has both",
+        )
+        if self.rope_scaling is not None:
+            check_rope_scaling("model.rope_scaling", self.rope_scaling)
+
+
+def check_rope_scaling(where: str, scaling: Mapping[str, Any]) -> None:
+    """Raises PipelineError, one line, for an unknown type, a parameter too many or too few, and one out of range.
+
+    where: the mapping's place, for the message.
+    """
+    kind = str(scaling.get("rope_type"))
+    expect(kind in ROPE_SCALING, f"{where}.rope_type", scaling.get("rope_type"), f"one of {', '.join(ROPE_SCALING)}")
+    needed, optional = ROPE_SCALING[kind], OPTIONAL_ROPE_SCALING.get(kind, ())
+    names = scaling.keys() - {"rope_type"}
+    expected = f"{', '.join(needed)}{' and, if need be, ' if optional else ''}{', '.join(optional)}"
+    fits = set(needed) <= names <= {*needed, *optional}
+    expect(fits, where, dict(scaling), f"{expected} with the type {kind}")
+    for name in sorted(names - {"truncate"}):
+        value = scaling[name]
+        bounds = _AT_LEAST_1 if name in ("factor", "original_max_position_embeddings") else _POSITIVE
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        expect(is_number and bounds.admits(value), f"{where}.{name}", value, str(bounds))
+    truncate = scaling.get("truncate", True)
+    expect(isinstance(truncate, bool), f"{where}.truncate", truncate, "true or false")
+    for low, high, defaults in (("low_freq_factor", "high_freq_factor", (0, 1)), ("beta_slow", "beta_fast", (1, 32))):
+        least, most = scaling.get(low, defaults[0]), scaling.get(high, defaults[1])
+        expect(least < most, f"{where}.{high}", most, f"more than {low} ({least})")

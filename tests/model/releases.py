@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -41,6 +42,20 @@ def main(checkpoint: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             return size(load(path=folder)(ids_BT).logits)
+
+    def other_rotations() -> list[float]:
+        """Logits with scaled rotary embeddings in half of each head, each from a file."""
+        scaled = {"factor": 4.0, "original_max_position_embeddings": 8, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        found = []
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            path = Path(folder, "config.json")
+            config = json.loads(path.read_text())
+            for kind in ("default", "linear", "dynamic", "llama3", "yarn"):
+                rope = {"rope_type": kind, "rope_theta": 10_000.0, "partial_rotary_factor": 0.5, **scaled}
+                path.write_text(json.dumps({**config, "rope_parameters": rope}))
+                found.append(size(load(path=folder)(ids_BT).logits))
+        return found
 
     def gradient() -> float:
         model.train()
@@ -142,6 +157,7 @@ def main(checkpoint: str) -> None:
         "beam": lambda: generate(num_beams=3),
         "padded": lambda: generate(inputs=ids_BT, attention_mask=padding_BT),
         "saved again": saved_again,
+        "other rotations": other_rotations,
         "loss": lambda: size(model(ids_BT, labels=ids_BT).loss),
         "gradient": gradient,
         "pipeline": text_generation,

@@ -286,6 +286,20 @@ def test_the_compiled_model_with_a_padding_mask_is_still_one_graph_and_right() -
         ({"head_dim": 7}, "head_dim is 7: expected an even number, as rotary embeddings rotate pairs"),
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0: expected at least 1"),
         ({"qk_norm": True}, "qk_norm is True: expected False with post_norm, as no other architecture has both"),
+        (
+            {"qk_norm": True, "post_norm": False, "partial_rotary_factor": 0.5},
+            "qk_norm is True: expected False with partial_rotary_factor, as no other architecture has both",
+        ),
+        (
+            {"head_dim": 6, "partial_rotary_factor": 0.5},
+            "partial_rotary_factor rotates 3 of the 6 numbers of a head: expected an even number of them, as "
+            + "rotary embeddings rotate pairs",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+            "rope_type is 'longrope': expected one of default, linear, dynamic, llama3, yarn, whose frequencies do "
+            + "not depend on a text's length",
+        ),
     ],
 )
 def test_a_shape_that_cannot_be_built_is_refused_in_one_line(shape: dict[str, int], message: str) -> None:

@@ -98,10 +98,12 @@ def ours(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.mark.processes
-def test_our_release_gives_the_same_with_any_cache_and_refuses_an_argument_by_name(ours):
+def test_our_release_gives_the_same_with_any_cache_rotates_as_told_and_refuses_an_argument_by_name(ours):
     assert ours["greedy"] == ours["without cache"] == ours["static cache"]
     assert len(set(ours["greedy"][0][9:])) > 4
     assert len(ours["pipeline"].split()) == 6
+    default, linear, dynamic, llama3, yarn = ours["other rotations"]
+    assert default == dynamic and len({default, linear, llama3, yarn, ours["logits"]}) == 5
     assert ours["unknown argument"] == "REX takes no argument 'no_such_argument'"
 
 

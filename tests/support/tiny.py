@@ -13,6 +13,26 @@ from model.text.tokenizer import train_tokenizer
 
 TEXT = "def main():\n    return 'größer als nichts' if print('日本語 🦖') else None\n"
 CONTEXT = 96
+ROPE_SCALING: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24},
+}
+"""Scaled rotary embeddings for CONTEXT; in heads of 8 numbers or more each scales some pairs and leaves others."""
+ROTATIONS: list[dict[str, Any]] = [
+    {"partial_rotary_factor": 0.5},
+    {"post_norm": False, "partial_rotary_factor": 0.5, "rope_scaling": ROPE_SCALING["yarn"]},
+    {"post_norm": False, "rope_scaling": ROPE_SCALING["llama3"]},
+    {"rope_scaling": ROPE_SCALING["dynamic"]},
+]
+"""Shapes with other rotary embeddings than the default."""
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

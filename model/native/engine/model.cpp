@@ -81,8 +81,8 @@ Model::Model(const RexConfig& c, const RexWeights& weights, const Kernels& kerne
         layers.push_back(std::move(layer));
     }
     final_norm = copied(weights.final_norm, c.hidden_size);
-    cos = copied(weights.cos, (int64_t)c.context_length * (c.head_dim / 2));
-    sin = copied(weights.sin, (int64_t)c.context_length * (c.head_dim / 2));
+    cos = copied(weights.cos, (int64_t)c.context_length * (c.rotary_dim / 2));
+    sin = copied(weights.sin, (int64_t)c.context_length * (c.rotary_dim / 2));
 }
 
 int64_t Model::bytes() const {

@@ -12,12 +12,13 @@
 #define REX_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { REX_ABI = 5, REX_ERROR_SIZE = 256 };
+enum { REX_ABI = 6, REX_ERROR_SIZE = 256 };
 enum RexDtype { REX_FLOAT32 = 0, REX_BFLOAT16 = 1, REX_INT8 = 2, REX_INT4 = 3 };
 enum RexInstructions { REX_PORTABLE = 0, REX_AVX2 = 1, REX_AVXVNNI = 2, REX_AVX512 = 3, REX_AMX = 4, REX_DOTPROD = 5 };
 
 struct RexConfig {
     int32_t layers, hidden_size, intermediate_size, heads, groups, head_dim, vocab_size, context_length;
+    int32_t rotary_dim;  // numbers of a head that are rotated, the first ones
     int32_t post_norm;
     int32_t activation_levels;  // int8 and int4: activations are integers from -levels to levels, 127 at most
     int32_t instructions;       // one of RexInstructions
@@ -44,7 +45,7 @@ struct RexWeights {
     RexMatrix embedding, head;  // head.data null: tied to the embedding
     const RexLayer* layers;
     const float* final_norm;
-    const float *cos, *sin;  // (context_length, head_dim / 2)
+    const float *cos, *sin;  // (context_length, rotary_dim / 2)
 };
 
 // How to choose the token of a row: at temperature 0 the highest logit, else a sample. top_k: 0 keeps all. uniform: from 0

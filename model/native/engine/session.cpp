@@ -118,7 +118,7 @@ void Session::embed(const Row* rows, int64_t count) {
 }
 
 void Session::write_cache(const Row* rows, int64_t count, int64_t layer) {
-    const int64_t half = config_.head_dim / 2, heads = config_.heads, groups = config_.groups;
+    const int64_t half = config_.rotary_dim / 2, heads = config_.heads, groups = config_.groups;
     const auto write = cache_in_bf16_ ? kernels_.store_bf16 : kernels_.store_f32;
     const float scaling = 1.0f / __builtin_sqrtf((float)config_.head_dim);
     const float *query_norm = model_.layers[layer].query_norm.data(), *key_norm = model_.layers[layer].key_norm.data();
@@ -129,7 +129,7 @@ void Session::write_cache(const Row* rows, int64_t count, int64_t layer) {
         for (int64_t i = 0; i < heads + groups; i++) {
             float* x = head + i * strides_.head;
             if (query_norm) kernels_.head_norm(x, i < heads ? query_norm : key_norm, config_.eps, config_.head_dim, strides_.head);
-            kernels_.rotate(x, cos, sin, config_.head_dim);
+            kernels_.rotate(x, cos, sin, config_.rotary_dim);
         }
         for (int64_t i = 0; i < heads * strides_.head; i++) head[i] *= scaling;
         uint8_t* page = cache.pages(rows[row].slot)[position / PAGE];

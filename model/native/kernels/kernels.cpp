@@ -81,8 +81,8 @@ void swiglu(const float* y, int64_t panels, float* out) {
         }
 }
 
-void rotate(float* x, const float* cos, const float* sin, int32_t head_dim) {
-    const int32_t half = head_dim / 2;
+void rotate(float* x, const float* cos, const float* sin, int32_t rotary_dim) {
+    const int32_t half = rotary_dim / 2;
     for (int32_t i = 0; i < half; i++) {
         const float a = x[i], b = x[i + half];
         x[i] = a * cos[i] - b * sin[i];

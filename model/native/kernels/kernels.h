@@ -73,7 +73,8 @@ struct Kernels {
     void (*sum_groups)(const int8_t* q, int64_t stride, int32_t* group_sum);
     // out[i] = silu(gate[i]) * up[i]; y has alternating panels of gate and up.
     void (*swiglu)(const float* y, int64_t panels, float* out);
-    void (*rotate)(float* x, const float* cos, const float* sin, int32_t head_dim);
+    // Turns the first rotary_dim numbers of a head; cos and sin have half as many.
+    void (*rotate)(float* x, const float* cos, const float* sin, int32_t rotary_dim);
     void (*store_f32)(const float* key, const float* value, int32_t head_dim, int64_t head_stride, uint8_t* page, int32_t at);
     void (*store_bf16)(const float* key, const float* value, int32_t head_dim, int64_t head_stride, uint8_t* page, int32_t at);
     // The first index of the highest value, and that value; NaN if any is NaN.

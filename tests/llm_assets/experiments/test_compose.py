@@ -101,6 +101,36 @@ def test_a_name_that_no_registry_takes_is_refused_where_the_files_are_read(confi
         ("smoke", ["model=enormous"], "Could not find 'model/enormous'"),
         ("smoke", ["model.num_attention_heads=3"], "model.hidden_size is 64: expected a multiple of"),
         ("smoke", ["model.num_key_value_heads=3"], "model.num_attention_heads is 4: expected a multiple of"),
+        (
+            "smoke",
+            ["++model.rope_scaling={rope_type:su}"],
+            "model.rope_scaling.rope_type is 'su': expected one of linear",
+        ),
+        (
+            "smoke",
+            ["++model.rope_scaling={rope_type:llama3}"],
+            "expected factor, low_freq_factor, .* with the type llama3",
+        ),
+        (
+            "smoke",
+            ["++model.rope_scaling={rope_type:linear,factor:2,base:3}"],
+            "'base': 3}: expected factor with the type",
+        ),
+        (
+            "smoke",
+            ["++model.rope_scaling={rope_type:linear,factor:0.5}"],
+            "rope_scaling.factor is 0.5: expected at least 1",
+        ),
+        (
+            "smoke",
+            ["model.partial_rotary_factor=0.2"],
+            "expected an even share of a head's 16 numbers, not 3, as rotary",
+        ),
+        (
+            "smoke",
+            ["model.partial_rotary_factor=0.5", "model.post_norm=false", "model.qk_norm=true"],
+            "model.partial_rotary_factor is 0.5: expected 1, or model.qk_norm=false",
+        ),
         ("smoke", ["tokenizer.sequence_length=512"], "sequence_length is 512: expected at most .*256"),
         ("smoke", ["corpus.validation_fraction=1.5"], "validation_fraction is 1.5: expected a fraction"),
         ("smoke", ["tokenizer.vocab_size=100"], "vocab_size is 100: expected at least 258"),

@@ -14,9 +14,9 @@ from model.generation.requests import Finished, GenerationRequest, PromptScores,
 from model.generation.steps.cache import bytes_per_token
 from model.generation.steps.choose import available_steps
 from model.text.tokenizer import token_bytes
-from model.weights import int8
+from model.weights import int4, int8
 from tests.model.generation.engines import GREEDY, PROMPT, StepHook, reference, start, tokens
-from tests.support.tiny import CONTEXT, TEXT, tiny_model
+from tests.support.tiny import CONTEXT, ROTATIONS, TEXT, tiny_model
 
 pytestmark = pytest.mark.usefixtures("each_step")
 
@@ -56,12 +56,14 @@ def test_greedy_tokens_equal_those_of_generate_in_any_company(model, tokenizer, 
         {"post_norm": False, "qk_norm": True},
         {"num_key_value_heads": 4},
         {"num_key_value_heads": 1},
+        *ROTATIONS,
     ],
+    ids=str,
 )
 def test_other_shapes_give_what_generate_gives(tokenizer, config):
     model = tiny_model(tokenizer, **config)
     engine = start(model, tokenizer, prefill_chunk=7)
-    prompts = random_prompts(6, 40, seed=1)
+    prompts = random_prompts(6, 70, seed=1)
     generations = [engine.submit(GenerationRequest(prompt, 20, GREEDY)) for prompt in prompts]
     assert [tokens(g) for g in generations] == [reference(model, prompt, 20) for prompt in prompts]
     engine.stop()
@@ -109,8 +111,10 @@ def test_a_seed_gives_the_same_text_by_every_step_with_log_probabilities_or_with
     assert len({tuple(text) for text in texts[0]}) == 6
 
 
-def test_an_int8_model_gives_the_same_with_and_without_cache(tokenizer):
-    model = int8.quantize(tiny_model(tokenizer))
+@pytest.mark.parametrize("shape", [{}, *ROTATIONS[:3]], ids=str)
+@pytest.mark.parametrize("kind", [int8, int4], ids=["int8", "int4"])
+def test_a_quantized_model_gives_the_same_with_and_without_cache(tokenizer, kind, shape):
+    model = kind.quantize(tiny_model(tokenizer, head_dim=16, **shape))
     runs = []
     for kv_cache in (True, False):
         engine = start(model, tokenizer, kv_cache=kv_cache)

@@ -59,7 +59,8 @@ static void exercise(int32_t instructions, int32_t dtype, bool post_norm) {
     const bool is_int4 = dtype == REX_INT4;  // takes whole groups of inputs
     const int32_t hidden = is_int4 ? 96 : 72, inner = is_int4 ? 160 : 104, head_dim = is_int4 ? 16 : 20;
     const int32_t layers = 2, heads = 6, groups = 2, vocab = 151, context = 200;
-    const RexConfig config = {layers, hidden, inner, heads, groups, head_dim, vocab, context, post_norm, 127, instructions, 1e-5f};
+    const int32_t rotary_dim = post_norm ? head_dim / 2 : head_dim;
+    const RexConfig config = {layers, hidden, inner, heads, groups, head_dim, vocab, context, rotary_dim, post_norm, 127, instructions, 1e-5f};
     Store store;
     std::vector<RexLayer> each;
     for (int i = 0; i < layers; i++) {
@@ -84,8 +85,8 @@ static void exercise(int32_t instructions, int32_t dtype, bool post_norm) {
     if (post_norm) weights.head = store.matrix(is_int4 ? REX_INT8 : dtype, vocab, hidden);
     weights.layers = each.data();
     weights.final_norm = store.numbers(hidden, 0.1f, 1);
-    weights.cos = store.numbers(context * head_dim / 2, 1, 0);
-    weights.sin = store.numbers(context * head_dim / 2, 1, 0);
+    weights.cos = store.numbers(context * rotary_dim / 2, 1, 0);
+    weights.sin = store.numbers(context * rotary_dim / 2, 1, 0);
 
     RexModel* model = rex_model_create(&config, &weights, error);
     require(model, error);

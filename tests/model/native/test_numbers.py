@@ -6,7 +6,7 @@ import torch
 
 from model.native.library import ACTIVATION_LEVELS, NativeModel, NativeSession, Segment, unsupported
 from model.weights import int4, int8
-from tests.support.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import ROTATIONS, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.medium
 
@@ -22,6 +22,7 @@ SHAPES = [
     {"tie_word_embeddings": True},
     {"head_dim": 10},
     {"hidden_size": 160, "intermediate_size": 200, "head_dim": 64, "num_hidden_layers": 3, "initializer_range": 0.1},
+    *ROTATIONS,
 ]
 
 QUANTIZED = [
@@ -166,12 +167,3 @@ def test_an_activation_that_is_no_number_is_not_hidden_by_whole_numbers(instruct
         model.model.layers[0].post_attention_layernorm.weight[3] = torch.nan
     logits, _, highest = NativeSession(NativeModel(model, instructions=instructions), 1).step([Segment(0, 0, IDS, 1)])
     assert np.isnan(logits).all() and np.isnan(highest).all()
-
-
-def test_scaled_rotary_embeddings_are_the_models_own(fastest):
-    model = tiny_model(tiny_tokenizer())
-    config = model.config
-    config.rope_parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
-    scaled = type(model)(config).eval()
-    scaled.load_state_dict(model.state_dict())
-    assert relative_error(computed(scaled, IDS, instructions=fastest), exact(scaled, IDS)) < 1e-5

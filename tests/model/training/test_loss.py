@@ -17,6 +17,7 @@ from model.kernels.norm_rotary import use_cpu_kernels
 from model.logits import IGNORE_INDEX
 from model.training.loss import linear_cross_entropy
 from tests.model.training.tiny import experiment
+from tests.support.tiny import ROPE_SCALING
 
 REPO = Path(__file__).resolve().parents[3]
 B, T, D, V = 3, 17, 24, 61
@@ -82,9 +83,13 @@ def test_under_autocast_the_loss_is_float32_and_close():
     assert weight_VD.grad.dtype == hidden_BTD.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("norms", [{}, {"post_norm": False, "qk_norm": True}], ids=["post_norm", "qk_norm"])
-def test_gradients_written_out_for_the_cpu_are_those_that_pytorch_derives(norms):
-    config = build_config(replace(experiment().model, **norms), 300, bos_token_id=0, eos_token_id=0, pad_token_id=1)
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"post_norm": False, "qk_norm": True}, {"partial_rotary_factor": 0.5, "rope_scaling": ROPE_SCALING["yarn"]}],
+    ids=["post_norm", "qk_norm", "partial and scaled"],
+)
+def test_gradients_written_out_for_the_cpu_are_those_that_pytorch_derives(shape):
+    config = build_config(replace(experiment().model, **shape), 300, bos_token_id=0, eos_token_id=0, pad_token_id=1)
     config.attention_dropout = 0.0
     ids_BT = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))
     found = []

@@ -8,7 +8,7 @@ from model.generation.steps.reference import ReferenceStep
 from model.generation.steps.step import Segment
 from model.weights import int8
 from model.weights.packed import PackedLinear, PackedRMSNorm, pack
-from tests.support.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import ROTATIONS, tiny_model, tiny_tokenizer
 
 TEXTS = [np.arange(start, start + 60) % 270 + 2 for start in (3, 70, 140, 210)]
 
@@ -31,6 +31,7 @@ def alone(model, ids: np.ndarray) -> torch.Tensor:
         {"num_key_value_heads": 4},
         {"num_key_value_heads": 1},
         {"tie_word_embeddings": True},
+        *ROTATIONS,
     ],
     ids=str,
 )

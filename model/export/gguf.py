@@ -5,6 +5,7 @@ whose length is not a multiple of 32 stay in full precision in a Q8_0 file. The 
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,18 @@ _LAYER_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.gate_up_proj": "ffn_up",
 }
+_ARCHITECTURES = {"glm": "chatglm"}
+"""llama.cpp's names of layouts, where they differ."""
 _NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def reason_against(tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """Why llama.cpp cannot split text as `tokenizer` does, in one line; None if it can."""
+def reason_against(config: RexConfig, tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """Why llama.cpp cannot rotate heads as the model or split text as `tokenizer` does, in one line; None if it can."""
+    rope: dict[str, Any] = config.rope_parameters or {}
+    if rope["rope_type"] == "llama3" and layout(config) != "llama":
+        return f"llama.cpp has rotary embeddings of the type 'llama3' in Llama's layout alone, not in {layout(config)}"
+    if not rope.get("truncate", True):
+        return "rope_parameters has truncate False, and llama.cpp rounds the range of dimensions that yarn blends"
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     if state["model"].get("byte_fallback"):
         return "the tokenizer has one token per character, and llama.cpp has no such tokenizer"
@@ -73,20 +81,14 @@ def write_gguf(model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast, path: 
 
     Q4_0 holds the values and scales of `model/weights/int4.py`, with embedding and head in Q8_0.
 
-    Raises PipelineError if llama.cpp cannot split text as `tokenizer` does, or rotates heads differently than the
-    model.
+    Raises PipelineError for what `reason_against` names.
     """
     import gguf
 
-    reason = reason_against(tokenizer)
+    config = model.config
+    reason = reason_against(config, tokenizer)
     if reason:
         raise PipelineError(f"no GGUF of this model: {reason}; use --to hf")
-    config = model.config
-    rope: dict[str, Any] = dict(config.rope_parameters or {})
-    if rope.get("rope_type", "default") != "default":
-        raise PipelineError(
-            f"no GGUF of this model: rope_type is {rope['rope_type']!r}, expected 'default'; use --to hf"
-        )
     # llama.cpp rotates pairs of neighboring rows in Llama's heads, as in GLM-4's, so both need interleaved rows; in
     # Qwen3's it rotates as REX does.
     weights, kind_of_model = export_state_dict(model.state_dict(), config), layout(config)
@@ -94,8 +96,9 @@ def write_gguf(model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast, path: 
         weights = {key: _neighboring(key, weight, config) for key, weight in weights.items()}
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
-    writer = gguf.GGUFWriter(path, kind_of_model)
-    _write_shape(writer, config, rope["rope_theta"], name)
+    writer = gguf.GGUFWriter(path, _ARCHITECTURES.get(kind_of_model, kind_of_model))
+    _write_shape(writer, config, name)
+    _write_rope(writer, model)
     _write_tokenizer(writer, tokenizer, config)
     for key, weight in weights.items():
         _write_tensor(writer, _tensor_name(key), weight.detach().cpu(), kind)
@@ -107,7 +110,7 @@ def write_gguf(model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast, path: 
 
 def _neighboring(key: str, weight: Tensor, config: RexConfig) -> Tensor:
     is_turned = key.endswith(("q_proj.weight", "k_proj.weight"))
-    return interleave_pairs(weight, config.hidden_size, config.head_dim) if is_turned else weight
+    return interleave_pairs(weight, config) if is_turned else weight
 
 
 def _tensor_name(key: str) -> str:
@@ -118,7 +121,7 @@ def _tensor_name(key: str) -> str:
     return f"blk.{layer}.{_LAYER_NAMES[rest]}.weight"
 
 
-def _write_shape(writer: Any, config: RexConfig, rope_theta: float, name: str) -> None:
+def _write_shape(writer: Any, config: RexConfig, name: str) -> None:
     writer.add_name(name)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -129,9 +132,29 @@ def _write_shape(writer: Any, config: RexConfig, rope_theta: float, name: str) -
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(rope_theta)
-    writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
+
+
+def _write_rope(writer: Any, model: RexForCausalLM) -> None:
+    """Rotary embeddings. The type "dynamic" is not scaled within the context, so it needs no more than "default"."""
+    import gguf
+
+    config, embedding = model.config, model.model.rotary_emb
+    rope: dict[str, Any] = config.rope_parameters or {}
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_dimension_count(config.rotary_dim)
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32)
+        writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1)
+        # llama.cpp multiplies by what transformers derives from the factor alone.
+        writer.add_rope_scaling_attn_factors(embedding.attention_scaling / (0.1 * math.log(rope["factor"]) + 1))
+    if rope["rope_type"] == "llama3":
+        plain, _ = embedding.compute_default_rope_parameters(config)
+        _write_tensor(writer, "rope_freqs.weight", plain / embedding.original_inv_freq.cpu(), "full")
 
 
 def _write_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, config: RexConfig) -> None:

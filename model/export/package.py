@@ -1,7 +1,7 @@
 """Writes all files of an export to one folder, with a model card (README.md) and checksums (SHA256SUMS).
 
-hf/: GLM-4, Llama or Qwen3 layout in safetensors, for transformers, vLLM and SGLang. compressed-tensors/: int8 in the
-layout that vLLM reads. gguf/: model-f32.gguf (or -bf16), model-q8_0.gguf, model-q4_0.gguf if it is requested, and a
+hf/: GLM-4, GLM, Llama or Qwen3 layout in safetensors, for transformers, vLLM and SGLang. compressed-tensors/: int8 in
+the layout that vLLM reads. gguf/: model-f32.gguf (or -bf16), model-q8_0.gguf, model-q4_0.gguf if it is requested, and a
 Modelfile, for llama.cpp and Ollama.
 """
 
@@ -84,7 +84,7 @@ def export(
         copy_tokenizer(checkpoint_dir, output_dir / "compressed-tensors")
         files.append(ExportedFile("compressed-tensors", "int8", "compressed-tensors"))
     if "gguf" in formats:
-        reason = reason_against(tokenizer)
+        reason = reason_against(model.config, tokenizer)
         if reason and len(formats) > 1:
             left_out["gguf"] = reason
         else:

@@ -80,7 +80,7 @@ class TrainingSettings(Settings, group="training"):
     )
     init_from: str = option(
         "",
-        "Checkpoint, or stock Llama, GLM-4 or Qwen3, whose weights training starts from: its folder, or "
+        "Checkpoint, or stock Llama, GLM, GLM-4 or Qwen3, whose weights training starts from: its folder, or "
         "latest:EXPERIMENT; empty: random weights.",
     )
     lora_rank: int = option(

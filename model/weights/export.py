@@ -1,8 +1,8 @@
 """REX in the layout of an architecture that every serving tool knows.
 
-GLM-4-0414 with post-norms, Qwen3 with norms of queries and keys, else Llama. The arithmetic is the same; names, the
-order of query and key rows and the fusion of gate and up projection differ. `model/export` writes it to files, beside
-other formats; none of them needs custom code.
+GLM-4-0414 with post-norms, Qwen3 with norms of queries and keys, GLM where a part of each head is rotated, else Llama.
+The arithmetic is the same; names, the order of query and key rows and the fusion of gate and up projection differ.
+`model/export` writes it to files, beside other formats; none of them needs custom code.
 """
 
 import copy
@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import (
     Glm4Config,
     Glm4ForCausalLM,
+    GlmConfig,
+    GlmForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -26,18 +28,25 @@ from model.errors import PipelineError
 from model.modeling_rex import RexForCausalLM
 from model.weights.loading import load_model
 
-StockConfig = Glm4Config | LlamaConfig | Qwen3Config
+StockConfig = Glm4Config | GlmConfig | LlamaConfig | Qwen3Config
 CLASSES: dict[str, type[PreTrainedModel]] = {
     "glm4": Glm4ForCausalLM,
+    "glm": GlmForCausalLM,
     "llama": LlamaForCausalLM,
     "qwen3": Qwen3ForCausalLM,
 }
 """The class of each layout, by `model_type`."""
+GLM_CONFIGS: dict[str, type[Glm4Config | GlmConfig]] = {"glm4": Glm4Config, "glm": GlmConfig}
+"""The layouts that rotate a share of each head, by neighboring pairs of rows, and fuse gate and up projection."""
 
 
 def layout(config: RexConfig) -> str:
     """The key of CLASSES that computes what a REX of this configuration does."""
-    return "glm4" if config.post_norm else "qwen3" if config.qk_norm else "llama"
+    if config.post_norm:
+        return "glm4"
+    if config.qk_norm:
+        return "qwen3"
+    return "llama" if config.rotary_dim == config.head_dim else "glm"
 
 
 def export_config(config: RexConfig) -> StockConfig:
@@ -64,25 +73,28 @@ def export_config(config: RexConfig) -> StockConfig:
     }
     rope = dict(config.rope_parameters or {})
     exported: StockConfig
-    if layout(config) == "glm4":
-        # GLM-4 turns half of each head unless told otherwise, in transformers, vLLM and llama.cpp alike.
-        exported = Glm4Config(**shared, rope_parameters={**rope, "partial_rotary_factor": 1.0}, attention_bias=False)
-    elif layout(config) == "qwen3":
+    kind = layout(config)
+    if kind in GLM_CONFIGS:
+        # GLM turns half of each head unless told otherwise, in transformers, vLLM and llama.cpp alike.
+        exported = GLM_CONFIGS[kind](
+            **shared, rope_parameters={"partial_rotary_factor": 1.0, **rope}, attention_bias=False
+        )
+    elif kind == "qwen3":
         exported = Qwen3Config(**shared, rope_parameters=rope, attention_bias=False, use_sliding_window=False)
     else:
         exported = LlamaConfig(**shared, rope_parameters=rope, attention_bias=False, mlp_bias=False)
-    exported.eos_token_id = config.eos_token_id  # set afterwards: GLM-4 replaces None by ids of its own
+    exported.eos_token_id = config.eos_token_id  # set afterwards: GLM replaces None by ids of its own
     return exported
 
 
 def export_state_dict(state_dict: dict[str, Tensor], config: RexConfig) -> dict[str, Tensor]:
     """The weights of a RexForCausalLM under the names and in the layout of `export_config(config)`'s class."""
-    if layout(config) != "glm4":
+    if layout(config) not in GLM_CONFIGS:
         return dict(state_dict)
     exported: dict[str, Tensor] = {}
     for name, weight in state_dict.items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            exported[name] = interleave_pairs(weight, config.hidden_size, config.head_dim)
+            exported[name] = interleave_pairs(weight, config)
         elif name.endswith("gate_proj.weight"):
             up = state_dict[name.replace("gate_proj", "up_proj")]
             exported[name.replace("gate_proj", "gate_up_proj")] = torch.cat((weight, up))
@@ -91,10 +103,17 @@ def export_state_dict(state_dict: dict[str, Tensor], config: RexConfig) -> dict[
     return exported
 
 
-def interleave_pairs(weight: Tensor, hidden_size: int, head_dim: int | None) -> Tensor:
-    """Rows of each head from (0 .. K/2, K/2 .. K) to (0, K/2, 1, K/2 + 1, ..): GLM-4 turns neighboring rows."""
-    rows_HK = weight.view(-1, 2, (head_dim or 0) // 2, hidden_size)
-    return rows_HK.transpose(1, 2).reshape(-1, hidden_size)
+def interleave_pairs(weight: Tensor, config: RexConfig) -> Tensor:
+    """The rotated rows J of each head from (0 .. J/2, J/2 .. J) to (0, J/2, 1, J/2 + 1, ..): GLM turns neighbors."""
+    order_J = torch.arange(config.rotary_dim).view(2, -1).T.flatten()
+    return reorder_rotated(weight, order_J, config.head_dim)
+
+
+def reorder_rotated(weight: Tensor, order_J: Tensor, head_dim: int | None) -> Tensor:
+    """`weight` (H * K, D) with the first rows of each head in another order; the others stay."""
+    heads = weight.clone().unflatten(0, (-1, head_dim or 0))
+    heads[:, : len(order_J)] = heads[:, order_J]
+    return heads.flatten(0, 1)
 
 
 def export_model(model: RexForCausalLM) -> PreTrainedModel:

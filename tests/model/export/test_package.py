@@ -27,7 +27,7 @@ from model.text.chat.template import MARKS, end_ids
 from model.text.tokenizer import train_tokenizer
 from model.weights import int4, int8
 from model.weights.loading import FORMAT_VERSION, QUANTIZATION, load_model
-from tests.support.tiny import TEXT, save_tiny_model, tiny_model, tiny_tokenizer
+from tests.support.tiny import ROPE_SCALING, TEXT, save_tiny_model, tiny_model, tiny_tokenizer
 
 GO: dict[str, Any] = json.loads(Path(__file__).with_name("rendered.json").read_text())
 """Ollama's template, conversations, and what Go 1.27 renders of them."""
@@ -170,11 +170,30 @@ def test_a_character_tokenizer_is_left_out_of_gguf_with_the_reason(tmp_path: Pat
     tokenizer = train_tokenizer(TokenizerSettings(kind="char"), [TEXT])
     tiny_model(tokenizer).save_pretrained(tmp_path / "rex")
     tokenizer.save_pretrained(tmp_path / "rex")
-    assert reason_against(tokenizer)
+    assert reason_against(load_model(tmp_path / "rex").config, tokenizer)
     made = export(tmp_path / "rex", tmp_path / "out")
     assert [file.path for file in made.files] == ["hf", "compressed-tensors"] and "character" in made.left_out["gguf"]
     assert main([str(tmp_path / "rex"), str(tmp_path / "out"), "--to", "gguf"]) == 1
     assert "error: no GGUF of this model: the tokenizer has one token per character" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ({"rope_scaling": ROPE_SCALING["llama3"]}, "'llama3' in Llama's layout alone, not in glm4"),
+        ({"rope_scaling": {**ROPE_SCALING["yarn"], "truncate": False}}, "truncate False, and llama.cpp rounds"),
+    ],
+)
+def test_rotary_embeddings_that_llama_cpp_lacks_are_left_out_of_gguf_with_the_reason(
+    tmp_path: Path, capsys, shape: dict[str, Any], reason: str
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tiny_model(tokenizer, **shape).save_pretrained(tmp_path / "rex")
+    tokenizer.save_pretrained(tmp_path / "rex")
+    made = export(tmp_path / "rex", tmp_path / "out")
+    assert [file.path for file in made.files] == ["hf", "compressed-tensors"] and reason in made.left_out["gguf"]
+    assert main([str(tmp_path / "rex"), str(tmp_path / "out"), "--to", "gguf"]) == 1
+    assert reason in (said := capsys.readouterr().err) and said.count("\n") == 1
 
 
 def test_a_folder_without_a_checkpoint_is_refused_in_one_line(tmp_path: Path) -> None:

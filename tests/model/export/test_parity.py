@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from tests.model.export.exports import (
     make,
     swap_rows,
 )
-from tests.support.tiny import CONTEXT
+from tests.support.tiny import CONTEXT, ROPE_SCALING
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
@@ -74,14 +75,38 @@ def test_a_bfloat16_checkpoint_is_the_same_model_too(glm4: Made, in_this_process
         assert found.passed, found.differences
 
 
-@pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
-def test_the_layouts_without_post_norms_are_the_same_model_too(
-    source: Source, tmp_path: Path, in_this_process: None, qk_norm: bool
+LLAMA, QWEN3 = {"post_norm": False}, {"post_norm": False, "qk_norm": True}
+FULL_PRECISION = [("transformers", "hf", "float32"), ("llama.cpp", "gguf/model-f32.gguf", "float32")]
+ROUNDED = [
+    ("compressed-tensors", "compressed-tensors", "int8"),
+    ("llama.cpp", "gguf/model-q8_0.gguf", "q8_0"),
+    ("llama.cpp", "gguf/model-q4_0.gguf", "q4_0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "files"),
+    [
+        (LLAMA, FULL_PRECISION),
+        (QWEN3, FULL_PRECISION),
+        ({**LLAMA, "rope_scaling": ROPE_SCALING["llama3"]}, [*FULL_PRECISION, *ROUNDED]),
+        ({**LLAMA, "rope_scaling": ROPE_SCALING["linear"]}, FULL_PRECISION),
+        ({**LLAMA, "rope_scaling": ROPE_SCALING["dynamic"]}, FULL_PRECISION),
+        ({**QWEN3, "rope_scaling": ROPE_SCALING["yarn"]}, FULL_PRECISION),
+        ({**LLAMA, "rope_scaling": {**ROPE_SCALING["yarn"], "attention_factor": 1.3, "beta_fast": 2}}, FULL_PRECISION),
+        ({"partial_rotary_factor": 0.5}, [*FULL_PRECISION, *ROUNDED]),
+        ({"partial_rotary_factor": 0.5, "rope_scaling": ROPE_SCALING["yarn"]}, FULL_PRECISION),
+        ({**LLAMA, "partial_rotary_factor": 0.5}, FULL_PRECISION),
+    ],
+    ids=str,
+)
+def test_other_layouts_and_rotary_embeddings_are_the_same_model_too(
+    source: Source, tmp_path: Path, in_this_process: None, shape: dict[str, Any], files: list[tuple[str, str, str]]
 ) -> None:
-    made = make(source, tmp_path, post_norm=False, qk_norm=qk_norm)
-    export(tmp_path / "rex", tmp_path / "out", ["hf", "gguf"])
-    for engine, path in (("transformers", "hf"), ("llama.cpp", "gguf/model-f32.gguf")):
-        found = certificate(made, engine, path)
+    made = make(source, tmp_path, hidden_size=64, head_dim=16, **shape)
+    export(tmp_path / "rex", tmp_path / "out", gguf_kinds=GGUF_KINDS)
+    for engine, path, precision in files:
+        found = certificate(made, engine, path, precision)
         assert found.passed, found.differences
         # llama.cpp does not bound a run of characters: its tokens differ beyond the bound, and only there.
         runs = [line.split("'")[1] for line in found.explained_differences if line.startswith("tokens of")]
@@ -124,10 +149,13 @@ def test_llama_cpp_finds_query_and_key_rows_in_the_wrong_order(glm4: Made, monke
     assert "a log-probability differs" in " ".join(certificate(glm4, "llama.cpp", "gguf/model-f32.gguf").differences)
 
 
-def test_llama_cpp_finds_another_rope_base(glm4: Made) -> None:
+@pytest.mark.parametrize(
+    "rope", [{"rope_type": "default", "rope_theta": 500.0}, {**ROPE_SCALING["linear"], "rope_theta": 10_000.0}], ids=str
+)
+def test_llama_cpp_finds_other_rotary_embeddings(glm4: Made, rope: dict[str, Any]) -> None:
     model, tokenizer, _, folder = glm4
     (folder / "out").mkdir()
-    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 500.0}
+    model.config.rope_parameters = rope
     write_gguf(model, tokenizer, folder / "out/other.gguf", "full", name="other")
     assert "a log-probability differs" in " ".join(certificate(glm4, "llama.cpp", "other.gguf").differences)
 

@@ -6,6 +6,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ from tests.model.export.exports import (
     make,
     swap_rows,
 )
-from tests.support.tiny import TEXT, save_tiny_model
+from tests.support.tiny import ROPE_SCALING, TEXT, save_tiny_model
 from tests.support.vllm import PYTHON, needs_vllm
 
 
@@ -74,9 +75,20 @@ def vllm_certificate(made: Made) -> list[str]:
 @needs_vllm
 @pytest.mark.slow
 @pytest.mark.processes
-def test_vllm_runs_the_same_model(glm4: Made) -> None:
-    export(glm4[3] / "rex", glm4[3] / "out", ["hf"])
-    assert vllm_certificate(glm4) == []
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"partial_rotary_factor": 0.5},
+        {"post_norm": False, "rope_scaling": ROPE_SCALING["llama3"]},
+        {"post_norm": False, "qk_norm": True, "rope_scaling": ROPE_SCALING["yarn"]},
+    ],
+    ids=str,
+)
+def test_vllm_runs_the_same_model(source: Source, tmp_path: Path, shape: dict[str, Any]) -> None:
+    made = make(source, tmp_path, hidden_size=128, intermediate_size=128, **shape)
+    export(tmp_path / "rex", tmp_path / "out", ["hf"])
+    assert vllm_certificate(made) == []
 
 
 @needs_vllm

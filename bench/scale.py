@@ -27,7 +27,7 @@ from model.settings import (
     CorpusSettings,
     TokenizerSettings,
 )
-from model.system.cluster import apply_tasks, connected
+from model.system.tasks import tasks
 from model.text.corpus import build_corpus, read_documents
 from model.text.shards import ShardTask, encode_by_shards, encode_shard
 from model.text.tokens import build_tokenized_dataset
@@ -49,18 +49,19 @@ def tokenizing(corpus: Path, tokens: Path, workers: int) -> dict[str, float]:
     folder = [corpus, "train", tokens, VOCABULARY, np.uint16, settings]
     seconds = {}
     started = time.perf_counter()
-    encode_by_shards(*folder, apply=map)  # type: ignore[arg-type]
+    encode_by_shards(*folder, apply=map, scratch_dir=tokens)  # type: ignore[arg-type]
     seconds["one worker"] = time.perf_counter() - started
     one = (tokens / "train.bin").read_bytes()
     compute = ComputeSettings(engine="ray", processes=workers)
     started = time.perf_counter()
-    with connected(compute):
+    with tasks(compute) as apply:
+        assert apply
         seconds["start of Ray"] = time.perf_counter() - started
         started = time.perf_counter()
-        list(apply_tasks(compute)(import_encoder, range(workers)))
+        list(apply(import_encoder, range(workers)))
         seconds["start of its workers"] = time.perf_counter() - started
         started = time.perf_counter()
-        encode_by_shards(*folder, apply=apply_tasks(compute))  # type: ignore[arg-type]
+        encode_by_shards(*folder, apply=apply, scratch_dir=tokens)  # type: ignore[arg-type]
         seconds[f"{workers} workers"] = time.perf_counter() - started
         started = time.perf_counter()
     seconds["end of Ray"] = time.perf_counter() - started

@@ -1,7 +1,7 @@
 """Prints where an experiment's newest artifacts are and how to serve its model.
 
 python -m llm_assets.latest [EXPERIMENT]           the artifacts, the report and the command that serves
-python -m llm_assets.latest [EXPERIMENT] --bento   the Bento's tag alone, for scripts
+python -m llm_assets.latest [EXPERIMENT] --bento   the Bento's tag, or its folder from an object store
 python -m llm_assets.latest [EXPERIMENT] --image cpu   the tag of the container image alone (or gpu)
 """
 
@@ -59,11 +59,19 @@ def results(artifacts: Mapping[str, Path]) -> dict[str, str]:
 
 
 def bento_tag(experiment: str) -> str:
-    """The tag of the experiment's newest Bento. Raises PipelineError if BentoML's store does not have it."""
-    record = ArtifactStore.default().load("packaged_bento", experiment) / "bento.json"
+    """What `bentoml serve` takes: the tag of the experiment's newest Bento, or a folder fetched from the object store.
+
+    Raises PipelineError if neither BentoML's store nor the object store has it.
+    """
+    store = ArtifactStore.default()
+    record = store.load("packaged_bento", experiment) / "bento.json"
     tag: str = json.loads(record.read_text())["bento"]
     bentos = Path(os.environ.get("BENTOML_HOME") or Path.home() / "bentoml") / "bentos"
     if not (bentos / tag.replace(":", "/")).is_dir():
+        if store.is_remote:
+            from llm_assets.resources.bento_files import fetch
+
+            return str(fetch(store, tag, experiment))
         raise PipelineError(
             f"no Bento {tag} in {bentos}, where BENTOML_HOME points; package it again: "
             f"{refresh_command('packaged_bento', experiment)}"
@@ -84,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m llm_assets.latest", description=__doc__.split("\n")[0])
     parser.add_argument("experiment", nargs="?", default=DEFAULT_EXPERIMENT, help=f"default: {DEFAULT_EXPERIMENT}")
     only = parser.add_mutually_exclusive_group()
-    only.add_argument("--bento", action="store_true", help="print the Bento's tag alone")
+    only.add_argument("--bento", action="store_true", help="print the Bento's tag, or its folder, alone")
     only.add_argument("--image", choices=("cpu", "gpu"), help="print the container image's tag alone")
     only.add_argument("--asset", choices=STAGES, help="print this artifact's folder alone")
     arguments = parser.parse_args(argv)

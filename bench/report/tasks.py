@@ -5,6 +5,7 @@ full precision or quantized, and writes what was found. Its tasks read data thro
 """
 
 import difflib
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from model.artifact import write_json
 from model.errors import PipelineError
 from model.progress import Log, silent, with_lines
 from model.settings import EvaluationSettings
+from model.system.tasks import Apply
 from model.text.tokenizer import load_tokenizer
 from model.weights.loading import load_model
 
@@ -40,9 +42,25 @@ def harness_release() -> str:
     return version("lm-eval") if find_spec("lm_eval") else ""
 
 
-def score_tasks(settings: EvaluationSettings, model_dir: Path, output_dir: Path, *, log: Log = silent) -> list[Score]:
+@dataclass(frozen=True)
+class ScoreTask:
+    """One name of `evaluation.tasks`, for the model in `model_dir`."""
+
+    name: str
+    settings: EvaluationSettings
+    model_dir: Path
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def score_tasks(
+    settings: EvaluationSettings, model_dir: Path, output_dir: Path, *, log: Log = silent, apply: Apply = map
+) -> list[Score]:
     """Score the model in `model_dir`, and write `evaluation.json` and `evaluation.md` to `output_dir`.
 
+    apply: scores each of `evaluation.tasks` by itself, so that a score does not depend on the others or on where it is
+    computed.
     Raises PipelineError without lm-eval or tasks, for unknown tasks, and for tasks whose data or definition fail.
     """
     if not settings.tasks:
@@ -52,53 +70,72 @@ def score_tasks(settings: EvaluationSettings, model_dir: Path, output_dir: Path,
     include = Path(settings.include_path)
     if settings.include_path and not include.is_dir():
         raise PipelineError(f"evaluation.include_path is {settings.include_path!r}: expected a folder with YAML files")
+    check_names(settings.tasks, _manager(settings).all_tasks)
+    log(f"evaluation: {', '.join(settings.tasks)} with lm-eval {harness_release()}")
+    items = [ScoreTask(name, settings, model_dir.absolute()) for name in dict.fromkeys(settings.tasks)]
+
+    def run() -> list[Score]:
+        scores = [score for found in apply(score_task, items) for score in found]
+        return list({(score.task, score.metric): score for score in reversed(scores)}.values())[::-1]
+
+    try:
+        scores = with_lines(run, log, "evaluation")
+    finally:
+        _judge.cache_clear()
+    write_json(output_dir / RESULTS, {"lm-eval": harness_release(), "scores": [vars(score) for score in scores]})
+    (output_dir / REPORT).write_text(as_markdown(scores), encoding="utf-8")
+    return scores
+
+
+def score_task(task: ScoreTask) -> list[Score]:
+    """The scores of one task of lm-eval, or of the tasks of one group."""
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
+
+    settings = task.settings
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    judge, manager = _judge(task.model_dir, settings.batch_size), _manager(settings)
+    try:
+        return read_scores(
+            lm_eval.simple_evaluate(
+                model=judge,
+                tasks=[task.name],
+                num_fewshot=None if settings.num_fewshot < 0 else settings.num_fewshot,
+                limit=settings.limit or None,
+                task_manager=manager,
+                bootstrap_iters=1000,
+                log_samples=False,
+            )
+        )
+    except Exception as error:
+        # A task is foreign code and data: anything may fail in it.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise PipelineError(
+            f"evaluation.tasks {task.name} failed in lm-eval: {type(error).__name__}: {reason}; "
+            "expected tasks whose data can be read: name others, or files of your own with evaluation.include_path"
+        ) from error
+
+
+def _manager(settings: EvaluationSettings) -> Any:
+    """Where lm-eval finds the tasks: its own are thousands of files to read, and are left out if none is named."""
     from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    folder = str(include.absolute()) if settings.include_path else None
+    folder = str(Path(settings.include_path).absolute()) if settings.include_path else None
     manager = TaskManager(include_path=folder, include_defaults=False)
-    if not set(settings.tasks) <= set(manager.all_tasks):  # lm-eval's own are thousands of files to read
-        manager = TaskManager(include_path=folder)
-        check_names(settings.tasks, manager.all_tasks)
+    return manager if set(settings.tasks) <= set(manager.all_tasks) else TaskManager(include_path=folder)
+
+
+@functools.lru_cache(maxsize=1)
+def _judge(model_dir: Path, batch_size: int) -> Any:
+    """The model as lm-eval takes it, loaded once in a process that scores several tasks."""
+    from lm_eval.models.huggingface import HFLM
+
     model = load_model(model_dir)
     if hasattr(model.config, "quantization_config"):
         # lm-eval would ask transformers for this project's own method; the model is loaded, and needs it no more.
         del model.config.quantization_config
     tokenizer = load_tokenizer(model_dir)
-    judge = HFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=settings.batch_size,
-        max_length=model.config.max_position_embeddings,
-    )
-
-    def run() -> Any:
-        return lm_eval.simple_evaluate(
-            model=judge,
-            tasks=list(settings.tasks),
-            num_fewshot=None if settings.num_fewshot < 0 else settings.num_fewshot,
-            limit=settings.limit or None,
-            task_manager=manager,
-            bootstrap_iters=1000,
-            log_samples=False,
-        )
-
-    log(f"evaluation: {', '.join(settings.tasks)} with lm-eval {harness_release()}")
-    try:
-        found = with_lines(run, log, "evaluation")
-    except Exception as error:
-        # A task is foreign code and data: anything may fail in it.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise PipelineError(
-            f"evaluation.tasks {', '.join(settings.tasks)} failed in lm-eval: {type(error).__name__}: {reason}; "
-            "expected tasks whose data can be read: name others, or files of your own with evaluation.include_path"
-        ) from error
-    scores = read_scores(found)
-    write_json(output_dir / RESULTS, {"lm-eval": harness_release(), "scores": [vars(score) for score in scores]})
-    (output_dir / REPORT).write_text(as_markdown(scores), encoding="utf-8")
-    return scores
+    length = model.config.max_position_embeddings
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=length)
 
 
 def check_names(tasks: list[str], known: list[str]) -> None:

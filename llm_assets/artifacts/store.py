@@ -61,6 +61,11 @@ class ArtifactStore:
         root = root or os.environ.get("LLM_ASSETS_ARTIFACTS") or str(var_dir() / "artifacts")
         return cls(root, Path(cache_dir or var_dir() / "cache"), keep_versions)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether versions are in an object store, which other machines read."""
+        return not self._local
+
     def publish(self, staging: Path) -> Publication:
         """Make a sealed directory a version, and the latest one unless it failed a blocking check.
 

@@ -20,6 +20,7 @@ from llm_assets.experiments.partitions import experiments
 from llm_assets.registry import QUANTIZATION_ERROR, QUANTIZATION_WARNING, SHARED_WARNING, stage_spec
 from llm_assets.stage.metadata import table
 from model.progress import Log, silent
+from model.system.tasks import Apply
 
 ROUND_TRIP_DOCUMENTS = 64
 
@@ -65,11 +66,13 @@ def splits_are_disjoint(corpus_dir: Path) -> dg.AssetCheckResult:
     )
 
 
-def splits_share_little_text(corpus_dir: Path, log: Log = silent) -> dg.AssetCheckResult:
+def splits_share_little_text(
+    corpus_dir: Path, log: Log = silent, apply: Apply | None = None, scratch_dir: Path | None = None
+) -> dg.AssetCheckResult:
     """Look for validation text in the training split, and for near-duplicates (`model/text/overlap.py`)."""
     from model.text.overlap import find_overlap
 
-    found = find_overlap(corpus_dir, log=log)
+    found = find_overlap(corpus_dir, log=log, apply=apply or map, scratch_dir=scratch_dir)
     near = found.near_duplicates
     return dg.AssetCheckResult(
         check_name="splits_share_little_text",

@@ -32,10 +32,15 @@ def corpus(
 
     From local files, URLs, a Hugging Face dataset or, by default, the interpreter's standard library.
     """
+    from model.system.tasks import tasks
     from model.text.corpus import build_corpus
+    from model.text.parts import in_tasks
 
-    with stage(context, hydra, mlflow, fingerprint=source_fingerprint) as work:
-        summary = build_corpus(work.settings.corpus, work.output, log=work.log)
+    with stage(context, hydra, mlflow, fingerprint=source_fingerprint, in_tasks=True) as work:
+        with tasks(work.settings.compute) as apply:
+            write = in_tasks(apply, work.scratch) if apply else None
+            summary = build_corpus(work.settings.corpus, work.output, log=work.log, write=write)
+            overlap = checks.splits_share_little_text(work.output, work.log, apply, work.scratch)
         yield work.result(
             {
                 "summary": ui_metadata.summary(
@@ -73,5 +78,5 @@ def corpus(
                 ),
                 "sample": dg.MetadataValue.md(ui_metadata.fenced(summary.sample)),
             },
-            [checks.splits_are_disjoint(work.output), checks.splits_share_little_text(work.output, work.log)],
+            [checks.splits_are_disjoint(work.output), overlap],
         )

@@ -43,11 +43,14 @@ def evaluation_report(
 ) -> Iterator[dg.MaterializeResult]:
     """Scores on tasks of lm-eval, of the trained or the quantized model: JSON and Markdown."""
     from bench.report.tasks import REPORT, score_tasks
+    from model.system.tasks import tasks
 
     upstream = {"trained_checkpoint": trained_checkpoint, "quantized_model": quantized_model}
     with stage(context, hydra, mlflow, upstream, exclusive=True, fingerprint=fingerprint) as work:
         scored = measured_model(work.asset, work.settings) or "trained_checkpoint"
-        scores = score_tasks(work.settings.evaluation, upstream[scored], work.output, log=work.log)
+        compute, folders = work.settings.compute, (upstream[scored], work.output)
+        with tasks(compute, gpus=compute.gpus_per_process) as apply:
+            scores = score_tasks(work.settings.evaluation, *folders, log=work.log, apply=apply or map)
         work.tracked.log_artifact(work.output)
         values = {f"{score.task} {score.metric}": score.value for score in scores}
         yield work.result(

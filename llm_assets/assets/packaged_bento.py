@@ -7,8 +7,11 @@ from typing import Any
 
 import dagster as dg
 
+from llm_assets.artifacts.manifest import Manifest
+from llm_assets.artifacts.store import ArtifactStore
 from llm_assets.assets import asset_arguments, checks
 from llm_assets.registry import model_name
+from llm_assets.resources import bento_files
 from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
@@ -19,13 +22,17 @@ from llm_assets.stage.stage import stage
 
 
 def outdated(path: Path, arguments: Mapping[str, Any]) -> str:
-    """Why BentoML's stores do not have the Bento of the present source, with its model."""
+    """Why BentoML's stores, or the object store of artifacts, do not have the Bento of the present source."""
     bentos, record = arguments["bentos"], json.loads((path / "bento.json").read_text())
     tag = bentos.tag(record["bento"].partition(":")[0], record["arguments"])
     if tag != record["bento"]:
         return f"the service's source has changed since {record['bento']}"
-    missing = bentos.find_missing(tag, record["model"])
-    return f"BentoML's store has no {missing}" if missing else ""
+    if missing := bentos.find_missing(tag, record["model"]):
+        return f"BentoML's store has no {missing}"
+    store, experiment = ArtifactStore.default(), Manifest.read(path).experiment
+    if store.is_remote and bento_files.published_tag(store, experiment) != tag:
+        return f"{store.root} has no files of {tag}"
+    return ""
 
 
 @dg.asset(**asset_arguments("packaged_bento"))
@@ -41,7 +48,8 @@ def packaged_bento(
 ) -> Iterator[dg.MaterializeResult]:
     """The served model in BentoML's model store, and a Bento built from `bento/`, both versioned by their content.
 
-    The artifact is `bento.json`: the tags, their sizes and the command that serves the Bento.
+    The artifact is `bento.json`: the tags, their sizes and the command that serves the Bento. With artifacts in an
+    object store, the Bento's files are published there, too.
     """
     upstream = {
         "trained_checkpoint": trained_checkpoint,
@@ -54,6 +62,9 @@ def packaged_bento(
         labels = {"experiment": work.experiment, "asset": served, "config_hash": work.upstream[served].config_hash[:16]}
         bento, model = bentos.package(
             model_name(work.experiment), upstream[served], work.upstream[served].version, serving, labels, log=work.log
+        )
+        bento_files.publish(
+            ArtifactStore.default(), bentos, bento, work.experiment, work.scratch / "files", log=work.log
         )
         command = f"bentoml serve {bento['tag']}"
         if serving.engine == "vllm":  # `make vllm` makes its environment; an image has it

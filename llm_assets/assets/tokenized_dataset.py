@@ -25,15 +25,15 @@ def tokenized_dataset(
 
     Includes the byte length of each token, so that bits per byte are exact.
     """
-    from model.system.cluster import apply_tasks
+    from model.system.tasks import tasks
     from model.text.shards import by_shards
     from model.text.tokens import build_tokenized_dataset
 
-    with stage(context, hydra, mlflow, {"corpus": corpus}) as work:
+    with stage(context, hydra, mlflow, {"corpus": corpus}, in_tasks=True) as work:
         settings = work.settings.tokenizer
-        compute = work.settings.compute
-        encode = by_shards(apply_tasks(compute)) if compute.engine == "ray" else None
-        summary = build_tokenized_dataset(settings, corpus, work.output, log=work.log, encode=encode)
+        with tasks(work.settings.compute) as apply:
+            encode = by_shards(apply, work.scratch) if apply else None
+            summary = build_tokenized_dataset(settings, corpus, work.output, log=work.log, encode=encode)
         yield work.result(
             {
                 "summary": ui_metadata.summary(

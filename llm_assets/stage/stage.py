@@ -221,11 +221,13 @@ def stage(
     upstream: Mapping[str, Path] | None = None,
     *,
     resumable: bool = False,
+    in_tasks: bool = False,
     exclusive: bool = False,
     fingerprint: Callable[[ExperimentSettings], str] | None = None,
 ) -> Iterator[Stage]:
     """Prepare one materialization; bad input becomes a permanent failure, an MLflow run ends with the right status.
 
+    in_tasks: the stage starts tasks if `compute.engine` is ray; it is then resumable, as it finds their results again.
     exclusive: wait until no other exclusive stage runs on this machine (in this var/ folder).
     fingerprint: of the stage's inputs other than its upstream.
     """
@@ -242,6 +244,7 @@ def stage(
         manifests = {name: Manifest.read(path) for name, path in (upstream or {}).items()}
         assert_compatible(list(manifests.values()), settings, experiment, hydra.all_overrides)
         key = context.run.run_id
+        resumable = resumable or (in_tasks and settings.compute.engine == "ray")
         if resumable:
             inputs = {name: manifest.content_hash for name, manifest in manifests.items()}
             key = config_hash({"config": config, "upstream": inputs, "code": code_version(context)})[:24]

@@ -12,8 +12,8 @@ class ComputeSettings(Settings, group="compute"):
 
     engine: Literal["local", "torchrun", "ray"] = option(
         "local",
-        "local: in the step's own process; torchrun: training in `processes` on each of `nodes` hosts; ray: tokenizing "
-        "in one task per shard of the corpus, and training in `processes`, on Ray.",
+        "local: in the step's own process; torchrun: training in `processes` on each of `nodes` hosts; ray: corpus, "
+        "tokens and scores on tasks in many tasks, and training in `processes`, on Ray.",
     )
     processes: int = option(
         1,
@@ -36,10 +36,16 @@ class ComputeSettings(Settings, group="compute"):
         "MASTER_ADDR and MASTER_PORT.",
     )
     address: str = option(
-        "", "HOST:PORT of a Ray cluster, or auto; empty: Ray starts on this machine with the step and ends with it."
+        "",
+        "HOST:PORT of a Ray cluster that this host is part of, or auto; ray://HOST:PORT from outside of it; empty: Ray "
+        "starts on this machine with the step and ends with it.",
     )
     gpus_per_process: float = option(
-        0.0, "GPUs that Ray reserves for each training process; 0: on CPUs.", unit="GPUs", minimum=0, maximum=64
+        0.0,
+        "GPUs that Ray reserves for each process of a training, and for each task that scores; 0: on CPUs.",
+        unit="GPUs",
+        minimum=0,
+        maximum=64,
     )
     restarts: int = option(
         1,

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ import model
 from model.errors import PipelineError, TransientError
 from model.settings import ComputeSettings
 
-TASK_RETRIES = 3
-"""Of a task whose process or host died; an error that the task raised is not tried again."""
+STARTS = 3
+"""Attempts to start a Ray: each gives up after 30 seconds, which a busy machine may take (ray 2.60)."""
 
 
 @contextmanager
@@ -27,6 +27,7 @@ def connected(compute: ComputeSettings) -> Iterator[Any]:
     Raises PipelineError if Ray is not installed or no cluster answers, TransientError if a Ray does not start here.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # reports to Ray's makers
+    os.environ.setdefault("RAY_worker_niceness", "0")  # not 15: the step waits for its tasks
     try:
         import ray
     except ImportError:
@@ -42,13 +43,21 @@ def connected(compute: ComputeSettings) -> Iterator[Any]:
     # `ray start` or RAY_ADDRESS last named on this machine.
     own: dict[str, Any] = {"num_cpus": compute.processes, "include_dashboard": False} if not compute.address else {}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    attempts = STARTS if own else 1
     try:
-        ray.init(
-            address=compute.address or "local",
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
-            **own,
-        )
+        while not ray.is_initialized():
+            attempts -= 1
+            try:
+                ray.init(
+                    address=compute.address or "local",
+                    logging_level=logging.ERROR,
+                    runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
+                    **own,
+                )
+            except Exception:
+                ray.shutdown()
+                if not attempts:
+                    raise
     except Exception as error:  # ConnectionError, RuntimeError, ValueError and Ray's own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if not compute.address:
@@ -67,25 +76,3 @@ def connected(compute: ComputeSettings) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
-
-
-def apply_tasks(compute: ComputeSettings) -> Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]:
-    """A function that calls another one with every item, one task each, and yields the results as they come.
-
-    A task is repeated if its process or its host dies. Its PipelineError is raised here.
-    """
-
-    def apply(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-        with connected(compute) as ray:
-            task = ray.remote(max_retries=TASK_RETRIES, num_cpus=1, scheduling_strategy="SPREAD")(function)
-            waiting = [task.remote(item) for item in items]
-            while waiting:
-                (done, *_), waiting = ray.wait(waiting, num_returns=1)
-                try:
-                    yield ray.get(done)
-                except ray.exceptions.RayTaskError as error:
-                    if isinstance(error.cause, PipelineError):
-                        raise error.cause from None
-                    raise
-
-    return apply

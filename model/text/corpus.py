@@ -3,33 +3,27 @@
 Documents that do not decode (`encodings.py`), contain NUL or are empty are counted and dropped; exact duplicates are
 kept once. The split depends on a document's content (`split_by: hash`) or on its position (`position` holds out the
 end of the corpus, to the character). By hash, the documents with the smallest hashes validate: a fraction of all
-possible hashes, or more of them where the split would be too small to measure with (`_LowestHashes`). The same input
+possible hashes, or more of them where the split would be too small to measure with (`LowestHashes`). The same input
 gives the same bytes on disk. Memory use is a few row groups for a corpus of any size, as the digests of all documents
-are on disk. `model.text.sources` reads the sources.
+are on disk. `model.text.sources` reads the sources, and `model.text.parts` does the same work in tasks.
 """
 
-import hashlib
 import heapq
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model.errors import PipelineError, limits_as_error
 from model.progress import Log, Progress, silent
 from model.settings import CorpusSettings
+from model.text.shard_writer import Counts, ShardWriter, digest
 from model.text.sources import Sources, whole_characters
 
 SPLITS = ("train", "validation")
-SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "text", "source", "split")])
-ROW_GROUP_BYTES = 8 << 20
-ROW_GROUP_DOCUMENTS = 8192
 NAMES_REPORTED = 5
 SAMPLE_CHARACTERS = 500
 LEAST_VALIDATION = 0.05
@@ -86,33 +80,27 @@ class CorpusSummary:
         return self.train_bytes + self.validation_bytes
 
 
-def build_corpus(settings: CorpusSettings, output_dir: Path, *, log: Log = silent) -> CorpusSummary:
+def build_corpus(
+    settings: CorpusSettings,
+    output_dir: Path,
+    *,
+    log: Log = silent,
+    write: Callable[..., "Written"] | None = None,
+) -> CorpusSummary:
     """Write `{split}-00000.parquet`... (columns id, text, source, split) and `summary.json` to `output_dir`.
 
     A document's id is the 128-bit BLAKE2b of its text, in hex.
+    write: writes the shards by another way with the same result (`parts.in_tasks`); a corpus that stops at `max_bytes`
+    is written in this process, which reads no further.
     Raises PipelineError for a source that is missing or broken, a corpus or a split that is empty, and
     for limits of the system (`limits_as_error`).
     """
     parts = {name: (part, Sources(part)) for name, part in (settings.parts or {"": settings}).items()}
     with limits_as_error(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-        train_end = None
-        if settings.split_by == "position":
-            # The first pass measures the size, since the corpus may not fit into memory.
-            documents = _clean(*parts[""], _summary(settings), _Digests(), log, "measuring")
-            size = sum(len(data) for _, data in documents)
-            train_end = int(size * (1 - settings.validation_fraction))
-        first_of_train = int(settings.validation_fraction * _HASHES)
-        written = _write(settings, parts, output_dir, train_end, first_of_train, log)
-        if settings.split_by == "hash":
-            held_out, size = written.validation.bytes, written.train.bytes + written.validation.bytes
-            enlarged = written.lowest.bound(size)
-            if held_out < min(settings.validation_bytes, LEAST_VALIDATION * size) and enlarged > first_of_train:
-                log(
-                    f"corpus: corpus.validation_fraction {settings.validation_fraction} holds out {held_out:,} of "
-                    f"{size:,} bytes: holding out more, up to corpus.validation_bytes or {LEAST_VALIDATION:.0%}"
-                )
-                written = _write(settings, parts, output_dir, None, enlarged, log)
+        if write is None or any(part.max_bytes for part, _ in parts.values()) or settings.max_bytes:
+            write = _write_here
+        written = write(settings, parts, output_dir, log)
         summary, train, validation = written.summary, written.train, written.validation
         for _, sources in parts.values():
             for name, count in sources.converted.items():
@@ -137,51 +125,93 @@ def build_corpus(settings: CorpusSettings, output_dir: Path, *, log: Log = silen
 
 
 @dataclass
-class _Written:
-    """Shards of both splits, the counts of what was left out, and the documents that a larger split would take."""
+class Written:
+    """The documents of both splits, the counts of what was left out, and what a larger validation split would take."""
 
     summary: CorpusSummary
-    train: "_ShardWriter"
-    validation: "_ShardWriter"
-    lowest: "_LowestHashes"
+    train: Counts
+    validation: Counts
+    lowest: "LowestHashes"
+
+
+Parts = Mapping[str, tuple[CorpusSettings, Sources]]
+"""The sources of a mixture by name; of another corpus, one without a name."""
+
+
+def _write_here(settings: CorpusSettings, parts: Parts, output_dir: Path, log: Log) -> Written:
+    """Write the shards of both splits, in this process."""
+    train_end = None
+    if settings.split_by == "position":
+        # The first pass measures the size, since the corpus may not fit into memory.
+        documents = _clean(*parts[""], new_summary(settings), _Digests(), log, "measuring")
+        train_end = end_of_train(settings, sum(len(data) for _, data in documents))
+    written = _write(settings, parts, output_dir, train_end, first_of_train(settings), log)
+    if enlarged := enlarged_split(settings, written, log):
+        written = _write(settings, parts, output_dir, None, enlarged, log)
+    return written
+
+
+def first_of_train(settings: CorpusSettings) -> int:
+    """The smallest hash of a document that trains, of a split by hash."""
+    return int(settings.validation_fraction * _HASHES)
+
+
+def end_of_train(settings: CorpusSettings, size: int) -> int:
+    """The bytes of a text of `size` that train, of a split by position."""
+    return int(size * (1 - settings.validation_fraction))
+
+
+def enlarged_split(settings: CorpusSettings, written: Written, log: Log) -> int:
+    """The smallest hash that trains in a split that is large enough to measure with; 0 if the present one stays."""
+    if settings.split_by != "hash":
+        return 0
+    held_out, size = written.validation.bytes, written.train.bytes + written.validation.bytes
+    enlarged = written.lowest.bound(size)
+    if held_out >= min(settings.validation_bytes, LEAST_VALIDATION * size) or enlarged <= first_of_train(settings):
+        return 0
+    log(
+        f"corpus: corpus.validation_fraction {settings.validation_fraction} holds out {held_out:,} of "
+        f"{size:,} bytes: holding out more, up to corpus.validation_bytes or {LEAST_VALIDATION:.0%}"
+    )
+    return enlarged
 
 
 def _write(
     settings: CorpusSettings,
-    parts: Mapping[str, tuple[CorpusSettings, Sources]],
+    parts: Parts,
     output_dir: Path,
     train_end: int | None,
     first_of_train: int,
     log: Log,
-) -> _Written:
+) -> Written:
     """Write the shards of both splits, in place of those of an earlier call. The last arguments: see `_split`."""
     for stale in output_dir.glob("*-?????.parquet"):
         stale.unlink()
-    summary, lowest = _summary(settings), _LowestHashes(settings.validation_bytes)
+    summary, lowest = new_summary(settings), LowestHashes(settings.validation_bytes)
     seen = _Digests()
     with (
-        _ShardWriter(output_dir, "train", settings.shard_bytes) as train,
-        _ShardWriter(output_dir, "validation", settings.shard_bytes) as validation,
+        ShardWriter(output_dir, "train", settings.shard_bytes) as train,
+        ShardWriter(output_dir, "validation", settings.shard_bytes) as validation,
     ):
         for name, (part, sources) in parts.items():
-            before = [(split.documents, split.bytes) for split in (train, validation)]
+            before = [(split.counts.documents, split.counts.bytes) for split in (train, validation)]
             documents = _clean(part, sources, summary, seen, log, f"writing {name}".rstrip())
             for source, data, to_validation in _split(documents, settings, train_end, first_of_train):
                 (validation if to_validation else train).add(source, data)
-                lowest.add(int.from_bytes(_digest(data)), len(data))
+                lowest.add(int.from_bytes(digest(data)), len(data))
                 if not to_validation and not summary.sample:
                     summary.sample = data.decode()[:SAMPLE_CHARACTERS]
             if name:
-                now = [(split.documents, split.bytes) for split in (train, validation)]
+                now = [(split.counts.documents, split.counts.bytes) for split in (train, validation)]
                 summary.mixture[name] = {
                     f"{split}_{kind}": after[index] - earlier[index]
                     for split, after, earlier in zip(SPLITS, now, before, strict=True)
                     for index, kind in enumerate(("documents", "bytes"))
                 }
-    return _Written(summary, train, validation, lowest)
+    return Written(summary, train.counts, validation.counts, lowest)
 
 
-class _LowestHashes:
+class LowestHashes:
     """The documents with the smallest hashes, as many as together hold `least_bytes`: what a larger split would take.
 
     Memory holds their hashes and sizes, and those of no other document.
@@ -261,15 +291,12 @@ def _remarks(summary: CorpusSummary) -> Iterator[str]:
         yield f"skipped {summary.skipped:,} names that are not files, first {', '.join(summary.skipped_sources)}"
 
 
-def _summary(settings: CorpusSettings) -> CorpusSummary:
+def new_summary(settings: CorpusSettings) -> CorpusSummary:
+    """A summary that has counted nothing."""
     license = settings.license
     if settings.source == "stdlib" and license == "unknown":
         license = "PSF-2.0"
     return CorpusSummary(settings.source, license, settings.split_by)
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 class _Digests:
@@ -296,10 +323,31 @@ def _clean(
 
     seen: digests of the documents kept so far.
     """
-    kept = read_bytes = 0
-    opened_before = summary.sources
+    kept = 0
     total_mb = sources.stored_bytes / 1e6 if sources.stored_bytes and not settings.max_bytes else None
     progress = Progress(log, f"corpus, {label}", total_mb, "MB")
+    for source, data in usable_documents(settings, sources, summary, progress):
+        if not seen.add(digest(data)):
+            summary.duplicates += 1
+            continue
+        if settings.max_bytes and kept + len(data) >= settings.max_bytes:
+            # Cut the last document, so that the limit also works for a corpus of one document.
+            data = data[: whole_characters(data, settings.max_bytes - kept)]
+            if data and not settings.holds_conversations:
+                yield source, data
+            return
+        kept += len(data)
+        yield source, data
+
+
+def usable_documents(
+    settings: CorpusSettings, sources: Sources, summary: CorpusSummary, progress: Progress
+) -> Iterator[tuple[str, bytes]]:
+    """Yield the documents that are text; `summary` counts the others, and the sources.
+
+    Raises PipelineError for a document longer than a shard, and what reading raises.
+    """
+    read_bytes, opened_before = 0, summary.sources
     for source, data in sources:
         progress.advance(((sources.read_bytes - read_bytes) if sources.stored_bytes else len(data)) / 1e6)
         read_bytes = sources.read_bytes
@@ -325,17 +373,16 @@ def _clean(
             summary.empty += 1
             _name(summary.empty_sources, source)
             continue
-        if not seen.add(_digest(data)):
-            summary.duplicates += 1
-            continue
-        if settings.max_bytes and kept + len(data) >= settings.max_bytes:
-            # Cut the last document, so that the limit also works for a corpus of one document.
-            data = data[: whole_characters(data, settings.max_bytes - kept)]
-            if data and not settings.holds_conversations:
-                yield source, data
-            return
-        kept += len(data)
         yield source, data
+
+
+def add_counts(total: CorpusSummary, found: CorpusSummary) -> None:
+    """Add what `usable_documents` counted of the sources after those of `total`."""
+    for name in ("sources", "invalid_utf8", "nul", "empty"):
+        setattr(total, name, getattr(total, name) + getattr(found, name))
+    for name in ("invalid_utf8_sources", "invalid_places", "nul_sources", "nul_places", "empty_sources"):
+        for one in getattr(found, name):
+            _name(getattr(total, name), one)
 
 
 def _name(names: list[str], source: str) -> None:
@@ -353,7 +400,7 @@ def _split(
     position = 0
     for source, data in documents:
         if train_end is None:
-            yield source, data, int.from_bytes(_digest(data)) < first_of_train
+            yield source, data, int.from_bytes(digest(data)) < first_of_train
             continue
         if settings.holds_conversations:
             yield source, data, position >= train_end
@@ -383,63 +430,3 @@ def _check_not_empty(settings: CorpusSettings, summary: CorpusSummary) -> None:
                 f"{settings.split_by} with corpus.validation_fraction {settings.validation_fraction}; add text, or set "
                 "corpus.split_by to 'position'"
             )
-
-
-class _ShardWriter:
-    """Writes the documents of one split to numbered Parquet files, in row groups of limited size."""
-
-    def __init__(self, directory: Path, split: str, shard_bytes: int) -> None:
-        self._directory, self._split, self._shard_bytes = directory, split, shard_bytes
-        self._writer: pq.ParquetWriter | None = None
-        self._rows: list[tuple[str, bytes, str]] = []
-        self._row_bytes = self._in_shard = self._shards = 0
-        self.documents = self.bytes = self.longest = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            self._close_shard()
-        elif self._writer:
-            self._writer.close()
-
-    def add(self, source: str, data: bytes) -> None:
-        """Append one document of UTF-8 text."""
-        if self._in_shard and self._in_shard + len(data) > self._shard_bytes:
-            self._close_shard()
-        self._rows.append((_digest(data).hex(), data, source))
-        self._row_bytes += len(data)
-        self._in_shard += len(data)
-        self.documents += 1
-        self.bytes += len(data)
-        self.longest = max(self.longest, len(data))
-        if self._row_bytes >= ROW_GROUP_BYTES or len(self._rows) >= ROW_GROUP_DOCUMENTS:
-            self._flush()
-
-    def _flush(self) -> None:
-        if not self._rows:
-            return
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(
-                self._directory / f"{self._split}-{self._shards:05}.parquet",
-                SCHEMA,
-                compression="zstd",
-                use_dictionary=["source", "split"],
-                write_statistics=False,
-            )
-        ids, texts, sources = zip(*self._rows, strict=True)
-        columns = [ids, pa.array(texts, pa.binary()).cast(pa.string()), sources, [self._split] * len(ids)]
-        arrays = [pa.array(column, pa.string()) for column in columns]
-        self._writer.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA))
-        self._rows, self._row_bytes = [], 0
-
-    def _close_shard(self) -> None:
-        self._flush()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-            self._shards += 1
-        self._in_shard = 0

@@ -3,10 +3,12 @@
 A run is RUN_BYTES consecutive bytes of a text in lower case with single spaces, about 13 words; equal runs are equal
 text. Hashes of a fixed eighth of all runs are compared, chosen by the hash itself, so a run is compared in both splits
 or in neither ("Winnowing", Schleimer et al. 2003). Near-duplicates are found by MinHash if the package `rensa` is
-installed. Memory holds the hashes of at most VALIDATION_BYTES of text, and signatures of NEAR_DOCUMENTS documents.
+installed. Memory holds the hashes of at most VALIDATION_BYTES of text, and signatures of NEAR_DOCUMENTS documents. A
+task hashes one shard; hashes and signatures are compared in this process.
 """
 
 import functools
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -18,6 +20,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from model.progress import Log, Progress, silent
+from model.system.tasks import Apply
 
 RUN_BYTES = 64
 VALIDATION_BYTES, TRAIN_BYTES = 1 << 26, 1 << 30
@@ -57,29 +60,72 @@ class Overlap:
     near_examples: list[dict[str, Any]] = field(default_factory=list)
 
 
-def find_overlap(corpus_dir: Path, *, log: Log = silent) -> Overlap:
-    """Compare the splits of a corpus, and the documents of both with each other."""
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to read. hashes: .npy of runs, sorted, that its documents are compared with; None: none."""
+
+    shard: Path
+    hashes: Path | None
+    has_signatures: bool
+
+    def __str__(self) -> str:
+        return str(self.shard)
+
+
+@dataclass(frozen=True)
+class Document:
+    """What a task found of one document. runs: their hashes, or the places of those that `ShardTask.hashes` has.
+
+    signature: by MinHash; None without the package rensa.
+    """
+
+    source: str
+    preview: str
+    size: int
+    runs: npt.NDArray[Any]
+    signature: Any
+
+
+def find_overlap(
+    corpus_dir: Path, *, log: Log = silent, apply: Apply = map, scratch_dir: Path | None = None
+) -> Overlap:
+    """Compare the splits of a corpus, and the documents of both with each other.
+
+    apply: runs one task for each shard, with the same result. scratch_dir: where all hosts read and write.
+    """
     found = Overlap()
     near = _NearDuplicates() if find_spec("rensa") else None
     names, previews, parts = [], [], []
     total_mb = sum(path.stat().st_size for path in corpus_dir.glob("*.parquet")) / 1e6
     progress = Progress(log, "corpus, comparing", total_mb, "MB of shards")
-    for source, text in _documents(corpus_dir, "validation", VALIDATION_BYTES, found, progress):
-        names.append(source)
-        previews.append(text[:_PREVIEW])
-        parts.append(run_hashes(text, RUN_BYTES, _SAMPLED))
-        if near:
-            near.add(source, text)
+
+    def documents(split: str, most_bytes: int, hashes: Path | None) -> Iterator[Document]:
+        """The documents of a split, up to `most_bytes` of text."""
+        read, shards = 0, sorted(corpus_dir.absolute().glob(f"{split}-*.parquet"))
+        for shard, batch in zip(
+            shards, apply(read_shard, [ShardTask(shard, hashes, near is not None) for shard in shards]), strict=True
+        ):
+            for document in batch:
+                read += document.size
+                if read > most_bytes:
+                    found.is_whole = False
+                    return
+                if near:
+                    near.add(document)
+                yield document
+            progress.advance(shard.stat().st_size / 1e6)
+
+    for document in documents("validation", VALIDATION_BYTES, None):
+        names.append(document.source)
+        previews.append(document.preview)
+        parts.append(document.runs)
     hashes, places = np.unique(np.concatenate([*parts, np.zeros(0, np.uint64)]), return_inverse=True)
     is_shared = np.zeros(len(hashes), bool)
-    for source, text in _documents(corpus_dir, "train", TRAIN_BYTES, found, progress):
-        found.train_documents += 1
-        runs = run_hashes(text, RUN_BYTES, _SAMPLED)
-        if len(hashes):
-            at = np.minimum(np.searchsorted(hashes, runs), len(hashes) - 1)
-            is_shared[at[hashes[at] == runs]] = True
-        if near:
-            near.add(source, text)
+    with tempfile.TemporaryDirectory(dir=scratch_dir) as folder:
+        np.save(Path(folder, "hashes.npy"), hashes)
+        for document in documents("train", TRAIN_BYTES, Path(folder, "hashes.npy")):
+            found.train_documents += 1
+            is_shared[document.runs] = True
     found.validation_documents = len(names)
     ends = np.cumsum([len(part) for part in parts])
     shares = [float(flags.mean()) if len(flags) else 0.0 for flags in np.split(is_shared[places], ends)[:-1]]
@@ -94,6 +140,43 @@ def find_overlap(corpus_dir: Path, *, log: Log = silent) -> Overlap:
     if near:
         found.near_duplicates, found.near_examples = near.count, near.examples
     return found
+
+
+def read_shard(task: ShardTask) -> list[Document]:
+    """The documents of one shard, in order."""
+    return [_compared(source, text, task) for source, text in _texts(task.shard)]
+
+
+def _compared(source: str, text: str, task: ShardTask) -> Document:
+    runs: npt.NDArray[Any] = run_hashes(text, RUN_BYTES, _SAMPLED)
+    if task.hashes:
+        hashes = _loaded(task.hashes)
+        at = np.minimum(np.searchsorted(hashes, runs), max(len(hashes) - 1, 0))
+        runs = np.unique(at[hashes[at] == runs]) if len(hashes) else np.zeros(0, np.int64)
+    signature = _signature(text) if task.has_signatures else None
+    return Document(source, text[:_PREVIEW], len(text.encode()), runs, signature)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(hashes: Path) -> Hashes:
+    return np.asarray(np.load(hashes, mmap_mode="r"))
+
+
+def _texts(shard: Path) -> Iterator[tuple[str, str]]:
+    """Source and text of each document."""
+    with pq.ParquetFile(shard) as table:
+        for group in range(table.num_row_groups):
+            columns = table.read_row_group(group, columns=["source", "text"]).to_pydict()
+            yield from zip(columns["source"], columns["text"], strict=True)
+
+
+def _signature(text: str) -> Any:
+    import rensa
+
+    data = run_hashes(text, _NEAR_RUN_BYTES, _NEAR_SAMPLED).tobytes()
+    signature = rensa.RMinHash(num_perm=_PERMUTATIONS, seed=0)
+    signature.update([data[start : start + 8] for start in range(0, len(data), 8)])
+    return signature
 
 
 def run_hashes(text: str, length: int, sampled: int) -> Hashes:
@@ -134,25 +217,22 @@ def _powers() -> tuple[Hashes, Hashes]:
 
 
 class _NearDuplicates:
-    """Counts the documents that nearly repeat one before them."""
+    """Counts the documents that nearly repeat one before them, by bands of their signatures."""
 
     def __init__(self) -> None:
         import rensa
 
-        self._rensa = rensa
         self._index = rensa.RMinHashLSH(threshold=SIMILAR, num_perm=_PERMUTATIONS, num_bands=16)
         self._signatures: list[Any] = []
         self._names: list[str] = []
         self.count = 0
         self.examples: list[dict[str, Any]] = []
 
-    def add(self, source: str, text: str) -> None:
+    def add(self, document: Document) -> None:
         """Compare a document with those before it, and keep it if it repeats none."""
         if len(self._names) >= NEAR_DOCUMENTS:
             return
-        data = run_hashes(text, _NEAR_RUN_BYTES, _NEAR_SAMPLED).tobytes()
-        signature = self._rensa.RMinHash(num_perm=_PERMUTATIONS, seed=0)
-        signature.update([data[start : start + 8] for start in range(0, len(data), 8)])
+        signature = document.signature
         nearest = max(
             ((signature.jaccard(self._signatures[key]), key) for key in self._index.query(signature)), default=(0.0, 0)
         )
@@ -161,31 +241,13 @@ class _NearDuplicates:
             if len(self.examples) < EXAMPLES:
                 self.examples.append(
                     {
-                        "document": source,
+                        "document": document.source,
                         "repeats": self._names[nearest[1]],
                         "similarity": round(nearest[0], 3),
-                        "begins": text[:_PREVIEW],
+                        "begins": document.preview,
                     }
                 )
             return
         self._index.insert(len(self._names), signature)
         self._signatures.append(signature)
-        self._names.append(source)
-
-
-def _documents(
-    corpus_dir: Path, split: str, most_bytes: int, found: Overlap, progress: Progress
-) -> Iterator[tuple[str, str]]:
-    """Source and text of the documents of a split, up to `most_bytes` of text."""
-    read = 0
-    for path in sorted(corpus_dir.glob(f"{split}-*.parquet")):
-        with pq.ParquetFile(path) as table:
-            for group in range(table.num_row_groups):
-                columns = table.read_row_group(group, columns=["source", "text"]).to_pydict()
-                for source, text in zip(columns["source"], columns["text"], strict=True):
-                    read += len(text.encode())
-                    if read > most_bytes:
-                        found.is_whole = False
-                        return
-                    yield source, text
-                progress.advance(path.stat().st_size / 1e6 / table.num_row_groups)
+        self._names.append(document.source)

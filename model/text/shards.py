@@ -1,15 +1,14 @@
 """Encodes a split of a corpus shard by shard, in tasks that run on any host; the files equal those of `encode_split`.
 
-A task writes to a temporary folder and renames it at the end: a killed task leaves no result, a repeated one leaves one
-result, and a task whose result exists does nothing. Memory holds a few batches of documents per task, and 8 bytes per
-document while the shards are joined.
+A task whose result exists does nothing. Memory holds a few batches of documents per task, and 8 bytes per document
+while the shards are joined.
 """
 
 import functools
+import hashlib
 import json
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy.typing as npt
 from model.errors import PipelineError
 from model.progress import Log, Progress, silent
 from model.settings import TokenizerSettings
+from model.system.tasks import Apply, completed
 from model.text.chat.template import ChatEncoder
 from model.text.corpus import corpus_shards, read_shard
 from model.text.tokenizer import FastEncoder, load_tokenizer
@@ -29,8 +29,6 @@ TOKENS = "tokens"
 """Stem of the files in a shard's folder."""
 SUMS = ("cut_turns", "cut_prompts", "cut_responses", "unanswered")
 """Counts of a `SplitTokens` that add up over shards."""
-Apply = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
-"""Calls a function with every item, on any host and in any order, and yields the results as they come."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,9 @@ class ShardTask:
     sequence_length: int
     chat: bool
 
+    def __str__(self) -> str:
+        return str(self.shard)
+
 
 def encode_shard(task: ShardTask) -> int:
     """Encode one shard into `task.folder`, and return its number of documents.
@@ -53,20 +54,13 @@ def encode_shard(task: ShardTask) -> int:
     the shard.
     """
     if not task.folder.is_dir():
-        staged = Path(tempfile.mkdtemp(prefix=f".{task.folder.name}-", dir=task.folder.parent))
         try:
-            _encode_into(staged, task)
-            try:
-                staged.rename(task.folder)
-            except OSError:
-                if not task.folder.is_dir():  # else a repetition of this task was first
-                    raise
+            with completed(task.folder) as staged:
+                _encode_into(staged, task)
         except PipelineError as error:
             raise PipelineError(f"{task.shard}: {error}") from error
         except Exception as error:
             raise RuntimeError(f"{task.shard} could not be encoded: {error!r}") from error
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
     return len(np.load(task.folder / f"{TOKENS}.documents.npy")) - 1
 
 
@@ -94,9 +88,12 @@ def _encoder(directory: Path) -> tuple[FastEncoder, int, Any]:
     return FastEncoder(tokenizer), tokenizer.eos_token_id, tokenizer
 
 
-def by_shards(apply: Apply) -> Callable[..., SplitTokens]:
-    """The argument `encode` of `build_tokenized_dataset`: one task for each shard, run by `apply`."""
-    return functools.partial(encode_by_shards, apply=apply)
+def by_shards(apply: Apply, scratch_dir: Path) -> Callable[..., SplitTokens]:
+    """The argument `encode` of `build_tokenized_dataset`: one task for each shard, run by `apply`.
+
+    scratch_dir: of the encoded shards, which another attempt finds there; all hosts read and write it.
+    """
+    return functools.partial(encode_by_shards, apply=apply, scratch_dir=scratch_dir)
 
 
 def encode_by_shards(
@@ -109,13 +106,15 @@ def encode_by_shards(
     log: Log = silent,
     *,
     apply: Apply,
+    scratch_dir: Path,
 ) -> SplitTokens:
     """Encode a split with one task for each of its shards, and write to `output_dir` what `encode_split` writes.
 
-    `output_dir` holds the tokenizer, and all hosts read and write it. Raises what `encode_shard` raises.
+    `output_dir` holds the tokenizer, and all hosts read it. Raises what `encode_shard` raises.
     """
     stem, chat = output_dir / split, settings.chat
-    parts = output_dir / f".{split}.parts"
+    tokenizer = (output_dir / "tokenizer" / "tokenizer.json").read_bytes()
+    parts = scratch_dir / f"{split}-{hashlib.sha256(tokenizer).hexdigest()[:16]}"
     parts.mkdir(parents=True, exist_ok=True)
     tasks = [
         ShardTask(

@@ -50,21 +50,23 @@ NAMES_KEPT = 5
 class Sources:
     """The documents behind `settings`, in the same order at every iteration.
 
-    stored_bytes: total size of the stored files, None for a dataset; read_bytes: bytes of them read so far; opened:
-    files or datasets opened so far; skipped: glob matches that are not files. converted: number of files or record
-    values in another encoding or with a byte order mark, by encoding; converted_sources: the first few.
+    files: that are read, in order; none for a dataset. stored_bytes: their total size, None for a dataset; read_bytes:
+    bytes of them read so far; opened: files or datasets opened so far; skipped: glob matches that are not files.
+    converted: number of files or record values in another encoding or with a byte order mark, by encoding;
+    converted_sources: the first few.
     Raises PipelineError for a pattern without a match, here, and for a broken file, while iterating.
     """
 
-    def __init__(self, settings: CorpusSettings) -> None:
+    def __init__(self, settings: CorpusSettings, files: Sequence[File] | None = None) -> None:
+        """files: some of `files`, to read only these."""
         self._settings = settings
-        listing = Listing()
-        if settings.source in ("stdlib", "docstrings"):
+        listing = Listing(list(files or []))
+        if files is None and settings.source in ("stdlib", "docstrings"):
             listing.files = _stdlib_files()
-        elif settings.source == "files":
+        elif files is None and settings.source == "files":
             listing = list_files(settings.paths)
-        self._files, self.skipped = listing.files, listing.skipped
-        self.stored_bytes = sum(file.size for file in self._files) if self._files else None
+        self.files, self.skipped = listing.files, listing.skipped
+        self.stored_bytes = sum(file.size for file in self.files) if self.files else None
         self._start()
 
     def _start(self) -> None:
@@ -87,7 +89,7 @@ class Sources:
             yield from self._read_dataset()
             return
         finished = 0
-        for file in self._files:
+        for file in self.files:
             self.opened += 1
             with reading(file.source, file.fs), open_file(file) as stored:
                 for data in self._read_file(file, stored):
@@ -290,13 +292,18 @@ def fingerprint(settings: CorpusSettings) -> str:
     total = hashlib.sha256()
     for part in settings.parts.values():
         total.update(fingerprint(part).encode())
-    for file in Sources(settings)._files:
-        if isinstance(file.fs, LocalFileSystem):
-            changed: object = Path(file.path).stat().st_mtime_ns
-        else:
-            changed = file.fs.ukey(file.path)
-        total.update(f"{file.source}\0{file.size}\0{changed}\n".encode(errors="surrogateescape"))
+    for file in Sources(settings).files:
+        total.update(identity(file))
     return total.hexdigest()
+
+
+def identity(file: File) -> bytes:
+    """The name, size and time of change of a file; of a remote one, the key of its file system."""
+    if isinstance(file.fs, LocalFileSystem):
+        changed: object = Path(file.path).stat().st_mtime_ns
+    else:
+        changed = file.fs.ukey(file.path)
+    return f"{file.source}\0{file.size}\0{changed}\n".encode(errors="surrogateescape")
 
 
 def whole_characters(data: bytes, length: int) -> int:

@@ -12,6 +12,7 @@ from model.modeling_rex import RexForCausalLM
 from model.settings import EvaluationSettings
 from model.text.tokenizer import load_tokenizer
 from model.weights.loading import load_model
+from tests.model.text.applied import in_any_order
 from tests.support.tiny import save_tiny_model
 
 needs_harness = pytest.mark.skipif(not find_spec("lm_eval"), reason="no lm-eval: `make harness` installs it")
@@ -106,6 +107,23 @@ def test_tasks_that_cannot_run_are_one_line(model_dir, folder, tmp_path, options
     with pytest.raises(PipelineError, match=message) as caught:
         score_tasks(settings, model_dir, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@needs_harness
+@pytest.mark.medium
+@pytest.mark.processes
+def test_each_task_is_scored_by_itself_in_any_order(model_dir, folder, tmp_path):
+    other = (folder / "mine.yaml").read_text().replace("task: mine", "task: other").replace("acc\n", "acc_norm\n")
+    (folder / "other.yaml").write_text(other)
+    options = {"include_path": str(folder), "batch_size": 4}
+    settings = EvaluationSettings(tasks=["other", "mine"], **options)
+    both = score_tasks(settings, model_dir, tmp_path)
+    assert list(dict.fromkeys(score.task for score in both)) == ["other", "mine"]
+    written = (tmp_path / "evaluation.json").read_bytes()
+    score_tasks(settings, model_dir, tmp_path, apply=in_any_order)
+    assert (tmp_path / "evaluation.json").read_bytes() == written
+    alone = score_tasks(EvaluationSettings(tasks=["mine"], **options), model_dir, tmp_path)
+    assert alone == [score for score in both if score.task == "mine"]
 
 
 def test_an_unknown_task_is_named_with_those_that_are_like_it():

@@ -66,3 +66,42 @@ volumeMounts:
   - {name: tmp, mountPath: /tmp}
   - {name: dagster, mountPath: /etc/dagster}
 {{- end }}
+
+{{/* A Pod of the Ray cluster: the code and the environment of runs, and the files that all of them share. */}}
+{{- define "rex.ray" -}}
+metadata:
+  labels: {{ include "rex.labels" (dict "root" .root "component" "ray") | nindent 4 }}
+spec:
+  automountServiceAccountToken: false
+  {{- include "rex.pod" .root | nindent 2 }}
+  nodeSelector: {{ toYaml .root.Values.runs.nodeSelector | nindent 4 }}
+  containers:
+    - name: {{ .container }}
+      {{- include "rex.image" .root | nindent 6 }}
+      {{- include "rex.container" .root | nindent 6 }}
+      env: {{ include "rex.environment" .root | nindent 8 }}
+        - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+        - {name: RAY_AUTH_MODE, value: token}
+        - {name: HOME, value: /tmp}
+      envFrom:
+        - secretRef: {name: {{ .root.Values.s3.secret }}}
+        - secretRef: {name: {{ .root.Values.ray.secret }}}
+      resources: {{ toYaml .resources | nindent 8 }}
+      {{- with .ports }}
+      ports:
+        {{- range $name, $port := . }}
+        - {name: {{ $name }}, containerPort: {{ $port }}}
+        {{- end }}
+      {{- end }}
+      volumeMounts:
+        - {name: shared, mountPath: /var/lib/rex}
+        - {name: tmp, mountPath: /tmp}
+        - {name: objects, mountPath: /dev/shm}
+  volumes:
+    - name: shared
+      persistentVolumeClaim: {claimName: {{ .root.Values.ray.claim }}}
+    - name: tmp
+      emptyDir: {sizeLimit: 20Gi}
+    - name: objects  # Ray's results, in memory: they count to the container's limit
+      emptyDir: {medium: Memory, sizeLimit: {{ .root.Values.ray.objects }}}
+{{- end }}

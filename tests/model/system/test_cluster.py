@@ -14,13 +14,18 @@ import psutil
 import pytest
 
 from model.errors import PipelineError
-from model.settings import ComputeSettings, ExperimentSettings
-from model.system.cluster import apply_tasks, connected
+from model.settings import ComputeSettings, CorpusSettings, ExperimentSettings
+from model.system.cluster import connected
+from model.system.tasks import tasks
+from model.text.corpus import build_corpus
+from model.text.overlap import find_overlap
+from model.text.parts import in_tasks
 from model.text.shards import by_shards
 from model.text.tokens import build_tokenized_dataset
 from model.training.checkpoints import local as checkpoints
 from model.training.launch.cluster import fitting
 from model.training.launch.start import launch
+from tests.model.text.test_parts import write_sources
 from tests.model.training.launch.test_distributed import REPO, assert_same_curve, curve
 from tests.model.training.launch.tiny import one_process
 from tests.model.training.tiny import TOKENIZER, make_dataset
@@ -66,19 +71,60 @@ def die_once(mark: Path) -> int:
     return 1
 
 
+def die(item: str) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @with_ray
 def test_a_task_is_repeated_after_its_process_died_and_its_error_is_one_line(running: None, tmp_path: Path) -> None:
-    assert sorted(apply_tasks(RAY)(double, range(7))) == [0, 2, 4, 6, 8, 10, 12]
-    assert list(apply_tasks(RAY)(die_once, [tmp_path / "died"])) == [1]
-    with pytest.raises(PipelineError, match=r"^7 is not doubled here$"):
-        list(apply_tasks(RAY)(double, [6, 7]))
+    with tasks(RAY) as apply:
+        assert apply
+        assert list(apply(double, range(7))) == [0, 2, 4, 6, 8, 10, 12]
+        assert list(apply(die_once, [tmp_path / "died"])) == [1]
+        with pytest.raises(PipelineError, match=r"^7 is not doubled here$"):
+            list(apply(double, [6, 7]))
+        with pytest.raises(RuntimeError, match=r"^the task of shard 3 died 4 times: "):
+            list(apply(die, ["shard 3"]))
 
 
 @with_ray
 def test_tasks_write_the_files_of_one_process(running: None, dataset_dir: Path, tmp_path: Path) -> None:
-    corpus = dataset_dir.parent / "corpus"
-    build_tokenized_dataset(TOKENIZER, corpus, tmp_path / "tokens", encode=by_shards(apply_tasks(RAY)))
+    corpus, sources = dataset_dir.parent / "corpus", write_sources(tmp_path / "sources")
+    settings = CorpusSettings(source="files", paths=[str(sources / "*")], shard_bytes=6_000)
+    build_corpus(settings, tmp_path / "corpus of one")
+    with tasks(RAY) as apply:
+        assert apply
+        build_tokenized_dataset(TOKENIZER, corpus, tmp_path / "tokens", encode=by_shards(apply, tmp_path / "scratch"))
+        build_corpus(settings, tmp_path / "corpus", write=in_tasks(apply, tmp_path / "scratch"))
+        found = find_overlap(tmp_path / "corpus", apply=apply, scratch_dir=tmp_path)
+        (sources / "0.jsonl.gz").write_bytes(b"no gzip")
+        with pytest.raises(PipelineError, match=r"0.jsonl.gz, line 1: broken gzip file"):
+            build_corpus(settings, tmp_path / "broken", write=in_tasks(apply, tmp_path / "scratch"))
     assert files(tmp_path / "tokens") == files(dataset_dir)
+    assert files(tmp_path / "corpus") == files(tmp_path / "corpus of one")
+    assert found == find_overlap(tmp_path / "corpus of one") and found.train_documents > 100
+
+
+@with_ray
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_step_that_ends_early_leaves_no_process_of_its_tasks(number: signal.Signals, tmp_path: Path) -> None:
+    program = (
+        "import time\nfrom pathlib import Path\nfrom model.settings import ComputeSettings\n"
+        "from model.system.tasks import tasks\n"
+        "def wait(mark):\n    Path(mark).touch()\n    time.sleep(600)\n"
+        "def main():\n    with tasks(ComputeSettings(engine='ray', processes=2)) as apply:\n"
+        f"        list(apply(wait, [{str(tmp_path / 'one')!r}, {str(tmp_path / 'two')!r}]))\n"
+        "import signal\nsignal.signal(signal.SIGTERM, signal.default_int_handler)\nmain()\n"
+    )
+    step = psutil.Popen([sys.executable, "-c", program], cwd=REPO, stderr=subprocess.DEVNULL)
+    while not ((tmp_path / "one").exists() and (tmp_path / "two").exists()):  # the limit is the test's own
+        assert step.poll() is None
+        time.sleep(0.1)
+    started = step.children(recursive=True)
+    step.send_signal(number)
+    step.wait(120)
+    _, alive = psutil.wait_procs(started, timeout=120)
+    assert len(started) > 3 and alive == []
 
 
 @with_ray

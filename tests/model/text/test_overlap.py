@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from model.text import overlap
-from model.text.corpus import SCHEMA
 from model.text.overlap import find_overlap, run_hashes
+from model.text.shard_writer import SCHEMA
 
 
 def words(count: int, seed: int) -> str:

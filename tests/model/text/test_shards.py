@@ -1,8 +1,6 @@
 """A corpus that is encoded shard by shard gives the files of one that is encoded in one process."""
 
-import random
 import shutil
-from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +14,11 @@ from model.text import shards
 from model.text.corpus import build_corpus
 from model.text.shards import ShardTask, by_shards, encode_shard
 from model.text.tokens import build_tokenized_dataset
+from tests.model.text.applied import in_any_order, twice_each
 
 pytestmark = pytest.mark.medium
 
 SETTINGS = TokenizerSettings(vocab_size=300, sequence_length=64)
-
-
-def in_any_order(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterable[Any]:
-    for item in random.Random(0).sample(items, len(items)):
-        yield function(item)
-
-
-def twice_each(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterable[Any]:
-    """As a cluster that takes a slow host for a lost one."""
-    for item in items:
-        function(item)
-        yield function(item)
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -53,7 +40,7 @@ def corpus(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_the_files_are_those_of_one_process(corpus, apply, tmp_path):
     corpus_dir, settings = corpus
     whole = build_tokenized_dataset(settings, corpus_dir, tmp_path / "whole")
-    parts = build_tokenized_dataset(settings, corpus_dir, tmp_path / "parts", encode=by_shards(apply))
+    parts = build_tokenized_dataset(settings, corpus_dir, tmp_path / "parts", encode=by_shards(apply, tmp_path))
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
     assert (parts.train_tokens, parts.train_cut_prompts) == (whole.train_tokens, whole.train_cut_prompts)
 

@@ -1,8 +1,9 @@
-"""What more workers give: tokenizing on Ray, and the growth of a corpus that is made on the fly.
+"""What more workers give: a corpus and its tokens on Ray, and the growth of a corpus that is made on the fly.
 
-Tokenizing: one thread against one Ray task per shard on `--workers` cores, and the seconds that Ray adds. Growth:
-shards are generated, encoded and deleted one after the other; time and memory are noted on the way, and extrapolated to
-1 TB. Run: `python -m bench.scale` (needs `make cluster`), about two minutes on two cores.
+Corpus and tokenizing: one thread against Ray's tasks on `--workers` cores, and the seconds that Ray adds; both write
+the same bytes, or this ends with an error. Growth: shards are generated, encoded and deleted one after the other; time
+and memory are noted on the way, and extrapolated to 1 TB. Run: `python -m bench.scale` (needs `make cluster`), some
+minutes on two cores.
 """
 
 import argparse
@@ -28,19 +29,23 @@ from model.settings import (
     TokenizerSettings,
 )
 from model.system.tasks import tasks
+from model.text import parts
 from model.text.corpus import build_corpus, read_documents
 from model.text.shards import ShardTask, encode_by_shards, encode_shard
 from model.text.tokens import build_tokenized_dataset
 
 VOCABULARY, LENGTH = 8192, 256
 TERABYTE = 1e12
+LONGEST_FILE = 1 << 19
+"""A shard holds at least one file of the standard library."""
 
 
 def import_encoder(number: int) -> str:
     """Make a worker import what its tasks use."""
+    import model.text.parts
     import model.text.shards
 
-    return model.text.shards.__name__
+    return f"{model.text.parts.__name__} {model.text.shards.__name__}"
 
 
 def tokenizing(corpus: Path, tokens: Path, workers: int) -> dict[str, float]:
@@ -67,6 +72,25 @@ def tokenizing(corpus: Path, tokens: Path, workers: int) -> dict[str, float]:
     seconds["end of Ray"] = time.perf_counter() - started
     if (tokens / "train.bin").read_bytes() != one:
         raise PipelineError(f"{tokens / 'train.bin'} of {workers} workers differs from that of one: expected the same")
+    return seconds
+
+
+def building(settings: CorpusSettings, size: int, scratch: Path, workers: int) -> dict[str, float]:
+    """Seconds to build a corpus of `size` bytes in this process and in tasks of `workers`, without the start of Ray."""
+    seconds, compute = {}, ComputeSettings(engine="ray", processes=workers)
+    started = time.perf_counter()
+    build_corpus(settings, scratch / "one")
+    seconds["one worker"] = time.perf_counter() - started
+    parts.PART_BYTES = size // 16
+    with tasks(compute) as apply:
+        assert apply
+        list(apply(import_encoder, range(workers)))
+        started = time.perf_counter()
+        build_corpus(settings, scratch / "many", write=parts.in_tasks(apply, scratch / "parts"))
+        seconds[f"{workers} workers"] = time.perf_counter() - started
+    for one in sorted((scratch / "one").iterdir()):
+        if (scratch / "many" / one.name).read_bytes() != one.read_bytes():
+            raise PipelineError(f"{one.name} of {workers} workers differs from that of one: expected the same")
     return seconds
 
 
@@ -104,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shards = CorpusSettings(
             source="files",
             paths=[str(scratch / "texts" / "*.txt")],
-            shard_bytes=int(source.bytes / 16),
+            shard_bytes=max(source.bytes // 16, LONGEST_FILE),
             split_by="position",
         )
         (scratch / "texts").mkdir()
@@ -113,6 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         corpus = build_corpus(shards, scratch / "corpus")
         settings = TokenizerSettings(vocab_size=VOCABULARY, sequence_length=LENGTH, training_bytes=4 << 20)
         build_tokenized_dataset(settings, scratch / "corpus", scratch / "tokens")
+        record["corpus"] = building(shards, source.bytes, scratch, given.workers)
+        for name, seconds in record["corpus"].items():
+            print(f"corpus, {name}: {seconds:,.1f}", flush=True)
         record["tokenizing"] = tokenizing(scratch / "corpus", scratch / "tokens", given.workers)
         record["tokenizing"]["bytes"] = corpus.train_bytes
         for name, seconds in record["tokenizing"].items():

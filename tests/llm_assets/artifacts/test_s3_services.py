@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from llm_assets.artifacts.manifest import seal
 from llm_assets.artifacts.store import ArtifactStore
 from llm_assets.resources.bento_files import fetch, publish, published_tag
 from llm_assets.resources.bentos import BentoBuilder
@@ -46,6 +47,23 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[BentoBuilder, list[
     return builder, bentos
 
 
+def fetched_by_command(store: ArtifactStore, tag: str, tmp_path: Path) -> str:
+    """The version that `llm_assets.latest --bento` fetches for `make serve`, where BentoML's store is empty."""
+    record = tmp_path / "record"
+    record.mkdir()
+    (record / "bento.json").write_text(json.dumps({"bento": tag}))
+    options: dict[str, Any] = {"config": {}, "code_version": "1", "upstream": {}, "mlflow_run_id": None}
+    seal(record, asset="packaged_bento", experiment="smoke", dagster_run_id="", **options)
+    store.publish(record)
+    environment = {**os.environ, "HOME": str(tmp_path / "third"), "LLM_ASSETS_VAR": str(tmp_path / "third" / "var")}
+    environment |= {"LLM_ASSETS_ARTIFACTS": str(store.root), "BENTOML_HOME": str(tmp_path / "third" / "bentoml")}
+    command = [sys.executable, "-m", "llm_assets.latest", "smoke", "--bento"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path / "third") and Path(done.stdout.strip()).is_dir()
+    return Path(done.stdout.strip()).name
+
+
 def is_ready(port: int) -> bool:
     try:
         urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5).close()
@@ -67,6 +85,7 @@ def test_a_bento_of_one_machine_is_served_on_another(root, built, tmp_path, monk
     ):
         fetch(elsewhere, first["tag"], "smoke")
     folder = fetch(elsewhere, second["tag"], "smoke")
+    assert fetched_by_command(store, second["tag"], tmp_path) == folder.name
     (port,) = free_ports(1)
     environment = {
         **os.environ,

@@ -1,9 +1,9 @@
 """Serves the champion of a registered model: a watcher follows its alias in MLflow.
 
-A thread polls the tracking server for the version with the alias `champion`. A new champion is downloaded through the
-server's artifact proxy, verified against its manifest, loaded and warmed up beside the served model. Then new requests
-go to it; the former model finishes its requests and is freed. So at most two models are in memory. An error is logged
-in one line and leaves the served model in place.
+A thread polls the tracking server for the version with the alias `champion`. A new champion is downloaded from the
+server, verified against its manifest, loaded and warmed up beside the served model. Then new requests go to it; the
+former model finishes its requests and is freed. So at most two models are in memory. An error is logged in one line and
+leaves the served model in place.
 
 A few calls of MLflow's REST API suffice; its client package would take more memory than the model.
 """
@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from bentoml.exceptions import InvalidArgument
 
@@ -110,23 +110,16 @@ class ModelRegistry:
     def _set(self, path: str, **fields: str) -> None:
         self._client.post(f"/api/2.0/mlflow/{path}", json=fields).raise_for_status()
 
-    def download(self, version: Version, folder: Path) -> Path:
-        """Download the version's files to a new directory below `folder` and verify them against its manifest.
+    def download(self, name: str, version: Version, folder: Path) -> Path:
+        """Download the files of a version of `name` to a new directory below `folder` and verify them against its
+        manifest. The server reads them, wherever it keeps them, so that this machine need not reach that place.
 
         Raises httpx.HTTPError if the server does not answer, PipelineError for missing or altered files.
         """
-        source = urlsplit(version.source)
-        if source.scheme != "mlflow-artifacts":
-            raise PipelineError(
-                f"its files are at {version.source!r}, which the server does not serve: expected "
-                "mlflow-artifacts:/...; start it with --artifacts-destination"
-            )
-        root = source.path.strip("/")
         incoming = Path(tempfile.mkdtemp(prefix="incoming-", dir=folder))
-        self._fetch(f"{root}/{MANIFEST}", incoming / MANIFEST)
-        for name in _listed(incoming / MANIFEST):
-            (incoming / name).parent.mkdir(parents=True, exist_ok=True)
-            self._fetch(f"{root}/{name}", incoming / name)
+        self._fetch(name, version, MANIFEST, incoming)
+        for file in _listed(incoming / MANIFEST):
+            self._fetch(name, version, file, incoming)
         verify(incoming)
         return incoming.rename(folder / version.number)
 
@@ -142,11 +135,16 @@ class ModelRegistry:
             headers={"Authorization": f"Bearer {self._token}"} if self._token and not self._user else None,
         )
 
-    def _fetch(self, path: str, target: Path) -> None:
-        with self._client.stream("GET", f"/api/2.0/mlflow-artifacts/artifacts/{quote(path)}") as answer:
+    def _fetch(self, name: str, version: Version, path: str, folder: Path) -> None:
+        asked = {"name": name, "version": version.number, "path": path}
+        with self._client.stream("GET", "/model-versions/get-artifact", params=asked) as answer:
             if answer.status_code == 404:
-                raise PipelineError(f"the server has no {path}: register the version again")
+                raise PipelineError(
+                    f"the tracking server does not find {path} of it at {version.source}: register the version again"
+                )
             answer.raise_for_status()
+            target = folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("wb") as file:
                 for chunk in answer.iter_bytes():
                     file.write(chunk)
@@ -250,7 +248,7 @@ class ChampionWatcher:
         started = time.monotonic()
         try:
             with tempfile.TemporaryDirectory(prefix="rex-champion-") as folder:
-                model_dir = self._registry.download(champion, Path(folder))
+                model_dir = self._registry.download(self._name, champion, Path(folder))
                 engine, origin = self._load(model_dir, champion.number), read_origin(model_dir)
         except httpx.HTTPError:
             raise  # the next poll tries again

@@ -161,6 +161,7 @@ class ChallengerWatcher:
         self._registry, self._name, self._shadow, self._load = registry, name, shadow, load
         self._poll_s, self._report_s = poll_s, report_s
         self._known: Version | None = None
+        self._said = ""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="challenger", daemon=True)
 
@@ -183,25 +184,37 @@ class ChallengerWatcher:
             self._stopping.wait(self._poll_s)
 
     def follow(self) -> None:
-        """Poll once."""
+        """Poll once. A reason why the challenger cannot be followed is logged once."""
         try:
             found = self._registry.find(self._name, CHALLENGER)
             if found and found == self._registry.champion(self._name):
                 found = None  # promoted: a comparison with itself would say nothing and take half of the machine
-            if found == self._known:
-                return
-            self._known = found
-            self._shadow.serve(None)
-            if found is None:
-                return
-            with tempfile.TemporaryDirectory(prefix="rex-challenger-") as folder:
-                engine = self._load(self._registry.download(found, Path(folder)), found.number)
-            self._shadow.serve(engine, found.number)
-            logger.info("version %s of %r answers copies of requests", found.number, self._name)
-            if self._stopping.is_set():
+            if found != self._known:
+                self._known = found
                 self._shadow.serve(None)
+                if found:
+                    self._take_over(found)
+            self._said = ""
         except Exception as error:  # noqa: BLE001 - a challenger never disturbs the service
-            logger.warning("the %s of %r cannot be followed: %s", CHALLENGER, self._name, one_line(error))
+            line = one_line(error)
+            if line != self._said:
+                self._said = line
+                logger.warning("the %s of %r cannot be followed: %s", CHALLENGER, self._name, line)
+
+    def _take_over(self, challenger: Version) -> None:
+        import httpx
+
+        try:
+            with tempfile.TemporaryDirectory(prefix="rex-challenger-") as folder:
+                directory = self._registry.download(self._name, challenger, Path(folder))
+                engine = self._load(directory, challenger.number)
+        except httpx.HTTPError:
+            self._known = None  # the next poll tries again
+            raise
+        self._shadow.serve(engine, challenger.number)
+        logger.info("version %s of %r answers copies of requests", challenger.number, self._name)
+        if self._stopping.is_set():
+            self._shadow.serve(None)
 
 
 @dataclass

@@ -4,17 +4,23 @@ They are in a separate code location (`llm_assets.images`), so that the pipeline
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import dagster as dg
 
+from llm_assets.artifacts.manifest import Manifest
 from llm_assets.assets import asset_arguments, checks
-from llm_assets.containers.image import build_image
+from llm_assets.containers.image import build_image, why_outdated
+from llm_assets.paths import output_folder
 from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.containers import ContainerEngine
 from llm_assets.resources.hydra import HydraConfig
 from llm_assets.resources.mlflow import MlflowTracking
+from llm_assets.stage import metadata as ui_metadata
+from llm_assets.stage.once import reuses_unchanged
 from llm_assets.stage.stage import stage
 
 
@@ -22,7 +28,16 @@ def build_container_image(device: str) -> dg.AssetsDefinition:
     """The asset `container_image_cpu` or `container_image_gpu`."""
     name = f"container_image_{device}"
 
+    def outdated(path: Path, arguments: Mapping[str, Any]) -> str:
+        """Why the engine does not have the image of the present source, packages and base image."""
+        built, packaged = _read(path / "image.json"), _read(arguments["packaged_bento"] / "bento.json")
+        experiment = Manifest.read(path).experiment
+        with TemporaryDirectory(dir=output_folder("scratch")) as workspace:
+            found = arguments["containers"], arguments["bentos"], packaged, experiment, device, Path(workspace)
+            return why_outdated(built, *found)
+
     @dg.asset(**asset_arguments(name))
+    @reuses_unchanged(outdated=outdated)
     def container_image(
         context: dg.AssetExecutionContext,
         hydra: HydraConfig,
@@ -34,12 +49,21 @@ def build_container_image(device: str) -> dg.AssetsDefinition:
     ) -> Iterator[dg.MaterializeResult]:
         upstream = {"trained_checkpoint": trained_checkpoint, "packaged_bento": packaged_bento}
         with stage(context, hydra, mlflow, upstream) as work:
-            packaged = json.loads((packaged_bento / "bento.json").read_text())
+            packaged = _read(packaged_bento / "bento.json")
             image = build_image(
                 containers, bentos, packaged, work.experiment, device, work.scratch, work.output, log=work.log
             )
             yield work.result(
                 {
+                    "summary": ui_metadata.summary(
+                        image=image.tag,
+                        size=ui_metadata.size(image.bytes),
+                        layers=f"{image.layers}",
+                        torch=image.inside["torch"],
+                    ),
+                    "picture": ui_metadata.bars(
+                        "bytes", {"image": image.bytes, "weights": packaged["model_bytes"]}, "B"
+                    ),
                     "image": image.tag,
                     "image_bytes": image.bytes,
                     "layers": image.layers,
@@ -58,3 +82,7 @@ def build_container_image(device: str) -> dg.AssetsDefinition:
 
 
 container_image_cpu, container_image_gpu = (build_container_image(device) for device in ("cpu", "gpu"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text()))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_assets.containers.context import labels, prepare_context
+from llm_assets.containers.context import ImageContext, labels, prepare_context
 from llm_assets.resources import bill_of_materials
 from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.containers import ContainerEngine
@@ -58,10 +58,7 @@ def build_image(
     Raises PipelineError if no engine answers or a build fails.
     """
     started = time.monotonic()
-    engine.require()
-    context = prepare_context(workspace / "context", bentos, packaged, experiment, device, log=log)
-    base, base_id = engine.base(context.base_image, context.system_packages, log=log)
-    tag = context.tag(base_id)
+    context, base, tag = _prepare(engine, bentos, packaged, experiment, device, workspace, log)
     found = engine.find_image(tag)
     reused = found is not None
     if found is None:
@@ -97,3 +94,39 @@ def build_image(
         bill_of_materials.licenses(bill),
         seconds,
     )
+
+
+def why_outdated(
+    built: Mapping[str, Any],
+    engine: ContainerEngine,
+    bentos: BentoBuilder,
+    packaged: Mapping[str, Any],
+    experiment: str,
+    device: str,
+    workspace: Path,
+) -> str:
+    """Why `built` (an `image.json`) is not the image that `build_image` would give now, or "".
+
+    Raises PipelineError if no engine answers.
+    """
+    _, _, tag = _prepare(engine, bentos, packaged, experiment, device, workspace, silent)
+    if tag != built["image"]:
+        return f"its source, packages or base image have changed since {built['image']}"
+    found = engine.find_image(tag)
+    return "" if found and found["id"] == built["id"] else f"the engine does not have {tag} as it was built"
+
+
+def _prepare(
+    engine: ContainerEngine,
+    bentos: BentoBuilder,
+    packaged: Mapping[str, Any],
+    experiment: str,
+    device: str,
+    workspace: Path,
+    log: Log,
+) -> tuple[ImageContext, str, str]:
+    """The build context, the base image and the image's tag."""
+    engine.require()
+    context = prepare_context(workspace / "context", bentos, packaged, experiment, device, log=log)
+    base, base_id = engine.base(context.base_image, context.system_packages, log=log)
+    return context, base, context.tag(base_id)

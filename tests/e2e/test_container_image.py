@@ -16,6 +16,7 @@ from bench.containers.image import HELD
 from llm_assets.containers.context import prepare_context
 from llm_assets.resources.bentos import BentoBuilder
 from tests.e2e.engine import Container, docker, require_engine, start
+from tests.e2e.test_pipeline import mlflow_runs
 from tests.e2e.workplace import REPO, new_workplace
 
 pytestmark = pytest.mark.e2e
@@ -36,11 +37,8 @@ def images() -> list[str]:
     return docker("images", "--format", "{{.Repository}}:{{.Tag}}").stdout.splitlines()
 
 
-@pytest.fixture(scope="module")
-def image(workplace):
-    """The tag that `make image` ends with; the image is removed at the end, unless it was there before."""
-    require_engine()
-    before = images()
+def make_image(workplace) -> str:
+    """The last line of `make image`."""
     done = subprocess.run(
         workplace.make("image", "EXPERIMENT=smoke"),
         cwd=REPO,
@@ -52,7 +50,15 @@ def image(workplace):
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
-    tag = done.stdout.splitlines()[-1]
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def image(workplace):
+    """The tag that `make image` ends with; the image is removed at the end, unless it was there before."""
+    require_engine()
+    before = images()
+    tag = make_image(workplace)
     yield tag
     if tag not in before:
         docker("rmi", tag)
@@ -100,6 +106,22 @@ def test_the_image_is_labelled_and_small_and_has_cpu_torch_alone(workplace, imag
     }
     system = [one for purl, one in held.items() if purl.startswith("pkg:deb/debian/")]
     assert len(system) > 50 and all("licenses" in one for one in [*system, *held.values()])
+
+
+def test_an_unchanged_image_is_neither_made_nor_tracked_again_and_a_lost_one_is_made(workplace, image):
+    def state() -> tuple[dict, int]:
+        return workplace.manifest("container_image_cpu"), len(mlflow_runs(workplace))
+
+    before = state()
+    assert make_image(workplace) == image
+    assert state() == before
+    docker("tag", image, "rex-e2e:layers")  # keeps the layers, so that the build takes seconds
+    docker("rmi", image)
+    try:
+        assert make_image(workplace) == image
+    finally:
+        docker("rmi", "rex-e2e:layers")
+    assert image in images() and state()[1] == before[1] + 1
 
 
 def test_it_generates_over_rest_and_for_the_openai_client(container):

@@ -14,7 +14,7 @@ from model.generation.requests import GenerationRequest, SamplingParameters, Tex
 from model.settings import TokenizerSettings
 from model.text.tokenizer import train_tokenizer
 from tests.bento.running_service import GREEDY
-from tests.e2e.workplace import BIN, free_port, stop, wait_for
+from tests.e2e.workplace import BIN, REPO, free_port, stop, wait_for
 from tests.support.paired_scores import compare_numbers
 from tests.support.tiny import TEXT, tiny_model
 
@@ -22,15 +22,22 @@ CONTEXT = 4096
 
 
 @contextmanager
-def mlflow_server(folder: Path) -> Iterator[str]:
-    """The address of a tracking server with its database and artifacts below `folder`."""
+def mlflow_server(folder: Path, *, as_make_ui: bool = False) -> Iterator[str]:
+    """The address of a tracking server with its database and artifacts below `folder`.
+
+    as_make_ui: started as `make ui` does; it keeps the artifacts in a folder that clients on this machine write to.
+    """
     port, log = free_port(), folder / "mlflow.log"
-    command = ["server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--workers", "1"]
+    command = [str(BIN / "mlflow"), "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--workers", "1"]
     command += ["--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port)]
+    if as_make_ui:
+        command = [str(BIN / "python"), "-m", "llm_assets.instance.mlflow_server", "127.0.0.1", str(port)]
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     with log.open("w") as out:
         process = subprocess.Popen(
-            [str(BIN / "mlflow"), *command],
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+            command,
+            cwd=REPO,
+            env={**os.environ, **quiet, "LLM_ASSETS_VAR": str(folder)},
             stdout=out,
             stderr=subprocess.STDOUT,
         )
@@ -64,14 +71,14 @@ class Registered:
     def __init__(self, uri: str, name: str) -> None:
         from mlflow import MlflowClient
 
-        self.name, self._client = name, MlflowClient(uri, uri)
-        self._experiment = self._client.create_experiment(name)
+        self.name, self.client = name, MlflowClient(uri, uri)
+        self._experiment = self.client.create_experiment(name)
         self._score = 9.0
 
     def promote(self, directory: Path) -> str:
         """Make a directory a version that is better than all before; its number."""
-        run_id, self._score = self._client.create_run(self._experiment).info.run_id, self._score - 1
-        run = TrackedRun(self._client, run_id, "", warn=_refuse)
+        run_id, self._score = self.client.create_run(self._experiment).info.run_id, self._score - 1
+        run = TrackedRun(self.client, run_id, "", warn=_refuse)
         run.register(
             self.name,
             directory,
@@ -81,11 +88,11 @@ class Registered:
             candidate=True,
             contest=Contest(lambda champion: compare_numbers(1.0, 2.0)),
         )
-        return str(self._client.get_model_version_by_alias(self.name, "champion").version)
+        return str(self.client.get_model_version_by_alias(self.name, "champion").version)
 
     def point_to(self, version: str) -> None:
         """Let another version be champion."""
-        self._client.set_registered_model_alias(self.name, "champion", version)
+        self.client.set_registered_model_alias(self.name, "champion", version)
 
 
 def _refuse(message: str) -> None:

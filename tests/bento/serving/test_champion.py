@@ -170,7 +170,7 @@ class Shelf:
             raise self.error
         return self.now
 
-    def download(self, version: Version, folder: Path) -> Path:
+    def download(self, name: str, version: Version, folder: Path) -> Path:
         return folder
 
 
@@ -230,10 +230,12 @@ def test_only_a_server_can_be_followed(uri):
         ModelRegistry(uri, {})
 
 
-def test_files_outside_the_model_and_files_that_no_server_hands_out_are_refused(tmp_path, monkeypatch):
+def test_files_outside_the_model_are_refused(tmp_path, monkeypatch):
     registry = ModelRegistry("http://127.0.0.1:1", {})
-    with pytest.raises(PipelineError, match="which the server does not serve"):
-        registry.download(Version("1", "file:///somewhere/model"), tmp_path)
-    monkeypatch.setattr(registry, "_fetch", lambda path, target: target.write_text('{"files": {"../../evil": {}}}'))
+
+    def listing(name: str, version: Version, path: str, folder: Path) -> None:
+        (folder / path).write_text('{"files": {"../../evil": {}}}')
+
+    monkeypatch.setattr(registry, "_fetch", listing)
     with pytest.raises(PipelineError, match=r"'\.\./\.\./evil', which is outside"):
-        registry.download(Version("1", "mlflow-artifacts:/1/run/artifacts/model"), tmp_path)
+        registry.download(NAME, Version("1", "file:///somewhere/model"), tmp_path)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from starlette.testclient import TestClient
 
@@ -152,7 +153,7 @@ def registered(tmp_path_factory) -> Iterator[SimpleNamespace]:
         for seed in (0, 1):
             save_version(folder / str(seed), seed=seed, vocab_size=280)
             made.promote(folder / str(seed))
-        yield SimpleNamespace(registry=ModelRegistry(uri, {}), client=made._client)
+        yield SimpleNamespace(registry=ModelRegistry(uri, {}), client=made.client)
 
 
 @pytest.mark.e2e
@@ -225,3 +226,28 @@ def test_the_alias_challenger_is_followed(registered, service):
     client.delete_registered_model_alias(NAME, "challenger")
     watcher.follow()
     assert loaded == ["2", "2"] and shadow.challenger is None
+
+
+@pytest.mark.e2e
+def test_a_challenger_whose_download_failed_is_loaded_by_a_later_poll_and_the_reason_logged_once(
+    registered, monkeypatch, caplog
+):
+    registry, client = registered.registry, registered.client
+    client.set_registered_model_alias(NAME, "champion", "1")
+    client.set_registered_model_alias(NAME, "challenger", "2")
+    engine = Engine(tiny_model(tiny_tokenizer()), tiny_tokenizer())
+    shadow = Shadow(1.0, 60.0)
+    watcher = ChallengerWatcher(registry, NAME, shadow, load=lambda *_: engine, poll_s=60, report_s=60)
+    with monkeypatch.context() as cut:
+        cut.setattr(registry, "_fetch", lambda *_: _refuse())
+        watcher.follow()
+        watcher.follow()
+    assert shadow.challenger is None and caplog.text.count("the line is cut") == 1
+    watcher.follow()
+    assert shadow.challenger == (engine, "2")
+    watcher.stop()
+    client.delete_registered_model_alias(NAME, "challenger")
+
+
+def _refuse() -> None:
+    raise httpx.ConnectError("the line is cut")

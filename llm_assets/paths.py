@@ -34,6 +34,6 @@ def output_folder(name: str) -> Path:
     return folder
 
 
-def shown_path(path: Path) -> str:
-    """A path for display: relative to the working directory if it is inside it."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+def shown_path(path: Path | str) -> str:
+    """A path for display: relative to the working directory if it is inside it. A URL stays as it is."""
+    return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else str(path)

@@ -52,9 +52,8 @@ def run_point(job: Job, sweep: Sweep | None) -> float | None:
     status = subprocess.run(check, stdout=subprocess.DEVNULL, check=False).returncode
     tags = dict(job.tags)
     if sweep:
-        point = " ".join([experiment, *overrides])
-        number = sweep.begin(point)
-        print(f"\npoint {number}: {point}", flush=True)
+        number = sweep.begin(experiment, overrides)
+        print(f"\npoint {number}: {sweep.points[-1].name}", flush=True)
         tags |= {"rex/sweep": sweep.name, "rex/point": str(number)}
     status = status or execute_job(experiment, overrides, job.module, job.name, tags=tags)
     if status:

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from llm_assets.artifacts.store import ArtifactStore
 from llm_assets.failures import no_retry_after_termination, permanent_failures
-from llm_assets.paths import var_dir
+from llm_assets.paths import shown_path, var_dir
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class DirectoryIOManager(dg.ConfigurableIOManager):
     def handle_output(self, context: dg.OutputContext, obj: Staged | Reused) -> None:
         """Publish a sealed directory, or name a version that is reused."""
         if isinstance(obj, Reused):
-            path = dg.MetadataValue.path(obj.path)
+            path = dg.MetadataValue.path(shown_path(obj.path))
             context.add_output_metadata({"path": path, "version": obj.version, "unchanged": True})
             return
         with no_retry_after_termination(context):
@@ -88,7 +88,7 @@ class DirectoryIOManager(dg.ConfigurableIOManager):
                 raise
         context.add_output_metadata(
             {
-                "path": dg.MetadataValue.path(publication.path),
+                "path": dg.MetadataValue.path(shown_path(publication.path)),
                 "version": publication.version,
                 "unchanged": publication.unchanged,
             }

@@ -56,10 +56,12 @@ def benchmark_report(
         yield work.result(
             {
                 "summary": ui_metadata.summary(
-                    decoding=f"{found['decode_tokens_per_second']:,.0f} tokens/s",
-                    quantized=f"{found['decode_tokens_per_second_quantized']:,.0f} tokens/s",
-                    speedup_by_the_KV_cache=f"{found['kv_cache_speedup']:.2f} times",
-                    **{f"bits_per_byte_of_{report['quality']['windows']}_windows": f"{found['bits_per_byte']:.4f}"},
+                    **{
+                        "decoding, tokens/s": f"{found['decode_tokens_per_second']:,.0f}",
+                        "quantized, tokens/s": f"{found['decode_tokens_per_second_quantized']:,.0f}",
+                        "with the KV cache": f"{found['kv_cache_speedup']:.2f} times",
+                        f"bits/byte, {report['quality']['windows']} windows": f"{found['bits_per_byte']:.4f}",
+                    },
                 ),
                 "picture": ui_metadata.bars(
                     "tokens per second, one text",

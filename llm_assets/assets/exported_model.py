@@ -15,13 +15,7 @@ from llm_assets.stage.once import reuses_unchanged
 from llm_assets.stage.stage import stage
 from model.settings import ExperimentSettings
 
-COLUMNS = {
-    "file": "file",
-    "log_probability_difference": "nats",
-    "bits_per_byte_difference": "bits per byte",
-    "differences": "differences",
-    "engine": "engine",
-}
+COLUMNS = {"file": "file", "engine": "engine", "log_probability_difference": "nats"}
 """Of the certificates on the asset's page, as many as its width has room for, by short names; the manifest has all."""
 
 

@@ -59,10 +59,12 @@ def trained_checkpoint(
             {
                 "summary": ui_metadata.summary(
                     parameters=f"{summary.parameters:,}",
-                    bits_per_byte_of_the_validation_split=f"{summary.bits_per_byte:.4f}",
-                    validation_loss_in_nats_per_token=f"{summary.validation_loss:.4f}",
-                    steps=f"{summary.steps:,}",
-                    tokens_per_second_of_the_training=f"{summary.tokens_per_second:,.0f}",
+                    **{
+                        "bits per byte, validation split": f"{summary.bits_per_byte:.4f}",
+                        "validation loss, nats per token": f"{summary.validation_loss:.4f}",
+                        "training steps": f"{summary.steps:,}",
+                        "training, tokens per second": f"{summary.tokens_per_second:,.0f}",
+                    },
                 ),
                 "picture": ui_metadata.line(
                     "training loss by step", ui_metadata.curve(work.output / "curves.json", "loss")

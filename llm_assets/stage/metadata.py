@@ -27,6 +27,9 @@ _UNQUOTED = "/:=',;+!*@$&-._~"
 
 NAME_CHARACTERS = 34
 """Longest name of an entry that the UI shows whole; it prints a longer one over the value."""
+ROW_CHARACTERS = 65
+"""Characters that the Overview has room for on a screen 1,440 pixels wide: the longest name of an asset's entries, and
+both columns of a summary. It cuts longer rows."""
 
 
 def numbers(summary: Any, prefix: str = "") -> dict[str, int | float]:
@@ -49,14 +52,10 @@ def rounded(value: float) -> int | float:
     return round(value, digits) if digits > 0 else int(round(value, digits))
 
 
-SUMMARY_WIDTH = 46
-"""Characters of both columns that the Overview shows on a screen 1,500 pixels wide; it cuts longer rows."""
-
-
 def summary(**quantities: str) -> dg.MarkdownMetadataValue:
     """A short table of rounded numbers with units, shown inline. Underscores of identifiers become spaces.
 
-    The longest name and the longest value together have at most SUMMARY_WIDTH characters.
+    The longest name and the longest value have to fit into ROW_CHARACTERS.
     """
     named = {name.replace("_", " ") if name.isidentifier() else name: value for name, value in quantities.items()}
     rows = [f"| {name} | {value} |" for name, value in named.items()]
@@ -71,9 +70,8 @@ def decision(recorded: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, str] = {}
     if "difference" in recorded:
         found |= {
-            "compared with": f"version {recorded['champion']}",
             "bits per byte": f"{recorded['candidate']:.4f}",
-            "of the champion": f"{recorded['champion_bits_per_byte']:.4f}",
+            "champion's": f"{recorded['champion_bits_per_byte']:.4f}, version {recorded['champion']}",
             "difference": f"{recorded['difference']:+.4f}",
             f"{recorded['confidence']:.0%} interval": f"{recorded['low']:+.4f} to {recorded['high']:+.4f}",
             "text": f"{recorded['pieces']} {recorded['unit']}, {size(recorded['bytes'])}",
@@ -81,7 +79,7 @@ def decision(recorded: Mapping[str, Any]) -> dict[str, Any]:
         shown["bits_per_byte_to_champion"] = rounded(recorded["difference"])
     if "parity" in recorded:
         words = in_words(recorded)
-        shown["champion_evidence"] = summary(**found, tasks=words["tasks"], parity_of_the_export=words["parity"])
+        shown["champion_evidence"] = summary(**found, tasks=words["tasks"], parity_of_export=words["parity"])
     elif found:
         shown["champion_evidence"] = summary(**found)  # of an older release
     if isinstance(recorded.get("tasks"), list):
@@ -103,11 +101,11 @@ def bars(title: str, values: Mapping[str, float], unit: str) -> dg.MarkdownMetad
     top = max([*values.values(), 1e-12])
     parts = []
     for number, (name, value) in enumerate(list(values.items())[:4]):
-        y, width = 20 * number, round(150 * value / top)
+        y, width = 20 * number, round(90 * value / top)
         parts.append(f"<text x='0' y='{y + 13}'>{_escaped(name)}</text>")
         parts.append(f"<rect x='115' y='{y + 3}' width='{width}' height='12' fill='#48c'/>")
         parts.append(f"<text x='{120 + width}' y='{y + 13}'>{_short(value)}{unit}</text>")
-    return _svg(title, "".join(parts), 370, 20 * min(len(values), 4))
+    return _svg(title, "".join(parts), 300, 20 * min(len(values), 4))
 
 
 def line(title: str, points: Sequence[tuple[float, float]]) -> dg.MarkdownMetadataValue:

@@ -24,7 +24,15 @@ import dagster as dg
 
 from llm_assets.artifacts.io_manager import Staged, scratch_dir
 from llm_assets.artifacts.locks import acquire
-from llm_assets.artifacts.manifest import Manifest, assert_compatible, config_hash, flatten, seal, stage_config
+from llm_assets.artifacts.manifest import (
+    VERSION_DIGITS,
+    Manifest,
+    assert_compatible,
+    config_hash,
+    flatten,
+    seal,
+    stage_config,
+)
 from llm_assets.experiments.compose import to_yaml
 from llm_assets.failures import no_retry_after_termination, permanent_failures
 from llm_assets.registry import model_name
@@ -169,9 +177,9 @@ class Stage:
             metadata={
                 **metadata,
                 "artifact_bytes": manifest.size,
-                "config_hash": manifest.config_hash,
+                "config_hash": manifest.config_hash[:VERSION_DIGITS],
                 "config": dg.MetadataValue.md(ui_metadata.fenced(to_yaml(self.settings), "yaml")),
-                "mlflow_run": dg.MetadataValue.url(self.tracked.url),
+                "mlflow_run": dg.MetadataValue.md(f"[{self.tracked.run_id[:8]} in MLflow]({self.tracked.url})"),
             },
             check_results=list(checks),
         )

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -11,19 +12,26 @@ from typing import Any
 from llm_assets.latest import latest_artifacts
 from llm_assets.paths import shown_path, var_dir
 from llm_assets.resources.tracking_store import one_line
+from llm_assets.terminal.view import WIDTH
 
 
 @dataclass
 class Point:
-    """One point. The numbers are None if its run failed or was not of the pipeline's job."""
+    """One point: an experiment with overrides. The numbers are None if its run failed or was of another job."""
 
-    name: str
+    experiment: str
+    overrides: Sequence[str] = ()
     bits_per_byte: float | None = None
     """Of the trained model, on the whole validation split."""
     tokens_per_second: float | None = None
     """Decoding one text with the trained model."""
     quantized_bytes: int | None = None
     failed: bool = False
+
+    @property
+    def name(self) -> str:
+        """As `make sweep` takes it."""
+        return " ".join([self.experiment, *self.overrides])
 
 
 class Sweep:
@@ -34,9 +42,9 @@ class Sweep:
         self._command = shlex.join(arguments)
         self.points: list[Point] = []
 
-    def begin(self, name: str) -> int:
+    def begin(self, experiment: str, overrides: Sequence[str] = ()) -> int:
         """Start a point; returns its number, from 1."""
-        self.points.append(Point(name))
+        self.points.append(Point(experiment, overrides))
         return len(self.points)
 
     def fail(self) -> None:
@@ -73,7 +81,7 @@ class Sweep:
         folder.mkdir(parents=True, exist_ok=True)
         page, data = folder / f"{self.name}.md", folder / f"{self.name}.json"
         page.write_text(f"# Sweep {self.name}\n\n`{self._command}`\n\n{self.as_markdown()}\n\nBest: `{best.name}`\n")
-        record = {"arguments": self._command, "best": best.name, "points": [asdict(point) for point in self.points]}
+        record = {"arguments": self._command, "best": best.name, "points": self._records()}
         data.write_text(json.dumps(record, indent=2) + "\n")
         print(f"table: {shown_path(page)}")
         try:
@@ -82,11 +90,17 @@ class Sweep:
             print(f"MLflow did not accept the table: {one_line(error)}")
 
     def as_text(self) -> str:
-        """The table for a terminal of 80 columns: numbers first, as points have long names."""
-        lines = [f"{'':2}{'#':>3} {'bits/byte':>10} {'tokens/s':>9} {'MB':>8}  point"]
-        for number, point in enumerate(self.points, start=1):
+        """The table for a terminal of 80 columns: numbers first. What all points have in common is named once."""
+        words = [[point.experiment, *point.overrides] for point in self.points]
+        common = [word for word in words[0] if all(word in others for others in words)] if len(words) > 1 else []
+        lines = textwrap.wrap(f"all points: {' '.join(common)}", WIDTH, subsequent_indent="    ") if common else []
+        lines.append(f"{'':2}{'#':>3} {'bits/byte':>10} {'tokens/s':>9} {'MB':>8}  point")
+        for number, (point, named) in enumerate(zip(self.points, words, strict=True), start=1):
             mark = "* " if point is self.best else "  "
-            lines.append(f"{mark}{number:>3} {' '.join(_cells(point, (10, 9, 8)))}  {point.name}")
+            left = f"{mark}{number:>3} {' '.join(_cells(point, (10, 9, 8)))}  "
+            own = " ".join(word for word in named if word not in common)
+            first, *further = textwrap.wrap(own, WIDTH - len(left), break_on_hyphens=False) or [""]
+            lines += [left + first, *(" " * len(left) + line for line in further)]
         return "\n".join(lines)
 
     def as_markdown(self) -> str:
@@ -96,6 +110,9 @@ class Sweep:
             name = f"**`{point.name}`**" if point is self.best else f"`{point.name}`"
             lines.append(f"| {number} | {name} | {' | '.join(_cells(point))} |")
         return "\n".join(lines)
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [{"name": point.name, **asdict(point)} for point in self.points]
 
     def _log(self, best: Point, files: Sequence[Path]) -> None:
         from llm_assets.resources.mlflow import MlflowTracking

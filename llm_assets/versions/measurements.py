@@ -80,9 +80,9 @@ def in_words(evidence: Mapping[str, Any]) -> dict[str, str]:
     """Both entries in a few words each."""
     parity, tasks = evidence.get("parity", NOT_MEASURED), evidence.get("tasks", NOT_MEASURED)
     if isinstance(parity, Mapping):
-        parity = f"certificates: {parity['certificates']}, differences: {parity['differences']}"
+        parity = f"differences: {parity['differences']}"
     if isinstance(tasks, list):
-        tasks = f"scores: {len(tasks)}, worse: {sum(score['is_worse'] for score in tasks)}"
+        tasks = f"{sum(score['is_worse'] for score in tasks)} of {len(tasks)} worse"
     return {"parity": parity, "tasks": tasks}
 
 

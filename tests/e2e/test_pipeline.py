@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from llm_assets.origin import find_origin
-from llm_assets.stage.metadata import NAME_CHARACTERS, SUMMARY_WIDTH
+from llm_assets.stage.metadata import NAME_CHARACTERS, ROW_CHARACTERS
 from model.artifact import verify
 from model.errors import PipelineError
 from tests.e2e.workplace import REPO, CommandLine, Workplace
@@ -252,8 +252,9 @@ def test_no_summary_and_no_name_is_cut_by_the_page_of_its_asset(smoke):
             event = instance.get_latest_materialization_event(dg.AssetKey(asset))
             assert event and event.asset_materialization
             metadata = event.asset_materialization.metadata
-            assert max(map(len, metadata)) <= NAME_CHARACTERS, (asset, max(metadata, key=len))
-            shown = metadata["summary"].value
-            rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in shown.splitlines()[2:]]
-            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-            assert sum(widths) <= SUMMARY_WIDTH, (asset, rows)
+            longest = max(map(len, metadata))
+            assert longest <= NAME_CHARACTERS, (asset, max(metadata, key=len))
+            for shown in (metadata[name].value for name in ("summary", "champion_evidence") if name in metadata):
+                rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in shown.splitlines()[2:]]
+                widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+                assert longest + sum(widths) <= ROW_CHARACTERS, (asset, rows)

@@ -193,7 +193,7 @@ def test_a_person_reads_names_numbers_and_pictures_on_the_pages(dagster, tmp_pat
         set_viewport(driver, 1400, 2400)
         driver.get(partition_address(address, "trained_checkpoint", "smoke"))
         assert "training loss by step" in pictures(driver)
-        text_of(driver, "bits per byte of the validation split", f"{trained['bits_per_byte']:.4f}", "nats per token")
+        text_of(driver, "bits per byte, validation split", f"{trained['bits_per_byte']:.4f}", "nats per token")
         driver.get(f"{address}/assets/trained_checkpoint?view=overview")
         text_of(driver, "Compute details")
         driver.execute_script(_OPEN, "Compute details")

@@ -61,7 +61,7 @@ def test_a_materialization_shows_its_version_numbers_config_and_tracking_run(pip
     assert event.metadata["unchanged"].value is False
     assert "validation_fraction" in str(event.metadata["config"].value)
     assert str(event.metadata["mlflow_run"].value).endswith(
-        f"/runs/{manifest.mlflow_run_id}?workflowType=machine_learning"
+        f"/runs/{manifest.mlflow_run_id}?workflowType=machine_learning)"
     )
     assert Path(str(event.metadata["path"].value)).name == manifest.version
 

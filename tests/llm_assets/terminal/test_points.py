@@ -11,20 +11,41 @@ from llm_assets.terminal.points import Point, Sweep
 def sweep() -> Sweep:
     sweep = Sweep(["--multirun", "experiment=smoke", "training.seed=0,1,2"])
     for number, bits in enumerate([1.5, 1.4, None]):
-        assert sweep.begin(f"smoke training.seed={number}") == number + 1
+        assert sweep.begin("smoke", [f"training.seed={number}"]) == number + 1
         if bits is None:
             sweep.fail()
         else:
-            sweep.points[-1] = Point(f"smoke training.seed={number}", bits, 1234.5, 2_500_000)
+            sweep.points[-1] = Point("smoke", [f"training.seed={number}"], bits, 1234.5, 2_500_000)
     return sweep
 
 
 def test_the_table_names_the_best_point_and_the_failed_one(sweep: Sweep) -> None:
-    lines = sweep.as_text().splitlines()
+    common, *lines = sweep.as_text().splitlines()
+    assert common == "all points: smoke"
     assert [line[0] for line in lines] == [" ", " ", "*", " "]
-    assert lines[2].split() == ["*", "2", "1.4000", "1,234", "2.50", "smoke", "training.seed=1"]
+    assert lines[2].split() == ["*", "2", "1.4000", "1,234", "2.50", "training.seed=1"]
     assert lines[3].split()[:2] == ["3", "failed"]
     assert sweep.best and sweep.best.name == "smoke training.seed=1"
+
+
+def test_long_points_stay_in_their_column_of_80_and_the_best_is_named_whole(
+    var: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = "0.00123456789012345", "0.00234567890123456"
+    points = [["training.max_steps=100", f"training.learning_rate={rate}", "training.optim=muon"] for rate in rates]
+    points[1][2] = "training.optim=adamw"
+    sweep = Sweep([])
+    sweep.points = [Point("smoke", overrides, 1.5, 1.0, 1) for overrides in points]
+    monkeypatch.setattr(Sweep, "_log", lambda *_: None)
+    sweep.close()
+    table, best = capsys.readouterr().out.strip("\n").split("\n\n")
+    assert best.splitlines()[0] == f"best: smoke {' '.join(points[0])}"
+    common, header, *rows = table.splitlines()
+    assert common == "all points: smoke training.max_steps=100"
+    column = header.index("point")
+    assert [row[column:] for row in rows] == [word for overrides in points for word in overrides[1:]]
+    assert [bool(row[:column].strip()) for row in rows] == [True, False] * 2
+    assert max(map(len, table.splitlines())) <= 80
 
 
 def test_the_table_is_kept_below_var_and_in_mlflow(
@@ -49,5 +70,5 @@ def test_of_equal_points_the_first_is_best_and_without_scores_there_is_no_table(
     sweep.begin("one")
     sweep.close()
     assert capsys.readouterr().out == "" and not var.exists()
-    sweep.points = [Point("one", 1.5, 1.0, 1), Point("two", 1.5, 1.0, 1)]
+    sweep.points = [Point("one", [], 1.5, 1.0, 1), Point("two", [], 1.5, 1.0, 1)]
     assert sweep.best is sweep.points[0]

@@ -103,12 +103,12 @@ def test_a_withdrawn_version_is_decided_on_again_once_its_export_agrees(registry
 @pytest.mark.parametrize(
     ("champions", "candidates", "stays", "words"),
     [
-        (tasks, {"value": 0.43}, False, "scores: 1, worse: 1"),  # 1.650 standard errors; 1.645 is the bound of 5 %
-        (tasks, {"value": 0.431}, True, "scores: 1, worse: 0"),
-        (tasks, {"value": 0.9}, True, "scores: 1, worse: 0"),
-        (tasks, {"value": 0.9, "higher": False}, False, "scores: 1, worse: 1"),
-        (tasks, {"value": 0.1, "higher": None}, True, "scores: 1, worse: 0"),
-        (tasks, {"value": 0.1, "stderr": None}, True, "scores: 1, worse: 0"),
+        (tasks, {"value": 0.43}, False, "1 of 1 worse"),  # 1.650 standard errors; 1.645 is the bound of 5 %
+        (tasks, {"value": 0.431}, True, "0 of 1 worse"),
+        (tasks, {"value": 0.9}, True, "0 of 1 worse"),
+        (tasks, {"value": 0.9, "higher": False}, False, "1 of 1 worse"),
+        (tasks, {"value": 0.1, "higher": None}, True, "0 of 1 worse"),
+        (tasks, {"value": 0.1, "stderr": None}, True, "0 of 1 worse"),
         (tasks, {"value": 0.1, "documents": 50}, True, "measured, with other documents than the champion's"),
         (tasks, {"value": 0.1, "few": 5}, True, "measured, with other solved examples than the champion's"),
         (tasks, {"value": 0.1, "task": "arc"}, True, "measured, with other tasks than the champion's"),
@@ -155,9 +155,9 @@ def test_the_more_scores_the_larger_the_bound_so_that_an_equal_model_is_seldom_c
     registry.measure("one", scored(a=0.5, b=0.5, c=0.5, d=0.5))
     registry.register(1.4, "two")
     found = registry.measure("two", scored(a=0.42, b=0.42, c=0.42, d=0.42))  # 1.9 standard errors, the bound is 2.2
-    assert registry.champion == "2" and in_words(found)["tasks"] == "scores: 4, worse: 0"
+    assert registry.champion == "2" and in_words(found)["tasks"] == "0 of 4 worse"
     found = registry.measure("two", scored(a=0.40, b=0.55, c=0.5, d=0.5))  # 2.4
-    assert registry.champion == "1" and in_words(found)["tasks"] == "scores: 4, worse: 1"
+    assert registry.champion == "1" and in_words(found)["tasks"] == "1 of 4 worse"
 
 
 def test_a_champion_set_by_hand_stays_whatever_is_measured(registry: Registry) -> None:

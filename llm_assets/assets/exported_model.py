@@ -15,9 +15,6 @@ from llm_assets.stage.once import reuses_unchanged
 from llm_assets.stage.stage import stage
 from model.settings import ExperimentSettings
 
-COLUMNS = {"file": "file", "engine": "engine", "log_probability_difference": "nats"}
-"""Of the certificates on the asset's page, as many as its width has room for, by short names; the manifest has all."""
-
 
 def fingerprint(settings: ExperimentSettings) -> str:
     """Fingerprint of the certifying engines: another release or engine renews the certificates."""
@@ -80,8 +77,16 @@ def exported_model(
                     },
                     "B",
                 ),
+                # As many columns as the page has room for; the manifest has all.
                 "certificates": ui_metadata.table(
-                    [{title: row[name] for name, title in COLUMNS.items()} for row in rows]
+                    [
+                        {
+                            "file": row["file"],
+                            "engine": row["engine"],
+                            "nats": f"{row['log_probability_difference']:.1e}",
+                        }
+                        for row in rows
+                    ]
                 ),
                 "left_out": "; ".join(found.left_out) or "nothing",
             },

@@ -35,7 +35,7 @@ class View:
         self._console, self._clock = console, clock
         self._started: dict[str, float] = {}
         self._shown: dict[str, int] = {}
-        self._unchanged: set[str] = set()
+        self._outcome: dict[str, str] = {}
         self._said: dict[str, str] = {}
         self._last_progress = -PROGRESS_EVERY_S
         self._began = clock()
@@ -80,8 +80,9 @@ class View:
         text = record.text
         if text.startswith("MLflow run: "):
             return
-        if text.startswith("unchanged: "):
-            self._unchanged.add(record.stage)
+        if text.startswith("unchanged: "):  # not computed, or computed with an equal result
+            reused = text.startswith(f"unchanged: {record.stage} of ")
+            self._outcome[record.stage] = "unchanged" if reused else "same result"
         self._said[record.stage] = text.removeprefix(f"{record.stage}: ")
         is_warning = record.level in WARNINGS or text.startswith("warning: ")
         if _PERCENT.search(text) and not is_warning:
@@ -101,8 +102,8 @@ class View:
             return
         took = self._clock() - self._started.pop(record.stage)
         how = {"STEP_FAILURE": "failed", "STEP_UP_FOR_RETRY": "retrying"}.get(record.event, "done")
-        if how == "done" and record.stage in self._unchanged:
-            how = "unchanged"
+        if how == "done":
+            how = self._outcome.get(record.stage, how)
         self._print(f"{record.stage:18} {how:11} {took:6.1f} s")
         if record.event == "STEP_FAILURE":
             self.failures.append(f"{record.stage}: {record.text}")

@@ -13,7 +13,14 @@ import dagster as dg
 import pytest
 import yaml
 
+# What Dagster's page shows: GraphQL's `staleStatus` calls this class.
+from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
+from dagster._core.loader import LoadingContextForTest
+
+from llm_assets.definitions import build_defs
+from llm_assets.jobs.automation import observed_settings
 from llm_assets.origin import find_origin
+from llm_assets.resources.hydra import HydraConfig
 from llm_assets.stage.metadata import NAME_CHARACTERS, ROW_CHARACTERS
 from model.artifact import verify
 from model.errors import PipelineError
@@ -50,6 +57,16 @@ def mlflow_client(workplace: Workplace):
 def mlflow_runs(workplace: Workplace) -> list:
     client = mlflow_client(workplace)
     return client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+
+
+def test_nothing_is_out_of_date_after_the_run_and_a_look_at_the_files(smoke):
+    defs = build_defs()
+    with dg.DagsterInstance.from_config(str(smoke.root / "dagster")) as instance:
+        observed = observed_settings(dg.build_sensor_context(instance, resources={"hydra": HydraConfig()}))
+        assert isinstance(observed, dg.SensorResult) and not observed.asset_events
+        resolver = CachingStaleStatusResolver(instance, defs.resolve_asset_graph(), LoadingContextForTest(instance))
+        status = {asset: resolver.get_status(dg.AssetKey(asset), "smoke") for asset in ASSETS}
+    assert status == dict.fromkeys(ASSETS, StaleStatus.FRESH)
 
 
 @pytest.mark.parametrize("asset", ASSETS)

@@ -87,3 +87,10 @@ def test_an_unchanged_stage_and_a_failed_one_say_so(plain: Watched) -> None:
     assert plain.lines[2].split()[:2] == ["corpus", "unchanged"]
     assert plain.lines[-1].split()[:2] == ["tokenized_dataset", "failed"]
     assert plain.view.failures == ["tokenized_dataset: tokenizer.vocab_size is 0: expected more"]
+
+
+def test_a_stage_that_was_computed_and_came_out_equal_is_not_called_unchanged(plain: Watched) -> None:
+    plain.say("", event="STEP_START")
+    plain.say("unchanged: var/artifacts/corpus/smoke/705d already had this content")
+    plain.say("", event="STEP_SUCCESS")
+    assert plain.lines[-1].split()[:3] == ["corpus", "same", "result"]

@@ -43,7 +43,7 @@ def quantized_model(
                     weights_in_full_precision=ui_metadata.size(summary.bytes_before),
                     **{
                         f"bits per byte, {summary.evaluated_tokens:,} tokens": f"{summary.bits_per_byte_after:.4f}",
-                        "in full precision, the same tokens": f"{summary.bits_per_byte_before:.4f}",
+                        "the same, in full precision": f"{summary.bits_per_byte_before:.4f}",
                     },
                     same_most_likely_token=f"{summary.top1_agreement:.1%}",
                     measured_through=f"{summary.step} step",

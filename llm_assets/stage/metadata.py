@@ -79,7 +79,7 @@ def decision(recorded: Mapping[str, Any]) -> dict[str, Any]:
         shown["bits_per_byte_to_champion"] = rounded(recorded["difference"])
     if "parity" in recorded:
         words = in_words(recorded)
-        shown["champion_evidence"] = summary(**found, tasks=words["tasks"], parity_of_export=words["parity"])
+        shown["champion_evidence"] = summary(**found, tasks=words["tasks"], export=words["parity"])
     elif found:
         shown["champion_evidence"] = summary(**found)  # of an older release
     if isinstance(recorded.get("tasks"), list):

@@ -52,9 +52,9 @@ def test_an_export_that_differs_withdraws_the_champion_and_says_so_on_both_pages
     assert version.tags["champion_decision"] == said
     (exported,) = result.asset_materializations_for_node("tokenized_dataset")
     assert exported.metadata["champion_decision"].value == said
-    assert "| parity of export | differences: 1 |" in exported.metadata["champion_evidence"].value
+    assert "| export | differences: 1 |" in exported.metadata["champion_evidence"].value
     (model,) = result.asset_materializations_for_node("corpus")
-    assert "| parity of export | not measured |" in model.metadata["champion_evidence"].value
+    assert "| export | not measured |" in model.metadata["champion_evidence"].value
     observed = measuring.instance.fetch_observations(dg.AssetKey("corpus"), limit=1).records[0].asset_observation
     assert observed.metadata["champion_decision"].value == said
     assert observed.tags["dagster/data_version"] == model.tags["dagster/data_version"]

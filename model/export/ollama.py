@@ -1,7 +1,8 @@
 """Ollama's Modelfile: the weights, the chat template in Go's syntax, the context, the stops and the sampling.
 
 Ollama renders `TEMPLATE` with Go's text/template from `.Messages`, each with a role and a content; neighboring messages
-of one role reach it joined by an empty line. Format: https://github.com/ollama/ollama/blob/main/docs/modelfile.md
+of one role, but those of tools, reach it joined by an empty line. Format:
+https://github.com/ollama/ollama/blob/main/docs/modelfile.mdx
 """
 
 from transformers import PreTrainedTokenizerFast

@@ -40,17 +40,6 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|pad|>{{ message.role }}\n{{ message.content | trim }}<|endoftext|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|pad|>assistant\n{% endif %}"
 )
-PLAIN_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message['role'] == 'assistant' -%}
-{{ message['content'] + eos_token }}
-{%- elif message['role'] == 'user' -%}
-{{ '### User:\\n' + message['content'] + '\\n\\n### Assistant:\\n' }}
-{%- else -%}
-{{ message['content'] + '\\n\\n' }}
-{%- endif -%}
-{%- endfor -%}"""
-"""The template of the project's checkpoints before roles had marks, as their tokenizers have it."""
 GOOD: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "x", "max_tokens": 2},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2},

@@ -33,6 +33,17 @@ ROTATIONS: list[dict[str, Any]] = [
     {"rope_scaling": ROPE_SCALING["dynamic"]},
 ]
 """Shapes with other rotary embeddings than the default."""
+PLAIN_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{{ message['content'] + eos_token }}
+{%- elif message['role'] == 'user' -%}
+{{ '### User:\\n' + message['content'] + '\\n\\n### Assistant:\\n' }}
+{%- else -%}
+{{ message['content'] + '\\n\\n' }}
+{%- endif -%}
+{%- endfor -%}"""
+"""The template of the project's checkpoints before roles had marks, as their tokenizers have it."""
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

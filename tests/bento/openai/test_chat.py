@@ -9,7 +9,8 @@ from bento.serving.backend import SHORT_TEXT
 from model.text.chat.template import MARKS, TEMPLATE, ChatEncoder
 from model.text.chat.template import Turn as Said
 from model.text.tokenizer import FastEncoder
-from tests.bento.openai_service import CHAT_TEMPLATE, PLAIN_TEMPLATE, Service, events, refusal, running_service
+from tests.bento.openai_service import CHAT_TEMPLATE, Service, events, refusal, running_service
+from tests.support.tiny import PLAIN_TEMPLATE
 
 PATH = "/v1/chat/completions"
 TALK = [

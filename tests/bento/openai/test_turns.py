@@ -5,7 +5,8 @@ import itertools
 import pytest
 
 from model.text.chat.template import TEMPLATE
-from tests.bento.openai_service import CHAT_TEMPLATE, PLAIN_TEMPLATE, refusal, running_service
+from tests.bento.openai_service import CHAT_TEMPLATE, refusal, running_service
+from tests.support.tiny import PLAIN_TEMPLATE
 
 PATH = "/v1/chat/completions"
 SYSTEM, USER, ASSISTANT = (

@@ -27,10 +27,10 @@ from model.text.chat.template import MARKS, end_ids
 from model.text.tokenizer import train_tokenizer
 from model.weights import int4, int8
 from model.weights.loading import FORMAT_VERSION, QUANTIZATION, load_model
-from tests.support.tiny import ROPE_SCALING, TEXT, save_tiny_model, tiny_model, tiny_tokenizer
+from tests.support.tiny import PLAIN_TEMPLATE, ROPE_SCALING, TEXT, save_tiny_model, tiny_model, tiny_tokenizer
 
 GO: dict[str, Any] = json.loads(Path(__file__).with_name("rendered.json").read_text())
-"""Ollama's template, conversations, and what Go 1.27 renders of them."""
+"""Ollama's templates, conversations, and what Go renders of them: releases 1.19 and 1.27 render alike."""
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def test_the_recipe_of_ollama_renders_what_the_chat_template_renders(chat_tokenizer) -> None:
-    """Go's renderings are kept beside this file; the test after this one makes them again where there is Go."""
+    """Go's renderings are kept beside this file; a test below makes them again where there is Go."""
     recipe = modelfile(tiny_model(chat_tokenizer), chat_tokenizer)
     assert recipe.split('"""')[1] == GO["template"]
     assert set(chain.from_iterable((m["role"] for m in turns) for turns in GO["conversations"].values())) > set(MARKS)
@@ -48,14 +48,25 @@ def test_the_recipe_of_ollama_renders_what_the_chat_template_renders(chat_tokeni
         assert GO["rendered"][name] == ours
 
 
+def test_the_recipe_of_a_checkpoint_from_before_role_marks_renders_its_chat_template(chat_tokenizer) -> None:
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    recipe = modelfile(tiny_model(tokenizer), tokenizer)
+    assert recipe.split('"""')[1] == GO["template_before_marks"]
+    for name, turns in GO["conversations"].items():
+        ours = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        assert GO["rendered_before_marks"][name] == ours
+
+
 @pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.skipif(not shutil.which("go"), reason="no Go, which renders Ollama's templates (Debian's golang-go)")
-def test_go_renders_the_recipe_of_ollama_as_it_is_kept() -> None:
-    asked = json.dumps({name: GO[name] for name in ("template", "conversations")})
+@pytest.mark.parametrize("kind", ["", "_before_marks"])
+def test_go_renders_the_recipe_of_ollama_as_it_is_kept(kind: str) -> None:
+    asked = json.dumps({"template": GO[f"template{kind}"], "conversations": GO["conversations"]})
     command = ["go", "run", str(Path(__file__).with_name("render.go"))]
     done = subprocess.run(command, input=asked, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == GO["rendered"]
+    assert json.loads(done.stdout) == GO[f"rendered{kind}"]
 
 
 def test_the_recipe_of_ollama_stops_where_the_service_does_and_samples_like_it(chat_tokenizer) -> None:

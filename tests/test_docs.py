@@ -38,11 +38,14 @@ def test_the_files_and_headings_that_a_page_names_exist(page: Path) -> None:
 
 @pytest.fixture(scope="module")
 def usages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """Exit status and output of `python -m MODULE --help` by module: forks of one process that has imported torch."""
+    """Exit status and output of `python -m MODULE --help` by module.
+
+    All are forks of one process that has imported what takes seconds, so that they share it.
+    """
     folder = tmp_path_factory.mktemp("usages")
     program = """
 import os, runpy, sys
-import torch, transformers
+from transformers import PreTrainedModel, Trainer
 for module in sys.argv[2:]:
     if os.fork() == 0:
         output = os.open(os.path.join(sys.argv[1], module), os.O_CREAT | os.O_WRONLY)

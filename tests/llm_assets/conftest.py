@@ -1,5 +1,8 @@
 """A pipeline of two tiny assets on the real resources: SQLite tracking, folders, Hydra files."""
 
+import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -8,6 +11,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from filelock import FileLock
 
 from llm_assets.artifacts.io_manager import ArtifactDirectory, DirectoryIOManager
 from llm_assets.resources.hydra import HydraConfig
@@ -106,12 +110,22 @@ class Pipeline:
 
 @pytest.fixture(scope="session")
 def opened_at_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[int]]:
-    """One database for all tests, as making its tables takes seconds: its URI, and how the two processes ended that
-    opened it when it was not there."""
-    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
-    program = f"from llm_assets.resources.mlflow import MlflowTracking; MlflowTracking(tracking_uri={uri!r}).client()"
-    processes = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(2)]
-    return uri, [process.wait() for process in processes]
+    """One database for all tests of a worker, as making its tables takes seconds: its URI, and how the two processes
+    ended that opened it when it was not there. The first worker makes it, the others copy it.
+    """
+    folder = tmp_path_factory.mktemp("mlflow")
+    made = (folder.parent.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "fresh-mlflow"
+    with FileLock(f"{made}.lock"):
+        if not made.exists():
+            unfinished = folder / "unfinished"
+            unfinished.mkdir()
+            uri = f"sqlite:///{unfinished / 'mlflow.db'}"
+            program = f"from llm_assets.resources.mlflow import MlflowTracking; MlflowTracking(tracking_uri={uri!r})"
+            processes = [subprocess.Popen([sys.executable, "-c", f"{program}.client()"]) for _ in range(2)]
+            (unfinished / "statuses.json").write_text(json.dumps([process.wait() for process in processes]))
+            unfinished.rename(made)
+    copy = shutil.copytree(made, folder / "copy")
+    return f"sqlite:///{copy / 'mlflow.db'}", json.loads((copy / "statuses.json").read_text())
 
 
 @pytest.fixture(scope="session")

@@ -1,20 +1,20 @@
-"""LangChain, litellm and llm with their real packages: answers, streams, tools, forms, embeddings, known errors."""
+"""LangChain, litellm and llm with their real packages: answers, streams, tools, forms, embeddings, known errors.
+
+The packages are imported inside the tests: they take seconds, and every worker collects this file, but one runs it.
+"""
 
 import json
-import os
 from collections.abc import Iterator
-from typing import Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal
 
-os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else its import asks another host for prices
-
-import litellm
-import llm
 import pydantic
 import pytest
-from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 
 from tests.bento.openai_service import CHAT_TEMPLATE, MODEL, Service, on_a_port, running_service
+
+if TYPE_CHECKING:
+    import llm
 
 pytestmark = pytest.mark.medium
 ROOM = 1024
@@ -27,7 +27,6 @@ class Answer(pydantic.BaseModel, extra="forbid"):  # else random weights go on w
     size: int = pydantic.Field(ge=1, le=3)
 
 
-@tool
 def weather(city: Literal[1, 2]) -> str:
     """The weather of a city, by its number."""
     return f"{city}: sun"
@@ -46,6 +45,15 @@ def address(service) -> Iterator[dict[str, object]]:
 
 
 @pytest.fixture(scope="module")
+def litellm() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else its import asks another host for prices
+        import litellm
+
+        yield litellm
+
+
+@pytest.fixture(scope="module")
 def ask(address):
     """litellm's arguments for a server of OpenAI's API, by its two names of such a one."""
 
@@ -56,7 +64,7 @@ def ask(address):
 
 
 @pytest.mark.parametrize("provider", ["openai", "hosted_vllm"])
-def test_litellm_has_whole_answers_and_streams(ask, provider):
+def test_litellm_has_whole_answers_and_streams(litellm, ask, provider):
     whole = litellm.completion(messages=MESSAGES, max_tokens=8, temperature=0, **ask(provider))
     assert whole.choices[0].finish_reason == "length" and whole.usage.completion_tokens == 8
     chunks = list(litellm.completion(messages=MESSAGES, max_tokens=8, temperature=0, stream=True, **ask(provider)))
@@ -65,7 +73,7 @@ def test_litellm_has_whole_answers_and_streams(ask, provider):
 
 @pytest.mark.parametrize("provider", ["openai", "hosted_vllm"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_litellm_knows_a_text_that_is_too_long(ask, provider, stream):
+def test_litellm_knows_a_text_that_is_too_long(litellm, ask, provider, stream):
     long = [{"role": "user", "content": LONG}]
     with pytest.raises(litellm.ContextWindowExceededError):
         litellm.completion(messages=long, max_tokens=8, stream=stream, **ask(provider))
@@ -73,7 +81,7 @@ def test_litellm_knows_a_text_that_is_too_long(ask, provider, stream):
         litellm.completion(messages=long, stream=stream, **ask(provider))
 
 
-def test_litellm_knows_the_other_errors(ask):
+def test_litellm_knows_the_other_errors(litellm, ask):
     with pytest.raises(litellm.NotFoundError):
         litellm.completion(messages=MESSAGES, **{**ask("openai"), "model": "openai/gpt-9"})
     with pytest.raises(litellm.BadRequestError, match="temperature"):
@@ -81,6 +89,8 @@ def test_litellm_knows_the_other_errors(ask):
 
 
 def test_langchain_has_whole_answers_and_streams(address):
+    from langchain_openai import ChatOpenAI
+
     model = ChatOpenAI(temperature=0, max_tokens=8, **address)
     whole = model.invoke("größer?")
     assert whole.usage_metadata["output_tokens"] == 8 and whole.response_metadata["finish_reason"] == "length"
@@ -89,34 +99,44 @@ def test_langchain_has_whole_answers_and_streams(address):
 
 
 def test_langchain_completes_a_batch_of_its_default_size(address):
+    from langchain_openai import OpenAI
+
     model = OpenAI(temperature=0, max_tokens=4, **address)
     result = model.generate([f"def f{number}" for number in range(20)])
     assert len(result.generations) == 20 and result.llm_output["token_usage"]["completion_tokens"] == 80
 
 
 def test_langchain_has_structured_output_and_tools(address):
+    from langchain_core.tools import tool
+    from langchain_openai import ChatOpenAI
+
     model = ChatOpenAI(max_tokens=80, seed=1, **address)
     for method in ("json_schema", "function_calling"):
         assert isinstance(model.with_structured_output(Answer, method=method).invoke("x"), Answer)
-    (call,) = model.bind_tools([weather], tool_choice="weather").invoke("x").tool_calls
+    (call,) = model.bind_tools([tool(weather)], tool_choice="weather").invoke("x").tool_calls
     assert call["name"] == "weather" and call["args"]["city"] in (1, 2)
 
 
 def test_langchain_embeds(address):
+    from langchain_openai import OpenAIEmbeddings
+
     made = OpenAIEmbeddings(check_embedding_ctx_length=False, **address)
     assert len(made.embed_documents(["a", "größer"])) == 2 and len(made.embed_query("a")) > 8
 
 
 def test_langchain_knows_a_text_that_is_too_long(address):
     from langchain_core.exceptions import ContextOverflowError
+    from langchain_openai import ChatOpenAI
 
     with pytest.raises(ContextOverflowError):
         ChatOpenAI(**address).invoke(LONG)
 
 
 @pytest.fixture
-def rex(address, tmp_path, monkeypatch) -> llm.Model:
+def rex(address, tmp_path, monkeypatch) -> "llm.Model":
     """The service as a model of llm, as its documentation says for servers of OpenAI's API."""
+    import llm
+
     server = {"model_id": "rex", "model_name": MODEL, "api_base": address["base_url"], "api_key_name": "rex"}
     abilities = {"supports_schema": True, "supports_tools": True}
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([{**server, **abilities}]))

@@ -198,7 +198,7 @@ def without_confusion(name: str, value: Any) -> Any:
 
 
 def _is_same(value: Any, neutral: Any) -> bool:
-    """Equality of JSON values: 1 is 1.0, and true is no number."""
+    """Equality of JSON values: 1 is 1.0, and true is not a number."""
     return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
 
 

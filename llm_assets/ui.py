@@ -159,7 +159,7 @@ def start_dagster(host: str, port: int, logs: Path, folder: Path) -> Iterator[Se
 def usable_port(host: str, text: str, page: str, variable: str) -> int:
     """The port that `text` gives for a page; links of another checkout that are redirected there give way.
 
-    Raises PipelineError if it is no port, or no server can listen there.
+    Raises PipelineError if it is not a port, or no server can listen there.
     """
     port = int(text) if text.isascii() and text.isdigit() else 0
     if not 0 < port < 1 << 16:

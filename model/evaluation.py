@@ -47,7 +47,7 @@ class MixtureEvaluation(Evaluation):
 
 
 def scores_of_sources(found: Evaluation) -> dict[str, Evaluation]:
-    """The scores by source; empty for text that is no mixture."""
+    """The scores by source; empty if the text is not a mixture."""
     return found.sources if isinstance(found, MixtureEvaluation) else {}
 
 

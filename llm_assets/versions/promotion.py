@@ -141,7 +141,7 @@ def decide_again(
     """
     number = str(version.version)
     if DECISION not in version.tags:
-        return  # it is no candidate
+        return  # it is not a candidate
     model = client.get_registered_model(name)
     current = str(model.aliases[CHAMPION]) if CHAMPION in model.aliases else None
     before: dict[str, Any] = json.loads(version.tags.get(EVIDENCE, "{}"))
@@ -222,7 +222,7 @@ def _reason_against(version: Any, versions: Sequence[Any], objections: Sequence[
         for other in versions
         if _kind(other) == _kind(version)
         and str(other.version) != str(version.version)
-        and not objection(json.loads(other.tags.get(EVIDENCE, "{}")))  # a refused one is no model to choose instead
+        and not objection(json.loads(other.tags.get(EVIDENCE, "{}")))  # a refused one cannot be chosen instead
     ]
     better = [other for other in rivals if not bits < _bits(other)]
     if better:

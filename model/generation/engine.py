@@ -331,8 +331,8 @@ class Engine:
     def _watch(self) -> None:
         """Watchdog for hanging steps. A thread cannot be killed, so it is abandoned and its results are ignored.
 
-        Time in which this process was stopped (SIGSTOP, a paused container) is no step's: a look counts for at most
-        two intervals.
+        Time in which this process was stopped (SIGSTOP, a paused container) belongs to no step: a look counts for at
+        most two intervals.
         """
         interval_s = min(1.0, self._step_timeout_s / 4)
         watched: float | None = None

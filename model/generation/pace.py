@@ -12,8 +12,8 @@ NEW_SHARE = 0.2
 class Pace:
     """Moving averages over the requests that ended.
 
-    token_seconds: time in a slot for each generated token. answer_tokens: tokens of an answer; a token of a beam search
-    is no answer.
+    token_seconds: time in a slot for each generated token. answer_tokens: tokens of an answer; the request
+    for a token of a beam search does not count.
     """
 
     def __init__(self) -> None:

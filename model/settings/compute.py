@@ -17,8 +17,8 @@ class ComputeSettings(Settings, group="compute"):
     )
     processes: int = option(
         1,
-        "Training processes, one for each GPU, which share out the batch of one process: on each host with torchrun, "
-        "in all with ray. Without an address, Ray starts with as many cores.",
+        "Training processes, one for each GPU, which divide the batch of one process among them: on each host with "
+        "torchrun, in all with ray. Without an address, Ray starts with as many cores.",
         unit="processes",
         above=0,
         maximum=4096,

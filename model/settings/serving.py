@@ -22,8 +22,7 @@ class ServingSettings(Settings, group="serving"):
     quantized: bool = option(True, "Serve the quantized weights; false: those in full precision.")
     mixed_precision: bool = option(
         False,
-        "Hold activations, and weights that are not int8, in bfloat16: for GPUs and processors with AMX or "
-        "AVX512-BF16.",
+        "Hold activations, and weights that are not int8, in bfloat16: for GPUs and CPUs with AMX or AVX512-BF16.",
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU if there is one.")
     step: Literal["auto", "reference", "native"] = option(
@@ -81,6 +80,6 @@ class ServingSettings(Settings, group="serving"):
         1_048_576, "Largest request body; a larger one is answered 413.", unit="bytes", above=0, maximum=2**30
     )
     cors_origins: str = option(
-        "", "Web sites whose pages may call the service, comma separated; * for all; empty: none."
+        "", "Websites whose pages may call the service, comma separated; * for all; empty: none."
     )
     allow_anonymous: bool = option(False, "Without API keys, accept every client, on all addresses.")

@@ -36,7 +36,7 @@ def write_sources(path: Path, names: Sequence[str], documents: Sequence[int], of
 
 
 def read_sources(path: Path) -> SplitSources | None:
-    """The sources that `write_sources` wrote; None if the dataset is no mixture."""
+    """The sources that `write_sources` wrote; None if the dataset is not a mixture."""
     if not path.is_file():
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -51,7 +51,7 @@ def shares(names: Sequence[str], windows_of_sources: Sequence[int], weights: Map
     if not weights:
         return None
     if set(weights) != set(names):
-        found = ", ".join(names) or "none: the corpus is no mixture"
+        found = ", ".join(names) or "none: the corpus is not a mixture"
         raise PipelineError(
             f"training.mixture_weights names {', '.join(weights)}: expected the sources of corpus.mixture ({found})"
         )

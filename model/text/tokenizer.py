@@ -11,7 +11,7 @@ what the corpus is encoded with.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -194,10 +194,6 @@ class FastEncoder:
             for n, part in enumerate(parts)
         ]
         return np.concatenate(ids)
-
-    def decode_bytes(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> bytes:
-        """The exact text bytes of these ids."""
-        return b"".join(self._token_bytes[number] for number in ids)
 
     def _build_tiktoken(self, pattern: str) -> tiktoken.Encoding:
         # Ids equal ranks, since the trainer numbers merges in the order in which it finds them.

@@ -66,8 +66,8 @@ def accumulation_steps(
         )
     if remainder:
         raise PipelineError(
-            f"{began}: {total} passes a step (training.gradient_accumulation_steps times {initial_world_size}) do not "
-            f"share out among {world_size}; start {initial_world_size} processes, or a number that divides them"
+            f"{began}: {total} passes a step (training.gradient_accumulation_steps times {initial_world_size}) cannot "
+            f"be divided among {world_size}; start {initial_world_size} processes, or a number that divides them"
         )
     return accumulation
 
@@ -77,7 +77,8 @@ def share_batch(
 ) -> TrainingSettings:
     """The settings of each of `world_size` processes, which together take the batch of `initial_world_size`.
 
-    Passes are shared out; if their number does not divide, the windows are, in the largest passes that divide them.
+    Passes are divided among them; if their number does not divide, the windows are, in the largest passes that divide
+    them.
     Raises PipelineError as `accumulation_steps` does, if the windows do not divide either.
     """
     size, passes = settings.per_device_train_batch_size, settings.gradient_accumulation_steps * initial_world_size

@@ -33,8 +33,8 @@ def quantize_weight(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Int4 weights (N, K / 2) uint8, the even inputs in the low bits, and bfloat16 scales (N, G).
 
     weight = (value - 8) * scale. A group's scale is the one of those tried that leaves the least squared error; its
-    sign is such that the largest weight can be -8, the end with one more value. Raises ValueError if K is no multiple
-    of GROUP.
+    sign is such that the largest weight can be -8, the end with one more value. Raises ValueError if K is not a
+    multiple of GROUP.
     """
     n, k = weight_NK.shape
     if k % GROUP:

@@ -26,7 +26,7 @@ MEMORY = 450e6
 
 @pytest.fixture(scope="module")
 def workplace(smoke, tmp_path_factory):
-    """The smoke pipeline's artifacts and tracking, copied: what the images add is no part of it."""
+    """The smoke pipeline's artifacts and tracking, copied: what the images add does not get into it."""
     copy = replace(new_workplace(tmp_path_factory.mktemp("images")), bentoml=smoke.bentoml)
     shutil.copytree(smoke.var / "artifacts", copy.var / "artifacts")
     shutil.copy(smoke.var / "mlflow.db", copy.var)

@@ -319,7 +319,7 @@ def test_a_checkpoint_in_int4_is_smaller_measured_and_loads_as_it_was(tmp_path, 
     assert weight.shape == (n, k // 2) and weight.dtype == torch.uint8
     assert scale.shape == (n, k // int4.GROUP) and scale.dtype == torch.bfloat16
     assert stored["model.embed_tokens.weight"].dtype == torch.int8
-    assert stored["model.layers.1.mlp.down_proj.weight"].dtype == torch.int8  # 48 inputs are no whole groups
+    assert stored["model.layers.1.mlp.down_proj.weight"].dtype == torch.int8  # 48 inputs are not a multiple of a group
     assert torch.equal(load_model(tmp_path).model.layers[1].mlp.up_proj.weight, weight)
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "rex_int4"
     plain = load_model(tmp_path, quantized=False)

@@ -1,4 +1,4 @@
-"""Scores of the pieces of a text in files of models that are no models: what tests of promotions compare."""
+"""Scores of the pieces of a text in place of those of real models: tests of promotions compare them."""
 
 import json
 from collections.abc import Callable

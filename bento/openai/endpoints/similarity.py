@@ -1,7 +1,7 @@
 """/score and /rerank, in vLLM's form: how similar texts are.
 
 A score is the cosine of the angle between two embeddings (`embeddings.py`, the mean of the hidden states), -1 to 1, as
-vLLM scores with embedding models. REX is a decoder and no trained cross-encoder: the scores order texts, and are no
+vLLM scores with embedding models. REX is a decoder, not a trained cross-encoder: the scores order texts, and are not
 probabilities of relevance.
 """
 

@@ -150,7 +150,7 @@ class RayProcesses:
 
 
 def fitting(processes: int, room: int) -> int:
-    """The most processes, at most `room`, that can share out the batch of `processes`; 0 if there is no room."""
+    """The most processes, at most `room`, that can divide the batch of `processes`; 0 if there is no room."""
     return next((number for number in range(min(processes, room), 0, -1) if processes % number == 0), 0)
 
 

@@ -1,4 +1,4 @@
-"""Orthogonalization shared out among the processes of a training, instead of repeated in each.
+"""Orthogonalization divided among the processes of a training, instead of repeated in each.
 
 Each process orthogonalizes some of the matrices, and one all-gather gives all of them to all. Every matrix is computed
 in one place, so the processes hold the same bits. Legend: `N` matrices of one shape, `R` rows, `C` columns.
@@ -27,7 +27,7 @@ def is_shared(matrices: Sequence[Tensor]) -> bool:
 
 
 def orthogonalize_shared(stacks: Sequence[Tensor], steps: int = 5, **options: Any) -> list[Tensor]:
-    """`orthogonalize` of each stack, the matrices shared out among the processes of the default group.
+    """`orthogonalize` of each stack, the matrices divided among the processes of the default group.
 
     stacks: at least one, each of shape (N, R, C), the same in all processes, of one dtype. A matrix of a smaller batch
     can differ from that of a larger one in the last bits, as libraries choose their kernels by the size.

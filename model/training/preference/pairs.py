@@ -45,13 +45,13 @@ class Preference:
 def read_preferences(paths: Sequence[str]) -> Iterator[Preference]:
     """The pairs in files, globs or URLs, in order.
 
-    Raises PipelineError, one line, for a pattern without a match, a broken file and a record that is no preference.
+    Raises PipelineError, one line, for a pattern without a match, a broken file and a record that is not a preference.
     """
     for file in list_files(paths).files:
         name = PurePosixPath(file.path.lower())
         codec = CODECS.get(name.suffix)
         if (PurePosixPath(name.stem).suffix if codec else name.suffix) not in (".jsonl", ".ndjson"):
-            raise PipelineError(f"{file.source} in training.preferences is no .jsonl, .jsonl.gz or .jsonl.zst file")
+            raise PipelineError(f"{file.source} in training.preferences is not a .jsonl, .jsonl.gz or .jsonl.zst file")
         number = 0
         try:
             with reading(file.source, file.fs), open_file(file) as stored:

@@ -57,7 +57,7 @@ def tune_preferences(
     """Tune `training.init_from` on `training.preferences`, and write a checkpoint directory to `output_dir`.
 
     The tokenized dataset gives the tokenizer and the text on which bits per byte are measured. Raises PipelineError
-    without trl or initial weights, and for files that are no preferences.
+    without trl or initial weights, and for files that do not hold preferences.
     """
     limit_threads()
     training = settings.training

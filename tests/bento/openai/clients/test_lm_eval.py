@@ -132,7 +132,7 @@ ON_DISK = {"tokenizer_backend": "huggingface"}
     [
         (ON_DISK, TASKS),
         ({**ON_DISK, "batch_size": 64, "num_concurrent": 4}, TASKS),
-        # Windows that end inside a character are no texts.
+        # A window that ends inside a character is not a text.
         ({**ON_DISK, "batch_size": 3, "tokenized_requests": False}, ["choices", "texts"]),
         ({"tokenizer_backend": "remote"}, TASKS),
     ],

@@ -1,4 +1,4 @@
-"""Two gloo processes under torchrun: one batch shared out, one writer, one termination for both."""
+"""Two gloo processes under torchrun: one batch divided, one writer, one termination for both."""
 
 import json
 import os
@@ -96,7 +96,7 @@ def test_a_number_of_processes_that_cannot_go_on_is_told_which_can():
         PipelineError, match=r"2 processes began this training and 1 would continue it, with .*dropout 0.1"
     ):
         accumulation_steps(settings.training, 2, 1, dropout=0.1)
-    with pytest.raises(PipelineError, match=r"8 passes a step .* do not share out among 3; start 2 processes"):
+    with pytest.raises(PipelineError, match=r"8 passes a step .* cannot be divided among 3; start 2 processes"):
         accumulation_steps(settings.training, 2, 3)
 
 

@@ -1,4 +1,4 @@
-"""Two processes that share out the matrices hold what one process computes."""
+"""Two processes that divide the matrices hold what one process computes."""
 
 import subprocess
 import sys

@@ -68,7 +68,7 @@ def test_a_line_that_is_no_preference_is_named_in_one_line(tmp_path: Path, data:
 
 def test_files_of_another_kind_and_broken_ones_are_named(tmp_path: Path):
     (tmp_path / "a.csv").write_text("prompt,chosen,rejected\n")
-    with pytest.raises(PipelineError, match=r"a.csv in training.preferences is no .jsonl"):
+    with pytest.raises(PipelineError, match=r"a.csv in training.preferences is not a .jsonl"):
         list(read_preferences([str(tmp_path / "a.csv")]))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(line() + b"\n" + line())[:-9])
     with pytest.raises(PipelineError, match=r"b.jsonl.gz, line \d: broken gzip file"):

@@ -45,7 +45,8 @@ def usages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str
     folder = tmp_path_factory.mktemp("usages")
     program = """
 import os, runpy, sys
-from transformers import PreTrainedModel, Trainer
+import dagster, mlflow, transformers.trainer
+import model.generation.engine, model.weights.loading
 for module in sys.argv[2:]:
     if os.fork() == 0:
         output = os.open(os.path.join(sys.argv[1], module), os.O_CREAT | os.O_WRONLY)

@@ -55,9 +55,7 @@ def test_merged_adapters_compute_the_same_and_leave_a_plain_model():
 def test_a_training_of_adapters_resumes_bit_exact_and_ends_as_a_plain_checkpoint(base, dataset_dir, tmp_path, optim):
     settings = experiment(init_from=str(base), lora_rank=4, optim=optim, sample_tokens=0)
     summary = train(settings, dataset_dir, tmp_path / "whole", tmp_path / "a")
-    assert not [
-        line for line in summary.warnings if "unchanged" in line
-    ]  # frozen weights cause no warning
+    assert not [line for line in summary.warnings if "unchanged" in line]  # frozen weights cause no warning
     assert_resumes_bit_exact(settings, dataset_dir, tmp_path)
 
     before, after = load_model(base), load_model(tmp_path / "whole")

@@ -1,19 +1,12 @@
-"""/v1/messages through the `anthropic` package: texts, functions, streams, counted tokens and errors.
-
-The package is imported inside a fixture: it takes a second, and every worker collects this file, but one runs it.
-"""
+"""/v1/messages through the `anthropic` package: texts, functions, streams, counted tokens and errors."""
 
 import json
 from collections.abc import Iterator
-from types import ModuleType
-from typing import TYPE_CHECKING
 
+import anthropic
 import pytest
 
 from tests.bento.openai_service import CHAT_TEMPLATE, MODEL, Service, on_a_port, running_service
-
-if TYPE_CHECKING:
-    from anthropic import Anthropic
 
 USER = [{"role": "user", "content": "größer?"}]
 TOOL = {
@@ -42,14 +35,7 @@ def url(service) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def anthropic() -> ModuleType:
-    import anthropic
-
-    return anthropic
-
-
-@pytest.fixture(scope="module")
-def client(anthropic, url) -> "Iterator[Anthropic]":
+def client(url) -> Iterator[anthropic.Anthropic]:
     with anthropic.Anthropic(base_url=url, api_key="secret", max_retries=0) as made:
         yield made
 
@@ -108,7 +94,7 @@ def test_functions_are_called_streamed_and_their_results_read(client):
     assert after.usage.input_tokens + after.usage.cache_read_input_tokens > message.usage.input_tokens
 
 
-def test_errors_have_the_packages_classes_and_shape(anthropic, url, client):
+def test_errors_have_the_packages_classes_and_shape(url, client):
     with pytest.raises(anthropic.NotFoundError) as caught:
         client.messages.create(messages=USER, **{**GREEDY, "model": "claude"})
     assert caught.value.body["type"] == "error" and caught.value.body["error"]["type"] == "not_found_error"
@@ -143,7 +129,7 @@ def test_errors_have_the_packages_classes_and_shape(anthropic, url, client):
     ],
     ids=lambda value: json.dumps(value)[:50],
 )
-def test_what_cannot_be_done_is_refused(anthropic, client, bad):
+def test_what_cannot_be_done_is_refused(client, bad):
     with pytest.raises(anthropic.BadRequestError) as caught:
         client.messages.create(**{"messages": USER, **GREEDY, "extra_body": bad})
     assert caught.value.body["error"]["type"] == "invalid_request_error"

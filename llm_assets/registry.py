@@ -116,7 +116,7 @@ PIPELINE = (
         group="release",
         kinds=("huggingface",),
         eager=True,
-        code_version="1",
+        code_version="2",
         upstream=("trained_checkpoint", "quantized_model", "tokenized_dataset"),
         checks={
             "is_the_same_model": "Token ids, chat templates and greedy continuations are equal, log-probabilities and "

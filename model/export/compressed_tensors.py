@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.modeling_rex import RexForCausalLM
-from model.weights.export import CLASSES, export_config, export_state_dict, layout
+from model.weights.export import CLASSES, add_earlier_names, export_config, export_state_dict, layout
 from model.weights.int8 import quantize_weight
 
 QUANTIZATION: dict[str, Any] = {
@@ -52,5 +52,6 @@ def write_compressed_tensors(model: RexForCausalLM, output_dir: Path) -> None:
     config, architecture = export_config(model.config), CLASSES[layout(model.config)].__name__
     written = {**config.to_dict(), "architectures": [architecture], "quantization_config": QUANTIZATION}
     (output_dir / "config.json").write_text(json.dumps(written, indent=2, default=str) + "\n", encoding="utf-8")
+    add_earlier_names(output_dir)
     model.generation_config.save_pretrained(output_dir)
     save_file(tensors, output_dir / "model.safetensors", metadata={"format": "pt"})

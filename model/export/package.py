@@ -6,7 +6,6 @@ Modelfile, for llama.cpp and Ollama.
 """
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from model.export.ollama import modelfile
 from model.modeling_rex import RexForCausalLM
 from model.system.revision import code_revision
 from model.text.tokenizer import LONGEST_RUN, load_tokenizer
-from model.weights.export import export_checkpoint
+from model.weights.export import copy_tokenizer, export_checkpoint
 from model.weights.loading import load_model
 
 FORMATS = ("hf", "compressed-tensors", "gguf")
@@ -105,12 +104,6 @@ def _provenance(checkpoint_dir: Path) -> dict[str, Any]:
         "bits per byte": (origin.get("registration") or {}).get("bits_per_byte"),
     }
     return {**(known if origin else {}), "commit": code_revision()}
-
-
-def copy_tokenizer(checkpoint_dir: Path, output_dir: Path) -> None:
-    """Copy the tokenizer's files, and the chat template if it has a separate file."""
-    for path in (*checkpoint_dir.glob("*token*.json"), *checkpoint_dir.glob("chat_template.jinja")):
-        shutil.copy(path, output_dir / path.name)
 
 
 def write_checksums(output_dir: Path) -> None:

@@ -6,8 +6,10 @@ The arithmetic is the same; names, the order of query and key rows and the fusio
 """
 
 import copy
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,5 +137,31 @@ def export_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
     if not (checkpoint_dir / "config.json").is_file():
         raise PipelineError(f"no config.json in {checkpoint_dir}: expected a REX checkpoint; train one first")
     export_model(load_model(checkpoint_dir, quantized=False)).save_pretrained(output_dir)
+    add_earlier_names(output_dir)
+    copy_tokenizer(checkpoint_dir, output_dir)
+
+
+def add_earlier_names(output_dir: Path) -> None:
+    """Write the rotary embeddings of an exported config.json under the names of transformers 4, too.
+
+    It does not know today's names: without the earlier ones it computes with its own defaults, and says nothing.
+    """
+    path = output_dir / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    rope = dict(config["rope_parameters"])
+    config["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(checkpoint_dir: Path, output_dir: Path) -> None:
+    """Copy the tokenizer's files, and the chat template if it has a separate file."""
     for path in (*checkpoint_dir.glob("*token*.json"), *checkpoint_dir.glob("chat_template.jinja")):
         shutil.copy(path, output_dir / path.name)
+    path = output_dir / "tokenizer_config.json"
+    if path.is_file():
+        # The class's name in transformers 4, which transformers 5 keeps.
+        config = {**json.loads(path.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,5 @@
-"""A checkpoint's own code under the oldest supported release of transformers, the installed and the newest.
+"""A checkpoint's own code under the oldest supported release of transformers, the installed and the newest; an export's
+layout, which is stock code, under the last of transformers 4, too.
 
 `make releases` runs it under every minor release that is supported.
 """
@@ -21,6 +22,8 @@ from packaging.requirements import Requirement
 from model.build import build_config, build_model
 from model.configuration_rex import KNOWN_TRANSFORMERS
 from model.settings import ModelSettings
+from model.weights.export import export_checkpoint
+from tests.support.tiny import ROTATIONS, TEXT, tiny_model, tiny_tokenizer
 
 PROGRAM = Path(__file__).with_name("releases.py")
 RELEASES = {"oldest": "transformers==5.0.0", "newest": "transformers<6"}
@@ -73,20 +76,25 @@ def install_release(directory: Path, release: str) -> None:
 
 def run(checkpoint: Path, directory: Path) -> tuple[str, dict[str, Any], str]:
     """Release, result of each attempt, other output; packages in `directory` shadow those of this environment."""
+    done = run_with(directory, str(PROGRAM), str(checkpoint))
+    assert done.returncode == 0, done.stderr[-2000:]
+    release, found = json.loads(done.stdout.splitlines()[-1])
+    return release, found, done.stderr
+
+
+def run_with(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A Python in which the packages in `directory` shadow those of this environment, without this project."""
     # -S: without the startup files of site-packages, which put this project on the path.
     path = [str(directory), *(entry for entry in sys.path if entry.endswith("site-packages"))]
     environment = {"PYTHONPATH": os.pathsep.join(path), "HF_HOME": str(directory / "hf"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-S", str(PROGRAM), str(checkpoint)],
+    return subprocess.run(
+        [sys.executable, "-S", *arguments],
         cwd=directory,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    release, found = json.loads(done.stdout.splitlines()[-1])
-    return release, found, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +113,37 @@ def test_our_release_gives_the_same_with_any_cache_rotates_as_told_and_refuses_a
     default, linear, dynamic, llama3, yarn = ours["other rotations"]
     assert default == dynamic and len({default, linear, llama3, yarn, ours["logits"]}) == 5
     assert ours["unknown argument"] == "REX takes no argument 'no_such_argument'"
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_transformers_4_computes_an_export_as_we_do_and_takes_its_tokenizer(tmp_path):
+    tokenizer, ids_BT = tiny_tokenizer(), torch.arange(2, 82)[None]
+    shapes = [{}, {"post_norm": False, "rope_theta": 50_000.0}, {"post_norm": False, "qk_norm": True}, *ROTATIONS]
+    expected = []
+    for number, shape in enumerate(shapes):
+        model = tiny_model(tokenizer, **shape).eval()
+        checkpoint, exported = tmp_path / f"checkpoint-{number}", tmp_path / f"export-{number}"
+        model.save_pretrained(checkpoint)
+        tokenizer.save_pretrained(checkpoint)
+        export_checkpoint(checkpoint, exported)
+        expected.append(model(ids_BT).logits.detach())
+    install_release(tmp_path / "packages", "transformers==4.57.1")
+    program = f"""
+import torch, transformers
+assert transformers.__version__ == "4.57.1"
+for number in range({len(shapes)}):
+    folder = "{tmp_path}/export-" + str(number)
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)({TEXT!r})["input_ids"]
+    logits = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()(torch.arange(2, 82)[None]).logits
+    torch.save((tokens, logits.detach()), folder + "/found.pt")
+"""
+    done = run_with(tmp_path / "packages", "-c", program)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for number, logits in enumerate(expected):
+        tokens, found = torch.load(tmp_path / f"export-{number}" / "found.pt")
+        assert tokens == tokenizer(TEXT)["input_ids"]
+        torch.testing.assert_close(found, logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.processes

@@ -43,7 +43,7 @@ def connected(compute: ComputeSettings) -> Iterator[Any]:
     # `ray start` or RAY_ADDRESS last named on this machine.
     own: dict[str, Any] = {"num_cpus": compute.processes, "include_dashboard": False} if not compute.address else {}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    attempts = STARTS if own else 1
+    attempts = STARTS
     try:
         while not ray.is_initialized():
             attempts -= 1
@@ -54,9 +54,10 @@ def connected(compute: ComputeSettings) -> Iterator[Any]:
                     runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
                     **own,
                 )
-            except Exception:
+            except Exception as error:
                 ray.shutdown()
-                if not attempts:
+                # Not again at a wrong address; but a cluster that answers can fail to start this client's server.
+                if not attempts or not (own or isinstance(error, ConnectionAbortedError)):
                     raise
     except Exception as error:  # ConnectionError, RuntimeError, ValueError and Ray's own
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -52,6 +52,9 @@ class Server:
             "-master.volumeSizeLimitMB=64",
             "-volume.max=30",
             "-s3.autoCreateBucket=false",
+            # Fixed ports unless off: two servers could not run at once.
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
         ]
         command += [f"-{name}={port}" for name, port in self.ports.items()]
         with (self.folder / "log").open("ab") as log:

@@ -410,6 +410,7 @@ class Http1Protocol(HttpToolsProtocol):
                 self._refusal = (status, message, code)  # a later request is invalid: answer the earlier ones first
                 return
             cycle.disconnected = True  # its own body is invalid: the app stops
+            cycle.waiting_for_100_continue = False  # nothing can be written after the refusal
             cycle.message_event.set()
             if cycle.response_started:
                 self.transport.close()

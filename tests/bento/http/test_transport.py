@@ -216,6 +216,15 @@ def test_an_old_client_is_not_told_to_continue(address):
         assert read_all(made).startswith(b"HTTP/1.1 200")
 
 
+def test_who_waits_to_continue_with_a_broken_body_gets_the_refusal_alone(address, caplog):
+    with connection(address) as made:
+        made.sendall(post(b"no chunk\r\n\r\n", "Expect: 100-continue", "Transfer-Encoding: chunked"))
+        assert error(read_answer(made), 400)
+        assert made.recv(1) == b""
+    assert ask(address, GET + b"\r\n")[0] == 200
+    assert "Traceback" not in caplog.text
+
+
 def test_a_tunnel_and_a_question_about_the_server_are_answered(address):
     assert error(ask(address, b"CONNECT example.org:443 HTTP/1.1\r\nHost: x\r\n\r\n"), 405)
     status, headers, body = ask(address, b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n")

@@ -29,8 +29,8 @@ from model.settings import (
     TokenizerSettings,
 )
 from model.system.tasks import tasks
-from model.text import parts
 from model.text.corpus import build_corpus, read_documents
+from model.text.parts import in_tasks
 from model.text.shards import ShardTask, encode_by_shards, encode_shard
 from model.text.tokens import build_tokenized_dataset
 
@@ -81,12 +81,11 @@ def building(settings: CorpusSettings, size: int, scratch: Path, workers: int) -
     started = time.perf_counter()
     build_corpus(settings, scratch / "one")
     seconds["one worker"] = time.perf_counter() - started
-    parts.PART_BYTES = size // 16
     with tasks(compute) as apply:
         assert apply
         list(apply(import_encoder, range(workers)))
         started = time.perf_counter()
-        build_corpus(settings, scratch / "many", write=parts.in_tasks(apply, scratch / "parts"))
+        build_corpus(settings, scratch / "many", write=in_tasks(apply, scratch / "parts", size // 16))
         seconds[f"{workers} workers"] = time.perf_counter() - started
     for one in sorted((scratch / "one").iterdir()):
         if (scratch / "many" / one.name).read_bytes() != one.read_bytes():

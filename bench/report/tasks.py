@@ -70,18 +70,23 @@ def score_tasks(
     include = Path(settings.include_path)
     if settings.include_path and not include.is_dir():
         raise PipelineError(f"evaluation.include_path is {settings.include_path!r}: expected a folder with YAML files")
-    check_names(settings.tasks, _manager(settings).all_tasks)
+    check_names(settings.tasks, _manager(settings.include_path, frozenset(settings.tasks)).all_tasks)
     log(f"evaluation: {', '.join(settings.tasks)} with lm-eval {harness_release()}")
     items = [ScoreTask(name, settings, model_dir.absolute()) for name in dict.fromkeys(settings.tasks)]
 
     def run() -> list[Score]:
-        scores = [score for found in apply(score_task, items) for score in found]
-        return list({(score.task, score.metric): score for score in reversed(scores)}.values())[::-1]
+        """A task that two names select is scored with both, and named once."""
+        scores: dict[tuple[str, str], Score] = {}
+        for found in apply(score_task, items):
+            for score in found:
+                scores.setdefault((score.task, score.metric), score)
+        return list(scores.values())
 
     try:
         scores = with_lines(run, log, "evaluation")
     finally:
         _judge.cache_clear()
+        _manager.cache_clear()
     write_json(output_dir / RESULTS, {"lm-eval": harness_release(), "scores": [vars(score) for score in scores]})
     (output_dir / REPORT).write_text(as_markdown(scores), encoding="utf-8")
     return scores
@@ -93,7 +98,8 @@ def score_task(task: ScoreTask) -> list[Score]:
 
     settings = task.settings
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    judge, manager = _judge(task.model_dir, settings.batch_size), _manager(settings)
+    judge = _judge(task.model_dir, settings.batch_size)
+    manager = _manager(settings.include_path, frozenset(settings.tasks))
     try:
         return read_scores(
             lm_eval.simple_evaluate(
@@ -115,13 +121,14 @@ def score_task(task: ScoreTask) -> list[Score]:
         ) from error
 
 
-def _manager(settings: EvaluationSettings) -> Any:
+@functools.lru_cache(maxsize=1)
+def _manager(include_path: str, tasks: frozenset[str]) -> Any:
     """Where lm-eval finds the tasks: its own are thousands of files to read, and are left out if none is named."""
     from lm_eval.tasks import TaskManager
 
-    folder = str(Path(settings.include_path).absolute()) if settings.include_path else None
+    folder = str(Path(include_path).absolute()) if include_path else None
     manager = TaskManager(include_path=folder, include_defaults=False)
-    return manager if set(settings.tasks) <= set(manager.all_tasks) else TaskManager(include_path=folder)
+    return manager if tasks <= set(manager.all_tasks) else TaskManager(include_path=folder)
 
 
 @functools.lru_cache(maxsize=1)

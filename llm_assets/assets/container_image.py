@@ -13,7 +13,7 @@ import dagster as dg
 
 from llm_assets.artifacts.manifest import Manifest
 from llm_assets.assets import asset_arguments, checks
-from llm_assets.containers.image import build_image, why_outdated
+from llm_assets.containers.image import ImageSource
 from llm_assets.paths import output_folder
 from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.containers import ContainerEngine
@@ -30,11 +30,11 @@ def build_container_image(device: str) -> dg.AssetsDefinition:
 
     def outdated(path: Path, arguments: Mapping[str, Any]) -> str:
         """Why the engine does not have the image of the present source, packages and base image."""
-        built, packaged = _read(path / "image.json"), _read(arguments["packaged_bento"] / "bento.json")
+        packaged = _read(arguments["packaged_bento"] / "bento.json")
         experiment = Manifest.read(path).experiment
+        source = ImageSource(arguments["containers"], arguments["bentos"], packaged, experiment, device)
         with TemporaryDirectory(dir=output_folder("scratch")) as workspace:
-            found = arguments["containers"], arguments["bentos"], packaged, experiment, device, Path(workspace)
-            return why_outdated(built, *found)
+            return source.why_outdated(_read(path / "image.json"), Path(workspace))
 
     @dg.asset(**asset_arguments(name))
     @reuses_unchanged(outdated=outdated)
@@ -50,9 +50,8 @@ def build_container_image(device: str) -> dg.AssetsDefinition:
         upstream = {"trained_checkpoint": trained_checkpoint, "packaged_bento": packaged_bento}
         with stage(context, hydra, mlflow, upstream) as work:
             packaged = _read(packaged_bento / "bento.json")
-            image = build_image(
-                containers, bentos, packaged, work.experiment, device, work.scratch, work.output, log=work.log
-            )
+            source = ImageSource(containers, bentos, packaged, work.experiment, device)
+            image = source.build(work.scratch, work.output, log=work.log)
             yield work.result(
                 {
                     "summary": ui_metadata.summary(

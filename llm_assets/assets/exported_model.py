@@ -83,7 +83,8 @@ def exported_model(
                         {
                             "file": row["file"],
                             "engine": row["engine"],
-                            "nats": f"{row['log_probability_difference']:.1e}",
+                            # A page may break a line at a hyphen, but not at a non-breaking one.
+                            "nats": f"{row['log_probability_difference']:.1e}".replace("-", "\u2011"),
                         }
                         for row in rows
                     ]

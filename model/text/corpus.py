@@ -259,11 +259,17 @@ def corpus_shards(corpus_dir: Path, split: str) -> list[Path]:
     return shards
 
 
-def read_shard(shard: Path) -> Iterator[str]:
-    """The texts of one shard, in the order they were written."""
+def read_columns(shard: Path, *columns: str) -> Iterator[tuple[str, ...]]:
+    """The named columns of each document of one shard, in the order they were written."""
     with pq.ParquetFile(shard) as table:
         for group in range(table.num_row_groups):  # the writer limits their size
-            yield from table.read_row_group(group, columns=["text"]).column(0).to_pylist()
+            found = table.read_row_group(group, columns=list(columns))
+            yield from zip(*(found[column].to_pylist() for column in columns), strict=True)
+
+
+def read_shard(shard: Path) -> Iterator[str]:
+    """The texts of one shard, in the order they were written."""
+    return (text for (text,) in read_columns(shard, "text"))
 
 
 def read_documents(corpus_dir: Path, split: str) -> Iterator[str]:

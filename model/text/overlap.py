@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
 from model.progress import Log, Progress, silent
 from model.system.tasks import Apply
+from model.text.corpus import read_columns
 
 RUN_BYTES = 64
 VALIDATION_BYTES, TRAIN_BYTES = 1 << 26, 1 << 30
@@ -61,8 +61,8 @@ class Overlap:
 
 
 @dataclass(frozen=True)
-class ShardTask:
-    """One shard to read. hashes: .npy of runs, sorted, that its documents are compared with; None: none."""
+class HashTask:
+    """One shard to hash. hashes: .npy of runs, sorted, that its documents are compared with; None: none."""
 
     shard: Path
     hashes: Path | None
@@ -74,7 +74,7 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class Document:
-    """What a task found of one document. runs: their hashes, or the places of those that `ShardTask.hashes` has.
+    """What a task found of one document. runs: their hashes, or the places of those that `HashTask.hashes` has.
 
     signature: by MinHash; None without the package rensa.
     """
@@ -102,9 +102,8 @@ def find_overlap(
     def documents(split: str, most_bytes: int, hashes: Path | None) -> Iterator[Document]:
         """The documents of a split, up to `most_bytes` of text."""
         read, shards = 0, sorted(corpus_dir.absolute().glob(f"{split}-*.parquet"))
-        for shard, batch in zip(
-            shards, apply(read_shard, [ShardTask(shard, hashes, near is not None) for shard in shards]), strict=True
-        ):
+        items = [HashTask(shard, hashes, near is not None) for shard in shards]
+        for shard, batch in zip(shards, apply(hash_shard, items), strict=True):
             for document in batch:
                 read += document.size
                 if read > most_bytes:
@@ -142,12 +141,12 @@ def find_overlap(
     return found
 
 
-def read_shard(task: ShardTask) -> list[Document]:
+def hash_shard(task: HashTask) -> list[Document]:
     """The documents of one shard, in order."""
-    return [_compared(source, text, task) for source, text in _texts(task.shard)]
+    return [_compared(source, text, task) for source, text in read_columns(task.shard, "source", "text")]
 
 
-def _compared(source: str, text: str, task: ShardTask) -> Document:
+def _compared(source: str, text: str, task: HashTask) -> Document:
     runs: npt.NDArray[Any] = run_hashes(text, RUN_BYTES, _SAMPLED)
     if task.hashes:
         hashes = _loaded(task.hashes)
@@ -160,14 +159,6 @@ def _compared(source: str, text: str, task: ShardTask) -> Document:
 @functools.lru_cache(maxsize=1)
 def _loaded(hashes: Path) -> Hashes:
     return np.asarray(np.load(hashes, mmap_mode="r"))
-
-
-def _texts(shard: Path) -> Iterator[tuple[str, str]]:
-    """Source and text of each document."""
-    with pq.ParquetFile(shard) as table:
-        for group in range(table.num_row_groups):
-            columns = table.read_row_group(group, columns=["source", "text"]).to_pydict()
-            yield from zip(columns["source"], columns["text"], strict=True)
 
 
 def _signature(text: str) -> Any:

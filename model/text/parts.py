@@ -41,7 +41,6 @@ from model.text.shard_writer import ROW_GROUP_BYTES, ROW_GROUP_DOCUMENTS, Counts
 from model.text.sources import NAMES_KEPT, Sources, identity, whole_characters
 
 PART_BYTES = 32 << 20
-"""Stored bytes of the source files that one task reads; a larger file has a task of its own."""
 PREFIX_DOCUMENTS = 1 << 22
 """Documents whose digests one task compares, on average."""
 DOCUMENTS, DIGESTS, SIZES, COUNTS = "documents.parquet", "digests.npy", "sizes.npy", "counts.json"
@@ -109,22 +108,29 @@ class _Split:
         return Counts(len(self.sizes), int(self.sizes.sum()), int(self.sizes.max(initial=0)))
 
 
-def in_tasks(apply: Apply, scratch_dir: Path) -> Callable[..., Written]:
+def in_tasks(apply: Apply, scratch_dir: Path, part_bytes: int = PART_BYTES) -> Callable[..., Written]:
     """The argument `write` of `build_corpus`: the same shards, by tasks that `apply` runs.
 
-    scratch_dir: of the parts, which another attempt finds there; all hosts read and write it.
+    scratch_dir: of the parts, which another attempt finds there; all hosts read and write it. part_bytes: stored bytes
+    of the source files that one task reads; a larger file has a task of its own.
     """
-    return partial(_write, apply, scratch_dir.absolute())
+    return partial(_write, apply, scratch_dir.absolute(), part_bytes)
 
 
 def _write(
-    apply: Apply, scratch_dir: Path, settings: CorpusSettings, parts: Parts, output_dir: Path, log: Log
+    apply: Apply,
+    scratch_dir: Path,
+    part_bytes: int,
+    settings: CorpusSettings,
+    parts: Parts,
+    output_dir: Path,
+    log: Log,
 ) -> Written:
     summary = new_summary(settings)
     names: list[str] = []
     reading: list[ReadTask] = []
     for name, (part, sources) in parts.items():
-        tasks = list(_read_tasks(part, sources, scratch_dir / "parts"))
+        tasks = list(_read_tasks(part, sources, scratch_dir / "parts", part_bytes))
         names += [name] * len(tasks)
         reading += tasks
     (scratch_dir / "parts").mkdir(parents=True, exist_ok=True)
@@ -161,20 +167,20 @@ def _write(
     return written
 
 
-def _read_tasks(settings: CorpusSettings, sources: Sources, folder: Path) -> Iterator[ReadTask]:
-    groups: list[tuple[File, ...] | None] = list(_groups(sources.files)) if sources.files else [None]
+def _read_tasks(settings: CorpusSettings, sources: Sources, folder: Path, part_bytes: int) -> Iterator[ReadTask]:
+    groups: list[tuple[File, ...] | None] = list(_groups(sources.files, part_bytes)) if sources.files else [None]
     for files in groups:
         content = hashlib.sha256(repr(settings).encode() + b"".join(identity(file) for file in files or ()))
         yield ReadTask(settings, files, folder / content.hexdigest()[:24])
 
 
-def _groups(files: Sequence[File]) -> Iterator[tuple[File, ...]]:
+def _groups(files: Sequence[File], part_bytes: int) -> Iterator[tuple[File, ...]]:
     group: list[File] = []
     size = 0
     for file in files:
         group.append(file)
-        size += file.size or PART_BYTES  # the size of a remote file may be unknown
-        if size >= PART_BYTES:
+        size += file.size or part_bytes  # the size of a remote file may be unknown
+        if size >= part_bytes:
             yield tuple(group)
             group, size = [], 0
     if group:

@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from llm_assets.containers.image import BuiltImage, build_image
+from llm_assets.containers.image import BuiltImage, ImageSource
 from llm_assets.containers.packages import pinned
 from llm_assets.resources.bentos import BentoBuilder
 from llm_assets.resources.containers import ContainerEngine
@@ -54,7 +54,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
     bento, held = bentos.package("rex-tiny", folder / "model", "1", serving, {})
     packaged = {"bento": bento["tag"], "model": held["tag"], "arguments": bento["arguments"]}
     (folder / "output").mkdir()
-    image = build_image(ContainerEngine(), bentos, packaged, "tiny", "cpu", folder / "work", folder / "output")
+    source = ImageSource(ContainerEngine(), bentos, packaged, "tiny", "cpu")
+    image = source.build(folder / "work", folder / "output")
     yield Built(image, folder / "output", answer)
     docker("rmi", image.tag)
 

@@ -33,6 +33,7 @@ def write_sources(folder: Path) -> Path:
     return folder
 
 
+PART_BYTES = 1_500
 CASES: dict[str, dict[str, Any]] = {
     "hash": {},
     "the split enlarged": {"validation_fraction": 0.001},
@@ -62,7 +63,6 @@ def settings_of(case: str, folder: Path) -> CorpusSettings:
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "PART_BYTES", 1_500)
     monkeypatch.setattr(parts, "PREFIX_DOCUMENTS", 60)
     monkeypatch.setattr(parts, "ROW_GROUP_DOCUMENTS", 7)
 
@@ -76,7 +76,7 @@ def test_the_files_are_those_of_one_process(case: str, tmp_path: Path) -> None:
     assert len(expected) > 2
     for apply in (map, in_any_order, twice_each):
         output, scratch = tmp_path / apply.__name__, tmp_path / f"scratch of {apply.__name__}"
-        assert build_corpus(settings, output, log=said.append, write=in_tasks(apply, scratch)) == whole
+        assert build_corpus(settings, output, log=said.append, write=in_tasks(apply, scratch, PART_BYTES)) == whole
         assert files(output) == expected
         assert not scratch.exists() or list(scratch.iterdir()) == []
 
@@ -94,7 +94,7 @@ def test_another_attempt_reads_only_what_is_missing_or_has_changed(
             yield function(item)
 
     with pytest.raises(KeyboardInterrupt):
-        build_corpus(settings, tmp_path / "stopped", write=in_tasks(stopped, tmp_path / "scratch"))
+        build_corpus(settings, tmp_path / "stopped", write=in_tasks(stopped, tmp_path / "scratch", PART_BYTES))
     (folder / "3.txt").write_text((folder / "3.txt").read_text().replace("plain", "other"))
     read_into = parts._read_into
 
@@ -103,7 +103,7 @@ def test_another_attempt_reads_only_what_is_missing_or_has_changed(
         read_into(staged, task)
 
     monkeypatch.setattr(parts, "_read_into", seen)
-    build_corpus(settings, tmp_path / "resumed", write=in_tasks(map, tmp_path / "scratch"))
+    build_corpus(settings, tmp_path / "resumed", write=in_tasks(map, tmp_path / "scratch", PART_BYTES))
     assert len(did) == 1 and "3.txt" in did[0]
     build_corpus(settings, tmp_path / "whole")
     assert files(tmp_path / "resumed") == files(tmp_path / "whole")
@@ -113,7 +113,9 @@ def test_a_file_that_cannot_be_read_is_named_and_leaves_no_part(tmp_path: Path) 
     folder = write_sources(tmp_path / "sources")
     (folder / "5.jsonl.gz").write_bytes((folder / "5.jsonl.gz").read_bytes()[:50])
     with pytest.raises(PipelineError, match=r"5.jsonl.gz, line \d+: broken gzip file"):
-        build_corpus(settings_of("hash", folder), tmp_path / "out", write=in_tasks(map, tmp_path / "scratch"))
+        build_corpus(
+            settings_of("hash", folder), tmp_path / "out", write=in_tasks(map, tmp_path / "scratch", PART_BYTES)
+        )
     assert not [path for path in (tmp_path / "scratch" / "parts").iterdir() if path.name.startswith(".")]
     small = CorpusSettings(source="files", paths=[str(folder / "1.txt")], shard_bytes=100)
     with pytest.raises(PipelineError, match=r"1.txt is one document of more than corpus.shard_bytes"):

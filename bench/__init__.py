@@ -1,3 +1,3 @@
 """Measurements of the artifacts and comparisons with peers; LOG.md records the experiments, failed ones included."""
 
-import model  # noqa: F401 - sets how long OpenMP's threads spin, before torch is loaded
+import model  # noqa: F401 - sets OpenMP and garbage collection before torch is loaded

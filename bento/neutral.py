@@ -12,9 +12,10 @@ TEXTS = {"input", "messages", "prompt"}
 """Fields with the text itself, on this route or another: an empty one is an error, null is an absent one."""
 LABELS = {
     "cache_salt", "chat_id", "client_id", "conversation_id", "correlation_id", "extra_key", "guided_decoding_backend",
-    "id_slot", "keep_alive", "message_id", "prompt_cache_retention", "reasoning_format", "request_id", "rid", "run_id",
-    "session_id", "slot_id", "speculative.n_max", "speculative.n_min", "speculative.p_min", "thread_id", "trace_id",
-    "user_id",
+    "id_slot", "keep_alive", "litellm_call_id", "litellm_session_id", "litellm_trace_id", "main_gpu", "message_id",
+    "num_batch", "num_gpu", "num_thread", "prompt_cache_isolation_key", "prompt_cache_retention", "reasoning_format",
+    "request_id", "rid", "run_id", "session_id", "slot_id", "speculative.n_max", "speculative.n_min",
+    "speculative.p_min", "sse_ping_interval", "thread_id", "trace_id", "user_id",
 }  # fmt: skip
 """Labels of a request, cache hints, and choices that do not change the text."""
 OBJECTS = {
@@ -29,6 +30,8 @@ NOT_EMPTY = {"instructions", "modalities", "response_format", "tool_choice"}
 """Supported fields whose empty list or object asks for nothing, by what they are: languages such as PHP write an empty
 object as []. Those of the last set have no empty value: it means none.
 """
+EXTRAS = ("enable_", "include_", "return_", "show_", "use_")
+"""Beginnings of the names of switches that turn something on: false asks for nothing, whatever it is."""
 PENALTIES = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
 """Penalties, with the value that means off."""
 SUBORDINATE: dict[str, tuple[str, ...]] = {
@@ -37,24 +40,33 @@ SUBORDINATE: dict[str, tuple[str, ...]] = {
     "dry_base": ("dry_multiplier",),
     "dry_penalty_last_n": ("dry_multiplier",),
     "dry_sequence_breakers": ("dry_multiplier",),
-    "dynatemp_exponent": ("dynatemp_range",),
+    "dry_range": ("dry_multiplier",),
+    "dynatemp_exponent": ("dynatemp_range", "dynamic_temperature"),
+    "dynatemp_high": ("dynamic_temperature",),
+    "dynatemp_low": ("dynamic_temperature",),
     "mirostat_eta": ("mirostat",),
     "mirostat_tau": ("mirostat",),
     "penalize_nl": ("repeat_penalty", *PENALTIES),
     "repeat_last_n": ("repeat_penalty", *PENALTIES),
+    "rep_pen_range": ("rep_pen",),
+    "rep_pen_slope": ("rep_pen",),
     "repetition_context_size": ("repeat_penalty", *PENALTIES),
+    "repetition_penalty_range": ("repeat_penalty", *PENALTIES),
+    "smoothing_curve": ("smoothing_factor",),
     "xtc_threshold": ("xtc_probability",),
 }
 """Unsupported fields that only say how other fields work: while those are off, any value has no effect."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
+    # Parameters that most routes support, on those that do not
+    **{name: (value,) for name, value in PENALTIES.items()},
+    "ignore_eos": (False,),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "top_k": (0, -1),
     # vLLM and SGLang, and the routers in front of them
     "do_sample": (True,),
     "min_new_tokens": (0,),
     "num_beams": (1,),
-    "return_cached_tokens_details": (False,),
-    "return_meta_info": (False,),
-    "return_prompt_text": (False,),
-    "return_routed_experts": (False,),
     "stream_interval": (1,),
     "truncation_side": ("left",),
     "add_special_tokens": (True, False),  # the tokenizer has none to add
@@ -66,30 +78,26 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "early_stopping": (False,),
     "echo": (False,),
     "embed_dtype": ("float32",),
+    "flat_logprobs": (False,),
     "endianness": ("native", "little"),
     "include_reasoning": (True, False),
-    "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "logprob_start_len": (-1,),
     "no_stop_trim": (False,),
     "priority": (0,),
     "prompt_logprobs": (False,),
-    "return_hidden_states": (False,),
-    "return_logprob": (False,),
-    "return_prompt_token_ids": (False,),
-    "return_text_in_logprobs": (False,),
-    "return_tokens_as_token_ids": (False,),
     "separate_reasoning": (True, False),
     "skip_special_tokens": (True,),
+    "skip_reading_prefix_cache": (True, False),
     "spaces_between_special_tokens": (True, False),
     "stream_reasoning": (True, False),
+    "thinking_token_budget": (0,),
     "top_logprobs_num": (0,),
-    "use_beam_search": (False,),
     # llama.cpp, Ollama and pages in front of them
     "adaptive_target": (-1,),
+    "backend_sampling": (True, False),
     "context": (),
     "dry_multiplier": (0,),
-    "enable_thinking": (False,),
     "grammar_lazy": (False,),
     "min_keep": (0,),
     "n_cmpl": (1,),
@@ -98,8 +106,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parse_tool_calls": (True,),
     "post_sampling_probs": (False,),
     "raw": (False,),
+    "reasoning_budget": (0, -1),
+    "reasoning_budget_tokens": (0, -1),
     "reasoning_in_content": (True, False),
-    "return_tokens": (False,),
     "safe_prompt": (False,),
     "t_max_predict_ms": (0, -1),
     "think": (False,),
@@ -113,32 +122,76 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n_keep": (0,),
     "n_probs": (0,),
     "repeat_penalty": (1,),
-    "return_progress": (False,),
     "tfs_z": (1,),
     "timings_per_token": (False,),
+    "typ_p": (1,),
     "typical_p": (1,),
+    "verbose": (False,),
     "xtc_probability": (0,),
     "low_vram": (True, False),  # of a server's memory
     "max_thinking_tokens": (0,),
     "numa": (True, False),
     "thinking_budget": (0,),
+    "thinking_budget_tokens": (0, -1),
     "use_mlock": (True, False),
     "use_mmap": (True, False),
     "web_search": (False,),
     # Parts of routers' objects: kv_transfer_params, session_params, provider
+    "allow_fallbacks": (True, False),  # of a router to other servers
+    "data_collection": ("allow", "deny"),  # nothing is kept
     "do_remote_decode": (False,),
     "do_remote_prefill": (False,),
     "enabled": (False,),
+    "effort": ("none",),
     "exclude": (True, False),
-    "include_timings": (False,),
-    "include_usage": (False,),
+    "require_parameters": (True, False),  # an unsupported one is refused anyway
+    "route": ("fallback",),
+    "sort": ("price", "throughput", "latency"),
     # Text Generation Inference
     "decoder_input_details": (False,),
     "details": (False,),
-    "return_full_text": (False,),
+    "top_n_tokens": (0,),
     "watermark": (False,),
+    # KoboldCpp, ExLlama and text-generation-webui
+    "add_bos_token": (True, False),
+    "auto_max_new_tokens": (False,),
+    "ban_eos_token": (False,),
+    "dynamic_temperature": (False,),
+    "encoder_repetition_penalty": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "guidance_scale": (1,),
+    "max_tokens_second": (0,),
+    "no_repeat_ngram_size": (0,),
+    "nsigma": (0,),
+    "penalty_alpha": (0,),
+    "rep_pen": (1,),
+    "sampler_seed": (-1,),
+    "skew": (0,),
+    "smoothing_factor": (0,),
+    "temperature_last": (False,),
+    "tfs": (1,),
+    "typical": (1,),
+    # Services with OpenAI's API, and prompt caches of Anthropic's
+    "cache_control": ({"type": "ephemeral"}, {"type": "ephemeral", "ttl": "5m"}, {"type": "ephemeral", "ttl": "1h"}),
+    "citation_options": ("disabled",),
+    "defer_loading": (False,),
+    "deferred": (False,),
+    "disable_search": (True,),
+    "disable_tool_validation": (False,),
+    "eager_input_streaming": (True, False),
+    "mask_sensitive_info": (False,),
+    "partial": (False,),
+    "perf_metrics_in_response": (False,),
+    "prefix": (False,),
+    "preserve_thinking": (False,),
+    "raw_output": (False,),
+    "reasoning_split": (False,),
+    "search_parameters": ({"mode": "off"},),
+    "speed": ("standard",),
+    "tool_stream": (False,),
     # OpenAI
-    "function_call": ("none",),
+    "function_call": ("auto", "none"),
     "modalities": (["text"],),
     "reasoning_effort": ("none",),
     "tool_choice": ("none",),
@@ -181,6 +234,8 @@ def is_neutral(name: str, value: Any, fields: Mapping[str, Any] = MappingProxyTy
         return isinstance(value, str | int | float)
     if name in SUBORDINATE and isinstance(value, str | int | float | list):
         return all(_is_off(other, fields.get(other)) for other in SUBORDINATE[name])
+    if value is False and name.startswith(EXTRAS):
+        return True
     if any(_is_same(value, neutral) for neutral in NEUTRAL.get(name, ())):
         return True
     return isinstance(value, dict) and all(is_neutral(inner, one, value) for inner, one in value.items())

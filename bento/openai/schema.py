@@ -375,7 +375,7 @@ class ChatRequest(Dialogue, OpenAIRequest):
         None, description="Show this many most likely tokens at each place too; with logprobs."
     )
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = unsupported('["text"]')
-    function_call: Literal["none"] | None = unsupported('"none"')
+    function_call: Literal["auto", "none"] | None = unsupported('"auto"', '"none"')
     functions: EmptyList | None = unsupported("[]")
     audio: None = unsupported()
     prediction: None = unsupported()

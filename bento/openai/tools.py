@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from bento.schema import StrictRequest, forms
@@ -94,11 +94,18 @@ ToolChoice = Annotated[
 ]
 
 
+def _arguments(value: Any) -> Any:
+    """Arguments as JSON text: some clients send them as an object, or nothing for a function without any."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value or "{}"
+
+
 class CalledFunction(StrictRequest):
     """A call's function and arguments."""
 
     name: Name
-    arguments: str = Field(description="JSON.")
+    arguments: Annotated[
+        str, BeforeValidator(_arguments), forms({"type": "string"}, {"type": "object", "additionalProperties": True})
+    ] = Field(description="JSON.")
 
 
 class ToolCall(StrictRequest):
@@ -126,12 +133,8 @@ class ToolFields(StrictRequest):
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
             raise PydanticCustomError("tools", "two functions have the same name", {"param": "tools"})
-        # With an empty list of tools, auto is accepted; without the field it is an error.
-        taken = (None, "none") if self.tools is None else (None, "none", "auto")
-        if not names and self.tool_choice not in taken:
+        if not names and self.tool_choice not in (None, "none", "auto"):
             raise PydanticCustomError("no_tools", "only with tools", {"param": "tool_choice"})
-        if self.tools is None and self.parallel_tool_calls is not None:
-            raise PydanticCustomError("no_tools", "only with tools", {"param": "parallel_tool_calls"})
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.name not in names:
             raise PydanticCustomError("tool_choice", "no tool has this name", {"param": "tool_choice"})
         return self

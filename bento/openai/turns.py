@@ -36,7 +36,7 @@ def _content(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value:
-        texts = [_part_text(part) for part in value]
+        texts = [part_text(part) for part in value]
         if None not in texts:
             return "\n".join(text for text in texts if text is not None)
         raise PydanticCustomError("content_part", 'the model reads text: expected parts {"type": "text", "text": ...}')
@@ -50,8 +50,8 @@ def _is_without_text(message: dict[str, Any]) -> bool:
     return message["content"] is None
 
 
-def _part_text(part: Any) -> str | None:
-    """The text of a part; None if it has another type."""
+def part_text(part: Any) -> str | None:
+    """The text of a part; None if it has another type, or a field that is not read."""
     kind = part.get("type") if isinstance(part, dict) else None
     field = PART_TEXTS.get(kind) if isinstance(kind, str) else None
     if field is None or not isinstance(part.get(field), str):

@@ -201,7 +201,7 @@ def _as_chat(body: CountRequest) -> ChatRequest:
             }
             for t in body.tools
         ]
-    if (choice := body.tool_choice) and (body.tools or choice.type != "auto"):
+    if choice := body.tool_choice:
         named = {"type": "function", "function": {"name": choice.name or ""}}
         fields["tool_choice"] = named if choice.type == "tool" else CHOICES[choice.type]
         fields["parallel_tool_calls"] = False if choice.disable_parallel_tool_use else None
@@ -238,10 +238,14 @@ def _kind(block: dict[str, Any], role: str, place: str) -> str:
     kind = block.get("type")
     if not isinstance(kind, str) or kind not in BLOCKS_OF[role]:
         raise _refusal(place, f"a block of the type {str(kind)[:40]!r} is not supported here: the model reads text")
+    _check_fields(block, kind, place)
+    return kind
+
+
+def _check_fields(block: dict[str, Any], kind: str, place: str) -> None:
     for name in sorted(block.keys() - BLOCK_FIELDS[kind] - BLOCK_LABELS):
         if not is_neutral(name, block[name]):
             raise _refusal(place, f"{name[:40]!r} is not a field of a block of the type {kind}")
-    return kind
 
 
 def _call(block: dict[str, Any], place: str) -> dict[str, Any]:
@@ -270,6 +274,8 @@ def _text(value: Any, place: str) -> str:
         isinstance(block, dict) and block.get("type") == "text" and isinstance(block.get("text"), str)
         for block in value
     ):
+        for number, block in enumerate(value):
+            _check_fields(block, "text", f"{place}[{number}]")
         return "\n".join(block["text"] for block in value)
     raise _refusal(place, "expected a text or blocks of the type text")
 

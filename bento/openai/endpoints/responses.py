@@ -28,7 +28,7 @@ from bento.openai.conversation import (
 from bento.openai.schema import ChatRequest
 from bento.openai.structured import Schema
 from bento.openai.tools import MAX_TOOLS, Name, Parameters
-from bento.openai.turns import MAX_MESSAGES, Label, unsupported
+from bento.openai.turns import MAX_MESSAGES, Label, part_text, unsupported
 from bento.schema import Count, OnlyFalse, StrictRequest, TextOrObjects, forms
 from bento.serving.answers import Batch
 from bento.serving.backend import BackendOf
@@ -40,7 +40,6 @@ NAMES = {
     "response_format": "text",
     "tool_call_id": "call_id",
 }
-TEXT_PARTS = {"input_text", "output_text", "text"}
 ROLES = ("user", "assistant", "system", "developer")
 
 
@@ -211,10 +210,10 @@ def _as_chat(body: ResponsesRequest) -> ChatRequest:
     if body.tools:
         shown = [tool.model_dump(exclude={"type"}) for tool in body.tools]
         fields["tools"] = [{"type": "function", "function": function} for function in shown]
-        fields["parallel_tool_calls"] = body.parallel_tool_calls
+    fields["parallel_tool_calls"] = body.parallel_tool_calls
     if isinstance(body.tool_choice, dict):
         fields["tool_choice"] = {"type": "function", "function": {"name": body.tool_choice["name"]}}
-    elif body.tools or body.tool_choice == "required":
+    else:
         fields["tool_choice"] = body.tool_choice
     form = body.text.format if body.text else None
     if form and (form.type == "json_schema") != (form.json_schema is not None):
@@ -268,14 +267,10 @@ def _text(value: Any, place: str) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value:
-        texts = [part["text"] for part in value if _is_text(part)]
+        texts = [text for part in value if (text := part_text(part)) is not None]
         if len(texts) == len(value):
             return "\n".join(texts)
-    raise _refusal(place, "expected a text or parts of the types input_text and output_text")
-
-
-def _is_text(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str)
+    raise _refusal(place, "expected a text or parts of the types input_text, output_text and refusal")
 
 
 def _refusal(place: str, reason: str) -> ApiError:

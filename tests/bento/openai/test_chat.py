@@ -219,9 +219,8 @@ def test_a_long_conversation_is_refused_for_its_length(service):
     "field",
     [
         {"tools": [{"type": "web_search"}]},
-        {"tool_choice": "auto"},
+        {"tool_choice": "required"},
         {"functions": [{"name": "f"}]},
-        {"parallel_tool_calls": True},
         {"response_format": {"type": "xml"}},
         {"modalities": ["text", "audio"]},
         {"audio": {"voice": "alloy", "format": "wav"}},

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from bento.neutral import NEUTRAL, PENALTIES, SUBORDINATE
-from tests.bento.openai_service import CHAT_TEMPLATE, refusal, running_service
+from bento.neutral import EXTRAS, NEUTRAL, PENALTIES, SUBORDINATE
+from tests.bento.openai_service import CHAT_TEMPLATE, GOOD, refusal, running_service
 from tests.support.tiny import CONTEXT
 
 PATHS = {
@@ -60,6 +60,13 @@ SAME: list[dict[str, Any]] = [
     {"kv_transfer_params": {"do_remote_decode": False, "do_remote_prefill": False, "remote_engine_id": None}},
     {"options": {"mirostat": 0, "tfs_z": 1, "repeat_last_n": 64, "use_mmap": True}, "session_params": {"id": None}},
     {"reasoning_content": "", "thinking_budget": 0, "web_search": False, "provider": {"order": []}},
+    {
+        "provider": {"allow_fallbacks": True, "sort": "price", "data_collection": "deny"},
+        "reasoning": {"effort": "none"},
+    },
+    {"rep_pen_range": 512, "rep_pen_slope": 0.7, "rep_pen": 1.0, "dynatemp_low": 0.5, "dynamic_temperature": False},
+    {"return_something": False, "enable_search": False, "use_default_badwordsids": False},
+    {"num_thread": 4, "num_gpu": 0, "litellm_session_id": "s", "cache_control": {"type": "ephemeral"}},
 ]
 
 
@@ -90,6 +97,10 @@ def test_an_empty_list_and_an_empty_object_are_the_same_nothing(service, path, e
         {"watermark": 0},
         {"color": 0},
         {"color": False},
+        {"enable_search": True},
+        {"return_something": 0},
+        {"provider": {"order": ["a"]}},
+        {"cache_control": {"type": "permanent"}},
     ],
     ids=str,
 )
@@ -126,6 +137,23 @@ def test_each_neutral_value_is_taken_and_another_is_refused_by_name(service, pat
         assert answer(service, path, **{name: value}) == answer(service, path)
     if name not in ("add_special_tokens", "cache_prompt", "echo", "logprobs", "top_logprobs", "best_of"):
         assert refusal(service.post(path, **PATHS[path], **{name: "other"}))["param"] == name
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_switch_of_an_extra_is_taken_while_it_is_off(service, path):
+    off = {f"{beginning}it": False for beginning in EXTRAS}
+    assert answer(service, path, **off) == answer(service, path)
+    for name in off:
+        assert refusal(service.post(path, **PATHS[path], **{name: True}))["param"] == name
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+def test_parameters_of_other_routes_are_taken_while_they_are_off(service, path):
+    off = {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1, "min_p": 0, "min_tokens": 0}
+    got = service.post(path, **GOOD[path], **off, ignore_eos=False, n=1, logprobs=False, tools=[], tool_choice=None)
+    assert got.status_code == 200, got.text
+    for name in off:
+        assert refusal(service.post(path, **GOOD[path], **{name: 0.5}))["param"] == name
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -243,6 +271,8 @@ def test_what_completions_spell_out_is_taken(service, more):
         {"response_format": {"type": "text"}, "modalities": ["text"], "top_logprobs": 0, "logprobs": False},
         {"add_generation_prompt": True, "continue_final_message": False, "best_of": 1, "echo": False},
         {"chat_template_kwargs": {}, "documents": [], "chat_template": None},
+        {"tool_choice": "auto", "parallel_tool_calls": False, "function_call": "auto"},
+        {"tools": None, "tool_choice": "auto", "parallel_tool_calls": True},
     ],
     ids=str,
 )

@@ -162,7 +162,7 @@ REFUSED = [
     (CHAT, {"messages": [*chat_calls("1", "2"), result("1")]}, "messages"),
     (CHAT, {"messages": [*chat_calls("1"), result("other")]}, "messages"),
     (CHAT, {"messages": [*chat_calls("1"), result("1"), result("1")]}, "messages"),
-    (CHAT, {"tool_choice": "auto"}, "tool_choice"),
+    (CHAT, {"tool_choice": "required"}, "tool_choice"),
     (CHAT, {"guided_json": False}, "guided_json"),
     (RESPONSES, {"input": 5}, "input"),
     (RESPONSES, {"input": None}, "input"),
@@ -178,10 +178,13 @@ REFUSED = [
     (RESPONSES, {"text": {"format": {"type": "json_object", "schema": {"type": "object"}}}}, "text"),
     (RESPONSES, {"text": {"format": {"type": "json_schema", "schema": {"type": "objekt"}}}}, "text"),
     (RESPONSES, {"tool_choice": 5}, "tool_choice"),
+    (RESPONSES, {"input": [{"role": "user", "content": [{**WORDS, "color": 1}]}]}, "input[0]"),
     (RESPONSES, {"tools": [{"type": "function", "name": "f", "parameters": {"type": "array"}}]}, "tools"),
     (MESSAGES, {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
     (MESSAGES, {"system": 5}, "system"),
     (MESSAGES, {"system": [{"type": "image", "text": "x"}]}, "system"),
+    (MESSAGES, {"system": [WORDS, {**WORDS, "color": 1}]}, "system[1]: 'color'"),
+    (MESSAGES, answered(USED, content=[{**WORDS, "color": 1}]), "messages[2].content[0][0]: 'color'"),
     (MESSAGES, blocks(before=[USER]), "messages[1].content"),
     (MESSAGES, blocks({"type": "text", "text": "x", "color": 1}), "messages[0].content[0]"),
     (MESSAGES, blocks({"type": "thinking", "thinking": "x", "signature": "y"}), "messages[0].content[0]"),
@@ -208,6 +211,24 @@ def test_what_a_body_gets_wrong_is_named_where_it_stands_in_that_body(service, p
     assert error["message"].startswith(named)
     foreign = {RESPONSES: ("messages", "tool_call", "response_format"), MESSAGES: ("tool_call", "parameters.")}
     assert not [name for name in foreign.get(path, ()) if name in error["message"]]
+
+
+@pytest.mark.parametrize(("arguments", "written"), [("", "{}"), ({}, "{}"), ({"a": "ß"}, '{"a": "ß"}')], ids=str)
+def test_arguments_of_the_history_may_be_an_object_or_nothing(service, arguments, written):
+    def history(value):
+        function = {"name": "f", "arguments": value}
+        return [USER, {"role": "assistant", "tool_calls": [{"id": "1", "function": function}]}, result("1")]
+
+    assert prompt_of(service, history(arguments)) == prompt_of(service, history(written))
+
+
+@pytest.mark.parametrize(("path", "name"), [(CHAT, "messages"), (RESPONSES, "input")])
+def test_a_refusal_of_the_history_is_its_text(service, path, name):
+    lengths = set()
+    for content in ("no", [{"type": "refusal", "refusal": "no"}]):
+        usage = ask(service, path, **{name: [USER, {"role": "assistant", "content": content}, USER]})["usage"]
+        lengths.add(usage.get("prompt_tokens") or usage["input_tokens"])
+    assert len(lengths) == 1
 
 
 def test_a_call_of_the_history_is_written_as_the_model_writes_it(service):

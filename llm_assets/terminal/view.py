@@ -24,8 +24,9 @@ STAGE_LINES = 16
 PROGRESS_EVERY_S = 30.0
 ERRORS = ("ERROR", "CRITICAL")
 WARNINGS = ("WARNING", *ERRORS)
-_PERCENT = re.compile(r"\((\d+) %\)")
-_BAR = 16
+_PERCENT = re.compile(r" \((\d+) %\)")
+_LEFT = re.compile(r"^(.*), (\S+ left)$")
+_BAR = 10
 
 
 class View:
@@ -73,6 +74,8 @@ class View:
         if found:
             filled = min(int(found[1]), 100) * _BAR // 100
             bar = f"[{'#' * filled}{'.' * (_BAR - filled)}] "
+            # The time left comes first: the end of the line may be cut.
+            said = _LEFT.sub(r"\2, \1", said.replace(found[0], ""))
         line = f"{stage:18} {format_duration(self._clock() - self._started[stage])}  {bar}{said}"
         return escape(_cut(line, min(WIDTH, self._console.width) - 4))
 

@@ -61,7 +61,7 @@ def build_container_image(device: str) -> dg.AssetsDefinition:
                         torch=image.inside["torch"],
                     ),
                     "picture": ui_metadata.bars(
-                        "bytes", {"image": image.bytes, "weights": packaged["model_bytes"]}, "B"
+                        "bytes", {"image": image.bytes, "weights": packaged["model_bytes"]}, "bytes"
                     ),
                     "image": image.tag,
                     "image_bytes": image.bytes,

@@ -50,7 +50,7 @@ def corpus(
                     mean_document=ui_metadata.size(summary.mean_document_bytes),
                 ),
                 "picture": ui_metadata.bars(
-                    "bytes", {"train": summary.train_bytes, "validation": summary.validation_bytes}, "B"
+                    "bytes", {"train": summary.train_bytes, "validation": summary.validation_bytes}, "bytes"
                 ),
                 "dagster/row_count": summary.documents,
                 "dagster/column_schema": dg.TableSchema(

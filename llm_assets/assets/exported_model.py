@@ -75,7 +75,7 @@ def exported_model(
                         for folder in sorted(work.output.iterdir())
                         if folder.is_dir()
                     },
-                    "B",
+                    "bytes",
                 ),
                 # As many columns as the page has room for; the manifest has all.
                 "certificates": ui_metadata.table(

@@ -84,7 +84,9 @@ def packaged_bento(
                 "summary": ui_metadata.summary(
                     Bento=bento["tag"], size=ui_metadata.size(bento["bytes"]), weights=ui_metadata.size(model["bytes"])
                 ),
-                "picture": ui_metadata.bars("bytes", {"code and page": bento["bytes"], "weights": model["bytes"]}, "B"),
+                "picture": ui_metadata.bars(
+                    "bytes", {"code and page": bento["bytes"], "weights": model["bytes"]}, "bytes"
+                ),
                 "bento": bento["tag"],
                 "model": model["tag"],
                 "serve": dg.MetadataValue.md(f"`{command}`"),

@@ -51,7 +51,7 @@ def quantized_model(
                 "picture": ui_metadata.bars(
                     "bytes of the weights",
                     {"full precision": summary.bytes_before, "quantized": summary.bytes_after},
-                    "B",
+                    "bytes",
                 ),
                 **ui_metadata.numbers(summary),
                 "method": summary.method,

@@ -97,19 +97,23 @@ def size(count: float) -> str:
 
 
 def bars(title: str, values: Mapping[str, float], unit: str) -> dg.MarkdownMetadataValue:
-    """A bar chart of up to four values, small enough that the UI shows it inline. unit: follows each number."""
+    """A bar chart of up to four values, small enough that the UI shows it inline.
+
+    unit: `bytes`, or what follows a number.
+    """
     top = max([*values.values(), 1e-12])
     parts = []
     for number, (name, value) in enumerate(list(values.items())[:4]):
         y, width = 20 * number, round(90 * value / top)
         parts.append(f"<text x='0' y='{y + 13}'>{_escaped(name)}</text>")
         parts.append(f"<rect x='115' y='{y + 3}' width='{width}' height='12' fill='#48c'/>")
-        parts.append(f"<text x='{120 + width}' y='{y + 13}'>{_short(value)}{unit}</text>")
+        label = size(value) if unit == "bytes" else f"{_short(value)}{unit}"
+        parts.append(f"<text x='{120 + width}' y='{y + 13}'>{label}</text>")
     return _svg(title, "".join(parts), 300, 20 * min(len(values), 4))
 
 
 def line(title: str, points: Sequence[tuple[float, float]]) -> dg.MarkdownMetadataValue:
-    """A curve of (x, y) with its ends labeled, small enough that the UI shows it inline."""
+    """A curve of (step, y) with its ends labeled, small enough that the UI shows it inline."""
     finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
     if len(finite) < 2:
         return dg.MetadataValue.md(f"{title}: {len(finite)} points, too few for a curve")
@@ -119,8 +123,8 @@ def line(title: str, points: Sequence[tuple[float, float]]) -> dg.MarkdownMetada
         f"{round(240 * (x - left) / ((right - left) or 1))},{round(5 + 70 * (high - y) / ((high - low) or 1))}"
         for x, y in kept
     )
-    ends = f"<text x='0' y='92'>{_short(left)}: {_short(kept[0][1])}</text>"
-    ends += f"<text x='240' y='92' text-anchor='end'>{_short(right)}: {_short(kept[-1][1])}</text>"
+    ends = f"<text x='0' y='92'>step {_short(left)}: {_short(kept[0][1])}</text>"
+    ends += f"<text x='240' y='92' text-anchor='end'>step {_short(right)}: {_short(kept[-1][1])}</text>"
     return _svg(title, f"<polyline points='{path}' fill='none' stroke='#48c'/>{ends}", 240, 96)
 
 

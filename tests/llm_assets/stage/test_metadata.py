@@ -93,6 +93,8 @@ def test_pictures_are_small_enough_to_be_shown_inline() -> None:
         root = ElementTree.fromstring(unquote(found[1]))
         assert root.findall(f".//{{http://www.w3.org/2000/svg}}{shapes}")
     assert "1.23k tokens/s" in unquote(str(chart.value))
+    assert "step 0: 9<" in unquote(str(curve.value)) and "step 5k: 0.0018<" in unquote(str(curve.value))
+    assert ">144 kB<" in unquote(str(ui_metadata.bars("bytes", {"weights": 144488}, "bytes").value))
 
 
 def test_a_curve_without_points_says_so() -> None:

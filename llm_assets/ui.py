@@ -3,9 +3,9 @@
     python -m llm_assets.ui [--host 127.0.0.1] [--port 3001] [--mlflow-port 5000]
 
 Dagster's records are in DAGSTER_HOME, by default `dagster/` of the output folder, where `make` keeps them.
-Prints two addresses once both answer; the servers' output goes to var/ui/. TERM, INT and HUP (a closed terminal) end
-them, even if a script started this in the background, where INT is ignored. An active run gets time to save its state.
-A page whose server was killed is started again, and runs go on meanwhile.
+Prints two addresses once both answer; the servers' output goes to var/ui/. TERM, INT and HUP (a closed terminal, unless
+`nohup` started this) end them, even if a script started this in the background, where INT is ignored. An active run has
+time to save its state. A page whose server was killed is started again, and runs go on meanwhile.
 This process imports neither Dagster nor MLflow, each of which takes 100 MB or more. All servers start at once, those of
 Dagster with its own commands (`instance/started_after.py`).
 """
@@ -24,7 +24,6 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 import psutil
 import yaml
@@ -190,12 +189,13 @@ def _bind(host: str, port: int) -> None:
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-class _Stopped(Exception):
-    """A signal arrived that ends the servers."""
-
-
-def _raise_stopped(number: int, frame: FrameType | None) -> None:
-    raise _Stopped
+def has_terminal() -> bool:
+    """Whether this process has a terminal that is not closed."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY))
+    except OSError:
+        return False
+    return True
 
 
 @ends_in_one_line
@@ -206,7 +206,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", default="3001", help="port of Dagster's page, default: 3001")
     parser.add_argument("--mlflow-port", default="5000", help="port of MLflow's page, default: 5000")
     given = parser.parse_args(argv)
-    before = {number: signal.signal(number, _raise_stopped) for number in ENDING}
+    # Only noted: a closed terminal sends several signals, and one that raised would cut short what ends the servers.
+    received: list[int] = []
+    kept_by_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    ending = [number for number in ENDING if not (number == signal.SIGHUP and kept_by_nohup)]
+    before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in ending}
+    # Closing the terminal of `ssh -t HOST make ui` sends a signal to make alone, which waits for this process.
+    parent_leads = not kept_by_nohup and os.getsid(0) == os.getppid() and has_terminal()
+
+    def is_over() -> bool:
+        return bool(received) or (parent_leads and not has_terminal())
+
     servers: list[Server] = []
     folder = tempfile.TemporaryDirectory(prefix="rex-ui-")  # a socket's path has at most 107 bytes
     try:
@@ -226,21 +236,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", "llm_assets.instance.mlflow_server", given.host, str(mlflow_port)]
         servers.append(Server("MLflow", mlflow, command, logs / "mlflow.log"))
         started = time.monotonic()
-        while not all(server.answers() for server in servers):
+        while not is_over() and not all(server.answers() for server in servers):
             if time.monotonic() - started > START_S:
                 raise PipelineError(f"no answer within {START_S:.0f} s: see the servers' output in {logs}")
             time.sleep(0.2)
-        redirect_former({DAGSTER: dagster, MLFLOW: mlflow})
-        print(f"Dagster  {dagster}\nMLflow   {mlflow}", flush=True)
-        while True:
+        if not is_over():
+            redirect_former({DAGSTER: dagster, MLFLOW: mlflow})
+            print(f"Dagster  {dagster}\nMLflow   {mlflow}", flush=True)
+        while not is_over():
             for server in servers:
                 server.watch()
             time.sleep(0.5)
-    except _Stopped:
         return 0
     finally:
-        for number in ENDING:
-            signal.signal(number, signal.SIG_IGN)
         stop(servers)
         folder.cleanup()
         for number, handler in before.items():

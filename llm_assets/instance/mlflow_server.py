@@ -5,11 +5,14 @@
 First the database is created or repaired, and its locations are corrected after a move. MLflow's own command then sets
 up its server, which runs in this process, too: MLflow would start another process for it and wait, and each takes 200
 MB and seconds to import the package. Dagster, which takes 100 MB more, is not imported.
+
+Its address opens the runs of the experiment. MLflow's own home is about traces of agents, of which there are none here.
 """
 
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -18,6 +21,19 @@ from llm_assets.paths import var_dir
 from llm_assets.resources.tracking_database import ARTIFACTS
 from llm_assets.resources.tracking_store import EXPERIMENT, open_store
 from model.errors import ends_in_one_line
+
+START = """<script>
+// What the page keeps as a person's choices, where there is none yet: the view for training, no assistant beside it.
+for (const [name, value] of [
+  ["mlflow.workflowType_v1", '"machine_learning"'], ["mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true"],
+]) localStorage.getItem(name) ?? localStorage.setItem(name, value);
+if (!location.hash) location.replace("#/experiments/EXPERIMENT_ID/runs");
+</script>"""
+
+
+def start_page(index: Path, experiment_id: str) -> str:
+    """MLflow's page, which opens on the runs of an experiment unless its address names a place."""
+    return index.read_text(encoding="utf-8").replace("<head>", "<head>" + START.replace("EXPERIMENT_ID", experiment_id))
 
 
 def serve_here(cmd: list[str], *, extra_env: Mapping[str, str] | None = None, **_: Any) -> None:
@@ -32,11 +48,13 @@ def main() -> int:
     """Serve until a signal arrives."""
     host, port = sys.argv[1:]
     database = f"sqlite:///{var_dir() / 'mlflow.db'}"
-    open_store(database, EXPERIMENT)
+    _, experiment_id = open_store(database, EXPERIMENT)
     from mlflow import server
     from mlflow.cli import cli
 
     server._exec_cmd = serve_here
+    index = Path(str(server.app.static_folder), "index.html")
+    server.app.view_functions["serve"] = lambda: start_page(index, experiment_id)
     place = ["--host", host, "--port", port, "--workers", "1"]
     store = ["--backend-store-uri", database, "--default-artifact-root", str(var_dir() / ARTIFACTS)]
     cli.main(["server", *place, *store], prog_name="mlflow", standalone_mode=False)

@@ -1,6 +1,7 @@
 """`make ui` as a person and as a script start it: two addresses, and no process left when it ends."""
 
 import os
+import pty
 import signal
 import subprocess
 import time
@@ -58,7 +59,9 @@ def test_make_ui_prints_two_addresses_and_leaves_no_process(workplace, sent):
     lines = [ui.stdout.readline() for _ in range(2)]
     assert lines == [f"Dagster  http://127.0.0.1:{ports[0]}\n", f"MLflow   http://127.0.0.1:{ports[1]}\n"]
     for port in ports:
-        assert urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=30).status == 200
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=30) as page:
+            opened = page.read().decode()
+    assert 'location.replace("#/experiments/1/runs")' in opened  # MLflow's page opens on the runs
     if sent == signal.SIGTERM:
         end_the_page_at(ports[1], workplace)
         assert "killed by SIGKILL" in ui.stdout.readline()
@@ -66,8 +69,28 @@ def test_make_ui_prints_two_addresses_and_leaves_no_process(workplace, sent):
         ui.send_signal(sent)
     else:
         os.killpg(ui.pid, sent)
+        if sent == signal.SIGHUP:  # a terminal that closes sends more than one signal
+            os.killpg(ui.pid, signal.SIGTERM)
     ui.wait(60)
     deadline = time.monotonic() + 30
     while processes(workplace) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not processes(workplace)
+
+
+def test_make_ui_ends_with_the_terminal_whose_session_make_leads(workplace):
+    """As under `ssh -t HOST make ui`: the closed terminal sends a signal to make alone."""
+    make = workplace.make("ui", f"UI_PORT={free_port()}", f"MLFLOW_PORT={free_port()}")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(REPO)
+        os.execvpe(make[0], make, {**workplace.env, "MLFLOW_UI_URL": ""})
+    printed = b""
+    while printed.count(b"\n") < 2:
+        printed += os.read(terminal, 1024)
+    os.close(terminal)
+    deadline = time.monotonic() + 60
+    while processes(workplace) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not processes(workplace)
+    os.waitpid(pid, 0)

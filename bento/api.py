@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from bento.errors import ApiError, validation_error
+from bento.errors import ApiError, validation_error, without_route
 from bento.http.body import JsonRoute
 from bento.http.middleware import add_middleware
 from bento.http.openapi import GENERATING, describe, stream_of, without
@@ -215,13 +215,13 @@ async def _refuse_invalid(request: Request, error: Exception) -> Response:
 
 async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    if not isinstance(error, ApiError):
-        headers = error.headers or {}
-        error = ApiError(error.status_code, str(error.detail), code=f"http_{error.status_code}", headers=headers)
-    if error.status_code == 405 and (allow := (error.headers or {}).get("Allow")):
+    headers = dict(error.headers or {})
+    if error.status_code == 405 and (allow := headers.get("Allow")):
         methods = {*allow.split(", "), "OPTIONS", *(["HEAD"] if "GET" in allow else [])}  # the middleware answers HEAD
-        error.headers = {**(error.headers or {}), "Allow": ", ".join(sorted(methods))}
+        headers["Allow"] = ", ".join(sorted(methods))
         if request.method == "OPTIONS":
-            return Response(status_code=204, headers=error.headers)
+            return Response(status_code=204, headers=headers)
+    if not isinstance(error, ApiError):
+        error = without_route(request.method, request.url.path, error.status_code, headers)
     request.state.record.error_code = error.content["error"]["code"]
     return error.response(request.url.path)

@@ -85,6 +85,16 @@ def server_error(status: int, message: str, *, code: str, headers: Mapping[str, 
     return ApiError(status, message, code=code, type="server_error", headers=headers)
 
 
+def without_route(method: str, path: str, status: int, headers: Mapping[str, str]) -> ApiError:
+    """A 404 for a path without a route, a 405 for a method that its route does not have."""
+    shown = json.dumps(path[:LONGEST_NAME], ensure_ascii=False)
+    if status == 405:
+        message = f"{method} is not a method of {shown}: expected {headers.get('Allow', 'another one')}"
+    else:
+        message = f"{shown} is not a route of this service: /docs lists them"
+    return ApiError(status, message, code=f"http_{status}", headers=headers)
+
+
 def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """A 400 for the first of pydantic's errors."""
     first = errors[0]
@@ -93,9 +103,7 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if named := first.get("ctx", {}).get("param"):  # a validator of several fields names one
         return ApiError(400, f"{named}: {reason}", code=kind, param=named)
     if not path:
-        return ApiError(
-            400, "the body is not a JSON object: send one with the header Content-Type: application/json", code=kind
-        )
+        return ApiError(400, "the body is not a JSON object", code=kind)
     param = str(path[0])[:LONGEST_NAME]
     place = param + "".join(f"[{part}]" if isinstance(part, int) else f".{part:.{LONGEST_NAME}}" for part in path[1:])
     if kind == "extra_forbidden":

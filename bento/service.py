@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bento.api import MAX_CHOICES, create_app
 from bento.bentoml_internals import end_service, listening_host, report_start_failures, uvicorn_server
-from bento.errors import ApiError
+from bento.errors import without_route
 from bento.http.auth import HEALTH_PATHS, read_api_keys, refuse_open_address
 from bento.http.middleware import as_routed
 from bento.http.protocol import ConnectionLimits, protocol_class, usable_connections
@@ -147,7 +147,7 @@ class OnlyOurRoutes:
         elif routed["method"] == "GET":
             await self._inner({**scope, "path": routed["path"]}, receive, send)
         else:
-            refusal = ApiError(405, "Method Not Allowed", code="http_405", headers={"Allow": "GET, HEAD"})
+            refusal = without_route(routed["method"], routed["path"], 405, {"Allow": "GET, HEAD"})
             await refusal.response()(scope, receive, send)
 
 

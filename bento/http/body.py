@@ -30,6 +30,7 @@ MAX_NAMES = 8_192
 LONG_BODY = 16_384
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """Written by .NET and PowerShell; RFC 8259 section 8.1 lets a parser ignore it."""
+_JSON_TYPE = re.compile(r"\s*application/([^\s;]+\+)?json\s*(;.*)?", re.IGNORECASE)
 _NESTED = frozenset({dict, list})
 _STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
@@ -42,7 +43,10 @@ class JsonRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def handle_json(request: Request) -> Response:
-            return await handle(_JsonRequest(request.scope, request.receive, self._read_long))
+            inner = _JsonRequest(request.scope, request.receive, self._read_long)
+            if self.body_field is not None:
+                await inner.check_content()
+            return await handle(inner)
 
         return handle_json
 
@@ -61,6 +65,15 @@ class _JsonRequest(Request):
     def __init__(self, scope: Scope, receive: Receive, read_long: Callable[[bytes], Any]) -> None:
         super().__init__(scope, receive)
         self._read_long = read_long
+
+    async def check_content(self) -> None:
+        """Raises ApiError 400 for an empty body, and for another type than JSON."""
+        if not await self.body():
+            raise _refusal("the body is empty: expected a JSON object", "missing")
+        kind = self.headers.get("content-type", "")
+        if not _JSON_TYPE.fullmatch(kind):
+            found = f"Content-Type is {json.dumps(kind[:40])}" if kind else "the header Content-Type is missing"
+            raise _refusal(f"{found}: expected application/json", "content_type")
 
     async def json(self) -> Any:
         if not hasattr(self, "_json"):

@@ -14,7 +14,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from bento.bentoml_internals import swagger_ui_file
-from bento.errors import ApiError
+from bento.errors import ApiError, without_route
 from bento.http.files import file_response
 from bento.serving.admission import unavailable
 from bento.serving.models import Models, Served
@@ -106,7 +106,7 @@ def add_probes(app: FastAPI, models: Models, refusal: Callable[[], ApiError | No
     @get("/docs/{name}")
     def docs_file(request: Request, name: str) -> Response:
         if name not in SWAGGER:
-            raise ApiError(404, "Not Found", code="http_404")
+            raise without_route("GET", request.url.path, 404, {})
         return file_response(request, swagger_ui_file(name).read_bytes(), SWAGGER[name])
 
 

@@ -49,6 +49,7 @@ FEED_AT_ONCE = 16
 """Pieces that the parser takes before the event loop turns to other connections."""
 HOST = re.compile(rb"(\[[0-9A-Za-z:.%_~-]+\]|[0-9A-Za-z._~%!$&'()*+,;=-]*)(:[0-9]*)?")
 """The syntax of RFC 3986 section 3.2.2; a request for no host has an empty one."""
+WRONG_VERSION = "HTTP/{} is not spoken here: use HTTP/1.1"
 HOP_BY_HOP = {b"upgrade", b"http2-settings"}
 MESSAGE_BEGAN = "message_began"
 """Key of the scope's state: `time.monotonic()` at the first byte of the request, seconds."""
@@ -56,6 +57,8 @@ HALF_CLOSE_S = 0.2
 """If the client's data ends within this time of its request, the end belongs to the request."""
 FIRST_PROBE_S, PROBE_S = 1.0, 5.0
 RESET_S = 0.02
+LENIENCIES = {"lenient_data_after_close": True, "lenient_version": True}
+"""Uvicorn's, and versions: HTTP/1.2 is answered as 1.1 (RFC 9110 section 2.5), `_wrong_head` refuses HTTP/3."""
 SPARE_FILES = 128
 """File descriptors reserved for libraries, the model and logs."""
 TCP_CLOSED = 7
@@ -99,6 +102,7 @@ class Http1Protocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.parser.set_dangerous_leniencies(**LENIENCIES)
         self._limits = limits
         self.timeout_keep_alive = limits.keep_alive_s  # type: ignore[assignment]
         self._received = bytearray()
@@ -256,6 +260,8 @@ class Http1Protocol(HttpToolsProtocol):
                 self._refuse(405, "CONNECT is not a method of this service", "http_405")
             return
         except httptools.HttpParserError as error:
+            if "PRI" in str(error):  # the method that HTTP/2 begins with
+                self._refusal = (505, WRONG_VERSION.format("2"), "http_version")
             reason = f"the request is not valid HTTP/1.1 ({error})"
             self._refuse(*(self._refusal or (400, reason, "invalid_http")))
             return
@@ -276,7 +282,7 @@ class Http1Protocol(HttpToolsProtocol):
             if name not in HOP_BY_HOP:
                 head += [name, b": ", value, b"\r\n"]
         self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.parser.set_dangerous_leniencies(**LENIENCIES)
         self._parse(b"".join([*head, b"\r\n"]))
         self._head_bytes = 0
         self._received[:0] = rest
@@ -322,7 +328,11 @@ class Http1Protocol(HttpToolsProtocol):
         if self.url == b"*":  # OPTIONS * asks about the server as a whole
             raw_path, query = b"*", b""
         else:
-            parsed = httptools.parse_url(self.url)
+            try:
+                parsed = httptools.parse_url(self.url)
+            except httptools.HttpParserInvalidURLError:
+                self._refusal = (400, "the target of the request is not a path or an http address", "invalid_http")
+                raise
             raw_path, query = parsed.path or b"/", parsed.query or b""
         self.scope["path"] = self.root_path + unquote(raw_path.decode("ascii"))
         self.scope["raw_path"] = self.root_path.encode("ascii") + raw_path
@@ -354,7 +364,7 @@ class Http1Protocol(HttpToolsProtocol):
         """What the parser accepts and RFC 9112 does not, sections 2.3, 3.2 and 6.1: status, message and code."""
         version = self.scope["http_version"]
         if not version.startswith(("0.", "1.")):
-            return 505, f"HTTP/{version} is not spoken here: use HTTP/1.1", "http_version"
+            return 505, WRONG_VERSION.format(version), "http_version"
         hosts = [value for name, value in self.headers if name == b"host"]
         if len(hosts) > 1:
             return 400, "the request has several Host headers: send one", "invalid_http"

@@ -56,5 +56,5 @@ def add_page(app: FastAPI, compare_with: str = "") -> None:
     @app.api_route("/page/{name}", methods=["GET", "HEAD"], include_in_schema=False)
     async def page_file(request: Request, name: str) -> Response:
         if name not in files:
-            raise HTTPException(404, "Not Found")
+            raise HTTPException(404)
         return answer(request, name)

@@ -127,7 +127,9 @@ class Backend:
         is_too_long = free < min(wanted, 1)
         if is_too_long or (wanted > free and not self.clamp_max_tokens):
             limit = f"This model's maximum context length is {context} tokens. However, "
-            if is_given:
+            if is_given and text_name == count_name:  # a body without a text
+                message = f"you requested {wanted} tokens. Please reduce {count_name} to at most {free}."
+            elif is_given:
                 message = (
                     f"you requested {prompt + wanted} tokens: {prompt} tokens in the {text_name} and {wanted} in the "
                     f"completion ({count_name}). "

@@ -209,6 +209,37 @@ def test_a_refusal_never_repeats_what_a_user_wrote(service):
 def test_other_methods_and_paths_have_the_same_shape_of_error(service):
     client = TestClient(service.app)
     for path in GOOD:
-        assert refusal(client.get(path), 405)["code"] == "http_405"
+        error = refusal(client.get(path), 405)
+        assert error["code"] == "http_405"
+        assert error["message"] == f'GET is not a method of "{path}": expected OPTIONS, POST'
     assert refusal(client.post("/v1/models", json={}), 405)
-    assert refusal(client.get("/v1/nothing"), 404)["code"] == "http_404"
+    for path in ("/v1/nothing", "/docs/nothing", "/page/nothing", "/" + "x" * 5000):
+        error = refusal(client.get(path), 404)
+        assert error["code"] == "http_404"
+        assert error["message"].startswith(f'"{path[:64]}" is not a route') and len(error["message"]) < 200
+
+
+@pytest.mark.parametrize("path", GOOD)
+def test_an_empty_body_and_one_of_another_type_are_named(service, path):
+    client = TestClient(service.app)
+    body = json.dumps(GOOD[path]).encode()
+    for kind in ("application/json", "text/plain", ""):
+        assert "is empty" in refusal(client.post(path, content=b"", headers={"content-type": kind}))["message"]
+    for kind in (
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "application/jsonx",
+    ):
+        error = refusal(client.post(path, content=body, headers={"content-type": kind}))
+        assert error["message"] == f'Content-Type is "{kind}": expected application/json'
+    assert "Content-Type is missing" in refusal(client.post(path, content=body))["message"]
+    for kind in (
+        "application/json",
+        "Application/JSON; charset=utf-8",
+        "application/vnd.api+json",
+        "application/json;",
+    ):
+        wrong = json.dumps({**GOOD[path], "color": 1}).encode()  # read, so that its field is named
+        assert refusal(client.post(path, content=wrong, headers={"content-type": kind}))["param"] == "color"
+    assert refusal(client.post(path, json=[]))["message"] == "the body is not a JSON object"

@@ -151,14 +151,14 @@ def test_headers_that_proxies_add_are_no_trouble(address):
 
 MALFORMED = [
     b"nonsense\r\n\r\n",
-    b"GET / HTTP/9.9\r\n\r\n",
+    b"GET / http/1.1\r\n\r\n",
     b"GET / HTTP/1.1\r\nHost : x\r\n\r\n",
     b"POST / HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
     b"POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
     b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
     b"GET /\xff HTTP/1.1\r\n\r\n",
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"SSH-2.0-OpenSSH_9.2\r\n",
     b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
 ]
 
@@ -183,6 +183,9 @@ GET = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n"
         (post(b"", "Transfer-Encoding: gzip"), 501),
         (post(b"", "Transfer-Encoding: gzip", "Transfer-Encoding: chunked"), 501),
         (GET.replace(b"1.1", b"2.0") + b"\r\n", 505),
+        (GET.replace(b"1.1", b"3.0") + b"\r\n", 505),
+        (GET.replace(b"1.1", b"9.9") + b"\r\n", 505),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
         (GET + b"Host: y\r\n\r\n", 400),
         (GET.replace(b"Host: x\r\n", b"") + b"\r\n", 400),
         (GET + b"Host: y\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n", 400),
@@ -208,6 +211,18 @@ def test_hosts_of_every_form_are_accepted(address, host):
 def test_the_refusal_of_malformed_http_says_what_is_wrong(address):
     assert "Content-Length" in error(ask(address, MALFORMED[3]), 400)["message"]
     assert "header" in error(ask(address, GET + b"No colon\r\n\r\n"), 400)["message"]
+    assert "target" in error(ask(address, GET.replace(b"/v1", b"http://x:99999999/v1") + b"\r\n"), 400)["message"]
+    assert "HTTP/2" in error(ask(address, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), 505)["message"]
+
+
+@pytest.mark.parametrize("version", ["1.2", "1.9"])
+def test_a_higher_minor_version_is_answered_as_http_1_1(address, version):
+    with connection(address) as made:
+        for _ in range(2):  # on one connection
+            made.sendall(post(BODY, version=version))
+            assert read_answer(made)[0] == 200
+        made.sendall(post(BODY, "Connection: Upgrade", "Upgrade: h2c", version=version))
+        assert read_answer(made)[0] == 200
 
 
 def test_an_old_client_is_not_told_to_continue(address):

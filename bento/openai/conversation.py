@@ -16,7 +16,7 @@ from bento.errors import ApiError, validation_error
 from bento.openai.chat import encode_chat
 from bento.openai.schema import ChatRequest, Dialogue
 from bento.openai.structured import compile_form, compile_grammar
-from bento.openai.tools import Arguments, CallReader, CallStart, Part, dialogue_messages
+from bento.openai.tools import Arguments, CallReader, CallStart, Part, arguments_schema, dialogue_messages
 from bento.serving.answers import Answers, Batch, EventStream
 from bento.serving.backend import SHORT_TEXT, Backend, Prompt
 from model.generation.grammar.grammar import Grammar
@@ -48,7 +48,7 @@ async def read_conversation(backend: Backend, body: ChatRequest, names: Mapping[
     """
     grammar: Grammar | None
     if source := body.calls_grammar():
-        grammar = await compile_grammar(backend, "tools", "calls", source)
+        grammar = await _compile_calls(backend, body, source)
     else:
         grammar = await compile_form(backend, body, names)
     ids = await encode_dialogue(backend, body, names)
@@ -58,6 +58,17 @@ async def read_conversation(backend: Backend, body: ChatRequest, names: Mapping[
     own = names.get("messages", "messages"), names.get(name, name)
     count = backend.fit(len(prompt.ids), asked, default=None, names=own)
     return Conversation(prompt, count, grammar, bool(body.callable_functions()))
+
+
+async def _compile_calls(backend: Backend, body: ChatRequest, source: str) -> Grammar:
+    """The grammar of an answer with calls. Raises ApiError 400 that names the function whose schema is wrong."""
+    try:
+        return await compile_grammar(backend, "tools", "calls", source)
+    except ApiError:
+        for function in body.callable_functions():
+            place = f"tools: the schema of {function.name}"
+            await compile_grammar(backend, "tools", "json", json.dumps(arguments_schema(function)), place)
+        raise
 
 
 async def encode_dialogue(

@@ -159,10 +159,10 @@ async def compile_form(
     return None
 
 
-async def compile_grammar(backend: Backend, field: str, kind: Kind, source: str) -> Grammar:
-    """The grammar of a field. Raises ApiError 400 for one that cannot be enforced."""
+async def compile_grammar(backend: Backend, field: str, kind: Kind, source: str, place: str = "") -> Grammar:
+    """The grammar of a field. place: where it stands. Raises ApiError 400 for one that cannot be enforced."""
     if len(source) > LONGEST_GRAMMAR:
-        raise _refusal(field, f"it has {len(source):,} characters: at most {LONGEST_GRAMMAR:,}")
+        raise _refusal(field, place, f"it has {len(source):,} characters: at most {LONGEST_GRAMMAR:,}")
     engine = backend.engine
     try:
         if found := engine.compiled_grammar(kind, source):
@@ -170,8 +170,8 @@ async def compile_grammar(backend: Backend, field: str, kind: Kind, source: str)
         # GBNF is translated in Python, which holds the GIL; the rest releases it.
         return await backend.heavy.run(engine.compile_grammar, kind, source, holds_lock=kind == "grammar")
     except PipelineError as error:
-        raise _refusal(field, str(error)) from None
+        raise _refusal(field, place, str(error)) from None
 
 
-def _refusal(field: str, reason: str) -> ApiError:
-    return ApiError(400, f"{field} cannot be enforced: {reason}", code="invalid_grammar", param=field)
+def _refusal(field: str, place: str, reason: str) -> ApiError:
+    return ApiError(400, f"{place or field} cannot be enforced: {reason}", code="invalid_grammar", param=field)

@@ -45,6 +45,11 @@ class Function(StrictRequest):
     strict: bool | None = Field(None, description="Accepted and ignored: the schema is always enforced.")
 
 
+def arguments_schema(function: Function) -> dict[str, Any]:
+    """The JSON schema of a function's arguments, which are an object even if it does not say so."""
+    return {"type": "object", **(function.parameters or NO_ARGUMENTS)}
+
+
 class Tool(StrictRequest):
     """A tool: functions are the only type."""
 
@@ -167,11 +172,7 @@ class ToolFields(StrictRequest):
         for number, function in enumerate(functions):
             head = call_head(function.name).removeprefix(OPENING)
             rules.append(f"call_{number}: {_text(head)} arguments_{number} {_text(CALL_TAIL)}")
-            schema = {
-                "type": "object",
-                **(function.parameters or NO_ARGUMENTS),
-                "x-guidance": {"whitespace_flexible": False},
-            }
+            schema = {**arguments_schema(function), "x-guidance": {"whitespace_flexible": False}}
             rules.append(f"arguments_{number}: %json {json.dumps(schema)}")
         return "\n".join(rules)
 

@@ -24,11 +24,22 @@ LONGEST_PLACE = 80
 
 
 def check_schema(source: str) -> None:
-    """Raises PipelineError for a JSON schema, as JSON text, with a part that only an infinite value could match."""
+    """Raises PipelineError for a JSON schema, as JSON text, with a part that only an infinite value could match.
+
+    So it does for one with a constant that would be rounded.
+    """
     root = json.loads(source)
-    if not isinstance(root, dict) or '"$ref"' not in source:
-        return  # recursion needs a reference
+    if not isinstance(root, dict):
+        return
     schemas = _Schemas(root)
+    for schema, place in zip(schemas.all, schemas.places, strict=True):
+        for name in ("const", "enum"):
+            if _is_rounded(schema.get(name)):
+                raise PipelineError(
+                    f"{place[:LONGEST_PLACE]}/{name} has an integer beyond 2^53, which would be rounded"
+                )
+    if '"$ref"' not in source:
+        return  # recursion needs a reference
     finite = _least_fixed_point({at: schemas.used(at) for at in range(len(schemas.all))}, schemas.is_finite)
     for number in schemas.reached():
         if number not in finite:
@@ -36,6 +47,14 @@ def check_schema(source: str) -> None:
             raise PipelineError(
                 f"no text is ever complete under {place}: it requires itself inside; make a part optional"
             )
+
+
+def _is_rounded(value: Any) -> bool:
+    """Whether a JSON value has an integer that a double does not hold: llguidance would write another one."""
+    if isinstance(value, int):
+        return abs(value) > 2**53
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(map(_is_rounded, inner))
 
 
 def check_lark(source: str) -> None:

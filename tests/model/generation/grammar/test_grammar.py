@@ -171,6 +171,8 @@ def test_log_probabilities_are_the_models_before_the_grammar(engine):
         ("json", '{"$ref": "http://127.0.0.1:9/x"}', "retriev"),
         ("json", '{"$ref": "#"}', "no text"),
         ("json", '{"type": "array", "uniqueItems": true}', "uniqueItems"),
+        ("json", '{"const": 12345678901234567890}', "#/const has an integer beyond 2^53"),
+        ("json", '{"properties": {"a": {"enum": [1, [-9007199254740993]]}}}', "#/properties/a/enum has an integer"),
         ("json", '{"type": "string", "x-guidance": {"lenient": true}, "uniqueItems": true}', "uniqueItems"),
         ("json", '{"type": "string", "pattern": "(?=a)b"}', "look-around"),
         ("json", '{"type": "string", "minLength": 3, "maxLength": 2}', "minLength"),

@@ -64,7 +64,8 @@ class ApiError(HTTPException):
 
 def anthropic_error(error: ApiError) -> dict[str, Any]:
     """An error in Anthropic's format, with the fields of OpenAI's."""
-    detail = {**error.content["error"], "type": ANTHROPIC_TYPES.get(error.status_code, "api_error")}
+    other = "invalid_request_error" if error.status_code < 500 else "api_error"
+    detail = {**error.content["error"], "type": ANTHROPIC_TYPES.get(error.status_code, other)}
     if detail["code"] == CONTEXT_EXCEEDED:
         detail["message"] = f"prompt is too long: {detail['message']}"  # the words that Anthropic's clients look for
     return {"type": "error", "error": detail}

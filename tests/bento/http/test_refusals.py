@@ -212,6 +212,9 @@ def test_other_methods_and_paths_have_the_same_shape_of_error(service):
         error = refusal(client.get(path), 405)
         assert error["code"] == "http_405"
         assert error["message"] == f'GET is not a method of "{path}": expected OPTIONS, POST'
+        assert error["type"] == "invalid_request_error"
+        encoded = client.post(path, content=b"x", headers={"content-encoding": "br"})
+        assert refusal(encoded, 415)["type"] == "invalid_request_error"
     assert refusal(client.post("/v1/models", json={}), 405)
     for path in ("/v1/nothing", "/docs/nothing", "/page/nothing", "/" + "x" * 5000):
         error = refusal(client.get(path), 404)

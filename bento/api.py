@@ -78,6 +78,7 @@ def create_app(
         title="REX text generation",
         description="Continues text with a REX language model.",
         version="1",
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
     )

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.synchronize import Event
 from typing import Any
 
 from bench.server import HOST
@@ -352,7 +353,7 @@ KINDS = {
 """By name."""
 
 
-def abuse(name: str, port: int, clients: int, end: float) -> None:
+def abuse(name: str, port: int, clients: int, end: float, has_begun: Event) -> None:
     """Send requests of a kind from `clients` threads until the clock's `end`; called in a separate process."""
     kind = KINDS[name]
     request = kind.make()
@@ -369,5 +370,6 @@ def abuse(name: str, port: int, clients: int, end: float) -> None:
     threads = [threading.Thread(target=again, daemon=True) for _ in range(kind.clients * clients)]
     for thread in threads:
         thread.start()
+    has_begun.set()
     for thread in threads:
         thread.join(max(end - time.monotonic(), 0))

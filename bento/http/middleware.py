@@ -1,4 +1,5 @@
-"""The middleware of every route: request id, body limit, keys, admission, log line, metrics, span and error answers.
+"""The middleware of every route: the client's share, request id, body limit, keys, admission, log line, metrics, span
+and error answers.
 
 A log line holds numbers, values from fixed sets and an id of plain characters; never prompts, texts or keys.
 """
@@ -22,6 +23,7 @@ from bento.http.auth import ApiKeyMiddleware
 from bento.http.upload import UploadMiddleware
 from bento.serving.admission import Admission, AdmissionMiddleware
 from bento.serving.models import Models
+from bento.serving.shares import CHARGE, Charged
 from bento.telemetry.metrics import ServiceMetrics
 from bento.telemetry.record import CLIENT_LEFT, RequestRecord
 
@@ -61,6 +63,33 @@ def add_middleware(
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
+    app.add_middleware(ChargeMiddleware)
+
+
+class ChargeMiddleware:
+    """Charges the client with the CPU time of its request, but not of a stream, whose text has its share of the engine.
+
+    Part of the app and not of the connection, since BentoML runs the app in a task of its own, whose time `Charged`
+    does not see.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        charge = CHARGE.get()
+        if charge is None:
+            await self.app(scope, receive, send)
+            return
+
+        async def send_free(message: Message) -> None:
+            if message.get("more_body"):
+                answer.is_free = True
+            await send(message)
+
+        answer = Charged(self.app(scope, receive, send_free), charge)
+        await answer
 
 
 class Cors(CORSMiddleware):

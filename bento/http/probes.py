@@ -4,11 +4,13 @@
 vLLM's, `/schema.json` what BentoML's client expects. `/docs` loads BentoML's copy of Swagger UI, without other hosts.
 """
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import orjson
 from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.responses import JSONResponse, RedirectResponse, Response
@@ -85,9 +87,17 @@ def add_probes(app: FastAPI, models: Models, refusal: Callable[[], ApiError | No
             }
         )
 
+    @functools.cache
+    def encoded(path: str) -> bytes:
+        """A description of the routes as JSON, of 100 kB and more: each encoding would hold the event loop for long."""
+        if path == "/openapi.json":
+            return orjson.dumps(app.openapi())
+        return orjson.dumps({"name": models.name, "type": "service", "routes": bentoml_routes(app)})
+
+    @get("/openapi.json")
     @get("/schema.json")
-    async def schema() -> Response:
-        return JSONResponse({"name": models.name, "type": "service", "routes": bentoml_routes(app)})
+    async def description(request: Request) -> Response:
+        return Response(encoded(request.scope["path"]), media_type="application/json")
 
     @get("/docs")
     async def docs() -> Response:

@@ -33,7 +33,7 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from bento.errors import error_content
-from bento.serving.shares import CONNECTION_S, Charged, ClientShares
+from bento.serving.shares import CHARGE, CONNECTION_S, ClientShares
 
 MAX_HEAD_BYTES = 65_536
 MAX_HEADERS = 200
@@ -236,14 +236,9 @@ class Http1Protocol(HttpToolsProtocol):
         cost = self._limits.shares.request(self._client_host)
 
         async def charged(scope: Any, receive: Any, send: Any) -> None:
-            async def send_free(message: Any) -> None:
-                if message.get("more_body"):  # a stream: its text has its share of the engine
-                    answer.is_free = True
-                await send(message)
-
-            answer = Charged(app(scope, receive, send_free), cost.charge)
+            CHARGE.set(cost.charge)
             try:
-                await answer
+                await app(scope, receive, send)
             finally:
                 cost.end()
 
@@ -340,6 +335,8 @@ class Http1Protocol(HttpToolsProtocol):
         self.scope["state"][MESSAGE_BEGAN] = self._began
         self._stop_deadline()
         self._limits.idle.pop(self, None)
+        if self.scope["method"] == "POST":
+            self._limits.shares.arrive(self._client_host)
         earlier = self.cycle
         is_old = self.scope["http_version"] == "1.0"
         self.cycle = (_Http10Cycle if is_old else RequestResponseCycle)(

@@ -1,7 +1,7 @@
 """Shares the event loop among clients: the CPU time of their requests, but not of streams.
 
 Each client, an address, has a leaky bucket that fills with the CPU time of its requests and drains at `SHARE` of a
-core. While other clients send requests too, the server reads nothing from the connections of a client whose bucket is
+core. While other clients post requests too, the server reads nothing from the connections of a client whose bucket is
 full, so that its data waits in the kernel. A request is charged in advance with what the client's requests usually
 cost, so that of several connections that wait, one is read at a time. A client alone never waits. Generation has its
 own turns (`model/generation/turns.py`).
@@ -68,13 +68,16 @@ class ClientShares:
         bucket = self._buckets.setdefault(client, _Bucket(at=self.clock()))
         bucket.usual_s += NEWEST_WEIGHT * (seconds - bucket.usual_s)
 
-    def wait_s(self, client: str) -> float:
-        """Seconds until the client's next request may be read; 0 if at once. Counts as a request of the client."""
-        now = self.clock()
+    def arrive(self, client: str) -> None:
+        """Notice a request that others make way for. Probes of a service's health are none."""
         if client != self._newest:
             self._newest, self._other_at = client, self._newest_at
-        self._newest_at = now
-        if now - self._other_at > OTHERS_S:
+        self._newest_at = self.clock()
+
+    def wait_s(self, client: str) -> float:
+        """Seconds until the client's next request may be read; 0 if at once."""
+        now = self.clock()
+        if now - (self._other_at if client == self._newest else self._newest_at) > OTHERS_S:
             return 0.0
         return max(0.0, (self._drained(client, now).level_s - BURST_S) / SHARE)
 
@@ -117,7 +120,6 @@ class Charged:
         """As the coroutine's own."""
         steps: Any = self._coroutine.__await__()
         error: BaseException | None = None
-        CHARGE.set(self._charge)
         while True:
             began = time.thread_time()
             try:

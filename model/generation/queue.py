@@ -97,6 +97,11 @@ class RequestQueue:
             self._arrivals = {client: at for client, at in self._arrivals.items() if at >= oldest}
             return self._waiting.clients | self._arrivals.keys()
 
+    def count(self, client: str) -> int:
+        """Waiting requests of one client."""
+        with self._lock:
+            return self._waiting.count(client)
+
     def remove(self, generation: Generation) -> None:
         """Remove a request if it is still queued."""
         with self._lock:

@@ -1,7 +1,7 @@
 """Continuous batching: selects the tokens of each step and processes its logits.
 
 In each step every running sequence decodes one token, and prefill fills the step up to `prefill_chunk` tokens, so a
-long prompt delays the others by one chunk at most. While several clients are present the chunk is an eighth of that,
+long prompt delays the others by one chunk at most. While several clients are present the chunk is a sixteenth of that,
 shared among those that are prefilled, the client with the fewest requests is prefilled in steps of its own at most
 every other time, and a slot stays free for a client that has none, so that a first token waits for at most a short
 step of the others.
@@ -41,8 +41,11 @@ from model.generation.steps.step import Segment, SegmentOutput, Step
 logger = logging.getLogger(__name__)
 SLOTS_PER_KEPT = 16
 """One slot in this many is reserved for short answers, so that they do not wait for long ones."""
-SHARED_CHUNKS = 8
+SHARED_CHUNKS = 16
 """While several clients are present a step has this fraction of `prefill_chunk`: more would delay the others."""
+SHARED_STARTS = 4
+"""Requests that start in one step while several clients are present: one whose prompt is in the cache adds a token to
+the step, and the time to look its prompt up and to read its keys and values."""
 Batch = list[tuple[Sequence, Segment]]
 
 
@@ -143,7 +146,7 @@ class Scheduler:
             chunk = math.ceil(chunk / SHARED_CHUNKS)
             while self._start_next(has_priority=True):
                 pass
-        first = self._first_client()
+        first = self._first_client(chunk)
         chosen = [s for s in self.running if first is None or s.request.client == first]
         batch = [(s, self._next_segment(s, s.num_tokens)) for s in chosen if not s.is_prefilling]
         # Steps are filled to `chunk` tokens (whole GEMM tiles); a quarter is reserved for prefill so that it advances
@@ -161,20 +164,30 @@ class Scheduler:
                     batch.append((sequence, self._next_segment(sequence, share)))
                     share -= len(batch[-1][1].ids)
             left += share
-        while first is None and left > 0 and (started := self._start_next()):
+        starts = SHARED_STARTS if len(self._present) > 1 else len(self._free)
+        while first is None and left > 0 and starts > 0 and (started := self._start_next()):
             batch.append((started, self._next_segment(started, left)))
             left -= len(batch[-1][1].ids)
+            starts -= 1
         return batch
 
-    def _first_client(self) -> str | None:
-        """The client that has this step alone, at most every other step: it waits for a first token, and has fewer
-        running requests than any other or, of as many, had fewer tokens computed.
+    def _first_client(self, chunk: int) -> str | None:
+        """The client that has this step of `chunk` tokens alone, at most every other step: it waits for a first token
+        and has fewer running requests than any other. Of as many, one that can have its first token in this step goes
+        before others, and of several those that have fewer requests waiting; else, fewer tokens computed.
         """
         running = Counter(sequence.request.client for sequence in self.running)
-        fewest = min(running, key=lambda client: (running[client], self._computed[client]), default=None)
-        waits = any(s.is_prefilling for s in self.running if s.request.client == fewest)
-        self._is_alone = len(running) > 1 and waits and not self._is_alone
-        return fewest if self._is_alone else None
+        prefill = dict.fromkeys(running, 0)
+        for sequence in self.running:
+            prefill[sequence.request.client] += max(sequence.num_prompt_tokens - sequence.num_computed_tokens, 0)
+
+        def order(client: str) -> tuple[int, bool, int, int]:
+            fits = prefill[client] <= chunk
+            return running[client], not fits, self._queue.count(client) if fits else 0, self._computed[client]
+
+        first = min(running, key=order, default="")
+        self._is_alone = len(running) > 1 and prefill[first] > 0 and not self._is_alone
+        return first if self._is_alone else None
 
     def _count_clients(self) -> None:
         """Take notice of clients that came and went."""
@@ -357,12 +370,13 @@ class Scheduler:
         """The next token; None if the request's constraint allows no token, which completes the text."""
         if sequence.constraint:
             return self._constrained_token(sequence, sequence.constraint, output)
-        if segment.logits == "token":
+        forbidden = self._forbidden(sequence)
+        if segment.logits != "all" and sequence.is_plain(forbidden):
             if output.token is None:
                 raise ValueError("the highest logit is not finite: the weights or the cache hold broken numbers")
             sequence.sampler.take()
             return output.token
-        return sequence.sampler.next(output.logits_RV[-1], self._forbidden(sequence))
+        return sequence.sampler.next(output.logits_RV[-1], forbidden)
 
     def _constrained_token(self, sequence: Sequence, constraint: Constraint, output: SegmentOutput) -> int | None:
         ends = frozenset() if sequence.request.ignore_eos else self._end_of_text_ids

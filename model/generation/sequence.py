@@ -51,16 +51,20 @@ class Sequence:
     def next_segment(self, most: int, forbidden: collections.abc.Sequence[int]) -> Segment:
         """The next segment to compute, at most `most` tokens. forbidden: tokens excluded from sampling."""
         end = min(self.num_tokens, self.num_computed_tokens + most)
-        wanted = self._wanted(end, is_free=not forbidden)
-        draw = self.sampler.draw() if wanted == "token" and not self.sampler.is_greedy else None
+        wanted = self._wanted(end, forbidden)
+        draws = wanted in ("token", "last") and self.is_plain(forbidden) and not self.sampler.is_greedy
+        draw = self.sampler.draw() if draws else None
         return Segment(self.slot, self.num_computed_tokens, self.ids[self.num_computed_tokens : end], wanted, draw)
 
-    def _wanted(self, end: int, *, is_free: bool) -> Wanted:
+    def is_plain(self, forbidden: collections.abc.Sequence[int]) -> bool:
+        """Whether the step can choose the next token: nothing changes its logits."""
+        return not forbidden and self.constraint is None and self.sampler.is_plain
+
+    def _wanted(self, end: int, forbidden: collections.abc.Sequence[int]) -> Wanted:
         if self.request.embedding:
             return "hidden"
         if self.request.prompt_logprobs is not None and self.is_prefilling:
             return "all"
         if end < self.num_tokens:
             return "none"
-        is_free = is_free and self.constraint is None
-        return "token" if is_free and self.sampler.is_plain and self.request.logprobs is None else "last"
+        return "token" if self.is_plain(forbidden) and self.request.logprobs is None else "last"

@@ -45,7 +45,7 @@ class ServingSettings(Settings, group="serving"):
     prefill_chunk: int = option(
         256,
         "Tokens of a step with prefill, decoded ones included: bounds how long a prompt delays running texts. "
-        "An eighth of it while several clients send requests.",
+        "A sixteenth of it while several clients send requests.",
         unit="tokens",
         above=0,
         maximum=2**20,

@@ -187,8 +187,11 @@ class GrammarCompiler:
 
 
 def choice_grammar(choices: Sequence[str]) -> str:
-    """A Lark grammar that matches one of a few texts."""
-    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+    """A Lark grammar that matches one of some texts.
+
+    They are one terminal: each alternative of a rule would be an item of a row, whose number is bounded.
+    """
+    return "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
 
 
 def one_line(message: str) -> str:

@@ -26,7 +26,7 @@ class Segment(NamedTuple):
 
     ids: int64, at least one. logits: which rows the step computes: none, only the chosen next token, the last token's
     logits, the logits of all tokens, or the hidden states of all tokens instead. draw: how the next token is chosen if
-    it is not the most likely one; only for "token".
+    it is not the most likely one; only for "token" and "last".
     """
 
     slot: int

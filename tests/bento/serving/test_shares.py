@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from bentoml._internal.server.http.traffic import TimeoutMiddleware
 
 from bento.http.protocol import MAX_CHUNKS, ConnectionLimits
 from bento.serving.heavy import HeavyWork
@@ -38,12 +39,15 @@ def shares(clock: Clock) -> ClientShares:
 
 def test_a_client_alone_never_waits(shares: ClientShares, clock: Clock) -> None:
     for _ in range(100):
+        shares.arrive("one")
         assert shares.wait_s("one") == 0
         shares.charge("one", 1.0)
         clock.now += 0.01
 
 
 def test_beside_others_a_client_waits_until_its_costs_have_drained(shares: ClientShares, clock: Clock) -> None:
+    shares.arrive("costly")
+    shares.arrive("cheap")
     assert shares.wait_s("costly") == shares.wait_s("cheap") == 0
     shares.charge("costly", BURST_S + SHARE / 4)
     assert shares.wait_s("cheap") == 0
@@ -54,19 +58,19 @@ def test_beside_others_a_client_waits_until_its_costs_have_drained(shares: Clien
 
 
 def test_a_burst_within_the_allowance_is_free(shares: ClientShares) -> None:
-    shares.wait_s("other")
+    shares.arrive("other")
     shares.charge("one", BURST_S)
     assert shares.wait_s("one") == 0
 
 
 def test_no_wait_is_longer_than_the_longest(shares: ClientShares) -> None:
-    shares.wait_s("other")
+    shares.arrive("other")
     shares.charge("one", 1000.0)
     assert shares.wait_s("one") == pytest.approx(LONGEST_WAIT_S)
 
 
 def test_a_client_whose_neighbors_have_gone_waits_no_more(shares: ClientShares, clock: Clock) -> None:
-    shares.wait_s("other")
+    shares.arrive("other")
     shares.charge("one", 1000.0)
     clock.now += OTHERS_S + 0.1
     shares.charge("one", 1000.0)
@@ -77,13 +81,13 @@ def test_of_several_waiting_connections_one_is_read_at_a_time(shares: ClientShar
     """At the moment when the bucket has drained, all are asked whether they must wait."""
     for _ in range(20):
         shares.learn("costly", SHARE / 2)
-    shares.wait_s("other")
+    shares.arrive("other")
     shares.charge("costly", BURST_S)
     assert shares.wait_s("costly") == 0
     shares.request("costly")
     assert shares.wait_s("costly") == pytest.approx(0.5, rel=0.01)
     clock.now += 0.51
-    shares.wait_s("other")
+    shares.arrive("other")
     assert shares.wait_s("costly") == 0
 
 
@@ -124,6 +128,7 @@ def test_all_steps_of_a_coroutine_are_charged_and_its_waits_are_not() -> None:
 
 
 async def _run(coroutine, charged: list[float]):
+    CHARGE.set(charged.append)
     return await Charged(coroutine, charged.append)
 
 
@@ -186,6 +191,7 @@ def test_on_a_real_server_one_client_waits_and_another_is_answered_and_what_wait
         address = (OTHER, int(url.rpartition(":")[2]))
         assert httpx.get(f"{url}/v1/models").status_code == 200
         clock.now += LONGEST_WAIT_S
+        shares.arrive(OTHER)
         assert shares.wait_s(OTHER) == 0
         shares.charge(COSTLY, 1000.0)
         with _post(address, body, COSTLY) as whole, _post(address, body, COSTLY) as half_closed:
@@ -201,6 +207,24 @@ def test_on_a_real_server_one_client_waits_and_another_is_answered_and_what_wait
             for waiting in (whole, half_closed):
                 waiting.settimeout(30)
                 assert b"200 OK" in waiting.recv(4096)
+
+
+def test_behind_middleware_that_runs_the_app_in_another_task_a_request_is_charged_and_a_probe_makes_nobody_wait(
+    service: Service, clock: Clock, shares: ClientShares
+) -> None:
+    fields = {f"{number}": 1 for number in range(1_400)}
+    app = TimeoutMiddleware(service.app, 60)
+    with on_a_port(app, ConnectionLimits(shares=shares)) as url:
+        for _ in range(4):
+            assert httpx.post(f"{url}/v1/completions", json=GOOD["/v1/completions"] | fields).status_code == 400
+        assert shares._buckets[OTHER].usual_s > 0.0005
+        assert httpx.get(f"{url}/health").status_code == 200
+        shares.charge(COSTLY, 1000.0)
+        assert shares.wait_s(COSTLY) > 0
+        clock.now += OTHERS_S + 0.1
+        shares.charge(COSTLY, 1000.0)
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert shares.wait_s(COSTLY) == 0
 
 
 @pytest.mark.medium

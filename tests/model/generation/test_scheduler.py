@@ -259,17 +259,33 @@ def test_long_answers_leave_a_slot_to_short_ones(recorder):
 
 def test_a_client_that_joins_is_prefilled_first_in_short_steps(recorder):
     step = Recorder(tiny_model(tiny_tokenizer()), 4)
-    scheduler = schedule(step, prefill_chunk=32)
+    scheduler = schedule(step, prefill_chunk=64)
     for start in (2, 60):
-        add(scheduler, list(range(start, start + 50)), client="a")
+        add(scheduler, list(range(start, start + 70)), client="a")
     scheduler.step()
-    assert sizes(step.steps[-1]) == [32]  # alone: a whole chunk
+    assert sizes(step.steps[-1]) == [64]  # alone: a whole chunk
     late, events = add(scheduler, [5, 6, 7], client="b")
     scheduler.step()
     assert sizes(step.steps[-1]) == [3]  # the new client's prompt by itself
     assert len(events) == 1 and not late.is_finished
     scheduler.step()
-    assert sizes(step.steps[-1]) == [1, 3]  # an eighth of a chunk, with the other's next tokens
+    assert sizes(step.steps[-1]) == [1, 3]  # a sixteenth of a chunk, with the other's next tokens
+
+
+def test_a_short_prompt_goes_before_one_client_with_many_requests_in_a_row(recorder):
+    step = Recorder(tiny_model(tiny_tokenizer()), 4)
+    scheduler = schedule(step, prefill_chunk=64)  # shared: 4 tokens
+    for number in range(9):
+        add(scheduler, [number, *range(5, 70)], count=1, client="many")
+    scheduler.step()
+    for number in range(6):
+        late, events = add(scheduler, [7, 8, 9, number], count=2 + number % 2, client="one")
+        scheduler.step()
+        if not events:
+            scheduler.step()
+        assert events
+        while not late.is_finished:
+            scheduler.step()
 
 
 def test_running_streams_go_on_at_least_every_other_step(recorder):

@@ -61,6 +61,7 @@ def test_a_text_is_valid_under_its_schema_in_every_step(each_step, model, tokeni
         ("grammar", 'start: "a" b "c"\nb: /[0-9]/ | "(" b ")"', r"a\(*[0-9]\)*c"),
         ("grammar", 'root ::= "x" ("y" | "zz")', "x(y|zz)"),
         ("grammar", choice_grammar(["größer", 'a\n"b\\', "🦖"]), 'größer|a\n"b\\\\|🦖'),
+        ("grammar", choice_grammar([f"{number}." for number in range(2_000)]), r"(0|1?[1-9]\d{0,2}|1[0-9]{3})\."),
     ],
 )
 def test_a_text_follows_expressions_and_grammars(engine, kind, source, pattern):

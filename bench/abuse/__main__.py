@@ -72,7 +72,7 @@ def measure(model_dir: Path, *, seconds: float, samples: int, clients: int, only
             has_begun = spawn.Event()
             abuser = spawn.Process(target=abuse, args=(name, server.port, clients, end, has_begun))
             abuser.start()
-            has_begun.wait(START_S)  # its start takes a core for seconds, which is no abuse of the service
+            has_begun.wait(START_S)  # its start takes a core for seconds, beside the service's
             beside[name] = summary(good_client(server, prompts, seconds, samples))
             if not abuser.is_alive():
                 raise PipelineError(f"the abusers of {name!r} have ended: see their traceback above")

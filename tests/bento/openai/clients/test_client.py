@@ -139,7 +139,7 @@ def test_another_model_is_a_not_found_error(client):
 
 def test_tools_that_cannot_be_enforced_are_refused_by_name(client):
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "objekt"}}}
-    with pytest.raises(openai.BadRequestError, match="tools cannot be enforced"):
+    with pytest.raises(openai.BadRequestError, match="tools: the schema of f cannot be enforced"):
         client.chat.completions.create(messages=MESSAGES, tools=[tool], **GREEDY)
 
 

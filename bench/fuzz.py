@@ -311,12 +311,17 @@ def measure(model_dir: Path, *, requests: int, clients: int, seed: int) -> dict[
             "statuses": dict(tally.statuses.most_common()),
             "server_errors": len(tally.errors),
             "hangs": len(tally.hangs),
-            "tracebacks": len(tracebacks := re.findall(r"^.*Traceback(?:.*\n){1,40}", log, re.MULTILINE)),
+            "tracebacks": log.count("Traceback"),
             "memory_mb": memory,
             "memory_growth_mb": memory[1] - memory[0],
             "answers_at_the_end": last.status == 200 and last.events == first,
-            "examples": [*tally.errors[:5], *tally.hangs[:5], *tracebacks[:2]],
+            "examples": [*tally.errors[:5], *tally.hangs[:5], *_first_traceback(log)],
         }
+
+
+def _first_traceback(log: str) -> list[str]:
+    """The first traceback of the log and the lines after it, if there is one."""
+    return re.findall(r"^.*Traceback(?:.*\n){1,40}", log, re.MULTILINE)[:1]
 
 
 def _send_part(server: Server, made: Requests, tally: Tally, clients: int, seeds: range) -> float:
@@ -332,7 +337,7 @@ def _send_part(server: Server, made: Requests, tally: Tally, clients: int, seeds
 
 
 def table(result: dict[str, Any]) -> str:
-    """One line for each figure, then the requests behind errors and hangs, and tracebacks of the log."""
+    """One line for each figure, then the requests behind errors and hangs, and a traceback."""
     names = ("requests", "seconds", "server_errors", "hangs", "tracebacks", "memory_growth_mb", "answers_at_the_end")
     rows = [f"{name:20} {result[name]}" for name in names]
     return "\n".join([*rows, f"{'statuses':20} {result['statuses']}", *result["examples"]])

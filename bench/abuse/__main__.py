@@ -72,7 +72,11 @@ def measure(model_dir: Path, *, seconds: float, samples: int, clients: int, only
             has_begun = spawn.Event()
             abuser = spawn.Process(target=abuse, args=(name, server.port, clients, end, has_begun))
             abuser.start()
-            has_begun.wait(START_S)  # its start takes a core for seconds, beside the service's
+            # Its start takes a core for seconds, beside the service's.
+            if not has_begun.wait(START_S):
+                raise PipelineError(
+                    f"the abusers of {name!r} have not begun within {START_S:.0f} s: see their traceback"
+                )
             beside[name] = summary(good_client(server, prompts, seconds, samples))
             if not abuser.is_alive():
                 raise PipelineError(f"the abusers of {name!r} have ended: see their traceback above")

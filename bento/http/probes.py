@@ -13,10 +13,11 @@ from typing import Any
 import orjson
 from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from bento.bentoml_internals import swagger_ui_file
-from bento.errors import ApiError, without_route
+from bento.errors import ApiError
 from bento.http.files import file_response
 from bento.serving.admission import unavailable
 from bento.serving.models import Models, Served
@@ -87,17 +88,19 @@ def add_probes(app: FastAPI, models: Models, refusal: Callable[[], ApiError | No
             }
         )
 
-    @functools.cache
-    def encoded(path: str) -> bytes:
-        """A description of the routes as JSON, of 100 kB and more: each encoding would hold the event loop for long."""
-        if path == "/openapi.json":
-            return orjson.dumps(app.openapi())
-        return orjson.dumps({"name": models.name, "type": "service", "routes": bentoml_routes(app)})
+    # Encoded once: of 100 kB and more, they would hold the event loop for as long as some steps of the model.
+    encoded_openapi = functools.cache(lambda: orjson.dumps(app.openapi()))
+    encoded_schema = functools.cache(
+        lambda: orjson.dumps({"name": models.name, "type": "service", "routes": bentoml_routes(app)})
+    )
 
     @get("/openapi.json")
+    async def openapi() -> Response:
+        return Response(encoded_openapi(), media_type="application/json")
+
     @get("/schema.json")
-    async def description(request: Request) -> Response:
-        return Response(encoded(request.scope["path"]), media_type="application/json")
+    async def schema() -> Response:
+        return Response(encoded_schema(), media_type="application/json")
 
     @get("/docs")
     async def docs() -> Response:
@@ -116,7 +119,7 @@ def add_probes(app: FastAPI, models: Models, refusal: Callable[[], ApiError | No
     @get("/docs/{name}")
     def docs_file(request: Request, name: str) -> Response:
         if name not in SWAGGER:
-            raise without_route("GET", request.url.path, 404, {})
+            raise HTTPException(404)
         return file_response(request, swagger_ui_file(name).read_bytes(), SWAGGER[name])
 
 

@@ -83,6 +83,7 @@ def test_make_ui_ends_with_the_terminal_whose_session_make_leads(workplace):
     make = workplace.make("ui", f"UI_PORT={free_port()}", f"MLFLOW_PORT={free_port()}")
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored if these tests run under nohup, and inherited
         os.chdir(REPO)
         os.execvpe(make[0], make, {**workplace.env, "MLFLOW_UI_URL": ""})
     printed = b""

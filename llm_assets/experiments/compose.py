@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -72,7 +73,7 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: Path = CONFIG_
         # Hydra's `+group.option=` admits keys that no setting has: merging once more refuses them.
         typed = OmegaConf.merge(OmegaConf.structured(ExperimentSettings), OmegaConf.to_container(composed))
         settings = OmegaConf.to_object(typed)
-    except (*COMPOSING_ERRORS, PipelineError) as error:
+    except (*COMPOSING_ERRORS, PipelineError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         message = str(error) if isinstance(error, PipelineError) else one_line(error)
         where = locate(str(error), files, overrides) or f"experiment {name!r} with {list(overrides)}"
         raise PipelineError(f"{where}: {message}") from error
@@ -80,6 +81,9 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: Path = CONFIG_
     if not settings.description:
         raise PipelineError(f"{shown(files[1].path)} has no description: expected a line `description: ...`")
     return settings
+
+
+_COMPOSING = "raised while composing config:"
 
 
 def to_yaml(settings: ExperimentSettings) -> str:
@@ -94,7 +98,7 @@ def one_line(error: BaseException) -> str:
     if cause is not None:
         lines += [line.strip() for line in str(cause).splitlines() if line.strip()]
     noise = ("object_type", "reference_type", "See https", "To append", "full_key", "Config search path", "provider=")
-    kept = [line.rstrip(".") for line in lines if not line.startswith(noise)]
+    kept = [line.rstrip(".") for line in lines if not line.startswith(noise) and not line.endswith(_COMPOSING)]
     reason = "; ".join(dict.fromkeys(kept)) + did_you_mean(str(error))
     if "is not in struct" in reason:  # Hydra says so of dictionaries alone
         reason += "; a new name of a dictionary is given with a plus, as '+OPTION.NAME=VALUE'"

@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from omegaconf.errors import GrammarParseError
+from omegaconf.grammar_parser import parse
 
 from model.errors import PipelineError
 from model.settings import GROUPS, options
 
 MAX_BYTES = 1 << 20
-MAX_NODES = 100_000
+MAX_NODES = 5_000
+"""OmegaConf reads at most 10,000."""
 MAX_NAME_CHARACTERS = 50
 NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
 NAME_RULE = (
@@ -26,7 +29,12 @@ NAME_RULE = (
 HYDRA_WORDS = {"null", "true", "false", "inf", "nan", "none"}
 """Names that an override `experiment=...` would parse as another type."""
 PACKAGE = "# @package _global_"
+_PACKAGE = re.compile(r"\s*#\s*@package\b")
 _CHOICE = re.compile(r"(?:override\s+)?/?(?P<group>\w+)")
+_OVERRIDE = re.compile(r"override\s+/(?P<group>\w+)")
+_ENTRY = "`- override /GROUP: FILE`, FILE a name of configs/GROUP"
+_REINTERPRETED = re.compile(r"[-+]?0[0-9_]+|.*:.*")
+"""Integers that YAML reads in base 8 or 60."""
 
 
 @dataclass
@@ -105,25 +113,37 @@ def read_file(path: Path, *, group: str | None, needs_package: bool = False) -> 
             raise _mistake(path, 1, "nothing", "options as `option: value`")
         return found  # only comments: a group with its defaults
     if not isinstance(node, yaml.MappingNode):
-        kind = "a list" if isinstance(node, yaml.SequenceNode) else f"the value {node.value!r}"
-        raise _mistake(path, node.start_mark.line + 1, f"{kind} at the top", "options as `option: value`")
+        at = node.start_mark.line + 1
+        raise _mistake(path, at, f"{_described(node)} at the top", "options as `option: value`")
     _check_nodes(path, node)
     if needs_package and text.lstrip().split("\n")[0].split() != PACKAGE.split():
         raise _mistake(path, 1, f"no line {PACKAGE!r}", "it as the first line of an experiment's file")
+    if group and (line := next((n for n, one in enumerate(text.splitlines(), 1) if _PACKAGE.match(one)), 0)):
+        raise _mistake(path, line, f"a line '@package' in a file of the group {group}", "it in experiments alone")
     for key, value in node.value:
         if key.value == "defaults":
+            if group:
+                raise _mistake(path, key.start_mark.line + 1, f"'defaults' in a file of the group {group}", "options")
+            if needs_package:
+                _check_defaults(path, value)
             found.choices = dict(_choices(value))
+        elif needs_package and key.value == "name":
+            raise _mistake(path, key.start_mark.line + 1, "the option 'name'", "none: the name is that of the file")
         else:
             _note_lines(found, group, key, value)
+            if group is None and key.value in GROUPS:
+                _check_options(path, key.value, value)
+    if group:
+        _check_options(path, group, node)
     return found
 
 
 def locate(message: str, files: Sequence[ConfigFile], overrides: Sequence[str]) -> str | None:
     """`file, line N` of the option that an error message names, if a file set it and no override did."""
-    named = re.search(r"full_key: ([\w.]+)", message) or re.search(r"^([a-z]\w*\.\w+) is ", message)
+    named = re.search(r"full_key: (\S+)", message) or re.search(r"^([a-z]\w*\.\w+)[\w.-]*(?: is |: )", message)
     if named is None:
         return None
-    option = ".".join(named[1].split(".")[:2])
+    option = ".".join(re.split(r"[.\[]", named[1])[:2])
     if any(override.lstrip("+~").partition("=")[0].startswith(option) for override in overrides):
         return None
     # Hydra's merge order: the experiment's options come last.
@@ -136,7 +156,7 @@ def locate(message: str, files: Sequence[ConfigFile], overrides: Sequence[str]) 
 def did_you_mean(message: str) -> str:
     """`; did you mean ...?` for an error message about an unknown option."""
     named = re.search(r"full_key: (\w+)\.(\w+)", message)
-    if named is None or "not in" not in message or named[1] not in GROUPS:
+    if named is None or "not in" not in message or "Did you mean" in message or named[1] not in GROUPS:
         return ""
     close = difflib.get_close_matches(named[2], [item.name for item in options(GROUPS[named[1]])], n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
@@ -202,6 +222,13 @@ def _check_nodes(path: Path, root: yaml.MappingNode) -> None:
             raise _mistake(path, line, f"more than {MAX_NODES:,} values, aliases expanded", "fewer")
         if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
             raise _mistake(path, line, f"the tag {node.tag}", "plain values without tags")
+        if isinstance(node, yaml.ScalarNode) and "${" in node.value:
+            try:
+                parse(node.value)
+            except (GrammarParseError, RecursionError):
+                raise _mistake(
+                    path, line, f"{_shortened(node.value)}", "`${group.option}`, or '\\${' for these characters"
+                ) from None
         if isinstance(node, yaml.SequenceNode):
             waiting += node.value
         if isinstance(node, yaml.MappingNode):
@@ -209,13 +236,84 @@ def _check_nodes(path: Path, root: yaml.MappingNode) -> None:
             for key, value in node.value:
                 at = key.start_mark.line + 1
                 if key.tag != "tag:yaml.org,2002:str":
-                    raise _mistake(path, at, f"{key.value!r} in place of an option's name", "`option: value`")
+                    raise _mistake(path, at, f"{_described(key)} in place of an option's name", "`option: value`")
                 if key.value in seen:
                     raise _mistake(
                         path, at, f"{key.value!r} is given twice, first on line {seen[key.value]}", "it once"
                     )
                 seen[key.value] = at
                 waiting.append(value)
+
+
+def _described(node: yaml.Node) -> str:
+    if isinstance(node, yaml.ScalarNode):
+        return f"the value {_shortened(node.value)}" if node.value else "nothing"
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 50 else f"{text[:50]}...")
+
+
+def _check_defaults(path: Path, node: yaml.Node) -> None:
+    """Check what an experiment chooses of each group; names of other experiments are left to Hydra."""
+    line = node.start_mark.line + 1
+    if not isinstance(node, yaml.SequenceNode):
+        raise _mistake(path, line, f"{_described(node)} as 'defaults'", f"a list of {_ENTRY}")
+    seen: dict[str, int] = {}
+    for entry in node.value:
+        at = entry.start_mark.line + 1
+        if isinstance(entry, yaml.ScalarNode) and entry.tag == "tag:yaml.org,2002:str":
+            if entry.value.rpartition("/")[2] == path.stem:
+                raise _mistake(path, at, "this experiment in its own defaults", _ENTRY)
+            continue
+        if not isinstance(entry, yaml.MappingNode) or len(entry.value) != 1:
+            several = "several choices in one entry" if isinstance(entry, yaml.MappingNode) else _described(entry)
+            raise _mistake(path, at, several, _ENTRY)
+        key, value = entry.value[0]
+        match = _OVERRIDE.fullmatch(key.value)
+        if match is None or match["group"] not in GROUPS:
+            raise _mistake(path, at, f"the entry {key.value!r}", f"{_ENTRY}, GROUP one of {', '.join(GROUPS)}")
+        group = match["group"]
+        if group in seen:
+            raise _mistake(path, at, f"{key.value!r} is given twice, first on line {seen[group]}", "it once")
+        seen[group] = at
+        files = sorted(file.stem for file in (path.parents[1] / group).glob("*.yaml"))
+        if not isinstance(value, yaml.ScalarNode) or value.value.removesuffix(".yaml") not in files:
+            raise _mistake(path, at, f"{_described(value)} for {key.value!r}", f"one of {', '.join(files)}")
+
+
+def _check_options(path: Path, group: str, node: yaml.Node) -> None:
+    """Refuse values whose kind an option does not take, and those that YAML would read as another text or number."""
+    if not isinstance(node, yaml.MappingNode):
+        raise _mistake(
+            path, node.start_mark.line + 1, f"{_described(node)} for {group!r}", "options as `option: value` below it"
+        )
+    kinds = {item.name: str(item.type) for item in options(GROUPS[group])}
+    for key, value in node.value:
+        kind = kinds.get(key.value, "")
+        expected = "a mapping" if kind.startswith("dict") else "a list" if kind.startswith("list") else ""
+        found = _described(value)
+        if expected and found != expected and value.tag != "tag:yaml.org,2002:null" and "${" not in str(value.value):
+            raise _mistake(path, value.start_mark.line + 1, f"{found} for {group}.{key.value}", expected)
+        takes_text = "str" in kind or "Literal" in kind
+        for scalar in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+            if isinstance(scalar, yaml.ScalarNode):
+                _check_scalar(path, f"{group}.{key.value}", scalar, takes_text=takes_text and "bool" not in kind)
+        if kind == str(bool) and value.tag.rpartition(":")[2] in ("int", "float"):
+            raise _mistake(path, value.start_mark.line + 1, f"{found} for {group}.{key.value}", "true or false")
+
+
+def _check_scalar(path: Path, option: str, node: yaml.ScalarNode, *, takes_text: bool) -> None:
+    tag, line = node.tag.rpartition(":")[2], node.start_mark.line + 1
+    try:
+        read = yaml.SafeLoader("").construct_object(node) if tag in ("bool", "int", "float") else node.value
+    except ValueError:
+        raise _mistake(path, line, f"{_described(node)} for {option}", f"a value of the type {tag}") from None
+    if takes_text and str(read) != node.value:
+        raise _mistake(path, line, f"{option} is {node.value}, which YAML reads as {read}", f"quotes: '{node.value}'")
+    if tag == "int" and _REINTERPRETED.fullmatch(node.value):
+        raise _mistake(path, line, f"{option} is {node.value}, which YAML reads as {read}", "digits alone")
 
 
 def _choices(node: yaml.Node) -> Iterator[tuple[str, str]]:

@@ -135,6 +135,30 @@ def expect(ok: bool, name: str, value: object, expected: str) -> None:
         raise PipelineError(f"{name} is {value!r}: expected {expected}")
 
 
+def expect_types(settings: "Settings") -> None:
+    """Raises PipelineError if an option is not of its field's type, for settings that Hydra has not checked."""
+    for item in options(type(settings)):
+        value = getattr(settings, item.name)
+        expected = "a list of texts" if get_origin(item.type) is list else item.allowed or _type_name(item.type)
+        expect(_is_of(item.type, value), item.full_name, value, expected)
+
+
+def _type_name(kind: Any) -> str:
+    return {str: "text", bool: "true or false"}.get(kind, str(kind))
+
+
+def _is_of(kind: Any, value: object) -> bool:
+    if _is_union(kind):
+        return any(_is_of(member, value) for member in get_args(kind))
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_of(get_args(kind)[0], one) for one in value)
+    if kind is float or kind is int:
+        return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+    return kind is Any or isinstance(value, get_origin(kind) or kind)
+
+
 class Settings:
     """Base of every stage's settings: checks each option's range where its value enters."""
 
@@ -151,6 +175,8 @@ class Settings:
             if item.bounds is None or value is None or isinstance(value, str | bool):
                 continue
             values = value if isinstance(value, list) else [value]
+            if not all(isinstance(one, int | float) for one in values):
+                continue  # `expect_types` says so
             expected = f"a list, each {item.bounds}" if isinstance(value, list) else str(item.bounds)
             expect(all(map(item.bounds.admits, values)), item.full_name, value, expected)
 

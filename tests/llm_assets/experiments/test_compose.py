@@ -57,7 +57,7 @@ def test_every_option_is_explained_beside_its_resolved_value():
         (b"corpus:\n  paths: [*.txt]\n", 3, "quotes around a text"),
         (b"description: \xff\n", 2, "not UTF-8"),
         (b"- a\n- b\n", 2, "a list at the top"),
-        (b"training: {max_step: 3}\n", 2, "did you mean 'max_steps'"),
+        (b"training: {max_step: 3}\n", 2, "Did you mean one of: 'max_steps'"),
         (b"training:\n  max_steps: 0\n", 3, "expected a number greater than 0"),
         (b"tokenizer: {vocab_size: 1000000000000}\n", 2, "at most 1,048,576"),
     ],
@@ -72,6 +72,75 @@ def test_a_mistake_in_a_file_is_one_line_with_its_place_and_the_other_experiment
     assert main(["--list", "--config-dir", str(config_dir)]) == 1
     printed = capsys.readouterr()
     assert "smoke" in printed.out and len(printed.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "says"),
+    [
+        (b"training: {seed:1}\n", 2, "Did you mean: 'seed'"),
+        (b"training:\n  seed:1\n", 3, "the value 'seed:1' for 'training'"),
+        (b"training:\n  - seed: 1\n", 3, "a list for 'training'"),
+        (b"training:\n", 2, "nothing for 'training'"),
+        (b"training: ${model}\n", 2, "expected options as"),
+        (b"training: {arguments: [1]}\n", 2, "a list for training.arguments: expected a mapping"),
+        (b"training: {seed: 010}\n", 2, "which YAML reads as 8: expected digits alone"),
+        (b"training: {seed: !!int x}\n", 2, "expected a value of the type int"),
+        (b"training: {sample_prompts: [def, yes]}\n", 2, "is yes, which YAML reads as True: expected quotes: 'yes'"),
+        (b"corpus: {license: '${a b}'}\n", 2, "expected `${group.option}`"),
+        (b"training: {sample_prompts: ['${nope}']}\n", 2, "Interpolation key 'nope' not found"),
+        (b"model: {rope_scaling: {rope_type: linear, factor: .nan}}\n", 2, "model.rope_scaling.factor is nan"),
+        (b"corpus: {source: mixture, mixture: {a: 7}}\n", 2, "corpus.mixture.a is 7"),
+        (b"corpus: {source: mixture, mixture: {a: {paths: x}}}\n", 2, "corpus.paths is 'x': expected a list of texts"),
+        (b"corpus: {source: mixture, mixture: {a: {source: web}}}\n", 2, "corpus.source is 'web': expected stdlib"),
+        (b"corpus: {source: mixture, mixture: {a: {paths: [x], max_bytes: many}}}\n", 2, "corpus.max_bytes is 'many'"),
+        (b"name: other\n", 2, "the name is that of the file"),
+        (b"? [a]\n: 1\n", 2, "a list in place of an option's name"),
+        (b"defaults: 7\n", 2, "the value '7' as 'defaults'"),
+        (b"defaults:\n  - 7\n", 3, "the value '7': expected `- override /GROUP: FILE`"),
+        (b"defaults:\n  - broken\n", 3, "this experiment in its own defaults"),
+        (b"defaults:\n  - override /corpus: 7\n", 3, "the value '7' for 'override /corpus': expected one of"),
+        (b"defaults:\n  - override /corpus: [files, stdlib]\n", 3, "a list for 'override /corpus'"),
+        (b"defaults:\n  - override corpus: files\n", 3, "GROUP one of corpus, tokenizer"),
+        (b"defaults:\n  - {override /corpus: files, override /model: rex_2m}\n", 3, "several choices in one entry"),
+        (
+            b"training: {arguments: {%s}}\n" % b", ".join(b"k%d: 1" % n for n in range(9000)),
+            2,
+            "more than 5,000 values",
+        ),
+    ],
+)
+def test_a_mistake_of_any_kind_is_told_with_its_place(content, line, says, config_dir):
+    (config_dir / "experiment" / "broken.yaml").write_bytes(b"# @package _global_\ndescription: a\n" + content)
+    with pytest.raises(PipelineError, match=f"broken.yaml, line {line + 1}: .*{re.escape(says)}") as caught:
+        compose("broken", config_dir=config_dir)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("defaults:\n  - group\n", "line 1: 'defaults' in a file of the group training"),
+        ("# @package model\nseed: 1\n", "line 1: a line '@package' in a file of the group training"),
+        ("- seed\n", "line 1: a list at the top"),
+    ],
+)
+def test_a_mistake_in_a_file_of_a_group_has_its_place(content, says, config_dir):
+    (config_dir / "training" / "group.yaml").write_text(content)
+    (config_dir / "experiment" / "broken.yaml").write_text(
+        "# @package _global_\ndescription: a\ndefaults:\n  - override /training: group\n"
+    )
+    with pytest.raises(PipelineError, match=f"training/group.yaml, {says}"):
+        compose("broken", config_dir=config_dir)
+
+
+def test_two_experiments_in_the_defaults_of_each_other_are_one_line(config_dir):
+    for name, other in (("one", "two"), ("two", "one")):
+        (config_dir / "experiment" / f"{name}.yaml").write_text(
+            f"# @package _global_\ndescription: a\ndefaults:\n  - {other}\n"
+        )
+    with pytest.raises(PipelineError, match="recursion") as caught:
+        compose("one", config_dir=config_dir)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"7\n", b"", b"# only this\n"])

@@ -8,7 +8,7 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec
@@ -16,12 +16,23 @@ from typing import ParamSpec
 P = ParamSpec("P")
 
 
+_LONGEST = 2000
+"""Characters of a message; what a file or another program put into a longer one is cut out of its middle."""
+
+
 class PipelineError(Exception):
     """Wrong input, found where it enters: not worth a retry.
 
-    The message is one line: what was found where, what was expected, what to do. The orchestrator shows it as a
-    permanent failure, the service as a start-up failure; neither shows a traceback.
+    The message is one line of at most `_LONGEST` characters, whatever was found: what was found where, what was
+    expected, what to do. The orchestrator shows it as a permanent failure, the service as a start-up failure; neither
+    shows a traceback.
     """
+
+    def __init__(self, message: str) -> None:
+        message = "\\n".join(message.splitlines())
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST // 2]} [...] {message[-_LONGEST // 2 :]}"
+        super().__init__(message)
 
 
 class TransientError(PipelineError):
@@ -49,6 +60,29 @@ def ends_in_one_line(main: Callable[P, int]) -> Callable[P, int]:
     return run
 
 
+def json_type(value: object) -> str:
+    """What JSON calls a value's type, for a message."""
+    return _JSON_TYPES.get(type(value), type(value).__name__)
+
+
+def names_of(found: Iterable[object]) -> str:
+    """The names of fields or columns, sorted, the first few of many, for a message; "none" if there are none."""
+    names = sorted(map(str, found))
+    shown = [name if name.isprintable() and len(name) <= 50 else repr(name[:50]) for name in names[:_NAMES_SHOWN]]
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return (", ".join(shown) or "none") + more
+
+
+_NAMES_SHOWN = 20
+_JSON_TYPES = {
+    type(None): "null",
+    bool: "boolean",
+    int: "number",
+    float: "number",
+    str: "string",
+    list: "list",
+    dict: "object",
+}
 OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """Limits of a process or its machine: whatever file it works on, that file is not at fault."""
 _SPACE = (errno.ENOSPC, errno.EDQUOT)

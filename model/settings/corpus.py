@@ -1,13 +1,13 @@
 """Where documents come from and how they are split (`configs/corpus/`)."""
 
-import codecs
 import dataclasses
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from model.errors import PipelineError
-from model.settings.option import Settings, expect, option
+from model.settings.option import Settings, expect, expect_types, option
+from model.text.encodings import codec_of
 
 
 @dataclass
@@ -93,7 +93,7 @@ class CorpusSettings(Settings, group="corpus"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.encoding:
-            is_known = _is_encoding(self.encoding)
+            is_known = bool(codec_of(self.encoding))
             expect(is_known, "corpus.encoding", self.encoding, "an encoding of text that Python knows, as cp1252")
             expect(self.source == "files", "corpus.encoding", self.encoding, "source 'files'")
         if self.source == "files":
@@ -121,7 +121,7 @@ class CorpusSettings(Settings, group="corpus"):
                 expect(key in own, where, key, f"only options of one source: {', '.join(sorted(own))}")
         for name in self.mixture:
             try:
-                self.parts[name]
+                expect_types(self.parts[name])
             except PipelineError as error:
                 raise PipelineError(f"corpus.mixture.{name}: {error}") from None
         kinds = {name: part.holds_conversations for name, part in self.parts.items()}
@@ -130,11 +130,3 @@ class CorpusSettings(Settings, group="corpus"):
 
 _MIXTURE = "sources by name for source 'mixture', and none for another"
 _OF_THE_WHOLE = {"mixture", "split_by", "validation_fraction", "validation_bytes", "shard_bytes"}
-
-
-def _is_encoding(name: str) -> bool:
-    try:
-        made = codecs.getincrementaldecoder(name)()
-        return isinstance(made.decode(b""), str)  # some codecs, as base64, are from bytes to bytes
-    except (LookupError, ValueError, TypeError, AttributeError):
-        return False

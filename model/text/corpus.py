@@ -118,7 +118,7 @@ def build_corpus(
         found = {name: value for name, value in asdict(summary).items() if name != "mixture" or value}
         text = json.dumps(found, indent=2, ensure_ascii=False)
         (output_dir / "summary.json").write_text(text + "\n", encoding="utf-8")
-    for line in _remarks(summary):
+    for line in _remarks(summary, settings.encoding or "UTF-8"):
         log(f"corpus: {line}")
     log(f"corpus: {summary.documents:,} documents, {summary.bytes:,} bytes from {summary.sources:,} sources")
     return summary
@@ -281,10 +281,10 @@ def read_documents(corpus_dir: Path, split: str) -> Iterator[str]:
         yield from read_shard(shard)
 
 
-def _remarks(summary: CorpusSummary) -> Iterator[str]:
-    """Log lines on dropped and converted documents and on skipped names."""
+def _remarks(summary: CorpusSummary, encoding: str) -> Iterator[str]:
+    """Log lines on dropped and converted documents and on skipped names. encoding: that documents should be in."""
     for count, what, names in (
-        (summary.invalid_utf8, "that are not UTF-8", summary.invalid_places),
+        (summary.invalid_utf8, f"that are not {encoding}", summary.invalid_places),
         (summary.nul, "that hold a NUL", summary.nul_places),
         (summary.empty, "that are empty", summary.empty_sources),
         (summary.duplicates, "that repeat another", []),
@@ -380,6 +380,7 @@ def usable_documents(
             _name(summary.empty_sources, source)
             continue
         yield source, data
+    summary.sources = opened_before + sources.opened
 
 
 def add_counts(total: CorpusSummary, found: CorpusSummary) -> None:
@@ -422,12 +423,13 @@ def _split(
 
 def _check_not_empty(settings: CorpusSettings, summary: CorpusSummary) -> None:
     if summary.documents == 0:
-        where = f", first in {summary.invalid_places[0]}: set corpus.encoding" if summary.invalid_places else ""
-        nul = f", {summary.nul:,} with a NUL, first in {summary.nul_places[0]}" if summary.nul else ""
+        invalid = f" (first in {summary.invalid_places[0]})" if summary.invalid_places else ""
+        nul = f", {summary.nul:,} with a NUL (first in {summary.nul_places[0]})" if summary.nul else ""
+        advice = ", set corpus.encoding if it is in another" if invalid or nul else ""
         raise PipelineError(
             f"the corpus is empty after cleaning: {summary.sources:,} sources, {summary.invalid_utf8:,} documents not "
-            f"UTF-8, {summary.empty:,} empty{nul}; expected text, check corpus.source '{settings.source}' and its "
-            f"paths{where}"
+            f"{settings.encoding or 'UTF-8'}{invalid}, {summary.empty:,} empty{nul}; expected text: check "
+            f"corpus.source '{settings.source}' and its paths{advice}"
         )
     for split in SPLITS:
         if getattr(summary, f"{split}_documents") == 0:

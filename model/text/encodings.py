@@ -27,6 +27,12 @@ _MARKS = (
 _CONTROLS_OF_UTF16 = 0.3
 """Share of control characters in valid UTF-8 from which it is not read as UTF-8: in UTF-16, half of the bytes of ASCII,
 of Cyrillic and of Thai are control characters."""
+_NULS_OF_UTF16 = 0.02
+"""Least share of NULs in UTF-16 whose other high bytes may be tabs and line ends, as those of Devanagari are."""
+_HIGH_BYTES = 0.95
+"""Share of such bytes among them."""
+_LEAST_CHARACTERS = 16
+"""Characters below which a text is too short to tell such high bytes from tabs and line ends."""
 _ON_INVALID = "model.text.invalid"
 codecs.register_error(_ON_INVALID, lambda error: (_INVALID, error.end))  # type: ignore[attr-defined]
 
@@ -34,7 +40,7 @@ codecs.register_error(_ON_INVALID, lambda error: (_INVALID, error.end))  # type:
 def find_encoding(head: bytes) -> tuple[str, int]:
     """(codec, length of the mark) of a text that starts with `head`: "utf-8" unless a mark or NULs say otherwise."""
     for mark, codec in _MARKS:
-        if head.startswith(mark) and (codec == "utf-8" or len(head) > len(mark)):
+        if head.startswith(mark):
             if codec == "utf-32-le" and not _is_utf32(head, len(mark)):
                 continue  # UTF-16 whose first character is a NUL
             return codec, len(mark)
@@ -44,6 +50,32 @@ def find_encoding(head: bytes) -> tuple[str, int]:
         ]
         return (max(found)[1] if found else "utf-8"), 0
     return "utf-8", 0
+
+
+def codec_of(name: str) -> str:
+    """Python's name of an encoding of text; empty for one that it does not know or that files do not have."""
+    try:
+        info = codecs.lookup(name)
+        is_text = isinstance(codecs.getincrementaldecoder(name)().decode(b""), str)  # base64 is from bytes to bytes
+    except (LookupError, ValueError, TypeError, AttributeError):
+        return ""
+    return info.name if is_text and info.name not in _OF_PROGRAMS else ""
+
+
+_OF_PROGRAMS = ("charmap", "idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")
+"""Python's codecs for names and source text: they would change plain text."""
+
+
+def _named(name: str, head: bytes) -> tuple[str, int]:
+    """(codec, length of the mark) of a text in the encoding that a person named; a mark says the order of its bytes."""
+    codec = codec_of(name).removesuffix("-sig")
+    for mark, found in _MARKS:
+        if head.startswith(mark) and found.startswith(codec):
+            return found, len(mark)
+    if codec in ("utf-16", "utf-32"):  # whose decoders want a mark
+        found, _ = find_encoding(head)
+        return (found if found.startswith(codec) else f"{codec}-le"), 0
+    return codec, 0
 
 
 _WIDE = (("utf-32-le", 4, 3), ("utf-32-be", 4, 0), ("utf-16-le", 2, 1), ("utf-16-be", 2, 0))
@@ -57,6 +89,8 @@ def _is_utf32(head: bytes, mark: int) -> bool:
 
 def _is_in(head: bytes, codec: str, width: int, high: int) -> bool:
     """Whether `head` is text in this codec: with ASCII, whose highest byte is NUL, and only characters of text."""
+    if len(head) < HEAD_BYTES and len(head) % width:
+        return False  # a whole text, of whole characters
     characters = len(head) // width
     nuls = head[high : characters * width : width].count(0)
     if nuls < (characters if width == 4 else 1):
@@ -80,7 +114,17 @@ def _is_control(character: str) -> bool:
 
 def _is_utf8(head: bytes) -> bool:
     text = _decoded(head, "utf-8")
-    return text is not None and sum(map(_is_control, text)) < _CONTROLS_OF_UTF16 * len(head)
+    if text is None or sum(map(_is_control, text)) >= _CONTROLS_OF_UTF16 * len(head):
+        return False
+    halves = [head[parity::2] for parity in (0, 1)]
+    return not any(map(_are_high_bytes, halves))
+
+
+def _are_high_bytes(half: bytes) -> bool:
+    """Whether every second byte of a text is the high one of UTF-16, although it may be a tab or a line end."""
+    small = sum(byte <= 0x20 for byte in half)  # 0x20: of a dash or a quotation mark
+    is_enough = len(half) >= _LEAST_CHARACTERS and half.count(0) >= _NULS_OF_UTF16 * len(half)
+    return is_enough and small >= _HIGH_BYTES * len(half)
 
 
 class Utf8Stream(io.RawIOBase):
@@ -95,7 +139,7 @@ class Utf8Stream(io.RawIOBase):
         while len(head) < HEAD_BYTES and (more := stream.read(HEAD_BYTES - len(head))):
             head += more
         self._stream = stream
-        self.found, mark = (encoding, 0) if encoding else find_encoding(head)
+        self.found, mark = _named(encoding, head) if encoding else find_encoding(head)
         self.marked = mark > 0
         self.first_invalid: int | None = None
         self._decoder = None if self.found == "utf-8" else codecs.getincrementaldecoder(self.found)()

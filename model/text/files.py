@@ -5,7 +5,9 @@ named in `Listing.skipped`. Errors of a network or a disk raise TransientError, 
 PipelineError.
 """
 
+import errno
 import os
+import ssl
 import stat
 import unicodedata
 from bisect import bisect
@@ -20,7 +22,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 from model.errors import OF_THE_PROCESS, PipelineError, TransientError
 
-_HTTP_TRANSIENT = {408, 425, 429}
+_HTTP_TRANSIENT = {408, 425, 429, 500, 502, 503, 504, 507}
+_HTTP_TIMES = {"total": None, "sock_connect": 30.0, "sock_read": 60.0}
+"""Seconds: a silent server is given up; a large file may take as long as it sends. aiohttp would end it after 300 s."""
+_OF_THE_NAME = (errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.ENODEV, errno.ENOTDIR, errno.ENXIO)
+"""Errors of a name that stands for nothing to read from start to end, as of a file of /proc."""
 _KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -48,8 +54,8 @@ class Listing:
     skipped: list[str] = field(default_factory=list)
 
 
-def list_files(patterns: Iterable[str]) -> Listing:
-    """The files that paths, globs and fsspec URLs name, each pattern's sorted by path.
+def list_files(patterns: Iterable[str], option: str = "corpus.paths") -> Listing:
+    """The files that paths, globs and fsspec URLs name, each pattern's sorted by path. option: names them in errors.
 
     Raises PipelineError if a pattern matches no file or a folder under it cannot be read, TransientError if an
     address does not answer.
@@ -57,16 +63,15 @@ def list_files(patterns: Iterable[str]) -> Listing:
     found: dict[tuple[Any, str], File] = {}
     skipped: dict[str, None] = {}
     for pattern in patterns:
-        listing = _match(pattern)
+        listing = _match(pattern, f"{option} {pattern!r}")
         for file in listing.files:
             found.setdefault((file.fs.protocol, file.path), file)
         skipped.update(dict.fromkeys(listing.skipped))
         if not listing.files:
-            relative = "://" not in pattern and not Path(pattern).expanduser().is_absolute()
-            where = f" (working folder {Path.cwd()})" if relative else ""
+            where = f" (working folder {Path.cwd()})" if _is_relative(pattern) else ""
             also = f"; skipped {', '.join(listing.skipped[:3])}" if listing.skipped else ""
             raise PipelineError(
-                f"corpus.paths {pattern!r} matches no file{where}{also}; for all files of a folder write FOLDER/**/*"
+                f"{option} {pattern!r} matches no file{where}{also}; for all files of a folder write FOLDER/**/*"
             )
     return Listing(list(found.values()), list(skipped))
 
@@ -83,12 +88,12 @@ def reading(source: str, fs: Any) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise _failure(
-            f"{source} cannot be read", error, "make it readable, or leave it out of corpus.paths"
-        ) from error
+        raise _failure(f"{source} cannot be read", error, "make it readable, or leave it out") from error
     except OSError as error:
         if error.errno in OF_THE_PROCESS:
             raise
+        if error.errno in _OF_THE_NAME:
+            raise PipelineError(f"{source} cannot be read: {_line(error)}; leave it out") from error
         raise TransientError(
             f"{source} cannot be read: {_line(error)}; run again once its disk or network works"
         ) from error
@@ -135,53 +140,69 @@ class _Local(LocalFileSystem):
             raise
 
 
-def _match(pattern: str) -> Listing:
+def _match(pattern: str, named: str) -> Listing:
+    """named: the pattern with its option, for errors."""
+    # fsspec would read a local file's `::` as a chain of file systems.
+    if "::" in pattern and os.path.lexists(pattern):
+        return _match_local(pattern, named, str(Path(pattern).absolute()))
     try:
-        fs, path = fsspec.core.url_to_fs(pattern)
-    except (ImportError, ValueError) as error:
-        raise PipelineError(f"corpus.paths {pattern!r} cannot be listed: {_line(error)}") from error
+        fs, path = fsspec.core.url_to_fs(pattern, **_options(pattern))
+    except Exception as error:
+        raise _failure(f"{named} cannot be listed", error, _CHECK) from error
     if isinstance(fs, LocalFileSystem):
-        return _match_local(pattern, path)
+        return _match_local(pattern, named, path)
     try:
         info = fs.info(path)
     except Exception as error:
         if not set(path) & set("*["):
-            raise _failure(
-                f"corpus.paths {pattern!r} cannot be read", error, "check the address and the network, then run again"
-            ) from error
+            raise _failure(f"{named} cannot be read", error, _CHECK) from error
         try:
             found = fs.glob(path, detail=True)
         except Exception as error:
-            raise _failure(
-                f"corpus.paths {pattern!r} cannot be listed", error, "check the address and the network, then run again"
-            ) from error
+            raise _failure(f"{named} cannot be listed", error, _CHECK) from error
     else:
         found = {path: info}
-    named = [(fs.unstrip_protocol(name), name, info) for name, info in sorted(found.items())]
-    return Listing([File(printable(s), fs, n, i.get("size") or 0) for s, n, i in named if i["type"] == "file"])
+    files = [(fs.unstrip_protocol(name), name, info) for name, info in sorted(found.items())]
+    return Listing([File(printable(s), fs, n, i.get("size") or 0) for s, n, i in files if i["type"] == "file"])
 
 
-def _match_local(pattern: str, path: str) -> Listing:
-    relative = "://" not in pattern and not Path(pattern).expanduser().is_absolute()
+def _options(pattern: str) -> dict[str, Any]:
+    """Options of the file system that reads an address."""
+    if not pattern.startswith(("http://", "https://")):
+        return {}
+    from aiohttp import ClientTimeout  # only addresses need it
 
-    def named(name: str) -> str:
+    return {"client_kwargs": {"timeout": ClientTimeout(**_HTTP_TIMES)}}
+
+
+def _is_relative(pattern: str) -> bool:
+    return "://" not in pattern and not pattern.startswith(("/", "~"))
+
+
+def _match_local(pattern: str, named: str, path: str) -> Listing:
+    relative = _is_relative(pattern)
+
+    def shown(name: str) -> str:
         return printable(os.path.relpath(name) if relative else name)
 
     fs = _Local()
     try:
-        Path(path).lstat()
-        names = [path]
-    except (FileNotFoundError, NotADirectoryError):
-        names = sorted(fs.glob(path))
-    except (OSError, ValueError) as error:  # ValueError: a NUL in it
+        try:
+            Path(path).lstat()
+            names = [path]
+        except (FileNotFoundError, NotADirectoryError):
+            names = sorted(fs.glob(path))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in it, or `**` inside a name
+        if isinstance(error, OSError) and error.errno in OF_THE_PROCESS:
+            raise
         raise PipelineError(
-            f"corpus.paths {pattern!r} cannot be listed: {_line(error)}; make it readable, or choose another path"
+            f"{named} cannot be listed: {_line(error)}; make it readable, or choose another path"
         ) from error
     if fs.refused:
         raise fs.refused
     for folder, reason in fs.unreadable:
         raise PipelineError(
-            f"corpus.paths {pattern!r}: the folder {named(folder)} cannot be read ({reason}); make it readable, or "
+            f"{named}: the folder {shown(folder)} cannot be read ({reason}); make it readable, or "
             "choose paths without it"
         )
     listing = Listing()
@@ -190,14 +211,14 @@ def _match_local(pattern: str, path: str) -> Listing:
             found = Path(name).stat()
         except OSError as error:
             reason = "a broken link" if Path(name).is_symlink() else _line(error)
-            listing.skipped.append(f"{named(name)} ({reason})")
+            listing.skipped.append(f"{shown(name)} ({reason})")
             continue
         kind = stat.S_IFMT(found.st_mode)
         if kind == stat.S_IFREG:
-            listing.files.append(File(named(name), fs, name, found.st_size))
+            listing.files.append(File(shown(name), fs, name, found.st_size))
         elif kind != stat.S_IFDIR or not _is_walked(name, names):
             what = ("a link to " if kind == stat.S_IFDIR and Path(name).is_symlink() else "") + _KINDS[kind]
-            listing.skipped.append(f"{named(name)} ({what})")
+            listing.skipped.append(f"{shown(name)} ({what})")
     return listing
 
 
@@ -208,23 +229,55 @@ def _is_walked(folder: str, names: list[str]) -> bool:
     return not Path(folder).is_symlink() and (inside or not any(Path(folder).iterdir()))
 
 
+_CHECK = "check the address and the network, then run again"
+
+
 def _failure(what: str, error: BaseException, advice: str) -> PipelineError:
-    """One line for an error of a file system: transient unless its causes say that a retry cannot help.
+    """One line for an error of a file system: transient if its causes say that a retry may help.
 
     fsspec wraps the errors of a connection in FileNotFoundError.
     """
-    causes: list[BaseException] = [error]
-    while cause := causes[-1].__cause__:
-        causes.append(cause)
+    causes = _causes(error)
     reason = next((cause for cause in causes if not isinstance(cause, FileNotFoundError)), causes[-1])
-    status = getattr(reason, "status", None)
     if isinstance(reason, FileNotFoundError):
-        return PipelineError(f"{what}: there is no such file")
-    answered = isinstance(status, int) and 400 <= status < 500 and status not in _HTTP_TRANSIENT
-    permanent = isinstance(reason, PermissionError | IsADirectoryError | ValueError | ImportError | NotImplementedError)
-    if answered or permanent:
-        return PipelineError(f"{what}: {_line(reason)}; {advice}")
-    return TransientError(f"{what}: {_line(reason)}; {advice}")
+        named = f": {reason.filename}" if reason.filename else ""
+        return PipelineError(f"{what}: there is no such file{named}")
+    kind = TransientError if _may_pass(reason) else PipelineError
+    return kind(f"{what}: {_line(reason)}; {advice}")
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    return causes
+
+
+def _may_pass(reason: BaseException) -> bool:
+    """Whether an error of a file system may be temporary: of a connection, or an answer of a busy server."""
+    if (status := _status(reason)) is not None:
+        return status in _HTTP_TRANSIENT or status >= 520
+    if isinstance(reason, ssl.SSLError):
+        return isinstance(reason, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+    if isinstance(
+        reason, PermissionError | IsADirectoryError | ValueError | TypeError | ImportError | NotImplementedError
+    ):
+        return False
+    # botocore's names of what is missing on this machine, aiohttp's of answers that lead nowhere
+    if any(word in type(reason).__name__ for word in ("Credentials", "Profile", "Redirect")):
+        return False
+    return any(isinstance(cause, OSError) or _is_network(cause) for cause in _causes(reason))
+
+
+def _status(error: BaseException) -> int | None:
+    """The status that a server answered with."""
+    status = getattr(error, "status", None)
+    return status if isinstance(status, int) and status >= 400 and not _is_no_http(error) else None
+
+
+def _is_no_http(error: BaseException) -> bool:
+    """Whether aiohttp could not read an answer as HTTP: it gives its own error the status 400."""
+    return hasattr(error, "status") and any("http_exceptions" in type(cause).__module__ for cause in _causes(error))
 
 
 def _is_network(error: BaseException) -> bool:
@@ -233,8 +286,23 @@ def _is_network(error: BaseException) -> bool:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of an error's text, the system's own words if it has them."""
+    """An error's text in one line of bounded length, the system's own words if it has them."""
     words = getattr(error, "strerror", None)
-    if isinstance(status := getattr(error, "status", None), int):
-        words = f"{status} {getattr(error, 'message', '')}".strip()
-    return ((isinstance(words, str) and words) or str(error).strip() or type(error).__name__).splitlines()[0]
+    name, message = type(error).__name__, str(getattr(error, "message", ""))
+    if (status := _status(error)) is not None:
+        words = f"{status} {message}".strip()
+    elif _is_no_http(error):
+        words = f"the answer is not HTTP ({message.split(':')[0]})"
+    elif "TooManyRedirects" in name:
+        words = "the server redirects without end"
+    elif "Redirect" in name:
+        words = f"the server redirects to {error}, which is not HTTP"
+    elif "InvalidUrl" in name or "InvalidURL" in name:
+        words = "it is not a valid address"
+    elif isinstance(error, TypeError):
+        words = f"fsspec cannot open it without options ({error})"
+    text = " ".join(((isinstance(words, str) and words) or str(error).strip() or name).split())
+    return text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]}..."
+
+
+_LONGEST_LINE = 300

@@ -13,16 +13,16 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from model.errors import PipelineError, TransientError
+from model.errors import PipelineError, TransientError, json_type, names_of
 from model.settings import CorpusSettings
 from model.text.chat.conversations import conversation, prompt_and_response
-from model.text.compression import CODECS, BrokenFile, decompressed
+from model.text.compression import CODECS, FORMAT_BYTES, BrokenFile, advice_on, decompressed, format_of
 from model.text.docstrings import docstrings
 from model.text.encodings import Utf8Stream, to_utf8
 from model.text.files import File, Listing, list_files, open_file, reading
@@ -91,10 +91,15 @@ class Sources:
         finished = 0
         for file in self.files:
             self.opened += 1
+            is_read = False
+            self._place, self._base = "byte", 0
             with reading(file.source, file.fs), open_file(file) as stored:
                 for data in self._read_file(file, stored):
+                    is_read = True
                     self.read_bytes = finished + min(stored.tell(), file.size)
                     yield file.source, data
+                if not is_read and self._settings.source != "docstrings":
+                    yield file.source, b""  # counted as empty: nothing is left out unseen
             finished += file.size
             self.read_bytes = finished
 
@@ -115,7 +120,7 @@ class Sources:
             )
         place = [0]  # lines read so far, for the message
         try:
-            stored = decompressed(stored, codec) if codec else stored
+            stored = content_of(file.source, stored, codec)
             if self._settings.source == "docstrings":
                 yield from _read_docstrings(file, stored)
                 return
@@ -186,7 +191,7 @@ class Sources:
             except RecursionError as error:
                 raise PipelineError(f"{where} is JSON nested too deep to read; correct or remove it") from error
             if not isinstance(row, dict):
-                raise PipelineError(f"{where} is a JSON {type(row).__name__}; expected one object a line")
+                raise PipelineError(f"{where} is a JSON {json_type(row)}; expected one object a line")
             yield self._document(file.source, row, where)
 
     def _document(self, source: str, row: dict[str, Any], where: str) -> bytes:
@@ -320,6 +325,20 @@ def whole_characters(data: bytes, length: int) -> int:
     return length
 
 
+def content_of(source: str, stored: BinaryIO, codec: str | None) -> BinaryIO:
+    """The content of a file, decompressed if it has a codec. Raises PipelineError for a format that is not text."""
+    content = io.BufferedReader(cast(io.RawIOBase, stored))
+    found = format_of(content.peek(FORMAT_BYTES))
+    if found not in ("", codec):
+        expected = f"{codec} by its name" if codec else "text"
+        raise PipelineError(f"{source} holds {found} data: expected {expected}; {advice_on(found)}")
+    if codec:
+        content = decompressed(content, codec)
+        if inner := format_of(content.peek(FORMAT_BYTES)):
+            raise PipelineError(f"{source} holds {inner} data inside {codec}: expected text; {advice_on()}")
+    return content
+
+
 def _stdlib_files() -> list[File]:
     root = Path(sysconfig.get_path("stdlib"))
     fs = LocalFileSystem()
@@ -339,7 +358,7 @@ def _encode(value: object, where: str, field: str) -> bytes:
         return b""
     if not isinstance(value, str):
         raise PipelineError(
-            f"{where}: field {field!r} holds {type(value).__name__}; expected text, set corpus.text_field or correct it"
+            f"{where}: field {field!r} holds a {json_type(value)}; expected text, set corpus.text_field or correct it"
         )
     return value.encode("utf-8", "surrogatepass")  # a lone surrogate stays invalid, for the caller to count
 
@@ -391,8 +410,7 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 
 def _unknown_field(where: str, field: str, found: Any, setting: str = "corpus.text_field") -> PipelineError:
-    names = ", ".join(sorted(map(str, found))) or "none"
-    return PipelineError(f"{where} has no field {field!r}; found: {names}; set {setting} to one of them")
+    return PipelineError(f"{where} has no field {field!r}; found: {names_of(found)}; set {setting} to one of them")
 
 
 def _line(error: BaseException) -> str:

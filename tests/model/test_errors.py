@@ -159,3 +159,9 @@ def test_other_errors_pass(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(type(error)) as found, limits_as_error(tmp_path):
         raise error
     assert found.value is error
+
+
+def test_a_message_stays_one_line_of_bounded_length_whatever_was_found() -> None:
+    assert str(PipelineError("found 'a\nb\r\nc': expected d")) == r"found 'a\nb\nc': expected d"
+    message = str(TransientError("found " + "x" * 10**6 + ": expected less"))
+    assert len(message) < 2100 and message.startswith("found x") and message.endswith(": expected less")

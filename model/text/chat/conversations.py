@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from model.errors import PipelineError
+from model.errors import PipelineError, json_type, names_of
 from model.settings import CorpusSettings
 from model.text.chat.template import MARKS, Turn, document, text_of
 from model.text.chat.tools import Call, DialogueMessage, compact, plain_turns
@@ -47,15 +47,18 @@ def conversation(row: dict[str, Any], settings: CorpusSettings, where: str) -> b
             if settings.messages_field
             else (missing[0], "corpus.text_field" if missing[0] == settings.text_field else "corpus.response_field")
         )
-        found = ", ".join(sorted(map(str, row))) or "none"
-        raise PipelineError(f"{where} has no field {name!r}; found: {found}; set {setting} to one of them")
+        raise PipelineError(f"{where} has no field {name!r}; found: {names_of(row)}; set {setting} to one of them")
     return prompt_and_response(row[settings.text_field], row[settings.response_field], where)
 
 
 def prompt_and_response(prompt: object, response: object, where: str) -> bytes:
     """The document of a prompt and its response. Raises PipelineError if one is not text or the response is empty."""
     if not isinstance(prompt, str) or not isinstance(response, str) or not response:
-        raise PipelineError(f"{where}: expected text as prompt and as response, the response not empty; correct it")
+        kind = "an empty string" if response == "" else f"a {json_type(response)}"
+        raise PipelineError(
+            f"{where}: found a {json_type(prompt)} as prompt and {kind} as response; expected text, the response not "
+            "empty; correct or remove it"
+        )
     prompt, response = prompt.removeprefix("\ufeff"), response.removeprefix("\ufeff")
     return _encode([Turn("user", prompt), Turn("assistant", response)])
 
@@ -63,7 +66,7 @@ def prompt_and_response(prompt: object, response: object, where: str) -> bytes:
 def read_messages(messages: object, where: str, tools: Sequence[Mapping[str, Any]] = ()) -> bytes:
     """The document of a list of messages, each {role, content} or {from, value}. tools: the functions to call."""
     if not isinstance(messages, list) or not messages:
-        found = "empty" if messages == [] else f"a {type(messages).__name__}"
+        found = "empty" if messages == [] else f"a {json_type(messages)}"
         raise PipelineError(f"{where} is {found}; expected a list of messages, each with role and content")
     said = [_read_message(message, f"{where}[{index}]") for index, message in enumerate(messages)]
     return _encode([Turn(turn.role, turn.content) for turn in plain_turns(said, tools, has_tool_role=True)])
@@ -71,7 +74,7 @@ def read_messages(messages: object, where: str, tools: Sequence[Mapping[str, Any
 
 def _read_message(message: object, where: str) -> DialogueMessage:
     if not isinstance(message, dict):
-        raise PipelineError(f"{where} is a {type(message).__name__}; expected an object with role and content")
+        raise PipelineError(f"{where} is a {json_type(message)}; expected an object with role and content")
     # Tables give every row all fields of a struct, null if the record had none.
     if message.get("role") is None and message.get("from") is not None:
         message = {"role": message["from"], "content": message.get("value")}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from model.errors import PipelineError
+from model.errors import PipelineError, json_type
 
 if TYPE_CHECKING:  # seconds to import, and reading a corpus needs none of it
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -204,4 +204,4 @@ def _text_of_part(part: dict[str, Any]) -> str:
 
 
 def _kind(value: Any) -> str:
-    return "missing" if value is None else f"a {type(value).__name__}"
+    return "missing" if value is None else f"a {json_type(value)}"

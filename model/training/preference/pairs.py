@@ -5,9 +5,12 @@ and `content`; answers end with the assistant's message. A broken record ends th
 """
 
 import hashlib
+import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -15,14 +18,17 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
-from model.errors import PipelineError
+from model.errors import PipelineError, json_type, names_of
 from model.text.chat.conversations import ROLES
 from model.text.chat.template import MARKS, Turn, has_marks, text_of
-from model.text.compression import CODECS, BrokenFile, decompressed
+from model.text.compression import CODECS, BrokenFile
+from model.text.encodings import Utf8Stream
 from model.text.files import list_files, open_file, reading
+from model.text.sources import LONGEST_LINE, content_of
 from model.text.tokenizer import FastEncoder
 
 FIELDS = ("prompt", "chosen", "rejected")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 HELD_OUT = 0.1
 """Fraction of the pairs, by a hash of the prompt, that is not trained on but scored at the end."""
 
@@ -47,7 +53,7 @@ def read_preferences(paths: Sequence[str]) -> Iterator[Preference]:
 
     Raises PipelineError, one line, for a pattern without a match, a broken file and a record that is not a preference.
     """
-    for file in list_files(paths).files:
+    for file in list_files(paths, "training.preferences").files:
         name = PurePosixPath(file.path.lower())
         codec = CODECS.get(name.suffix)
         if (PurePosixPath(name.stem).suffix if codec else name.suffix) not in (".jsonl", ".ndjson"):
@@ -55,7 +61,8 @@ def read_preferences(paths: Sequence[str]) -> Iterator[Preference]:
         number = 0
         try:
             with reading(file.source, file.fs), open_file(file) as stored:
-                for number, line in enumerate(decompressed(stored, codec) if codec else stored, 1):
+                stream = io.BufferedReader(Utf8Stream(content_of(file.source, stored, codec)))
+                for number, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), b""), 1):
                     if not line.isspace():
                         yield preference(line, f"{file.source}, line {number}")
         except BrokenFile as error:
@@ -72,10 +79,10 @@ def preference(line: bytes, where: str) -> Preference:
         reason = str(error).splitlines()[0]
         raise PipelineError(f"{where} is not JSON in UTF-8 ({reason}); expected one object a line") from error
     if not isinstance(row, dict):
-        raise PipelineError(f"{where} is a JSON {type(row).__name__}; expected one object a line")
+        raise PipelineError(f"{where} is a JSON {json_type(row)}; expected one object a line")
     for field in FIELDS:
         if field not in row:
-            found = ", ".join(sorted(row)) or "none"
+            found = names_of(row)
             raise PipelineError(f"{where} has no field {field!r}; found: {found}; expected {', '.join(FIELDS)}")
     prompt = _turns(row["prompt"], "user", f"{where}, prompt")
     answers = []
@@ -91,6 +98,8 @@ def preference(line: bytes, where: str) -> Preference:
         answers.append(turns[0].content)
     if not prompt or prompt[-1].role == "assistant":
         raise PipelineError(f"{where}, prompt: expected a question, which the assistant has not answered yet")
+    if any(map(_SURROGATE.search, (*answers, *(turn.content for turn in prompt)))):
+        raise PipelineError(f"{where} has half of a surrogate pair, which no text has; correct or remove it")
     if answers[0] == answers[1]:
         raise PipelineError(
             f"{where}: chosen and rejected are equal; expected two different answers, or remove the line"
@@ -102,11 +111,11 @@ def _turns(value: Any, role: str, where: str) -> list[Turn]:
     if isinstance(value, str):
         return [Turn(role, value)]
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise PipelineError(f"{where} is a {type(value).__name__}; expected text, or a list of messages")
+        raise PipelineError(f"{where} is a {json_type(value)}; expected text, or a list of messages")
     turns = []
     for number, message in enumerate(value, 1):
         name = message.get("role", message.get("from"))
-        if name not in ROLES:
+        if not isinstance(name, str) or name not in ROLES:
             known = ", ".join(MARKS)
             raise PipelineError(f"{where}, message {number} has the role {name!r}; expected one of {known}")
         try:

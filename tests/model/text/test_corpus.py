@@ -1,7 +1,12 @@
+import bz2
 import gzip
 import hashlib
+import io
 import json
+import lzma
 import sysconfig
+import tarfile
+import zipfile
 from pathlib import Path
 
 import fsspec
@@ -158,7 +163,7 @@ def test_unusable_documents_are_counted_and_named_and_left_out(tmp_path: Path) -
 
 
 def test_invalid_utf8_in_parquet_is_counted(tmp_path: Path) -> None:
-    column = pa.array([*(text.encode() for text in TEXTS), b"\xff\xfe"], pa.binary())
+    column = pa.array([*(text.encode() for text in TEXTS), b"\xff\xfd"], pa.binary())
     summary = build_corpus(files(write_parquet(tmp_path / "a.parquet", column)), tmp_path / "out")
     assert (summary.documents, summary.invalid_utf8) == (60, 1)
 
@@ -327,7 +332,7 @@ def broken(tmp_path: Path, name: str) -> CorpusSettings:
         ("bad.jsonl", r"bad\.jsonl, line 3 is not JSON"),
         ("list.jsonl", r"list\.jsonl, line 1 is a JSON list; expected one object a line"),
         ("field.jsonl", r"line 1 has no field 'text'; found: body, title"),
-        ("number.jsonl", r"line 1: field 'text' holds int; expected text"),
+        ("number.jsonl", r"line 1: field 'text' holds a number; expected text"),
         ("bad.parquet", r"bad\.parquet: broken Parquet file"),
         ("cut.parquet", r"cut\.parquet: broken Parquet file"),
         ("field.parquet", r"field\.parquet has no field 'text'; found: body, other"),
@@ -345,6 +350,56 @@ def test_bad_input_is_one_line_that_names_it(tmp_path: Path, name: str, message:
     with pytest.raises(PipelineError, match=message) as raised:
         build_corpus(broken(tmp_path, name), tmp_path / "out")
     assert "\n" not in str(raised.value)
+
+
+def archive(kind: str) -> bytes:
+    """A file of text in a format that is not text."""
+    stored, text = io.BytesIO(), "".join(TEXTS).encode()
+    match kind:
+        case "zip":
+            with zipfile.ZipFile(stored, "w") as made:
+                made.writestr("a.txt", text)
+        case "tar":
+            with tarfile.open(fileobj=stored, mode="w") as made:
+                entry = tarfile.TarInfo("a.txt")
+                entry.size = len(text)
+                made.addfile(entry, io.BytesIO(text))
+        case "parquet":
+            pq.write_table(pa.table({"text": TEXTS}), stored)
+        case "pdf":
+            stored.write(b"%PDF-1.7\n" + text)
+        case _:
+            pack = {"gz": gzip.compress, "zst": zstandard.compress, "bz2": bz2.compress, "xz": lzma.compress}[kind]
+            stored.write(pack(text))
+    return stored.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("a.bz2", "bz2", "holds bzip2 data: expected text; convert or unpack it"),
+        ("a.jsonl.xz", "xz", "holds xz data: expected text; convert"),
+        ("a.zip", "zip", "holds ZIP data"),
+        ("a.tar", "tar", "holds tar data"),
+        ("a.pdf", "pdf", "holds PDF data"),
+        ("a.jsonl", "gz", r"holds gzip data: expected text; let its name end in \.gz"),
+        ("a.txt", "parquet", r"holds Parquet data: expected text; let its name end in \.parquet"),
+        ("a.pq", "parquet", r"holds Parquet data: expected text; let its name end in \.parquet"),
+        ("a.gz", "zst", r"holds zstd data: expected gzip by its name; let its name end in \.zst"),
+    ],
+)
+def test_a_format_that_is_not_text_is_named(tmp_path: Path, name: str, kind: str, message: str) -> None:
+    (tmp_path / name).write_bytes(archive(kind))
+    (tmp_path / "good.txt").write_text("".join(TEXTS))
+    with pytest.raises(PipelineError, match=rf"{name} {message}"):
+        build_corpus(files(tmp_path / "good.txt", tmp_path / name), tmp_path / "out")
+
+
+def test_a_format_inside_a_compressed_file_is_named(tmp_path: Path) -> None:
+    for kind, name in (("tar", "tar"), ("gz", "gzip")):
+        (tmp_path / "a.gz").write_bytes(gzip.compress(archive(kind)))
+        with pytest.raises(PipelineError, match=rf"a\.gz holds {name} data inside gzip: expected text; convert or unp"):
+            build_corpus(files(tmp_path / "a.gz"), tmp_path / "out")
 
 
 def test_a_glob_that_matches_nothing_names_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,8 @@ TEXTS = {
     "russian": [f"Строка {n} о погоде и о реках\n" for n in range(40)],
     "greek": [f"Γραμμή {n} για τα ποτάμια\n" for n in range(40)],
     "japanese": [f"第{n}行は一つの文章です。\n川と山。\n" for n in range(40)],
+    "hindi": [f"पंक्ति {n} नदी के बारे में\n" for n in range(40)],
+    "telugu": [f"పంక్తి {n} నది గురించి\n" for n in range(40)],
     "emoji": [f"🙂 {n} 👩‍👩‍👧 ok\n" for n in range(40)],
 }
 WIDE = ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
@@ -122,11 +124,13 @@ def test_marked_text_comes_back_exactly(text: str, codec: str) -> None:
     # A NUL after the mark of UTF-16 makes that of UTF-32: what is valid in both is taken for UTF-32.
     assume(codec != "utf-16-le" or not is_utf32(data))
     converted, _, marked = to_utf8(data)
-    if codec == "utf-8" or text:
-        assert (converted, marked) == (text.encode(), True)
+    assert (converted, marked) == (text.encode(), True)
 
 
-@given(st.binary(max_size=300), st.sampled_from(["utf-16-le", "utf-32-be", "cp1252", "shift_jis", ""]))
+@given(
+    st.binary(max_size=300),
+    st.sampled_from(["utf-16", "utf-16-le", "utf-32-be", "utf-8-sig", "cp1252", "shift_jis", ""]),
+)
 def test_no_bytes_whatever_raise_and_bad_ones_are_never_valid_utf8(data: bytes, codec: str) -> None:
     stream = Utf8Stream(io.BytesIO(data), codec)
     converted = io.BufferedReader(stream).read()
@@ -194,15 +198,26 @@ def test_a_file_of_several_encodings_loses_only_the_pieces_that_are_no_text(tmp_
 def test_a_corpus_of_another_encoding_says_how_to_read_it(tmp_path: Path) -> None:
     store(tmp_path, "txt", TEXTS["german"], "latin-1", b"")
     with pytest.raises(
-        PipelineError, match=r"40 documents not UTF-8.* first in .*0\.txt \(byte 4\): set corpus\.encoding"
+        PipelineError, match=r"40 documents not UTF-8 \(first in .*0\.txt \(byte 4\)\).*set corpus\.encoding"
     ):
         build(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["nosuch", "base64", "rot13", "hex"])
+@pytest.mark.parametrize("name", ["nosuch", "base64", "rot13", "hex", "idna", "punycode", "unicode_escape", "charmap"])
 def test_an_encoding_that_python_does_not_know_is_refused(name: str) -> None:
     with pytest.raises(PipelineError, match=r"corpus\.encoding"):
         CorpusSettings(source="files", paths=["x"], encoding=name)
+
+
+@pytest.mark.parametrize("named", ["utf-16", "UTF_16", "utf-16-le", "utf-16-be", "utf-32", "utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_named_unicode_encoding_is_read_with_and_without_a_mark(named: str, marked: bool) -> None:
+    codec = {"utf-16": "utf-16-le", "UTF_16": "utf-16-be", "utf-32": "utf-32-be", "utf-8-sig": "utf-8"}.get(
+        named, named
+    )
+    text = "".join(ENGLISH)
+    converted, found, _ = to_utf8((MARKS[codec] if marked else b"") + text.encode(codec), named)
+    assert (converted.decode(), found) == (text, codec)
 
 
 def test_the_bytes_of_parquet_strings_and_of_json_lose_a_mark_alike(tmp_path: Path) -> None:

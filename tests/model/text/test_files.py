@@ -1,4 +1,5 @@
 import contextlib
+import gzip
 import json
 import os
 import shutil
@@ -214,7 +215,7 @@ def test_conversations_that_lack_a_part_are_named(tmp_path: Path) -> None:
     options = {"text_field": "question", "response_field": "answer"}
     for prompts, responses in ((["a", None], ["b", "c"]), (["a", "b"], ["c", None]), (["a", "b"], ["c", ""])):
         path = write_conversations(tmp_path / "a.parquet", prompts, responses)
-        with pytest.raises(PipelineError, match=r"a\.parquet, row 2: expected text as prompt and as response"):
+        with pytest.raises(PipelineError, match=r"a\.parquet, row 2: found a .* as prompt and .* as response"):
             build(tmp_path, path, **options)
     with pytest.raises(PipelineError, match=r"no field 'reply'; found: .*set corpus\.response_field"):
         build(tmp_path, path, text_field="question", response_field="reply")
@@ -225,9 +226,19 @@ def test_conversations_that_lack_a_part_are_named(tmp_path: Path) -> None:
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        status = {"/gone.txt": 404, "/closed.txt": 403, "/busy.txt": 503, "/later.txt": 429}.get(self.path, 200)
+        status = {
+            "/gone.txt": 404,
+            "/closed.txt": 403,
+            "/busy.txt": 503,
+            "/later.txt": 429,
+            "/never.txt": 501,
+            "/loop.txt": 302,
+            "/away.txt": 302,
+        }.get(self.path, 200)
         data = "".join(TEXTS).encode() * 100
         self.send_response(status)
+        if status == 302:
+            self.send_header("Location", "/loop.txt" if self.path == "/loop.txt" else "file:///etc/hostname")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if status == 200 and self.command == "GET":
@@ -261,6 +272,9 @@ def test_an_address_is_read(tmp_path: Path, address: str) -> None:
         ("busy.txt", "cannot be read: 503 Service Unavailable", True),
         ("later.txt", "cannot be read: 429 Too Many Requests", True),
         ("cut.txt", "cannot be read", True),
+        ("never.txt", "cannot be read: 501 Not Implemented", False),
+        ("loop.txt", "cannot be read: the server redirects without end", False),
+        ("away.txt", "cannot be read: the server redirects to file:///etc/hostname, which is not HTTP", False),
     ],
 )
 def test_an_address_that_fails_says_how_and_is_tried_again_where_that_helps(
@@ -277,3 +291,72 @@ def test_a_dead_address_is_no_missing_file(tmp_path: Path, host: str) -> None:
     for path in ("a.txt", "a.txt?version=2"):
         with pytest.raises(TransientError, match=r"a\.txt.* cannot be read: .*(failed|not known|resol).*; check the a"):
             build(tmp_path, f"http://{host}/{path}")
+
+
+def test_a_server_of_another_protocol_is_told(tmp_path: Path, address: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def greet() -> None:
+            while True:
+                try:
+                    connection = server.accept()[0]
+                except OSError:
+                    return
+                connection.recv(1000)
+                connection.sendall(b"SSH-2.0-server\r\n")
+                connection.close()
+
+        threading.Thread(target=greet, daemon=True).start()
+        with pytest.raises(PipelineError, match=r"a\.txt' cannot be read: the answer is not HTTP \(Bad status line\)"):
+            build(tmp_path, f"http://127.0.0.1:{server.getsockname()[1]}/a.txt")
+        server.shutdown(socket.SHUT_RDWR)
+    with pytest.raises(PipelineError, match=r"cannot be read: .*SSL") as raised:
+        build(tmp_path, address.replace("http:", "https:") + "/a.txt")
+    assert not isinstance(raised.value, TransientError)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "told", "is_transient"),
+    [
+        ("ftp://127.0.0.1:9/a.txt", "cannot be listed: Connection refused", True),
+        ("zip://a.txt::/nowhere/a.zip", "cannot be listed: there is no such file: /nowhere/a.zip", False),
+        ("dbfs://a", "cannot be listed: fsspec cannot open it without options", False),
+        ("http://", "cannot be read: it is not a valid address", False),
+        ("~nobody-of-this-name/a.txt", "matches no file", False),
+        ("a***.txt", r"cannot be listed: Invalid pattern: '\*\*'", False),
+        ("/proc/cpuinfo", "cannot be read: Invalid argument; leave it out", False),
+    ],
+)
+def test_a_path_that_no_file_system_opens_is_one_line(
+    tmp_path: Path, pattern: str, told: str, is_transient: bool
+) -> None:
+    with pytest.raises(PipelineError, match=told) as raised:
+        build(tmp_path, pattern)
+    assert isinstance(raised.value, TransientError) == is_transient
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_whose_name_looks_like_a_chain_of_file_systems_is_read(tmp_path: Path) -> None:
+    (tmp_path / "zip::a.txt").write_text("".join(f"line {number} of a text\n" for number in range(200)))
+    assert build(tmp_path, tmp_path / "zip::a.txt", document_bytes=100).sources == 1
+
+
+def test_names_of_fields_stay_within_one_line(tmp_path: Path) -> None:
+    names = ["a\nb", "c" * 10_000, *(f"k{number}" for number in range(500))]
+    (tmp_path / "a.jsonl").write_text(json.dumps(dict.fromkeys(names, 1)) + "\n")
+    with pytest.raises(PipelineError, match=r"no field 'text'; found: 'a\\nb', 'ccc.* and 482 more; set") as raised:
+        build(tmp_path, tmp_path / "a.jsonl")
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.parquet"])
+def test_a_file_without_a_document_is_counted(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "good.txt").write_text("".join(f"line {number} of a text\n" for number in range(200)))
+    if name.endswith(".parquet"):
+        pq.write_table(pa.table({"text": pa.array([], pa.string())}), folder / name)
+    else:
+        (folder / name).write_bytes(gzip.compress(b"") if name.endswith(".gz") else b"")
+    summary = build(tmp_path, folder / "*", document_bytes=100)
+    assert (summary.sources, summary.empty) == (2, 1) and name in summary.empty_sources[0]

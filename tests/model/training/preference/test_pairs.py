@@ -46,7 +46,7 @@ def test_plain_and_compressed_lines_are_read_in_order(tmp_path: Path):
         (b"\xff", r"line 2 is not JSON in UTF-8"),
         (b"[1]", r"line 2 is a JSON list; expected one object a line"),
         (b'{"prompt": "a", "chosen": "b"}', r"line 2 has no field 'rejected'; found: chosen, prompt; expected prompt"),
-        (line(chosen=3), r"line 2, chosen is a int; expected text, or a list of messages"),
+        (line(chosen=3), r"line 2, chosen is a number; expected text, or a list of messages"),
         (line(chosen="no"), r"line 2: chosen and rejected are equal; expected two different answers"),
         (
             line(prompt=[{"role": "judge", "content": "a"}]),

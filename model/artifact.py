@@ -53,8 +53,32 @@ def read_origin(directory: Path) -> dict[str, Any] | None:
     manifest = directory / MANIFEST
     if not manifest.is_file():
         return None
-    found: dict[str, Any] = json.loads(manifest.read_text())
-    return {name: value for name, value in found.items() if name != "files"}
+    return {name: value for name, value in _read_manifest(manifest).items() if name != "files"}
+
+
+def parse_manifest(text: str, source: object) -> dict[str, Any]:
+    """The fields of a manifest, whose files are checked. Raises PipelineError naming `source` for anything else."""
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PipelineError(f"{source} is not a manifest ({error}); {_AGAIN}") from error
+    files = fields.get("files") if isinstance(fields, dict) else None
+    if not isinstance(files, dict) or not files or not all(map(_is_digest, files.values())):
+        raise PipelineError(f"{source} is not a manifest (it lists no files with size and sha256); {_AGAIN}")
+    if fields.get("content_hash", content_hash(files)) != content_hash(files):
+        raise PipelineError(f"{source} was altered: its content_hash is not that of the files that it lists; {_AGAIN}")
+    return fields
+
+
+_AGAIN = "make the artifact again"
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("sha256"), str) and isinstance(value.get("size"), int)
+
+
+def _read_manifest(manifest: Path) -> dict[str, Any]:
+    return parse_manifest(manifest.read_text(errors="replace"), manifest)
 
 
 def verify(directory: Path) -> None:
@@ -65,7 +89,7 @@ def verify(directory: Path) -> None:
     manifest = directory / MANIFEST
     if not manifest.is_file():
         raise PipelineError(f"no {MANIFEST} in {directory}: expected a complete artifact; make it again")
-    expected: dict[str, FileDigest] = json.loads(manifest.read_text())["files"]
+    expected: dict[str, FileDigest] = _read_manifest(manifest)["files"]
     found = file_digests(directory)
     for name, digest in expected.items():
         if name not in found:

@@ -106,6 +106,9 @@ _FIXED = {
     errno.ESTALE: "the network folder was exported again: mount it again",
     errno.EFBIG: "raise the limit of a file's size (`ulimit -f unlimited`), or choose another file system",
     errno.ENAMETOOLONG: "choose a shorter name or folder",
+    errno.EISDIR: "a folder is in the place of a file: move it away, or choose another folder",
+    errno.EEXIST: "a file is in the place of a folder: move it away, or choose another folder",
+    errno.ELOOP: "a symbolic link leads to itself: remove it, or choose another folder",
     errno.ENOTDIR: "a file is in the place of a folder: move it away, or choose another folder",
     errno.EAGAIN: "raise the limit of processes and threads (`ulimit -u`, a container's pids), or end other programs",
 }
@@ -131,7 +134,7 @@ def limits_as_error(directory: Path) -> Iterator[None]:
 def _refusal(error: BaseException, directory: Path) -> PipelineError | None:
     cause, number = _cause(error)
     if number in _SPACE:
-        return _no_space(directory)
+        return no_space(directory)
     if number == errno.ENOMEM:
         return PipelineError(
             f"out of memory while working on {directory} ({_memory()}): raise the limit (`ulimit -v`, a container's "
@@ -178,7 +181,8 @@ def _number_in(text: str) -> int:
     return 0
 
 
-def _no_space(directory: Path) -> PipelineError:
+def no_space(directory: Path) -> PipelineError:
+    """The error of a full disk that holds `directory`."""
     existing = next(path for path in [directory, *directory.absolute().parents] if path.exists())
     free = shutil.disk_usage(existing).free
     return PipelineError(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_assets.registry import EVALUATION, IMAGES, settings_groups
-from model.artifact import MANIFEST, FileDigest, content_hash, file_digests
+from model.artifact import MANIFEST, FileDigest, content_hash, file_digests, parse_manifest
 from model.errors import PipelineError
 from model.settings import ExperimentSettings
 
@@ -72,9 +72,10 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str, source: object) -> "Manifest":
         """Parse a manifest; the PipelineError for an unreadable one names `source`."""
+        fields = parse_manifest(text, source)
         try:
-            fields = json.loads(text)
             manifest = cls(**{**fields, "config": _portable(fields["config"])})
+            manifest._check_types()
         except (KeyError, TypeError, ValueError) as error:
             raise PipelineError(f"{source} is not a manifest ({error}); materialize the asset again") from error
         if manifest.schema_version != SCHEMA_VERSION:
@@ -90,7 +91,23 @@ class Manifest:
         path = directory / MANIFEST
         if not path.is_file():
             raise PipelineError(f"no {MANIFEST} in {directory}: expected a complete artifact; materialize it again")
-        return cls.from_json(path.read_text(), path)
+        return cls.from_json(path.read_text(errors="replace"), path)
+
+    def _check_types(self) -> None:
+        """Raises TypeError or ValueError for fields of other types, and for a date that has no later one."""
+        for kind, names in _TYPES.items():
+            for name in names:
+                if not isinstance(value := getattr(self, name), kind):
+                    raise TypeError(f"{name} is {value!r}")
+        if not datetime.fromisoformat(self.created).tzinfo or self.created >= "9999":
+            raise ValueError(f"created is {self.created!r}")
+
+
+_TYPES: dict[type, tuple[str, ...]] = {
+    str: ("asset", "experiment", "content_hash", "config_hash", "code_version", "dagster_run_id", "created"),
+    dict: ("config", "upstream"),
+    list: ("failed_checks", "warned_checks", "certificates"),
+}
 
 
 def seal(

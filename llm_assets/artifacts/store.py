@@ -11,6 +11,7 @@ the processes of one machine, and LATEST is replaced by conditional writes. No D
 """
 
 import dataclasses
+import errno
 import os
 import shutil
 import uuid
@@ -22,7 +23,7 @@ from pathlib import Path
 from upath import UPath
 
 from llm_assets.artifacts.locks import exclusive, hold, unread
-from llm_assets.artifacts.manifest import Manifest, refresh_command
+from llm_assets.artifacts.manifest import VERSION_DIGITS, Manifest, refresh_command
 from llm_assets.artifacts.remote import is_abandoned, refusals, replace_if_unchanged, revision
 from llm_assets.paths import var_dir
 from model.artifact import MANIFEST, verify
@@ -140,8 +141,8 @@ class ArtifactStore:
         """The manifest of the latest version; None if it is missing or unreadable."""
         base = self.root / asset / experiment
         with self._refusals():
-            version = self._read_text(base / LATEST)
-            text = self._read_text(base / version.strip() / MANIFEST) if version else None
+            version = (self._read_text(base / LATEST) or "").strip()
+            text = self._read_text(base / version / MANIFEST) if _is_version(version) else None
         if text is None:
             return None
         try:
@@ -169,19 +170,25 @@ class ArtifactStore:
 
     def _load(self, asset: str, experiment: str) -> Path:
         base = self.root / asset / experiment
-        version = self._read_text(base / LATEST)
-        if version is None:
+        text = self._read_text(base / LATEST)
+        if text is None:
             raise PipelineError(
                 f"no {asset} of experiment {experiment!r} in {base}; materialize it: "
                 f"{refresh_command(asset, experiment)}"
             )
-        source = base / version.strip()
+        version = text.strip()
+        if not _is_version(version):
+            raise PipelineError(
+                f"{base / LATEST} holds {version[:50]!r}: expected the name of a version beside it; materialize it "
+                f"again: {refresh_command(asset, experiment)}"
+            )
+        source = base / version
         if isinstance(source, Path) and self._local:
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, NotADirectoryError):
                 hold(source)
             verify(source)
             return source
-        return self._download(source, self._cache_dir / asset / experiment / version.strip())
+        return self._download(source, self._cache_dir / asset / experiment / version)
 
     def _is_intact(self, target: Path | UPath, manifest: Manifest) -> bool:
         """Whether the version exists and is intact; a damaged one is published again."""
@@ -284,10 +291,14 @@ class ArtifactStore:
             if isinstance(path, UPath) and not self._local:
                 path.fs.invalidate_cache()  # another process may have written since the last listing
                 content: bytes = path.fs.cat_file(path.path)  # in one request: an open file would expire
-                return content.decode()
-            return path.read_text()
-        except (FileNotFoundError, NotADirectoryError):
+                return content.decode(errors="replace")
+            return path.read_text(errors="replace")
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                return None
+            raise
 
     def _write_text(self, base: Path | UPath, name: str, text: str) -> None:
         """Replace a small file below `base` in one step: a rename in a folder, a single PUT in an object store."""
@@ -306,6 +317,10 @@ class ArtifactStore:
             fresh.replace(str(path))
         finally:
             fresh.unlink(missing_ok=True)
+
+
+def _is_version(name: str) -> bool:
+    return len(name) == VERSION_DIGITS and set(name) <= set("0123456789abcdef")
 
 
 def _publish_folder(staging: Path, target: Path) -> None:

@@ -66,6 +66,11 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: Path = CONFIG_
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise PipelineError(f"no experiment {name!r} in {config_dir / 'experiment'}: expected one of {names}{hint}")
+    for override in overrides:
+        if override.lstrip("+").partition("=")[0] in ("experiment", "name"):
+            raise PipelineError(
+                f"the override {override!r} would give {name!r} another's settings: run that experiment"
+            )
     files = read_files(config_dir, name, overrides)
     try:
         with initialize_config_dir(str(config_dir.resolve())):

@@ -10,6 +10,7 @@ results.
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from llm_assets.experiments.compose import compose
 from llm_assets.paths import output_folder, shown_path
 from llm_assets.terminal.records import Follower, Record
 from llm_assets.terminal.view import View
-from model.errors import ends_in_one_line
+from model.errors import ends_in_one_line, no_space
 from model.system.processes import is_stopped
 
 DEFINITIONS, PIPELINE = "llm_assets.definitions", "llm_pipeline"
@@ -35,6 +36,8 @@ POLL_EVERY_S = 0.2
 STOPPED_POLLS = 15
 """Polls that find the run's process stopped before that is printed."""
 _INTERRUPTED = 130
+_LEAST_FREE = 1 << 16
+"""Free bytes of a disk below which it counts as full: SQLite needs more for a record."""
 
 
 def execute_job(
@@ -77,7 +80,7 @@ def execute_job(
             signal.signal(signal.SIGTERM, before)
             follower.close()
     if status:
-        _explain(console, view, log)
+        _explain(console, view, log, status)
     return status
 
 
@@ -108,12 +111,14 @@ def _watch(process: subprocess.Popen[bytes], follower: Follower, view: View) -> 
             _end(process)
 
 
-def _explain(console: Console, view: View, log: Path) -> None:
+def _explain(console: Console, view: View, log: Path, status: int) -> None:
     """Print why a run failed: the stages' reasons, or the last line that the command printed."""
     printed = [
         line.strip() for line in log.with_suffix(".out").read_text(errors="replace").splitlines() if line.strip()
     ]
-    for reason in view.failures or printed[-1:]:
+    is_full = shutil.disk_usage(log.parent).free < _LEAST_FREE  # Dagster's own words need space, too
+    said = view.failures or ([str(no_space(log.parent))] if is_full else printed[-1:])
+    for reason in said or [f"the run ended with status {status} without a word; run again"]:
         console.print(f"error: {reason}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"log: {shown_path(log)}", markup=False, highlight=False, soft_wrap=True)
 

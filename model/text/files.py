@@ -23,8 +23,8 @@ from fsspec.implementations.local import LocalFileSystem
 from model.errors import OF_THE_PROCESS, PipelineError, TransientError
 
 _HTTP_TRANSIENT = {408, 425, 429, 500, 502, 503, 504, 507}
-_HTTP_TIMES = {"total": None, "sock_connect": 30.0, "sock_read": 60.0}
-"""Seconds: a silent server is given up; a large file may take as long as it sends. aiohttp would end it after 300 s."""
+_HTTP_CONNECT_S, _HTTP_SILENCE_S = 30.0, 60.0
+"""A silent server is given up; a large file may take as long as it sends. aiohttp would end it after 300 s."""
 _OF_THE_NAME = (errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.ENODEV, errno.ENOTDIR, errno.ENXIO)
 """Errors of a name that stands for nothing to read from start to end, as of a file of /proc."""
 _KINDS = {
@@ -148,6 +148,8 @@ def _match(pattern: str, named: str) -> Listing:
     try:
         fs, path = fsspec.core.url_to_fs(pattern, **_options(pattern))
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in OF_THE_PROCESS:
+            raise
         raise _failure(f"{named} cannot be listed", error, _CHECK) from error
     if isinstance(fs, LocalFileSystem):
         return _match_local(pattern, named, path)
@@ -172,7 +174,9 @@ def _options(pattern: str) -> dict[str, Any]:
         return {}
     from aiohttp import ClientTimeout  # only addresses need it
 
-    return {"client_kwargs": {"timeout": ClientTimeout(**_HTTP_TIMES)}}
+    return {
+        "client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=_HTTP_CONNECT_S, sock_read=_HTTP_SILENCE_S)}
+    }
 
 
 def _is_relative(pattern: str) -> bool:

@@ -327,7 +327,7 @@ def whole_characters(data: bytes, length: int) -> int:
 
 def content_of(source: str, stored: BinaryIO, codec: str | None) -> BinaryIO:
     """The content of a file, decompressed if it has a codec. Raises PipelineError for a format that is not text."""
-    content = io.BufferedReader(cast(io.RawIOBase, stored))
+    content: io.BufferedReader[Any] = io.BufferedReader(cast(io.RawIOBase, stored))
     found = format_of(content.peek(FORMAT_BYTES))
     if found not in ("", codec):
         expected = f"{codec} by its name" if codec else "text"

@@ -1,4 +1,5 @@
 import errno
+import json
 import shutil
 import uuid
 from pathlib import Path
@@ -109,6 +110,85 @@ def test_a_damaged_version_is_refused_by_path_and_mended_by_publishing_again(
         store.load("corpus", "smoke")
     assert not store.publish(staged(tmp_path, "one")).unchanged
     assert (store.load("corpus", "smoke") / "data.txt").read_text() == "one"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe{}",
+        b"[" * 100_000,
+        b'{"files": []}',
+        b'{"files": {"data.txt": 7}}',
+        b'{"files": {"data.txt": {"size": 1}}}',
+        b'{"files": {"data.txt": {"size": 1, "sha256": "a"}}, "content_hash": "b"}',
+    ],
+)
+def test_a_manifest_that_is_none_is_refused_by_path_and_mended_by_publishing_again(
+    store: ArtifactStore, tmp_path: Path, text: bytes
+) -> None:
+    version = store.publish(staged(tmp_path, "one")).version
+    (store.root / "corpus" / "smoke" / version / "manifest.json").write_bytes(text)
+    assert store.latest_manifest("corpus", "smoke") is None
+    with pytest.raises(PipelineError, match=r"manifest\.json (is not a manifest|was altered).*(make|materialize)"):
+        store.load("corpus", "smoke")
+    assert store.publish(staged(tmp_path, "one")).latest
+    assert (store.load("corpus", "smoke") / "data.txt").read_text() == "one"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("created", 7),
+        ("created", "today"),
+        ("created", "9999-12-31T23:59:59.999+00:00"),
+        ("config", []),
+        ("upstream", 7),
+    ],
+)
+def test_a_field_of_another_type_does_not_stop_the_next_version(
+    store: ArtifactStore, tmp_path: Path, name: str, value: object
+) -> None:
+    version = store.publish(staged(tmp_path, "one")).version
+    path = store.root / "corpus" / "smoke" / version / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    assert store.latest_manifest("corpus", "smoke") is None
+    store.publish(staged(tmp_path, "two"))
+    assert (store.load("corpus", "smoke") / "data.txt").read_text() == "two"
+
+
+@pytest.mark.parametrize("text", [b"", b" \n", b"\xff", b"a\0b", b"../../elsewhere", b"/etc", b"x" * 5000])
+def test_a_pointer_that_names_no_version_is_told_and_mended_by_publishing(
+    store: ArtifactStore, tmp_path: Path, text: bytes
+) -> None:
+    store.publish(staged(tmp_path, "one"))
+    (store.root / "corpus" / "smoke" / "LATEST").write_bytes(text)
+    assert store.latest_manifest("corpus", "smoke") is None
+    with pytest.raises(PipelineError, match=r"LATEST holds .*: expected the name of a version.*materialize"):
+        store.load("corpus", "smoke")
+    store.publish(staged(tmp_path, "one"))
+    assert (store.load("corpus", "smoke") / "data.txt").read_text() == "one"
+
+
+def test_a_folder_or_a_link_in_the_place_of_a_file_is_one_line(tmp_path: Path) -> None:
+    store = ArtifactStore(str(tmp_path / "root"), tmp_path / "cache")
+    store.publish(staged(tmp_path, "one"))
+    base = tmp_path / "root" / "corpus" / "smoke"
+    (base / "LATEST").unlink()
+    (base / "LATEST").symlink_to("LATEST")
+    with pytest.raises(PipelineError, match="no corpus of experiment 'smoke'"):
+        store.load("corpus", "smoke")
+    (base / "LATEST").unlink()
+    (base / "LATEST").mkdir()
+    with pytest.raises(PipelineError, match="Is a directory; a folder is in the place of a file"):
+        store.publish(staged(tmp_path, "two"))
+    shutil.rmtree(base.parent)
+    base.parent.write_text("a file")
+    with pytest.raises(PipelineError, match="a file is in the place of a folder"):
+        store.publish(staged(tmp_path, "two"))
 
 
 def test_a_remote_version_is_read_through_a_cache_that_heals(tmp_path: Path) -> None:

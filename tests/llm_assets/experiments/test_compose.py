@@ -161,6 +161,8 @@ def test_a_name_that_no_registry_takes_is_refused_where_the_files_are_read(confi
     ("name", "overrides", "says"),
     [
         ("smok", [], r"no experiment 'smok'.*did you mean 'smoke'\?"),
+        ("smoke", ["experiment=stdlib"], "'experiment=stdlib' would give 'smoke' another's settings"),
+        ("smoke", ["++name=other"], "run that experiment"),
         ("smoke", ["training.max_step=3"], "Key 'max_step' not in 'TrainingSettings'"),
         ("smoke", ["training.arguments.tf32=false"], r"Key 'tf32' is not in struct; .* as '\+OPTION.NAME=VALUE'"),
         ("smoke", ["+training.max_step=3"], "Key 'max_step' not in 'TrainingSettings'"),

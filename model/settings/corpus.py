@@ -1,5 +1,6 @@
 """Where documents come from and how they are split (`configs/corpus/`)."""
 
+import codecs
 import dataclasses
 import re
 from dataclasses import dataclass
@@ -7,7 +8,6 @@ from typing import Any, Literal
 
 from model.errors import PipelineError
 from model.settings.option import Settings, expect, expect_types, option
-from model.text.encodings import codec_of
 
 
 @dataclass
@@ -130,3 +130,17 @@ class CorpusSettings(Settings, group="corpus"):
 
 _MIXTURE = "sources by name for source 'mixture', and none for another"
 _OF_THE_WHOLE = {"mixture", "split_by", "validation_fraction", "validation_bytes", "shard_bytes"}
+
+
+def codec_of(name: str) -> str:
+    """Python's name of an encoding of text; empty for one that it does not know or that files do not have."""
+    try:
+        info = codecs.lookup(name)
+        is_text = isinstance(codecs.getincrementaldecoder(name)().decode(b""), str)  # base64 is from bytes to bytes
+    except (LookupError, ValueError, TypeError, AttributeError):
+        return ""
+    return info.name if is_text and info.name not in _OF_PROGRAMS else ""
+
+
+_OF_PROGRAMS = ("charmap", "idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")
+"""Python's codecs for names and source text: they would change plain text."""

@@ -12,6 +12,8 @@ import io
 import unicodedata
 from typing import BinaryIO
 
+from model.settings.corpus import codec_of
+
 HEAD_BYTES = 4096
 """Bytes of a file's start from which the encoding is determined."""
 _CHUNK = 1 << 18
@@ -50,20 +52,6 @@ def find_encoding(head: bytes) -> tuple[str, int]:
         ]
         return (max(found)[1] if found else "utf-8"), 0
     return "utf-8", 0
-
-
-def codec_of(name: str) -> str:
-    """Python's name of an encoding of text; empty for one that it does not know or that files do not have."""
-    try:
-        info = codecs.lookup(name)
-        is_text = isinstance(codecs.getincrementaldecoder(name)().decode(b""), str)  # base64 is from bytes to bytes
-    except (LookupError, ValueError, TypeError, AttributeError):
-        return ""
-    return info.name if is_text and info.name not in _OF_PROGRAMS else ""
-
-
-_OF_PROGRAMS = ("charmap", "idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")
-"""Python's codecs for names and source text: they would change plain text."""
 
 
 def _named(name: str, head: bytes) -> tuple[str, int]:

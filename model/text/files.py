@@ -23,8 +23,6 @@ from fsspec.implementations.local import LocalFileSystem
 from model.errors import OF_THE_PROCESS, PipelineError, TransientError
 
 _HTTP_TRANSIENT = {408, 425, 429, 500, 502, 503, 504, 507}
-_HTTP_CONNECT_S, _HTTP_SILENCE_S = 30.0, 60.0
-"""A silent server is given up; a large file may take as long as it sends. aiohttp would end it after 300 s."""
 _OF_THE_NAME = (errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.ENODEV, errno.ENOTDIR, errno.ENXIO)
 """Errors of a name that stands for nothing to read from start to end, as of a file of /proc."""
 _KINDS = {
@@ -146,7 +144,7 @@ def _match(pattern: str, named: str) -> Listing:
     if "::" in pattern and os.path.lexists(pattern):
         return _match_local(pattern, named, str(Path(pattern).absolute()))
     try:
-        fs, path = fsspec.core.url_to_fs(pattern, **_options(pattern))
+        fs, path = fsspec.core.url_to_fs(pattern)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in OF_THE_PROCESS:
             raise
@@ -166,17 +164,6 @@ def _match(pattern: str, named: str) -> Listing:
         found = {path: info}
     files = [(fs.unstrip_protocol(name), name, info) for name, info in sorted(found.items())]
     return Listing([File(printable(s), fs, n, i.get("size") or 0) for s, n, i in files if i["type"] == "file"])
-
-
-def _options(pattern: str) -> dict[str, Any]:
-    """Options of the file system that reads an address."""
-    if not pattern.startswith(("http://", "https://")):
-        return {}
-    from aiohttp import ClientTimeout  # only addresses need it
-
-    return {
-        "client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=_HTTP_CONNECT_S, sock_read=_HTTP_SILENCE_S)}
-    }
 
 
 def _is_relative(pattern: str) -> bool:

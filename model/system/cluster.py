@@ -19,6 +19,10 @@ from model.settings import ComputeSettings
 STARTS = 3
 """Attempts to start a Ray: each gives up after 30 seconds, which a busy machine may take (ray 2.60)."""
 
+KEEPALIVE_MS = {"RAY_grpc_client_keepalive_time_ms": 20_000, "RAY_grpc_client_keepalive_timeout_ms": 20_000}
+"""After which silence Ray asks whether the other host of a call is there, and how long it waits for the answer. By
+default these are 5 and 2 minutes: so long a step would wait for a task of a host that was cut off (407 s seen)."""
+
 
 @contextmanager
 def connected(compute: ComputeSettings) -> Iterator[Any]:
@@ -28,6 +32,8 @@ def connected(compute: ComputeSettings) -> Iterator[Any]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # reports to Ray's makers
     os.environ.setdefault("RAY_worker_niceness", "0")  # not 15: the step waits for its tasks
+    for name, milliseconds in KEEPALIVE_MS.items():
+        os.environ.setdefault(name, str(milliseconds))
     try:
         import ray
     except ImportError:

@@ -24,6 +24,12 @@ WAIT_S = 300.0
 """Longest wait for a cluster to have room for the processes of a training."""
 
 
+LOST = (2, 3)
+"""Ray's reasons for the end of a host: unexpected, and preempted (`NodeDeathInfo.Reason`)."""
+LOST_S = 120.0
+"""Longest time until Ray ends on a host that is cut off, twice its own (`gcs_rpc_server_reconnect_timeout_s`)."""
+
+
 class Host:
     """The actor of one process."""
 
@@ -65,13 +71,17 @@ class RayProcesses:
         self._restarts = 0
         self.returncode: int | None = None
         self._needed = {"CPU": 1.0} | ({"GPU": compute.gpus_per_process} if compute.gpus_per_process else {})
-        if (room := self._room()) < compute.processes:
+        room = self._room()
+        processes = fitting(compute.processes, room)
+        if room < compute.processes and not (processes and self._has_lost_hosts()):
             each = " and ".join(f"{amount:g} {name}" for name, amount in self._needed.items())
             raise PipelineError(
                 f"compute.processes is {compute.processes}: the hosts of the Ray cluster hold {room} with {each} each; "
                 "lower it, or add hosts"
             )
-        self._start(compute.processes)
+        if processes < compute.processes:
+            log(f"the Ray cluster has lost hosts: {processes} of {compute.processes} processes start")
+        self._start(processes)
 
     def _room(self) -> int:
         """Processes that the living hosts hold, whatever else runs there."""
@@ -80,6 +90,10 @@ class RayProcesses:
             for node in self._ray.nodes()
             if node["Alive"]
         )
+
+    def _has_lost_hosts(self) -> bool:
+        """Whether a host has left the cluster that neither it nor an autoscaler took off."""
+        return any(not node["Alive"] and node["DeathReason"] in LOST for node in self._ray.nodes())
 
     def _start(self, processes: int) -> None:
         ray, compute = self._ray, self._compute
@@ -128,8 +142,10 @@ class RayProcesses:
     def _restart(self, status: int) -> int | None:
         self._before_restart()
         self.end()
+        # Those of a host that was cut off end once its Ray has missed the head for a minute, and may then save.
+        all_ended = self._restarts < self._compute.restarts and self._presence.wait_for_none(LOST_S + 2 * GRACE_S)
         processes = fitting(self._compute.processes, self._room())
-        if self._restarts == self._compute.restarts or not processes or not self._presence.wait_for_none(2 * GRACE_S):
+        if not all_ended or not processes:
             self.returncode = status
             return status
         self._restarts += 1

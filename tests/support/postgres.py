@@ -1,4 +1,4 @@
-"""A real PostgreSQL server of its own for a test, on the loopback address."""
+"""A real PostgreSQL server of its own for a test, on an address of this machine."""
 
 import os
 import shutil
@@ -24,11 +24,12 @@ class Postgres:
     """A running server. env: as `deploy/dagster.yaml` reads it."""
 
     port: int
+    address: str
 
     @property
     def env(self) -> dict[str, str]:
         return {
-            "POSTGRES_HOST": "127.0.0.1",
+            "POSTGRES_HOST": self.address,
             "POSTGRES_PORT": str(self.port),
             "POSTGRES_USER": USER,
             "POSTGRES_PASSWORD": PASSWORD,
@@ -46,7 +47,7 @@ def _programs() -> Path:
 
 
 @contextmanager
-def postgres_server() -> Iterator[Postgres]:
+def postgres_server(address: str = "127.0.0.1") -> Iterator[Postgres]:
     """A fresh server that asks for a password."""
     programs, port = _programs(), free_port()
     account: dict[str, Any] = {"user": ACCOUNT, "group": ACCOUNT, "extra_groups": []} if os.getuid() == 0 else {}
@@ -55,7 +56,7 @@ def postgres_server() -> Iterator[Postgres]:
         shutil.chown(folder, ACCOUNT, ACCOUNT)
     (folder / "password").write_text(PASSWORD)
     (folder / "password").chmod(0o644)
-    settings = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
+    settings = f"-p {port} -c listen_addresses={address} -c unix_socket_directories= -c fsync=off"
 
     def run(program: str, *arguments: str) -> None:
         done = subprocess.run(
@@ -68,9 +69,11 @@ def postgres_server() -> Iterator[Postgres]:
         run(
             "initdb", "-U", USER, "--pwfile", str(folder / "password"), "-A", "scram-sha-256", "--no-sync", "-E", "UTF8"
         )
+        with (folder / "data" / "pg_hba.conf").open("a") as clients:
+            clients.write("host all all samenet scram-sha-256\n")
         run("pg_ctl", "-w", "-o", settings, "-l", str(folder / "log"), "start")
         try:
-            yield Postgres(port)
+            yield Postgres(port, address)
         finally:
             run("pg_ctl", "-m", "immediate", "stop")
     finally:

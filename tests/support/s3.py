@@ -29,10 +29,10 @@ KEYS = ("writer", "not-a-real-secret")
 
 
 class Server:
-    """SeaweedFS on the loopback address. Its files outlive it."""
+    """SeaweedFS on an address of this machine. Its files outlive it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
+        self.folder, self.address = folder, address
         names = [
             f"{kind}{suffix}" for kind in ("master", "volume", "filer", "s3") for suffix in (".port", ".port.grpc")
         ]
@@ -43,10 +43,10 @@ class Server:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.ports['s3.port']}"
+        return f"http://{self.address}:{self.ports['s3.port']}"
 
     def start(self) -> None:
-        command = [WEED, "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={self.folder}", "-s3"]
+        command = [WEED, "server", f"-ip={self.address}", f"-ip.bind={self.address}", f"-dir={self.folder}", "-s3"]
         command += [
             f"-s3.config={self.folder / 's3.json'}",
             "-master.volumeSizeLimitMB=64",
@@ -74,6 +74,17 @@ class Server:
         if self.process:
             self.process.kill()
             self.process.wait()
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What its clients need."""
+        return {
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_ACCESS_KEY_ID": KEYS[0],
+            "AWS_SECRET_ACCESS_KEY": KEYS[1],
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_MAX_ATTEMPTS": "2",
+        }
 
 
 def free_ports(number: int) -> list[int]:
@@ -126,13 +137,7 @@ def root(server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
     """An address in a bucket that exists; credentials are in the environment only."""
     import s3fs
 
-    for name, value in {
-        "AWS_ENDPOINT_URL": server.url,
-        "AWS_ACCESS_KEY_ID": KEYS[0],
-        "AWS_SECRET_ACCESS_KEY": KEYS[1],
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_MAX_ATTEMPTS": "2",
-    }.items():
+    for name, value in server.env.items():
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
     wait_until_it_stores()

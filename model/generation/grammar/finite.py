@@ -9,52 +9,32 @@ be satisfied at all is left to llguidance, and so is every form that is not reco
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar
-from urllib.parse import unquote, urldefrag, urljoin
 
 from model.errors import PipelineError
+from model.generation.grammar.schema import LONGEST_PLACE, Schema, Subschemas, dict_of, list_of
 
 T = TypeVar("T")
-Schema = dict[str, Any]
-ONE = ("additionalProperties", "items", "unevaluatedProperties", "unevaluatedItems")
-SEVERAL = ("allOf", "anyOf", "oneOf", "prefixItems")
-NAMED = ("$defs", "definitions", "patternProperties", "properties")
-"""Keywords whose value is a schema, a list of schemas, or schemas by name."""
-LONGEST_PLACE = 80
 
 
 def check_schema(source: str) -> None:
-    """Raises PipelineError for a JSON schema, as JSON text, with a part that only an infinite value could match.
-
-    So it does for one with a constant that would be rounded.
-    """
+    """Raises PipelineError for a JSON schema, as JSON text, with a part that only an infinite value could match."""
     root = json.loads(source)
     if not isinstance(root, dict):
         return
-    schemas = _Schemas(root)
-    for schema, place in zip(schemas.all, schemas.places, strict=True):
-        for name in ("const", "enum"):
-            if _is_rounded(schema.get(name)):
-                raise PipelineError(
-                    f"{place[:LONGEST_PLACE]}/{name} has an integer beyond 2^53, which would be rounded"
-                )
+    schemas = Subschemas(root)
     if '"$ref"' not in source:
         return  # recursion needs a reference
-    finite = _least_fixed_point({at: schemas.used(at) for at in range(len(schemas.all))}, schemas.is_finite)
+    finite = _least_fixed_point(
+        {at: schemas.used(at) for at in range(len(schemas.all))}, partial(_is_finite_schema, schemas)
+    )
     for number in schemas.reached():
         if number not in finite:
             place = schemas.places[number][:LONGEST_PLACE]
             raise PipelineError(
                 f"no text is ever complete under {place}: it requires itself inside; make a part optional"
             )
-
-
-def _is_rounded(value: Any) -> bool:
-    """Whether a JSON value has an integer that a double does not hold: llguidance would write another one."""
-    if isinstance(value, int):
-        return abs(value) > 2**53
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(map(_is_rounded, inner))
 
 
 def check_lark(source: str) -> None:
@@ -132,123 +112,41 @@ def _least_fixed_point(uses: Mapping[T, Iterable[T]], is_finite: Callable[[T, se
     return known
 
 
-class _Schemas:
-    """All subschemas of a JSON schema that are objects, numbered; the root is 0."""
+def _is_finite_schema(schemas: Subschemas, at: int, known: set[int]) -> bool:
+    """Whether some finite value is valid, given the subschemas of which that is known."""
+    schema = schemas.all[at]
 
-    def __init__(self, root: Schema) -> None:
-        self.all: list[Schema] = []
-        self.places: list[str] = []
-        self._numbers: dict[int, int] = {}
-        self._bases: list[str] = []
-        self._documents: dict[str, Any] = {"": root}
-        self._anchors: dict[tuple[str, str], Schema] = {}
-        waiting: list[tuple[Any, str, str]] = [(root, "#", "")]
-        while waiting:
-            schema, place, base = waiting.pop()
-            if not isinstance(schema, dict):
-                continue
-            if isinstance(schema.get("$id"), str):
-                base = urldefrag(urljoin(base, schema["$id"]))[0]
-                self._documents[base] = schema
-            if isinstance(schema.get("$anchor"), str):
-                self._anchors[base, schema["$anchor"]] = schema
-            self._numbers[id(schema)] = len(self.all)
-            self.all.append(schema)
-            self.places.append(place)
-            self._bases.append(base)
-            waiting += [(inner, f"{place}/{name}", base) for name, inner in _children(schema)]
+    def known_finite(inner: Any) -> bool:
+        number = schemas.number(inner)
+        return number is None or number in known
 
-    def reached(self) -> list[int]:
-        """The subschemas that a value can be validated by: definitions only where something refers to them."""
-        reached, waiting = dict.fromkeys([0]), [0]
-        while waiting:
-            at = waiting.pop()
-            new = [number for number in self.used(at) if number not in reached]
-            reached.update(dict.fromkeys(new))
-            waiting += new
-        return sorted(reached)
-
-    def used(self, at: int) -> list[int]:
-        """The subschemas that a subschema applies: not its definitions."""
-        inner = [one for name, one in _children(self.all[at]) if not name.startswith(("$defs/", "definitions/"))]
-        found = [*(self._number(one) for one in inner), self._target(at)]
-        return [number for number in found if number is not None]
-
-    def is_finite(self, at: int, known: set[int]) -> bool:
-        """Whether some finite value is valid, given the subschemas of which that is known."""
-        schema = self.all[at]
-
-        def known_finite(inner: Any) -> bool:
-            number = self._number(inner)
-            return number is None or number in known
-
-        target = self._target(at)
-        if target is not None and target not in known:
+    target = schemas.target(at)
+    if target is not None and target not in known:
+        return False
+    if not all(map(known_finite, list_of(schema, "allOf"))):
+        return False
+    for name in ("anyOf", "oneOf"):
+        if (parts := list_of(schema, name)) and not any(map(known_finite, parts)):
             return False
-        if not all(map(known_finite, _list(schema, "allOf"))):
-            return False
-        for name in ("anyOf", "oneOf"):
-            if (parts := _list(schema, name)) and not any(map(known_finite, parts)):
-                return False
-        if "const" in schema or "enum" in schema:
-            return True
-        if schema.get("type") in ("object", ["object"]):
-            return all(any(map(known_finite, inner)) for inner in _required(schema))
-        if schema.get("type") in ("array", ["array"]):
-            least = schema.get("minItems", 0)
-            first = _list(schema, "prefixItems")
-            needed = first[: least if isinstance(least, int) else 0]
-            if isinstance(least, int) and least > len(first):
-                needed = [*first, schema.get("items")]
-            return all(map(known_finite, needed))
+    if "const" in schema or "enum" in schema:
         return True
-
-    def _target(self, at: int) -> int | None:
-        """The subschema that `$ref` refers to; None without one, and for one that is not found."""
-        reference = self.all[at].get("$ref")
-        if not isinstance(reference, str):
-            return None
-        document, fragment = urldefrag(urljoin(self._bases[at], reference))
-        if fragment and not fragment.startswith("/"):
-            return self._number(self._anchors.get((document, unquote(fragment))))
-        found: Any = self._documents.get(document)
-        for part in unquote(fragment).split("/")[1:]:
-            part = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(found, list):
-                found = found[int(part)] if part.isdecimal() and int(part) < len(found) else None
-            else:
-                found = found.get(part) if isinstance(found, dict) else None
-        return self._number(found)
-
-    def _number(self, schema: Any) -> int | None:
-        return self._numbers.get(id(schema))
-
-
-def _children(schema: Schema) -> Iterator[tuple[str, Any]]:
-    for name in ONE:
-        if name in schema:
-            yield name, schema[name]
-    for name in SEVERAL:
-        yield from ((f"{name}/{index}", inner) for index, inner in enumerate(_list(schema, name)))
-    for name in NAMED:
-        yield from ((f"{name}/{key}", inner) for key, inner in _dict(schema, name).items())
-
-
-def _list(schema: Schema, name: str) -> list[Any]:
-    value = schema.get(name)
-    return value if isinstance(value, list) else []
-
-
-def _dict(schema: Schema, name: str) -> dict[str, Any]:
-    value = schema.get(name)
-    return value if isinstance(value, dict) else {}
+    if schema.get("type") in ("object", ["object"]):
+        return all(any(map(known_finite, inner)) for inner in _required(schema))
+    if schema.get("type") in ("array", ["array"]):
+        least = schema.get("minItems", 0)
+        first = list_of(schema, "prefixItems")
+        needed = first[: least if isinstance(least, int) else 0]
+        if isinstance(least, int) and least > len(first):
+            needed = [*first, schema.get("items")]
+        return all(map(known_finite, needed))
+    return True
 
 
 def _required(schema: Schema) -> Iterator[list[Any]]:
     """For each required property the schemas of which one applies to it."""
-    properties = _dict(schema, "properties")
-    others = [*_dict(schema, "patternProperties").values(), schema.get("additionalProperties")]
-    for name in _list(schema, "required"):
+    properties = dict_of(schema, "properties")
+    others = [*dict_of(schema, "patternProperties").values(), schema.get("additionalProperties")]
+    for name in list_of(schema, "required"):
         possible = [properties[name]] if isinstance(name, str) and name in properties else others
         yield [inner for inner in possible if inner is not False] or [True]
 

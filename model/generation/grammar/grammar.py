@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from model.errors import PipelineError
 from model.generation.grammar.finite import check_lark, check_schema, check_terminals
+from model.generation.grammar.supported import supported, supported_in_lark
 
 Kind = Literal["json", "regex", "grammar", "calls"]
 MAX_WHITE_SPACE = 20
@@ -213,10 +214,10 @@ def _translate(kind: Kind, source: str) -> str:
 
     if kind == "json":
         check_schema(source)
-        return str(llguidance.LLMatcher.grammar_from_json_schema(source, overrides=JSON_OPTIONS))
+        return str(llguidance.LLMatcher.grammar_from_json_schema(supported(source), overrides=JSON_OPTIONS))
     if kind == "regex":
         return str(llguidance.LLMatcher.grammar_from_regex(source))
     is_gbnf = kind == "grammar" and "::=" in source
     translated = str(llguidance.grammar_from("gbnf" if is_gbnf else "lark", source))
     check_lark(translated)
-    return translated
+    return translated if is_gbnf else supported_in_lark(translated)

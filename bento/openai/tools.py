@@ -99,7 +99,7 @@ ToolChoice = Annotated[
 ]
 
 
-def _arguments(value: Any) -> Any:
+def arguments_text(value: Any) -> Any:
     """Arguments as JSON text: some clients send them as an object, or nothing for a function without any."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value or "{}"
 
@@ -109,7 +109,9 @@ class CalledFunction(StrictRequest):
 
     name: Name
     arguments: Annotated[
-        str, BeforeValidator(_arguments), forms({"type": "string"}, {"type": "object", "additionalProperties": True})
+        str,
+        BeforeValidator(arguments_text),
+        forms({"type": "string"}, {"type": "object", "additionalProperties": True}),
     ] = Field(description="JSON.")
 
 

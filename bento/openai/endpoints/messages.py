@@ -30,7 +30,7 @@ from bento.openai.conversation import (
 )
 from bento.openai.schema import ChatRequest
 from bento.openai.tools import MAX_TOOLS, Name, Parameters
-from bento.openai.turns import MAX_MESSAGES
+from bento.openai.turns import MAX_MESSAGES, MESSAGE_LABELS
 from bento.schema import WHOLE, Count, StrictRequest, TextOrObjects
 from bento.serving.answers import Batch
 from bento.serving.backend import BackendOf
@@ -46,6 +46,8 @@ BLOCK_FIELDS = {
     "redacted_thinking": {"data"},
 }
 BLOCK_LABELS = {"type", "cache_control", "citations", "caller"}
+ANSWER_FIELDS = {"container", "stop_details", "stop_reason", "stop_sequence", "type", "usage"}
+"""Fields of an answer beside its labels, which clients append to the conversation whole."""
 BLOCKS_OF = {"user": {"text", "tool_result"}, "assistant": BLOCK_FIELDS.keys() - {"tool_result"}}
 
 
@@ -77,7 +79,14 @@ class AnthropicChoice(StrictRequest):
 
 
 class AnthropicMessage(StrictRequest):
-    """One turn."""
+    """One turn, or an earlier answer as it came."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_labels(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: one for name, one in value.items() if name not in MESSAGE_LABELS | ANSWER_FIELDS}
 
     role: Literal["user", "assistant"]
     content: TextOrObjects = Field(description="A text, or blocks: text, tool_use, tool_result.")

@@ -27,8 +27,8 @@ from bento.openai.conversation import (
 )
 from bento.openai.schema import ChatRequest
 from bento.openai.structured import Schema
-from bento.openai.tools import MAX_TOOLS, Name, Parameters
-from bento.openai.turns import MAX_MESSAGES, Label, part_text, unsupported
+from bento.openai.tools import MAX_TOOLS, Name, Parameters, arguments_text
+from bento.openai.turns import MAX_MESSAGES, MESSAGE_LABELS, Label, part_text, unsupported
 from bento.schema import Count, OnlyFalse, StrictRequest, TextOrObjects, forms
 from bento.serving.answers import Batch
 from bento.serving.backend import BackendOf
@@ -231,7 +231,7 @@ ITEM_FIELDS = {
     "function_call_output": {"call_id", "output"},
     "reasoning": {"summary", "content", "encrypted_content"},
 }
-ITEM_LABELS = {"type", "id", "status", "phase"}
+ITEM_LABELS = {"type", *MESSAGE_LABELS}
 
 
 def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], place: str) -> None:
@@ -244,8 +244,10 @@ def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], place: str) 
     if kind == "message":
         if item.get("role") not in ROLES:
             raise _refusal(place, f"expected a role of {', '.join(ROLES)}")
-        messages.append({"role": item["role"], "content": _text(item.get("content"), place)})
+        is_empty = item["role"] == "assistant" and item.get("content") in (None, [])
+        messages.append({"role": item["role"], "content": "" if is_empty else _text(item.get("content"), place)})
     elif kind == "function_call":
+        item = {**item, "arguments": arguments_text(item.get("arguments"))}
         name, arguments, call_id = (_string(item, name, place) for name in ("name", "arguments", "call_id"))
         call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
         if messages and messages[-1].get("tool_calls"):

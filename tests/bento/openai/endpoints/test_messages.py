@@ -72,6 +72,17 @@ def test_a_last_message_of_the_assistants_is_continued(client):
     assert client.messages.create(messages=prefill, **GREEDY).content
 
 
+def test_an_answer_is_appended_as_it_came(client):
+    first = client.messages.create(messages=USER, **GREEDY)
+    plain = {"role": "assistant", "content": first.content[0].text}
+    whole = {**first.model_dump(mode="json"), "cache_control": {"type": "ephemeral"}}
+    counts = {
+        client.messages.count_tokens(model=MODEL, messages=[*USER, message, *USER]).input_tokens
+        for message in (plain, whole, {**plain, "id": "msg_1", "timestamp": 1})
+    }
+    assert len(counts) == 1
+
+
 def test_functions_are_called_streamed_and_their_results_read(client):
     asked = {**GREEDY, "max_tokens": 100, "tools": [TOOL], "messages": USER}
     for choice in ({"type": "tool", "name": "pick"}, {"type": "any", "disable_parallel_tool_use": True}):

@@ -103,6 +103,19 @@ def test_a_response_continues_its_own_output(client):
     assert client.responses.create(input=items, **GREEDY).output_text
 
 
+def test_a_turn_may_have_labels_and_the_assistants_no_text(client):
+    def tokens(*items: dict) -> int:
+        user = {"role": "user", "content": "x"}
+        return client.responses.create(input=[user, *items, user], **GREEDY).usage.input_tokens
+
+    empty = tokens({"role": "assistant", "content": ""})
+    for content in (None, []):
+        assert tokens({"role": "assistant", "content": content, "id": "m", "timestamp": 1, "model": "x"}) == empty
+    call = {"type": "function_call", "call_id": "c", "name": "pick"}
+    output = {"type": "function_call_output", "call_id": "c", "output": "1"}
+    assert tokens({**call, "arguments": {}}, output) == tokens({**call, "arguments": "{}"}, output)
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [

@@ -85,10 +85,15 @@ class RequestQueue:
         with self._lock:
             self._held -= places
 
-    def first(self, is_allowed: Callable[[Generation], bool] = lambda _: True) -> Generation | None:
-        """Peek at the next request of those that `is_allowed` accepts; None if there is none."""
+    def first(
+        self,
+        is_allowed: Callable[[Generation], bool] = lambda _: True,
+        *,
+        is_allowed_client: Callable[[str], bool] = lambda _: True,
+    ) -> Generation | None:
+        """Peek at the next request of those that both accept, by itself and by its client; None if there is none."""
         with self._lock:
-            return self._waiting.first(is_allowed)
+            return self._waiting.first(is_allowed, is_allowed_client=is_allowed_client)
 
     def present_clients(self) -> set[str]:
         """Clients that sent a request within PRESENT_S, or wait."""

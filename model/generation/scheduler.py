@@ -215,11 +215,12 @@ class Scheduler:
         kept = 1 if slots > 1 and self._present - clients else 0
 
         def is_allowed(generation: Generation) -> bool:
-            if long >= most_long and not is_short(generation):
-                return False
-            return generation.request.client not in clients or (not has_priority and len(self._free) > kept)
+            return long < most_long or is_short(generation)
 
-        generation = self._queue.first(is_allowed)
+        def is_allowed_client(client: str) -> bool:
+            return client not in clients or (not has_priority and len(self._free) > kept)
+
+        generation = self._queue.first(is_allowed, is_allowed_client=is_allowed_client)
         if generation is None:
             return None
         prompt_ids = np.array(generation.request.prompt_ids, dtype=np.int64)

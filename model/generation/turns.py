@@ -56,16 +56,22 @@ class Turns:
         self._arrivals += 1
         line.requests.append((line.connections.next(request.connection), self._arrivals, generation))
 
-    def first(self, is_allowed: Callable[[Generation], bool]) -> Generation | None:
+    def first(
+        self, is_allowed: Callable[[Generation], bool], *, is_allowed_client: Callable[[str], bool]
+    ) -> Generation | None:
         """The next request among those allowed, which stays queued; None if there is none."""
         best: tuple[tuple[int, int], Generation] | None = None
-        for line in self._lines.values():
-            allowed = [item for item in line.requests if is_allowed(item[2])]
-            if allowed:
-                _, arrival, generation = min(allowed, key=lambda item: item[:2])
-                key = (line.tags[0], arrival)
+        for client, line in self._lines.items():
+            if not is_allowed_client(client):
+                continue
+            first: tuple[int, int, Generation] | None = None
+            for item in line.requests:
+                if (first is None or item[:2] < first[:2]) and is_allowed(item[2]):
+                    first = item
+            if first is not None:
+                key = (line.tags[0], first[1])
                 if best is None or key < best[0]:
-                    best = (key, generation)
+                    best = (key, first[2])
         return best[1] if best else None
 
     def remove(self, generation: Generation, *, was_served: bool) -> None:

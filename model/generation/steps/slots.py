@@ -53,7 +53,7 @@ class SlotTable:
         # Ties go to the lowest slot: neighboring slots share one attention call.
         slot = min(free, key=lambda slot: (self._used[slot], slot))
         source = int(shared.argmax())
-        length = int(shared[source]) if reuse and shared[source] >= SHORTEST_REUSE else 0
+        length = int(shared[source]) if reuse else 0
         if length and source in free and (length >= self._lengths[source] // 2 or source == slot):
             slot = source
         elif length:
@@ -96,7 +96,14 @@ class SlotTable:
         self._used[slot] = self._clock
 
     def _shared_prefixes(self, ids: np.ndarray) -> np.ndarray:
-        """For each slot, the length of its common prefix with `ids`."""
-        differs = self._ids[:, : len(ids)] != ids
-        equal = np.where(differs.any(axis=1), differs.argmax(axis=1), len(ids)) if len(ids) else 0
-        return np.minimum(equal, self._lengths)
+        """For each slot, the length of its common prefix with `ids`; 0 where it is too short to be reused."""
+        shared = np.zeros(self.slots, dtype=np.int64)
+        if len(ids) < SHORTEST_REUSE:
+            return shared
+        # Most slots differ within a few tokens: only the others are compared whole.
+        begins = (self._ids[:, :SHORTEST_REUSE] == ids[:SHORTEST_REUSE]).all(axis=1) & (self._lengths >= SHORTEST_REUSE)
+        if begins.any():
+            differs = self._ids[begins, : len(ids)] != ids
+            equal = np.where(differs.any(axis=1), differs.argmax(axis=1), len(ids))
+            shared[begins] = np.minimum(equal, self._lengths[begins])
+        return shared

@@ -2,12 +2,13 @@
 
     python -m bench.soak [MODEL_DIR] [--seconds 300] [--clients 8]
 
-Without a directory it makes a model of the shape of the `stdlib_30m` experiment with random weights. Clients ask for
+Without a directory it makes a model of the shape of the `stdlib_30m` experiment with random weights. First, prompts
+as long as the context fill every slot of the KV cache, so that what grows later is not the cache. Then clients ask for
 texts of all kinds and lengths, and send the requests of `bench.abuse` that are costly to read, in turn. The table has
-the worker's memory at start and after each tenth of the time, by its parts:
+the worker's memory at start, with the full cache, and after each tenth of the time, by its parts:
 
-- cache: keys and values, by the service's metric; slots fill with use and keep the last texts for later prompts, up to
-  `REX_MAX_BATCH_SIZE` contexts or `REX_KV_CACHE_MIB`;
+- cache: keys and values, by the service's metric, up to `REX_MAX_BATCH_SIZE` contexts or `REX_KV_CACHE_MIB`; slots keep
+  the last texts for later prompts, and the allocator keeps the memory of those that give way;
 - files: mapped files (libraries), which the system can drop;
 - rest: weights, imported libraries, and what glibc and Python hold: the allocator keeps freed blocks for the next step.
 
@@ -23,6 +24,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,19 @@ def load(port: int, context: int, end: float, seed: int, tally: Counter[str]) ->
                 tally["wrong"] += 1
 
 
+def fill(port: int, context: int, slots: int) -> None:
+    """Fill every slot's part of the KV cache, with one prompt each."""
+
+    def ask(seed: int) -> None:
+        chosen = random.Random(f"fill {seed}")
+        ids = [chosen.randrange(2, 4000) for _ in range(context - 2)]
+        asked = {"prompt": ids, "max_tokens": 2, "temperature": 0, "ignore_eos": True}
+        httpx.post(f"http://{HOST}:{port}/v1/completions", json=asked, timeout=LONGEST_S).raise_for_status()
+
+    with ThreadPoolExecutor(slots) as pool:
+        list(pool.map(ask, range(slots)))
+
+
 def _body_of(request: bytes) -> bytes:
     return request.partition(b"\r\n\r\n")[2]
 
@@ -111,13 +126,16 @@ def parts(server: Server) -> dict[str, float]:
 
 
 def measure(model_dir: Path, *, seconds: float, clients: int) -> dict[str, Any]:
-    """Memory at start and after each tenth of the time."""
+    """Memory at start, with a full cache, and after each tenth of the time."""
     config = AutoConfig.from_pretrained(model_dir)
     context = config.max_position_embeddings
     with tempfile.TemporaryDirectory() as folder, serve(model_dir, Path(folder)) as server:
         said = re.search(r"cache_tokens=(\d+)", (Path(folder) / "serve.log").read_text())
         assert said
+        cache_tokens = int(said[1])
         rows = [{"requests": 0.0, **parts(server)}]
+        fill(server.port, context, cache_tokens // context)
+        rows.append({"requests": 0.0, **parts(server)})
         started, tally = time.monotonic(), Counter[str]()
         threads = [
             threading.Thread(target=load, args=(server.port, context, started + seconds, seed, tally), daemon=True)
@@ -131,14 +149,14 @@ def measure(model_dir: Path, *, seconds: float, clients: int) -> dict[str, Any]:
             print(rows[-1], file=sys.stderr, flush=True)
         for thread in threads:
             thread.join(LONGEST_S)
-    grown = max(row["resident"] for row in rows[6:]) - max(row["resident"] for row in rows[:6])
+    grown = max(row["resident"] for row in rows[7:]) - max(row["resident"] for row in rows[:7])
     return {
         "memory": rows,
         "grown_mb": grown,
         "is_flat": grown <= MAX_GROWTH_MB,
         "answers": dict(tally),
         "failures": sum(count for name, count in tally.items() if name.startswith(FAILURES)),
-        "cache_mb": int(said[1]) * bytes_per_token(config, torch.float32) / MB,
+        "cache_mb": cache_tokens * bytes_per_token(config, torch.float32) / MB,
         "machine": describe(torch.device("cpu")),
     }
 

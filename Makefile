@@ -9,7 +9,6 @@ UI_PORT    ?= 3001
 MLFLOW_PORT ?= 5000
 DEVICE     ?= cpu
 EXTRAS     ?=
-WORKERS    ?= 2
 UPGRADE    ?=
 
 BIN       := .venv/bin
@@ -29,7 +28,7 @@ export LLM_ASSETS_DAGSTER_URL ?= http://127.0.0.1:$(UI_PORT)
 # Packages whose files have other hashes than those of constraints.txt are refused.
 INSTALL := PYTHONPATH=. $(BIN)/python -m llm_assets.instance.install
 # Tests of one file stay in one process, as they share fixtures.
-SHARED := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+SHARED = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Compose v2 is a plugin of docker's command line; the first version was a separate command.
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
@@ -111,7 +110,12 @@ endif
 evaluation: harness  ## Score the newest model of EXPERIMENT on tasks of lm-eval: OVERRIDES='evaluation.tasks=[piqa,arc_easy]'
 	@$(BIN)/python -m llm_assets.sweep --module llm_assets.evaluation --job evaluation_report_job experiment=$(EXPERIMENT) $(OVERRIDES)
 
-test: setup  ## Run all tests on WORKERS=2 processes
+# Two processes keep two cores busy as long as they compute. Tests of servers, Ray and the UI also wait, a tenth of their
+# time or more.
+test-fast coverage releases: WORKERS ?= 2
+test test-slow: WORKERS ?= 3
+
+test: setup  ## Run all tests on WORKERS=3 processes
 	$(BIN)/pytest $(SHARED)
 
 test-fast: setup  ## Run the tests that take less than a second each and start no process: most of them

@@ -34,8 +34,14 @@ if find_compiler():
 
 LIMITS_S = {"slow": (10.0, {"slow"}), "medium": (3.0, {"medium", "slow", "processes"})}
 """Seconds, with room for a busy machine, from which a test needs the marker, and the markers that do as well."""
-STACK = "test_stack.py"
-"""Of `tests/e2e`, the file that shares no pipeline run with the others."""
+LONGEST = (
+    "e2e/test_stack.py",
+    "e2e/test_two_hosts.py",
+    "model/system/test_cluster.py",
+    "e2e/test_webserver.py",
+    "e2e/test_ui.py",
+)
+"""Files that take minutes, the longest first; those of `tests/e2e` share no pipeline run with others."""
 PROGRAMS = (
     "bash",
     "bentoml",
@@ -78,16 +84,16 @@ sys.addaudithook(_note_process)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest first: the composed stack on one worker, the rest of `tests/e2e` on another; then those of the
-    whole repository, as at the end of a run one worker would wait for them.
+    """Put the longest first: at the end of a run the other workers would wait for them. After the pipeline and its
+    services come the files that have a worker of their own, then those of the whole repository.
     """
-    items.sort(  # stable within a file
-        key=lambda item: (
-            "e2e" not in item.path.parts,
-            item.path.name != STACK,
-            item.path.parent != Path(__file__).parent,
-        )
-    )
+
+    def place(item: pytest.Item) -> tuple[bool, int, bool]:
+        file = item.path.relative_to(Path(__file__).parent)
+        rank = LONGEST.index(file.as_posix()) if file.as_posix() in LONGEST else len(LONGEST)
+        return rank < len(LONGEST) or file.parts[0] != "e2e", rank, len(file.parts) > 1
+
+    items.sort(key=place)  # stable within a file
     for item in items:
         for fixture in MARKS_OF_FIXTURES.keys() & set(getattr(item, "fixturenames", ())):
             for name in MARKS_OF_FIXTURES[fixture]:
@@ -105,7 +111,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give each worker whole files, and all of `tests/e2e` but the stack, which shares one pipeline run.
+    """Give each worker whole files, and one of them those of `tests/e2e` that share one pipeline run.
 
     Not by the mark `xdist_group`, which pytest-xdist 3.8 loses under pytest 9.2.
     """
@@ -114,7 +120,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return "tests/e2e" if file.startswith("tests/e2e/") and not file.endswith(STACK) else file
+            return "tests/e2e" if file.startswith("tests/e2e/") and not file.endswith(LONGEST) else file
 
     return ByFile(config, log)
 

@@ -9,12 +9,13 @@ import json
 import math
 import os
 import sys
-import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
+from http.client import HTTPConnection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 PACKAGES = {"transformers": "transformers", "compressed-tensors": "compressed-tensors", "llama.cpp": "xllamacpp"}
 """The package of each engine."""
@@ -88,11 +89,16 @@ def llama_cpp(path: Path, asked: Questions) -> Answers:
     parameters.no_extra_bufts = True  # kernels for AMX and repacked weights round more than the plain ones
     server = xllamacpp.Server(parameters)
 
+    # One connection: a certificate asks some 2,000 times.
+    connection = HTTPConnection(urlsplit(server.listening_address).netloc, timeout=300)
+
     def post(route: str, body: dict[str, Any]) -> Any:
-        data = json.dumps(body).encode()
-        request = urllib.request.Request(server.listening_address + route, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            return json.loads(answer.read())
+        connection.request("POST", route, json.dumps(body), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        content = answer.read()
+        if answer.status != 200:
+            raise OSError(f"{route} answers {answer.status}: {content.decode(errors='replace')}")
+        return json.loads(content)
 
     def tokenize(text: str, special: bool) -> list[int]:
         body = {"content": text, "add_special": False, "parse_special": special}
@@ -123,6 +129,7 @@ def llama_cpp(path: Path, asked: Questions) -> Answers:
         nats -= sum(log_probability(window[:place], window[place]) for place in range(1, len(window)))
     tokens = {name: [tokenize(text, True), tokenize(text, False)] for name, text in asked["texts"].items()}
     chats = {name: post("/apply-template", {"messages": turns})["prompt"] for name, turns in asked["chats"].items()}
+    connection.close()
     return {
         "engine": f"llama.cpp (xllamacpp {version('xllamacpp')})",
         "tokens": tokens,

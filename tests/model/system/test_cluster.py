@@ -26,6 +26,7 @@ from model.text.tokens import build_tokenized_dataset
 from model.training.checkpoints import local as checkpoints
 from model.training.launch.cluster import fitting
 from model.training.launch.start import launch
+from tests.model.system.ray_tasks import die, die_once, double
 from tests.model.text.test_parts import write_sources
 from tests.model.training.launch.test_distributed import REPO, assert_same_curve, curve
 from tests.model.training.launch.tiny import one_process
@@ -58,23 +59,6 @@ def running() -> Iterator[None]:
     """A Ray with two cores, which all tests use that start none."""
     with connected(RAY):
         yield
-
-
-def double(item: int) -> int:
-    if item == 7:
-        raise PipelineError("7 is not doubled here")
-    return 2 * item
-
-
-def die_once(mark: Path) -> int:
-    if not mark.exists():
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return 1
-
-
-def die(item: str) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @with_ray

@@ -339,7 +339,7 @@ class Http1Protocol(HttpToolsProtocol):
             self._limits.shares.arrive(self._client_host)
         earlier = self.cycle
         is_old = self.scope["http_version"] == "1.0"
-        self.cycle = (_Http10Cycle if is_old else RequestResponseCycle)(
+        self.cycle = (_Http10Cycle if is_old else _Cycle)(
             scope=self.scope,
             transport=self.transport,
             flow=self.flow,
@@ -465,6 +465,18 @@ class _Flow(FlowControl):
         """Resume reading; uvicorn's request cycle and the protocol call it."""
         if not self._received:
             super().resume_reading()
+
+
+class _Cycle(RequestResponseCycle):
+    """A response that closes the connection if the client still waits for `100 Continue`: whether it sends the body
+    after a final status is its choice (RFC 9110, section 10.1.1), so the next request could not be told from it.
+    """
+
+    async def send(self, message: Any) -> None:
+        """ASGI."""
+        if self.waiting_for_100_continue and self.more_body:
+            self.keep_alive = False
+        await super().send(message)
 
 
 class _Http10Cycle(RequestResponseCycle):

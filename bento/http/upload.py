@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, MutableSet
 
 from starlette.datastructures import Headers
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bento.errors import ApiError
@@ -43,8 +44,8 @@ class UploadMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI. Raises ApiError 408, 413, 415, 499, and the result of `refusal`."""
-        if scope["type"] != "http" or scope["method"] in WITHOUT_BODY:
-            await self.app(scope, receive, send)
+        if scope["type"] != "http" or scope["method"] in WITHOUT_BODY or not _has_route(scope):
+            await self.app(scope, receive, send)  # a 404 or 405 needs no body
             return
         if refusal := self._refusal():
             raise refusal
@@ -98,6 +99,10 @@ class UploadMiddleware:
                 headers=CLOSE,
             ) from None
         return bytes(body)
+
+
+def _has_route(scope: Scope) -> bool:
+    return any(route.matches(scope)[0] is Match.FULL for route in scope["app"].router.routes)
 
 
 def _encoding(headers: Headers) -> str:

@@ -240,6 +240,20 @@ def test_who_waits_to_continue_with_a_broken_body_gets_the_refusal_alone(address
     assert "Traceback" not in caplog.text
 
 
+@pytest.mark.parametrize(("method", "path", "status"), [("POST", "/nowhere", 404), ("PUT", "/v1/completions", 405)])
+def test_a_body_that_no_route_reads_is_not_waited_for(address, method, path, status):
+    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n"
+    with connection(address) as made:
+        made.sendall(f"{head}Expect: 100-continue\r\n\r\n".encode())
+        assert error(read_answer(made), status)
+        assert made.recv(1) == b""  # the client may send the body or not
+    with connection(address) as made:
+        made.sendall(f"{head}\r\n".encode())
+        assert error(read_answer(made), status)
+        made.sendall(b"x" * 1_000_000 + GET + b"\r\n")
+        assert read_answer(made)[0] == 200
+
+
 def test_a_tunnel_and_a_question_about_the_server_are_answered(address):
     assert error(ask(address, b"CONNECT example.org:443 HTTP/1.1\r\nHost: x\r\n\r\n"), 405)
     status, headers, body = ask(address, b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n")

@@ -29,8 +29,9 @@ from bento.api import MAX_CHOICES, create_app
 from bento.bentoml_internals import end_service, listening_host, report_start_failures, uvicorn_server
 from bento.errors import without_route
 from bento.http.auth import HEALTH_PATHS, read_api_keys, refuse_open_address
+from bento.http.descriptors import usable_connections
 from bento.http.middleware import as_routed
-from bento.http.protocol import ConnectionLimits, protocol_class, usable_connections
+from bento.http.protocol import ConnectionLimits, protocol_class
 from bento.options import (
     BentoArgs,
     describe_variables,

@@ -59,8 +59,6 @@ FIRST_PROBE_S, PROBE_S = 1.0, 5.0
 RESET_S = 0.02
 LENIENCIES = {"lenient_data_after_close": True, "lenient_version": True}
 """Uvicorn's, and versions: HTTP/1.2 is answered as 1.1 (RFC 9110 section 2.5), `_wrong_head` refuses HTTP/3."""
-SPARE_FILES = 128
-"""File descriptors reserved for libraries, the model and logs."""
 TCP_CLOSED = 7
 """TCP_CLOSE of Linux's tcp_states.h."""
 
@@ -492,16 +490,3 @@ class _Http10Cycle(RequestResponseCycle):
         elif self._is_unbounded and self.scope["method"] != "HEAD":
             self.expected_content_length = len(message.get("body", b"")) + bool(message.get("more_body"))
         await super().send(message)
-
-
-def usable_connections(wanted: int) -> int:
-    """`wanted`, or fewer if the process's file limit is lower; raises that limit as far as allowed."""
-    import resource
-
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = wanted + SPARE_FILES
-    limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if soft != resource.RLIM_INFINITY and soft < limit:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    return max(1, min(wanted, limit - SPARE_FILES))

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Glm4Config, PreTrainedTokenizerFast
 
-from model.artifact import MANIFEST, file_digests
+from model.artifact import MANIFEST, content_hash, file_digests
 from model.errors import PipelineError
 from model.export.__main__ import main
 from model.export.gguf import reason_against, write_gguf
@@ -120,13 +120,16 @@ def test_a_quantized_model_is_exported_in_the_values_of_its_weights(tmp_path: Pa
 
 def test_the_model_card_says_what_the_manifest_of_the_checkpoint_does(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "rex")
-    made = {"asset": "trained_checkpoint", "experiment": "mine", "content_hash": "ab12", "config": {"model": {"a": 1}}}
+    files = file_digests(tmp_path / "rex")
+    version = content_hash(files)
+    made = {"asset": "trained_checkpoint", "experiment": "mine", "content_hash": version, "config": {"model": {"a": 1}}}
     origin = {**made, "upstream": {"tokenized_dataset": "cd34"}, "registration": {"bits_per_byte": 1.25}}
-    (tmp_path / "rex" / MANIFEST).write_text(json.dumps({**origin, "files": file_digests(tmp_path / "rex")}))
+    (tmp_path / "rex" / MANIFEST).write_text(json.dumps({**origin, "files": files}))
     export(tmp_path / "rex", tmp_path / "out", ["hf"])
     lines = (tmp_path / "out/README.md").read_text().splitlines()
     assert "- experiment: mine" in lines and "- bits per byte: `1.25`" in lines
-    assert '- upstream versions: `{"tokenized_dataset": "cd34", "trained_checkpoint": "ab12"}`' in lines
+    upstream = json.dumps({"tokenized_dataset": "cd34", "trained_checkpoint": version})
+    assert f"- upstream versions: `{upstream}`" in lines
     assert '- configuration: `{"model": {"a": 1}}`' in lines and any(line.startswith("- commit: ") for line in lines)
 
 

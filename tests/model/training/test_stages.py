@@ -156,7 +156,7 @@ def test_a_checkpoint_of_another_shape_or_vocabulary_is_refused_by_what_differs(
     ("row", "message"),
     [
         ({"prompt": "hello"}, r"line 1 has no field 'response'; found: prompt; set corpus.response_field"),
-        ({"prompt": "hello", "response": ""}, r"line 1: found a string as prompt and an empty string as response; expected"),
+        ({"prompt": "hello", "response": ""}, r"line 1: found a string as prompt and an empty string as response"),
     ],
 )
 def test_a_record_that_is_no_conversation_is_refused_by_its_line(tmp_path, row, message):

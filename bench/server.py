@@ -46,18 +46,23 @@ class Answer:
 
 @dataclass
 class Server:
-    """A running `bentoml serve`; start_s, start_cpu_s: seconds and CPU seconds from the command to ready."""
+    """A running `bentoml serve`; start_s, start_cpu_s: seconds and CPU seconds from the command to ready.
+
+    model: named in each request, which a gateway needs.
+    """
 
     port: int
     process: subprocess.Popen
     start_s: float
     start_cpu_s: float = 0.0
+    model: str | None = None
 
-    def ask(self, prompt_ids: Sequence[int], answer_tokens: int) -> Answer:
-        """Stream one completion."""
+    def ask(self, prompt: Sequence[int] | str, answer_tokens: int) -> Answer:
+        """Stream one completion of token ids or of a text."""
         body = json.dumps(
             {
-                "prompt": list(prompt_ids),
+                "model": self.model,
+                "prompt": prompt if isinstance(prompt, str) else list(prompt),
                 "max_tokens": answer_tokens,
                 "temperature": 0,
                 "ignore_eos": True,
@@ -115,7 +120,7 @@ def serve(model_dir: Path, folder: Path, **variables: str) -> Iterator[Server]:
             stderr=subprocess.STDOUT,
         )
     try:
-        while not _is_ready(port):
+        while not is_ready(port):
             if process.poll() is not None or time.perf_counter() - started > 300:
                 raise PipelineError(f"the service did not start: {log.read_text()[-2000:]}")
             time.sleep(0.02)
@@ -163,9 +168,10 @@ def free_port() -> int:
     return port
 
 
-def _is_ready(port: int) -> bool:
+def is_ready(port: int, path: str = "/readyz") -> bool:
+    """Whether a server answers a GET with 200."""
     try:
-        with urllib.request.urlopen(f"http://{HOST}:{port}/readyz", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://{HOST}:{port}{path}", timeout=5) as answer:
             return answer.status == 200
     except OSError:
         return False

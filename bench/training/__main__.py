@@ -3,6 +3,7 @@
     python -m bench.training shakespeare --nanogpt DIR --text data/tinyshakespeare.txt
     python -m bench.training speed                  # the shape of stdlib_30m against an HF Trainer run of Llama
     python -m bench.training costs                  # reading data, saving and resuming as shares of the steps
+    python -m bench.training processes              # one process against one for each core; copies of checkpoints
     python -m bench.training gpu                    # on a GPU: correct gradients in each precision, then speed
     python -m bench.training speed --gpu --nanogpt DIR    # the shape of gpt2_124m against nanoGPT compiled
 
@@ -28,7 +29,7 @@ import torch
 
 from bench.hardware import describe
 from bench.settings import read_settings
-from bench.training import costs, gpu, nanogpt, speed
+from bench.training import costs, gpu, nanogpt, processes, speed
 from model.settings import ExperimentSettings, ModelSettings, TokenizerSettings, TrainingSettings
 from model.text.tokenizer import FastEncoder, token_bytes, train_tokenizer
 from model.text.tokens import encode_split
@@ -181,7 +182,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     costs_command = commands.add_parser("costs", help="time of reading, saving and resuming as shares of the steps")
     costs_command.add_argument("--rounds", type=int, default=3, help="rounds (default 3)")
     costs_command.add_argument("--shape", choices=list(speed.SHAPES), default="stdlib", help="default: stdlib")
-    for command in (quality, speed_command, gpu_command, costs_command):
+    processes_command = commands.add_parser("processes", help="several processes, and copies of checkpoints on S3")
+    processes_command.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
+    processes_command.add_argument("--steps", type=int, default=4, help="timed optimizer steps a round (default 4)")
+    processes_command.add_argument(
+        "--shape", choices=list(speed.SHAPES), default="stdlib_30m", help="default: stdlib_30m"
+    )
+    processes_command.add_argument(
+        "--url", default="", help="of an object store for copies, such as s3://BUCKET/PREFIX"
+    )
+    for command in (quality, speed_command, gpu_command, costs_command, processes_command):
         command.add_argument("--json", type=Path, help="also write the figures to this file")
     for name, names in (
         ("run", ["steps", "batch", "dataset", "scratch"]),
@@ -191,6 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         hidden = commands.add_parser(name)
         for argument in names:
             hidden.add_argument(argument)
+    commands.choices["cost"].add_argument("--copies", default="")
     options = parser.parse_args(arguments)
     if options.command == "run":
         print(json.dumps(_run(int(options.steps), int(options.batch), Path(options.dataset), Path(options.scratch))))
@@ -199,11 +210,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(speed.measure_side(options.name, int(options.steps))))
         return
     if options.command == "cost":
-        found = costs.run(options.shape, Path(options.scratch), resumed=options.kind == "resumed")
+        found = costs.run(options.shape, Path(options.scratch), resumed=options.kind == "resumed", url=options.copies)
         print(json.dumps(found))
         return
     if options.command == "costs":
         result = costs.measure(options.shape, options.rounds)
+    elif options.command == "processes":
+        result = processes.measure(options.shape, options.rounds, options.steps, options.url)
     elif options.command == "gpu":
         result = gpu.measure(options.shape, options.nanogpt, options.rounds, options.steps)
     elif options.command == "shakespeare":

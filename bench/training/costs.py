@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -20,8 +21,10 @@ from typing import Any
 
 from bench.settings import read_settings
 from bench.training.speed import SHAPES, Clock, build_trainer
+from model.progress import silent
 from model.settings import TrainingSettings
 from model.training.checkpoints import local as checkpoints
+from model.training.checkpoints.remote import RemoteCheckpoints, copied
 from model.training.trainer import RexTrainer
 
 STEPS, SAVED_AT = 12, (4, 8)
@@ -52,8 +55,12 @@ def _timed(seconds: list[float], call: Callable[[], Any]) -> Any:
     return result
 
 
-def run(shape: str, scratch: Path, resumed: bool) -> dict[str, float]:
-    """Train a few steps; returns the seconds of the steps, reads, saves and start."""
+def run(shape: str, scratch: Path, resumed: bool, url: str = "") -> dict[str, float]:
+    """Train a few steps; returns the seconds of the steps, reads, saves and start.
+
+    url: where the checkpoints are copied to while the steps go on; empty: nowhere. excess_s: time of the steps and
+    saves beyond the median of each, for one save.
+    """
     full = read_settings(TrainingSettings, SHAPES[shape][1])
     settings = dataclasses.replace(full, eval_steps=10**6, save_steps=SAVED_AT[0], logging_steps=10**6)
     trainer, clock = build_trainer(_Timed, shape, scratch, settings), Clock()
@@ -66,9 +73,16 @@ def run(shape: str, scratch: Path, resumed: bool) -> dict[str, float]:
         (newest / checkpoints.STATE).write_text(json.dumps(state))
     else:
         trainer.args.max_steps = STEPS
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    remote = RemoteCheckpoints(f"{url}/{uuid.uuid4().hex}", scratch, silent) if url else None
+    with copied(remote, scratch, silent):
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    if remote:
+        remote.remove()
+    marks = clock.marks[1:]
+    expected_s = (len(marks) - 1) * clock.median_s() + sum(trainer.saving)
     return {
+        "excess_s": (marks[-1] - marks[0] - expected_s) / len(trainer.saving),
         "to_first_step_s": clock.marks[0] - started,
         "step_s": clock.median_s(),
         "reading_s": median(trainer.reading[1:]),

@@ -85,7 +85,7 @@ def prepare(shape: str, scratch: Path, settings: TrainingSettings) -> tuple[Trai
     config = build_config(read_settings(ModelSettings, model_file), vocabulary, 0, 0, 1)
     model = build_model(config, 0)
     model.config.use_cache = False
-    return prepare_run(settings, config, (dataset, dataset), scratch), model
+    return prepare_run(settings, config, (dataset, dataset), scratch, shares_batch=True), model
 
 
 def build_trainer(kind: type[AnyTrainer], shape: str, scratch: Path, settings: TrainingSettings) -> AnyTrainer:
@@ -162,7 +162,7 @@ def compare_cpu(rounds: int, steps: int) -> dict[str, Any]:
     result: dict[str, Any] = {"rounds": []}
     for number in range(rounds):
         order = sides if number % 2 == 0 else sides[::-1]
-        row = {side: _in_process(f"stdlib_30m:{side}", steps) for side in order}
+        row = {side: side_in_process(f"stdlib_30m:{side}", steps) for side in order}
         result["rounds"].append(row)
         print(f"round {number + 1}: {json.dumps(row)}", flush=True)
     for side in sides:
@@ -185,7 +185,7 @@ def compare_gpu(folder: Path | None, rounds: int, steps: int) -> dict[str, Any]:
     batch = read_settings(TrainingSettings, SHAPES["gpt2_124m"][1]).per_device_train_batch_size
     result: dict[str, Any] = {"rounds": []}
     for number in range(rounds):
-        row: dict[str, Any] = {"ours": _in_process("gpt2_124m:ours", steps)}
+        row: dict[str, Any] = {"ours": side_in_process("gpt2_124m:ours", steps)}
         row["nanogpt_tokens_per_second"] = nanogpt.gpu_tokens_per_second(folder, batch)
         result["rounds"].append(row)
         print(f"round {number + 1}: {json.dumps(row)}", flush=True)
@@ -201,7 +201,8 @@ def _mfu(side: dict[str, float]) -> float:
     return side["tokens_per_second"] * side["flops_per_token"] / side["matmul_peak_flops"]
 
 
-def _in_process(side: str, steps: int) -> dict[str, float]:
+def side_in_process(side: str, steps: int) -> dict[str, float]:
+    """`measure_side` in a separate process. Raises PipelineError if it fails."""
     command = [sys.executable, "-m", "bench.training", "side", side, str(steps)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:

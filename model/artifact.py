@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, TypedDict
 
-from model.errors import PipelineError
+from model.errors import PipelineError, json_type
 
 MANIFEST = "manifest.json"
 
@@ -19,6 +19,21 @@ class FileDigest(TypedDict):
 
     sha256: str
     size: int
+
+
+def read_json(path: Path, advice: str) -> dict[str, Any]:
+    """The JSON object in a file of a model. Raises PipelineError, which ends with `advice`, for anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise PipelineError(f"{path} is missing: expected a model directory; {advice}") from None
+    except RecursionError:
+        raise PipelineError(f"{path} is nested too deep: expected a JSON object; {advice}") from None
+    except ValueError as error:
+        raise PipelineError(f"{path} is not JSON ({error}): expected a JSON object; {advice}") from None
+    if not isinstance(found, dict):
+        raise PipelineError(f"{path} holds a {json_type(found)}: expected a JSON object; {advice}")
+    return found
 
 
 def write_json(path: Path, value: object, *, sort_keys: bool = False) -> None:

@@ -81,12 +81,26 @@ class RexConfig(PreTrainedConfig):  # type: ignore[misc]
             "vocab_size": vocab_size,
             "hidden_size": hidden_size,
             "intermediate_size": intermediate_size,
+            "num_hidden_layers": num_hidden_layers,
             "num_attention_heads": num_attention_heads,
             "num_key_value_heads": num_key_value_heads,
+            "max_position_embeddings": max_position_embeddings,
+            **({} if head_dim is None else {"head_dim": head_dim}),
         }
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} is {size}: expected at least 1")
+            if type(size) is not int or not 1 <= size < 2**31:
+                raise ValueError(f"{name} is {size!r}: expected a whole number, at least 1 and below 2^31")
+        for name, number in {"rms_norm_eps": rms_norm_eps, "initializer_range": initializer_range}.items():
+            if type(number) not in (int, float) or not 0 <= number < 1e3:
+                raise ValueError(f"{name} is {number!r}: expected a number of at least 0")
+        for name, token in {"bos_token_id": bos_token_id, "pad_token_id": pad_token_id}.items():
+            if token is not None and (type(token) is not int or not 0 <= token < 2**31):
+                raise ValueError(f"{name} is {token!r}: expected the number of a token")
+        ends = eos_token_id if isinstance(eos_token_id, list) else [0 if eos_token_id is None else eos_token_id]
+        if not all(type(number) is int and 0 <= number < 2**31 for number in ends):
+            raise ValueError(f"eos_token_id is {eos_token_id!r}: expected the number of a token, or a list of them")
+        if rope_parameters is not None and not isinstance(rope_parameters, dict):
+            raise ValueError(f"rope_parameters is {rope_parameters!r}: expected an object")
         heads, groups = num_attention_heads, num_key_value_heads
         if heads % groups:
             raise ValueError(f"num_attention_heads is {heads}: expected a multiple of num_key_value_heads ({groups})")
@@ -113,7 +127,7 @@ class RexConfig(PreTrainedConfig):  # type: ignore[misc]
         self.rms_norm_eps = rms_norm_eps
         self.post_norm = post_norm
         self.qk_norm = qk_norm
-        self.initializer_range = initializer_range
+        self.initializer_range = float(initializer_range)
         self.attention_dropout = attention_dropout
         self.use_cache = use_cache
         # All three, because vLLM's transformers backend asks for AutoModel, which saving a RexForCausalLM leaves out.

@@ -65,6 +65,11 @@ def json_type(value: object) -> str:
     return _JSON_TYPES.get(type(value), type(value).__name__)
 
 
+def one_line(error: BaseException) -> str:
+    """An error's text in one line; the name of its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def names_of(found: Iterable[object]) -> str:
     """The names of fields or columns, sorted, the first few of many, for a message; "none" if there are none."""
     names = sorted(map(str, found))

@@ -12,6 +12,7 @@ what the corpus is encoded with.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ import tiktoken
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from model.errors import PipelineError
+from model.artifact import read_json
+from model.errors import PipelineError, one_line
 from model.progress import Log, silent, with_lines
 from model.settings import TokenizerSettings
 from model.text.chat.template import MARKS, add_marks
@@ -96,10 +98,52 @@ def _train(settings: TokenizerSettings, texts: Iterable[str], log: Log) -> PreTr
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
-    """Read a tokenizer that `save_pretrained` wrote. Raises PipelineError if there is none."""
-    if not (directory / "tokenizer.json").is_file():
+    """Read a tokenizer that `save_pretrained` wrote.
+
+    Raises PipelineError if there is none, or one of its files is damaged, which it names.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
         raise PipelineError(f"no tokenizer.json in {directory}: expected a saved tokenizer; make the dataset again")
-    return PreTrainedTokenizerFast.from_pretrained(directory)
+    state = read_json(path, _AGAIN)
+    others = [directory / name for name in _BESIDE if (directory / name).is_file()]
+    for other in others:
+        read_json(other, _AGAIN)
+    _check_template(directory / "chat_template.jinja")
+    with _as_pipeline_error(f"{path} is not a tokenizer", "expected one in the format of the library tokenizers"):
+        model = state["model"]
+        if isinstance(model, dict) and model.get("merges") and model.get("continuing_subword_prefix"):
+            # The library would cut each merge by its length, and abort the process where one is shorter.
+            raise ValueError(f"continuing_subword_prefix is {model['continuing_subword_prefix']!r}, not null")
+        Tokenizer.from_file(str(path))
+    named = " or ".join(map(str, others)) or path
+    with _as_pipeline_error(f"{named} does not fit {path.name}", "expected the files that save_pretrained wrote"):
+        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+
+
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_AGAIN = "make the dataset again, or fetch the model again"
+
+
+@contextmanager
+def _as_pipeline_error(found: str, expected: str) -> Iterator[None]:
+    """Any error of the libraries as one line: they check few types, and what is wrong fails in many ways."""
+    try:
+        yield
+    except BaseException as error:
+        # That of tokenizers' Rust code is no Exception; an interrupt is none either, and passes.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise PipelineError(f"{found} ({one_line(error)}): {expected}; {_AGAIN}") from None
+
+
+def _check_template(path: Path) -> None:
+    if not path.is_file():
+        return
+    try:
+        path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise PipelineError(f"{path} is not UTF-8 ({error}): expected a chat template in Jinja; {_AGAIN}") from None
 
 
 def splits_as_gpt2(tokenizer: Tokenizer) -> bool:

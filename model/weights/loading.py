@@ -9,8 +9,8 @@ import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.initialization import no_init_weights
 
-from model.artifact import MANIFEST, verify
+from model.artifact import MANIFEST, read_json, verify
 from model.configuration_rex import RexConfig
-from model.errors import PipelineError
+from model.errors import PipelineError, one_line
 from model.modeling_rex import RexForCausalLM
 from model.system.cpu import limit_threads
 from model.system.devices import resolve_device
@@ -30,6 +30,8 @@ WEIGHTS = "model.safetensors"
 QUANTIZATION = "quantization.json"
 FORMAT_VERSION = 1
 METHODS = ("int8", "int4", "none")
+GENERATION = "generation_config.json"
+_AGAIN = "make the model again"
 
 
 def load_model(
@@ -47,14 +49,15 @@ def load_model(
     config = read_config(model_dir)
     method = read_method(model_dir)
     target = resolve_device(device, setting="device")
-    with no_init_weights():
-        model = RexForCausalLM(config)
-    model.tie_weights()  # skipped with the initialization
-    if method != "none":
-        (int4 if method == "int4" else int8).quantize(model, values=False)
+    # Sizes that a damaged configuration names are compared with the file before memory is allocated for them.
+    stored = stored_shapes(model_dir / WEIGHTS)
+    _check_depth(stored, config, model_dir / WEIGHTS)
+    with torch.device("meta"):
+        _check_shapes(stored, _expected_shapes(_empty_model(config, method)), model_dir / WEIGHTS)
+    model = _empty_model(config, method)
     load_weights(model, model_dir / WEIGHTS)
-    if (model_dir / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(model_dir)
+    if (model_dir / GENERATION).exists():
+        model.generation_config = read_generation_config(model_dir)
     model.eval().requires_grad_(False)
     if quantized is True and method == "none":
         int8.quantize(model)
@@ -64,10 +67,35 @@ def load_model(
     return model
 
 
+def _empty_model(config: RexConfig, method: str) -> RexForCausalLM:
+    with no_init_weights():
+        model = RexForCausalLM(config)
+    model.tie_weights()  # skipped with the initialization
+    if method != "none":
+        (int4 if method == "int4" else int8).quantize(model, values=False)
+    return model
+
+
+def read_generation_config(model_dir: Path) -> GenerationConfig:
+    """The settings of generation of a model directory. Raises PipelineError if they are none."""
+    path = model_dir / GENERATION
+    raw = read_json(path, _AGAIN)
+    try:
+        found = GenerationConfig.from_dict(raw)
+    except Exception as error:  # noqa: BLE001  transformers checks few types: the rest fails in several ways
+        raise PipelineError(f"{path} is not valid: {one_line(error)}; {_AGAIN}") from None
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(found, name)
+        ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        if value is not None and not all(type(number) is int and 0 <= number < 2**31 for number in ids):
+            raise PipelineError(f"{path} has {name} {value!r}: expected the number of a token; {_AGAIN}")
+    return found
+
+
 def read_config(model_dir: Path) -> RexConfig:
     """The configuration of a model directory. Raises PipelineError if it is missing or not that of a REX model."""
     path = model_dir / "config.json"
-    raw = _read_json(path)
+    raw = read_json(path, _AGAIN)
     if raw.get("model_type") != "rex":
         raise PipelineError(
             f"{path} has model_type {raw.get('model_type')!r}: expected 'rex'; give the directory of a REX model"
@@ -75,8 +103,8 @@ def read_config(model_dir: Path) -> RexConfig:
     try:
         config: RexConfig = RexConfig.from_dict(raw)
     except Exception as error:  # noqa: BLE001  the strict dataclass wraps its reasons in several types of its own
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise PipelineError(f"{path} is not a valid REX configuration: {reason}; make the model again") from None
+        reason = one_line(error.__cause__ or error)
+        raise PipelineError(f"{path} is not a valid REX configuration: {reason}; {_AGAIN}") from None
     return config
 
 
@@ -85,7 +113,7 @@ def read_method(model_dir: Path) -> str:
     path = model_dir / QUANTIZATION
     if not path.is_file():
         return "none"
-    raw = _read_json(path)
+    raw = read_json(path, _AGAIN)
     if raw.get("format_version") != FORMAT_VERSION:
         raise PipelineError(
             f"{path} has format_version {raw.get('format_version')!r}: expected {FORMAT_VERSION}; quantize the "
@@ -107,18 +135,6 @@ def logits_digest(model: RexForCausalLM) -> str:
     return hashlib.sha256(logits.float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise PipelineError(f"{path} is missing: expected a model directory; make the model again")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PipelineError(f"{path} is not JSON ({error}): make the model again") from None
-    if not isinstance(raw, dict):
-        raise PipelineError(f"{path} holds a {type(raw).__name__}: expected a JSON object; make the model again")
-    return raw
-
-
 def _move(model: RexForCausalLM, device: torch.device, dtype: torch.dtype) -> None:
     """Like `model.to`, but the rotary frequencies stay float32: rounded to bfloat16, far positions would blur."""
     rotary = model.model.rotary_emb
@@ -134,16 +150,24 @@ def load_weights(model: RexForCausalLM, path: Path, *, dtype: torch.dtype | None
     Copied, not mapped: torch aligns its own memory, so the same file gives the same bits in every process, and the file
     may be deleted while the model runs. Raises PipelineError for a file that is missing, unreadable or of other shapes.
     """
-    # state_dict lists tied weights twice, the file once, under the embedding's name.
-    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+    expected = _expected_shapes(model)
     _check_shapes(stored_shapes(path), expected, path)
     with safe_open(path, framework="pt") as file:
-        _move(model, torch.device("cpu"), dtype or file.get_tensor("model.norm.weight").dtype)
+        norm = file.get_tensor("model.norm.weight")
+        _check_type("model.norm.weight", norm, model.model.norm.weight, path)
+        _move(model, torch.device("cpu"), dtype or norm.dtype)
         targets = model.state_dict()
         with torch.no_grad():
             for name in expected:
-                targets[name].copy_(file.get_tensor(name))
+                weight = file.get_tensor(name)
+                _check_type(name, weight, targets[name], path)
+                targets[name].copy_(weight)
+
+
+def _expected_shapes(model: RexForCausalLM) -> dict[str, tuple[int, ...]]:
+    # state_dict lists tied weights twice, the file once, under the embedding's name.
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
 
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -153,8 +177,17 @@ def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, IsADirectoryError) as error:
         raise PipelineError(f"{path} is not a readable safetensors file ({error}): make it again") from None
+
+
+def _check_depth(found: Iterable[str], config: RexConfig, path: Path) -> None:
+    layers = {name.split(".")[2] for name in found if name.startswith("model.layers.")}
+    if config.num_hidden_layers > len(layers):
+        raise PipelineError(
+            f"{path} has no tensor model.layers.{len(layers)}, but config.json has num_hidden_layers "
+            f"{config.num_hidden_layers}: make the model again"
+        )
 
 
 def _check_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], path: Path) -> None:
@@ -170,6 +203,12 @@ def _check_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[i
     surplus = sorted(set(found) - set(expected))
     if surplus:
         raise PipelineError(f"{path} holds {surplus[0]}, which config.json has no place for: make the model again")
+
+
+def _check_type(name: str, found: Tensor, target: Tensor, path: Path) -> None:
+    if found.is_floating_point() != target.is_floating_point():
+        kind = "floating-point numbers" if target.is_floating_point() else "integers"
+        raise PipelineError(f"{path} holds {name} as {found.dtype}: expected {kind}; {_AGAIN}")
 
 
 def main() -> int:

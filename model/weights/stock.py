@@ -5,7 +5,6 @@ does not compute (biases, sliding windows, rotary embeddings whose frequencies d
 name.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import LlamaConfig, Qwen3Config
 
+from model.artifact import read_json
 from model.configuration_rex import RexConfig
-from model.errors import PipelineError
+from model.errors import PipelineError, one_line
 from model.settings.architecture import OPTIONAL_ROPE_SCALING, ROPE_SCALING, check_rope_scaling
 from model.weights.export import GLM_CONFIGS, reorder_rotated
 from model.weights.loading import WEIGHTS
@@ -57,11 +57,11 @@ def weight_files(directory: Path) -> list[Path]:
     path = directory / INDEX
     if path.is_file():
         try:
-            index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            names = sorted(set(index["weight_map"].values()))
+            names = sorted(set(read_json(path, "fetch the model again")["weight_map"].values()))
+            missing = [name for name in names if not (directory / name).is_file()]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PipelineError(f"{path} is not a readable index ({error}): fetch the model again") from None
-        if missing := [name for name in names if not (directory / name).is_file()]:
+            raise PipelineError(f"{path} is not a readable index ({error!r}): fetch the model again") from None
+        if missing:
             raise PipelineError(f"{path} names {missing[0]}, which is not there: fetch the model again")
         return [directory / name for name in names]
     return [directory / WEIGHTS] if (directory / WEIGHTS).is_file() else []
@@ -79,7 +79,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
         try:
             with safe_open(path, framework="pt") as file:
                 found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, FileNotFoundError) as error:
+        except (SafetensorError, FileNotFoundError, IsADirectoryError) as error:
             raise PipelineError(f"{path} is not a readable safetensors file ({error}): fetch the model again") from None
     if config["tie_word_embeddings"]:
         found.pop("lm_head.weight", None)  # Some files hold the tied head once more.
@@ -133,12 +133,9 @@ def _override(name: str, value: Any, former: Any) -> str:
 def _read_config(directory: Path) -> dict[str, Any]:
     """The configuration with the defaults of its class, under the names of today's transformers."""
     path = directory / "config.json"
-    try:
-        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        kind = raw.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise PipelineError(f"{path} is not a readable configuration ({error}): expected a model's directory") from None
-    if kind not in CLASSES:
+    raw = read_json(path, "fetch the model again")
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in CLASSES:
         raise PipelineError(
             f"{path} has model_type {kind!r}: expected {', '.join(CLASSES)}, the architectures that compute what REX "
             "does; take a model of one of these"
@@ -146,7 +143,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = CLASSES[kind].from_dict(raw).to_dict()
     except Exception as error:  # noqa: BLE001  the strict dataclass wraps its reasons in several types of its own
-        reason = " ".join(str(error.__cause__ or error).split())
+        reason = one_line(error.__cause__ or error)
         raise PipelineError(f"{path} is not a valid configuration: {reason}; fetch the model again") from None
     norms = {"post_norm": kind == "glm4", "qk_norm": kind == "qwen3"}
     return _with_options({**norms, **config})

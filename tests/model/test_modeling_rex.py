@@ -284,7 +284,7 @@ def test_the_compiled_model_with_a_padding_mask_is_still_one_graph_and_right() -
             "num_attention_heads is 4: expected a multiple of num_key_value_heads (3)",
         ),
         ({"head_dim": 7}, "head_dim is 7: expected an even number, as rotary embeddings rotate pairs"),
-        ({"num_key_value_heads": 0}, "num_key_value_heads is 0: expected at least 1"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0: expected a whole number, at least 1 and below 2^31"),
         ({"qk_norm": True}, "qk_norm is True: expected False with post_norm, as no other architecture has both"),
         (
             {"qk_norm": True, "post_norm": False, "partial_rotary_factor": 0.5},

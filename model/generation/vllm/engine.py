@@ -5,7 +5,6 @@ converted to the layout that it reads. Constraints (forms of the text, bad_words
 passed on as masks. Embeddings, and sampling parameters beyond vLLM's range, are refused by name.
 """
 
-import json
 import math
 import tempfile
 from pathlib import Path
@@ -13,8 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig
 
+from model.artifact import read_json
 from model.errors import PipelineError
 from model.export.compressed_tensors import write_compressed_tensors
 from model.generation.engine import Engine
@@ -25,7 +25,7 @@ from model.generation.vllm.scheduler import VllmScheduler
 from model.system.cpu import usable_cores
 from model.text.tokenizer import load_tokenizer
 from model.weights.export import CLASSES, export_model
-from model.weights.loading import load_model, read_method
+from model.weights.loading import load_model, read_generation_config, read_method
 
 BLOCK_TOKENS = 32
 """Tokens of a block of vLLM's cache, which later prompts reuse whole; processors need a multiple of 32."""
@@ -64,7 +64,7 @@ class VllmEngine(Engine):
             dtype = torch.bfloat16 if is_bfloat16 or self._is_int8 else torch.float32
             path = model_dir if (model_dir / "generation_config.json").is_file() else None
             described = SimpleNamespace(
-                config=config, dtype=dtype, generation_config=path and GenerationConfig.from_pretrained(path)
+                config=config, dtype=dtype, generation_config=path and read_generation_config(path)
             )
             super().__init__(described, load_tokenizer(model_dir), **limits)  # type: ignore[arg-type]
         except BaseException:
@@ -149,7 +149,7 @@ def readable_model(model_dir: Path, folder: Path, quantized: bool | None) -> Pat
     """The model in a layout that vLLM reads: an export as it is, a REX model converted to `folder`."""
     if not (model_dir / "config.json").is_file():
         raise PipelineError(f"no config.json in {model_dir}: expected a model directory")
-    if json.loads((model_dir / "config.json").read_text(encoding="utf-8")).get("model_type") in CLASSES:
+    if read_json(model_dir / "config.json", "make the model again").get("model_type") in list(CLASSES):
         if quantized is not None:
             raise PipelineError(
                 f"quantized is {quantized}, and {model_dir} is an export, served as it is: set it to auto"

@@ -4,10 +4,12 @@ Dagster's own launcher leaves a run STARTED forever when the server went down wi
 server knows which of its processes live: run monitoring asks it, marks the other runs failed and frees their pool
 slots.
 
-    python -m llm_assets.instance.run_launcher LOCATION job execute ...
+    python -m llm_assets.instance.run_launcher [--end-with-input] LOCATION job execute ...
 
 is Dagster's command for runs that its home page and timeline show, which show runs of a known code location. Dagster
-records the location of runs that a page launched, but not of its command's: this adds it to the run.
+records the location of runs that a page launched, but not of its command's: this adds it to the run. With
+--end-with-input, the run is terminated and saves its work when its standard input ends, as it does if the process that
+started it is killed.
 
 The one place of this project that uses Dagster's private modules; seen to work on dagster 1.13.27: `dagster._cli.main`,
 `dagster._core.remote_origin` (RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin) with the argument
@@ -16,6 +18,7 @@ DefaultRunLauncher and its `_get_grpc_client_for_termination`, WorkerStatus), `d
 (CanCancelExecutionRequest, CanCancelExecutionResult) and `dagster._serdes.deserialize_value`.
 """
 
+import signal
 import sys
 from typing import Any
 
@@ -25,6 +28,8 @@ from dagster._core.launcher import CheckRunHealthResult, DefaultRunLauncher, Wor
 from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
 from dagster._grpc.types import CanCancelExecutionRequest, CanCancelExecutionResult
 from dagster._serdes import deserialize_value
+
+from model.system.lifeline import end_with_input, signal_at_parents_end
 
 
 class WatchedRunLauncher(DefaultRunLauncher):
@@ -60,5 +65,9 @@ def record_location(location: str) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "--end-with-input":
+        sys.argv.pop(1)
+        signal_at_parents_end(signal.SIGCONT)  # a stopped run would not notice
+        end_with_input()
     record_location(sys.argv.pop(1))
     main()

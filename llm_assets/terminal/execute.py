@@ -69,9 +69,18 @@ def execute_job(
     with tempfile.TemporaryDirectory() as folder, log.with_suffix(".out").open("w") as out:
         config_file = Path(folder) / "run_config.yaml"
         config_file.write_text(json.dumps(config))  # JSON is YAML
-        command = [sys.executable, "-W", "ignore", "-m", "llm_assets.instance.run_launcher", location]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "llm_assets.instance.run_launcher",
+            "--end-with-input",
+            location,
+        ]
         command += ["job", "execute", "-m", module, "-j", job, "-c", str(config_file), "--tags", json.dumps(all_tags)]
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        # The run ends with this process, however that ends: only this one holds the other end of its input.
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT)
         before = signal.signal(signal.SIGTERM, lambda number, frame: _end(process, signal.SIGTERM))
         try:
             with view.live():

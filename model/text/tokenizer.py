@@ -131,7 +131,7 @@ def _as_pipeline_error(found: str, expected: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # That of tokenizers' Rust code is no Exception; an interrupt is none either, and passes.
+        # Errors of tokenizers' Rust code do not derive from Exception; interrupts do not either, and pass.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise PipelineError(f"{found} ({one_line(error)}): {expected}; {_AGAIN}") from None

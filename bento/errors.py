@@ -28,14 +28,14 @@ ANTHROPIC_TYPES = {
 }
 CONTEXT_EXCEEDED = "context_length_exceeded"
 UNSUPPORTED_VALUE = "unsupported_value"
-"""OpenAI's code for a value that another model takes."""
+"""OpenAI's error code for a value that this model does not support but another may."""
 EXPECTED = {
     "dict_type": "expected an object",
     "list_type": "expected a list",
     "model_attributes_type": "expected an object",
     "model_type": "expected an object",
 }
-"""In place of pydantic's reasons that name types of Python."""
+"""Replacements for pydantic's reasons that name Python types."""
 LONGEST_VALUE = 40
 LONGEST_NAME = 64
 
@@ -77,7 +77,7 @@ def error_content(message: str, *, type: str, param: str | None, code: str) -> d
 
 
 def context_exceeded(message: str, param: str) -> ApiError:
-    """A text that the context does not hold. Clients look for OpenAI's sentence, or for the code inside the message."""
+    """A text that exceeds the context. Clients look for OpenAI's sentence, or for the code inside the message."""
     return ApiError(400, f"{message} ({CONTEXT_EXCEEDED})", code=CONTEXT_EXCEEDED, param=param)
 
 

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 TEXTS = {"input", "messages", "prompt"}
-"""Fields with the text itself, on this route or another: an empty one is an error, null is an absent one."""
+"""Fields that contain the text, on this route or another: an empty one is an error, null means absent."""
 LABELS = {
     "cache_salt", "chat_id", "client_id", "conversation_id", "correlation_id", "extra_key", "guided_decoding_backend",
     "id_slot", "keep_alive", "litellm_call_id", "litellm_session_id", "litellm_trace_id", "main_gpu", "message_id",
@@ -27,11 +27,11 @@ LISTS = {
     "stop_token_ids", "tools",
 }  # fmt: skip
 NOT_EMPTY = {"instructions", "modalities", "response_format", "tool_choice"}
-"""Supported fields whose empty list or object asks for nothing, by what they are: languages such as PHP write an empty
-object as []. Those of the last set have no empty value: it means none.
+"""Supported fields for which an empty list or object has no effect, by their JSON type: languages such as PHP write an
+empty object as []. The fields of the last set have no empty value: it means absent.
 """
 EXTRAS = ("enable_", "include_", "return_", "show_", "use_")
-"""Beginnings of the names of switches that turn something on: false asks for nothing, whatever it is."""
+"""Prefixes of the names of switches that enable a feature: false is neutral for all of them."""
 PENALTIES = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
 """Penalties, with the value that means off."""
 SUBORDINATE: dict[str, tuple[str, ...]] = {
@@ -242,7 +242,7 @@ def is_neutral(name: str, value: Any, fields: Mapping[str, Any] = MappingProxyTy
 
 
 def without_confusion(name: str, value: Any) -> Any:
-    """A supported field's value, an empty list and an empty object as what the field has."""
+    """A supported field's value; an empty list or object is converted to the field's type."""
     if value not in ([], {}):
         return value
     if name in OBJECTS:

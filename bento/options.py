@@ -27,7 +27,7 @@ class ServiceSettings(ServingSettings):
 
     # The pipeline packages a quantized model; a directory given by hand may hold either precision.
     quantized: bool | Literal["auto"] = option(  # type: ignore[assignment]
-        "auto", "true: int8 weights; false: full precision; auto: as the model's directory."
+        "auto", "true: int8 weights; false: full precision; auto: as stored in the model's directory."
     )
     vllm_python: str = option(
         "", "Interpreter of the environment that has vLLM, which `make vllm` makes; for the engine vllm."
@@ -62,13 +62,17 @@ class ServiceSettings(ServingSettings):
         maximum=86_400,
     )
     rollback_max_error_rate: float = option(
-        0.02, "Largest part of the new champion's generations that may fail.", minimum=0, maximum=1
+        0.02, "Largest fraction of the new champion's generations that may fail.", minimum=0, maximum=1
     )
     rollback_max_slowdown: float = option(
         1.5, "Largest median time per token, as a multiple of the former champion's.", above=0, maximum=1000
     )
     rollback_min_generations: int = option(
-        50, "Fewest generations of each model for a comparison.", unit="generations", above=0, maximum=1_000_000
+        50,
+        "Minimum number of generations of each model for a comparison.",
+        unit="generations",
+        above=0,
+        maximum=1_000_000,
     )
     compare_with: str = option(
         "",
@@ -90,7 +94,7 @@ class ServiceSettings(ServingSettings):
     )
     max_connections: int = option(
         4096,
-        "Most open connections; a new one beyond that closes the connection that has been idle longest.",
+        "Maximum number of open connections; a new one beyond that closes the connection that has been idle longest.",
         unit="connections",
         above=0,
         maximum=1_000_000,

@@ -87,8 +87,8 @@ def _biases(value: Any) -> Any:
 
 
 def forms(*schemas: dict[str, Any]) -> WithJsonSchema:
-    """JSON schema of a field of several forms, told apart by a validator, because pydantic would report one error per
-    form.
+    """JSON schema of a field of several forms, distinguished by a validator, because pydantic would report one error
+    per form.
     """
     return WithJsonSchema({"anyOf": list(schemas)})
 
@@ -219,7 +219,7 @@ class Sampling(StrictRequest):
     bad_words: list[Annotated[str, Field(min_length=1, max_length=LONGEST_BAD_WORD)]] | None = Field(
         None,
         max_length=MAX_BAD_WORDS,
-        description="Strings that never appear in the text, whatever tokens would spell them.",
+        description="Strings that never appear in the text, however they are tokenized.",
     )
     allowed_token_ids: TokenIds | None = Field(
         None, max_length=MAX_ALLOWED, description="Choose only among these tokens; empty: all."

@@ -243,7 +243,7 @@ class RexService:
             return
         finally:
             gc.enable()
-        app.openapi()  # its first reader would hold the event loop for 0.2 s
+        app.openapi()  # building it at the first request would block the event loop for 0.2 s
         if REGISTRY:
             self._watchers = _watch(REGISTRY)
             for watcher in self._watchers:
@@ -254,8 +254,8 @@ RexService.add_asgi_middleware(OnlyOurRoutes)  # type: ignore[attr-defined]
 
 
 def _watch(registry: ModelRegistry) -> list[ChampionWatcher | ChallengerWatcher]:
-    """A watcher that loads each champion with the options of a packed model, and one of challengers if they are asked
-    for.
+    """A watcher that loads each champion with the options of a packed model, and one for challengers if a shadow phase
+    is configured.
     """
 
     def load(model_dir: Path, version: str) -> "Engine":

@@ -87,7 +87,8 @@ RIDDLES = re.compile(
     r"|that is there already|the machine's mood|data sets?|anew|for good|mends?|mended|(?:can|cannot) be had"
     r"|so many (?:of|tokens|windows)|(?:another|earlier|later|next|each) try|also where|(?:\w*Error|None|empty),? where"
     r"|(?:environment|process|process group|project name|session|thread) of its own|(?:processes|threads) of their own"
-    r"|shared? out|(?<!there )(?:is|are) no (?!longer|better|faster|slower|smaller|larger|more|less)\w+)\b",
+    r"|shared? out|asks? for nothing|without a word"
+    r"|(?<!there )(?:is|are) no (?!longer|better|faster|slower|smaller|larger|more|less)\w+)\b",
     re.IGNORECASE,
 )
 """Phrases that were rewritten in the field's words: "if" for "where", "is not a" for "is no", the field's nouns."""

@@ -1,1 +1,1 @@
-"""What a service's clients can do to each other, and what a long mixed load does to its memory."""
+"""Effects of abusive clients on the service's other clients, and of a long mixed load on its memory."""

@@ -31,7 +31,7 @@ from model.text.tokenizer import load_tokenizer
 
 LONG = 3000.0
 LONGEST_S = 60.0
-"""Most time for a kind, whose good client may be too slow for its samples."""
+"""Maximum seconds per kind, since the good client may be too slow to reach its number of samples."""
 START_S = 60.0
 """Most time for the abusers' process to start and to make its bodies."""
 SLACK_S = 60.0

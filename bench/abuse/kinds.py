@@ -18,7 +18,7 @@ from typing import Any
 from bench.server import HOST
 
 ABUSER = "127.0.0.2"
-"""The service tells clients apart by address."""
+"""The service distinguishes clients by address."""
 MB = 1_000_000
 COMPLETIONS, TOKENIZE, EMBEDDINGS, CHAT = "/v1/completions", "/tokenize", "/v1/embeddings", "/v1/chat/completions"
 CONTEXT, VOCABULARY = 1000, 4000
@@ -121,7 +121,7 @@ def many_chunks() -> bytes:
 
 
 def large_headers() -> bytes:
-    """As many and as long headers as are taken."""
+    """Headers of the largest number and length that the service accepts."""
     return _get("/v1/models", **{f"x-header-{number}": "x" * 280 for number in range(190)})
 
 
@@ -229,7 +229,7 @@ def alternatives() -> bytes:
     return _ask(COMPLETIONS, prompt="x", max_tokens=8, guided_choice=[f"choice {number}" for number in range(1000)])
 
 
-# Requests in numbers.
+# Large numbers of requests.
 
 
 def pipelined() -> bytes:
@@ -243,7 +243,7 @@ def measurements() -> bytes:
 
 
 def documents() -> bytes:
-    """The description of all routes, again and again."""
+    """Repeated requests for the OpenAPI document."""
     return _get("/openapi.json")
 
 

@@ -93,7 +93,7 @@ class ApiKeyMiddleware:
     def _knows(self, scope: Scope) -> bool:
         headers = Headers(scope=scope)
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        if anthropic_key := headers.get("x-api-key"):  # of Anthropic's clients
+        if anthropic_key := headers.get("x-api-key"):  # sent by Anthropic's clients
             scheme, key = "bearer", anthropic_key
         given = _digest(key.strip())
         # Compare with every key: stopping at the first match would leak its position through timing.

@@ -125,7 +125,7 @@ def _refuse_depth(body: bytes) -> None:
 def _parse_long(body: bytes, names: int) -> Any:
     """By orjson, since Python's parser would hold the GIL for 30 ms for a megabyte of numbers, orjson for 3.
 
-    names: in the body. Here NaN and Infinity are refused as what they are, no JSON.
+    names: number of names in the body. NaN and Infinity are refused here, because they are not JSON.
     """
     try:
         value = orjson.loads(body)
@@ -142,13 +142,13 @@ def _parse_long(body: bytes, names: int) -> Any:
         except UnicodeDecodeError as where:
             raise _not_utf8(where) from None
         raise _refusal(f"the body is not JSON ({error.msg} at character {error.pos})", "invalid_json") from None
-    if _count_names(value) < names:  # orjson keeps the last of two: Python's parser finds which
+    if _count_names(value) < names:  # orjson keeps the last of two equal names; Python's parser finds the duplicate
         return _parse_short(body)
     return value
 
 
 def check_cost(body: bytes) -> int:
-    """Bound the values that a parser would make of a body; the number of names, of a long one. Raises ApiError 400."""
+    """Limit the values in a body before it is parsed, and the names in a long one. Raises ApiError 400."""
     if len(body) <= MAX_NAMES:
         return 0
     # A string has two quotes, and more only after backslashes: half of the quotes bounds the number of strings.
@@ -183,7 +183,7 @@ def _count_names(value: Any) -> int:
     for _ in range(DEEPEST + 1):
         names += sum(len(one) for one in level if type(one) is dict)
         inside = [one.values() if type(one) is dict else one for one in level if type(one) is dict or type(one) is list]
-        # Of plain values, which may be 100,000, only the set of types is looked at.
+        # A list may have 100,000 plain values: only the set of their types is checked.
         level = list(chain.from_iterable(values for values in inside if not _NESTED.isdisjoint(map(type, values))))
         if not level:
             return names

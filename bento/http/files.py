@@ -12,7 +12,7 @@ def file_response(
 ) -> Response:
     """The file, or 304 if the client has it. Ranges are ignored, as RFC 9110 section 14.2 allows.
 
-    A page must not load scripts of another version, so nothing is used without asking.
+    A page must not load scripts of another version, so browsers revalidate before they use a cached copy.
     """
     tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
     tagged = {**(headers or {}), "Cache-Control": "no-cache", "ETag": tag}

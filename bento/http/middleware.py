@@ -67,7 +67,7 @@ def add_middleware(
 
 
 class ChargeMiddleware:
-    """Charges the client with the CPU time of its request, but not of a stream, whose text has its share of the engine.
+    """Charges the client with the CPU time of its request; streams are exempt, because the engine shares generation.
 
     Part of the app and not of the connection, since BentoML runs the app in a task of its own, whose time `Charged`
     does not see.

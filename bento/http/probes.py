@@ -88,7 +88,7 @@ def add_probes(app: FastAPI, models: Models, refusal: Callable[[], ApiError | No
             }
         )
 
-    # Encoded once: of 100 kB and more, they would hold the event loop for as long as some steps of the model.
+    # Encoded once: at 100 kB or more, encoding would block the event loop for as long as several model steps.
     encoded_openapi = functools.cache(lambda: orjson.dumps(app.openapi()))
     encoded_schema = functools.cache(
         lambda: orjson.dumps({"name": models.name, "type": "service", "routes": bentoml_routes(app)})

@@ -46,7 +46,7 @@ LINGER_S, MAX_DISCARDED = 1.0, 1_000_000
 """After a refusal: seconds and bytes that the rest of the request is read for. To close a socket with unread bytes
 resets the connection, and the client may lose the answer."""
 FEED_AT_ONCE = 16
-"""Pieces that the parser takes before the event loop turns to other connections."""
+"""Pieces that the parser consumes before the event loop serves other connections."""
 HOST = re.compile(rb"(\[[0-9A-Za-z:.%_~-]+\]|[0-9A-Za-z._~%!$&'()*+,;=-]*)(:[0-9]*)?")
 """The syntax of RFC 3986 section 3.2.2; a request for no host has an empty one."""
 WRONG_VERSION = "HTTP/{} is not spoken here: use HTTP/1.1"
@@ -112,7 +112,7 @@ class Http1Protocol(HttpToolsProtocol):
         self._began = self._completed_at = 0.0
         self._deadline: asyncio.TimerHandle | None = None
         self._later: asyncio.TimerHandle | None = None
-        """When the received bytes are parsed that had to wait."""
+        """When the received bytes that had to wait are parsed."""
         self._refusal: tuple[int, str, str] | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -253,7 +253,7 @@ class Http1Protocol(HttpToolsProtocol):
                 self._refuse(405, "CONNECT is not a method of this service", "http_405")
             return
         except httptools.HttpParserError as error:
-            if "PRI" in str(error):  # the method that HTTP/2 begins with
+            if "PRI" in str(error):  # the method of the HTTP/2 connection preface
                 self._refusal = (505, WRONG_VERSION.format("2"), "http_version")
             reason = f"the request is not valid HTTP/1.1 ({error})"
             self._refuse(*(self._refusal or (400, reason, "invalid_http")))
@@ -356,7 +356,7 @@ class Http1Protocol(HttpToolsProtocol):
             self.pipeline.appendleft((self.cycle, self.app))
 
     def _wrong_head(self) -> tuple[int, str, str] | None:
-        """What the parser accepts and RFC 9112 does not, sections 2.3, 3.2 and 6.1: status, message and code."""
+        """Violations of RFC 9112 (sections 2.3, 3.2, 6.1) that the parser accepts: status, message and code."""
         version = self.scope["http_version"]
         if not version.startswith(("0.", "1.")):
             return 505, WRONG_VERSION.format(version), "http_version"
@@ -384,7 +384,7 @@ class Http1Protocol(HttpToolsProtocol):
         if self._has_upgrade_offer or self.cycle is None:
             return
         if self.cycle.response_complete:
-            self._stop_deadline()  # of a body answered before it arrived
+            self._stop_deadline()  # the rest of a body that was answered before it arrived
         super().on_message_complete()
 
     def on_response_complete(self) -> None:

@@ -141,7 +141,7 @@ def _ends_at_assistant_turn(render: "Render", hidden: list[dict[str, str]], text
         if text != plain:
             return text.startswith(plain)
         answered = render([*hidden, {"role": "assistant", "content": word}], "", opens_turn=False)
-    except ApiError:  # the template refuses one of them
+    except ApiError:  # the template refuses one of the conversations
         return False
     return hidden[-1]["role"] == "user" and answered.startswith(text + word)
 

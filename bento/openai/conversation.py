@@ -133,7 +133,7 @@ def submit(backend: Backend, request: Request, body: ChatRequest, conversation: 
 
 
 class AnswerForm(Protocol):
-    """How an API writes the one answer to a conversation."""
+    """The format of an API's answer to a conversation."""
 
     def stream(self, batches: AsyncGenerator[Batch]) -> AsyncGenerator[str]:
         """Its events."""
@@ -146,7 +146,7 @@ class AnswerForm(Protocol):
 
 
 async def send(request: Request, answers: Answers, form: AnswerForm, *, is_stream: bool) -> Response:
-    """The answer in its form, streamed or whole."""
+    """The answer in the API's format, streamed or whole."""
     if is_stream:
         return EventStream(answers, form.stream, ending="", failure=form.failure)
     ((events, last),) = await answers.whole(request.receive)

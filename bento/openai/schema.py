@@ -128,7 +128,7 @@ SAMPLED_ONLY: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "stream": (False,),
 }
-"""Fields that do not apply to a beam search, and their values that ask for nothing."""
+"""Fields that do not apply to a beam search, and their neutral values."""
 UNCONSTRAINED_ONLY = ("logit_bias", "stop", "bad_words", "allowed_token_ids")
 
 
@@ -349,7 +349,7 @@ class Dialogue(ToolFields):
             if (self.chat_template_kwargs or {}).get(name) not in (None, value):
                 raise PydanticCustomError(
                     "template_value",
-                    "{name} says otherwise than the request's field of that name",
+                    "{name} contradicts the request's field of that name",
                     {"param": "chat_template_kwargs", "name": name},
                 )
         messages = self.messages or ()

@@ -1,7 +1,7 @@
 """Functions that a chat model may call: OpenAI's `tools`, `tool_choice` and `parallel_tool_calls`.
 
-The functions, the assistant's earlier calls and their results become text (`model/text/chat/tools.py`), whatever the
-chat template is. A grammar constrains the answer to text, to calls whose arguments are valid under the functions'
+The functions, the assistant's earlier calls and their results become text (`model/text/chat/tools.py`), with any
+chat template. A grammar constrains the answer to text, to calls whose arguments are valid under the functions'
 schemas, or to both, depending on `tool_choice`. `CallReader` extracts the calls from the text, also while it streams.
 """
 
@@ -26,7 +26,7 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
 def _parameters(value: dict[str, Any]) -> dict[str, Any]:
-    """A schema of arguments; its type is "object" even if it does not say so."""
+    """A schema of arguments; its type defaults to "object"."""
     kind = value.get("type", "object")
     if isinstance(kind, list) or kind in OTHER_TYPES:
         raise PydanticCustomError("parameters", 'expected a schema of the type "object": arguments have names')
@@ -46,7 +46,7 @@ class Function(StrictRequest):
 
 
 def arguments_schema(function: Function) -> dict[str, Any]:
-    """The JSON schema of a function's arguments, which are an object even if it does not say so."""
+    """The JSON schema of a function's arguments, whose type defaults to object."""
     return {"type": "object", **(function.parameters or NO_ARGUMENTS)}
 
 

@@ -101,7 +101,7 @@ class Message(StrictRequest):
             kept["content"] = ""
         return kept
 
-    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(description="Who speaks.")
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(description="Author of the message.")
     content: Content = Field(description="The message: a text, or parts that are texts.")
     name: Label | None = Field(None, description="Given to the chat template, which may use it.")
     audio: None = unsupported()

@@ -109,7 +109,7 @@ function showError(error) {
   $("error").hidden = false;
   const field = error.status === 401 ? $("key") : FIELDS[error.param === "messages" ? "prompt" : error.param];
   if (!field) return;
-  if (error.status === 401) $("key-hint").textContent = "this server wants a key";
+  if (error.status === 401) $("key-hint").textContent = "this server requires a key";
   if ($("options").contains(field)) $("options").open = true;
   field.setAttribute("aria-invalid", "true");
   field.setAttribute("aria-errormessage", "error");

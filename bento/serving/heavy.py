@@ -20,7 +20,7 @@ from bento.serving.shares import CHARGE
 
 T = TypeVar("T")
 PARTS_DEPTH = 5
-"""Levels of an answer that are split: down to each token of a text."""
+"""Nesting levels at which an answer is split for encoding: down to each token of a text."""
 PAUSE = 3.0
 LONGEST_PAUSE_S = 0.2
 SWITCH_S = 0.0005
@@ -34,7 +34,7 @@ class HeavyWork:
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
         self._free_at = 0.0
-        # The same thread each time: glibc keeps a pool of memory for each, as large as its largest piece of work.
+        # One long-lived thread: glibc keeps an arena for each thread, as large as its largest task.
         self._thread = ThreadPoolExecutor(1, "heavy-work")
 
     async def run(self, work: Callable[..., T], *arguments: Any, holds_lock: bool = True) -> T:
@@ -56,7 +56,7 @@ class HeavyWork:
 
 
 async def json_response(heavy: HeavyWork, content: Callable[[], Any], *, is_short: bool) -> Response:
-    """The answer of what `content` returns, made as heavy work unless it is short."""
+    """A response with the value that `content` returns, encoded as heavy work unless it is short."""
     if is_short:
         return JSONResponse(content())
 

@@ -56,7 +56,7 @@ class Outcomes:
         self.total = self.total_failed = 0
 
     def add(self, last: Finished, seconds: float) -> None:
-        """Count a generation. One that its client canceled, or that was refused, says nothing about the model."""
+        """Count a generation. One that its client canceled, or that was refused, is not evidence about the model."""
         if last.finish_reason == "cancelled" or last.is_refusal:
             return
         is_failed = last.finish_reason in FAILED
@@ -91,7 +91,7 @@ class Shadow:
         """Its engine and version."""
         self.of_champion, self.of_challenger = Outcomes(window_s), Outcomes(window_s)
         self.skipped = 0
-        """Copies that the challenger had no room for or could not take."""
+        """Copies that were not sent: the challenger's queue was full or it did not accept the request."""
 
     def copy(
         self, champion: "Engine", requests: Sequence[GenerationRequest]
@@ -137,7 +137,7 @@ def _for_tokenizer(request: GenerationRequest, champion: "Engine", challenger: "
     if challenger.token_bytes == champion.token_bytes:
         return request
     if request.grammar or request.stop_token_ids or request.allowed_token_ids or request.sampling.logit_bias:
-        raise PipelineError("the request names tokens, and the challenger has others")
+        raise PipelineError("the request contains token ids, and the challenger's vocabulary differs")
     return replace(request, prompt_ids=challenger.encode(champion.decode(request.prompt_ids)))
 
 
@@ -188,14 +188,14 @@ class ChallengerWatcher:
         try:
             found = self._registry.find(self._name, CHALLENGER)
             if found and found == self._registry.champion(self._name):
-                found = None  # promoted: a comparison with itself would say nothing and take half of the machine
+                found = None  # promoted: a comparison with itself is meaningless and would take half of the machine
             if found != self._known:
                 self._known = found
                 self._shadow.serve(None)
                 if found:
                     self._take_over(found)
             self._said = ""
-        except Exception as error:  # noqa: BLE001 - a challenger never disturbs the service
+        except Exception as error:  # noqa: BLE001 - a challenger must never disturb the service
             line = one_line(error)
             if line != self._said:
                 self._said = line
@@ -229,7 +229,7 @@ class Rollback:
     """Restores the former champion if the new one exceeds a bound within `window_s` of taking over.
 
     max_error_rate: of failed generations, 0 to 1. max_slowdown: seconds per token as a multiple of the former
-    champion's. min_generations: that are needed for a decision.
+    champion's. min_generations: minimum number of generations for a decision.
     """
 
     def __init__(

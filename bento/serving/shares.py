@@ -14,17 +14,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SHARE = 0.1
-"""Of a core, for one client while others send requests."""
+"""Fraction of a core for one client while others send requests."""
 BURST_S = 0.05
-"""CPU time that a client can use at once before it waits."""
+"""CPU seconds that a client can use in a burst before it waits."""
 LONGEST_WAIT_S = 1.0
 OTHERS_S = 1.0
-"""A client that sent nothing for this long leaves its share to the others."""
+"""A client without a request for this many seconds no longer counts as present."""
 CONNECTION_S = 0.0005
-"""Charged for a connection: the kernel's and the loop's work that no step of a request shows."""
+"""Charged per connection: work of the kernel and the event loop that is not measured with any request."""
 MOST_CLIENTS = 4096
 NEWEST_WEIGHT = 0.25
-"""Of a request's cost in the moving average that is charged in advance."""
+"""Weight of a request's cost in the moving average that is charged in advance."""
 
 Charge = Callable[[float], None]
 CHARGE: ContextVar[Charge | None] = ContextVar("charge", default=None)
@@ -69,7 +69,7 @@ class ClientShares:
         bucket.usual_s += NEWEST_WEIGHT * (seconds - bucket.usual_s)
 
     def arrive(self, client: str) -> None:
-        """Notice a request that others make way for. Probes of a service's health are none."""
+        """Note a request that makes other clients wait for their share. Health probes do not count."""
         if client != self._newest:
             self._newest, self._other_at = client, self._newest_at
         self._newest_at = self.clock()
@@ -105,7 +105,7 @@ class RequestCost:
             self.shares.charge(self.client, unpaid_s)
 
     def end(self) -> None:
-        """Let the whole cost count in the client's usual one."""
+        """Add the request's whole cost to the client's moving average."""
         self.shares.learn(self.client, self.spent_s)
 
 

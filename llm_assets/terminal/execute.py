@@ -127,7 +127,7 @@ def _explain(console: Console, view: View, log: Path, status: int) -> None:
     ]
     is_full = shutil.disk_usage(log.parent).free < _LEAST_FREE  # Dagster's own words need space, too
     said = view.failures or ([str(no_space(log.parent))] if is_full else printed[-1:])
-    for reason in said or [f"the run ended with status {status} without a word; run again"]:
+    for reason in said or [f"the run ended with status {status} and no message; run again"]:
         console.print(f"error: {reason}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"log: {shown_path(log)}", markup=False, highlight=False, soft_wrap=True)
 

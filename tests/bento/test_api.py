@@ -98,7 +98,7 @@ def test_the_context_of_the_earlier_service_stands_before_the_prompt_on_its_own_
 
 
 @pytest.mark.parametrize("route", ["/generate_text", "/generate_text_without_prompt"])
-def test_the_earlier_routes_generate_exactly_the_tokens_asked_for(client, route, caplog):
+def test_the_earlier_routes_generate_exactly_the_requested_number_of_tokens(client, route, caplog):
     caplog.set_level(logging.INFO, "bentoml.requests")
     body = {"num_of_token_generated": 9} | ({"prompt": "b"} if route == "/generate_text" else {})
     assert client.post(route, json=body).status_code == 200

@@ -165,7 +165,7 @@ def test_the_description_names_every_variable():
 
 
 @pytest.mark.parametrize("model", ["", "/nowhere/model", "./nowhere", "never-made:1", "Not a tag!"])
-def test_a_model_that_is_not_there_is_one_line_that_says_what_to_do(model, tmp_path, monkeypatch):
+def test_a_missing_model_is_one_line_with_the_remedy(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InvalidArgument) as refusal:
         find_model(model)

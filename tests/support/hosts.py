@@ -1,7 +1,7 @@
 """Hosts of a network on this machine: namespaces with their own addresses, names, processes and scratch disk.
 
 They share this machine's file system, as the hosts of a cluster share one, and nothing else. A switch connects them
-with each other and with this machine; `Network.cut` takes a host off it without a word, as a pulled cable does.
+with each other and with this machine; `Network.cut` disconnects a host silently, as a pulled cable does.
 """
 
 import os

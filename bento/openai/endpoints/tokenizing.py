@@ -76,7 +76,7 @@ class DetokenizeResponse(BaseModel):
 
 
 def _special_token(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int] | None:
-    """The token if `text` is exactly one that /tokenizer_info names: evaluation harnesses ask so for its id."""
+    """The token if `text` is exactly one that /tokenizer_info names: evaluation harnesses look up its id this way."""
     for name in SPECIAL_TOKENS:
         if text == getattr(tokenizer, name):
             return [getattr(tokenizer, f"{name}_id")]

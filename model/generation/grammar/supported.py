@@ -1,8 +1,8 @@
 """Rewrites JSON schemas into the keywords that llguidance enforces, without admitting a value that they exclude.
 
-What asks for nothing is dropped, what has an equal form takes it, bounds beyond the numbers that llguidance counts with
-are narrowed, and what cannot be enforced is refused with its place. Drafts 4 to 2020-12, and OpenAPI's `nullable`, are
-read as people's generators write them (pydantic, zod, OpenAPI).
+Keywords without effect are dropped, those with an equivalent form are rewritten, bounds beyond llguidance's range are
+narrowed, and a keyword that cannot be enforced is refused with its place. Drafts 4 to 2020-12, and OpenAPI's
+`nullable`, are read as people's generators write them (pydantic, zod, OpenAPI).
 """
 
 import json

@@ -39,7 +39,7 @@ def test_a_file_without_good_keys_is_refused_in_one_line_without_them(tmp_path, 
     assert "schlüssel" not in str(refusal.value) and "a b" not in str(refusal.value)
 
 
-def test_without_keys_only_loopback_is_served_unless_told_so():
+def test_without_keys_only_loopback_is_served_unless_anonymous_clients_are_allowed():
     for host in ("127.0.0.1", "127.8.0.1", "::1", "localhost", ""):
         assert is_loopback(host)
         refuse_open_address(host, (), allow_anonymous=False)

@@ -38,7 +38,7 @@ def test_a_half_closed_client_gets_its_answer(address):
 
 
 @pytest.mark.parametrize("how", ["closed", "reset"])
-def test_a_client_that_is_gone_is_no_half_closed_one(how):
+def test_a_client_that_left_is_not_mistaken_for_a_half_closed_one(how):
     service = make_service()
     try:
         with on_a_port(service.app) as url:
@@ -72,7 +72,7 @@ def test_pipelined_requests_are_answered_in_order(address):
         assert [read_answer(made)[0] for _ in range(count)] == [200 if i % 2 else 404 for i in range(count)]
 
 
-def test_what_follows_good_requests_is_refused_after_their_answers(address):
+def test_an_invalid_request_after_valid_ones_is_refused_after_their_answers(address):
     with connection(address) as made:
         made.sendall(post(BODY) + b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\nnonsense\r\n\r\n")
         assert read_answer(made)[0] == 200
@@ -161,7 +161,7 @@ def test_an_idle_connection_is_kept_for_as_long_as_is_said(service):
         assert made.recv(1) == b""  # closed without an answer
 
 
-def test_a_client_that_leaves_during_its_upload_is_no_wrong_request(service, address):
+def test_a_client_that_leaves_during_its_upload_is_not_an_invalid_request(service, address):
     with connection(address) as made:
         made.sendall(post(BODY)[:-1])
     deadline = time.monotonic() + 30

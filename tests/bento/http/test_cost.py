@@ -134,6 +134,6 @@ def test_many_short_texts_are_tokenized_off_the_event_loop_and_keep_their_order(
     ],
     ids=str,
 )  # fmt: skip
-def test_an_answer_encoded_in_parts_is_what_json_reads(value: Any) -> None:
+def test_an_answer_encoded_in_parts_equals_plain_json(value: Any) -> None:
     encoded = encode_in_parts(copy.deepcopy(value))
     assert json.loads(encoded) == value and b", " not in encoded

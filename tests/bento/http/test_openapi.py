@@ -93,7 +93,7 @@ def test_a_request_made_of_the_examples_alone_works(document, service):
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/generate", "/tokenize", "/detokenize"])
-def test_answers_are_what_the_document_says(document, service, path):
+def test_answers_match_the_openapi_document(document, service, path):
     more = {"/v1/completions": {"logprobs": 2, "echo": True, "return_token_ids": True, "n": 2}}
     more["/v1/chat/completions"] = {"logprobs": True, "top_logprobs": 2, "return_token_ids": True, "n": 2}
     for body in (GOOD[path], {**GOOD[path], **more.get(path, {})}):

@@ -30,7 +30,7 @@ def test_probes_answer_by_get_and_head_and_ping_by_post(client):
     assert client.get("/version").json()["version"]
 
 
-def test_health_says_no_while_requests_are_refused(service, client):
+def test_health_fails_while_requests_are_refused(service, client):
     service.app.state.admission.is_draining = True
     try:
         assert refusal(client.get("/health"), 503)["code"] == "draining"
@@ -38,7 +38,7 @@ def test_health_says_no_while_requests_are_refused(service, client):
         service.app.state.admission.is_draining = False
 
 
-def test_the_server_tells_what_it_serves(service, client):
+def test_the_server_reports_the_served_model(service, client):
     info = client.get("/server_info").json()
     assert info["model"] == MODEL and info["max_model_len"] == service.engine.context_length
     body = client.post("/v1/completions", json=GOOD["/v1/completions"]).json()
@@ -48,7 +48,7 @@ def test_the_server_tells_what_it_serves(service, client):
     assert {chunk["system_fingerprint"] for chunk in chunks} == {info["system_fingerprint"]}
 
 
-def test_the_tokenizer_is_told_as_harnesses_read_it(service, client):
+def test_the_tokenizer_is_described_as_harnesses_read_it(service, client):
     info = client.get("/tokenizer_info").json()
     assert info["eos_token"] == service.tokenizer.eos_token
     assert info["chat_template"] == CHAT_TEMPLATE

@@ -113,7 +113,7 @@ def test_a_wrong_field_of_a_completion_is_refused_by_name(service, bad, param):
     ],
     ids=str,
 )
-def test_what_is_expected_is_said_in_the_words_of_json(service, bad, expected):
+def test_expected_types_are_named_in_the_terms_of_json(service, bad, expected):
     assert (
         refusal(service.post("/v1/chat/completions", **{**GOOD["/v1/chat/completions"], **bad}))["message"] == expected
     )
@@ -152,14 +152,14 @@ def test_another_model_is_a_404(service, path):
     ids=lambda value: str(value)[:40],
 )
 @pytest.mark.parametrize("path", GOOD)
-def test_a_body_that_is_not_plain_json_is_refused_for_what_it_is(service, path, content, code):
+def test_the_refusal_of_a_body_that_is_not_plain_json_names_its_fault(service, path, content, code):
     answer = TestClient(service.app).post(path, content=content, headers={"content-type": "application/json"})
     error = refusal(answer)
     assert error["code"] in (code, "missing")  # no body at all
 
 
 @pytest.mark.parametrize(("content", "code"), NOT_PLAIN[1:], ids=lambda value: str(value)[:40])
-def test_a_long_body_that_is_not_plain_json_is_refused_for_what_it_is(content, code):
+def test_the_refusal_of_a_long_body_that_is_not_plain_json_names_its_fault(content, code):
     with pytest.raises(ApiError) as refused:
         parse(b" " * LONG_BODY + content)
     # Of a body with two faults the one that the parser meets first is named.

@@ -66,7 +66,7 @@ def test_each_prompt_has_a_search_of_its_own_and_a_text_its_log_probabilities(se
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_what_asks_for_nothing_changes_no_search(service, path):
+def test_neutral_values_do_not_change_a_search(service, path):
     plain = ask(service, path, n=2, use_beam_search=True)["choices"]
     for body in (
         {"temperature": 0, "top_k": -1, "top_p": 1, "min_p": 0, "seed": 5},
@@ -108,7 +108,7 @@ def test_what_asks_for_nothing_changes_no_search(service, path):
     ],
     ids=str,
 )
-def test_what_no_search_can_do_is_refused_by_name(service, path, body, param):
+def test_parameters_that_a_search_does_not_support_are_refused_by_name(service, path, body, param):
     assert refusal(service.post(path, **{**GOOD[path], "use_beam_search": True, **body}))["param"] == param
 
 

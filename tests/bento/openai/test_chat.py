@@ -161,7 +161,7 @@ def test_logprobs_give_each_token_with_its_bytes(service):
     assert [score["token"] for score in streamed] == [score["token"] for score in scores]
 
 
-def test_a_model_without_a_template_says_so():
+def test_a_model_without_a_template_refuses_a_conversation():
     with running_service() as base:
         assert refusal(base.post(PATH, **GREEDY))["code"] == "no_chat_template"
 
@@ -236,12 +236,12 @@ def test_a_long_conversation_is_refused_for_its_length(service):
     ],
     ids=str,
 )
-def test_what_cannot_be_honoured_is_refused_by_name(service, field):
+def test_unsupported_fields_are_refused_by_name(service, field):
     error = refusal(service.post(PATH, **GREEDY, **field))
     assert error["param"] in {*field, "max_tokens"}
 
 
-def test_what_asks_for_nothing_is_taken(service):
+def test_neutral_values_are_accepted(service):
     neutral = {
         "response_format": {"type": "text"},
         "modalities": ["text"],

@@ -70,7 +70,7 @@ def test_a_long_text_is_tokenized_elsewhere_and_refused_for_its_length(service):
     assert refusal(service.post(PATH, prompt="x" * (SHORT_TEXT + 1)))["code"] == "context_length_exceeded"
 
 
-def test_without_max_tokens_sixteen_or_what_fits(service):
+def test_max_tokens_defaults_to_sixteen_or_as_many_as_fit(service):
     assert complete(service, max_tokens=None)["usage"]["completion_tokens"] == 16
     full = [2] * (CONTEXT - 5)
     assert complete(service, prompt=full, max_tokens=None)["usage"]["completion_tokens"] == 5

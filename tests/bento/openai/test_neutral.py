@@ -1,4 +1,4 @@
-"""What asks for nothing is taken: defaults spelled out, empty values, labels, and values that mean "off" elsewhere."""
+"""Neutral values are accepted: explicit defaults, empty values, labels, and values that mean "off" elsewhere."""
 
 from typing import Any
 
@@ -72,13 +72,13 @@ SAME: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("more", SAME, ids=str)
-def test_a_value_that_asks_for_nothing_changes_nothing_on_any_route(service, path, more):
+def test_a_neutral_value_changes_no_answer_on_any_route(service, path, more):
     assert answer(service, path, **more) == answer(service, path)
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize("empty", [[], {}], ids=str)
-def test_an_empty_list_and_an_empty_object_are_the_same_nothing(service, path, empty):
+def test_an_empty_list_and_an_empty_object_are_equally_neutral(service, path, empty):
     names = ["metadata", "stream_options", "response_format", "structured_outputs", "guided_choice", "logit_bias"]
     names += ["tools", "tool_choice", "functions", "modalities", "chat_template_kwargs"] if "chat" in path else []
     assert answer(service, path, **dict.fromkeys(names, empty)) == answer(service, path)
@@ -104,7 +104,7 @@ def test_an_empty_list_and_an_empty_object_are_the_same_nothing(service, path, e
     ],
     ids=str,
 )
-def test_what_is_not_nothing_is_refused_by_name(service, path, more):
+def test_values_that_are_not_neutral_are_refused_by_name(service, path, more):
     (name,) = more
     assert refusal(service.post(path, **PATHS[path], **more))["param"] == name
 
@@ -177,7 +177,7 @@ def test_a_field_that_shapes_another_is_taken_while_that_one_is_off(service, pat
     ],
     ids=str,
 )
-def test_what_neighbors_and_routers_spell_out_is_taken_on_any_route(service, path, more):
+def test_defaults_of_other_servers_and_routers_are_accepted_on_any_route(service, path, more):
     assert answer(service, path, **more) == answer(service, path)
 
 

@@ -155,7 +155,7 @@ def test_a_wrong_form_is_refused_by_name(service, body, param):
     asked = {"messages": MESSAGES, "max_tokens": 3, **body}
     with running_service(chat_template=CHAT_TEMPLATE, max_body_bytes=1 << 20) as roomy:
         answer = roomy.post("/v1/chat/completions", **asked)
-    if param is None:  # an empty list asks for nothing
+    if param is None:  # an empty list has no effect
         assert answer.status_code == 200
     else:
         assert refusal(answer)["param"] == param

@@ -54,7 +54,7 @@ def test_a_named_function_is_called_once_with_valid_arguments(client):
         assert choice.finish_reason == "tool_calls"
 
 
-def test_required_calls_are_some_of_the_functions_and_one_alone_where_asked(client):
+def test_required_calls_name_known_functions_and_only_one_if_requested(client):
     counts = set()
     for seed in range(6):
         choice = ask(client, tool_choice="required", seed=seed, max_tokens=400).choices[0]

@@ -78,7 +78,7 @@ def test_an_empty_turn_can_be_continued_and_is_the_opened_one(service):
     ],
     ids=str,
 )
-def test_what_leaves_no_place_to_speak_is_refused(service, messages, more, param):
+def test_a_conversation_without_an_open_assistant_turn_is_refused(service, messages, more, param):
     assert refusal(service.post(PATH, messages=messages, **more))["param"] == param
 
 

@@ -50,7 +50,7 @@ def test_a_file_is_sent_again_only_when_it_has_changed(client):
 
 
 @pytest.mark.parametrize("name", ["nothing.js", "__init__.py", "..%2fapi.py", "%2e%2e/api.py", ""])
-def test_nothing_but_the_pages_files_is_served(client, name):
+def test_only_the_pages_files_are_served(client, name):
     assert client.get(f"/page/{name}").status_code == 404
 
 

@@ -40,7 +40,7 @@ return [...document.querySelectorAll(texts + ", #error")]
 """
 
 
-def test_the_page_asks_nothing_of_another_host_and_breaks_no_rule_of_its_policy(page):
+def test_the_page_sends_no_request_to_another_host_and_obeys_its_content_security_policy(page):
     page.wait(lambda: page.text("model") == "rex-tiny:1")
     addresses = requested(page.driver)
     assert {address.removeprefix(page.address) for address in addresses} >= {"", "page/app.js", "page/style.css"}
@@ -115,7 +115,7 @@ def test_each_wrong_value_is_named(page, fields, named):
     assert page.focused == named
 
 
-def test_an_empty_prompt_starts_a_text_from_nothing(page):
+def test_an_empty_prompt_starts_a_new_text(page):
     page.fill(prompt="", max_tokens="2")
     page.allow(100)
     page["generate"].click()
@@ -230,7 +230,7 @@ def test_a_conversation_goes_on_turn_by_turn(page, monkeypatch):
     assert not page["clear"].is_displayed() and page.complaints == []
 
 
-def test_a_chat_model_is_talked_to_unless_the_address_says_otherwise(page, monkeypatch):
+def test_a_chat_model_opens_a_conversation_unless_the_address_has_another_mode(page, monkeypatch):
     monkeypatch.setattr(page.service.engine.tokenizer, "chat_template", CHAT_TEMPLATE)
     page.open()
     page.wait(lambda: page.text("prompt-label") == "Message")

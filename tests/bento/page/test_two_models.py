@@ -62,7 +62,7 @@ def test_champion_and_challenger_answer_side_by_side(page, other):
     assert below["y"] > above["y"] and below["x"] == above["x"]
 
 
-def test_a_second_service_is_asked_as_well_and_each_error_says_whose_it_is(page, other):
+def test_a_second_service_answers_too_and_each_error_names_its_service(page, other):
     page.allow(100)
     with listening(other.app) as second:
         app = create_app(model_name="rex-tiny:1", request_timeout_s=60, max_body_bytes=4096, compare_with=second)

@@ -16,7 +16,7 @@ STREAMS, STEPS = 8, 20
 
 
 class ByHand:
-    """An engine whose events the test hands over, in a separate thread."""
+    """An engine that emits the test's events in a separate thread."""
 
     def submit_all(self, requests, deliver):
         self.deliver = deliver
@@ -56,7 +56,7 @@ def test_the_events_of_a_step_arrive_together_and_in_order(monkeypatch):
     assert len(got[-1]) == STREAMS
 
 
-def test_what_came_before_a_failure_is_handed_on_and_the_others_are_cancelled():
+def test_events_before_a_failure_are_delivered_and_the_other_generations_are_canceled():
     async def play() -> None:
         engine = ByHand()
         answers = answers_of(engine, 2)
@@ -72,7 +72,7 @@ def test_what_came_before_a_failure_is_handed_on_and_the_others_are_cancelled():
     asyncio.run(play())
 
 
-def test_a_loop_that_is_closed_takes_nothing_and_says_so_each_time():
+def test_a_closed_loop_refuses_every_event():
     loop = asyncio.new_event_loop()
     mailbox = Mailbox(loop)
     loop.close()

@@ -69,7 +69,7 @@ def stack(tmp_path_factory):
 
 
 @pytest.mark.e2e
-def test_without_a_champion_the_service_lives_and_says_what_it_waits_for(stack):
+def test_without_a_champion_the_service_is_alive_and_reports_the_reason(stack):
     wait_until(lambda: "waiting for one" in stack.server.log)
     assert httpx.get(f"{stack.server.url}/livez").status_code == 200
     assert httpx.get(f"{stack.server.url}/readyz").status_code == 503
@@ -117,7 +117,7 @@ class Load:
 
 
 @pytest.mark.e2e
-def test_a_promotion_under_load_loses_no_request_and_what_runs_finishes_on_its_model(stack):
+def test_a_promotion_under_load_loses_no_request_and_running_requests_finish_on_their_model(stack):
     first, second = stack.texts[:2]
     long = Asking(stack.server, max_tokens=2000, ignore_eos=True)
     wait_until(lambda: running(stack.server) >= 1)
@@ -159,7 +159,7 @@ def test_the_alias_goes_back_and_the_service_with_it(stack):
 
 
 class Shelf:
-    """A registry that hands out what a test puts into it."""
+    """A registry that returns the versions that a test puts into it."""
 
     def __init__(self) -> None:
         self.now: Version | None = None
@@ -212,7 +212,7 @@ def test_a_former_model_is_kept_for_its_requests_and_then_freed(follower):
     assert models.stats().generated_tokens_total == 1
 
 
-def test_a_server_that_does_not_answer_is_asked_again_and_named_once(follower, caplog):
+def test_an_unreachable_server_is_polled_again_and_logged_once(follower, caplog):
     shelf, models, waits, _ = follower
     wait_until(lambda: bool(waits))
     shelf.error = httpx.ConnectError("connection refused")

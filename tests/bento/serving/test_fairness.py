@@ -95,7 +95,7 @@ def test_one_client_is_served_in_the_order_of_its_requests(service, served):
     assert [request.max_tokens for request in served] == [1, 2, 3, 4, 5, 6]
 
 
-def test_with_keys_a_client_is_its_key_whatever_its_address():
+def test_with_keys_a_client_is_identified_by_its_key_from_any_address():
     seen = []
 
     async def app(scope, receive, send):

@@ -52,7 +52,7 @@ def wait_until_idle(server: Server) -> None:
         time.sleep(0.1)
 
 
-def test_after_a_storm_of_clients_that_leave_one_more_is_answered_and_nothing_is_held(server):
+def test_after_a_storm_of_disconnects_the_next_client_is_answered_and_no_slot_leaks(server):
     async def leave(number: int) -> None:
         body = json.dumps({**GREEDY, "max_tokens": 4000, "stream": number % 2 == 0}).encode()
         address = httpx.URL(server.url)

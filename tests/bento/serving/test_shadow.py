@@ -82,7 +82,7 @@ def test_copies_are_answered_by_the_challenger_and_nobody_sees_it(phase, challen
     assert phase.service.post("/v1/completions", **BODY, stream=True).status_code == 200
 
 
-def test_a_challenger_that_fails_costs_the_client_nothing(phase, challenger):
+def test_a_failing_challenger_does_not_affect_the_client(phase, challenger):
     def fail(*_: object) -> None:
         raise ValueError("broken")
 
@@ -94,7 +94,7 @@ def test_a_challenger_that_fails_costs_the_client_nothing(phase, challenger):
     assert hook is not None
 
 
-def test_a_challenger_without_room_is_left_out(phase, challenger):
+def test_a_copy_is_skipped_when_the_challenger_is_full(phase, challenger):
     challenger.stop()
     assert phase.service.post("/v1/completions", **BODY).status_code == 200
     assert phase.metrics()["rex_shadow_skipped_total"] == 1 and phase.shadow.of_champion.total == 0
@@ -125,7 +125,7 @@ def test_without_a_shadow_phase_there_is_no_trace_of_it(service):
     assert "rex_shadow" not in TestClient(service.app).get("/metrics").text
 
 
-def test_no_share_copies_nothing_and_a_part_copies_a_part(service, challenger):
+def test_a_share_of_zero_copies_no_request_and_a_fraction_copies_that_fraction(service, challenger):
     shadow = Shadow(0.5, 60.0)
     shadow.serve(challenger, "7")
     copied = [shadow.copy(service.engine, []) is not None for _ in range(400)]
@@ -136,7 +136,7 @@ def finished(reason: str = "length", tokens: int = 10) -> Finished:
     return Finished(reason, prompt_tokens=1, generated_tokens=tokens, cached_tokens=0)  # type: ignore[arg-type]
 
 
-def test_outcomes_leave_out_what_says_nothing_about_the_model():
+def test_outcomes_exclude_canceled_and_refused_generations():
     outcomes = Outcomes(60.0)
     for reason, seconds in (("length", 1.0), ("stop", 2.0), ("error", 9.0), ("timeout", 9.0), ("cancelled", 9.0)):
         outcomes.add(finished(reason), seconds)
@@ -166,7 +166,7 @@ def registered(tmp_path_factory) -> Iterator[SimpleNamespace]:
         ([("error", 1.0)] * 3, None),
     ],
 )
-def test_a_champion_beyond_a_bound_gives_way_to_the_former_one(registered, results, reason):
+def test_a_champion_beyond_a_bound_is_replaced_by_the_former_one(registered, results, reason):
     registry, client = registered.registry, registered.client
     client.set_registered_model_alias(NAME, "champion", "1")
     former = registry.champion(NAME)

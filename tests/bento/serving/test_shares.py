@@ -69,7 +69,7 @@ def test_no_wait_is_longer_than_the_longest(shares: ClientShares) -> None:
     assert shares.wait_s("one") == pytest.approx(LONGEST_WAIT_S)
 
 
-def test_a_client_whose_neighbors_have_gone_waits_no_more(shares: ClientShares, clock: Clock) -> None:
+def test_a_client_stops_waiting_once_the_others_have_left(shares: ClientShares, clock: Clock) -> None:
     shares.arrive("other")
     shares.charge("one", 1000.0)
     clock.now += OTHERS_S + 0.1
@@ -183,7 +183,7 @@ def _post(address: tuple[str, int], body: bytes, source: str) -> socket.socket:
 
 
 @pytest.mark.medium
-def test_on_a_real_server_one_client_waits_and_another_is_answered_and_what_waited_is_answered_too(
+def test_on_a_real_server_one_client_waits_while_another_is_answered_and_is_answered_later(
     service: Service, clock: Clock, shares: ClientShares
 ) -> None:
     body = json.dumps({**GOOD["/v1/completions"], "temperature": 0}).encode()

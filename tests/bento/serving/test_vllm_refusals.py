@@ -47,7 +47,7 @@ def test_each_kind_of_failure_has_its_own_code(
     assert error["type"] == ("invalid_request_error" if status == 400 else "server_error")
 
 
-def test_what_only_our_own_engine_offers_is_an_unsupported_value(app: FastAPI) -> None:
+def test_features_of_our_own_engine_alone_are_unsupported_values(app: FastAPI) -> None:
     error = refusal(TestClient(app).post("/v1/embeddings", json={"input": "a"}))
     assert error["code"] == "unsupported_value" and "embedding: the engine vllm does not offer it" in error["message"]
 

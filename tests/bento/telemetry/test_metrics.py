@@ -89,7 +89,7 @@ def test_a_distribution_counts_each_value_below_its_bounds():
     assert found == {"0.1": 2, "1.0": 3, "+Inf": 4}
 
 
-def test_a_clock_tells_first_from_later_tokens_and_counts_what_was_made(metrics):
+def test_a_clock_distinguishes_the_first_token_from_later_ones_and_counts_generated_tokens(metrics):
     record = RequestRecord("id", metrics)
     for cached in (0, 2):
         generation = Generation(GenerationRequest([1, 2, 3], 5))

@@ -51,7 +51,7 @@ def test_a_span_tells_how_a_request_went_and_continues_its_callers_trace(traced)
     assert "secret" not in span.to_json()
 
 
-def test_made_up_paths_methods_and_parents_get_into_no_name(traced):
+def test_unknown_paths_methods_and_parents_never_enter_a_span_name(traced):
     client, spans = traced
     client.request("BREW", "/coffee/with/milk", headers={"traceparent": "nonsense"})
     (span,) = spans()

@@ -17,7 +17,7 @@ P = ParamSpec("P")
 
 
 _LONGEST = 2000
-"""Characters of a message; what a file or another program put into a longer one is cut out of its middle."""
+"""Longest message, in characters; longer ones, with text from a file or another program, are cut in the middle."""
 
 
 class PipelineError(Exception):

@@ -1,4 +1,4 @@
-"""What an object store answers: a small file replaced only if it is unchanged, old uploads, and errors in one line.
+"""Object store access: replacing a small file only if it is unchanged, old uploads, and errors in one line.
 
 Credentials come from the environment as the store's own tools read them (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
 AWS_ENDPOINT_URL and AWS_PROFILE for S3).

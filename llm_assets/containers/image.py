@@ -43,7 +43,7 @@ class BuiltImage:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """What one image is built from. packaged: a `bento.json`. device: `cpu` or `gpu`."""
+    """The inputs of one image build. packaged: a `bento.json`. device: `cpu` or `gpu`."""
 
     engine: ContainerEngine
     bentos: BentoBuilder

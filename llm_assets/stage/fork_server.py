@@ -3,7 +3,7 @@
 A fork server ends by itself once the run and all its steps have ended, but a step that is stopped (SIGSTOP) does not
 notice that its run is gone. It is continued when its fork server ends: see `end_with_run`. So it ends with the run.
 
-What it imports stays: looking for garbage among it would take a fifth of the time, and again in each step.
+Imported modules are never freed: collecting garbage among them would take a fifth of the time, again in each step.
 """
 
 import gc

@@ -90,7 +90,7 @@ class Sweep:
             print(f"MLflow did not accept the table: {one_line(error)}")
 
     def as_text(self) -> str:
-        """The table for a terminal of 80 columns: numbers first. What all points have in common is named once."""
+        """The table for a terminal of 80 columns: numbers first. Words that all points share appear once."""
         words = [[point.experiment, *point.overrides] for point in self.points]
         common = [word for word in words[0] if all(word in others for others in words)] if len(words) > 1 else []
         lines = textwrap.wrap(f"all points: {' '.join(common)}", WIDTH, subsequent_indent="    ") if common else []

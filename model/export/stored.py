@@ -1,8 +1,8 @@
 """The model that an exported file is, computed from the checkpoint and never read from the file.
 
 The engine of a file is compared with REX in the numbers that its format prescribes (`model/export/parity.py`): weights
-rounded to it and, in int8, activations rounded for each token. Only the engine's own arithmetic is between the two, and
-what rounding costs is a number beside it.
+rounded to it and, in int8, activations rounded for each token. The remaining difference is the engine's own arithmetic;
+the loss from rounding is reported separately.
 
 Shapes: M rows of activations, N output channels (or tokens of the vocabulary), K inputs, G groups of BLOCK inputs.
 """

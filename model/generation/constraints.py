@@ -72,7 +72,7 @@ class BannedWords:
 
 
 class Constraint:
-    """What a request allows at each place of its text. index: asked for with the first strings that must not appear."""
+    """The tokens that a request allows at each position. index: used only with `bad_words`."""
 
     def __init__(self, request: GenerationRequest, index: TokenIndex | None, vocab_size: int) -> None:
         self._grammar = request.grammar

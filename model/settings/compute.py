@@ -1,4 +1,4 @@
-"""Where the work of a stage runs (`configs/compute/`); it decides nothing of what a stage makes."""
+"""Where the work of a stage runs (`configs/compute/`); it does not affect a stage's result."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -5,8 +5,8 @@ GGUF) split text the same way, with one addition: runs of letters, digits, space
 `LONGEST_RUN` characters. Merging takes quadratic time in the length of a pre-token, so without the limit base64,
 minified scripts and languages without spaces would dominate training and encoding. The longest run in the Python
 standard library has 80 characters. `<|endoftext|>` (id 0, bos and eos) and `<|pad|>` (id 1) come first and stand for no
-bytes; written out in a document they are ordinary text. `FastEncoder` gives the same ids several times faster and is
-what the corpus is encoded with.
+bytes; written out in a document they are ordinary text. `FastEncoder` gives the same ids several times faster and
+encodes the corpus.
 """
 
 import json

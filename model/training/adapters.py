@@ -1,7 +1,7 @@
 """LoRA: trains small matrices beside the frozen ones of a checkpoint, and merges them into it at the end.
 
 The package peft puts its layers in place of the model's own projections, so loop, loss, checkpoints and self-check stay
-those of a whole training. What leaves a training is always merged: no later stage knows of adapters.
+those of full fine-tuning. The saved model is always merged: later stages never see adapters.
 Source: "LoRA: Low-Rank Adaptation of Large Language Models" (https://arxiv.org/abs/2106.09685).
 """
 

@@ -133,7 +133,7 @@ def _add(engine: Any, number: str, request: dict[str, Any]) -> dict[str, Any] | 
 
 
 def _shown(output: Any) -> dict[str, Any]:
-    """What is new of a request: ids, their log-probabilities, those of the prompt, and whether it has ended."""
+    """A request's new output: token ids, their and the prompt's log-probabilities, and whether it has ended."""
     new = output.outputs[0]
     shown: dict[str, Any] = {
         "ids": list(new.token_ids),

@@ -48,8 +48,8 @@ struct RexWeights {
     const float *cos, *sin;  // (context_length, rotary_dim / 2)
 };
 
-// How to choose the token of a row: at temperature 0 the highest logit, else a sample. top_k: 0 keeps all. uniform: from 0
-// to 1 exclusive, what the sample is drawn by.
+// How to choose the token of a row: at temperature 0 the highest logit, else a sample. top_k: 0 keeps all. uniform: the
+// random number that draws the sample, in [0, 1).
 struct RexDraw {
     double temperature, top_k, top_p, min_p, uniform;
 };

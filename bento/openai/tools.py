@@ -99,7 +99,7 @@ ToolChoice = Annotated[
 ]
 
 
-def arguments_text(value: Any) -> Any:
+def _arguments(value: Any) -> Any:
     """Arguments as JSON text: some clients send them as an object, or nothing for a function without any."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value or "{}"
 
@@ -110,7 +110,7 @@ class CalledFunction(StrictRequest):
     name: Name
     arguments: Annotated[
         str,
-        BeforeValidator(arguments_text),
+        BeforeValidator(_arguments),
         forms({"type": "string"}, {"type": "object", "additionalProperties": True}),
     ] = Field(description="JSON.")
 

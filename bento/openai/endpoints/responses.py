@@ -27,7 +27,7 @@ from bento.openai.conversation import (
 )
 from bento.openai.schema import ChatRequest
 from bento.openai.structured import Schema
-from bento.openai.tools import MAX_TOOLS, Name, Parameters, arguments_text
+from bento.openai.tools import MAX_TOOLS, Name, Parameters
 from bento.openai.turns import MAX_MESSAGES, MESSAGE_LABELS, Label, part_text, unsupported
 from bento.schema import Count, OnlyFalse, StrictRequest, TextOrObjects, forms
 from bento.serving.answers import Batch
@@ -247,7 +247,6 @@ def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], place: str) 
         is_empty = item["role"] == "assistant" and item.get("content") in (None, [])
         messages.append({"role": item["role"], "content": "" if is_empty else _text(item.get("content"), place)})
     elif kind == "function_call":
-        item = {**item, "arguments": arguments_text(item.get("arguments"))}
         name, arguments, call_id = (_string(item, name, place) for name in ("name", "arguments", "call_id"))
         call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
         if messages and messages[-1].get("tool_calls"):

@@ -58,8 +58,8 @@ def exclusive(path: Path) -> Iterator[None]:
         acquire(lock, WAIT_S)
     except Timeout:
         raise TransientError(
-            f"another process has held {path} for {WAIT_S:.0f} s: expected it to publish or fetch one artifact; end it "
-            "and run again"
+            f"another process has held {path} for {WAIT_S:.0f} s: expected it to publish, fetch or package one "
+            "artifact; end it and run again"
         ) from None
     try:
         yield

@@ -18,6 +18,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
+from llm_assets.artifacts.locks import exclusive
 from llm_assets.artifacts.manifest import VERSION_DIGITS
 from llm_assets.paths import REPOSITORY
 from llm_assets.resources import bill_of_materials
@@ -39,7 +40,8 @@ class BentoBuilder(dg.ConfigurableResource):
 
         Returns `{"tag", "path", "bytes", "created"}`; created is False if the store already had it.
         """
-        return self._store("model", tag, str(model_dir), json.dumps(dict(labels)), log=log)
+        with exclusive(self._lock(tag)):
+            return self._store("model", tag, str(model_dir), json.dumps(dict(labels)), log=log)
 
     def find_bento(self, tag: str, log: Log = silent) -> dict[str, Any] | None:
         """`{"tag", "path", "bytes"}` of a Bento in the store, or None."""
@@ -87,8 +89,9 @@ class BentoBuilder(dg.ConfigurableResource):
         Returns `{"tag", "path", "bytes", "created"}`.
         """
         tag = self.tag(name, arguments, log)
-        found = self.find_bento(tag)
-        bento = self.build(tag, labels=labels, arguments=arguments, log=log) if found is None else found
+        with exclusive(self._lock(tag)):
+            found = self.find_bento(tag)
+            bento = self.build(tag, labels=labels, arguments=arguments, log=log) if found is None else found
         return {**bento, "created": found is None}
 
     def tag(self, name: str, arguments: Mapping[str, Any], log: Log = silent) -> str:
@@ -141,6 +144,11 @@ class BentoBuilder(dg.ConfigurableResource):
         program = Path(self.source_dir, "model", "native", "build.py")
         if program.is_file():
             self._run([sys.executable, str(program.absolute())], "compiling the native step", log)
+
+    def _lock(self, tag: str) -> Path:
+        """Lock file of a name: BentoML refuses to create what another process created since it was looked up."""
+        home = self.home or os.environ.get("BENTOML_HOME") or Path.home() / "bentoml"
+        return Path(self.source_dir, home, ".locks", tag.split(":")[0])
 
     def _store(self, *arguments: str, log: Log) -> dict[str, Any]:
         program = str(Path(__file__).with_name("bento_store.py"))

@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -100,6 +102,47 @@ def test_a_bento_carries_the_compiled_step_and_another_one_is_another_bento(
 
 
 @pytest.mark.processes
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [["rex-smoke"] * 3, ["rex-smoke", "rex-other"]], ids=["the same", "different"])
+def test_processes_that_package_at_once_each_get_the_bento(
+    builder: BentoBuilder, tmp_path: Path, names: list[str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("weights")
+    program = """
+import json, sys
+from pathlib import Path
+from llm_assets.resources.bentos import BentoBuilder
+fields, name, model = json.loads(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+builder = BentoBuilder(**fields)
+sys.stdin.readline()
+imported = builder.import_model(f"{name}:abc", model, {})
+built = builder.build_once(name, labels={}, arguments={"model": f"{name}:abc"})
+print(json.dumps([imported["created"], built["created"], built["tag"], built["path"]]))
+"""
+    fields = json.dumps({"home": builder.home, "service": builder.service, "source_dir": builder.source_dir})
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, fields, name, str(tmp_path / "model")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in names
+    ]
+    for one in runs:
+        assert one.stdin is not None
+        one.stdin.write("go\n")
+        one.stdin.flush()
+    answers = [json.loads(one.communicate(timeout=300)[0].splitlines()[-1]) for one in runs]
+    for step in (0, 1):  # each name is imported and built exactly once
+        assert sum(answer[step] for answer in answers) == len(set(names))
+    assert len({answer[2] for answer in answers}) == len(set(names))
+    for _, _, _, path in answers:
+        assert Path(path, "env", "python", "sbom.cdx.json").is_file()
+
+
+@pytest.mark.processes
 def test_a_failed_build_is_one_line(builder: BentoBuilder) -> None:
     with pytest.raises(PipelineError) as failed:
         builder.build("rex-smoke:def", labels={}, arguments={"model": "no-such-model:abc"})
@@ -134,8 +177,6 @@ def test_an_interrupted_command_leaves_no_process(builder: BentoBuilder, tmp_pat
         os.kill(os.getpid(), signal.SIGINT)
 
     Thread(target=interrupt).start()
-    import sys
-
     with pytest.raises(KeyboardInterrupt):
         builder._run([sys.executable, "-c", sleeper], "sleeping", print)
     with pytest.raises(ProcessLookupError):

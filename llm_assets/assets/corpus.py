@@ -76,7 +76,7 @@ def corpus(
                         },
                     ]
                 ),
-                "sample": dg.MetadataValue.md(ui_metadata.fenced(summary.sample)),
+                "sample": dg.MetadataValue.md(ui_metadata.fenced(ui_metadata.wrapped(summary.sample))),
             },
             [checks.splits_are_disjoint(work.output), overlap],
         )

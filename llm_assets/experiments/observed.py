@@ -161,14 +161,13 @@ def _addresses(uris: list[str], license_name: str) -> dict[str, Any]:
 
 
 def _table(group: str, values: Mapping[str, Any]) -> dg.MetadataValue:
-    """Each option with its value, default and meaning."""
+    """Each option with its value, meaning and default; the asset's name says the group, which would widen the page."""
     rows = [
         dg.TableRecord(
             {
-                "option": item.full_name,
+                "option": item.name,
                 "value": str(values.get(item.name)),
-                "default": item.default_text,
-                "meaning": item.text,
+                "meaning": f"{item.text} Default: {item.default_text}",
             }
         )
         for item in options(GROUPS[group])

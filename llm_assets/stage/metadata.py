@@ -30,6 +30,8 @@ NAME_CHARACTERS = 34
 ROW_CHARACTERS = 65
 """Characters that the Overview has room for on a screen 1,440 pixels wide: the longest name of an asset's entries, and
 both columns of a summary. It cuts longer rows."""
+SAMPLE_CHARACTERS = 42
+"""Longest line of a sample that the Overview has room for on that screen; the UI does not wrap the lines of a block."""
 
 
 def numbers(summary: Any, prefix: str = "") -> dict[str, int | float]:
@@ -207,6 +209,15 @@ def fenced(text: str, language: str = "") -> str:
     return f"{fence}{language}\n{cut.rstrip()}\n{fence}"
 
 
+def wrapped(text: str) -> str:
+    """Text whose lines fit into an asset's page, longer ones continued on the next line."""
+    return "\n".join(
+        line[start : start + SAMPLE_CHARACTERS]
+        for line in text.split("\n")
+        for start in range(0, len(line) or 1, SAMPLE_CHARACTERS)
+    )
+
+
 def text(path: Path) -> dg.MarkdownMetadataValue:
     """A Markdown file, cut to the size of an event; the end is kept, since it has the newest entries."""
     return dg.MetadataValue.md(path.read_text(encoding="utf-8")[-TEXT_CHARACTERS:] or "none")
@@ -219,4 +230,4 @@ def quoted(text: str) -> str:
 
 def samples(texts: Mapping[str, str]) -> dg.MarkdownMetadataValue:
     """Samples of the model: each prompt with its continuation as a block."""
-    return dg.MetadataValue.md("\n\n".join(fenced(prompt + text) for prompt, text in texts.items()) or "none")
+    return dg.MetadataValue.md("\n\n".join(fenced(wrapped(prompt + text)) for prompt, text in texts.items()) or "none")

@@ -56,6 +56,12 @@ def test_a_block_holds_text_that_has_fences_and_is_cut_when_long() -> None:
     assert len(ui_metadata.fenced("x" * 100_000)) < 21_000
 
 
+def test_a_sample_keeps_its_characters_and_fits_into_the_page() -> None:
+    lines = ui_metadata.wrapped("x" * 100 + "\n\nend").split("\n")
+    assert [len(line) for line in lines] == [42, 42, 16, 0, 3]
+    assert "".join(lines) == "x" * 100 + "end"
+
+
 def test_a_token_of_whitespace_is_visible() -> None:
     shown = {" ": '" "', "\n\t": '"\\n\\t"', "é": '"é"', "a\\xff": '"a\\xff"'}
     assert {token: ui_metadata.quoted(token) for token in shown} == shown

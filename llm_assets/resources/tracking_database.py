@@ -33,7 +33,8 @@ _LOCATIONS = (
 def prepare(path: Path, log: Log = silent) -> None:
     """Make the database ready to open: create it, wait for another writer, correct its locations after a move.
 
-    Only one process at a time may call it. Raises PipelineError if the file is not a database or stays locked.
+    Only one process at a time may call it. Raises PipelineError if the file is not a database, has another schema
+    than the installed MLflow, or stays locked.
     """
     for left in path.parent.glob(f".{path.name}.*"):
         left.unlink()  # from a process that was killed while it created one
@@ -45,24 +46,95 @@ def prepare(path: Path, log: Log = silent) -> None:
         path.replace(broken)
         log(f"{path} was incomplete and held no runs: renamed to {broken.name}, creating a new one")
         _create(path)
+    _check_schema(path)
     _relocate(path, log)
 
 
 def _is_incomplete(path: Path) -> bool:
     """Whether MLflow was stopped while it created this database: tables are missing, and there is no data yet."""
+    columns = _columns(path)
+    if columns and not columns.keys() & (_expected_columns().keys() | {"alembic_version"}):
+        return False  # a database of another program
     with closing(sqlite3.connect(path, timeout=60.0)) as database:
-        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        holds = [table for table in ("runs", "registered_models") if table in tables]
+        holds = [table for table in ("runs", "tags", "registered_models") if table in columns]
         if any(database.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in holds):
             return False
-        if "alembic_version" not in tables or not database.execute("SELECT * FROM alembic_version").fetchone():
-            return True
+    revision = _revision(path)
+    if not revision:
+        return True
+    known, newest = _revisions()
+    return revision in known and revision != newest and not columns.keys() >= _expected_columns().keys()
+
+
+def _check_schema(path: Path) -> None:
+    """Raise PipelineError, one line, if the installed MLflow cannot use the tables of this database.
+
+    MLflow itself would fill in missing tables, as if there had never been runs.
+    """
+    from mlflow import __version__
+
+    (known, newest), revision, columns = _revisions(), _revision(path), _columns(path)
+    missing = [
+        f"column {table}.{column}" if table in columns else f"table {table}"
+        for table, names in _expected_columns().items()
+        for column in sorted(names - columns.get(table, set()))
+    ]
+    missing = list(dict.fromkeys(missing))  # a table that is missing is named once
+    expected = f"MLflow {__version__} expects"
+    if revision in known and revision != newest:
+        raise PipelineError(
+            f"{path} has the schema {revision} of an older MLflow, {expected} {newest}: copy the file to keep it, then "
+            f"run: mlflow db upgrade sqlite:///{path}"
+        )
+    if revision and revision not in known:
+        raise PipelineError(
+            f"{path} has the schema {revision}, {expected} {newest} or older: a newer MLflow or another program wrote "
+            "it; install that MLflow, or move the file away and run again for a new one"
+        )
+    if missing or not revision:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise PipelineError(
+            f"{path} has no {missing[0] if missing else 'schema version in table alembic_version'}{others}, which "
+            f"{expected}: restore the file from a backup, or move it away and run again for a new one"
+        )
+
+
+def _columns(path: Path) -> dict[str, set[str]]:
+    """The columns of each table of a database, generated ones included."""
+    with closing(sqlite3.connect(path, timeout=60.0)) as database:
+        tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        return {
+            table: {name for (name,) in database.execute("SELECT name FROM pragma_table_xinfo(?)", (table,))}
+            for table in tables
+        }
+
+
+def _expected_columns() -> dict[str, set[str]]:
+    """The columns of each table that the installed MLflow reads and writes."""
     from mlflow.store.db.base_sql_model import Base
     from mlflow.store.model_registry.dbmodels import models as registry_tables
     from mlflow.store.tracking.dbmodels import models as tracking_tables
 
     assert registry_tables and tracking_tables  # imported for the tables that they declare
-    return not tables.issuperset(Base.metadata.tables)
+    return {name: set(table.columns.keys()) for name, table in Base.metadata.tables.items()}
+
+
+def _revision(path: Path) -> str:
+    """The schema version of a database; empty if it has none."""
+    if "version_num" not in _columns(path).get("alembic_version", set()):
+        return ""
+    with closing(sqlite3.connect(path, timeout=60.0)) as database:
+        row = database.execute("SELECT version_num FROM alembic_version").fetchone()
+    return str(row[0]) if row else ""
+
+
+def _revisions() -> tuple[set[str], str]:
+    """All schema versions that the installed MLflow can upgrade from, and the newest, which it expects."""
+    import mlflow.store.db_migrations
+    from alembic.script import ScriptDirectory
+
+    script = ScriptDirectory(str(Path(mlflow.store.db_migrations.__path__[0])))
+    return {one.revision for one in script.walk_revisions()}, script.get_current_head() or ""
 
 
 def _create(path: Path) -> None:

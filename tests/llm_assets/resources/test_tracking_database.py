@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from threading import Timer
 
@@ -12,7 +13,7 @@ import pytest
 
 from llm_assets.resources import tracking_database
 from llm_assets.resources.mlflow import MlflowTracking
-from model.errors import PipelineError
+from model.errors import PipelineError, TransientError
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
@@ -68,6 +69,70 @@ def test_a_file_that_is_no_database_is_one_line_and_stays(tmp_path: Path) -> Non
         tracking(path).client()
     assert "\n" not in str(refused.value)
     assert path.read_text().startswith("some other text")
+
+
+OLDER = "1b5f0d9ad7c1"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("DROP TABLE runs", r"has no table runs, which MLflow [\d.]+ expects: restore .* or move it away"),
+        ("DROP TABLE registered_models", "has no table registered_models, which"),
+        ("ALTER TABLE runs DROP COLUMN entry_point_name", r"has no column runs\.entry_point_name, which"),
+        ("DELETE FROM alembic_version", "has no schema version in table alembic_version, which"),
+        (f"UPDATE alembic_version SET version_num = '{OLDER}'", f"{OLDER} of an older MLflow, .*: mlflow db upgrade "),
+        ("UPDATE alembic_version SET version_num = 'future'", "schema future, MLflow .* expects .*: a newer MLflow"),
+    ],
+)
+def test_a_database_of_another_schema_is_one_line_and_stays(database: Path, damage: str, said: str) -> None:
+    client, experiment_id = tracking(database).client()
+    client.create_run(experiment_id, tags={"kept": "yes"})
+    with closing(sqlite3.connect(database)) as changed, changed:
+        changed.execute(damage)
+    before = database.read_bytes()
+    with pytest.raises(PipelineError, match=said) as refused:
+        tracking(database).client()
+    assert "\n" not in str(refused.value) and str(database) in str(refused.value)
+    assert not isinstance(refused.value, TransientError)  # a step is not tried again for it
+    assert database.read_bytes() == before
+    assert not database.with_name("mlflow.db.broken").exists()
+
+
+def test_an_older_database_is_used_after_the_command_that_the_line_names(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    program = f"""
+import sqlalchemy
+from alembic import command
+from mlflow.store.db.utils import _get_alembic_config
+from mlflow.store.tracking.dbmodels.initial_models import Base
+uri = "sqlite:///{path}"
+Base.metadata.create_all(sqlalchemy.create_engine(uri))
+command.upgrade(_get_alembic_config(uri), {OLDER!r})
+"""
+    subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute(
+            "INSERT INTO runs (run_uuid, user_id, status, start_time, lifecycle_stage, artifact_uri, experiment_id) "
+            "VALUES ('old', 'me', 'FINISHED', 0, 'active', '/old', 0)"
+        )
+    with pytest.raises(PipelineError, match="of an older MLflow") as refused:
+        tracking(path).client()
+    command = str(refused.value).partition("run: ")[2].split()
+    subprocess.run([sys.executable, "-m", *command], capture_output=True, check=True)
+    client, _ = tracking(path).client()
+    assert client.get_run("old").info.status == "FINISHED"
+
+
+def test_a_database_of_another_program_is_one_line_and_stays(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    with closing(sqlite3.connect(path)) as other, other:
+        other.execute("CREATE TABLE addresses (street)")
+    before = path.read_bytes()
+    with pytest.raises(PipelineError, match=r"mlflow.db has no .*, which MLflow .*: .* move it away") as refused:
+        tracking(path).client()
+    assert "\n" not in str(refused.value)
+    assert path.read_bytes() == before
 
 
 def test_an_experiment_deleted_in_the_page_is_restored(database: Path) -> None:

@@ -33,7 +33,7 @@ SHARED = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow harness cluster evaluation releases coverage vllm export-vllm lint docs screenshots lock bench clean
+.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow harness cluster evaluation releases coverage vllm export-vllm lint docs screenshots lock bench bench-scale clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -174,6 +174,11 @@ bench: setup  ## Measure tokenizing, orchestration, decoding, training, the engi
 	$(BIN)/python -m bench.engine
 	$(BIN)/python -m bench.serving
 	$(BIN)/python -m bench.rollover
+
+bench-scale: setup  ## Measure Ray, several training processes, copies of checkpoints at URL=s3://BUCKET/PREFIX, and replicas
+	$(BIN)/python -m bench.scale
+	$(BIN)/python -m bench.training processes $(if $(URL),--url $(URL))
+	$(BIN)/python -m bench.replicas
 
 clean:  ## Remove the virtual environment and everything that runs wrote
 	rm -rf .venv .venv-vllm var

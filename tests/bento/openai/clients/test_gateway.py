@@ -5,8 +5,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import openai
@@ -32,32 +33,39 @@ class Gateway:
         return [replica.engine.stats().generated_tokens_total for replica in self.replicas]
 
 
+@contextmanager
+def running_gateway(name: str, replicas: list[str], log: Path, policy: str = "round_robin") -> Iterator[str]:
+    """The address of a gateway in front of replicas, once it knows them."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        pytest.skip(f"{name} has wheels only for x86-64 Linux")
+    program = BIN / name
+    assert program.exists(), "run `make setup`: the gateways are among the packages for tests"
+    arguments, ready = GATEWAYS[name]
+    port, prometheus = free_port(), free_port()
+    command = [program, *arguments, "--host", "127.0.0.1", "--port", str(port), "--policy", policy]
+    command += ["--prometheus-port", str(prometheus), "--worker-urls", *replicas]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        url, end = f"http://127.0.0.1:{port}", time.monotonic() + WAIT_S
+        while not _is_healthy(f"{url}{ready}"):
+            assert process.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.1)
+        yield url
+    finally:
+        process.kill()  # at SIGTERM smg keeps its port for 5 s
+        process.wait(WAIT_S)
+
+
 @pytest.fixture(scope="module", params=GATEWAYS)
 def gateway(request, tmp_path_factory) -> Iterator[Gateway]:
-    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
-        pytest.skip(f"{request.param} has wheels only for x86-64 Linux")
-    program = BIN / request.param
-    assert program.exists(), "run `make setup`: the gateways are among the packages for tests"
-    arguments, ready = GATEWAYS[request.param]
-    port, prometheus = free_port(), free_port()
     log = tmp_path_factory.mktemp("router") / "router.log"
-    with ExitStack() as stack, ExitStack() as first, log.open("w") as out:
+    with ExitStack() as stack, ExitStack() as first:
         replicas, urls = [], []
         for keep in (first, stack):
             replicas.append(stack.enter_context(running_service(chat_template=CHAT_TEMPLATE)))
             urls.append(keep.enter_context(on_a_port(replicas[-1].app)))
-        command = [program, *arguments, "--host", "127.0.0.1", "--port", str(port), "--policy", "round_robin"]
-        command += ["--prometheus-port", str(prometheus), "--worker-urls", *urls]
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-        try:
-            url, end = f"http://127.0.0.1:{port}", time.monotonic() + WAIT_S
-            while not _is_healthy(f"{url}{ready}"):
-                assert process.poll() is None and time.monotonic() < end, log.read_text()
-                time.sleep(0.1)
-            yield Gateway(url, replicas, first)
-        finally:
-            process.kill()  # at SIGTERM smg keeps its port for 5 s
-            process.wait(WAIT_S)
+        yield Gateway(stack.enter_context(running_gateway(request.param, urls, log)), replicas, first)
 
 
 def _is_healthy(url: str) -> bool:

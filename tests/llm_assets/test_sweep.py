@@ -1,12 +1,18 @@
-"""The sweep's command line: a mistake at any point is named before a run starts."""
+"""The sweep: a mistake at any point is named before a run starts, and its points run on a Ray cluster."""
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
+import dagster as dg
 import pytest
 
 from llm_assets.paths import REPOSITORY
+from tests.e2e.workplace import new_workplace
+from tests.model.system.test_cluster import cluster_of_one_host, with_ray
 
 
 @pytest.mark.processes
@@ -80,3 +86,29 @@ def test_a_search_whose_trials_all_fail_is_one_error(tmp_path):
     done = search(tmp_path, "hydra.sweeper.n_trials=2", "training.seed=1")
     assert done.returncode == 1
     assert "none of 2 trials has a score" in done.stderr.splitlines()[-1]
+
+
+@with_ray
+def test_the_points_of_a_sweep_run_on_a_ray_cluster_under_their_names(tmp_path: Path) -> None:
+    points = ["training.seed=0", "training.seed=1"]
+    with cluster_of_one_host(tmp_path / "log") as ((address, _), variables, logs):
+        workplace = replace(new_workplace(tmp_path / "user"), variables=variables)
+        overrides = ["compute=ray", f"compute.address={address}", "compute.processes=2", "training.seed=0,1"]
+        done = workplace.run("python", "-m", "llm_assets.sweep", "--multirun", "experiment=smoke", *overrides)
+        assert done.returncode == 0, done.stdout[-3000:]
+        # Ray numbers the steps that connect, and names the log of a worker after the one that it works for.
+        steps = {log.name.split("-")[2] for log in logs.glob("worker-*.out")} - {"ffffffff"}
+    (table,) = (workplace.var / "sweeps").glob("*.json")
+    found = json.loads(table.read_text())
+    scores = [point["bits_per_byte"] for point in found["points"]]
+    assert len(set(scores)) == 2 and found["best"].endswith(points[scores.index(min(scores))])
+    with dg.DagsterInstance.from_config(str(workplace.root / "dagster")) as instance:
+        runs = {run.tags["rex/point"]: run for run in instance.get_runs()}
+        reused = instance.get_latest_materialization_event(dg.AssetKey("tokenized_dataset")).asset_materialization
+    assert sorted(runs) == ["1", "2"] and all(run.is_success for run in runs.values())
+    for number, point in enumerate(points, 1):
+        assert runs[str(number)].tags["rex/sweep"] == table.stem
+        assert point in runs[str(number)].tags["rex/overrides"]
+    assert reused.metadata["unchanged"].value  # the second point has the tokens of the first
+    # Corpus, tokens and training of the first point, and the training of the second.
+    assert steps == {"01000000", "02000000", "03000000", "04000000"}

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,37 +162,27 @@ def test_a_killed_step_leaves_no_process_of_its_ray_and_of_its_training(dataset_
     assert alive == [] and workers(scratch) == []
 
 
-@with_ray
-def test_tasks_run_on_a_cluster_that_is_there_from_within_and_from_outside(tmp_path: Path) -> None:
+@contextmanager
+def cluster_of_one_host(log: Path) -> Iterator[tuple[list[str], dict[str, str], Path]]:
+    """A Ray with two cores that runs by itself: its addresses from within and from outside, what clients have in their
+    environment, and the folder of its logs.
+    """
     port, client_port = free_ports(2)
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # a socket's path has at most 107 bytes
-        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
-        environment = {**os.environ, **token, "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+        variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+        environment = {**os.environ, **variables, "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
         command = ["start", "--head", "--block", "--num-cpus=2", "--include-dashboard=false", f"--temp-dir={folder}"]
-        command += [f"--port={port}", f"--ray-client-server-port={client_port}"]
+        command += ["--node-ip-address=127.0.0.1", f"--port={port}", f"--ray-client-server-port={client_port}"]
         command += ["--min-worker-port=0", "--max-worker-port=0"]  # any, as the others are any
         ray = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
-        with (tmp_path / "log").open("wb") as log:
-            head = psutil.Popen([*ray, *command], cwd=REPO, env=environment, stdout=log, stderr=log)
+        with log.open("wb") as out:
+            head = psutil.Popen([*ray, *command], cwd=REPO, env=environment, stdout=out, stderr=out)
         try:
-            while "block forever" not in (tmp_path / "log").read_text():  # the limit is the test's own
-                assert head.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            while "block forever" not in log.read_text():  # the limit is the test's own
+                assert head.poll() is None, log.read_text()[-3000:]
                 time.sleep(0.2)
-            for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{client_port}"):
-                program = (
-                    "from model.settings import ComputeSettings\nfrom model.system.tasks import tasks\n"
-                    f"with tasks(ComputeSettings(engine='ray', address={address!r})) as apply:\n"
-                    "    print(list(apply(lambda item: 2 * item, [1, 2, 3])))\n"
-                )
-                done = subprocess.run(
-                    [sys.executable, "-c", program],
-                    cwd=REPO,
-                    env=environment,
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                )
-                assert "[2, 4, 6]" in done.stdout, done.stderr[-3000:]
+            addresses = [f"127.0.0.1:{port}", f"ray://127.0.0.1:{client_port}"]
+            yield addresses, variables, Path(folder, "session_latest", "logs")
         finally:
             started = head.children(recursive=True)
             head.terminate()
@@ -199,6 +190,26 @@ def test_tasks_run_on_a_cluster_that_is_there_from_within_and_from_outside(tmp_p
             for process in started:
                 if process.is_running():
                     process.kill()
+
+
+@with_ray
+def test_tasks_run_on_a_cluster_that_is_there_from_within_and_from_outside(tmp_path: Path) -> None:
+    with cluster_of_one_host(tmp_path / "log") as (addresses, variables, _):
+        for address in addresses:
+            program = (
+                "from model.settings import ComputeSettings\nfrom model.system.tasks import tasks\n"
+                f"with tasks(ComputeSettings(engine='ray', address={address!r})) as apply:\n"
+                "    print(list(apply(lambda item: 2 * item, [1, 2, 3])))\n"
+            )
+            done = subprocess.run(
+                [sys.executable, "-c", program],
+                cwd=REPO,
+                env={**os.environ, **variables},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert "[2, 4, 6]" in done.stdout, done.stderr[-3000:]
 
 
 # -- what needs no Ray ------------------------------------------------------------------------------------------------

@@ -330,7 +330,8 @@ def _types(schema: Schema) -> set[str]:
     for kind in _listed(schema.get("type", list(TYPES))):
         kinds |= {"integer", "fraction"} if kind == "number" else {kind}
     constants = [value for name in ("const", "enum") if name in schema for value in _values(schema, name)]
-    return kinds & {_type(value) for value in constants} if constants else kinds
+    kinds = kinds & {_type(value) for value in constants} if constants else kinds
+    return kinds | {"null"} if schema.get("nullable") is True else kinds
 
 
 def _type(value: Any) -> str:
@@ -351,7 +352,8 @@ def _constants(schema: Schema) -> set[str] | None:
     """The only values that a schema can admit, as JSON; None if it does not list them."""
     for name in ("const", "enum"):
         if name in schema:
-            return {json.dumps(_canonical(value), sort_keys=True) for value in _values(schema, name)}
+            found = {json.dumps(_canonical(value), sort_keys=True) for value in _values(schema, name)}
+            return found | {"null"} if schema.get("nullable") is True else found
     return None
 
 

@@ -126,6 +126,8 @@ REFUSED = [
     ({"type": "integer", "minimum": True}, "#/minimum is true: expected a number"),
     ({"type": "number", "minimum": 1e30}, "#/minimum is 1e+30: numbers are generated up to 9.223e+18"),
     ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "#/oneOf has alternatives that a value could be valid"),
+    ({"oneOf": [{"type": "integer", "nullable": True}, {"type": "null"}]}, "#/oneOf has alternatives that a value"),
+    ({"oneOf": [{"enum": ["a"], "nullable": True}, {"const": None}]}, "#/oneOf has alternatives that a value"),
     ({"oneOf": [tagged(a={}), tagged(b={})]}, "#/oneOf has alternatives that a value could be valid"),
     ({"type": "object", "propertyNames": {"format": "date"}}, "#/propertyNames cannot be enforced: expected a pattern"),
     (tagged(b={}) | {"propertyNames": {"pattern": "^a"}}, "#/propertyNames does not admit the property 'b'"),

@@ -238,6 +238,7 @@ class NativeSession:
         if not self._handle:
             raise PipelineError(f"the native step cannot start: {error.value.decode()}")
         self.bytes_per_token: int = model.cached_numbers_per_token * dtype.itemsize
+        self._process = os.getpid()
         self._arguments = _Arguments(max(1, slots))
 
     def step(
@@ -317,7 +318,8 @@ class NativeSession:
         return int(self._library.rex_session_cache_bytes(self._handle))
 
     def __del__(self) -> None:
-        if getattr(self, "_handle", None):
+        # A forked process has the object, but not the threads, whose end would be waited for without end.
+        if getattr(self, "_handle", None) and getattr(self, "_process", None) == os.getpid():
             self._library.rex_session_destroy(self._handle)
 
 

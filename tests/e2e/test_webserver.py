@@ -202,7 +202,7 @@ def test_a_person_reads_names_numbers_and_pictures_on_the_pages(dagster, tmp_pat
         assert "bytes" in pictures(driver)
         text_of(driver, "mean document", f"{corpus['train_documents'] + corpus['validation_documents']:,}")
         driver.get(partition_address(address, "training_settings", "smoke"))
-        text_of(driver, "changed", "training.learning_rate")
+        text_of(driver, "changed", "learning_rate")
         driver.get(partition_address(address, "source_text", "smoke"))
         text_of(driver, "dagster/uri", "file://")
 

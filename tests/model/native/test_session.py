@@ -1,5 +1,9 @@
 """A sequence has the same bits in any company; pages are taken, shared and given back as texts need them."""
 
+import os
+import signal
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -165,3 +169,21 @@ def test_models_that_the_library_has_no_kernels_for_are_named(fastest):
     assert "bfloat16, float32" in unsupported(mixed)
     with pytest.raises(PipelineError, match="use the step 'reference'"):
         NativeModel(mixed)
+
+
+def test_a_forked_process_drops_a_session_whose_threads_it_has_not(fastest):
+    native = NativeModel(tiny_model(tiny_tokenizer()), instructions=fastest)
+    session = NativeSession(native, 1, threads=3)
+    session.step([Segment(0, 0, np.arange(8), 1)])
+    child = os.fork()
+    if child == 0:
+        session.__del__()
+        os._exit(0)
+    end = time.monotonic() + 20
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the child waited for threads that it has not")
+        time.sleep(0.01)
+    assert len(session.step([Segment(0, 0, np.arange(8), 1)])[1]) == 1

@@ -207,7 +207,7 @@ def test_a_host_that_is_cut_off_while_it_tokenizes_costs_no_byte(
     workplace, two = site.workplace("tokenizing"), site.network.hosts[1]
 
     def cut() -> None:
-        done = found(workplace, "tokenized_dataset/smoke/*/work/*/*/tokens.*")
+        done = found(workplace, "tokenized_dataset/smoke/*/*/*/*/tokens.*")
         if done and "ray::encode_shard" in roles(two):
             cut_off()
 
@@ -223,7 +223,7 @@ def test_a_host_that_is_cut_off_while_it_trains_costs_the_steps_since_the_last_c
     workplace = site.workplace("training")
 
     def cut() -> None:
-        if found(workplace, f"trained_checkpoint/smoke/*/work/checkpoint-*/{COMMITTED}"):
+        if found(workplace, f"trained_checkpoint/smoke/*/*/checkpoint-*/{COMMITTED}"):
             cut_off()
 
     assert "1 of 2 start at the last checkpoint" in on_both(site, workplace, first_stages, cut)

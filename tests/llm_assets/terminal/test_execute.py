@@ -46,7 +46,7 @@ def test_a_run_ends_with_the_killed_process_that_shows_it(tmp_path: Path, is_sto
     shown = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL)
     started = psutil.Process(shown.pid)
     try:
-        while not list(tmp_path.glob("scratch/trained_checkpoint/*/*/work/*")):
+        while not list((tmp_path / "scratch/trained_checkpoint").glob("*/*/*/*")):
             assert shown.poll() is None
             time.sleep(0.2)
         run = started.children()[0]

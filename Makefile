@@ -33,7 +33,7 @@ SHARED = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow harness cluster evaluation releases coverage vllm export-vllm lint docs screenshots lock bench bench-scale clean
+.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow test-nightly harness cluster evaluation releases coverage vllm export-vllm lint docs screenshots lock bench bench-scale clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -112,10 +112,10 @@ evaluation: harness  ## Score the newest model of EXPERIMENT on tasks of lm-eval
 
 # Two processes keep two cores busy as long as they compute. Tests of servers, Ray and the UI also wait, a tenth of their
 # time or more.
-test-fast coverage releases: WORKERS ?= 2
+test-fast test-nightly coverage releases: WORKERS ?= 2
 test test-slow: WORKERS ?= 3
 
-test: setup  ## Run all tests on WORKERS=3 processes
+test: setup  ## Run all tests but the nightly ones on WORKERS=3 processes
 	$(BIN)/pytest $(SHARED)
 
 test-fast: setup  ## Run the tests that take less than a second each and start no process: most of them
@@ -124,6 +124,9 @@ test-fast: setup  ## Run the tests that take less than a second each and start n
 test-slow: setup  ## Run the other tests: slow ones, and those that start processes, containers or a browser
 	$(BIN)/pytest $(SHARED) -m 'slow or processes' --durations 40 --durations-min 5
 
+test-nightly: harness cluster  ## Run the tests that take minutes each: two hosts (as root), every release of transformers
+	$(BIN)/pytest $(SHARED) --nightly -m nightly --durations 10
+
 harness: setup  ## Install lm-eval, whose log-likelihoods a test compares with ours
 	$(INSTALL) harness
 
@@ -131,7 +134,7 @@ cluster: setup  ## Install Ray, S3's file system, an S3 server and Helm's render
 	$(INSTALL) cluster
 
 releases: harness  ## Run a checkpoint's own code under every supported minor release of transformers, and under the newest
-	EVERY_RELEASE=1 $(BIN)/pytest --numprocesses $(WORKERS) tests/model/test_releases.py
+	$(BIN)/pytest --nightly --numprocesses $(WORKERS) tests/model/test_releases.py
 
 coverage: setup  ## Run the fast and the medium tests with coverage; fails below the floor in pyproject.toml
 	$(BIN)/pytest $(SHARED) -m 'not slow and not processes' --cov --cov-report=term:skip-covered

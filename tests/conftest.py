@@ -82,8 +82,13 @@ def _note_process(event: str, arguments: tuple[Any, ...]) -> None:
 sys.addaudithook(_note_process)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --nightly."""
+    parser.addoption("--nightly", action="store_true", help="run the tests with the marker `nightly`, too")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put the longest first: at the end of a run the other workers would wait for them. After the pipeline and its
     services come the files that have a worker of their own, then those of the whole repository.
     """
@@ -101,6 +106,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("e2e"):
             item.add_marker("processes")
             item.add_marker("slow")
+        if item.get_closest_marker("nightly") and not config.option.nightly:
+            item.add_marker(pytest.mark.skip(reason="`make test-nightly` or the option --nightly runs it"))
 
 
 def pytest_collection_finish() -> None:

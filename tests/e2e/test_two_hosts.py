@@ -25,7 +25,7 @@ from tests.support.hosts import Host, Network, RayCluster, needs_root, network
 from tests.support.postgres import postgres_server
 from tests.support.s3 import Server, wait_until_it_stores, with_s3
 
-pytestmark = [pytest.mark.e2e, needs_root, *with_s3, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.nightly, needs_root, *with_s3, pytest.mark.timeout(2400)]
 SHARDS = ["corpus=files", f"corpus.paths=[{REPO}/model/**/*.py]", "corpus.max_bytes=0"]
 SHARDS += ["corpus.shard_bytes=6000", "corpus.document_bytes=3000"]
 TRAINING = ["training.max_steps=60", "training.save_steps=10", "training.precision=float32"]

@@ -36,7 +36,7 @@ from model.text.tokens import build_tokenized_dataset
 
 VOCABULARY, LENGTH = 8192, 256
 TERABYTE = 1e12
-LONGEST_FILE = 1 << 19
+MAX_FILE_BYTES = 1 << 19
 """A shard holds at least one file of the standard library."""
 
 
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shards = CorpusSettings(
             source="files",
             paths=[str(scratch / "texts" / "*.txt")],
-            shard_bytes=max(source.bytes // 16, LONGEST_FILE),
+            shard_bytes=max(source.bytes // 16, MAX_FILE_BYTES),
             split_by="position",
         )
         (scratch / "texts").mkdir()

@@ -40,7 +40,7 @@ from model.generation.steps.cache import bytes_per_token
 
 MB = 1e6
 MAX_GROWTH_MB = 16.0
-LONGEST_S = 300.0
+TIMEOUT_S = 300.0
 SAME = {"prompt": "def main():", "max_tokens": 32, "temperature": 0, "ignore_eos": True}
 JSON = {"content-type": "application/json"}
 FAILURES = ("lost", "wrong", "server errors")
@@ -74,7 +74,7 @@ def body(chosen: random.Random, context: int) -> tuple[str, dict[str, Any]]:
 def load(port: int, context: int, end: float, seed: int, tally: Counter[str]) -> None:
     """Ask until the clock's `end`; some leave early, and some send what is costly to read."""
     chosen = random.Random(seed)
-    with httpx.Client(base_url=f"http://{HOST}:{port}", timeout=LONGEST_S) as client:
+    with httpx.Client(base_url=f"http://{HOST}:{port}", timeout=TIMEOUT_S) as client:
         expected = client.post("/v1/completions", json=SAME).json()["choices"][0]["text"]
         while time.monotonic() < end:
             draw, leaves, same = chosen.random(), False, False
@@ -88,7 +88,7 @@ def load(port: int, context: int, end: float, seed: int, tally: Counter[str]) ->
                 else:
                     leaves = chosen.random() < 0.1
                     path, asked = body(chosen, context)
-                    answer = client.post(path, json=asked, timeout=0.05 if leaves else LONGEST_S)
+                    answer = client.post(path, json=asked, timeout=0.05 if leaves else TIMEOUT_S)
             except httpx.HTTPError as error:
                 tally["left" if leaves else f"lost ({type(error).__name__})"] += 1
                 continue
@@ -105,7 +105,7 @@ def fill(port: int, context: int, slots: int) -> None:
         chosen = random.Random(f"fill {seed}")
         ids = [chosen.randrange(2, 4000) for _ in range(context - 2)]
         asked = {"prompt": ids, "max_tokens": 2, "temperature": 0, "ignore_eos": True}
-        httpx.post(f"http://{HOST}:{port}/v1/completions", json=asked, timeout=LONGEST_S).raise_for_status()
+        httpx.post(f"http://{HOST}:{port}/v1/completions", json=asked, timeout=TIMEOUT_S).raise_for_status()
 
     with ThreadPoolExecutor(slots) as pool:
         list(pool.map(ask, range(slots)))
@@ -148,7 +148,7 @@ def measure(model_dir: Path, *, seconds: float, clients: int) -> dict[str, Any]:
             rows.append({"requests": float(tally.total()), **parts(server)})
             print(rows[-1], file=sys.stderr, flush=True)
         for thread in threads:
-            thread.join(LONGEST_S)
+            thread.join(TIMEOUT_S)
     grown = max(row["resident"] for row in rows[7:]) - max(row["resident"] for row in rows[:7])
     return {
         "memory": rows,

@@ -36,8 +36,8 @@ EXPECTED = {
     "model_type": "expected an object",
 }
 """Replacements for pydantic's reasons that name Python types."""
-LONGEST_VALUE = 40
-LONGEST_NAME = 64
+MAX_VALUE_LENGTH = 40
+MAX_NAME_LENGTH = 64
 
 
 class ApiError(HTTPException):
@@ -88,7 +88,7 @@ def server_error(status: int, message: str, *, code: str, headers: Mapping[str, 
 
 def without_route(method: str, path: str, status: int, headers: Mapping[str, str]) -> ApiError:
     """A 404 for a path without a route, a 405 for a method that its route does not have."""
-    shown = json.dumps(path[:LONGEST_NAME], ensure_ascii=False)
+    shown = json.dumps(path[:MAX_NAME_LENGTH], ensure_ascii=False)
     if status == 405:
         message = f"{method} is not a method of {shown}: expected {headers.get('Allow', 'another one')}"
     else:
@@ -105,8 +105,10 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         return ApiError(400, f"{named}: {reason}", code=kind, param=named)
     if not path:
         return ApiError(400, "the body is not a JSON object", code=kind)
-    param = str(path[0])[:LONGEST_NAME]
-    place = param + "".join(f"[{part}]" if isinstance(part, int) else f".{part:.{LONGEST_NAME}}" for part in path[1:])
+    param = str(path[0])[:MAX_NAME_LENGTH]
+    place = param + "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part:.{MAX_NAME_LENGTH}}" for part in path[1:]
+    )
     if kind == "extra_forbidden":
         return ApiError(400, f"{place!r} is not a field of this request", code=kind, param=param)
     if kind == "missing":
@@ -122,4 +124,4 @@ def _shown(param: str, value: object) -> str:
     if param in PRIVATE_FIELDS or not isinstance(value, str | int | float | bool | None):
         return ""
     text = json.dumps(value)
-    return f" is {text}" if len(text) <= LONGEST_VALUE else ""
+    return f" is {text}" if len(text) <= MAX_VALUE_LENGTH else ""

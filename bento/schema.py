@@ -13,21 +13,21 @@ from pydantic_core import PydanticCustomError
 
 from bento.neutral import document_neutral, is_neutral, without_confusion
 from model.generation.grammar.grammar import Grammar
-from model.generation.requests import LARGEST_LOGIT_BIAS, MAX_SEED, GenerationRequest, SamplingParameters
+from model.generation.requests import MAX_LOGIT_BIAS, MAX_SEED, GenerationRequest, SamplingParameters
 
 DEFAULT_MAX_TOKENS = 128
-LARGEST_COUNT = 2**31 - 1
-MOST_TOKENS = 2**63 - 1
+MAX_COUNT = 2**31 - 1
+MAX_TOKENS = 2**63 - 1
 """Largest max_tokens: clients write the largest integer of their language for "all that fits"."""
-MAX_STOPS, LONGEST_STOP = 16, 256
+MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 MAX_STOP_IDS = 64
 MAX_BIASES = 1024
-MAX_BAD_WORDS, LONGEST_BAD_WORD = 64, 256
+MAX_BAD_WORDS, MAX_BAD_WORD_LENGTH = 64, 256
 MAX_ALLOWED = 16_384
-LARGEST_PENALTY = 100.0
-SMALLEST_TOP_P = 1e-9
+MAX_PENALTY = 100.0
+MIN_TOP_P = 1e-9
 DRAWN_SEED = -1
-SMALLEST_REPETITION_PENALTY = 0.01
+MIN_REPETITION_PENALTY = 0.01
 """Smallest penalty: logits are divided by it and must stay finite."""
 
 
@@ -47,7 +47,7 @@ def _count(value: Any) -> Any:
     return value
 
 
-Count = Annotated[int, AfterValidator(_count), WHOLE, Field(ge=ALL_THAT_FITS, le=MOST_TOKENS)]
+Count = Annotated[int, AfterValidator(_count), WHOLE, Field(ge=ALL_THAT_FITS, le=MAX_TOKENS)]
 
 
 def whole_items(value: Any) -> Any:
@@ -57,7 +57,7 @@ def whole_items(value: Any) -> Any:
     return [_whole(item) for item in value] if type(value) is list and float in set(map(type, value)) else value
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=LARGEST_COUNT)]], BeforeValidator(whole_items)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_COUNT)]], BeforeValidator(whole_items)]
 
 
 def _stops(value: Any) -> Any:
@@ -70,8 +70,8 @@ def _stops(value: Any) -> Any:
         raise PydanticCustomError("too_many_stops", f"{len(stops)} strings: expected at most {MAX_STOPS}")
     if not all(stops):
         raise PydanticCustomError("empty_stop", "an empty string would end every text at once")
-    if max(map(len, stops), default=0) > LONGEST_STOP:
-        raise PydanticCustomError("stop_too_long", f"a string is longer than {LONGEST_STOP} characters")
+    if max(map(len, stops), default=0) > MAX_STOP_LENGTH:
+        raise PydanticCustomError("stop_too_long", f"a string is longer than {MAX_STOP_LENGTH} characters")
     return stops
 
 
@@ -93,19 +93,19 @@ def forms(*schemas: dict[str, Any]) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": list(schemas)})
 
 
-_STOP = {"type": "string", "minLength": 1, "maxLength": LONGEST_STOP}
+_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
 Stops = Annotated[
     Any,
     AfterValidator(_stops),
     forms(_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOPS}, {"type": "null"}),
 ]
-Bias = Annotated[float, Field(ge=-LARGEST_LOGIT_BIAS, le=LARGEST_LOGIT_BIAS)]
+Bias = Annotated[float, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS)]
 Biases = Annotated[
     dict[str, Bias],
     BeforeValidator(_biases),
     Field(json_schema_extra={"maxProperties": MAX_BIASES, "propertyNames": {"pattern": "^[0-9]{1,10}$"}}),
 ]
-Penalty = Annotated[float, Field(ge=-LARGEST_PENALTY, le=LARGEST_PENALTY)]
+Penalty = Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
 
 
 def _only_false(value: bool) -> bool:
@@ -162,7 +162,7 @@ class Sampling(StrictRequest):
     top_k: Annotated[int, WHOLE] | None = Field(
         None,
         ge=-1,
-        le=LARGEST_COUNT,
+        le=MAX_COUNT,
         description="Draw from the k most likely tokens; 0, the default, and -1 keep all.",
     )
     top_p: float | None = Field(
@@ -179,8 +179,8 @@ class Sampling(StrictRequest):
     )
     repetition_penalty: float | None = Field(
         None,
-        ge=SMALLEST_REPETITION_PENALTY,
-        le=LARGEST_PENALTY,
+        ge=MIN_REPETITION_PENALTY,
+        le=MAX_PENALTY,
         description="Above 1 makes tokens that occurred, in the prompt too, less likely. Default: 1.",
     )
     presence_penalty: Penalty | None = Field(
@@ -201,7 +201,7 @@ class Sampling(StrictRequest):
     stop: Stops = Field(
         None,
         description=f"End the text when one of these strings appears; it is not part of the text. At most "
-        f"{MAX_STOPS}, of at most {LONGEST_STOP} characters.",
+        f"{MAX_STOPS}, of at most {MAX_STOP_LENGTH} characters.",
     )
     stop_token_ids: TokenIds | None = Field(
         None, max_length=MAX_STOP_IDS, description="End the text at one of these tokens, which is not part of it."
@@ -209,14 +209,14 @@ class Sampling(StrictRequest):
     min_tokens: Annotated[int, WHOLE] | None = Field(
         None,
         ge=0,
-        le=LARGEST_COUNT,
+        le=MAX_COUNT,
         description="Only the end of its format ends the text before this many tokens. Default: 0.",
     )
     include_stop_str_in_output: bool | None = Field(
         None,
         description="Leave the stop string, or the text of the stop token, at the end of the text. Default: false.",
     )
-    bad_words: list[Annotated[str, Field(min_length=1, max_length=LONGEST_BAD_WORD)]] | None = Field(
+    bad_words: list[Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_LENGTH)]] | None = Field(
         None,
         max_length=MAX_BAD_WORDS,
         description="Strings that never appear in the text, however they are tokenized.",
@@ -233,7 +233,7 @@ class Sampling(StrictRequest):
         return SamplingParameters(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=max(self.top_k or 0, 0),
-            top_p=1.0 if self.top_p is None else max(self.top_p, SMALLEST_TOP_P),
+            top_p=1.0 if self.top_p is None else max(self.top_p, MIN_TOP_P),
             min_p=self.min_p or 0.0,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             presence_penalty=self.presence_penalty or 0.0,

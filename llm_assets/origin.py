@@ -22,7 +22,7 @@ from llm_assets.versions.register import all_versions
 from model.artifact import MANIFEST, read_origin
 from model.errors import PipelineError, ends_in_one_line
 
-FEWEST_DIGITS = 8
+MIN_DIGITS = 8
 """Of a content hash, to name a version by."""
 
 
@@ -38,7 +38,7 @@ def find_origin(experiment: str, fingerprint: str) -> dict[str, Any]:
     by_content = (
         known
         for known in versions.values()
-        if len(version) >= FEWEST_DIGITS and known.tags.get("content_hash", "").startswith(version)
+        if len(version) >= MIN_DIGITS and known.tags.get("content_hash", "").startswith(version)
     )
     found = versions.get(version) or next(by_content, None)
     if found is None:

@@ -16,22 +16,22 @@ from typing import ParamSpec
 P = ParamSpec("P")
 
 
-_LONGEST = 2000
+_MAX_LENGTH = 2000
 """Longest message, in characters; longer ones, with text from a file or another program, are cut in the middle."""
 
 
 class PipelineError(Exception):
-    """Wrong input, found where it enters: not worth a retry.
+    """Invalid input, reported where it enters; a retry cannot help.
 
-    The message is one line of at most `_LONGEST` characters, whatever was found: what was found where, what was
-    expected, what to do. The orchestrator shows it as a permanent failure, the service as a start-up failure; neither
-    shows a traceback.
+    The message is one line of at most `_MAX_LENGTH` characters, however long the input: what was found
+    where, what was expected, what to do. The orchestrator shows it as a permanent failure, the service as a start-up
+    failure; neither shows a traceback.
     """
 
     def __init__(self, message: str) -> None:
         message = "\\n".join(message.splitlines())
-        if len(message) > _LONGEST:
-            message = f"{message[: _LONGEST // 2]} [...] {message[-_LONGEST // 2 :]}"
+        if len(message) > _MAX_LENGTH:
+            message = f"{message[: _MAX_LENGTH // 2]} [...] {message[-_MAX_LENGTH // 2 :]}"
         super().__init__(message)
 
 

@@ -27,7 +27,7 @@ from model.text.tokens import TokenDataset
 from model.weights.loading import load_model
 
 RESAMPLES = 10_000
-FEWEST_PIECES = 8
+MIN_PIECES = 8
 """Pieces below which an interval would claim more than so little text can show."""
 _BATCH = 4
 Floats = npt.NDArray[np.float64]
@@ -54,12 +54,12 @@ class PairedComparison:
     @property
     def is_better(self) -> bool:
         """Whether the candidate is better by more than chance."""
-        return self.pieces >= FEWEST_PIECES and self.high < 0
+        return self.pieces >= MIN_PIECES and self.high < 0
 
     @property
     def is_worse(self) -> bool:
         """Whether the candidate is worse by more than chance."""
-        return self.pieces >= FEWEST_PIECES and self.low > 0
+        return self.pieces >= MIN_PIECES and self.low > 0
 
 
 def compare_pair(

@@ -34,7 +34,7 @@ if find_compiler():
 
 LIMITS_S = {"slow": (10.0, {"slow"}), "medium": (3.0, {"medium", "slow", "processes"})}
 """Seconds, with room for a busy machine, from which a test needs the marker, and the markers that do as well."""
-LONGEST = (
+SLOWEST_FILES = (
     "e2e/test_stack.py",
     "e2e/test_two_hosts.py",
     "model/system/test_cluster.py",
@@ -95,8 +95,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     def place(item: pytest.Item) -> tuple[bool, int, bool]:
         file = item.path.relative_to(Path(__file__).parent)
-        rank = LONGEST.index(file.as_posix()) if file.as_posix() in LONGEST else len(LONGEST)
-        return rank < len(LONGEST) or file.parts[0] != "e2e", rank, len(file.parts) > 1
+        rank = SLOWEST_FILES.index(file.as_posix()) if file.as_posix() in SLOWEST_FILES else len(SLOWEST_FILES)
+        return rank < len(SLOWEST_FILES) or file.parts[0] != "e2e", rank, len(file.parts) > 1
 
     items.sort(key=place)  # stable within a file
     for item in items:
@@ -127,7 +127,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return "tests/e2e" if file.startswith("tests/e2e/") and not file.endswith(LONGEST) else file
+            return "tests/e2e" if file.startswith("tests/e2e/") and not file.endswith(SLOWEST_FILES) else file
 
     return ByFile(config, log)
 

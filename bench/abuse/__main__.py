@@ -30,7 +30,7 @@ from model.errors import PipelineError
 from model.text.tokenizer import load_tokenizer
 
 LONG = 3000.0
-LONGEST_S = 60.0
+TIMEOUT_S = 60.0
 """Maximum seconds per kind, since the good client may be too slow to reach its number of samples."""
 START_S = 60.0
 """Most time for the abusers' process to start and to make its bodies."""
@@ -42,7 +42,7 @@ def good_client(server: Server, prompts: Prompts, seconds: float, samples: int =
     """Answers to one request after the other, for `seconds` and until there are `samples`."""
     answers: list[Answer] = []
     started = time.monotonic()
-    while (spent := time.monotonic() - started) < seconds or (len(answers) < samples and spent < LONGEST_S):
+    while (spent := time.monotonic() - started) < seconds or (len(answers) < samples and spent < TIMEOUT_S):
         answers.append(server.ask(prompts(IDLE_PROMPT_TOKENS), 8))
         time.sleep(0.02)
     return answers
@@ -68,7 +68,7 @@ def measure(model_dir: Path, *, seconds: float, samples: int, clients: int, only
         good_client(server, prompts, 2)  # warm
         alone = good_client(server, prompts, seconds, samples)
         for name in only or KINDS:
-            end = time.monotonic() + START_S + LONGEST_S + SLACK_S
+            end = time.monotonic() + START_S + TIMEOUT_S + SLACK_S
             has_begun = spawn.Event()
             abuser = spawn.Process(target=abuse, args=(name, server.port, clients, end, has_begun))
             abuser.start()

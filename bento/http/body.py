@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope
 
 from bento.errors import ApiError, validation_error
 
-DEEPEST = 48
+MAX_DEPTH = 48
 """Maximum nesting depth: a JSON schema has two levels for each nested object."""
 MAX_VALUES = 131_072
 """Maximum number of values in a body: 64 prompts of 2,000 token ids."""
@@ -180,7 +180,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _count_names(value: Any) -> int:
     """The number of names in all objects. Raises ApiError 400 if they are nested too deep."""
     level, names = [value], 0
-    for _ in range(DEEPEST + 1):
+    for _ in range(MAX_DEPTH + 1):
         names += sum(len(one) for one in level if type(one) is dict)
         inside = [one.values() if type(one) is dict else one for one in level if type(one) is dict or type(one) is list]
         # A list may have 100,000 plain values: only the set of their types is checked.
@@ -204,7 +204,7 @@ def _not_utf8(error: UnicodeDecodeError) -> ApiError:
 
 
 def _too_deep() -> ApiError:
-    return _refusal(f"the body is nested more than {DEEPEST} deep", "nested_too_deep")
+    return _refusal(f"the body is nested more than {MAX_DEPTH} deep", "nested_too_deep")
 
 
 def _refusal(message: str, code: str, param: str | None = None) -> ApiError:

@@ -17,8 +17,8 @@ from bento.openai.tools import ToolFields, dialogue_messages
 from bento.openai.turns import MAX_MESSAGES, Label, Message, TemplateValues, unsupported
 from bento.schema import (
     ALL_THAT_FITS,
-    LARGEST_COUNT,
-    MOST_TOKENS,
+    MAX_COUNT,
+    MAX_TOKENS,
     WHOLE,
     Count,
     OnlyFalse,
@@ -27,7 +27,7 @@ from bento.schema import (
     forms,
     whole_items,
 )
-from model.generation.requests import LARGEST_LENGTH_PENALTY, Beams, GenerationRequest
+from model.generation.requests import MAX_LENGTH_PENALTY, Beams, GenerationRequest
 from model.text.chat.tools import has_unpaired_results
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -102,7 +102,7 @@ def prompts_schema(most: int, min_length: int = 0) -> WithJsonSchema:
     )
 
 
-_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": LARGEST_COUNT}, "minItems": 1}
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": MAX_COUNT}, "minItems": 1}
 Prompts = Annotated[Any, AfterValidator(read_prompts), prompts_schema(MAX_PROMPTS)]
 
 
@@ -147,7 +147,7 @@ class OpenAIRequest(Structured, Sampling):
     truncate_prompt_tokens: Annotated[int, WHOLE, AfterValidator(not_zero)] | None = Field(
         None,
         ge=-1,
-        le=LARGEST_COUNT,
+        le=MAX_COUNT,
         description="Keep this many of the prompt's last tokens; -1: as many as leave room for the text. Default: all.",
     )
     prompt_logprobs: Annotated[
@@ -180,8 +180,8 @@ class OpenAIRequest(Structured, Sampling):
     )
     length_penalty: float | None = Field(
         None,
-        ge=-LARGEST_LENGTH_PENALTY,
-        le=LARGEST_LENGTH_PENALTY,
+        ge=-MAX_LENGTH_PENALTY,
+        le=MAX_LENGTH_PENALTY,
         description="Of a beam search: a text's log-probability is divided by its length to this power. Default: 1.",
     )
     early_stopping: Annotated[
@@ -245,13 +245,13 @@ class CompletionRequest(OpenAIRequest):
     max_tokens: Annotated[int, WHOLE] | None = Field(
         None,
         ge=ALL_THAT_FITS,
-        le=MOST_TOKENS,
+        le=MAX_TOKENS,
         description=f"Most tokens to generate. Default: {DEFAULT_COMPLETION_TOKENS}, or as many as fit if "
         "fewer; -1 for all that fits. 0 is for echo, which then only repeats and scores the prompt.",
         examples=[16],
     )
     max_completion_tokens: Annotated[int, WHOLE] | None = Field(
-        None, ge=ALL_THAT_FITS, le=MOST_TOKENS, description="Another name of max_tokens."
+        None, ge=ALL_THAT_FITS, le=MAX_TOKENS, description="Another name of max_tokens."
     )
     echo: bool | None = Field(None, description="Begin the text with the prompt. Default: false.")
     logprobs: Annotated[

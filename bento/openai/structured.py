@@ -19,7 +19,7 @@ from bento.serving.backend import Backend
 from model.errors import PipelineError
 from model.generation.grammar.grammar import Grammar, Kind, choice_grammar
 
-LONGEST_GRAMMAR = 65_536
+MAX_GRAMMAR_LENGTH = 65_536
 MAX_ALTERNATIVES = 1024
 ANY, ANY_OBJECT = "{}", '{"type": "object"}'
 
@@ -38,7 +38,7 @@ def _schema(value: Any) -> str:
 
 _SCHEMA = {"type": "object", "additionalProperties": True}
 Schema = Annotated[Any, AfterValidator(_schema), forms(_SCHEMA, {"type": "boolean"}, {"type": "string"})]
-Source = Annotated[str, Field(min_length=1, max_length=LONGEST_GRAMMAR)]
+Source = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_LENGTH)]
 Choices = Annotated[list[str], Field(max_length=MAX_ALTERNATIVES)]
 
 
@@ -161,8 +161,8 @@ async def compile_form(
 
 async def compile_grammar(backend: Backend, field: str, kind: Kind, source: str, place: str = "") -> Grammar:
     """The grammar of a field. place: where it stands. Raises ApiError 400 for one that cannot be enforced."""
-    if len(source) > LONGEST_GRAMMAR:
-        raise _refusal(field, place, f"it has {len(source):,} characters: at most {LONGEST_GRAMMAR:,}")
+    if len(source) > MAX_GRAMMAR_LENGTH:
+        raise _refusal(field, place, f"it has {len(source):,} characters: at most {MAX_GRAMMAR_LENGTH:,}")
     engine = backend.engine
     try:
         if found := engine.compiled_grammar(kind, source):

@@ -10,7 +10,7 @@ from bento.openai.tools import ToolCall
 from bento.schema import StrictRequest, forms
 
 MAX_MESSAGES = 1024
-LONGEST_LABEL = 512
+MAX_LABEL_LENGTH = 512
 MESSAGE_LABELS = {
     "annotations", "cache_control", "created", "id", "metadata", "model", "phase", "provider_specific_fields",
     "reasoning", "reasoning_content",
@@ -23,7 +23,7 @@ PART_LABELS = {"annotations", "cache_control", "id", "logprobs"}
 PART_TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 """Types of the parts that are texts, with the field that has the text: those of the chat route and of /v1/responses."""
 
-Label = Annotated[str, Field(max_length=LONGEST_LABEL)]
+Label = Annotated[str, Field(max_length=MAX_LABEL_LENGTH)]
 
 
 def unsupported(*neutral: str) -> Any:

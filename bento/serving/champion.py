@@ -37,7 +37,7 @@ logger = logging.getLogger("bentoml.champion")  # BentoML's log configuration sh
 ALIAS = "champion"
 DECIDED, HISTORY, DECISION = "champion_decided", "champion_history", "champion_decision"
 """Tags of the registered model and of its versions, as `llm_assets/versions/promotion.py` has them."""
-HISTORY_ENTRIES, LONGEST_REASON = 16, 160
+HISTORY_ENTRIES, MAX_REASON_LENGTH = 16, 160
 NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 """MLflow's error codes for a model that is not registered, and for one without the alias."""
 TIMEOUT_S = 30.0
@@ -96,7 +96,7 @@ class ModelRegistry:
         model.raise_for_status()
         tags = {tag["key"]: tag["value"] for tag in model.json()["registered_model"].get("tags", [])}
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        entry = {"version": to.number, "at": now, "reason": f"rolled back by the service: {reason}"[:LONGEST_REASON]}
+        entry = {"version": to.number, "at": now, "reason": f"rolled back by the service: {reason}"[:MAX_REASON_LENGTH]}
         history = json.dumps([*json.loads(tags.get(HISTORY, "[]")), entry][-HISTORY_ENTRIES:])
         decisions = {withdrawn.number: f"withdrawn by the service: {reason}", to.number: f"champion again: {reason}"}
         for number, decision in decisions.items():
@@ -184,10 +184,10 @@ class Trial(Protocol):
 class ChampionWatcher:
     """Keeps the champion of `name` serving, in its own thread.
 
-    load: creates a warmed-up engine from a model directory and a version number. settle: called after memory is freed.
-    waits: receives the reason while no model is loaded. poll_s: seconds between polls. drain_s: most seconds for a
-    former model's requests, whose own deadlines may end them sooner. rollback: tries each new champion, may restore
-    the former one.
+    load: creates a warmed-up engine from a model directory and a version number. after_release: called
+    after memory is freed. on_wait: receives the reason while no model is loaded. poll_s: seconds between polls.
+    drain_s: most seconds for a former model's requests, whose own deadlines may end them sooner. rollback: tries each
+    new champion, may restore the former one.
     """
 
     def __init__(
@@ -197,14 +197,14 @@ class ChampionWatcher:
         models: Models,
         *,
         load: Callable[[Path, str], "Engine"],
-        settle: Callable[[], None],
-        waits: Callable[[str], None],
+        after_release: Callable[[], None],
+        on_wait: Callable[[str], None],
         poll_s: float,
         drain_s: float,
         rollback: "Trial | None" = None,
     ) -> None:
         self._registry, self._name, self._models = registry, name, models
-        self._load, self._settle, self._waits = load, settle, waits
+        self._load, self._after_release, self._on_wait = load, after_release, on_wait
         self._poll_s, self._drain_s = poll_s, drain_s
         self._rollback = rollback
         self._refused: Version | None = None
@@ -268,7 +268,7 @@ class ChampionWatcher:
         if former:
             self._drain(former)
             del former  # the last reference
-        self._settle()
+        self._after_release()
 
     def _drain(self, former: Served) -> None:
         end = time.monotonic() + self._drain_s
@@ -280,7 +280,7 @@ class ChampionWatcher:
     def _say(self, line: str) -> None:
         """Log a line once per occurrence of its reason, and show it to clients while no model is loaded."""
         if self._models.current is None:
-            self._waits(line)
+            self._on_wait(line)
         if line != self._said:
             self._said = line
             logger.warning("%s", line)

@@ -22,7 +22,7 @@ T = TypeVar("T")
 PARTS_DEPTH = 5
 """Nesting levels at which an answer is split for encoding: down to each token of a text."""
 PAUSE = 3.0
-LONGEST_PAUSE_S = 0.2
+MAX_PAUSE_S = 0.2
 SWITCH_S = 0.0005
 """How long a thread waits for the GIL while such work holds it; Python's default is 5 ms. Event loop and engine need it
 a dozen times for a token."""
@@ -50,7 +50,7 @@ class HeavyWork:
             finally:
                 sys.setswitchinterval(before)
                 now = time.monotonic()
-                self._free_at = now + (min(PAUSE * (now - started), LONGEST_PAUSE_S) if holds_lock else 0.0)
+                self._free_at = now + (min(PAUSE * (now - started), MAX_PAUSE_S) if holds_lock else 0.0)
                 if charge := CHARGE.get():
                     charge(now - started)
 

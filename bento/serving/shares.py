@@ -17,12 +17,12 @@ SHARE = 0.1
 """Fraction of a core for one client while others send requests."""
 BURST_S = 0.05
 """CPU seconds that a client can use in a burst before it waits."""
-LONGEST_WAIT_S = 1.0
+MAX_WAIT_S = 1.0
 OTHERS_S = 1.0
 """A client without a request for this many seconds no longer counts as present."""
 CONNECTION_S = 0.0005
 """Charged per connection: work of the kernel and the event loop that is not measured with any request."""
-MOST_CLIENTS = 4096
+MAX_CLIENTS = 4096
 NEWEST_WEIGHT = 0.25
 """Weight of a request's cost in the moving average that is charged in advance."""
 
@@ -53,9 +53,9 @@ class ClientShares:
         """Add the cost of a part of a request."""
         now = self.clock()
         bucket = self._drained(client, now)
-        bucket.level_s = min(bucket.level_s + seconds, BURST_S + SHARE * LONGEST_WAIT_S)
-        if len(self._buckets) > MOST_CLIENTS:
-            self._buckets = {name: one for name, one in self._buckets.items() if now - one.at < LONGEST_WAIT_S}
+        bucket.level_s = min(bucket.level_s + seconds, BURST_S + SHARE * MAX_WAIT_S)
+        if len(self._buckets) > MAX_CLIENTS:
+            self._buckets = {name: one for name, one in self._buckets.items() if now - one.at < MAX_WAIT_S}
 
     def request(self, client: str) -> "RequestCost":
         """Charge the client's usual cost for a request that begins."""

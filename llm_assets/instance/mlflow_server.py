@@ -23,7 +23,7 @@ from llm_assets.resources.tracking_store import EXPERIMENT, open_store
 from model.errors import ends_in_one_line
 
 START = """<script>
-// What the page keeps as a person's choices, where there is none yet: the view for training, no assistant beside it.
+// Defaults for settings that the page keeps in the browser: the view for training, and no assistant beside it.
 for (const [name, value] of [
   ["mlflow.workflowType_v1", '"machine_learning"'], ["mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true"],
 ]) localStorage.getItem(name) ?? localStorage.setItem(name, value);

@@ -14,7 +14,7 @@ from dagster_webserver.cli import main as run_webserver
 
 from llm_assets.experiments.observed import changed_since
 
-LONGEST_LIST = 3
+MAX_LISTED = 3
 """Changed options that a reason names."""
 _stale_status, _stale_causes = GrapheneAssetNode.resolve_staleStatus, GrapheneAssetNode.resolve_staleCauses
 
@@ -38,8 +38,8 @@ def resolve_causes(node: GrapheneAssetNode, info: Any, partition: str | None = N
             if not partition:
                 cause.reason += f" for {experiment}"
             if changed := changed_since(info.context.instance, node.assetKey.path, cause.key.path, experiment):
-                more = f"; {len(changed) - LONGEST_LIST} more" if len(changed) > LONGEST_LIST else ""
-                cause.reason += f": {'; '.join(changed[:LONGEST_LIST])}{more}"
+                more = f"; {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""
+                cause.reason += f": {'; '.join(changed[:MAX_LISTED])}{more}"
             found.append(cause)
     return found
 

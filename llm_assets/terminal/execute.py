@@ -36,7 +36,7 @@ POLL_EVERY_S = 0.2
 STOPPED_POLLS = 15
 """Polls that find the run's process stopped before that is printed."""
 _INTERRUPTED = 130
-_LEAST_FREE = 1 << 16
+_MIN_FREE_BYTES = 1 << 16
 """Free bytes of a disk below which it counts as full: SQLite needs more for a record."""
 
 
@@ -125,7 +125,7 @@ def _explain(console: Console, view: View, log: Path, status: int) -> None:
     printed = [
         line.strip() for line in log.with_suffix(".out").read_text(errors="replace").splitlines() if line.strip()
     ]
-    is_full = shutil.disk_usage(log.parent).free < _LEAST_FREE  # Dagster's own words need space, too
+    is_full = shutil.disk_usage(log.parent).free < _MIN_FREE_BYTES  # Dagster's own words need space, too
     said = view.failures or ([str(no_space(log.parent))] if is_full else printed[-1:])
     for reason in said or [f"the run ended with status {status} and no message; run again"]:
         console.print(f"error: {reason}", markup=False, highlight=False, soft_wrap=True)

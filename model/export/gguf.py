@@ -25,8 +25,8 @@ from model.weights.export import export_state_dict, interleave_pairs, layout
 PRE_TOKENIZER = "gpt-2"
 """llama.cpp's name of GPT-2's pre-tokenizer, which `model/text/tokenizer.py` trains with.
 
-llama.cpp does not split a run of more than LONGEST_RUN characters of one class; only there its tokens differ, and none
-of its pre-tokenizers has such a bound. The certificate compares such runs (`model/export/parity.py`).
+llama.cpp does not split a run of more than MAX_RUN_LENGTH characters of one class; only there its tokens differ, and
+none of its pre-tokenizers has such a bound. The certificate compares such runs (`model/export/parity.py`).
 """
 MARKS_THAT_END = (MARKS["user"], MARKS["tool"])
 """Marks that end a generation besides the end-of-text token. GGUF has places for two: after an answer comes a user's

@@ -21,7 +21,7 @@ from model.export.gguf import reason_against, write_gguf
 from model.export.ollama import modelfile
 from model.modeling_rex import RexForCausalLM
 from model.system.revision import code_revision
-from model.text.tokenizer import LONGEST_RUN, load_tokenizer
+from model.text.tokenizer import MAX_RUN_LENGTH, load_tokenizer
 from model.weights.export import copy_tokenizer, export_checkpoint
 from model.weights.loading import load_model
 
@@ -145,7 +145,7 @@ def _card(name: str, files: Sequence[ExportedFile], left_out: Mapping[str, str],
         lines += [f"ollama create {name} -f gguf/Modelfile && ollama run {name} Once"]
     lines += ["```", ""]
     if any(path.startswith("gguf/") for path in paths):
-        runs = f"runs of more than {LONGEST_RUN} letters, digits, signs or spaces"
+        runs = f"runs of more than {MAX_RUN_LENGTH} letters, digits, signs or spaces"
         lines += [f"llama.cpp and Ollama do not split {runs}: their tokens may differ there.", ""]
     lines += ["## Provenance", ""]
     lines += [

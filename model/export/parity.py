@@ -32,7 +32,7 @@ from model.system.commands import ending_with_parent
 from model.system.cpu import limit_threads
 from model.system.failure import reason_of
 from model.text.chat.template import MARKS
-from model.text.tokenizer import LONGEST_RUN, without_bound
+from model.text.tokenizer import MAX_RUN_LENGTH, without_bound
 from model.text.tokens import TokenDataset
 
 STEPS = 16
@@ -68,9 +68,9 @@ def _runs(length: int) -> str:
 
 
 RUNS = {
-    f"runs of {LONGEST_RUN} characters": _runs(LONGEST_RUN),
-    f"runs of {LONGEST_RUN + 1} characters": _runs(LONGEST_RUN + 1),
-    f"runs of {3 * LONGEST_RUN} characters": _runs(3 * LONGEST_RUN),
+    f"runs of {MAX_RUN_LENGTH} characters": _runs(MAX_RUN_LENGTH),
+    f"runs of {MAX_RUN_LENGTH + 1} characters": _runs(MAX_RUN_LENGTH + 1),
+    f"runs of {3 * MAX_RUN_LENGTH} characters": _runs(3 * MAX_RUN_LENGTH),
 }
 """Texts whose tokens are compared, at the bound on a run and beyond it."""
 CHATS = {
@@ -198,7 +198,7 @@ def _compare_tokens(
         if in_gguf and found[title] == _both_ways(unbounded, text):
             explained.append(
                 f"tokens of {title!r}: {len(found[title][1]):,}, here {len(expected[1]):,}, as a GGUF splits no run of "
-                f"more than {LONGEST_RUN} characters"
+                f"more than {MAX_RUN_LENGTH} characters"
             )
         else:
             differences.append(f"tokens of {title!r}: {found[title]}, expected {expected}")

@@ -42,7 +42,7 @@ from model.system.cpu import release_worker_threads
 from model.text.tokenizer import FastEncoder, token_bytes
 
 logger = logging.getLogger(__name__)
-LONGEST_RETRY_S = 60
+MAX_RETRY_AFTER_S = 60
 MIB = 1 << 20
 
 
@@ -222,7 +222,7 @@ class Engine:
             except QueueFull:
                 running = [sequence.generation for sequence in list(self._scheduler.running)]
                 seconds = self._scheduler.pace.seconds([*running, *self._queue.generations()], self._slots)
-                raise EngineBusy(min(LONGEST_RETRY_S, math.ceil(seconds))) from None
+                raise EngineBusy(min(MAX_RETRY_AFTER_S, math.ceil(seconds))) from None
             self._changed.notify_all()
         return generations
 

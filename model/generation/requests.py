@@ -22,8 +22,8 @@ Refusal = Literal["grammar", "value"]
 """The part of a request that is to blame for an error: a form of the text that takes too much work or allows no token,
 or a value that the engine does not take."""
 MAX_SEED = 2**63 - 1
-LARGEST_LOGIT_BIAS = 100.0
-LARGEST_LENGTH_PENALTY = 10.0
+MAX_LOGIT_BIAS = 100.0
+MAX_LENGTH_PENALTY = 10.0
 FAILED = "generating failed: the server's log has the reason"
 
 
@@ -78,10 +78,10 @@ class SamplingParameters:
             _check(math.isfinite(getattr(self, name)), name, getattr(self, name), "a finite number")
         for token, bias in self.logit_bias.items():
             _check(
-                abs(bias) <= LARGEST_LOGIT_BIAS,
+                abs(bias) <= MAX_LOGIT_BIAS,
                 f"logit_bias[{token}]",
                 bias,
-                f"-{LARGEST_LOGIT_BIAS:g} to {LARGEST_LOGIT_BIAS:g}",
+                f"-{MAX_LOGIT_BIAS:g} to {MAX_LOGIT_BIAS:g}",
             )
         _check(self.seed is None or 0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0 to {MAX_SEED}")
 
@@ -104,7 +104,7 @@ class Beams:
     def __post_init__(self) -> None:
         _check(self.width >= 1, "width", self.width, "1 or more")
         _check(0 <= self.rank < self.width, "rank", self.rank, "0 or more, below width")
-        limit = LARGEST_LENGTH_PENALTY
+        limit = MAX_LENGTH_PENALTY
         _check(abs(self.length_penalty) <= limit, "length_penalty", self.length_penalty, f"-{limit:g} to {limit:g}")
 
 

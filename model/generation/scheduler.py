@@ -35,7 +35,7 @@ from model.generation.requests import (
 )
 from model.generation.sampler import Sampler, token_logprobs
 from model.generation.sequence import Sequence
-from model.generation.steps.slots import SHORTEST_REUSE, SlotTable
+from model.generation.steps.slots import MIN_REUSED_TOKENS, SlotTable
 from model.generation.steps.step import Segment, SegmentOutput, Step
 
 logger = logging.getLogger(__name__)
@@ -268,7 +268,7 @@ class Scheduler:
             if sequence.is_prefilling:
                 most = min(len(prompt_ids) - 1, sequence.num_prompt_tokens)
                 differs = sequence.ids[:most] != prompt_ids[:most]
-                if (int(differs.argmax()) if differs.any() else most) >= held + SHORTEST_REUSE:
+                if (int(differs.argmax()) if differs.any() else most) >= held + MIN_REUSED_TOKENS:
                     return True
         return False
 

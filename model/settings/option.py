@@ -115,7 +115,7 @@ def option(
     maximum: float | None = None,
     reason: str = "",
 ) -> T:
-    """A dataclass field. text: one sentence or two, what the option does and what its special values mean.
+    """A dataclass field. text: what the option does and what its special values mean, in one or two sentences.
 
     unit: of the number. Bounds: see `Bounds`; for a list they hold for each element. Choices are the type's Literal.
     """

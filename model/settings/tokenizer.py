@@ -5,7 +5,7 @@ from typing import Literal
 
 from model.settings.option import Settings, expect, option
 
-_SMALLEST_BPE = 258
+_MIN_BPE_VOCABULARY = 258
 _MARKS = 4
 
 
@@ -48,7 +48,7 @@ class TokenizerSettings(Settings, group="tokenizer"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kind == "bpe":
-            least = _SMALLEST_BPE + (_MARKS if self.chat else 0)
+            least = _MIN_BPE_VOCABULARY + (_MARKS if self.chat else 0)
             special = f"at least {least} (256 bytes, {least - 256} specials) for kind bpe"
             expect(self.vocab_size >= least, "tokenizer.vocab_size", self.vocab_size, special)
         if self.kind == "pretrained":

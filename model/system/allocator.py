@@ -8,7 +8,7 @@ import ctypes
 from contextlib import suppress
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_LARGEST_BLOCK = 32 << 20  # glibc takes no higher limit
+_MAX_BLOCK_BYTES = 32 << 20  # glibc takes no higher limit
 _NEVER = (1 << 31) - 1
 
 
@@ -16,7 +16,7 @@ def keep_freed_memory() -> None:
     """Let this process keep blocks of up to 32 MiB that it frees. Its memory stays at its peak until `trim`."""
     with suppress(OSError, AttributeError):  # another C library than glibc
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK)
+        libc.mallopt(_M_MMAP_THRESHOLD, _MAX_BLOCK_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
 
 

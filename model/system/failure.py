@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 TRACEBACK = "Traceback (most recent call last):"
-LONGEST = 400
+MAX_LENGTH = 400
 _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(:|$)")
 _FAILS = re.compile(r"error|fail|assert|abort|invalid|cannot", re.IGNORECASE)
 
 
 def reason_of(stderr: str, status: int) -> str:
-    """The exception that ended a process, or what its standard error says instead; at most LONGEST characters.
+    """The exception that ended a process, or what its standard error says instead; at most MAX_LENGTH characters.
 
     status: its exit status, negative for a signal. An exception that refers to another process's is passed over.
     """
@@ -33,7 +33,7 @@ def reason_of(stderr: str, status: int) -> str:
             how = signal.Signals(-status).name
     if not found or (status < 0 and not exceptions):
         found = f"{found} ({how})" if found else how
-    return found if len(found) <= LONGEST else f"{found[:LONGEST]}..."
+    return found if len(found) <= MAX_LENGTH else f"{found[:MAX_LENGTH]}..."
 
 
 def _exceptions(lines: list[str]) -> Iterator[str]:

@@ -14,7 +14,7 @@ import zstandard
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 _PIECE = 4096
 """Compressed bytes read at once: they never decompress to more than about 130 MB."""
-_LONGEST_WINDOW = 2**31
+_MAX_WINDOW_BYTES = 2**31
 
 
 _FORMATS = (
@@ -97,7 +97,7 @@ class _Gzip(io.RawIOBase):
 class _Zstd(io.RawIOBase):
     def __init__(self, stored: BinaryIO) -> None:
         self._stored = stored
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=_LONGEST_WINDOW)
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
         self._frame: zstandard.ZstdDecompressionObj | None = None
         self._input = b""
         self._ready = memoryview(b"")

@@ -26,9 +26,9 @@ from model.text.sources import Sources, whole_characters
 SPLITS = ("train", "validation")
 NAMES_REPORTED = 5
 SAMPLE_CHARACTERS = 500
-LEAST_VALIDATION = 0.05
+MIN_VALIDATION_SHARE = 0.05
 """Fraction of the text that validates at least, where `corpus.validation_bytes` is more."""
-MOST_VALIDATION = 0.2
+MAX_VALIDATION_SHARE = 0.2
 """Fraction of the text above which the split is not enlarged: its next document is too long."""
 _HASHES = 2**128
 
@@ -167,11 +167,11 @@ def enlarged_split(settings: CorpusSettings, written: Written, log: Log) -> int:
         return 0
     held_out, size = written.validation.bytes, written.train.bytes + written.validation.bytes
     enlarged = written.lowest.bound(size)
-    if held_out >= min(settings.validation_bytes, LEAST_VALIDATION * size) or enlarged <= first_of_train(settings):
+    if held_out >= min(settings.validation_bytes, MIN_VALIDATION_SHARE * size) or enlarged <= first_of_train(settings):
         return 0
     log(
         f"corpus: corpus.validation_fraction {settings.validation_fraction} holds out {held_out:,} of "
-        f"{size:,} bytes: holding out more, up to corpus.validation_bytes or {LEAST_VALIDATION:.0%}"
+        f"{size:,} bytes: holding out more, up to corpus.validation_bytes or {MIN_VALIDATION_SHARE:.0%}"
     )
     return enlarged
 
@@ -231,15 +231,15 @@ class LowestHashes:
                 return
 
     def bound(self, corpus_bytes: int) -> int:
-        """The smallest hash that trains, for a split of `least_bytes` or LEAST_VALIDATION of the text.
+        """The smallest hash that trains, for a split of `least_bytes` or MIN_VALIDATION_SHARE of the text.
 
-        0 if the split would then hold more than MOST_VALIDATION of the text.
+        0 if the split would then hold more than MAX_VALIDATION_SHARE of the text.
         """
         held_out = 0
         for negative, size in sorted(self._largest_first, reverse=True):
             held_out += size
-            if held_out >= min(self._least_bytes, LEAST_VALIDATION * corpus_bytes):
-                return 1 - negative if held_out <= MOST_VALIDATION * corpus_bytes else 0
+            if held_out >= min(self._least_bytes, MIN_VALIDATION_SHARE * corpus_bytes):
+                return 1 - negative if held_out <= MAX_VALIDATION_SHARE * corpus_bytes else 0
         return 0
 
 

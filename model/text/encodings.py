@@ -33,7 +33,7 @@ _NULS_OF_UTF16 = 0.02
 """Least share of NULs in UTF-16 whose other high bytes may be tabs and line ends, as those of Devanagari are."""
 _HIGH_BYTES = 0.95
 """Share of such bytes among them."""
-_LEAST_CHARACTERS = 16
+_MIN_CHARACTERS = 16
 """Characters below which a text is too short to tell such high bytes from tabs and line ends."""
 _ON_INVALID = "model.text.invalid"
 codecs.register_error(_ON_INVALID, lambda error: (_INVALID, error.end))  # type: ignore[attr-defined]
@@ -111,7 +111,7 @@ def _is_utf8(head: bytes) -> bool:
 def _are_high_bytes(half: bytes) -> bool:
     """Whether every second byte of a text is the high one of UTF-16, although it may be a tab or a line end."""
     small = sum(byte <= 0x20 for byte in half)  # 0x20: of a dash or a quotation mark
-    is_enough = len(half) >= _LEAST_CHARACTERS and half.count(0) >= _NULS_OF_UTF16 * len(half)
+    is_enough = len(half) >= _MIN_CHARACTERS and half.count(0) >= _NULS_OF_UTF16 * len(half)
     return is_enough and small >= _HIGH_BYTES * len(half)
 
 

@@ -293,7 +293,7 @@ def _line(error: BaseException) -> str:
     elif isinstance(error, TypeError):
         words = f"fsspec cannot open it without options ({error})"
     text = " ".join(((isinstance(words, str) and words) or str(error).strip() or name).split())
-    return text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]}..."
+    return text if len(text) <= _MAX_LINE_LENGTH else f"{text[:_MAX_LINE_LENGTH]}..."
 
 
-_LONGEST_LINE = 300
+_MAX_LINE_LENGTH = 300

@@ -74,7 +74,7 @@ class HashTask:
 
 @dataclass(frozen=True)
 class Document:
-    """What a task found of one document. runs: their hashes, or the places of those that `HashTask.hashes` has.
+    """What a task found in one document. runs: hashes of its runs, or their indices in `HashTask.hashes`.
 
     signature: by MinHash; None without the package rensa.
     """

@@ -42,7 +42,7 @@ STDLIB_SKIPPED = {
 }
 JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
 PARQUET_BATCH_ROWS = 64
-LONGEST_LINE = 2**30
+MAX_LINE_BYTES = 2**30
 """Longest line of JSON Lines in bytes, so that a file without line ends is refused before it fills the memory."""
 NAMES_KEPT = 5
 
@@ -171,11 +171,11 @@ class Sources:
             start += cut
 
     def _read_lines(self, file: File, stream: BinaryIO, place: list[int]) -> Iterator[bytes]:
-        for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE), b""), 1):
+        for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES), b""), 1):
             place[0] = number
             where = f"{file.source}, line {number}"
-            if len(line) == LONGEST_LINE:
-                raise PipelineError(f"{where} has {LONGEST_LINE:,} bytes or more; expected one object a line")
+            if len(line) == MAX_LINE_BYTES:
+                raise PipelineError(f"{where} has {MAX_LINE_BYTES:,} bytes or more; expected one object a line")
             if line.isspace():
                 continue
             self._place, self._base = f"line {number}, byte", 0

@@ -2,7 +2,7 @@
 
 Both encode every byte string and decode it exactly. BPE uses GPT-2's pre-tokenizer, so that other runtimes ("gpt-2" in
 GGUF) split text the same way, with one addition: runs of letters, digits, spaces or other characters are cut every
-`LONGEST_RUN` characters. Merging takes quadratic time in the length of a pre-token, so without the limit base64,
+`MAX_RUN_LENGTH` characters. Merging takes quadratic time in the length of a pre-token, so without the limit base64,
 minified scripts and languages without spaces would dominate training and encoding. The longest run in the Python
 standard library has 80 characters. `<|endoftext|>` (id 0, bos and eos) and `<|pad|>` (id 1) come first and stand for no
 bytes; written out in a document they are ordinary text. `FastEncoder` gives the same ids several times faster and
@@ -32,15 +32,15 @@ END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 SPECIALS = (END_OF_TEXT, PAD)
 # GPT-2's split of a text into words, as ByteLevel(use_regex=True) has it built in.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-LONGEST_RUN = 256
+MAX_RUN_LENGTH = 256
 """Characters of one kind in one pre-token, besides the space before them."""
-BOUNDED_PATTERN = GPT2_PATTERN.replace("+", f"{{1,{LONGEST_RUN}}}")
+BOUNDED_PATTERN = GPT2_PATTERN.replace("+", f"{{1,{MAX_RUN_LENGTH}}}")
 # An equivalent pattern for tiktoken's regex engine, which unrolls a bounded repeat into more states than it allows
 # unless an (empty) lookaround makes it count instead. Costs a third of the speed on text without long runs.
-_COUNTED_PATTERN = re.sub(r"(\\[a-zA-Z](?:\{[LN]\})?|\[[^]]+\])\+", rf"(?:\1(?=)){{1,{LONGEST_RUN}}}", GPT2_PATTERN)
-# A run longer than LONGEST_RUN covers at least one aligned block of half that length. The listed separators end every
-# run of word characters, and their category is the same in every version of Unicode.
-_BLOCK = LONGEST_RUN // 2
+_COUNTED_PATTERN = re.sub(r"(\\[a-zA-Z](?:\{[LN]\})?|\[[^]]+\])\+", rf"(?:\1(?=)){{1,{MAX_RUN_LENGTH}}}", GPT2_PATTERN)
+# A run longer than MAX_RUN_LENGTH covers at least one aligned block of half that length. The listed separators end
+# every run of word characters, and their category is the same in every version of Unicode.
+_BLOCK = MAX_RUN_LENGTH // 2
 _ONE_KIND = re.compile(rf"[^ \t\n\r\u3000\u3001\u3002\uff0c]{{{_BLOCK}}}|[\W_]{{{_BLOCK}}}")
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 PIECE_CHARACTERS = 65_536

@@ -42,7 +42,7 @@ Measured on a CPU, the largest of all parameters and heads: 2e-6 in float32; in 
 `stdlib`, 0.020 for `stdlib_30m`, 0.024 for `gpt2_124m`.
 """
 LOSS_TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
-_SMALLEST = 1e-6
+_MIN_RELATIVE_NORM = 1e-6
 """Gradients with a norm below this fraction of the total norm are compared relative to that instead, because they are
 mostly rounding."""
 _NOT_PLAIN = ("label_smoothing_factor", "neftune_noise_alpha")
@@ -230,7 +230,7 @@ def _differences(model: RexForCausalLM, found: dict[str, Tensor], expected: dict
 
 
 def _relative(difference: Tensor, norm: float, whole: float) -> float:
-    error = difference.norm().item() / max(norm, _SMALLEST * whole, 1e-30)
+    error = difference.norm().item() / max(norm, _MIN_RELATIVE_NORM * whole, 1e-30)
     return error if math.isfinite(error) else math.inf
 
 

@@ -190,7 +190,7 @@ def cut_off(site: Site) -> Iterator[Callable[[], None]]:
     yield take
     assert cut
     print(f"{time.monotonic() - cut[0]:.0f} s from the cut to the end")
-    site.network.mend(two)
+    site.network.reconnect(two)
     site.cluster.stop(two)
     site.cluster.start(two)
 

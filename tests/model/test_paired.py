@@ -7,7 +7,7 @@ import pytest
 from model.build import build_config, build_model
 from model.errors import PipelineError
 from model.evaluation import evaluate
-from model.paired import FEWEST_PIECES, compare_pair, paired_bootstrap
+from model.paired import MIN_PIECES, compare_pair, paired_bootstrap
 from model.settings import TokenizerSettings
 from model.text.corpus import read_documents
 from model.text.tokenizer import load_tokenizer, train_tokenizer
@@ -112,9 +112,9 @@ def test_the_same_seed_gives_the_same_interval() -> None:
 
 
 def test_so_few_pieces_show_nothing() -> None:
-    scores, text = np.full(FEWEST_PIECES - 1, 1.0), np.ones(FEWEST_PIECES - 1)
+    scores, text = np.full(MIN_PIECES - 1, 1.0), np.ones(MIN_PIECES - 1)
     assert not paired_bootstrap(scores - 0.5, scores, text, unit="pieces").is_better
-    scores, text = np.full(FEWEST_PIECES, 1.0), np.ones(FEWEST_PIECES)
+    scores, text = np.full(MIN_PIECES, 1.0), np.ones(MIN_PIECES)
     assert paired_bootstrap(scores - 0.5, scores, text, unit="pieces").is_better
 
 

@@ -76,7 +76,7 @@ class Network:
         """Drop everything between a host and the others."""
         self._on_switch("link", "set", host.port, "nomaster")
 
-    def mend(self, host: Host) -> None:
+    def reconnect(self, host: Host) -> None:
         self._on_switch("link", "set", host.port, "master", "bridge")
 
     def _on_switch(self, *words: str) -> None:

@@ -21,7 +21,7 @@ from bento.http.openapi import GENERATING
 from bento.openai.endpoints.embeddings import MAX_INPUTS, embed_tokens, encode_inputs
 from bento.openai.schema import not_zero
 from bento.openai.turns import Label
-from bento.schema import LARGEST_COUNT, WHOLE, StrictRequest, forms
+from bento.schema import MAX_COUNT, WHOLE, StrictRequest, forms
 from bento.serving.backend import Backend, BackendOf
 
 
@@ -47,7 +47,7 @@ SCORE_PATHS, RERANK_PATHS = ("/score", "/v1/score"), ("/rerank", "/v1/rerank", "
 class _SimilarityRequest(StrictRequest):
     model: str | None = Field(None, description="The served model, the only one; /v1/models names it.")
     truncate_prompt_tokens: Annotated[int, WHOLE, AfterValidator(not_zero)] | None = Field(
-        None, ge=-1, le=LARGEST_COUNT, description="Keep this many of a text's last tokens; -1: as many as fit."
+        None, ge=-1, le=MAX_COUNT, description="Keep this many of a text's last tokens; -1: as many as fit."
     )
     user: Label | None = Field(None, description="Accepted and ignored.")
 
@@ -94,7 +94,7 @@ class RerankRequest(_SimilarityRequest):
     query: str = Field(min_length=1, description="The text to compare with.", examples=["def main():"])
     documents: Texts = Field(description="The texts to order.", examples=[["import os", "def run():"]])
     top_n: Annotated[int, WHOLE] | None = Field(
-        None, ge=0, le=LARGEST_COUNT, description="Return this many of the most similar texts; 0, the default: all."
+        None, ge=0, le=MAX_COUNT, description="Return this many of the most similar texts; 0, the default: all."
     )
     return_documents: bool | None = Field(None, description="Return the texts too. Default: true.")
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from model.errors import PipelineError
-from model.generation.grammar.schema import LONGEST_PLACE, Schema, Subschemas, dict_of, list_of
+from model.generation.grammar.schema import MAX_PLACE_LENGTH, Schema, Subschemas, dict_of, list_of
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ def check_schema(source: str) -> None:
     )
     for number in schemas.reached():
         if number not in finite:
-            place = schemas.places[number][:LONGEST_PLACE]
+            place = schemas.places[number][:MAX_PLACE_LENGTH]
             raise PipelineError(
                 f"no text is ever complete under {place}: it requires itself inside; make a part optional"
             )
@@ -54,7 +54,7 @@ def check_lark(source: str) -> None:
     for name in _reached(uses):
         if name not in finite:
             raise PipelineError(
-                f"no text is ever complete in the rule {name[:LONGEST_PLACE]!r}: it requires itself inside"
+                f"no text is ever complete in the rule {name[:MAX_PLACE_LENGTH]!r}: it requires itself inside"
             )
 
 
@@ -80,7 +80,7 @@ def check_terminals(source: str, matches_nothing: Callable[[str], bool]) -> None
     while len(used) > 1:
         half = used[: len(used) // 2]
         used = half if is_empty(half) else used[len(half) :]
-    raise PipelineError(f"no text matches {used[0][:LONGEST_PLACE]}: correct it")
+    raise PipelineError(f"no text matches {used[0][:MAX_PLACE_LENGTH]}: correct it")
 
 
 def _reached(uses: Mapping[str, Iterable[str]]) -> list[str]:

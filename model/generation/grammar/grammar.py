@@ -25,7 +25,7 @@ Kind = Literal["json", "regex", "grammar", "calls"]
 MAX_WHITE_SPACE = 20
 """Most consecutive whitespace characters in a JSON text: without a bound a model may emit whitespace until its tokens
 run out."""
-LONGEST_REASON = 200
+MAX_REASON_LENGTH = 200
 KEPT_GRAMMARS = 32
 JSON_OPTIONS: Any = {
     "whitespace_pattern": rf"[ \n\r\t]{{0,{MAX_WHITE_SPACE}}}",
@@ -199,7 +199,7 @@ def one_line(message: str) -> str:
     """The reason in an error of llguidance, whose text quotes the grammar over several lines."""
     lines = [line.strip() for line in message.splitlines()] or [""]
     reasons = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return " ".join((reasons or lines)[0].split())[:LONGEST_REASON]
+    return " ".join((reasons or lines)[0].split())[:MAX_REASON_LENGTH]
 
 
 def _failure(reason: str) -> GrammarFailure:

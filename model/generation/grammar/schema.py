@@ -9,7 +9,7 @@ ONE = ("additionalItems", "additionalProperties", "items", "unevaluatedPropertie
 SEVERAL = ("allOf", "anyOf", "items", "oneOf", "prefixItems")
 NAMED = ("$defs", "definitions", "patternProperties", "properties")
 """Keywords whose value is a schema, a list of schemas, or schemas by name."""
-LONGEST_PLACE = 80
+MAX_PLACE_LENGTH = 80
 
 
 class Subschemas:

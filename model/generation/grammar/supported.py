@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from model.errors import PipelineError
-from model.generation.grammar.schema import LONGEST_PLACE, Schema, Subschemas, children, dict_of, list_of
+from model.generation.grammar.schema import MAX_PLACE_LENGTH, Schema, Subschemas, children, dict_of, list_of
 
 TYPES = ("string", "number", "integer", "boolean", "null", "array", "object")
-LARGEST = 2**63 - 1024
+MAX_NUMBER = 2**63 - 1024
 """The largest double below 2^63, and so the largest bound that llguidance can count to."""
 EXACT = 2**53
 """The largest integer up to which a double holds each."""
-LONGEST = 2**31 - 1
+MAX_LENGTH = 2**31 - 1
 """Lengths above this bound nothing: every text is shorter."""
 MAX_DEPTH = 16
 MAX_ALTERNATIVES = 256
@@ -68,7 +68,7 @@ def supported(source: str) -> str:
         return source
     parts = Subschemas(root)
     for schema, place in zip(parts.all, parts.places, strict=True):
-        _Part(parts, schema, place[:LONGEST_PLACE]).rewrite()
+        _Part(parts, schema, place[:MAX_PLACE_LENGTH]).rewrite()
     for schema in parts.all:
         _admit_null(schema)
     return json.dumps(root, ensure_ascii=False)
@@ -138,7 +138,7 @@ class _Part:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise self._error(name, f"is {json.dumps(value)[:40]}: expected an integer of 0 or more")
-            if value > LONGEST:
+            if value > MAX_LENGTH:
                 if name.startswith("min"):
                     raise self._error(name, f"is {value}: no text is as long")
                 del self._schema[name]
@@ -157,14 +157,14 @@ class _Part:
             if value is None or isinstance(value, bool) or abs(value) <= EXACT:
                 continue
             large, lower = True, name in ("minimum", "exclusiveMinimum")
-            if value > LARGEST if lower else value < -LARGEST:
-                raise self._error(name, f"is {value:.4g}: numbers are generated up to {LARGEST:.4g}")
+            if value > MAX_NUMBER if lower else value < -MAX_NUMBER:
+                raise self._error(name, f"is {value:.4g}: numbers are generated up to {MAX_NUMBER:.4g}")
             schema[name] = _double_within(value, upwards=lower)
         if large:  # two bounds are counted to, one alone up to 10^15
             if "exclusiveMinimum" not in schema:
-                schema.setdefault("minimum", -LARGEST)
+                schema.setdefault("minimum", -MAX_NUMBER)
             if "exclusiveMaximum" not in schema:
-                schema.setdefault("maximum", LARGEST)
+                schema.setdefault("maximum", MAX_NUMBER)
 
     def _format(self) -> None:
         name = self._schema.get("format")
@@ -396,8 +396,8 @@ def _is_rounded(value: Any) -> bool:
 
 
 def _double_within(bound: float, *, upwards: bool) -> int | float:
-    """The double next to a bound that admits no value that the bound excludes, up to LARGEST."""
-    near = float(max(-LARGEST, min(LARGEST, bound)))
-    if (near < bound if upwards else near > bound) and -LARGEST < bound < LARGEST:
+    """The double next to a bound that admits no value that the bound excludes, up to MAX_NUMBER."""
+    near = float(max(-MAX_NUMBER, min(MAX_NUMBER, bound)))
+    if (near < bound if upwards else near > bound) and -MAX_NUMBER < bound < MAX_NUMBER:
         near = math.nextafter(near, math.inf if upwards else -math.inf)
     return int(near)

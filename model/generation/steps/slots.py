@@ -8,7 +8,7 @@ import numpy as np
 
 from model.generation.steps.step import Step
 
-SHORTEST_REUSE = 16
+MIN_REUSED_TOKENS = 16
 """Shortest shared prefix, in tokens, worth reusing; copying a shorter one costs as much as computing it again."""
 
 
@@ -98,10 +98,12 @@ class SlotTable:
     def _shared_prefixes(self, ids: np.ndarray) -> np.ndarray:
         """For each slot, the length of its common prefix with `ids`; 0 where it is too short to be reused."""
         shared = np.zeros(self.slots, dtype=np.int64)
-        if len(ids) < SHORTEST_REUSE:
+        if len(ids) < MIN_REUSED_TOKENS:
             return shared
         # Most slots differ within a few tokens: only the others are compared whole.
-        begins = (self._ids[:, :SHORTEST_REUSE] == ids[:SHORTEST_REUSE]).all(axis=1) & (self._lengths >= SHORTEST_REUSE)
+        begins = (self._ids[:, :MIN_REUSED_TOKENS] == ids[:MIN_REUSED_TOKENS]).all(axis=1) & (
+            self._lengths >= MIN_REUSED_TOKENS
+        )
         if begins.any():
             differs = self._ids[begins, : len(ids)] != ids
             equal = np.where(differs.any(axis=1), differs.argmax(axis=1), len(ids))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.training.optim.newton_schulz import orthogonalize
 
-SMALLEST = 128
+MIN_DIVIDED_SIZE = 128
 """Rows or columns, the fewer of a matrix, from which sharing can pay: 5 steps take 20 times as many operations per byte
 that is sent, so 2,560. Smaller matrices take less time than the call that would send them."""
 
@@ -23,7 +23,7 @@ def is_shared(matrices: Sequence[Tensor]) -> bool:
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     # FSDP's parameters are a subclass, of which each process holds a part.
     whole = all(type(matrix) in (Tensor, torch.nn.Parameter) for matrix in matrices)
-    return several and whole and max((min(matrix.shape[-2:]) for matrix in matrices), default=0) >= SMALLEST
+    return several and whole and max((min(matrix.shape[-2:]) for matrix in matrices), default=0) >= MIN_DIVIDED_SIZE
 
 
 def orthogonalize_shared(stacks: Sequence[Tensor], steps: int = 5, **options: Any) -> list[Tensor]:

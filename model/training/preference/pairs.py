@@ -24,7 +24,7 @@ from model.text.chat.template import MARKS, Turn, has_marks, text_of
 from model.text.compression import CODECS, BrokenFile
 from model.text.encodings import Utf8Stream
 from model.text.files import list_files, open_file, reading
-from model.text.sources import LONGEST_LINE, content_of
+from model.text.sources import MAX_LINE_BYTES, content_of
 from model.text.tokenizer import FastEncoder
 
 FIELDS = ("prompt", "chosen", "rejected")
@@ -62,7 +62,7 @@ def read_preferences(paths: Sequence[str]) -> Iterator[Preference]:
         try:
             with reading(file.source, file.fs), open_file(file) as stored:
                 stream = io.BufferedReader(Utf8Stream(content_of(file.source, stored, codec)))
-                for number, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), b""), 1):
+                for number, line in enumerate(iter(partial(stream.readline, MAX_LINE_BYTES), b""), 1):
                     if not line.isspace():
                         yield preference(line, f"{file.source}, line {number}")
         except BrokenFile as error:

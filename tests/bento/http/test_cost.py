@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bento.errors import ApiError
-from bento.http.body import DEEPEST, MAX_NAMES, MAX_VALUES, check_cost, parse
+from bento.http.body import MAX_DEPTH, MAX_NAMES, MAX_VALUES, check_cost, parse
 from bento.serving.heavy import HeavyWork, encode_in_parts
 from tests.bento.openai_service import refusal, running_service
 
@@ -53,7 +53,7 @@ def test_large_bodies_that_people_send_are_within_the_bounds(body):
 
 def test_depth_keeps_its_own_refusal():
     with pytest.raises(ApiError, match="nested"):
-        parse(b"[" * (DEEPEST + 2) + b"]" * (DEEPEST + 2))
+        parse(b"[" * (MAX_DEPTH + 2) + b"]" * (MAX_DEPTH + 2))
 
 
 def test_a_costly_body_is_refused_over_http():

@@ -6,9 +6,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from bento.errors import ApiError
-from bento.http.body import DEEPEST, LONG_BODY, parse
+from bento.http.body import LONG_BODY, MAX_DEPTH, parse
 from bento.openai.schema import MAX_CHOICES, MAX_LOGPROBS, MAX_PROMPTS
-from bento.schema import LONGEST_STOP, MAX_BIASES, MAX_STOP_IDS, MAX_STOPS
+from bento.schema import MAX_BIASES, MAX_STOP_IDS, MAX_STOP_LENGTH, MAX_STOPS
 from bento.serving.backend import Backend
 from tests.bento.openai_service import CHAT_TEMPLATE, GOOD, refusal, running_service
 from tests.support.tiny import CONTEXT
@@ -41,7 +41,7 @@ BAD_SAMPLING = [
     *[{"min_tokens": value} for value in (-1, 3, 2**31, 0.5)],
     *[{"ignore_eos": value} for value in (1, "true")],
     *[{"stop": value} for value in ("", [""], 5, [5], [None], {"a": 1}, ["x"] * (MAX_STOPS + 1))],
-    *[{"stop": value} for value in ("x" * (LONGEST_STOP + 1), ["x", "y" * (LONGEST_STOP + 1)])],
+    *[{"stop": value} for value in ("x" * (MAX_STOP_LENGTH + 1), ["x", "y" * (MAX_STOP_LENGTH + 1)])],
     *[{"stop_token_ids": value} for value in ([-1], [10_000], [True], ["1"], 5, [2] * (MAX_STOP_IDS + 1), [2**70])],
     *[{"logit_bias": value} for value in ({"x": 1}, {"-1": 1}, {"2": 101}, {"2": NAN}, {"2": "1"}, {"2": True}, [2])],
     *[{"logit_bias": value} for value in ({"10000": 1}, {"2": 1, "02": 1}, {"9" * 30: 1}, {"²": 1}, {"": 1})],
@@ -136,7 +136,7 @@ NOT_PLAIN = [
     (b'{"max_tokens": ' + b"9" * 5000 + b"}", "invalid_number"),
     (b"[" * 8000, "nested_too_deep"),
     (b'{"a":' * 900 + b"1" + b"}" * 900, "nested_too_deep"),
-    (b"[" * (DEEPEST + 2) + b"]" * (DEEPEST + 2), "nested_too_deep"),
+    (b"[" * (MAX_DEPTH + 2) + b"]" * (MAX_DEPTH + 2), "nested_too_deep"),
 ]
 
 

@@ -9,7 +9,7 @@ import openai
 import pydantic
 import pytest
 
-from bento.openai.structured import LONGEST_GRAMMAR
+from bento.openai.structured import MAX_GRAMMAR_LENGTH
 from model.generation.grammar.grammar import GrammarCompiler
 from tests.bento.openai_service import CHAT_TEMPLATE, MODEL, Service, events, on_a_port, refusal, running_service
 
@@ -137,8 +137,8 @@ def test_every_form_holds_on_both_routes(client, form, pattern, route):
         ),
         ({"guided_grammar": 'start: "a" start'}, "guided_grammar"),
         ({"guided_regex": "("}, "guided_regex"),
-        ({"guided_regex": "a" * (LONGEST_GRAMMAR + 1)}, "guided_regex"),
-        ({"guided_json": {"enum": ["a" * LONGEST_GRAMMAR]}}, "guided_json"),
+        ({"guided_regex": "a" * (MAX_GRAMMAR_LENGTH + 1)}, "guided_regex"),
+        ({"guided_json": {"enum": ["a" * MAX_GRAMMAR_LENGTH]}}, "guided_json"),
         ({"guided_choice": []}, None),
         ({"guided_choice": [1]}, "guided_choice"),
         ({"guided_choice": "yes"}, "guided_choice"),

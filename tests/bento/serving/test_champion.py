@@ -188,7 +188,7 @@ def follower(caplog):
         return engine
 
     made = ChampionWatcher(
-        shelf, NAME, models, load=load, settle=gc.collect, waits=waits.append, poll_s=0.01, drain_s=30
+        shelf, NAME, models, load=load, after_release=gc.collect, on_wait=waits.append, poll_s=0.01, drain_s=30
     )  # fmt: skip
     made.start()
     yield shelf, models, waits, engines

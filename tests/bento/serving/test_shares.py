@@ -12,7 +12,7 @@ from bentoml._internal.server.http.traffic import TimeoutMiddleware
 
 from bento.http.protocol import MAX_CHUNKS, ConnectionLimits
 from bento.serving.heavy import HeavyWork
-from bento.serving.shares import BURST_S, CHARGE, LONGEST_WAIT_S, MOST_CLIENTS, OTHERS_S, SHARE, Charged, ClientShares
+from bento.serving.shares import BURST_S, CHARGE, MAX_CLIENTS, MAX_WAIT_S, OTHERS_S, SHARE, Charged, ClientShares
 from tests.bento.openai_service import GOOD, Service, on_a_port, running_service
 
 COSTLY, OTHER = "127.0.0.2", "127.0.0.1"
@@ -66,7 +66,7 @@ def test_a_burst_within_the_allowance_is_free(shares: ClientShares) -> None:
 def test_no_wait_is_longer_than_the_longest(shares: ClientShares) -> None:
     shares.arrive("other")
     shares.charge("one", 1000.0)
-    assert shares.wait_s("one") == pytest.approx(LONGEST_WAIT_S)
+    assert shares.wait_s("one") == pytest.approx(MAX_WAIT_S)
 
 
 def test_a_client_stops_waiting_once_the_others_have_left(shares: ClientShares, clock: Clock) -> None:
@@ -106,10 +106,10 @@ def test_a_request_costs_what_was_charged_in_advance_or_what_it_took_if_that_is_
 
 
 def test_clients_that_left_are_forgotten(shares: ClientShares, clock: Clock) -> None:
-    for number in range(3 * MOST_CLIENTS):
+    for number in range(3 * MAX_CLIENTS):
         shares.charge(str(number), 0.001)
         clock.now += 0.001
-    assert len(shares._buckets) <= MOST_CLIENTS + 1
+    assert len(shares._buckets) <= MAX_CLIENTS + 1
 
 
 def test_all_steps_of_a_coroutine_are_charged_and_its_waits_are_not() -> None:
@@ -190,7 +190,7 @@ def test_on_a_real_server_one_client_waits_while_another_is_answered_and_is_answ
     with on_a_port(service.app, ConnectionLimits(shares=shares)) as url:
         address = (OTHER, int(url.rpartition(":")[2]))
         assert httpx.get(f"{url}/v1/models").status_code == 200
-        clock.now += LONGEST_WAIT_S
+        clock.now += MAX_WAIT_S
         shares.arrive(OTHER)
         assert shares.wait_s(OTHER) == 0
         shares.charge(COSTLY, 1000.0)
@@ -198,12 +198,12 @@ def test_on_a_real_server_one_client_waits_while_another_is_answered_and_is_answ
             half_closed.shutdown(socket.SHUT_WR)
             for _ in range(3):
                 assert httpx.post(f"{url}/v1/completions", json=json.loads(body)).status_code == 200
-                clock.now += LONGEST_WAIT_S / 10
+                clock.now += MAX_WAIT_S / 10
             for waiting in (whole, half_closed):
                 waiting.settimeout(0.3)
                 with pytest.raises(TimeoutError):
                     waiting.recv(1)
-            clock.now += 10 * LONGEST_WAIT_S
+            clock.now += 10 * MAX_WAIT_S
             for waiting in (whole, half_closed):
                 waiting.settimeout(30)
                 assert b"200 OK" in waiting.recv(4096)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from model.system.failure import LONGEST, reason_of
+from model.system.failure import MAX_LENGTH, reason_of
 
 WARNING = "sys:1: ResourceWarning: unclosed socket; the process failed to close it"
 PLAIN = """\
@@ -80,7 +80,7 @@ def test_a_killed_process_is_named_by_its_signal() -> None:
 
 
 def test_a_long_reason_is_cut() -> None:
-    assert len(reason_of(f"Traceback (most recent call last):\nValueError: {'x' * 1000}", 1)) == LONGEST + 3
+    assert len(reason_of(f"Traceback (most recent call last):\nValueError: {'x' * 1000}", 1)) == MAX_LENGTH + 3
 
 
 @pytest.mark.processes

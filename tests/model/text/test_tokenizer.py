@@ -16,7 +16,7 @@ from model.progress import with_lines
 from model.settings import CorpusSettings, TokenizerSettings
 from model.text.sources import Sources
 from model.text.tokenizer import (
-    LONGEST_RUN,
+    MAX_RUN_LENGTH,
     FastEncoder,
     even_sample,
     load_tokenizer,
@@ -179,9 +179,9 @@ def gpt2s(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 def test_the_pre_tokenizer_is_gpt2s_up_to_its_bound(tokenizers, texts) -> None:
     tokenizer = tokenizers["bpe"].backend_tokenizer
     gpt2 = gpt2s(tokenizers["bpe"]).backend_tokenizer
-    edges = [kind * n + "x" for kind in RUNS.values() for n in range(1, LONGEST_RUN // len(kind), 17)]
-    edges += [" " + "a" * LONGEST_RUN + " b", " " * LONGEST_RUN + "x", "x" + " " * LONGEST_RUN]
-    for text in [*texts, *edges, *(text for text in TRICKY if len(text) < LONGEST_RUN)]:
+    edges = [kind * n + "x" for kind in RUNS.values() for n in range(1, MAX_RUN_LENGTH // len(kind), 17)]
+    edges += [" " + "a" * MAX_RUN_LENGTH + " b", " " * MAX_RUN_LENGTH + "x", "x" + " " * MAX_RUN_LENGTH]
+    for text in [*texts, *edges, *(text for text in TRICKY if len(text) < MAX_RUN_LENGTH)]:
         assert pre_tokens(tokenizer, text) == pre_tokens(gpt2, text)
     config = json.loads(tokenizer.to_str())
     assert splits_as_gpt2(tokenizer) and splits_as_gpt2(gpt2) and not splits_as_gpt2(Tokenizer(models.BPE()))
@@ -191,16 +191,16 @@ def test_the_pre_tokenizer_is_gpt2s_up_to_its_bound(tokenizers, texts) -> None:
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_run_of_any_kind_costs_in_proportion_to_its_length(kind, tokenizers, encoders) -> None:
     tokenizer, encoder = tokenizers["bpe"], encoders["bpe"]
-    run = (RUNS[kind] * 8 * LONGEST_RUN)[: 8 * LONGEST_RUN]
+    run = (RUNS[kind] * 8 * MAX_RUN_LENGTH)[: 8 * MAX_RUN_LENGTH]
     for text in (
         run,
         f"def x{run}y = 1\n",
         run + " ",
         f"東京 {run}.",
-        run[:LONGEST_RUN] + "x",
-        run[: LONGEST_RUN + 1] + "1",
+        run[:MAX_RUN_LENGTH] + "x",
+        run[: MAX_RUN_LENGTH + 1] + "1",
     ):
-        assert max(map(len, split_characters(tokenizer, text))) <= LONGEST_RUN + 1
+        assert max(map(len, split_characters(tokenizer, text))) <= MAX_RUN_LENGTH + 1
         check_equal_and_exact(tokenizer, encoder, text)
         assert gpt2s(tokenizer).decode(encoder.encode(text)) == text
     assert len(encoder.encode(run * 8)) == 8 * len(encoder.encode(run))
@@ -214,8 +214,8 @@ def test_training_learns_from_no_run_longer_than_the_bound(kind) -> None:
         train_tokenizer(TokenizerSettings(vocab_size=2**20), [text])
     reached = int(str(raised.value).split("set it to ")[1].split(" ")[0])
     trained = train_tokenizer(TokenizerSettings(vocab_size=reached), [text])
-    assert max(map(len, split_characters(trained, text))) <= LONGEST_RUN + 1
-    assert max(map(len, token_bytes(trained))) <= (LONGEST_RUN + 1) * 4
+    assert max(map(len, split_characters(trained, text))) <= MAX_RUN_LENGTH + 1
+    assert max(map(len, token_bytes(trained))) <= (MAX_RUN_LENGTH + 1) * 4
 
 
 def split_characters(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:

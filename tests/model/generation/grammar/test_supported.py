@@ -14,7 +14,7 @@ from pydantic import Base64Bytes, BaseModel, Field, SecretStr
 
 from model.errors import PipelineError
 from model.generation.grammar.grammar import GrammarCompiler
-from model.generation.grammar.supported import LARGEST, supported
+from model.generation.grammar.supported import MAX_NUMBER, supported
 
 BYTES = [bytes([value]) for value in range(256)]
 END = 256
@@ -65,7 +65,7 @@ CASES = [
     ({"type": "integer", "minimum": 0, "exclusiveMinimum": True}, ["1"], ["0"]),
     ({"type": "integer", "exclusiveMinimum": False}, ["0"], ["1.5"]),
     ({"type": "string", "minLength": 2.0, "maxLength": 2**40}, ['"ab"'], ['"a"']),
-    (INT64, [str(LARGEST), str(-LARGEST), "0"], [str(2**63), str(-(2**63) - 1), "1.5"]),
+    (INT64, [str(MAX_NUMBER), str(-MAX_NUMBER), "0"], [str(2**63), str(-(2**63) - 1), "1.5"]),
     ({"type": "integer", "minimum": 2**60 + 1}, [str(2**60 + 256)], [str(2**60), "5"]),
     ({"type": "integer", "maximum": 2**60 - 1}, ["5", "-5", str(2**60 - 128)], [str(2**60)]),
     ({"type": "number", "exclusiveMinimum": 2**60}, [str(2**60 + 256)], [str(2**60), "5"]),
@@ -203,9 +203,9 @@ def test_a_large_bound_is_narrowed_and_never_widened(bound, is_lower):
     try:
         rewritten = json.loads(supported(json.dumps({"type": "integer", name: bound})))
     except PipelineError:
-        assert bound > LARGEST if is_lower else bound < -LARGEST
+        assert bound > MAX_NUMBER if is_lower else bound < -MAX_NUMBER
         return
     found = rewritten[name]
     assert found >= bound if is_lower else found <= bound
     assert float(found) == found
-    assert abs(found) <= max(LARGEST, 2**53) and (abs(bound) > LARGEST or abs(found - bound) <= 1024)
+    assert abs(found) <= max(MAX_NUMBER, 2**53) and (abs(bound) > MAX_NUMBER or abs(found - bound) <= 1024)

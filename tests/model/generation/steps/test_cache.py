@@ -7,7 +7,7 @@ import torch
 
 from model.generation.steps.cache import KeyValueCache, bytes_per_token
 from model.generation.steps.reference import ReferenceStep
-from model.generation.steps.slots import SHORTEST_REUSE, SlotTable
+from model.generation.steps.slots import MIN_REUSED_TOKENS, SlotTable
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
 LONG = np.arange(2, 42)
@@ -64,14 +64,14 @@ def test_the_beginning_of_a_slot_in_use_is_copied(cache, table):
 
 def test_a_long_text_is_not_given_up_for_a_short_common_beginning(table):
     hold(table, 0, LONG)
-    prompt = np.append(LONG[:SHORTEST_REUSE], [7, 7])
-    assert table.take([0, 1, 2], prompt, reuse=True) == (1, SHORTEST_REUSE)
+    prompt = np.append(LONG[:MIN_REUSED_TOKENS], [7, 7])
+    assert table.take([0, 1, 2], prompt, reuse=True) == (1, MIN_REUSED_TOKENS)
     assert table.length(0) == len(LONG)
 
 
 def test_a_common_beginning_that_is_not_worth_it_is_computed_again(table):
     hold(table, 0, LONG)
-    assert table.take([1, 2], np.append(LONG[: SHORTEST_REUSE - 1], [7, 7]), reuse=True) == (1, 0)
+    assert table.take([1, 2], np.append(LONG[: MIN_REUSED_TOKENS - 1], [7, 7]), reuse=True) == (1, 0)
 
 
 def test_the_slot_left_longest_ago_is_overwritten_first(table):

@@ -17,6 +17,8 @@ from torch import Tensor
 from model.generation.requests import SamplingParameters, TokenLogprob
 from model.generation.steps.draw import Draw, draw_token
 
+_SCORED_ROWS = 32
+
 
 class Sampler:
     """Samples the tokens of one request.
@@ -104,11 +106,16 @@ class Sampler:
 
 def token_logprobs(logits_RV: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
     """Log-probability of one token per row of float32 logits (R, V), with the `top` most likely alternatives."""
-    all_RV = logits_RV.log_softmax(dim=-1)
-    chosen = all_RV.gather(1, torch.tensor(tokens, device=logits_RV.device)[:, None])[:, 0].tolist()
-    best, ids = torch.topk(all_RV, min(top, logits_RV.shape[1]))
-    ranked = zip(ids.int().cpu().numpy(), best.cpu().numpy(), strict=True)
-    return [
-        TokenLogprob(token, logprob, row_ids.tobytes(), row.tobytes())
-        for token, logprob, (row_ids, row) in zip(tokens, chosen, ranked, strict=True)
-    ]
+    found: list[TokenLogprob] = []
+    # A few rows at a time, so that a long prompt needs little memory beside its logits.
+    for start in range(0, len(tokens), _SCORED_ROWS):
+        part_RV = logits_RV[start : start + _SCORED_ROWS].log_softmax(dim=-1)
+        part = tokens[start : start + _SCORED_ROWS]
+        chosen = part_RV.gather(1, torch.tensor(part, device=part_RV.device)[:, None])[:, 0].tolist()
+        best, ids = torch.topk(part_RV, min(top, part_RV.shape[1]))
+        ranked = zip(ids.int().cpu().numpy(), best.cpu().numpy(), strict=True)
+        found += (
+            TokenLogprob(token, logprob, row_ids.tobytes(), row.tobytes())
+            for token, logprob, (row_ids, row) in zip(part, chosen, ranked, strict=True)
+        )
+    return found

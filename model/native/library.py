@@ -240,6 +240,7 @@ class NativeSession:
         self.bytes_per_token: int = model.cached_numbers_per_token * dtype.itemsize
         self._process = os.getpid()
         self._arguments = _Arguments(max(1, slots))
+        self._logits_RV = np.empty((0, model.vocab_size), dtype=np.float32)
 
     def step(
         self, segments: Sequence[Segment], *, logits: bool = True
@@ -252,7 +253,8 @@ class NativeSession:
         limit is exhausted.
         """
         table = [(s.slot, s.start, len(s.ids), s.wanted) for s in segments]
-        return self.step_over(table, [s.ids for s in segments], logits=logits)
+        logits_RV, chosen_R, highest_R = self.step_over(table, [s.ids for s in segments], logits=logits)
+        return None if logits_RV is None else logits_RV.copy(), chosen_R, highest_R
 
     def step_over(
         self,
@@ -262,7 +264,8 @@ class NativeSession:
         logits: bool,
         draws: np.ndarray | None = None,
     ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
-        """As `step`. table: slot, start, length and wanted rows of each segment. ids: the tokens of each.
+        """As `step`, with logits that the next call overwrites. table: slot, start, length and wanted rows of each
+        segment. ids: the tokens of each.
 
         draws: float64 (R, 5), the temperature, top-k, top-p, min-p and uniform number of each row: with a temperature
         above 0 it gets a sample in place of the first index of the highest logit.
@@ -272,7 +275,7 @@ class NativeSession:
         if max(len(table), rows) > arguments.capacity:
             arguments = self._arguments = _Arguments(max(len(table), rows))
         tokens = _join(ids)
-        logits_RV = np.empty((rows, self.model.vocab_size), dtype=np.float32) if logits else None
+        logits_RV = self._logits(rows) if logits else None
         failed = self._library.rex_session_step(
             self._handle,
             len(table),
@@ -285,6 +288,14 @@ class NativeSession:
         )
         _check(failed, arguments.error)
         return logits_RV, arguments.chosen[:rows].copy(), arguments.highest[:rows].copy()
+
+    def _logits(self, rows: int) -> np.ndarray:
+        """Memory for logits (R, V), reused: blocks of tens of MB in many sizes leave gaps in the heap."""
+        if len(self._logits_RV) < rows:
+            # To a power of two, so that it grows a few times at most; the former one is freed first.
+            self._logits_RV = np.empty((0, self.model.vocab_size), dtype=np.float32)
+            self._logits_RV = np.empty((1 << (rows - 1).bit_length(), self.model.vocab_size), dtype=np.float32)
+        return self._logits_RV[:rows]
 
     def hidden_states(self, segments: Sequence[Segment]) -> np.ndarray:
         """As `step`, but ends after the final norm: hidden states (R, D) float32 of the requested rows."""

@@ -11,19 +11,21 @@ if they spell a special token.
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from bento.errors import ApiError, server_error
+from bento.errors import ApiError
+from model.text.chat.check import variables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
 HIDDEN = re.compile("content[0-9a-f]{32}")
-GENERATION_BLOCK = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
 DECIDED_BY_FIELDS = ("add_generation_prompt", "continue_final_message")
+_LIMITS = (MemoryError, RecursionError)
+"""Reached by a template that repeats a text, or calls itself, for some conversations."""
 NO_VALUES: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -163,7 +165,7 @@ def _read_values(
     """The values that the template reads. Raises ApiError 400 for one that spells a special token."""
     if not values:
         return {}
-    names = _variables(tokenizer.get_chat_template())
+    names = variables(tokenizer.get_chat_template())
     kept = {name: value for name, value in values.items() if name in names and name not in DECIDED_BY_FIELDS}
     texts = list(_texts(list(kept.values())))
     for special in specials:
@@ -189,19 +191,6 @@ def _texts(values: Iterable[Any]) -> Iterator[str]:
             waiting += [*value.keys(), *value.values()]
 
 
-@lru_cache(maxsize=8)
-def _variables(template: str) -> frozenset[str]:
-    """The variables that a template reads; none for a broken one."""
-    from jinja2 import Environment, TemplateSyntaxError, meta
-
-    plain = GENERATION_BLOCK.sub("", template)  # a tag of transformers
-    try:
-        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
-    except TemplateSyntaxError:
-        return frozenset()
-    return frozenset(meta.find_undeclared_variables(tree))
-
-
 class Render(Protocol):
     """Renders a conversation. name: the request's field of it."""
 
@@ -217,13 +206,11 @@ def _render(
     *,
     opens_turn: bool,
 ) -> str:
-    from jinja2 import TemplateError, TemplateSyntaxError
+    from jinja2 import TemplateError
 
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_turn, **values))
-    except TemplateSyntaxError:
-        raise server_error(500, "the model's chat template is broken", code="chat_template") from None
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, *_LIMITS) as error:
         reason = " ".join(str(error).split())[:200]
         raise ApiError(
             400,

@@ -26,6 +26,7 @@ from model.artifact import read_json
 from model.errors import PipelineError, one_line
 from model.progress import Log, silent, with_lines
 from model.settings import TokenizerSettings
+from model.text.chat.check import check_templates
 from model.text.chat.template import MARKS, add_marks
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
@@ -115,10 +116,17 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
         if isinstance(model, dict) and model.get("merges") and model.get("continuing_subword_prefix"):
             # The library would cut each merge by its length, and abort the process where one is shorter.
             raise ValueError(f"continuing_subword_prefix is {model['continuing_subword_prefix']!r}, not null")
-        Tokenizer.from_file(str(path))
+        bare = Tokenizer.from_file(str(path))
     named = " or ".join(map(str, others)) or path
     with _as_pipeline_error(f"{named} does not fit {path.name}", "expected the files that save_pretrained wrote"):
-        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+        loaded = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+    if loaded.eos_token is None or bare.token_to_id(loaded.eos_token) is None:
+        raise PipelineError(
+            f"{directory / _BESIDE[0]} has eos_token {loaded.eos_token!r}: expected the token of {path.name} that ends "
+            "a text; name it there, or take another model"
+        )
+    check_templates(loaded, directory)
+    return loaded
 
 
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")

@@ -172,6 +172,8 @@ def test_a_model_without_a_template_refuses_a_conversation():
         "{{ raise_exception('roles must alternate') }}",
         "{{ messages[0].content.missing.attribute }}",
         "{{ ''.__class__.__mro__ }}",
+        "{% if messages %}{{ messages | no_such_filter }}{% endif %}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
     ],
 )
 def test_a_template_that_refuses_a_conversation_is_a_400(template):

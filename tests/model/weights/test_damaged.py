@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.errors import PipelineError
+from model.text.chat import check
 from model.text.tokenizer import load_tokenizer
 from model.weights.loading import load_model
 from model.weights.stock import read_weights
@@ -186,6 +188,53 @@ def test_a_file_beside_the_tokenizer_with_wrong_types_is_refused(
 def test_a_chat_template_that_is_not_utf_8_is_refused(model_dir: Path) -> None:
     (model_dir / "chat_template.jinja").write_bytes(b"{{ '\xff' }}")
     assert "UTF-8" in refusal(load_tokenizer, model_dir, "chat_template.jinja")
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        ("{{ a }}\n{% if x %}", "line 2"),
+        ("\n\n{{ x | no_such_filter }}", "line 3: No filter named 'no_such_filter'"),
+        ("{{ x is no_such_test }}", "line 1: No test named"),
+        ("{% no_such_tag %}", "line 1: Encountered unknown tag"),
+        ("{{ 'x }}", "line 1"),
+        ("{% for a in b %}" * 30 + "{% endfor %}" * 30, "nested too deep"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "nested too deep"),
+        (5, "is a number"),
+        ([{"name": "default", "template": "{{ 1 }}"}, {"name": "tools", "template": "{{ 1"}], "line 1"),
+    ],
+    ids=range(9),
+)
+def test_a_chat_template_that_is_not_jinja_is_refused_by_file_and_line(
+    template: Any, found: str, model_dir: Path
+) -> None:
+    edited(model_dir / "tokenizer_config.json", chat_template=template)
+    assert found in refusal(load_tokenizer, model_dir, "tokenizer_config.json")
+    if isinstance(template, str):
+        (model_dir / "chat_template.jinja").write_text(template)
+        assert found in refusal(load_tokenizer, model_dir, "chat_template.jinja")
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('roles alternate') }}", "{{ messages[7].content.x }}", "\n"])
+def test_a_chat_template_that_refuses_conversations_is_loaded(template: str, model_dir: Path) -> None:
+    edited(model_dir / "tokenizer_config.json", chat_template=template)
+    assert load_tokenizer(model_dir).chat_template == template
+
+
+def test_a_chat_template_that_does_not_end_is_refused(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "LONGEST_RENDERING_S", 0.5)
+    before = set(threading.enumerate())
+    edited(model_dir / "tokenizer_config.json", chat_template="{% for a in range(99999) %}" * 9 + "{% endfor %}" * 9)
+    assert "does not end" in refusal(load_tokenizer, model_dir, "tokenizer_config.json")
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("changes", [{"eos_token": None}, {"eos_token": "<|no such token|>"}], ids=repr)
+def test_a_tokenizer_without_the_token_that_ends_a_text_is_refused(changes: dict[str, object], model_dir: Path) -> None:
+    edited(model_dir / "tokenizer_config.json", **changes)
+    assert "eos_token" in refusal(load_tokenizer, model_dir, "tokenizer_config.json")
 
 
 def _shortened(path: Path, share: float) -> None:

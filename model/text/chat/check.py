@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.errors import PipelineError, json_type, one_line
+from model.errors import PipelineError, json_type
 from model.text.chat.template import has_marks
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _check(template: Any, source: str) -> None:
     try:
         variables(template)
     except TemplateSyntaxError as error:
-        raise PipelineError(f"{source}, line {error.lineno}: {one_line(error.message or error)}; {_REMEDY}") from None
+        raise PipelineError(f"{source}, line {error.lineno}: {" ".join((error.message or "not Jinja").split())}; {_REMEDY}") from None
     except (SyntaxError, RecursionError):  # of Python, which Jinja compiles to
         raise PipelineError(f"{source} is nested too deep: expected a template in Jinja; {_REMEDY}") from None
 

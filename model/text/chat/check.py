@@ -50,7 +50,8 @@ def _check(template: Any, source: str) -> None:
     try:
         variables(template)
     except TemplateSyntaxError as error:
-        raise PipelineError(f"{source}, line {error.lineno}: {" ".join((error.message or "not Jinja").split())}; {_REMEDY}") from None
+        found = " ".join((error.message or "not Jinja").split())
+        raise PipelineError(f"{source}, line {error.lineno}: {found}; {_REMEDY}") from None
     except (SyntaxError, RecursionError):  # of Python, which Jinja compiles to
         raise PipelineError(f"{source} is nested too deep: expected a template in Jinja; {_REMEDY}") from None
 

@@ -48,16 +48,21 @@ class ConfigFile:
 
 def names_of_files(config_dir: Path) -> list[str]:
     """Names of the experiments in `config_dir`, sorted; does not read their files."""
-    stems = sorted(path.stem for path in (config_dir / "experiment").glob("*.yaml"))
+    stems = sorted(path.stem for path in _visible_files(config_dir) if path.suffix == ".yaml")
     return [name for name in stems if name_mistake(name) is None]
 
 
 def misnamed_files(config_dir: Path) -> Iterator[str]:
     """One line for each file of `config_dir`/experiment whose name keeps it from being an experiment."""
-    for path in sorted((config_dir / "experiment").glob("*.y*ml")):
+    for path in sorted(_visible_files(config_dir)):
         mistake = name_mistake(path.stem) if path.suffix == ".yaml" else "expected a name that ends in .yaml"
         if mistake:
             yield f"{shown(path)}: {mistake}"
+
+
+def _visible_files(config_dir: Path) -> Iterator[Path]:
+    """Editors and copying tools keep files of their own beside a file: `.#x.yaml`, `._x.yaml`."""
+    return (path for path in (config_dir / "experiment").glob("*.y*ml") if not path.name.startswith("."))
 
 
 def name_mistake(name: str) -> str | None:
@@ -140,7 +145,7 @@ def read_file(path: Path, *, group: str | None, needs_package: bool = False) -> 
 
 def locate(message: str, files: Sequence[ConfigFile], overrides: Sequence[str]) -> str | None:
     """`file, line N` of the option that an error message names, if a file set it and no override did."""
-    named = re.search(r"full_key: (\S+)", message) or re.search(r"^([a-z]\w*\.\w+)[\w.-]*(?: is |: )", message)
+    named = re.search(r"full_key: ([^\n]+)", message) or re.search(r"^([a-z]\w*\.\w+)[\w.-]*(?: is |: )", message)
     if named is None:
         return None
     option = ".".join(re.split(r"[.\[]", named[1])[:2])
@@ -164,8 +169,8 @@ def did_you_mean(message: str) -> str:
 
 def shown(path: Path) -> str:
     """The path relative to the folder above `configs/`, for messages."""
-    parts = path.parts
-    return str(Path(*parts[-3:])) if path.parent.name != "configs" else str(Path(*parts[-2:]))
+    text = str(Path(*path.parts[-2 if path.parent.name == "configs" else -3 :]))
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _text(path: Path) -> str:
@@ -192,6 +197,9 @@ def _text(path: Path) -> str:
         raise _mistake(
             path, line, f"the byte {data[error.start]:#04x}, not UTF-8", "UTF-8: save the file as UTF-8"
         ) from None
+    if "\ufeff" in text:
+        line = text.count("\n", 0, text.index("\ufeff")) + 1
+        raise _mistake(path, line, "a byte order mark", "UTF-8 without one")
     return text
 
 

@@ -1,9 +1,11 @@
 """Composing experiments: each one resolves, each option is explained, each mistake is one clear line."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -77,6 +79,8 @@ def test_a_mistake_in_a_file_is_one_line_with_its_place_and_the_other_experiment
 @pytest.mark.parametrize(
     ("content", "line", "says"),
     [
+        (b"corpus: {license: a}\n\xef\xbb\xbftraining: {seed: 1}\n", 3, "a byte order mark"),
+        (b"training: {'max_steps ': 3}\n", 2, "Key 'max_steps ' not in"),
         (b"training: {seed:1}\n", 2, "Did you mean: 'seed'"),
         (b"training:\n  seed:1\n", 3, "the value 'seed:1' for 'training'"),
         (b"training:\n  - seed: 1\n", 3, "a list for 'training'"),
@@ -155,6 +159,42 @@ def test_a_name_that_no_registry_takes_is_refused_where_the_files_are_read(confi
     assert "my run" not in experiment_names(config_dir)
     assert main(["--list", "--config-dir", str(config_dir)]) == 1
     assert "my run.yaml: 'my run' is not a valid experiment name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [b"a\nb", b"a\xffb", b"Smoke", b"-x"])
+def test_a_name_of_any_bytes_is_one_line_beside_the_list(name, config_dir, capsys):
+    (config_dir / "experiment" / f"{os.fsdecode(name)}.yaml").write_text("description: a\n")
+    assert main(["--list", "--config-dir", str(config_dir)]) == 1
+    printed = capsys.readouterr()
+    assert len(printed.err.splitlines()) == 1 and printed.err.encode()
+    assert "smoke" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (Path.mkdir, "is a folder"),
+        (lambda path: path.symlink_to("nowhere"), "cannot be read"),
+        (lambda path: path.symlink_to(path.name), "cannot be read"),
+        (os.mkfifo, "is a device or a pipe"),
+    ],
+    ids=["folder", "dangling", "cycle", "pipe"],
+)
+def test_what_is_no_file_is_one_line_and_the_other_experiments_go_on(make, says, config_dir, capsys):
+    make(config_dir / "experiment" / "broken.yaml")
+    with pytest.raises(PipelineError, match=rf"broken\.yaml {says}"):
+        compose("broken", config_dir=config_dir)
+    assert main(["--list", "--config-dir", str(config_dir)]) == 1
+    printed = capsys.readouterr()
+    assert "smoke" in printed.out and len(printed.err.splitlines()) == 1
+
+
+def test_files_that_editors_keep_beside_an_experiment_are_passed_over(config_dir):
+    before = experiment_names(config_dir)
+    (config_dir / "experiment" / ".#smoke.yaml").symlink_to("somebody@host.1234")
+    (config_dir / "experiment" / "._smoke.yaml").write_bytes(b"\0\5\x16\7")
+    assert main(["--list", "--config-dir", str(config_dir)]) == 0
+    assert experiment_names(config_dir) == before
 
 
 @pytest.mark.parametrize(

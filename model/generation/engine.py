@@ -57,7 +57,7 @@ class Engine:
     max_queue, max_queue_tokens: requests that may wait besides those that run, and tokens of their prompts.
     step: how a step is computed, a name of `steps.py` or "auto". step_timeout_s: a step that takes longer counts as
     hung. end_of_text_ids: tokens that end a text; None: the model's own.
-    Raises PipelineError if the memory does not hold one context.
+    Raises PipelineError if the memory does not hold one context, and for more tokens than the model has.
     """
 
     def __init__(
@@ -84,6 +84,11 @@ class Engine:
             end_of_text_ids = _end_of_text_ids(model, tokenizer)
         self.end_of_text_ids = end_of_text_ids
         known = token_bytes(tokenizer)
+        if len(known) > self.vocab_size:
+            raise PipelineError(
+                f"the tokenizer of {tokenizer.name_or_path or 'the model'} has {len(known):,} tokens: expected at most "
+                f"{self.vocab_size:,}, the model's vocab_size; take the tokenizer that came with the model"
+            )
         self.token_bytes: Sequence[bytes] = [*known, *[b""] * (self.vocab_size - len(known))]
         """Of every id of the vocabulary; those that pad it have none."""
         self._encoder = FastEncoder(tokenizer)

@@ -69,7 +69,10 @@ def _pretrained(directory: Path) -> PreTrainedTokenizerFast:
         raise PipelineError(
             f"tokenizer.path is {str(directory)!r}: no tokenizer.json there; name a checkpoint's folder"
         )
-    made = load_tokenizer(directory)
+    try:
+        made = load_tokenizer(directory)
+    except PipelineError as error:
+        raise PipelineError(f"tokenizer.path is {str(directory)!r}: {error}") from None
     state = json.loads(made.backend_tokenizer.to_str())
     model, decoder = state["model"], state["decoder"] or {}
     is_byte_level = model["type"] == "BPE" and '"ByteLevel"' in json.dumps(decoder)

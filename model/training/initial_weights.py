@@ -4,6 +4,8 @@ The teacher runs on each batch without gradients, in the training's precision; `
 models' hidden states. Both checkpoints must have the training's vocabulary, so that ids mean the same tokens.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,13 +30,11 @@ def start_from(model: RexForCausalLM, checkpoint: Path, tokenizer: PreTrainedTok
     compute different results in this experiment, for example with another rotary base.
     """
     option = f"training.init_from is {str(checkpoint)!r}"
-    try:
+    with _named(option):
         if not weight_files(checkpoint):
             raise PipelineError(f"no {WEIGHTS} there; name the folder of a trained checkpoint, or of a stock model")
         found, options = read_weights(checkpoint), differing_options(checkpoint, model.config)
         theirs, ours = load_tokenizer(checkpoint).get_vocab(), tokenizer.get_vocab()
-    except PipelineError as error:
-        raise PipelineError(f"{option}: {error}") from None
     added = ours.keys() - theirs.keys()
     is_extended = bool(added) and added <= set(MARKS.values()) and {**ours, **theirs} == ours
     if theirs == ours or is_extended:
@@ -56,7 +56,7 @@ def start_from(model: RexForCausalLM, checkpoint: Path, tokenizer: PreTrainedTok
             f"{option}: it computes different results than this experiment's model; set {' '.join(options)}"
         )
     if not is_extended:
-        _check_vocabulary(option, checkpoint, tokenizer)
+        _check_vocabulary(option, theirs, ours)
     # strict=False because a tied head has no entry. All other names were compared.
     model.load_state_dict(found, strict=False)
 
@@ -75,9 +75,13 @@ def load_teacher(
     shorter than a window.
     """
     option = f"training.distill_from is {str(checkpoint)!r}"
-    _weights(option, checkpoint)
-    _check_vocabulary(option, checkpoint, tokenizer)
-    teacher = load_model(checkpoint, quantized=False)
+    with _named(option):
+        if not (checkpoint / WEIGHTS).is_file():
+            raise PipelineError(f"no {WEIGHTS} there; name the folder of a trained checkpoint")
+        theirs = load_tokenizer(checkpoint).get_vocab()
+    _check_vocabulary(option, theirs, tokenizer.get_vocab())
+    with _named(option):
+        teacher = load_model(checkpoint, quantized=False)
     if teacher.config.max_position_embeddings < sequence_length:
         raise PipelineError(
             f"{option}: its context is {teacher.config.max_position_embeddings:,} tokens and a window has "
@@ -87,15 +91,16 @@ def load_teacher(
     return teacher
 
 
-def _weights(option: str, checkpoint: Path) -> Path:
-    weights = checkpoint / WEIGHTS
-    if not weights.is_file():
-        raise PipelineError(f"{option}: no {WEIGHTS} there; name the folder of a trained checkpoint")
-    return weights
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Name the option in the errors of the folder that it names."""
+    try:
+        yield
+    except PipelineError as error:
+        raise PipelineError(f"{option}: {error}") from None
 
 
-def _check_vocabulary(option: str, checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    theirs, ours = load_tokenizer(checkpoint).get_vocab(), tokenizer.get_vocab()
+def _check_vocabulary(option: str, theirs: Mapping[str, int], ours: Mapping[str, int]) -> None:
     if theirs != ours:
         raise PipelineError(
             f"{option}: its tokenizer ({len(theirs):,} tokens) differs from this experiment's ({len(ours):,} "

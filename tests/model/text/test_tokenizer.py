@@ -347,3 +347,12 @@ def test_a_pretrained_tokenizer_of_this_project_is_taken_as_it_is(tokenizers, tm
     tokenizers[kind].save_pretrained(tmp_path)
     taken = train_tokenizer(TokenizerSettings(kind="pretrained", path=str(tmp_path)), [])
     assert taken.get_vocab() == tokenizers[kind].get_vocab()
+
+
+def test_a_damaged_pretrained_tokenizer_is_one_line_that_names_the_option(tokenizers, tmp_path: Path) -> None:
+    tokenizers["bpe"].save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(
+        PipelineError, match=r"^tokenizer\.path is .*tokenizer\.json is not JSON"
+    ):
+        train_tokenizer(TokenizerSettings(kind="pretrained", path=str(tmp_path)), [])

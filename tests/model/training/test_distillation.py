@@ -163,6 +163,10 @@ def test_a_teacher_of_another_tokenizer_or_a_shorter_context_is_refused_in_one_l
         PipelineError, match=r"its context is 32 tokens and a window has 64 \(tokenizer.sequence_length\)"
     ):
         train(settings, dataset_dir, tmp_path / "out", tmp_path / "scratch3")
+    for name in ("config.json", "tokenizer.json"):
+        (copy / name).write_text("{")
+        with pytest.raises(PipelineError, match=rf"distill_from is '{copy}': .*{name} is not JSON"):
+            train(settings, dataset_dir, tmp_path / "out", tmp_path / "scratch4")
 
 
 def test_a_whole_vocabulary_of_logits_exists_neither_for_the_student_nor_for_the_teacher(monkeypatch):

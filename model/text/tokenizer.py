@@ -362,6 +362,8 @@ _BYTES = _unicode_of_bytes()
 
 
 def _byte_level_token_bytes(token: str) -> bytes:
+    if not _BYTES.keys() >= set(token):
+        return token.encode()  # added to the vocabulary as a plain text, which the decoder takes as it is
     return bytes(_BYTES[character] for character in token)
 
 

@@ -1,5 +1,6 @@
 """The engine gives what `generate()` gives, to many callers at once."""
 
+import copy
 import math
 import random
 import threading
@@ -244,6 +245,15 @@ def test_memory_for_keys_and_values_decides_how_many_generate_at_once(model, tok
     engine = start(wide, tokenizer, max_batch_size=16, kv_cache_mib=3)  # a context takes 1 MiB
     assert engine.stats().cache_capacity_tokens == 3 << 12
     engine.stop()
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_is_refused(model, tokenizer):
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["<|one more|>"])
+    with pytest.raises(
+        PipelineError, match=rf"has {len(larger)} tokens: expected at most {len(tokenizer)}, the model's"
+    ):
+        start(model, larger)
 
 
 def test_short_texts_generate_side_by_side_in_the_memory_of_one_context(tokenizer):

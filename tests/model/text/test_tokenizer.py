@@ -1,3 +1,4 @@
+import copy
 import json
 import random
 import time
@@ -352,7 +353,16 @@ def test_a_pretrained_tokenizer_of_this_project_is_taken_as_it_is(tokenizers, tm
 def test_a_damaged_pretrained_tokenizer_is_one_line_that_names_the_option(tokenizers, tmp_path: Path) -> None:
     tokenizers["bpe"].save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(
-        PipelineError, match=r"^tokenizer\.path is .*tokenizer\.json is not JSON"
-    ):
+    with pytest.raises(PipelineError, match=r"^tokenizer\.path is .*tokenizer\.json is not JSON"):
         train_tokenizer(TokenizerSettings(kind="pretrained", path=str(tmp_path)), [])
+
+
+def test_tokens_added_as_plain_texts_stand_for_those(tokenizers) -> None:
+    made = copy.deepcopy(tokenizers["bpe"])
+    made.add_tokens(["    ", "<a b>", "日本", "<tool_call>"])
+    text = "x    y <a b> 日本<tool_call>\n"
+    ids = FastEncoder(made).encode(text).tolist()
+    assert ids == made.encode(text, add_special_tokens=False)
+    assert {len(made) - 4, len(made) - 3, len(made) - 2, len(made) - 1} <= set(ids)
+    known = token_bytes(made)
+    assert b"".join(known[number] for number in ids).decode() == text == made.decode(ids)

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 from pydantic import Field
@@ -76,8 +77,7 @@ class DirectoryIOManager(dg.ConfigurableIOManager):
     def handle_output(self, context: dg.OutputContext, obj: Staged | Reused) -> None:
         """Publish a sealed directory, or name a version that is reused."""
         if isinstance(obj, Reused):
-            path = dg.MetadataValue.path(shown_path(obj.path))
-            context.add_output_metadata({"path": path, "version": obj.version, "unchanged": True})
+            context.add_output_metadata(_metadata(obj.path, obj.version, unchanged=True))
             return
         with no_retry_after_termination(context):
             try:
@@ -86,13 +86,7 @@ class DirectoryIOManager(dg.ConfigurableIOManager):
             except BaseException as error:
                 obj.on_failure(error)
                 raise
-        context.add_output_metadata(
-            {
-                "path": dg.MetadataValue.path(shown_path(publication.path)),
-                "version": publication.version,
-                "unchanged": publication.unchanged,
-            }
-        )
+        context.add_output_metadata(_metadata(publication.path, publication.version, unchanged=publication.unchanged))
         if publication.unchanged:
             context.log.info(f"unchanged: {publication.path} already had this content")
         if not publication.latest:
@@ -105,3 +99,8 @@ class DirectoryIOManager(dg.ConfigurableIOManager):
         """The verified local folder of the upstream's latest version."""
         with no_retry_after_termination(context), permanent_failures():
             return self.store().load(context.asset_key.path[-1], context.partition_key)
+
+
+def _metadata(path: Path | str, version: str, *, unchanged: bool) -> dict[str, Any]:
+    """Where a version is. The Overview has no room for the path, and leaves out what has Dagster's name for it."""
+    return {"dagster/uri": dg.MetadataValue.path(shown_path(path)), "version": version, "unchanged": unchanged}

@@ -92,7 +92,6 @@ def packaged_bento(
                 "serve": dg.MetadataValue.md(f"`{command}`"),
                 "bento_bytes": bento["bytes"],
                 "model_bytes": model["bytes"],
-                "bento_path": dg.MetadataValue.path(bento["path"]),
                 "reused": not bento["created"],
             },
             [checks.is_in_store(bento, model)],

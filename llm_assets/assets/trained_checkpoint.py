@@ -79,7 +79,7 @@ def trained_checkpoint(
                     if summary.sources
                     else {}
                 ),
-                "progress": ui_metadata.text(work.output / "progress.md"),
+                "progress": ui_metadata.text(work.output / "progress.md", wrap=True),
             },
             [
                 checks.beats_baselines(

@@ -88,7 +88,7 @@ def changes(
     values: dict[str, Any] = {SOURCE_TEXT: {"uri": uris}}
     for stage in PIPELINE:
         for group, found in stage_config(settings, stage.name).items():
-            shown[settings_asset(group)] = {"options": _table(group, found)}
+            shown[settings_asset(group)] = _options(group, found)
             values[settings_asset(group)] = found
     events: list[dg.AssetObservation | dg.AssetMaterialization] = []
     for asset, now in values.items():
@@ -154,22 +154,15 @@ def _values(event: dg.AssetMaterialization) -> Mapping[str, Any]:
 
 
 def _addresses(uris: list[str], license_name: str) -> dict[str, Any]:
-    """Metadata of the source text; Dagster's pages show one address at their top."""
+    """Metadata of the source text; a single web address is a link."""
     text = "\n".join(uris)
     is_link = len(uris) == 1 and uris[0].startswith(("http://", "https://"))
     return {"dagster/uri": dg.MetadataValue.url(text) if is_link else text, "license": license_name}
 
 
-def _table(group: str, values: Mapping[str, Any]) -> dg.MetadataValue:
-    """Each option with its value, meaning and default; the asset's name says the group, which would widen the page."""
-    rows = [
-        dg.TableRecord(
-            {
-                "option": item.name,
-                "value": str(values.get(item.name)),
-                "meaning": f"{item.text} Default: {item.default_text}",
-            }
-        )
-        for item in options(GROUPS[group])
-    ]
-    return dg.MetadataValue.table(records=rows)
+def _options(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Each option with its value, and with its meaning and default; a page has no room for one table of all."""
+    items = options(GROUPS[group])
+    rows = [dg.TableRecord({"option": item.name, "value": str(values.get(item.name))}) for item in items]
+    meanings = [f"- `{item.name}`: {item.text} Default: {item.default_text}" for item in items]
+    return {"options": dg.MetadataValue.table(records=rows), "meanings": dg.MetadataValue.md("\n".join(meanings))}

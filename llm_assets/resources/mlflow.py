@@ -87,7 +87,7 @@ class MlflowTracking(dg.ConfigurableResource):
             "dagster.partition": partition,
             **source_tags(asset, partition, context.run.run_id, description),
         }
-        name = " ".join([partition, asset, *overrides])[:_NAME_CHARACTERS]
+        name = " ".join([*map(_without_group, overrides), partition, asset])[:_NAME_CHARACTERS]
         if overrides:
             tags["hydra.overrides"] = " ".join(overrides)
         if parent_run_id:
@@ -195,6 +195,12 @@ class MlflowTracking(dg.ConfigurableResource):
             here = dagster_run is not None and dagster_run.run_id == context.run.run_id
             if here or (dagster_run is not None and dagster_run.is_finished):
                 client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _without_group(override: str) -> str:
+    """`seed=1` of `training.seed=1`: the table of runs shows the first 16 characters of a name."""
+    option, equals, value = override.partition("=")
+    return option.rpartition(".")[2] + equals + value
 
 
 def _resumable(client: "MlflowClient", run_id: str | None) -> str | None:

@@ -21,6 +21,8 @@ PICTURE_BYTES = 300_000
 TEXT_CHARACTERS = 20_000
 INLINE_CHARACTERS = 1000
 """Longest Markdown that the UI shows inline; it puts longer text behind a link."""
+PICTURE_WIDTH = 280
+"""Pixels that the Overview has room for beside the longest name of an entry, on a screen 1,440 pixels wide."""
 SIGNIFICANT_DIGITS = 5
 _UNQUOTED = "/:=',;+!*@$&-._~"
 
@@ -106,12 +108,12 @@ def bars(title: str, values: Mapping[str, float], unit: str) -> dg.MarkdownMetad
     top = max([*values.values(), 1e-12])
     parts = []
     for number, (name, value) in enumerate(list(values.items())[:4]):
-        y, width = 20 * number, round(90 * value / top)
+        y, width = 20 * number, round(85 * value / top)
         parts.append(f"<text x='0' y='{y + 13}'>{_escaped(name)}</text>")
-        parts.append(f"<rect x='115' y='{y + 3}' width='{width}' height='12' fill='#48c'/>")
+        parts.append(f"<rect x='105' y='{y + 3}' width='{width}' height='12' fill='#48c'/>")
         label = size(value) if unit == "bytes" else f"{_short(value)}{unit}"
-        parts.append(f"<text x='{120 + width}' y='{y + 13}'>{label}</text>")
-    return _svg(title, "".join(parts), 300, 20 * min(len(values), 4))
+        parts.append(f"<text x='{110 + width}' y='{y + 13}'>{label}</text>")
+    return _svg(title, "".join(parts), PICTURE_WIDTH, 20 * min(len(values), 4))
 
 
 def line(title: str, points: Sequence[tuple[float, float]]) -> dg.MarkdownMetadataValue:
@@ -218,9 +220,13 @@ def wrapped(text: str) -> str:
     )
 
 
-def text(path: Path) -> dg.MarkdownMetadataValue:
-    """A Markdown file, cut to the size of an event; the end is kept, since it has the newest entries."""
-    return dg.MetadataValue.md(path.read_text(encoding="utf-8")[-TEXT_CHARACTERS:] or "none")
+def text(path: Path, *, wrap: bool = False) -> dg.MarkdownMetadataValue:
+    """A Markdown file, cut to the size of an event; the end is kept, since it has the newest entries.
+
+    wrap: continue long lines on the next one, as a page does not do in blocks; breaks tables.
+    """
+    content = path.read_text(encoding="utf-8")
+    return dg.MetadataValue.md((wrapped(content) if wrap else content)[-TEXT_CHARACTERS:] or "none")
 
 
 def quoted(text: str) -> str:

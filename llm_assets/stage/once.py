@@ -25,6 +25,8 @@ from model.errors import PipelineError
 from model.settings import ExperimentSettings
 
 FORCE_TAG = "rex/force"
+_OF_IO_MANAGER = ("dagster/uri", "version", "unchanged", "path")
+"""Metadata that the IO manager adds; `path` is that of an older release."""
 SourceFingerprint = Callable[[ExperimentSettings], str]
 Outdated = Callable[[Path, Mapping[str, Any]], str]
 _Compute = Callable[..., Iterator[dg.MaterializeResult]]
@@ -157,6 +159,6 @@ def _earlier_metadata(
     evaluated = context.instance.all_logs(records[0].run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION)
     evaluations = [entry.dagster_event.asset_check_evaluation_data for entry in evaluated if entry.dagster_event]
     return (
-        {name: value for name, value in event.metadata.items() if name not in ("path", "version", "unchanged")},
+        {name: value for name, value in event.metadata.items() if name not in _OF_IO_MANAGER},
         {found.check_name: found.metadata for found in evaluations if found.asset_key == context.asset_key},
     )

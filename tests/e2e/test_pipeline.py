@@ -17,14 +17,17 @@ import yaml
 from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
 from dagster._core.loader import LoadingContextForTest
 
+from docs.screenshots import text_of
 from llm_assets.definitions import build_defs
+from llm_assets.experiments.observed import external_specs
 from llm_assets.jobs.automation import observed_settings
 from llm_assets.origin import find_origin
 from llm_assets.resources.hydra import HydraConfig
-from llm_assets.stage.metadata import NAME_CHARACTERS, ROW_CHARACTERS
+from llm_assets.stage.metadata import NAME_CHARACTERS, ROW_CHARACTERS, rounded
 from model.artifact import verify
 from model.errors import PipelineError
-from tests.e2e.workplace import REPO, CommandLine, Workplace
+from tests.bento.page.browser import browser, missing, set_viewport
+from tests.e2e.workplace import REPO, CommandLine, Workplace, free_port, stop
 from tests.support.documented import PAGES, documented_commands
 
 pytestmark = pytest.mark.e2e
@@ -39,6 +42,14 @@ ASSETS = [
 ]
 READING = re.compile(r"python -m (llm_assets\.(experiments|latest|origin|champion show)|model\.export) \S")
 """Documented commands that read a finished experiment; the others start a run, a server or a benchmark."""
+_CUT = """
+// Columns that scroll sideways: the width of each, and of what is in it.
+await document.fonts.ready;
+const columns = [...document.querySelectorAll("*")].filter((box) => box.clientWidth > 300);
+const scrolling = columns.filter((box) => ["auto", "scroll"].includes(getComputedStyle(box).overflowX));
+const wide = scrolling.filter((box) => box.scrollWidth > box.clientWidth);
+return wide.map((box) => [box.clientWidth, box.scrollWidth, box.innerText]);
+"""
 
 
 @pytest.fixture(scope="module")
@@ -275,3 +286,24 @@ def test_no_summary_and_no_name_is_cut_by_the_page_of_its_asset(smoke):
                 rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in shown.splitlines()[2:]]
                 widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
                 assert longest + sum(widths) <= ROW_CHARACTERS, (asset, rows)
+
+
+@pytest.mark.skipif(bool(missing()), reason=missing())
+def test_no_asset_page_is_wider_than_a_common_screen_and_mlflow_opens_on_the_results(smoke, tmp_path):
+    port, mlflow_port = free_port(), free_port()
+    command = [sys.executable, "-m", "llm_assets.ui", "--port", str(port), "--mlflow-port", str(mlflow_port)]
+    process = subprocess.Popen(command, cwd=REPO, env=smoke.env, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout and process.stdout.readline(), (smoke.var / "ui" / "dagster.log").read_text()[-3000:]
+        with browser(tmp_path / "profile") as driver:
+            set_viewport(driver, 1440, 1300)
+            for name in [*ASSETS, *(spec.key.to_user_string() for spec in external_specs())]:
+                driver.get(f"http://127.0.0.1:{port}/assets/{name}?view=overview")
+                # Markdown is drawn last.
+                text_of(driver, "in MLflow" if name in ASSETS else "meanings" if "settings" in name else "license")
+                assert driver.execute_script(_CUT) == [], name
+            driver.get(f"http://127.0.0.1:{mlflow_port}")
+            trained = json.loads((smoke.latest("trained_checkpoint") / "summary.json").read_text())
+            text_of(driver, "smoke trained_", "bits_per_byte", str(rounded(trained["bits_per_byte"])))
+    finally:
+        stop(process)

@@ -63,7 +63,7 @@ def test_a_materialization_shows_its_version_numbers_config_and_tracking_run(pip
     assert str(event.metadata["mlflow_run"].value).endswith(
         f"/runs/{manifest.mlflow_run_id}?workflowType=machine_learning)"
     )
-    assert Path(str(event.metadata["path"].value)).name == manifest.version
+    assert Path(str(event.metadata["dagster/uri"].value)).name == manifest.version
 
 
 def test_making_the_same_again_is_shown_as_unchanged(pipeline: Pipeline) -> None:
@@ -152,7 +152,7 @@ def test_a_run_is_named_with_its_overrides(pipeline: Pipeline) -> None:
     pipeline.hydra = HydraConfig(overrides=["corpus.max_bytes=999999"])
     assert pipeline.run("corpus").success
     (run,) = pipeline.tracked("corpus")
-    assert run.info.run_name == "smoke corpus corpus.max_bytes=999999"
+    assert run.info.run_name == "max_bytes=999999 smoke corpus"
     assert run.data.tags["hydra.overrides"] == "corpus.max_bytes=999999"
 
 

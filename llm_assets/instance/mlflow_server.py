@@ -23,8 +23,8 @@ from llm_assets.resources.tracking_store import EXPERIMENT, open_store
 from model.errors import ends_in_one_line
 
 START = """<script>
-// Defaults for settings that the page keeps in the browser: the view for training, no assistant beside it, and columns of
-// the table of runs.
+// Defaults for settings that the page keeps in the browser: the view for training, no assistant beside it, and columns
+// of the table of runs.
 for (const [name, value] of [
   ["mlflow.workflowType_v1", '"machine_learning"'], ["mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true"],
   ['MLflowLocalStorage-1.1-ExperimentPage-["EXPERIMENT_ID"]-ReactComponentState',

@@ -107,7 +107,8 @@ class View:
         how = {"STEP_FAILURE": "failed", "STEP_UP_FOR_RETRY": "retrying"}.get(record.event, "done")
         if how == "done":
             how = self._outcome.get(record.stage, how)
-        self._print(f"{record.stage:18} {how:11} {took:6.1f} s")
+        lasted = f"{took:.1f} s" if took < 100 else format_duration(took)
+        self._print(f"{record.stage:18} {how:11} {lasted:>8}")
         if record.event == "STEP_FAILURE":
             self.failures.append(f"{record.stage}: {record.text}")
 

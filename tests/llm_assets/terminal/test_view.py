@@ -73,9 +73,13 @@ def test_on_a_terminal_only_ends_and_warnings_stay() -> None:
     line = watched.view._working("trained_checkpoint").replace("\\", "")  # of rich's markup
     assert line.endswith("[######....] 0:06 left, step 40 of 60: loss 4.01...") and len(line) < WIDTH
     watched.say("", event="STEP_SUCCESS", stage="trained_checkpoint")
+    watched.say("", event="STEP_START", stage="exported_model")
+    watched.now += 1813.7
+    watched.say("", event="STEP_SUCCESS", stage="exported_model")
     assert watched.lines == [
         "trained_checkpoint: warning: the loss does not fall",
         "trained_checkpoint done          22.5 s",
+        "exported_model     done           30:14",
     ]
 
 

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, TypedDict
 
-from model.errors import PipelineError, json_type
+from model.errors import PipelineError, json_type, not_json
 
 MANIFEST = "manifest.json"
 
@@ -27,10 +27,8 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise PipelineError(f"{path} is missing: expected a model directory; {advice}") from None
-    except RecursionError:
-        raise PipelineError(f"{path} is nested too deep: expected a JSON object; {advice}") from None
-    except ValueError as error:
-        raise PipelineError(f"{path} is not JSON ({error}): expected a JSON object; {advice}") from None
+    except (ValueError, RecursionError) as error:
+        raise PipelineError(f"{path} is not JSON ({not_json(error)}): expected a JSON object; {advice}") from None
     if not isinstance(found, dict):
         raise PipelineError(f"{path} holds a {json_type(found)}: expected a JSON object; {advice}")
     return found
@@ -76,7 +74,7 @@ def parse_manifest(text: str, source: object) -> dict[str, Any]:
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise PipelineError(f"{source} is not a manifest ({error}); {_AGAIN}") from error
+        raise PipelineError(f"{source} is not a manifest ({not_json(error)}); {_AGAIN}") from error
     files = fields.get("files") if isinstance(fields, dict) else None
     if not isinstance(files, dict) or not files or not all(map(_is_digest, files.values())):
         raise PipelineError(f"{source} is not a manifest (it lists no files with size and sha256); {_AGAIN}")

@@ -70,6 +70,13 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def not_json(error: ValueError | RecursionError) -> str:
+    """Why `json.loads` refused a text, in one line: a RecursionError for its depth, a ValueError for all else."""
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    return "a number of thousands of digits" if "integer string conversion" in str(error) else one_line(error)
+
+
 def names_of(found: Iterable[object]) -> str:
     """The names of fields or columns, sorted, the first few of many, for a message; "none" if there are none."""
     names = sorted(map(str, found))

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from bento.errors import ApiError
+from bento.http.body import parse
 from bento.schema import OnlyFalse, StrictRequest, forms
 from bento.serving.backend import Backend
 from model.errors import PipelineError
@@ -28,9 +29,10 @@ def _schema(value: Any) -> str:
     """A JSON schema, given as an object or as a JSON string, as JSON text."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except ValueError:
-            raise PydanticCustomError("json_schema", "the string is not JSON: expected a JSON schema") from None
+            value = parse(value.encode())  # within the bounds of a body
+        except ApiError as error:
+            reason = error.content["error"]["message"].replace("the body", "the string")
+            raise PydanticCustomError("json_schema", f"{reason}: expected a JSON schema") from None
     if not isinstance(value, dict | bool):
         raise PydanticCustomError("json_schema", "expected a JSON schema: an object")
     return json.dumps({} if value is True else value, ensure_ascii=False)

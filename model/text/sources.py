@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from model.errors import PipelineError, TransientError, json_type, names_of
+from model.errors import PipelineError, TransientError, json_type, names_of, not_json
 from model.settings import CorpusSettings
 from model.text.chat.conversations import conversation, prompt_and_response
 from model.text.compression import CODECS, FORMAT_BYTES, BrokenFile, advice_on, decompressed, format_of
@@ -184,12 +184,10 @@ class Sources:
             except UnicodeDecodeError:
                 yield line  # counted as invalid UTF-8 by the caller
                 continue
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise PipelineError(
-                    f"{where} is not JSON ({error}); expected one object a line, correct or remove it"
+                    f"{where} is not JSON ({not_json(error)}); expected one object a line, correct or remove it"
                 ) from error
-            except RecursionError as error:
-                raise PipelineError(f"{where} is JSON nested too deep to read; correct or remove it") from error
             if not isinstance(row, dict):
                 raise PipelineError(f"{where} is a JSON {json_type(row)}; expected one object a line")
             yield self._document(file.source, row, where)

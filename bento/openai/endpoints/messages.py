@@ -370,6 +370,6 @@ def _block(block: Block, *, is_whole: bool) -> dict[str, Any]:
     if is_whole:
         try:
             value = json.loads(block.text)
-        except ValueError:  # max_tokens cut it off
+        except (ValueError, RecursionError):  # max_tokens cut it off, or it only opens brackets
             value = {}
     return {"type": "tool_use", "id": block.call.id.replace("call_", "toolu_"), "name": block.call.name, "input": value}

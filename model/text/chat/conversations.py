@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from model.errors import PipelineError, json_type, names_of
+from model.errors import PipelineError, json_type, names_of, not_json
 from model.settings import CorpusSettings
 from model.text.chat.template import MARKS, Turn, document, text_of
 from model.text.chat.tools import Call, DialogueMessage, compact, plain_turns
@@ -121,8 +121,10 @@ def _tools(given: object, where: str) -> list[dict[str, Any]]:
     if isinstance(given, str) and given:
         try:
             given = json.loads(given)
-        except ValueError:
-            raise PipelineError(f"{where} is a text that is not JSON; expected a list of functions") from None
+        except (ValueError, RecursionError) as error:
+            raise PipelineError(
+                f"{where} is a text that is not JSON ({not_json(error)}); expected a list of functions"
+            ) from None
     if not given:
         return []
     functions = [(one.get("function") or one) if isinstance(one, dict) else None for one in _list(given)]

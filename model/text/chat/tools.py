@@ -110,7 +110,7 @@ def _compacted(arguments: str) -> str:
     """A call's arguments as the model writes them; text that is not JSON stays unchanged."""
     try:
         return compact(json.loads(arguments))
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments
 
 

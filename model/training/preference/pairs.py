@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
-from model.errors import PipelineError, json_type, names_of
+from model.errors import PipelineError, json_type, names_of, not_json
 from model.text.chat.conversations import ROLES
 from model.text.chat.template import MARKS, Turn, has_marks, text_of
 from model.text.compression import CODECS, BrokenFile
@@ -76,8 +76,7 @@ def preference(line: bytes, where: str) -> Preference:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise PipelineError(f"{where} is not JSON in UTF-8 ({reason}); expected one object a line") from error
+        raise PipelineError(f"{where} is not JSON in UTF-8 ({not_json(error)}); expected one object a line") from error
     if not isinstance(row, dict):
         raise PipelineError(f"{where} is a JSON {json_type(row)}; expected one object a line")
     for field in FIELDS:

@@ -224,6 +224,8 @@ def test_a_saved_tokenizer_has_the_template_and_ends_generations_at_every_mark(c
         ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "has tool_calls"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"name": "f"}]}]}, "only the assistant"),
         ({"messages": TALK, "tools": "{"}, "tools is a text that is not JSON"),
+        ({"messages": TALK, "tools": "[" * 100_000}, r"tools is a text that is not JSON \(nested too deep\)"),
+        ({"messages": TALK, "tools": "9" * 5000}, r"not JSON \(a number of thousands of digits\)"),
         ({"messages": TALK, "tools": [5]}, r"tools\[0\] is not a function"),
         ({"conversations": SHAREGPT}, "no field 'messages'; found: conversations; set corpus.messages_field"),
     ],
@@ -242,6 +244,15 @@ def test_parts_of_text_are_lines_of_one_text(tmp_path: Path) -> None:
     corpus_of(tmp_path, write_lines(tmp_path / "a.jsonl", rows))
     (text,) = read_documents(tmp_path / "corpus", "train")
     assert turns_of(text)[0] == Turn("user", "a\nb")
+
+
+@pytest.mark.parametrize("arguments", ["{", "[" * 100_000, "9" * 5000], ids=["cut", "deep", "long number"])
+def test_arguments_that_are_not_json_are_kept_as_text(tmp_path: Path, arguments: str) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+    rows = [{"messages": [{"role": "user", "content": f"{n}"}, call]} for n in (1, 2)]
+    corpus_of(tmp_path, write_lines(tmp_path / "a.jsonl", rows))
+    (text,) = read_documents(tmp_path / "corpus", "train")
+    assert arguments in turns_of(text)[1].content
 
 
 WEATHER = {"name": "weather", "description": "The weather.", "parameters": {"type": "object", "properties": {}}}

@@ -169,7 +169,7 @@ def test_names_that_are_no_utf8_are_read_and_shown_as_escapes(tmp_path: Path, fo
 @pytest.mark.parametrize("opening", ["[", '{"text": [', '{"a":'])
 def test_json_nested_too_deep_is_named(tmp_path: Path, opening: str) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + opening * 200_000 + "\n")
-    with pytest.raises(PipelineError, match=r"a\.jsonl, line 2 is JSON nested too deep"):
+    with pytest.raises(PipelineError, match=r"a\.jsonl, line 2 is not JSON \(nested too deep\)"):
         build(tmp_path, tmp_path / "a.jsonl")
 
 

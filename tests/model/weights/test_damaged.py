@@ -305,4 +305,4 @@ def test_a_command_prints_the_line_alone(model_dir: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert ended.stderr.count("\n") == 1
-    assert "generation_config.json is nested too deep" in ended.stderr
+    assert "generation_config.json is not JSON (nested too deep)" in ended.stderr

@@ -19,6 +19,8 @@ from model.settings import Option, ServingSettings, options
 from model.settings.option import option
 
 PREFIX = "REX_"
+LONGEST_VALUE = 200
+"""Characters of a value in a message."""
 
 
 @dataclass
@@ -146,7 +148,9 @@ def with_overrides(arguments: BentoArgs, environment: Mapping[str, str] | None =
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
-        raise InvalidArgument(f"{PREFIX}{name.upper()} is {given.get(name)!r}: {first['msg']}") from None
+        found = str(given.get(name))
+        shown = repr(found if len(found) <= LONGEST_VALUE else f"{found[:LONGEST_VALUE]}...")
+        raise InvalidArgument(f"{PREFIX}{name.upper()} is {shown}: {first['msg']}") from None
 
 
 def refuse_without_champion(options: BentoArgs) -> None:
@@ -208,8 +212,8 @@ def find_model(model: str) -> Path:
         directory = Path(model).expanduser()
         if not (directory / "config.json").is_file():
             raise InvalidArgument(
-                f"model {model!r}: there is no {directory.absolute() / 'config.json'}; give the directory of a model, "
-                "as an absolute path"
+                f"model {model!r}: there is no {str(directory.absolute() / 'config.json')!r}; give the directory of a "
+                "model, as an absolute path"
             )
         return directory.absolute()
     try:

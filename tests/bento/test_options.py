@@ -126,6 +126,15 @@ def test_a_wrong_variable_is_named_in_one_line(variable, value):
     assert "\n" not in str(refusal.value)
 
 
+def test_a_long_value_is_cut_and_a_path_of_two_lines_is_shown_in_one():
+    with pytest.raises(InvalidArgument, match=r"^REX_MAX_QUEUE is 'x+\.\.\.': ") as refusal:
+        with_overrides(BentoArgs(), {"REX_MAX_QUEUE": "x" * 100_000})
+    assert len(str(refusal.value)) < 400
+    with pytest.raises(InvalidArgument) as refusal:
+        find_model("/two\nlines")
+    assert "\n" not in str(refusal.value)
+
+
 @pytest.mark.parametrize(("name", "value"), [("kv_cache", False), ("step", "native")])
 def test_an_option_that_vllm_does_not_have_is_refused_by_its_name(name, value):
     refuse_for_vllm(BentoArgs(**{name: value}))

@@ -25,6 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from llm_assets.experiments import optuna_sweeper  # noqa: F401 - registers `hydra/sweeper=optuna`
 from llm_assets.experiments.compose import COMPOSING_ERRORS, CONFIG_DIR, one_line
 from llm_assets.instance.dagster_home import check_dagster_home
+from llm_assets.resources.provenance import POINT_TAG
 from llm_assets.terminal.execute import DEFINITIONS, PIPELINE, execute_job
 from llm_assets.terminal.points import Sweep
 from model.errors import PipelineError, ends_in_one_line
@@ -54,7 +55,7 @@ def run_point(job: Job, sweep: Sweep | None) -> float | None:
     if sweep:
         number = sweep.begin(experiment, overrides)
         print(f"\npoint {number}: {sweep.points[-1].name}", flush=True)
-        tags |= {"rex/sweep": sweep.name, "rex/point": str(number)}
+        tags |= {"rex/sweep": sweep.name, POINT_TAG: str(number)}
     status = status or execute_job(experiment, overrides, job.module, job.name, tags=tags)
     if status:
         if sweep:

@@ -24,7 +24,7 @@ from llm_assets.artifacts.manifest import Manifest
 from llm_assets.page_links import DAGSTER, MLFLOW, remember
 from llm_assets.paths import var_dir
 from llm_assets.registry import model_name
-from llm_assets.resources.provenance import dagster_address, inputs, source_tags
+from llm_assets.resources.provenance import POINT_TAG, dagster_address, inputs, source_tags
 from llm_assets.resources.tracked_run import TrackedRun, send_unsent
 from llm_assets.resources.tracking_store import EXPERIMENT, open_store
 from llm_assets.versions.promotion import CompareWithChampion, Contest, warned
@@ -87,7 +87,8 @@ class MlflowTracking(dg.ConfigurableResource):
             "dagster.partition": partition,
             **source_tags(asset, partition, context.run.run_id, description),
         }
-        name = " ".join([*map(_without_group, overrides), partition, asset])[:_NAME_CHARACTERS]
+        point = [f"{context.run.tags[POINT_TAG]}:"] if POINT_TAG in context.run.tags else []
+        name = " ".join([*point, *map(_without_group, overrides), partition, asset])[:_NAME_CHARACTERS]
         if overrides:
             tags["hydra.overrides"] = " ".join(overrides)
         if parent_run_id:

@@ -14,6 +14,8 @@ from llm_assets.artifacts.manifest import Manifest
 from llm_assets.registry import stage_spec
 from model.system.revision import git
 
+POINT_TAG = "rex/point"
+"""Run tag with the number of a sweep's point."""
 DAGSTER_URL = "LLM_ASSETS_DAGSTER_URL"
 _DIGEST_CHARACTERS = 36  # MLflow's limit
 

@@ -148,11 +148,12 @@ def test_results_stand_at_the_end_of_the_curves(pipeline: Pipeline) -> None:
     assert [(metric.step, metric.value) for metric in history] == [(90, 1.0), (90, 3.0)]
 
 
-def test_a_run_is_named_with_its_overrides(pipeline: Pipeline) -> None:
+def test_a_run_is_named_with_its_point_of_a_sweep_and_its_overrides(pipeline: Pipeline) -> None:
+    pipeline.tags = {"rex/point": "12"}
     pipeline.hydra = HydraConfig(overrides=["corpus.max_bytes=999999"])
     assert pipeline.run("corpus").success
     (run,) = pipeline.tracked("corpus")
-    assert run.info.run_name == "max_bytes=999999 smoke corpus"
+    assert run.info.run_name == "12: max_bytes=999999 smoke corpus"
     assert run.data.tags["hydra.overrides"] == "corpus.max_bytes=999999"
 
 

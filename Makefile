@@ -44,9 +44,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else f"error: {sys.executable} is Python {sys.version.split()[0]}: 3.11 to 3.13 is needed; name one with PYTHON=/path/to/python3.12")'
 	$(PYTHON) -m venv .venv
 	@# torch first and pinned, so that nothing else chooses another build of it: its builds come from several indexes, so it
-	@# has no hash here. Bytecode is left to the first import: compiling twenty thousand files here takes a minute or more,
-	@# and most are never imported.
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0
+	@# has no hash here. What it needs is in the lock, with hashes. Bytecode is left to the first import: compiling twenty
+	@# thousand files here takes a minute or more, and most are never imported.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps torch==2.13.0
 	@sed -n '/^uv==/,/[^\\]$$/p' constraints.txt >.venv/uv.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps --require-hashes --requirement .venv/uv.txt
 	$(INSTALL) dev

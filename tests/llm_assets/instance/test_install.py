@@ -39,6 +39,14 @@ def test_every_package_but_torch_is_locked_with_hashes() -> None:
     assert "://" not in lock  # no package index
 
 
+def test_pip_installs_nothing_without_a_hash_but_torch() -> None:
+    lines = [line for line in (REPOSITORY / "Makefile").read_text().splitlines() if "/pip install" in line]
+    assert lines
+    assert all(
+        "--no-deps" in line and ("--require-hashes" in line or line.endswith(" torch==2.13.0")) for line in lines
+    )
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("is_right", [True, False], ids=["right", "wrong"])
 def test_a_file_with_another_hash_is_refused(tmp_path: Path, is_right: bool) -> None:

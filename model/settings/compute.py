@@ -38,7 +38,7 @@ class ComputeSettings(Settings, group="compute"):
     address: str = option(
         "",
         "HOST:PORT of a Ray cluster that this host is part of, or auto; ray://HOST:PORT from outside of it; empty: Ray "
-        "starts on this machine with the step and ends with it.",
+        "starts on this machine with the first step that needs it and ends with the run.",
     )
     gpus_per_process: float = option(
         0.0,

@@ -9,12 +9,14 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import model
 from model.errors import PipelineError, TransientError
 from model.settings import ComputeSettings
+from model.system.run_ray import shared_address
 
 STARTS = 3
 """Attempts to start a Ray: each gives up after 30 seconds, which a busy machine may take (ray 2.60)."""
@@ -26,7 +28,7 @@ default these are 5 and 2 minutes: so long a step would wait for a task of a hos
 
 @contextmanager
 def connected(compute: ComputeSettings) -> Iterator[Any]:
-    """The module `ray`, connected to `compute.address`, or to a Ray that starts here and ends with the block.
+    """The module `ray`, connected to `compute.address`, to the Ray of this run, or to one that ends with the block.
 
     Raises PipelineError if Ray is not installed or no cluster answers, TransientError if a Ray does not start here.
     """
@@ -34,36 +36,38 @@ def connected(compute: ComputeSettings) -> Iterator[Any]:
     os.environ.setdefault("RAY_worker_niceness", "0")  # not 15: the step waits for its tasks
     for name, milliseconds in KEEPALIVE_MS.items():
         os.environ.setdefault(name, str(milliseconds))
-    try:
-        import ray
-    except ImportError:
+    if find_spec("ray") is None:
         raise PipelineError(
             "compute.engine is 'ray', and the package ray is not installed: run pip install '.[ray]', or choose "
             "compute=local"
-        ) from None
+        )
+    shared = "" if compute.address else shared_address(compute.processes)
+    if shared:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # as its holder has it by default; read by the import
+    import ray
+
     if ray.is_initialized():
         yield ray
         return
-    paths = [str(Path(model.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    # The dashboard would take 100 MB and some seconds. Without an address, Ray would join the cluster that
-    # `ray start` or RAY_ADDRESS last named on this machine.
-    own: dict[str, Any] = {"num_cpus": compute.processes, "include_dashboard": False} if not compute.address else {}
+    options: dict[str, Any] = {"address": compute.address or shared}
+    if not shared:
+        paths = [str(Path(model.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        options["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
+    if not options["address"]:
+        # The dashboard would take 100 MB and some seconds. Without "local", Ray would join the cluster that
+        # `ray start` or RAY_ADDRESS last named on this machine.
+        options |= {"address": "local", "num_cpus": compute.processes, "include_dashboard": False}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     attempts = STARTS
     try:
         while not ray.is_initialized():
             attempts -= 1
             try:
-                ray.init(
-                    address=compute.address or "local",
-                    logging_level=logging.ERROR,
-                    runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
-                    **own,
-                )
+                ray.init(logging_level=logging.ERROR, **options)
             except Exception as error:
                 ray.shutdown()
                 # Not again at a wrong address; but a cluster that answers can fail to start this client's server.
-                if not attempts or not (own or isinstance(error, ConnectionAbortedError)):
+                if not attempts or (compute.address and not isinstance(error, ConnectionAbortedError)):
                     raise
     except Exception as error:  # ConnectionError, RuntimeError, ValueError and Ray's own
         reason = (str(error).splitlines() or [type(error).__name__])[0]

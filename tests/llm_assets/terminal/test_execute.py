@@ -2,15 +2,18 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 from llm_assets.paths import REPOSITORY
+from tests.model.system.test_cluster import is_installed
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 ALONE = ["unshare", "--mount", "--map-root-user"]
@@ -62,3 +65,45 @@ def test_a_run_ends_with_the_killed_process_that_shows_it(tmp_path: Path, is_sto
             process.kill()
         shown.kill()
         shown.wait()
+
+
+@pytest.mark.parametrize("killed", ["what shows the run", "the run"])
+@pytest.mark.parametrize("engine", ["ray", "torchrun"])
+def test_no_process_of_a_divided_training_outlives_the_killed_run(tmp_path: Path, engine: str, killed: str) -> None:
+    if engine == "ray" and not is_installed():
+        pytest.skip("the extra ray (200 MB) is not installed: make cluster")
+    command = [sys.executable, "-m", "llm_assets.terminal.execute", "smoke", f"compute={engine}", "compute.processes=2"]
+    command += ["training.max_steps=100000", "training.save_steps=10"]
+    home = tmp_path / "dagster"
+    home.mkdir()
+    shutil.copy(REPOSITORY / "dagster.yaml", home)
+    environment = {**os.environ, "LLM_ASSETS_VAR": str(tmp_path), "DAGSTER_HOME": str(home)}
+    shown = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL)
+    run: list[psutil.Process] = []
+    try:
+        while not list((tmp_path / "scratch/trained_checkpoint").glob("*/*/*/checkpoint-*")):
+            assert shown.poll() is None
+            run = psutil.Process(shown.pid).children()
+            time.sleep(0.2)
+        left = of_this_state(tmp_path)
+        lines = [" ".join(process.cmdline()) for process in left]
+        assert sum("launch.worker" in line for line in lines) >= 2
+        assert engine != "ray" or any("raylet" in line for line in lines)
+        os.kill(shown.pid if killed == "what shows the run" else run[0].pid, signal.SIGKILL)
+        shown.wait(60)
+        _, alive = psutil.wait_procs(left, timeout=60)
+        assert not alive and not of_this_state(tmp_path)
+    finally:
+        for process in of_this_state(tmp_path):
+            process.kill()
+        shown.wait()
+
+
+def of_this_state(var: Path) -> list[psutil.Process]:
+    """The processes whose environment names this folder, whoever is their parent."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("LLM_ASSETS_VAR") == str(var):
+                found.append(process)
+    return found

@@ -162,6 +162,43 @@ def test_a_killed_step_leaves_no_process_of_its_ray_and_of_its_training(dataset_
     assert alive == [] and workers(scratch) == []
 
 
+STEP = """
+from model.settings import ComputeSettings
+from model.system.tasks import tasks
+with tasks(ComputeSettings(engine="ray", processes=1)) as apply:
+    import ray
+    print(list(apply(lambda item: 2 * item, [1])), ray.get_runtime_context().gcs_address, flush=True)
+"""
+RUN = """
+import subprocess, sys, time
+from model.system.run_ray import share_in_this_process_tree
+share_in_this_process_tree()
+for _ in range(2):
+    subprocess.run([sys.executable, "-c", sys.argv[1]], check=True)
+print("done", flush=True)
+time.sleep(600)
+"""
+
+
+@with_ray
+def test_the_steps_of_a_run_share_a_ray_that_ends_with_the_killed_run() -> None:
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # a socket's path has at most 107 bytes
+        environment = {**os.environ, "TMPDIR": folder, "PYTHONPATH": str(REPO)}
+        command = [sys.executable, "-c", RUN, STEP]
+        run = subprocess.Popen(command, cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True)
+        assert run.stdout
+        first, second, done = (run.stdout.readline().strip() for _ in range(3))
+        assert first.startswith("[2] ") and first == second and done == "done"
+        (held,) = Path(folder).glob("rex-ray-*-1")
+        holder = psutil.Process(int(held.read_text().split()[0]))
+        started = [holder, *holder.children(recursive=True)]
+        assert any("raylet" in process.name() for process in started)
+        run.kill()
+        run.wait()
+        _, alive = psutil.wait_procs(started, timeout=60)
+        assert alive == [] and not held.exists()
+
+
 @contextmanager
 def cluster_of_one_host(log: Path) -> Iterator[tuple[list[str], dict[str, str], Path]]:
     """A Ray with two cores that runs by itself: its addresses from within and from outside, what clients have in their

@@ -5,6 +5,7 @@
 ARG BASE_IMAGE=python:3.11-slim
 FROM ${BASE_IMAGE}
 
+# Runs in other containers or Pods start with `python3 -m dagster`: the command `dagster` is not here.
 ENV LANG=C.UTF-8 \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -17,6 +18,7 @@ ENV LANG=C.UTF-8 \
     GOMP_SPINCOUNT=20000 \
     HYDRA_FULL_ERROR=0 \
     DAGSTER_HOME=/app/deploy \
+    DAGSTER_USE_PYTHON_ENVIRONMENT_ENTRY_POINT=1 \
     DAGSTER_FILES=/var/lib/rex/dagster \
     LLM_ASSETS_VAR=/var/lib/rex \
     BENTOML_HOME=/var/lib/rex/bentoml

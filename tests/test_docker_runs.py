@@ -35,6 +35,10 @@ def test_a_run_gets_the_variables_that_the_services_which_start_it_have(monkeypa
     assert volume == f"{extra['volumes']['rex']['name']}:/var/lib/rex"
 
 
+def test_the_image_starts_runs_with_a_command_that_it_has() -> None:
+    assert "DAGSTER_USE_PYTHON_ENVIRONMENT_ENTRY_POINT=1" in (REPO / "Dockerfile").read_text()
+
+
 @pytest.mark.medium
 def test_dagster_reads_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("dagster_docker", reason="the extra docker is not installed: make cluster")

@@ -22,7 +22,8 @@ from model.errors import TransientError, ends_in_one_line
 from model.settings import ComputeSettings
 
 VARIABLE = "REX_RUN_RAY"
-"""OWNER:FILE, in the environment of a run's steps. FILE-PROCESSES has a process id and the address of the Ray it holds."""
+"""OWNER:FILE, in the environment of a run's steps. FILE-PROCESSES has the id of the process that holds the Ray, and its
+address."""
 _LOOK_EVERY_S = 0.5
 _ADDRESS = "address "
 

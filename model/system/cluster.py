@@ -1,12 +1,18 @@
 """Ray, if `compute.engine` is ray: started with this process on this machine, or a cluster that is running.
 
+    python -m model.system.cluster OWNER PROCESSES
+
+starts a Ray, prints its address, and ends it with the process OWNER, for `run_ray.py`.
+
 Ray is imported inside functions: everything else runs without it.
 """
 
+import argparse
 import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -14,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import model
-from model.errors import PipelineError, TransientError
+from model.errors import PipelineError, TransientError, ends_in_one_line
 from model.settings import ComputeSettings
-from model.system.run_ray import shared_address
+from model.system.run_ray import ADDRESS, VARIABLE, is_alive, shared_address
 
+_LOOK_EVERY_S = 0.5
 STARTS = 3
 """Attempts to start a Ray: each gives up after 30 seconds, which a busy machine may take (ray 2.60)."""
 
@@ -87,3 +94,27 @@ def connected(compute: ComputeSettings) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+@ends_in_one_line
+def main() -> int:
+    """Start a Ray, print its address, and end it with another process."""
+    parser = argparse.ArgumentParser(prog="python -m model.system.cluster", description=main.__doc__)
+    parser.add_argument("owner", type=int, help="id of the process with which the Ray ends")
+    parser.add_argument("processes", type=int, help="cores of the Ray")
+    arguments = parser.parse_args()
+    file = os.environ.pop(VARIABLE, "").partition(":")[2]
+    with connected(ComputeSettings(engine="ray", processes=arguments.processes)) as ray:
+        print(f"{ADDRESS}{ray.get_runtime_context().gcs_address}", flush=True)
+        silence = os.open(os.devnull, os.O_RDWR)
+        for stream in (1, 2):  # the step reads no further
+            os.dup2(silence, stream)
+        while is_alive(arguments.owner):
+            time.sleep(_LOOK_EVERY_S)
+    if file:
+        Path(f"{file}-{arguments.processes}").unlink(missing_ok=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -100,7 +100,7 @@ def test_no_process_of_a_divided_training_outlives_the_killed_run(tmp_path: Path
 
 
 def of_this_state(var: Path) -> list[psutil.Process]:
-    """The processes whose environment names this folder, whoever is their parent."""
+    """The processes whose environment names this folder."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import psutil
@@ -15,6 +16,8 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from bench.containers.stack import LAUNCH, STATUS
 from docs.screenshots import WAIT_S, boxes, lineage_address, partition_address, pictures, text_of
+from llm_assets.artifacts.store import ArtifactStore
+from llm_assets.experiments.partitions import NAME as PARTITIONS_NAME
 from llm_assets.registry import PIPELINE
 from tests.bento.page.browser import browser, missing, set_viewport
 from tests.e2e.test_pipeline import mlflow_runs
@@ -46,6 +49,18 @@ const link = document.querySelector(`a[href="${arguments[0]}"]`);
 return link && [...link.parentElement.querySelectorAll("[role=img]")].map((icon) => icon.ariaLabel);
 """
 RUNS = "{ runsOrError { ... on Runs { results { runId } } } }"
+BACKFILL = """mutation Backfill($params: LaunchBackfillParams!) {
+  launchPartitionBackfill(backfillParams: $params) { __typename ... on LaunchBackfillSuccess { backfillId } }
+}"""
+BACKFILL_STATUS = """query Backfill($id: String!) {
+  partitionBackfillOrError(backfillId: $id) { ... on PartitionBackfill { status } }
+}"""
+ADD_PARTITION = """mutation Add($name: String!, $partitions: String!) {
+  addDynamicPartition(
+    repositorySelector: {repositoryLocationName: "llm_assets", repositoryName: "__repository__"}
+    partitionsDefName: $partitions, partitionKey: $name
+  ) { __typename }
+}"""
 TERMINATE = "mutation Terminate($id: String!) { terminateRun(runId: $id) { __typename } }"
 
 
@@ -246,3 +261,34 @@ def test_a_cancelled_run_leaves_no_process_and_the_next_one_goes_on_to_the_same_
         if run.info.run_id == workplace.manifest("trained_checkpoint")["mlflow_run_id"]
     )
     assert 0 < run.data.metrics["resumed_from_step"] < STEPS
+
+
+def test_a_backfill_of_two_experiments_and_a_sweep_of_one_of_them_run_at_once(dagster):
+    workplace, client = dagster
+    before = {run["runId"] for run in ask(client, RUNS)["runsOrError"]["results"]}
+    for name in ("smoke", "stdlib"):
+        ask(client, ADD_PARTITION, name=name, partitions=PARTITIONS_NAME)
+    sizes = (300_000, 400_000)
+    sweep = ["--job", "corpus_job", "--multirun", "experiment=smoke", f"corpus.max_bytes={sizes[0]},{sizes[1]}"]
+    with ThreadPoolExecutor(1) as pool:
+        swept = pool.submit(workplace.run, "python", "-m", "llm_assets.sweep", *sweep)
+        params = {"assetSelection": [{"path": ["corpus"]}], "partitionNames": ["smoke", "stdlib"]}
+        params["tags"] = [{"key": "rex/force", "value": "true"}]
+        found = ask(client, BACKFILL, params=params)["launchPartitionBackfill"]
+        assert found["__typename"] == "LaunchBackfillSuccess", found
+
+        def status():
+            answer = ask(client, BACKFILL_STATUS, id=found["backfillId"])["partitionBackfillOrError"]["status"]
+            return answer if answer.startswith(("COMPLETED", "FAILED")) else None
+
+        assert wait_until(status, 400) == "COMPLETED_SUCCESS"
+        done = swept.result()
+    assert done.returncode == 0, done.stdout
+    runs = {run["runId"] for run in ask(client, RUNS)["runsOrError"]["results"]} - before
+    assert len(runs) == 4 and {ended(client, run_id) for run_id in runs} == {"SUCCESS"}
+    # Each experiment's newest version is whole, and of one of the runs, whichever came last.
+    store = ArtifactStore(str(workplace.var / "artifacts"), workplace.var / "cache")
+    for experiment in ("smoke", "stdlib"):
+        manifest = store.latest_manifest("corpus", experiment)
+        assert manifest and manifest.dagster_run_id in runs
+        assert store.load("corpus", experiment) == workplace.latest("corpus", experiment)

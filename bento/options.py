@@ -19,7 +19,7 @@ from model.settings import Option, ServingSettings, options
 from model.settings.option import option
 
 PREFIX = "REX_"
-LONGEST_VALUE = 200
+MAX_VALUE_LENGTH = 200
 """Characters of a value in a message."""
 
 
@@ -149,7 +149,7 @@ def with_overrides(arguments: BentoArgs, environment: Mapping[str, str] | None =
         first = error.errors()[0]
         name = str(first["loc"][0])
         found = str(given.get(name))
-        shown = repr(found if len(found) <= LONGEST_VALUE else f"{found[:LONGEST_VALUE]}...")
+        shown = repr(found if len(found) <= MAX_VALUE_LENGTH else f"{found[:MAX_VALUE_LENGTH]}...")
         raise InvalidArgument(f"{PREFIX}{name.upper()} is {shown}: {first['msg']}") from None
 
 

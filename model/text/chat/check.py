@@ -18,7 +18,7 @@ from model.text.chat.template import has_marks
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-LONGEST_RENDERING_S = 10.0
+MAX_RENDERING_S = 10.0
 """Time for rendering the conversations of `TRIALS`, which takes milliseconds."""
 _USER, _ASSISTANT = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}
 TRIALS = ([_USER], [{"role": "system", "content": "Be brief"}, _USER, _ASSISTANT, _USER])
@@ -77,11 +77,11 @@ def _render_in_time(tokenizer: "PreTrainedTokenizerFast", source: str) -> None:
 
     thread = threading.Thread(target=render, daemon=True)
     thread.start()
-    thread.join(LONGEST_RENDERING_S)
+    thread.join(MAX_RENDERING_S)
     if thread.is_alive():
         # Nothing else ends a loop of another thread.
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
         raise PipelineError(
-            f"{source} does not end within {LONGEST_RENDERING_S:.0f} s for a conversation of {len(TRIALS[0])} message: "
+            f"{source} does not end within {MAX_RENDERING_S:.0f} s for a conversation of {len(TRIALS[0])} message: "
             f"expected milliseconds; {_REMEDY}"
         )

@@ -67,8 +67,15 @@ def test_a_run_ends_with_the_killed_process_that_shows_it(tmp_path: Path, is_sto
         shown.wait()
 
 
-@pytest.mark.parametrize("killed", ["what shows the run", "the run"])
-@pytest.mark.parametrize("engine", ["ray", "torchrun"])
+@pytest.mark.parametrize(
+    ("engine", "killed"),
+    [
+        ("ray", "what shows the run"),
+        ("torchrun", "the run"),
+        pytest.param("ray", "the run", marks=pytest.mark.nightly),
+        pytest.param("torchrun", "what shows the run", marks=pytest.mark.nightly),
+    ],
+)
 def test_no_process_of_a_divided_training_outlives_the_killed_run(tmp_path: Path, engine: str, killed: str) -> None:
     if engine == "ray" and not is_installed():
         pytest.skip("the extra ray (200 MB) is not installed: make cluster")

@@ -222,7 +222,7 @@ def test_a_chat_template_that_refuses_conversations_is_loaded(template: str, mod
 
 
 def test_a_chat_template_that_does_not_end_is_refused(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "LONGEST_RENDERING_S", 0.5)
+    monkeypatch.setattr(check, "MAX_RENDERING_S", 0.5)
     before = set(threading.enumerate())
     edited(model_dir / "tokenizer_config.json", chat_template="{% for a in range(99999) %}" * 9 + "{% endfor %}" * 9)
     assert "does not end" in refusal(load_tokenizer, model_dir, "tokenizer_config.json")

@@ -124,7 +124,7 @@ test-fast: setup  ## Run the tests that take less than a second each and start n
 test-slow: setup  ## Run the other tests: slow ones, and those that start processes, containers or a browser
 	$(BIN)/pytest $(SHARED) -m 'slow or processes' --durations 40 --durations-min 5
 
-test-nightly: harness cluster  ## Run the tests that take minutes each: two hosts (as root), every release of transformers
+test-nightly: harness cluster  ## Run the nightly tests: two hosts (as root), every release of transformers, more deaths of runs
 	$(BIN)/pytest $(SHARED) --nightly -m nightly --durations 10
 
 harness: setup  ## Install lm-eval, whose log-likelihoods a test compares with ours

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -49,6 +50,19 @@ def test_every_option_is_explained_beside_its_resolved_value():
     text = as_yaml(settings)
     assert yaml.safe_load(text) == yaml.safe_load(to_yaml(settings))
     assert all(item.text for kind in GROUPS.values() for item in options(kind))
+
+
+def test_every_number_has_an_upper_bound():
+    numbers = [
+        item for kind in GROUPS.values() for item in options(kind) if {int, float} & {item.type, *get_args(item.type)}
+    ]
+    assert len(numbers) > 70
+    unbounded = [
+        item.full_name
+        for item in numbers
+        if item.bounds is None or (item.bounds.maximum is None and item.bounds.below is None)
+    ]
+    assert not unbounded
 
 
 @pytest.mark.parametrize(

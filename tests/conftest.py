@@ -107,7 +107,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("processes")
             item.add_marker("slow")
         if item.get_closest_marker("nightly") and not config.option.nightly:
-            item.add_marker(pytest.mark.skip(reason="`make test-nightly` or the option --nightly runs it"))
+            item.add_marker(pytest.mark.skip(reason="nightly, as it takes long: `make test-nightly`, or --nightly"))
 
 
 def pytest_collection_finish() -> None:

@@ -21,7 +21,7 @@ def test_only_the_launcher_of_runs_differs_from_the_stack_on_one_host() -> None:
     assert one == several
 
 
-def test_a_run_gets_the_variables_that_the_services_which_start_it_have(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_gets_the_variables_that_the_services_which_start_it_have() -> None:
     launcher = read("docker/dagster.yaml")["run_launcher"]["config"]
     composed = yaml.safe_load((REPO / "docker-compose.yml").read_text())["x-pipeline"]["environment"]
     extra = read("docker/compose.yml")
@@ -35,8 +35,11 @@ def test_a_run_gets_the_variables_that_the_services_which_start_it_have(monkeypa
     assert volume == f"{extra['volumes']['rex']['name']}:/var/lib/rex"
 
 
-def test_the_image_starts_runs_with_a_command_that_it_has() -> None:
-    assert "DAGSTER_USE_PYTHON_ENVIRONMENT_ENTRY_POINT=1" in (REPO / "Dockerfile").read_text()
+def test_the_image_has_runs_started_by_its_python_as_it_has_no_command_dagster() -> None:
+    from dagster._cli.api import grpc_command
+
+    (option,) = [option for option in grpc_command.params if option.name == "use_python_environment_entry_point"]
+    assert f"{option.envvar}=1" in (REPO / "Dockerfile").read_text()
 
 
 @pytest.mark.medium

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from llm_assets.paths import REPOSITORY
-from tests.model.system.test_cluster import is_installed
+from tests.model.system.test_cluster import needs_ray
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 ALONE = ["unshare", "--mount", "--map-root-user"]
@@ -70,15 +70,13 @@ def test_a_run_ends_with_the_killed_process_that_shows_it(tmp_path: Path, is_sto
 @pytest.mark.parametrize(
     ("engine", "killed"),
     [
-        ("ray", "what shows the run"),
+        pytest.param("ray", "what shows the run", marks=needs_ray),
         ("torchrun", "the run"),
-        pytest.param("ray", "the run", marks=pytest.mark.nightly),
+        pytest.param("ray", "the run", marks=[needs_ray, pytest.mark.nightly]),
         pytest.param("torchrun", "what shows the run", marks=pytest.mark.nightly),
     ],
 )
 def test_no_process_of_a_divided_training_outlives_the_killed_run(tmp_path: Path, engine: str, killed: str) -> None:
-    if engine == "ray" and not is_installed():
-        pytest.skip("the extra ray (200 MB) is not installed: make cluster")
     command = [sys.executable, "-m", "llm_assets.terminal.execute", "smoke", f"compute={engine}", "compute.processes=2"]
     command += ["training.max_steps=100000", "training.save_steps=10"]
     home = tmp_path / "dagster"

@@ -45,9 +45,11 @@ def is_installed() -> bool:
     return True
 
 
+needs_ray = pytest.mark.skipif(not is_installed(), reason="the extra ray (200 MB) is not installed: make cluster")
+
+
 def with_ray(test: Any) -> Any:
-    absent = pytest.mark.skipif(not is_installed(), reason="the extra ray (200 MB) is not installed: make cluster")
-    return pytest.mark.slow(pytest.mark.processes(absent(test)))
+    return pytest.mark.slow(pytest.mark.processes(needs_ray(test)))
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,6 @@ def test_a_document_inside_a_longer_one_of_the_training_split_is_found_with_its_
 
 
 def test_documents_of_either_split_that_nearly_repeat_another_are_counted(tmp_path):
-    pytest.importorskip("rensa", reason="no rensa: pip install '.[duplicates]'")
     text = words(400, 1)
     write_split(tmp_path, "validation", [words(400, 2), text])
     write_split(tmp_path, "train", [words(400, 3), text + " and a little more", words(10, 4), words(10, 4) + "."])

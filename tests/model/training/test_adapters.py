@@ -14,7 +14,6 @@ from model.weights.loading import load_model
 from tests.model.training.optim.test_optimizer import make_model
 from tests.model.training.tiny import assert_resumes_bit_exact, experiment
 
-pytest.importorskip("peft", reason="no peft: pip install '.[finetune]'")
 LORA = TrainingSettings(lora_rank=4, init_from="somewhere")
 
 

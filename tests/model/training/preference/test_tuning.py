@@ -15,8 +15,6 @@ from model.weights.loading import load_model
 from tests.model.training.optim.test_optimizer import make_model
 from tests.model.training.tiny import experiment
 
-pytest.importorskip("trl", reason="no trl: pip install '.[finetune]'")
-
 
 @pytest.fixture(scope="module")
 def base(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -95,12 +95,15 @@ def retraining() -> dg.RunRequest:
 def observed_settings(context: dg.SensorEvaluationContext, hydra: HydraConfig) -> dg.SensorResult | dg.SkipReason:
     """See the module. Composing takes seconds, so it waits for new files, observations or checkpoints."""
     known = experiment_names(experiments.config_dir)
-    seen = json.dumps({"state": _state(context.instance, Path(hydra.config_dir)), "experiments": known})
-    if seen == context.cursor:
+    seen = {"state": _state(context.instance, Path(hydra.config_dir)), "experiments": known}
+    before = _last_look(context.cursor)
+    if seen == {name: before.get(name) for name in seen}:
         return dg.SkipReason("no new settings file, partition, observation or checkpoint")
-    before = _experiments_of(context.cursor)
-    added = [name for name in known if name not in before] if before else []
-    shown, entering, leaving = _partitions(context.instance, known, added)
+    added = [name for name in known if name not in before["experiments"]] if before.get("experiments") else []
+    was_offered = before.get("is_offered", True) is True  # by an earlier release, which did not say so
+    can_leave = was_offered and not _is_backfilling(context.instance)
+    shown, entering, leaving = _partitions(context.instance, known, added, default_can_leave=can_leave)
+    is_offered = DEFAULT_EXPERIMENT in entering or (was_offered and DEFAULT_EXPERIMENT in shown)
     found: list[Any] = []
     for experiment in shown:
         try:
@@ -111,21 +114,29 @@ def observed_settings(context: dg.SensorEvaluationContext, hydra: HydraConfig) -
     return dg.SensorResult(
         asset_events=found,
         dynamic_partitions_requests=[change for change in partitions if change.partition_keys],
-        cursor=seen,
+        cursor=json.dumps({**seen, "is_offered": is_offered}),
     )
 
 
-def _experiments_of(cursor: str | None) -> list[str]:
-    """The experiments that the last look found; empty before the first look, and for a cursor of another format."""
+def _last_look(cursor: str | None) -> dict[str, Any]:
+    """What the last look found; empty before the first look, and for a cursor of another format.
+
+    is_offered: whether the default experiment is a partition by this sensor, and not by a person or a run.
+    """
     try:
         found = json.loads(cursor or "{}")
     except ValueError:
-        return []
-    return [str(name) for name in found.get("experiments", [])] if isinstance(found, dict) else []
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_backfilling(instance: dg.DagsterInstance) -> bool:
+    """Whether a backfill is under way: it fails if a partition leaves that it has not started a run of."""
+    return any(found.status.value == "REQUESTED" for found in instance.get_backfills(limit=20))
 
 
 def _partitions(
-    instance: dg.DagsterInstance, known: Sequence[str], added: Sequence[str]
+    instance: dg.DagsterInstance, known: Sequence[str], added: Sequence[str], *, default_can_leave: bool
 ) -> tuple[list[str], list[str], list[str]]:
     """The experiments that shall be partitions, and of these and the present ones those to add and to remove.
 
@@ -133,11 +144,11 @@ def _partitions(
     names need not be typed for the first run. A name that was mistyped in the UI and one whose file is gone leave; an
     experiment that was materialized while partitions were static enters. Before the first run the default experiment is
     shown alone, so that the UI has something to offer, and a graph of which nothing is made does not look finished; it
-    leaves when others have run.
+    leaves when others have run, but not if a person has added it since.
     """
     present = in_use(instance)
     used = [name for name in known if _was_run(instance, name)]
-    waiting = [name for name in [*present, *added] if not (used and name == DEFAULT_EXPERIMENT)]
+    waiting = [name for name in [*present, *added] if not (used and name == DEFAULT_EXPERIMENT and default_can_leave)]
     first = [name for name in known if name == DEFAULT_EXPERIMENT]
     shown = [name for name in known if name in used or name in waiting] or first
     return shown, [name for name in shown if name not in present], [name for name in present if name not in shown]

@@ -287,10 +287,25 @@ def test_before_the_first_run_the_default_experiment_is_offered_and_it_leaves_wh
     location.run()
     location.look()
     assert in_use(location.instance) == ["smoke"]
+    enter(location.instance, "stdlib")  # as "Add a partition" in the UI: it stays, however long until its first run
+    for _ in range(2):
+        location.look()
+    assert in_use(location.instance) == ["smoke", "stdlib"]
     location.run(experiment="stdlib")
-    enter(location.instance, "stdlib_chat")  # as "Add a partition" in the UI
+    enter(location.instance, "stdlib_chat")
     location.look()
     assert in_use(location.instance) == ["smoke", "stdlib", "stdlib_chat"]
+
+
+def test_the_default_experiment_stays_if_a_person_adds_it_after_another_has_run(location: Location) -> None:
+    location.instance.delete_dynamic_partition(NAME, "stdlib")
+    location.run()
+    location.look()
+    assert in_use(location.instance) == ["smoke"]
+    enter(location.instance, "stdlib")
+    for _ in range(2):
+        location.look()
+    assert in_use(location.instance) == ["smoke", "stdlib"]
 
 
 def test_a_new_file_is_offered_before_its_first_run_and_leaves_with_its_file(

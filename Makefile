@@ -46,7 +46,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@# torch first and pinned, so that nothing else chooses another build of it: its builds come from several indexes, so it
 	@# has no hash here. What it needs is in the lock, with hashes. Bytecode is left to the first import: compiling twenty
 	@# thousand files here takes a minute or more, and most are never imported.
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps torch==2.13.0
+	$(BIN)/pip install $$([ -t 1 ] || echo --quiet) --disable-pip-version-check --no-compile --no-deps torch==2.13.0
 	@sed -n '/^uv==/,/[^\\]$$/p' constraints.txt >.venv/uv.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps --require-hashes --requirement .venv/uv.txt
 	$(INSTALL) dev

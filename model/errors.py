@@ -193,13 +193,17 @@ def _number_in(text: str) -> int:
     return 0
 
 
+def free_bytes(directory: Path) -> int:
+    """Free bytes of the disk that holds `directory`, which may not exist yet."""
+    existing = next(path for path in [directory, *directory.absolute().parents] if path.exists())
+    return shutil.disk_usage(existing).free
+
+
 def no_space(directory: Path) -> PipelineError:
     """The error of a full disk that holds `directory`."""
-    existing = next(path for path in [directory, *directory.absolute().parents] if path.exists())
-    free = shutil.disk_usage(existing).free
     return PipelineError(
-        f"no disk space left while writing to {directory} ({free:,} bytes free): free some or choose another "
-        "folder, then run again"
+        f"no disk space left while writing to {directory} ({free_bytes(directory):,} bytes free): free some or choose "
+        "another folder, then run again"
     )
 
 

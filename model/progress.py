@@ -1,9 +1,10 @@
-"""Progress of long work as log lines with an estimate of the time left, at most one every few seconds."""
+"""Progress of long work: log lines with an estimate of the time left, or dots where it reports none."""
 
+import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import IO, TypeVar
 
 T = TypeVar("T")
 Log = Callable[[str], None]
@@ -45,7 +46,57 @@ class Progress:
 
 
 def with_lines(work: Callable[[], T], log: Log, label: str, every_s: float = 5.0) -> T:
-    """Run `work`, which reports no progress, and log `label, 0:05 so far` every `every_s` seconds.
+    """Run `work`, which reports no progress, and log `label, 0:05 so far` every `every_s` seconds."""
+    started = time.monotonic()
+    return _watched(work, every_s, lambda: log(f"{label}, {format_duration(time.monotonic() - started)} so far"))
+
+
+class Dots:
+    """Signs of life if the output is not a terminal: a label, and a dot for each EVERY_S in which nothing was printed.
+
+    stream: receives the text; None means standard output.
+    clock: seconds.
+    """
+
+    EVERY_S = 2.5
+    WIDTH = 80
+
+    def __init__(self, stream: IO[str] | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream, self._clock = stream or sys.stdout, clock
+        self._column = 0
+        self._last = clock()
+
+    def tick(self, label: str) -> None:
+        """Print a dot if one is due, after `label` where it begins a line; to be called a few times a second."""
+        if self._clock() - self._last < self.EVERY_S:
+            return
+        if self._column >= self.WIDTH:
+            self.close()
+        text = "." if self._column else f"{label[: self.WIDTH - 2]} ."
+        self._stream.write(text)
+        self._stream.flush()
+        self._column += len(text)
+        self._last = self._clock()
+
+    def close(self) -> None:
+        """End a line of dots, if there is one; to be called before anything else is printed."""
+        if self._column:
+            self._stream.write("\n")
+        self._column = 0
+        self._last = self._clock()
+
+
+def with_dots(work: Callable[[], T], label: str) -> T:
+    """Run `work`, which prints nothing, and print dots after `label` on standard output."""
+    dots = Dots()
+    try:
+        return _watched(work, 0.1, lambda: dots.tick(label))
+    finally:
+        dots.close()
+
+
+def _watched(work: Callable[[], T], every_s: float, meanwhile: Callable[[], None]) -> T:
+    """Run `work`, and call `meanwhile` every `every_s` seconds until it ends.
 
     It runs in a thread that does not outlive the process, so that an interrupt ends the wait at once.
     """
@@ -59,12 +110,11 @@ def with_lines(work: Callable[[], T], log: Log, label: str, every_s: float = 5.0
             errors.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
-    started = time.monotonic()
     thread.start()
     while thread.is_alive():
         thread.join(every_s)
         if thread.is_alive():
-            log(f"{label}, {format_duration(time.monotonic() - started)} so far")
+            meanwhile()
     if errors:
         raise errors[0]
     return results[0]

@@ -83,8 +83,11 @@ def _suggest(trial: "Trial", override: Override) -> str:
     is_log = "log" in sweep.tags
     if override.is_interval_sweep():
         is_whole = isinstance(sweep.start, int) and isinstance(sweep.end, int)
-        suggest = trial.suggest_int if is_whole else trial.suggest_float
-        return f"{key}={suggest(key, sweep.start, sweep.end, log=is_log)}"
+        if is_whole:
+            return f"{key}={trial.suggest_int(key, sweep.start, sweep.end, log=is_log)}"
+        # Six digits: names and tables show the value, and a person who repeats the run types it.
+        short = float(f"{trial.suggest_float(key, sweep.start, sweep.end, log=is_log):.6g}")
+        return f"{key}={min(max(short, sweep.start), sweep.end)}"
     if is_log:
         raise PipelineError(f"{override.input_line}: only tag(log, interval(low, high)) has a logarithmic scale")
     choices = [str(value) for value in override.sweep_iterator(transformer=Transformer.encode)]

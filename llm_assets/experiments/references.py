@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from model.errors import PipelineError
 from model.settings import ExperimentSettings
 
 PREFIX = "latest:"
@@ -18,10 +19,15 @@ def resolve(settings: ExperimentSettings, checkpoint_of: Callable[[str], Path]) 
     """The settings with the folders in place of the names.
 
     checkpoint_of: an experiment's name to its newest checkpoint; it raises PipelineError if there is none.
+
+    Raises that error with the option's name before it.
     """
     for group, option in _OPTIONS:
         value = getattr(getattr(settings, group), option)
         if value.startswith(PREFIX):
-            folder = str(checkpoint_of(value.removeprefix(PREFIX)))
+            try:
+                folder = str(checkpoint_of(value.removeprefix(PREFIX)))
+            except PipelineError as error:
+                raise PipelineError(f"{group}.{option}={value}: {error}") from error
             settings = replace(settings, **{group: replace(getattr(settings, group), **{option: folder})})
     return settings

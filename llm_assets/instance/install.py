@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from llm_assets.containers.packages import pinned, pip_options, uv_environment
 from llm_assets.paths import REPOSITORY
 from model.errors import PipelineError, ends_in_one_line
+from model.progress import with_dots
 
 CONSTRAINTS = REPOSITORY / "constraints.txt"
 OLDEST_PYTHON = "3.11"
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # As for a GPU, which adds no folder of wheels and no backend of torch: torch is there.
     environment = uv_environment("gpu", pip_options(), os.environ) | {"UV_CUSTOM_COMPILE_COMMAND": "make lock"}
     uv = [sys.executable, "-m", "uv", "pip", command[0], "--quiet", *command[1:]]
-    return subprocess.run(uv, cwd=REPOSITORY, env=environment, check=False).returncode
+    label = "locking" if given.lock else f"installing {', '.join(given.names)}"
+    return with_dots(lambda: subprocess.run(uv, cwd=REPOSITORY, env=environment, check=False), label).returncode
 
 
 if __name__ == "__main__":

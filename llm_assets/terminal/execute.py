@@ -10,7 +10,6 @@ results.
 import argparse
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from llm_assets.experiments.compose import compose
 from llm_assets.paths import output_folder, shown_path
 from llm_assets.terminal.records import Follower, Record
 from llm_assets.terminal.view import View
-from model.errors import ends_in_one_line, no_space
+from model.errors import ends_in_one_line, free_bytes, no_space
 from model.system.processes import is_stopped
 
 DEFINITIONS, PIPELINE = "llm_assets.definitions", "llm_pipeline"
@@ -36,8 +35,8 @@ POLL_EVERY_S = 0.2
 STOPPED_POLLS = 15
 """Polls that find the run's process stopped before that is printed."""
 _INTERRUPTED = 130
-_MIN_FREE_BYTES = 1 << 16
-"""Free bytes of a disk below which it counts as full: SQLite needs more for a record."""
+_MIN_FREE_BYTES = 1 << 20
+"""Free bytes of a disk below which it counts as full: Dagster's databases need more at their first record."""
 
 
 def execute_job(
@@ -52,9 +51,14 @@ def execute_job(
     """Run `job` of `module` for one experiment; returns the exit status of Dagster's command.
 
     tags: of the run, besides its partition. A signal is passed on to the run, which saves its work.
+
+    Raises PipelineError if the disk of the logs or of Dagster's home is full.
     """
     console = console or Console()
     view, logs = View(console), output_folder("logs")
+    for written in (logs, Path(os.environ.get("DAGSTER_HOME") or logs)):
+        if free_bytes(written) < _MIN_FREE_BYTES:
+            raise no_space(written)
     log = logs / f"{datetime.now():%Y%m%d-%H%M%S}-{experiment}-{os.getpid()}.log"
     log.touch()
     config = {
@@ -125,8 +129,9 @@ def _explain(console: Console, view: View, log: Path, status: int) -> None:
     printed = [
         line.strip() for line in log.with_suffix(".out").read_text(errors="replace").splitlines() if line.strip()
     ]
-    is_full = shutil.disk_usage(log.parent).free < _MIN_FREE_BYTES  # Dagster's own words need space, too
-    said = view.failures or ([str(no_space(log.parent))] if is_full else printed[-1:])
+    said = view.failures or printed[-1:]
+    if free_bytes(log.parent) < _MIN_FREE_BYTES and not any("no disk space left" in reason for reason in said):
+        said = [str(no_space(log.parent))]  # a step whose failure could not be recorded has another reason here
     for reason in said or [f"the run ended with status {status} and no message; run again"]:
         console.print(f"error: {reason}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"log: {shown_path(log)}", markup=False, highlight=False, soft_wrap=True)

@@ -1,22 +1,22 @@
 """Displays a run's records: a live status line on a terminal, plain lines elsewhere.
 
 On a terminal, a running stage is one live line, which becomes one permanent line when the stage ends; warnings are
-printed. Elsewhere each message is a line, and progress is printed every PROGRESS_EVERY_S. A stage prints at most
-STAGE_LINES messages, and no line is wider than 80 columns.
+printed. Elsewhere each message is a line, progress is printed every PROGRESS_EVERY_S, and dots in between show that the
+run is alive. A stage prints at most STAGE_LINES messages, and no line is wider than 80 columns, except for a path.
 """
 
 import re
 import textwrap
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing
 
 from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
 from llm_assets.terminal.records import Record
-from model.progress import format_duration
+from model.progress import Dots, format_duration
 
 WIDTH = 80
 STAGE_LINES = 16
@@ -42,10 +42,16 @@ class View:
         self._began = clock()
         self.failures: list[str] = []
         self._status = Status("starting", console=console, spinner="line") if console.is_terminal else None
+        self._dots = None if self._status else Dots(console.file, clock)
 
     def live(self) -> AbstractContextManager[object]:
-        """A context in which the live line is shown, on a terminal."""
-        return self._status or nullcontext()
+        """A context in which the run's progress is shown: by the live line on a terminal, else by dots."""
+        return self._status or closing(self)
+
+    def close(self) -> None:
+        """End a line of dots."""
+        if self._dots:
+            self._dots.close()
 
     def take(self, record: Record) -> None:
         """Show a record."""
@@ -61,10 +67,12 @@ class View:
             self._message(record)
 
     def tick(self) -> None:
-        """Refresh the live line; to be called a few times a second."""
+        """Refresh the live line or print a dot if one is due; to be called a few times a second."""
+        idle = "running" if self._said else "starting"  # also between two stages, and after the last
+        if self._dots:
+            self._dots.tick(", ".join(self._started) or idle)
         if self._status:
             working = [self._working(stage) for stage in self._started]
-            idle = "running" if self._said else "starting"  # also between two stages, and after the last
             self._status.update("\n  ".join(working) or f"{idle}  {format_duration(self._clock() - self._began)}")
 
     def _working(self, stage: str) -> str:
@@ -113,8 +121,11 @@ class View:
             self.failures.append(f"{record.stage}: {record.text}")
 
     def _print(self, text: str) -> None:
+        self.close()
         width = min(WIDTH, self._console.width)
-        for line in textwrap.wrap(text, width, subsequent_indent="    ", break_on_hyphens=False) or [""]:
+        # A path stays whole, so that it can be copied.
+        lines = textwrap.wrap(text, width, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False)
+        for line in lines or [""]:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -19,6 +19,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from model.progress import with_dots
 from model.system.cpu import usable_cores
 
 FOLDER = Path(__file__).parent
@@ -148,7 +149,7 @@ def main() -> int:
     parser.add_argument("--sanitize", default="", help="argument of -fsanitize=, such as address,undefined; for tests")
     arguments = parser.parse_args()
     try:
-        print(build(arguments.output, sanitizers=arguments.sanitize))
+        print(with_dots(lambda: build(arguments.output, sanitizers=arguments.sanitize), "compiling the native step"))
     except (RuntimeError, OSError) as error:
         print(f"note: {error}", file=sys.stderr)
     return 0

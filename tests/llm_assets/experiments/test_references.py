@@ -27,3 +27,12 @@ def test_a_predecessor_that_is_not_there_is_one_line_with_the_command_that_makes
         PipelineError, match=r"no trained_checkpoint of experiment 'stdlib' in .*materialize it: dagster"
     ):
         HydraConfig().settings("stdlib_chat")
+
+
+@pytest.mark.parametrize("option", ["tokenizer.path", "training.init_from", "training.distill_from"])
+def test_the_error_of_a_missing_predecessor_names_the_option(option: str, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_ASSETS_ARTIFACTS", str(tmp_path))
+    kind = ["tokenizer=pretrained"] if option.startswith("tokenizer") else []
+    resource = HydraConfig(overrides=[*kind, f"{option}=latest:smoke"])
+    with pytest.raises(PipelineError, match=f"^{option}=latest:smoke: no trained_checkpoint of experiment 'smoke' in"):
+        resource.settings("smoke")

@@ -19,24 +19,39 @@ pytestmark = [pytest.mark.processes, pytest.mark.slow]
 ALONE = ["unshare", "--mount", "--map-root-user"]
 
 
-def test_a_run_that_finds_a_full_disk_says_so_in_one_line(tmp_path: Path) -> None:
+def run_on_disk(size: str, output: Path) -> subprocess.CompletedProcess[str]:
+    """`smoke` on a file system of that size at `output`."""
     if subprocess.run([*ALONE, "true"], check=False, capture_output=True).returncode:
         pytest.skip("this kernel lets no process mount a small file system of its own")
-    home = tmp_path / "var" / "dagster"
+    home = output / "dagster"
     run = f"mkdir {home} && cp {REPOSITORY}/dagster.yaml {home} && exec {sys.executable} -m llm_assets.terminal.execute"
-    home.parent.mkdir()
-    ended = subprocess.run(
-        [*ALONE, "sh", "-c", f"mount -t tmpfs -o size=200k none {home.parent} && {run} smoke"],
+    output.mkdir(parents=True)
+    return subprocess.run(
+        [*ALONE, "sh", "-c", f"mount -t tmpfs -o size={size} none {output} && {run} smoke"],
         check=False,
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
-        env={**os.environ, "LLM_ASSETS_VAR": str(home.parent), "DAGSTER_HOME": str(home)},
+        env={**os.environ, "LLM_ASSETS_VAR": str(output), "DAGSTER_HOME": str(home)},
     )
+
+
+def test_a_run_that_finds_a_full_disk_says_so_in_one_line(tmp_path: Path) -> None:
+    ended = run_on_disk("200k", tmp_path / "var")
     lines = (ended.stdout + ended.stderr).splitlines()
     assert ended.returncode == 1
     assert [line for line in lines if "no disk space left while writing to" in line]
     assert len(lines) <= 2
+
+
+def test_a_disk_that_fills_while_the_run_writes_is_said_in_one_line(tmp_path: Path) -> None:
+    ended = run_on_disk("2m", tmp_path / "var")
+    lines = (ended.stdout + ended.stderr).splitlines()
+    assert ended.returncode == 1
+    assert not [line for line in lines if "Traceback" in line]
+    error, log = lines[-2:]
+    assert error.startswith("error: ") and "no disk space left while writing to" in error
+    assert log.startswith("log: ")
 
 
 @pytest.mark.parametrize("is_stopped", [False, True])

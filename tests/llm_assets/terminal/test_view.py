@@ -99,3 +99,33 @@ def test_a_stage_that_was_computed_and_came_out_equal_is_not_called_unchanged(pl
     plain.say("unchanged: var/artifacts/corpus/smoke/705d already had this content")
     plain.say("", event="STEP_SUCCESS")
     assert plain.lines[-1].split()[:3] == ["corpus", "same", "result"]
+
+
+def test_without_a_terminal_dots_show_that_a_silent_run_is_alive(plain: Watched) -> None:
+    def wait(seconds: float) -> None:
+        for _ in range(round(seconds / 0.5)):
+            plain.now += 0.5
+            before = len(plain.file.getvalue()), silent_since[0]
+            plain.view.tick()
+            if len(plain.file.getvalue()) > before[0]:
+                silent_since[0] = plain.now
+            assert plain.now - silent_since[0] <= 3.0
+
+    silent_since = [0.0]
+    wait(6)
+    plain.say("", event="STEP_START")
+    silent_since[0] = plain.now
+    wait(2)
+    plain.say("corpus: 47 documents")
+    silent_since[0] = plain.now
+    wait(250)
+    plain.view.close()
+    assert plain.lines[:3] == ["starting ..", "corpus: started", "corpus: 47 documents"]
+    assert all(re.fullmatch(r"corpus \.+", line) and len(line) <= WIDTH for line in plain.lines[3:])
+    assert len(plain.lines) == 5
+
+
+def test_a_message_keeps_its_paths_whole(plain: Watched) -> None:
+    path = "/somewhere/" + "long/" * 20 + "report.md"
+    plain.say(f"benchmark: the report is {path}", stage="benchmark_report")
+    assert [line.strip() for line in plain.lines][1:] == [path]

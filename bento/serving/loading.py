@@ -61,7 +61,14 @@ def _rex_engine(options: BentoArgs, model_dir: Path, quantized: bool | None, lim
     # Set before the engine's thread starts: a thread reads torch's number of threads once.
     torch.set_num_threads(options.threads or decoding_threads(count_parameters(model), usable_cores()))
     logger.info("loaded on %s, %d threads", model.device, torch.get_num_threads())
-    return Engine(model, load_tokenizer(model_dir), kv_cache=options.kv_cache, step=options.step, **limits)
+    return Engine(
+        model,
+        load_tokenizer(model_dir),
+        kv_cache=options.kv_cache,
+        step=options.step,
+        speculative_tokens=options.speculative_tokens,
+        **limits,
+    )
 
 
 def _vllm_engine(options: BentoArgs, model_dir: Path, quantized: bool | None, limits: dict[str, Any]) -> "Engine":

@@ -144,6 +144,8 @@ class ServiceMetrics(Collector):
             ("rex_generation_tokens", "Tokens generated.", stats.generated_tokens_total),
             ("rex_prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prompt_tokens_total),
             ("rex_prefix_cache_hits", "Prompt tokens that the prefix cache held.", stats.cached_tokens_total),
+            ("rex_spec_decode_num_draft_tokens", "Tokens proposed to be checked.", stats.proposed_tokens_total),
+            ("rex_spec_decode_num_accepted_tokens", "Proposed tokens accepted.", stats.accepted_tokens_total),
             ("rex_requests_cancelled", "Requests that ended because their client left.", stats.cancelled_total),
             ("rex_engine_restarts", "Restarts of the engine.", stats.restarts_total),
         ):

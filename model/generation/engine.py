@@ -56,7 +56,8 @@ class Engine:
     prefill_chunk: tokens of one step with prompts in it, those that decode included.
     max_queue, max_queue_tokens: requests that may wait besides those that run, and tokens of their prompts.
     step: how a step is computed, a name of `steps.py` or "auto". step_timeout_s: a step that takes longer counts as
-    hung. end_of_text_ids: tokens that end a text; None: the model's own.
+    hung. speculative_tokens: most tokens that a step proposes for one text and checks at once; texts stay the same.
+    end_of_text_ids: tokens that end a text; None: the model's own.
     Raises PipelineError if the memory does not hold one context, and for more tokens than the model has.
     """
 
@@ -73,6 +74,7 @@ class Engine:
         max_queue_tokens: int = ServingSettings.max_queue_tokens,
         step: str = "auto",
         step_timeout_s: float = ServingSettings.step_timeout_s,
+        speculative_tokens: int = ServingSettings.speculative_tokens,
         end_of_text_ids: frozenset[int] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
@@ -101,7 +103,7 @@ class Engine:
         )
         self._kv_cache, self._prefill_chunk, self._step_timeout_s = kv_cache, prefill_chunk, step_timeout_s
         self._cache_tokens, self._is_limited = _cache_tokens(model, max_batch_size, kv_cache_mib), kv_cache_mib > 0
-        self._slots = max_batch_size
+        self._slots, self._speculative_tokens = max_batch_size, speculative_tokens
         self._max_queue, self._max_queue_tokens = max_queue, max_queue_tokens
         self._queue = RequestQueue(max_queue, max_queue_tokens)
         self._changed = threading.Condition()
@@ -160,6 +162,8 @@ class Engine:
             cancelled_total=past.cancelled_total + scheduler.cancelled,
             restarts_total=self._restarts,
             cache_bytes=scheduler.cache_bytes,
+            proposed_tokens_total=past.proposed_tokens_total + scheduler.proposed_tokens,
+            accepted_tokens_total=past.accepted_tokens_total + scheduler.accepted_tokens,
         )
 
     def encode(self, text: str) -> list[int]:
@@ -300,6 +304,7 @@ class Engine:
             prefill_chunk=self._prefill_chunk,
             kv_cache=self._kv_cache,
             cache_tokens=self._cache_tokens if self._is_limited else None,
+            speculative_tokens=self._speculative_tokens,
         )
 
     def _start(self) -> threading.Thread:

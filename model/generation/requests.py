@@ -246,6 +246,9 @@ class EngineStats:
     restarts_total: int
     cache_bytes: int = 0
     """Memory that keys and values hold, those of ended requests included, which later prompts reuse."""
+    proposed_tokens_total: int = 0
+    accepted_tokens_total: int = 0
+    """Proposed tokens that were chosen, see `speculation.py`."""
 
 
 Event = PromptScores | Embedding | TextPiece | Finished

@@ -7,7 +7,9 @@ Shapes: V vocabulary.
 """
 
 import random
+from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +33,8 @@ class Sampler:
     ) -> None:
         self._parameters = parameters
         self._random = random.Random(parameters.seed)
-        self._uniform: float | None = None
+        self._uniforms: deque[float] = deque()
+        """Random numbers of the next tokens."""
         self._bias: tuple[Tensor, Tensor] | None = None
         if parameters.logit_bias:
             tokens, biases = zip(*parameters.logit_bias.items(), strict=True)
@@ -94,14 +97,22 @@ class Sampler:
 
     def draw(self) -> Draw:
         """The next sample's parameters; the same until a token has been taken, since a failed step is repeated."""
-        if self._uniform is None:
-            self._uniform = self._random.random()
+        return self.draws(1)[0]
+
+    def draws(self, count: int) -> tuple[Draw, ...]:
+        """The parameters of the next `count` samples."""
+        while len(self._uniforms) < count:
+            self._uniforms.append(self._random.random())
         chosen = self._parameters
-        return Draw(chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p, self._uniform)
+        return tuple(
+            Draw(chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p, uniform)
+            for uniform in islice(self._uniforms, count)
+        )
 
     def take(self) -> None:
-        """The drawn token has been taken: the next draw is another."""
-        self._uniform = None
+        """A drawn token has been taken: the next draw is another."""
+        if self._uniforms:
+            self._uniforms.popleft()
 
 
 def token_logprobs(logits_RV: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:

@@ -35,6 +35,7 @@ from model.generation.requests import (
 )
 from model.generation.sampler import Sampler, token_logprobs
 from model.generation.sequence import Sequence
+from model.generation.speculation import Proposer, proposal_length
 from model.generation.steps.slots import MIN_REUSED_TOKENS, SlotTable
 from model.generation.steps.step import Segment, SegmentOutput, Step
 
@@ -55,6 +56,8 @@ class Scheduler:
     end_of_text_ids: tokens that end a text. kv_cache: False recomputes all earlier tokens in each step.
     cache_tokens: most tokens whose keys and values all slots may hold together, at least one context. A request starts
     when its prompt and its longest answer fit beside those of the running ones; kept prefixes give way to it.
+    speculative_tokens: most tokens proposed for one sequence in a step (`speculation.py`); 0 for a step that is not
+    batch invariant.
     """
 
     def __init__(
@@ -67,8 +70,11 @@ class Scheduler:
         prefill_chunk: int,
         kv_cache: bool,
         cache_tokens: int | None = None,
+        speculative_tokens: int = 0,
     ) -> None:
         self._step, self._queue = step, queue
+        # In a step that is not batch invariant, rounding could choose another token beside proposed ones.
+        self._speculative_tokens = speculative_tokens if step.is_batch_invariant else 0
         self._slots = SlotTable(step)
         self._capacity = cache_tokens and max(cache_tokens, self._slots.pages(step.context_length))
         self._token_bytes, self._end_of_text_ids = token_bytes, end_of_text_ids
@@ -87,6 +93,7 @@ class Scheduler:
         """Running sequences, in order of slot assignment."""
         self.pace = Pace()
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = self.cancelled = self.answered = 0
+        self.proposed_tokens = self.accepted_tokens = 0
 
     @property
     def free_slots(self) -> int:
@@ -148,10 +155,11 @@ class Scheduler:
                 pass
         first = self._first_client(chunk)
         chosen = [s for s in self.running if first is None or s.request.client == first]
-        batch = [(s, self._next_segment(s, s.num_tokens)) for s in chosen if not s.is_prefilling]
+        decoding = [sequence for sequence in chosen if not sequence.is_prefilling]
+        batch: Batch = []
         # Steps are filled to `chunk` tokens (whole GEMM tiles); a quarter is reserved for prefill so that it advances
         # however many sequences decode.
-        left = max(chunk - len(batch), math.ceil(chunk / 4))
+        left = max(chunk - len(decoding), math.ceil(chunk / 4))
         prefilling: dict[str, list[Sequence]] = {}
         for sequence in chosen:
             if sequence.is_prefilling:
@@ -169,7 +177,9 @@ class Scheduler:
             batch.append((started, self._next_segment(started, left)))
             left -= len(batch[-1][1].ids)
             starts -= 1
-        return batch
+        # No proposals beside a prompt: they would delay its first token.
+        most = 0 if batch else self._speculative_tokens
+        return [(s, self._decode_segment(s, len(decoding), most)) for s in decoding] + batch
 
     def _first_client(self, chunk: int) -> str | None:
         """The client that has this step of `chunk` tokens alone, at most every other step: it waits for a first token
@@ -199,6 +209,16 @@ class Scheduler:
 
     def _next_segment(self, sequence: Sequence, most: int) -> Segment:
         return sequence.next_segment(most, self._forbidden(sequence))
+
+    def _decode_segment(self, sequence: Sequence, texts: int, most: int) -> Segment:
+        """The last token, and up to `most` proposed ones after it. texts: sequences in the step."""
+        forbidden, proposer = self._forbidden(sequence), sequence.proposer
+        if most and proposer is not None and not forbidden:
+            most = min(most, sequence.request.max_tokens - sequence.generation.generated_tokens - 1)
+            if proposal := proposer.propose(proposal_length(proposer.rate, texts, most)):
+                self.proposed_tokens += len(proposal)
+                return sequence.with_proposal(proposal)
+        return sequence.next_segment(sequence.num_tokens, forbidden)
 
     def _start_next(self, *, has_priority: bool = False) -> Sequence | None:
         """Start the next request in a free slot; None if none can start in this step.
@@ -259,7 +279,17 @@ class Scheduler:
         constraint = None
         if is_constrained(request):
             constraint = Constraint(request, self._token_index, self._step.vocab_size)
-        return Sequence(generation, slot, cached, token_bytes=self._token_bytes, sampler=sampler, constraint=constraint)
+        # Only the step may choose the tokens: penalties and constraints change with each one.
+        speculates = sampler.is_plain and constraint is None and request.logprobs is None and request.max_tokens > 1
+        return Sequence(
+            generation,
+            slot,
+            cached,
+            token_bytes=self._token_bytes,
+            sampler=sampler,
+            constraint=constraint,
+            proposer=Proposer(request.prompt_ids) if speculates and self._speculative_tokens else None,
+        )
 
     def _should_wait(self, prompt_ids: np.ndarray) -> bool:
         """Whether a prompt now being computed will soon leave a longer prefix of this one in the cache."""
@@ -273,9 +303,13 @@ class Scheduler:
         return False
 
     def _advance(self, sequence: Sequence, segment: Segment) -> None:
-        sequence.num_computed_tokens += len(segment.ids)
+        """Count the segment's tokens as computed; proposed ones follow when they are taken."""
         self._computed[sequence.request.client] += len(segment.ids)
-        self._slots.append(sequence.slot, segment.ids)
+        self._keep(sequence, segment.ids[: len(segment.ids) - segment.rows + 1])
+
+    def _keep(self, sequence: Sequence, ids: np.ndarray) -> None:
+        sequence.num_computed_tokens += len(ids)
+        self._slots.append(sequence.slot, ids)
 
     def _step_alone(self, batch: Batch) -> None:
         """Compute each segment separately, so that only failing requests end. Raises if the model itself fails."""
@@ -301,7 +335,7 @@ class Scheduler:
             if sequence.request.prompt_logprobs is not None and not sequence.generation.generated_tokens:
                 self._score_prompt(sequence, segment, output)
             if sequence.num_computed_tokens == sequence.num_tokens:
-                self._take_token(sequence, segment, output)
+                self._take_tokens(sequence, segment, output)
         except GrammarFailure as error:
             self._leave(sequence, "error", error=str(error), refusal="grammar")
         except Exception:
@@ -330,19 +364,35 @@ class Scheduler:
         if not sequence.is_prefilling:
             sequence.generation.emit(PromptScores(tuple(sequence.prompt_scores)))
 
-    def _take_token(self, sequence: Sequence, segment: Segment, output: SegmentOutput) -> None:
-        """Append the next token and deliver the text that no later token can change."""
+    def _take_tokens(self, sequence: Sequence, segment: Segment, output: SegmentOutput) -> None:
+        """Take the next token and, while the chosen ones are those that were proposed, the tokens after them."""
+        if segment.rows == 1:
+            self._take_token(sequence, segment, output, 0)
+            return
+        proposal = segment.ids[1 - segment.rows :]
+        for row in range(segment.rows):
+            self._take_token(sequence, segment, output, row)
+            if sequence.generation.is_finished or row == len(proposal) or output.tokens[row] != proposal[row]:
+                break
+            self.accepted_tokens += 1
+            self._keep(sequence, proposal[row : row + 1])
+        self._slots.trim(sequence.slot, segment.start + len(segment.ids))
+
+    def _take_token(self, sequence: Sequence, segment: Segment, output: SegmentOutput, row: int) -> None:
+        """Append the token of a row and deliver the text that no later token can change."""
         request, generation = sequence.request, sequence.generation
         if request.max_tokens == 0:
             self._leave(sequence, "length")
             return
         may_end = generation.generated_tokens >= request.min_tokens
-        token = self._next_token(sequence, segment, output)
+        token = self._next_token(sequence, segment, output, row)
         if token is None:
             self._end_text(sequence, "stop")
             return
         sequence.ids[sequence.num_tokens] = token
         sequence.num_tokens += 1
+        if sequence.proposer is not None:
+            sequence.proposer.push(token)
         generation.generated_tokens += 1
         self.generated_tokens += 1
         self.answered += 1
@@ -367,16 +417,17 @@ class Scheduler:
         elif generation.generated_tokens >= request.max_tokens:
             self._end_text(sequence, "length")
 
-    def _next_token(self, sequence: Sequence, segment: Segment, output: SegmentOutput) -> int | None:
+    def _next_token(self, sequence: Sequence, segment: Segment, output: SegmentOutput, row: int) -> int | None:
         """The next token; None if the request's constraint allows no token, which completes the text."""
         if sequence.constraint:
             return self._constrained_token(sequence, sequence.constraint, output)
         forbidden = self._forbidden(sequence)
         if segment.logits != "all" and sequence.is_plain(forbidden):
-            if output.token is None:
+            token = output.tokens[row]
+            if token is None:
                 raise ValueError("the highest logit is not finite: the weights or the cache hold broken numbers")
             sequence.sampler.take()
-            return output.token
+            return token
         return sequence.sampler.next(output.logits_RV[-1], forbidden)
 
     def _constrained_token(self, sequence: Sequence, constraint: Constraint, output: SegmentOutput) -> int | None:

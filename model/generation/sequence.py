@@ -8,6 +8,7 @@ from torch import Tensor
 from model.generation.constraints import Constraint
 from model.generation.requests import Generation, TokenLogprob
 from model.generation.sampler import Sampler
+from model.generation.speculation import Proposer
 from model.generation.steps.step import Segment, Wanted
 from model.generation.stopping import GeneratedText
 
@@ -15,7 +16,8 @@ from model.generation.stopping import GeneratedText
 class Sequence:
     """A request that has a slot.
 
-    num_cached_tokens: prompt tokens whose keys and values the prefix cache provided.
+    num_cached_tokens: prompt tokens whose keys and values the prefix cache provided. proposer: None where each step
+    takes one token.
     """
 
     def __init__(
@@ -27,6 +29,7 @@ class Sequence:
         token_bytes: collections.abc.Sequence[bytes],
         sampler: Sampler,
         constraint: Constraint | None = None,
+        proposer: Proposer | None = None,
     ) -> None:
         request = generation.request
         self.generation, self.request, self.slot = generation, request, slot
@@ -37,7 +40,7 @@ class Sequence:
         """Number of tokens set in `ids`: the prompt's, then generated ones."""
         self.num_computed_tokens = num_cached_tokens
         """Tokens whose keys and values are in the cache."""
-        self.sampler, self.constraint = sampler, constraint
+        self.sampler, self.constraint, self.proposer = sampler, constraint, proposer
         self.hidden_sum_D: Tensor | None = None
         """Sum of the hidden states of the prompt's computed tokens, float64, shape (D,)."""
         self.prompt_scores: list[TokenLogprob | None] = [None]
@@ -53,8 +56,15 @@ class Sequence:
         end = min(self.num_tokens, self.num_computed_tokens + most)
         wanted = self._wanted(end, forbidden)
         draws = wanted in ("token", "last") and self.is_plain(forbidden) and not self.sampler.is_greedy
-        draw = self.sampler.draw() if draws else None
-        return Segment(self.slot, self.num_computed_tokens, self.ids[self.num_computed_tokens : end], wanted, draw)
+        ids = self.ids[self.num_computed_tokens : end]
+        return Segment(self.slot, self.num_computed_tokens, ids, wanted, self.sampler.draws(1) if draws else ())
+
+    def with_proposal(self, proposal: collections.abc.Sequence[int]) -> Segment:
+        """The next segment, with proposed tokens after the last one; the next token must be plain."""
+        rows = 1 + len(proposal)
+        ids = np.append(self.ids[self.num_computed_tokens : self.num_tokens], proposal)
+        draws = () if self.sampler.is_greedy else self.sampler.draws(rows)
+        return Segment(self.slot, self.num_computed_tokens, ids, "token", draws, rows)
 
     def is_plain(self, forbidden: collections.abc.Sequence[int]) -> bool:
         """Whether the step can choose the next token: nothing changes its logits."""

@@ -50,6 +50,14 @@ class ServingSettings(Settings, group="serving"):
         above=0,
         maximum=2**20,
     )
+    speculative_tokens: int = option(
+        8,
+        "Most tokens that a step proposes for a text, where it repeats itself, and checks at once: the text stays the "
+        "same. Only with the step native; 0: none.",
+        unit="tokens",
+        minimum=0,
+        maximum=16,
+    )
     max_queue: int = option(
         128, "Most waiting requests; more are answered 429.", unit="requests", above=0, maximum=65_536
     )

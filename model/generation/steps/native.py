@@ -21,6 +21,7 @@ class NativeStep(Step):
     """Computes with the native library, on as many threads as torch has at construction."""
 
     name = "native"
+    is_batch_invariant = True
     logits_device = torch.device("cpu")
     page_tokens = library.PAGE_TOKENS
 
@@ -54,12 +55,12 @@ class NativeStep(Step):
             others = [s for s in segments if s.logits != "hidden"]
             rest = iter(self.compute(others) if others else ())
             return [next(hidden) if s.logits == "hidden" else next(rest) for s in segments]
-        wanted = [len(s.ids) if s.logits == "all" else int(s.logits != "none") for s in segments]
+        wanted = [{"all": len(s.ids), "none": 0}.get(s.logits, s.rows) for s in segments]
         logits_RV, chosen_R, highest_R = self._session.step_over(
             [(s.slot, s.start, len(s.ids), rows) for s, rows in zip(segments, wanted, strict=True)],
             [s.ids for s in segments],
             logits=any(s.logits in ("last", "all") for s in segments),
-            draws=_draws(segments, wanted) if any(s.draw for s in segments) else None,
+            draws=_draws(segments, wanted) if any(s.draws for s in segments) else None,
         )
         tokens = chosen_R.tolist()
         if not np.isfinite(highest_R).all():
@@ -69,16 +70,16 @@ class NativeStep(Step):
             ]
         outputs, end = [], 0
         all_RV = None if logits_RV is None else torch.from_numpy(logits_RV)
-        for rows in wanted:
+        for s, rows in zip(segments, wanted, strict=True):
             start, end = end, end + rows
             segment_RV = self._no_logits if all_RV is None else all_RV[start:end]
-            outputs.append(SegmentOutput(segment_RV, tokens[end - 1] if rows else None))
+            outputs.append(SegmentOutput(segment_RV, tokens[end - s.rows : end] if rows else ()))
         return outputs
 
     def _hidden(self, segments: Sequence[Segment]) -> list[SegmentOutput]:
         hidden_RD = self._session.hidden_states([library.Segment(s.slot, s.start, s.ids, len(s.ids)) for s in segments])
         parts = torch.from_numpy(hidden_RD).split([len(s.ids) for s in segments])
-        return [SegmentOutput(self._no_logits, None, part_RD) for part_RD in parts]
+        return [SegmentOutput(self._no_logits, hidden_RD=part_RD) for part_RD in parts]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy a prefix of one slot to another; whole pages are shared, not copied."""
@@ -100,9 +101,5 @@ class NativeStep(Step):
 def _draws(segments: Sequence[Segment], rows: Sequence[int]) -> np.ndarray:
     """The `Draw` of each row of logits, shape (R, 5); rows whose token is the most likely one are zero."""
     nothing = (0.0,) * len(Draw._fields)
-    table = [
-        draw
-        for s, count in zip(segments, rows, strict=True)
-        for draw in ([s.draw or nothing] if count == 1 else [nothing] * count)
-    ]
+    table = [draw for s, count in zip(segments, rows, strict=True) for draw in (s.draws or [nothing] * count)]
     return np.array(table, dtype=np.float64)

@@ -119,24 +119,23 @@ class ReferenceStep(Step):
             rest = iter(self.compute(others) if others else ())
             no_logits = torch.empty(0, self.vocab_size)
             return [
-                SegmentOutput(no_logits, None, next(hidden)) if segment.logits == "hidden" else next(rest)
+                SegmentOutput(no_logits, hidden_RD=next(hidden)) if segment.logits == "hidden" else next(rest)
                 for segment in segments
             ]
         logits = self.logits(segments)
-        last_rows = [logits_RV[-1:] for logits_RV in logits if len(logits_RV)]
-        if not last_rows:
-            return [SegmentOutput(logits_RV, None) for logits_RV in logits]
-        highest, tokens = (iter(values.tolist()) for values in torch.cat(last_rows).max(dim=-1))
+        last = [logits_RV[-segment.rows :] for segment, logits_RV in zip(segments, logits, strict=True)]
+        highest, likeliest = (iter(values.tolist()) for values in torch.cat(last).max(dim=-1))
         outputs = []
-        for segment, logits_RV in zip(segments, logits, strict=True):
-            token = None
-            if len(logits_RV):
-                token = next(tokens)
+        for segment, logits_RV, last_RV in zip(segments, logits, last, strict=True):
+            tokens: list[int | None] = []
+            for row, row_V in enumerate(last_RV):
+                token = next(likeliest)
                 if not math.isfinite(next(highest)):
                     token = None
-                elif segment.draw:
-                    token = draw_token(logits_RV[-1], segment.draw)
-            outputs.append(SegmentOutput(logits_RV, token))
+                elif segment.draws:
+                    token = draw_token(row_V, segment.draws[row])
+                tokens.append(token)
+            outputs.append(SegmentOutput(logits_RV, tokens))
         return outputs
 
     def logits(self, segments: Sequence[Segment]) -> list[Tensor]:
@@ -218,7 +217,8 @@ def _selected_rows(row: list[Segment]) -> tuple[list[int], list[int]]:
     end = 0
     for segment in row:
         end += len(segment.ids)
-        count = {"none": 0, "token": 1, "last": 1, "all": len(segment.ids), "hidden": len(segment.ids)}[segment.logits]
+        whole = len(segment.ids)
+        count = {"none": 0, "all": whole, "hidden": whole}.get(segment.logits, segment.rows)
         selected += range(end - count, end)
         counts.append(count)
     return selected, counts
@@ -227,7 +227,7 @@ def _selected_rows(row: list[Segment]) -> tuple[list[int], list[int]]:
 def _selected_part(segment: Segment) -> Segment:
     if segment.logits in ("all", "hidden"):
         return segment
-    return Segment(segment.slot, segment.start + len(segment.ids) - 1, segment.ids[-1:])
+    return Segment(segment.slot, segment.start + len(segment.ids) - segment.rows, segment.ids[-segment.rows :])
 
 
 def slot_attention_forward(

@@ -39,6 +39,12 @@ class SlotTable:
             self._lengths[slot] = length
             self._step.truncate(slot, length)
 
+    def trim(self, slot: int, computed: int) -> None:
+        """Free the memory of positions up to `computed` that hold no token of the slot: those of rejected proposals."""
+        length = self.length(slot)
+        if self.pages(length) < self.pages(computed):
+            self._step.truncate(slot, length)
+
     def clear(self, slot: int) -> None:
         """Empty a slot and zero its memory, in which a failed computation may have left non-finite values."""
         self._lengths[slot] = 0

@@ -25,28 +25,30 @@ class Segment(NamedTuple):
     """Tokens scheduled for one sequence in one step: they follow the first `start` positions of its slot.
 
     ids: int64, at least one. logits: which rows the step computes: none, only the chosen next token, the last token's
-    logits, the logits of all tokens, or the hidden states of all tokens instead. draw: how the next token is chosen if
-    it is not the most likely one; only for "token" and "last".
+    logits, the logits of all tokens, or the hidden states of all tokens instead. rows: for "token", the number of last
+    tokens after each of which the next one is chosen. draws: how they are chosen, one for each of `rows`, if they are
+    not the most likely ones; only for "token" and "last".
     """
 
     slot: int
     start: int
     ids: np.ndarray
     logits: Wanted = "last"
-    draw: Draw | None = None
+    draws: tuple[Draw, ...] = ()
+    rows: int = 1
 
 
 class SegmentOutput(NamedTuple):
     """The results of a step for one segment.
 
-    logits_RV: float32, R = 1 for "last", len(ids) for "all", 0 for "none"; for "token" 0 or 1, up to the step.
+    logits_RV: float32, R = 1 for "last", len(ids) for "all", 0 for "none"; for "token" 0 or `rows`, up to the step.
     hidden_RD: float32, hidden states after the final norm, R = len(ids), for "hidden"; else None.
-    token: the one that the segment's draw chooses, or the most likely, the lowest id among equals; None for "none" and
-    if the highest logit is not finite.
+    tokens: after each of the segment's last `rows` tokens, the one that its draw chooses, or the most likely, the
+    lowest id among equals; None if the highest logit is not finite. Empty for "none" and "hidden".
     """
 
     logits_RV: Tensor
-    token: int | None
+    tokens: Sequence[int | None] = ()
     hidden_RD: Tensor | None = None
 
 
@@ -58,6 +60,8 @@ class Step(ABC):
     """
 
     name: ClassVar[str]
+    is_batch_invariant: ClassVar[bool] = False
+    """Whether a token's results have the same bits whatever other tokens, of its own segment too, are in the step."""
     slots: int
     context_length: int
     vocab_size: int

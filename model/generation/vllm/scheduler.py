@@ -71,6 +71,7 @@ class VllmScheduler:
         self.running: list[Running] = []
         self.pace = Pace()
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = self.cancelled = self.answered = 0
+        self.proposed_tokens = self.accepted_tokens = 0
 
     @property
     def free_slots(self) -> int:

@@ -66,6 +66,40 @@ def test_a_long_step_in_several_passes_has_the_bits_of_one_token_after_the_other
         assert np.array_equal(logits[300 * slot : 300 * (slot + 1)], expected)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_tokens_that_are_computed_and_rejected_leave_no_trace(model, instructions, threads):
+    """Speculative decoding: the next token and proposed ones in one step have the bits of one step each."""
+    native = NativeModel(model, instructions=instructions)
+    ids, wrong = text(10, 150), text(11, 150)
+    one_by_one = NativeSession(native, 1)
+    draws = np.array([[0.8, 40, 0.95, 0.0, uniform] for uniform in np.random.default_rng(1).random(150)])
+    expected, chosen = [], []
+    for at in range(150):
+        row, token, _ = one_by_one.step_over([(0, at, 1, 1)], [ids[at : at + 1]], logits=True, draws=draws[at : at + 1])
+        expected.append(row[0].copy())
+        chosen.append(token[0])
+    session, done = NativeSession(native, 2, threads=threads), [0, 0]
+    numbers = np.random.default_rng(12)
+    while max(done) < 140:
+        parts, kept = [], []
+        for slot in (0, 1):
+            right, rejected = numbers.integers(1, 6), numbers.integers(0, 5)
+            proposed = np.concatenate([ids[done[slot] :][:right], wrong[:rejected]])
+            parts.append((slot, done[slot], len(proposed), len(proposed)))
+            kept.append((proposed, right, draws[done[slot] :][: len(proposed)]))
+        logits, tokens, _ = session.step_over(
+            parts, [part[0] for part in kept], logits=True, draws=np.concatenate([part[2] for part in kept])
+        )
+        row = 0
+        for slot, (proposed, right, _) in enumerate(kept):
+            at = done[slot]
+            assert np.array_equal(logits[row : row + right], expected[at : at + right])
+            assert tokens[row : row + right].tolist() == chosen[at : at + right]
+            row += len(proposed)
+            done[slot] += right
+            session.truncate(slot, done[slot])
+
+
 def test_only_wanted_rows_come_and_a_step_may_want_none(model, fastest):
     native = NativeModel(model, instructions=fastest)
     session, ids = NativeSession(native, 3), text(2, 40)

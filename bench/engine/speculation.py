@@ -1,0 +1,168 @@
+"""Speculative decoding against one token at a time, on real text, and what more tokens in a step cost.
+
+    python -m bench.engine.speculation MODEL_DIR [--rounds 8] [--streams 1 4 8] [--tokens 128]
+    python -m bench.engine.speculation --shape 2m 30m [--rounds 8]
+
+With a directory: answers to prompts from the source of the running Python's standard library, greedy and at temperature
+0.7, with `speculative_tokens` at its default and at 0: both engines get the same prompts, one after the other, new ones
+in each round, and must give the same tokens. Tokens per second count the time from the requests to the last token.
+With --shape: a step over 1 to 8 tokens of one text, and of as many texts, over one token, with random weights.
+"""
+
+import argparse
+import random
+import statistics
+import sys
+import sysconfig
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.engine.workloads import SHAPES, model_of
+from model.errors import PipelineError, ends_in_one_line
+from model.generation.engine import Engine
+from model.generation.requests import GenerationRequest, SamplingParameters, TextPiece
+from model.generation.steps.native import NativeStep
+from model.generation.steps.step import Segment
+from model.settings import ServingSettings
+from model.system.cpu import decoding_threads, usable_cores
+from model.text.tokenizer import load_tokenizer
+from model.weights import int4, int8
+from model.weights.int8 import count_parameters
+from model.weights.loading import load_model
+
+KINDS = {"float32": lambda model: model, "int8": int8.quantize, "int4": int4.quantize}
+ROWS = (1, 2, 4, 8)
+MOST = 8
+"""Tokens proposed where the default is none."""
+CACHED = 512
+"""Tokens before those of a measured step."""
+PROMPT_TOKENS = (32, 64, 128, 256)
+
+
+def prompts(engine: Engine, count: int, seed: int) -> list[list[int]]:
+    """Tokens of `count` parts of the standard library."""
+    numbers = random.Random(seed)
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    found: list[list[int]] = []
+    while len(found) < count:
+        text = numbers.choice(files).read_text()
+        start = numbers.randrange(max(1, len(text) - 2_000))
+        ids = engine.encode(text[start : start + 2_000])
+        length = min(PROMPT_TOKENS[len(found) % len(PROMPT_TOKENS)], engine.context_length // 2)
+        if len(ids) >= length:
+            found.append(ids[:length])
+    return found
+
+
+def answer(engine: Engine, requests: Iterable[GenerationRequest]) -> tuple[list[list[int]], float, float]:
+    """The tokens of all answers, the seconds and the CPU seconds that they took."""
+    started, cpu = time.perf_counter(), time.process_time()
+    generations = [engine.submit(request) for request in requests]
+    texts = [[t for event in one if isinstance(event, TextPiece) for t in event.token_ids] for one in generations]
+    return texts, time.perf_counter() - started, time.process_time() - cpu
+
+
+def compare(model_dir: Path, rounds: int, streams: list[int], tokens: int) -> None:
+    """Print tokens/s with and without proposals, their ratio in each round, and how many proposals were right."""
+    model, tokenizer = load_model(model_dir), load_tokenizer(model_dir)
+    torch.set_num_threads(decoding_threads(count_parameters(model), usable_cores()))
+    engines = [
+        Engine(model, tokenizer, end_of_text_ids=frozenset(), speculative_tokens=count)
+        for count in (0, ServingSettings.speculative_tokens or MOST)
+    ]
+    for engine in engines:
+        engine.warm_up()
+    print(f"\n{count_parameters(model):,} parameters, {engines[0].precision}, {torch.get_num_threads()} threads\n")
+    print(
+        "| streams | temperature | tokens/s | with proposals | ratio: median, range | of CPU time | right | per step |"
+    )
+    print("|---:|---:|---:|---:|---|---|---:|---:|")
+    for count in streams:
+        for temperature in (0.0, 0.7):
+            before = engines[1].stats()
+            times = [_round(engines, count, temperature, tokens, number) for number in range(rounds + 1)][1:]
+            after = engines[1].stats()
+            proposed = after.proposed_tokens_total - before.proposed_tokens_total
+            accepted = after.accepted_tokens_total - before.accepted_tokens_total
+            generated = after.generated_tokens_total - before.generated_tokens_total
+            plain, fast = (count * tokens / statistics.median(found) for found in list(zip(*times, strict=True))[:2])
+            print(
+                f"| {count} | {temperature} | {plain:,.0f} | {fast:,.0f} "
+                f"| {_ratios([(a, b) for a, b, _, _ in times])} | {_ratios([(c, d) for _, _, c, d in times])} "
+                f"| {accepted / max(proposed, 1):.0%} of {proposed:,} | {generated / (generated - accepted):.2f} |",
+                flush=True,
+            )
+    for engine in engines:
+        engine.stop()
+
+
+def _round(
+    engines: list[Engine], streams: int, temperature: float, tokens: int, number: int
+) -> tuple[float, float, float, float]:
+    """Seconds of both engines, and CPU seconds of both. Raises PipelineError if their tokens differ."""
+    sampling = SamplingParameters(temperature=temperature, seed=number)
+    texts = prompts(engines[0], streams, 1_000 * streams + number)
+    requests = [GenerationRequest(ids, tokens, sampling) for ids in texts]
+    found = {which: answer(engines[which], requests) for which in ((0, 1) if number % 2 else (1, 0))}
+    if found[0][0] != found[1][0]:
+        raise PipelineError("with proposals the tokens differ: this is an error of the engine")
+    return found[0][1], found[1][1], found[0][2], found[1][2]
+
+
+def _ratios(pairs: list[tuple[float, float]]) -> str:
+    found = sorted(a / b for a, b in pairs)
+    return f"{statistics.median(found):.2f}, {found[0]:.2f} to {found[-1]:.2f}"
+
+
+def costs(shape: str, rounds: int) -> None:
+    """Print the time of steps over several tokens, of one text and of as many texts, over that of one token."""
+    model = model_of(shape)
+    threads = decoding_threads(count_parameters(model), usable_cores())
+    torch.set_num_threads(threads)
+    print(f"\n{shape}: {count_parameters(model):,} parameters, {threads} threads\n")
+    print("| weights | one token | " + " | ".join(f"{rows} of one text; of {rows}" for rows in ROWS[1:]) + " |")
+    print("|---|---:|" + "---|" * (len(ROWS) - 1))
+    ids = np.arange(2, 2 + CACHED + ROWS[-1])
+    for name, kind in KINDS.items():
+        step = NativeStep.create(kind(model), ROWS[-1])
+        step.compute([Segment(slot, 0, ids[:CACHED], "none") for slot in range(ROWS[-1])])
+        steps = {}
+        for rows in ROWS:
+            steps[rows, 1] = [Segment(0, CACHED, ids[CACHED : CACHED + rows], "token", rows=rows)]
+            steps[rows, rows] = [Segment(slot, CACHED, ids[CACHED : CACHED + 1], "token") for slot in range(rows)]
+        seconds: dict[tuple[int, int], list[float]] = {key: [] for key in steps}
+        for _ in range(10 * rounds):
+            for key, segments in steps.items():
+                started = time.perf_counter()
+                step.compute(segments)
+                seconds[key].append(time.perf_counter() - started)
+        low = {key: statistics.quantiles(found, n=4)[0] for key, found in seconds.items()}
+        ratios = [f"{low[rows, 1] / low[1, 1]:.2f}; {low[rows, rows] / low[1, 1]:.2f}" for rows in ROWS[1:]]
+        print(f"| {name} | {low[1, 1] * 1e6:,.0f} us | " + " | ".join(ratios) + " |", flush=True)
+
+
+@ends_in_one_line
+def main() -> int:
+    """Run the comparison and print it."""
+    parser = argparse.ArgumentParser(prog="python -m bench.engine.speculation", description=__doc__.split("\n")[0])  # type: ignore
+    parser.add_argument("model_dir", type=Path, nargs="*", help="checkpoints or quantized models")
+    parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=[], help="of random weights")
+    parser.add_argument("--rounds", type=int, default=8, help="interleaved rounds that count (default: 8)")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 8], help="texts at once (default: 1 4 8)")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of an answer (default: 128)")
+    arguments = parser.parse_args()
+    if not arguments.model_dir and not arguments.shape:
+        raise PipelineError("nothing to measure: give the directory of a model, or --shape")
+    for shape in arguments.shape:
+        costs(shape, arguments.rounds)
+    for model_dir in arguments.model_dir:
+        compare(model_dir, arguments.rounds, arguments.streams, arguments.tokens)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""Proposed tokens change how many steps a text takes, and nothing else."""
+
+import random
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from model.generation import scheduler
+from model.generation.engine import Engine
+from model.generation.requests import Finished, GenerationRequest, SamplingParameters, TextPiece
+from model.generation.speculation import FIRST_RATE, Proposer, proposal_length
+from model.generation.steps.choose import available_steps, step_class
+from model.generation.steps.draw import Draw
+from model.generation.steps.step import Segment
+from model.native.library import open_library
+from model.weights import int4, int8
+from tests.model.generation.engines import GREEDY, StepHook, start, tokens
+from tests.support.tiny import CONTEXT, tiny_model, tiny_tokenizer
+
+needs_native = pytest.mark.skipif(open_library() is None, reason="the native library is not built: install g++")
+MOST = 8
+
+
+def test_what_followed_the_last_occurrence_is_proposed():
+    proposer = Proposer([1, 2, 3, 4, 5, 9, 1, 2, 3])
+    assert proposer.propose(3) == [4, 5, 9]
+    proposer.push(4)
+    assert proposer.propose(2) == [5, 9]
+    proposer.push(7)
+    assert proposer.propose(2) == []
+    for token in (2, 3, 4):
+        proposer.push(token)
+    assert proposer.propose(1) == [7]  # the later occurrence, not the first
+
+
+def test_a_text_that_goes_round_in_a_circle_is_continued_to_any_length():
+    assert Proposer([8, 5, 6, 5, 6, 5, 6]).propose(5) == [5, 6, 5, 6, 5]
+    assert Proposer([7] * 4).propose(3) == [7] * 3
+
+
+@pytest.mark.parametrize("ids", [[1], [1, 2], [1, 1], [1, 2, 3]], ids=str)
+def test_a_text_without_repetition_has_no_proposal(ids):
+    assert Proposer(ids).propose(4) == []
+
+
+def test_the_rate_is_that_of_right_proposals_and_none_does_not_count():
+    proposer = Proposer([1, 2, 3])
+    proposer.push(4)
+    assert proposer.rate == FIRST_RATE
+    right, wrong = Proposer([1, 2, 3, 4, 1, 2, 3]), Proposer([1, 2, 3, 4, 1, 2, 3])
+    right.push(4)
+    wrong.push(5)
+    assert wrong.rate < FIRST_RATE < right.rate
+
+
+def test_more_is_proposed_the_surer_it_is_and_the_fewer_texts_run():
+    rates = [0.0, 0.3, 0.5, 0.7, 0.9, 0.97, 1.0]
+    by_rate = [proposal_length(rate, 1, MOST) for rate in rates]
+    assert by_rate == sorted(by_rate) and by_rate[0] == 0 and by_rate[-1] == MOST
+    by_texts = [proposal_length(0.9, texts, MOST) for texts in (1, 2, 4, 8, 16, 64)]
+    assert by_texts == sorted(by_texts, reverse=True) and by_texts[-1] == 0
+    assert proposal_length(0.5, 4, MOST) == 0
+
+
+class Mistaken(Proposer):
+    """Has one wrong token in each proposal, at any place."""
+
+    def propose(self, count):
+        proposal = super().propose(count)
+        if proposal:
+            proposal[random.Random(len(self._ids)).randrange(len(proposal))] = 2
+        return proposal
+
+
+@pytest.fixture(params=["as it pays", "always", "with mistakes"])
+def proposals(request, monkeypatch) -> None:
+    if request.param != "as it pays":
+        monkeypatch.setattr(scheduler, "proposal_length", lambda rate, texts, most: most)
+    if request.param == "with mistakes":
+        monkeypatch.setattr(scheduler, "Proposer", Mistaken)
+
+
+def repeating_model(tokenizer, **shape):
+    """Tied random weights mostly repeat what they read."""
+    return tiny_model(tokenizer, tie_word_embeddings=True, head_dim=16, **shape)
+
+
+def requests() -> list[GenerationRequest]:
+    """Of all kinds, with prompts that share a beginning or not, up to the end of the context."""
+    numbers, made = random.Random(5), []
+    for number in range(24):
+        length = numbers.choice([1, 4, 20, 50])
+        prompt = [numbers.randrange(2, 40) for _ in range(length)] if number % 3 else [*range(30, 60), number + 2]
+        sampling = SamplingParameters(
+            temperature=numbers.choice([0.0, 0.2, 0.7, 1.2]),
+            top_k=numbers.choice([0, 20]),
+            top_p=numbers.choice([1.0, 0.9]),
+            seed=number,
+        )
+        count = numbers.choice([1, 17, 40, CONTEXT])
+        made.append(GenerationRequest(prompt, min(count, CONTEXT - len(prompt)), sampling))
+    made[3] = replace(made[3], logprobs=2)
+    made[7] = replace(made[7], sampling=replace(made[7].sampling, frequency_penalty=0.3))
+    made[9] = replace(made[9], min_tokens=5, stop_token_ids=frozenset(range(2, 30)))
+    made[11] = replace(made[11], allowed_token_ids=frozenset(range(2, 90)))
+    return made
+
+
+def run(engine: Engine, asked: list[GenerationRequest]) -> list[tuple]:
+    """Text, tokens, log-probabilities and end of each answer."""
+    found = []
+    for generation in [engine.submit(request) for request in asked]:
+        *pieces, end = generation
+        assert all(isinstance(piece, TextPiece) for piece in pieces) and isinstance(end, Finished)
+        ids = [token for piece in pieces for token in piece.token_ids]
+        scores = [score for piece in pieces for score in piece.logprobs]
+        found.append(("".join(piece.text for piece in pieces), ids, scores, replace(end, cached_tokens=0)))
+    return found
+
+
+def stopped_within(asked: list[GenerationRequest], answers: list[tuple]) -> list[GenerationRequest]:
+    """The same with a stop string or a stop token from within each answer."""
+    found = []
+    for number, (request, (text, ids, _, _)) in enumerate(zip(asked, answers, strict=True)):
+        if len(ids) > 8:
+            stop = {"stop": (text[6:9],)} if number % 2 else {"stop_token_ids": frozenset(ids[5:6])}
+            found.append(replace(request, **stop, min_tokens=number % 5, include_stop=number % 3 == 0))
+    return found
+
+
+@needs_native
+@pytest.mark.usefixtures("proposals")
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+def test_answers_are_the_same_with_proposals_and_without(tokenizer, kind):
+    model = repeating_model(tokenizer)
+    if kind in ("int8", "int4"):
+        model = {"int8": int8, "int4": int4}[kind].quantize(model)
+    elif kind == "bfloat16":
+        model = model.bfloat16()
+    plain = start(model, tokenizer, step="native", speculative_tokens=0)
+    engine = start(model, tokenizer, step="native", speculative_tokens=MOST)
+    asked = requests()
+    expected = run(plain, asked)
+    assert run(engine, asked) == expected
+    stopped = stopped_within(asked, expected)
+    expected = run(plain, stopped)
+    assert sum(end.finish_reason == "stop" for *_, end in expected) > 8
+    assert run(engine, stopped) == expected
+    made, without = engine.stats(), plain.stats()
+    assert 0 < made.accepted_tokens_total < made.proposed_tokens_total
+    assert without.proposed_tokens_total == 0
+    assert made.generated_tokens_total == without.generated_tokens_total
+    engine.stop()
+    plain.stop()
+
+
+@needs_native
+def test_a_repeating_text_takes_fewer_steps_and_several_texts_of_a_prompt_stay_themselves(tokenizer):
+    model, steps = repeating_model(tokenizer), {}
+    asked = [
+        GenerationRequest([5, 6, 7] * 6, 60, SamplingParameters(temperature=temperature, seed=seed))
+        for seed, temperature in enumerate([0.0, 0.1, 0.1, 0.4])
+    ]
+    answers = []
+    for most in (0, MOST):
+        engine = start(model, tokenizer, step="native", speculative_tokens=most, max_batch_size=1)
+        steps[most] = 0
+
+        def count(segments, most=most):
+            steps[most] += 1
+
+        hook = StepHook(engine, after=count)
+        answers.append(run(engine, asked))
+        hook.remove()
+        engine.stop()
+    assert answers[0] == answers[1]
+    assert steps[0] == 4 * 60
+    assert steps[MOST] < steps[0] / 2
+
+
+@needs_native
+def test_a_canceled_text_ends_within_its_answer_and_frees_its_slot(tokenizer):
+    model = repeating_model(tokenizer)
+    engine = start(model, tokenizer, step="native", speculative_tokens=MOST)
+    asked = [GenerationRequest([5, 6, 7, number], CONTEXT - 4, GREEDY) for number in range(8, 14)]
+    expected = [tokens(engine.submit(request)) for request in asked]
+    made: dict[int, list] = {}
+    generations = []
+
+    def deliver(number, event):
+        made.setdefault(number, []).append(event)
+        if number % 2 and len(made[number]) == 10:
+            generations[number].cancel()
+
+    generations += engine.submit_all(asked, deliver)
+    deadline = time.monotonic() + 60
+    while not all(generation.is_finished for generation in generations) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for number, ids in enumerate(expected):
+        *pieces, end = made[number]
+        got = [token for piece in pieces for token in piece.token_ids]
+        if number % 2:
+            assert end.finish_reason == "cancelled" and 10 <= len(got) <= 10 + MOST
+        assert got == (ids[: len(got)] if number % 2 else ids)
+    assert engine.stats().running == 0
+    engine.stop()
+
+
+@needs_native
+def test_memory_of_rejected_tokens_is_freed(tokenizer, monkeypatch):
+    monkeypatch.setattr(scheduler, "proposal_length", lambda rate, texts, most: most)
+    monkeypatch.setattr(scheduler, "Proposer", Mistaken)
+    engine = start(repeating_model(tokenizer), tokenizer, step="native", speculative_tokens=MOST, max_batch_size=1)
+    reached, held = [], []
+
+    def look(segments):
+        (segment,) = segments
+        held.append((engine._step.cache_bytes(0), segment.start))
+        reached.append(segment.start + len(segment.ids))
+
+    hook = StepHook(engine, before=look)
+    for length in range(40, 60):
+        tokens(engine.submit(GenerationRequest([length + 2] * 30, length, GREEDY)))
+    hook.remove()
+    page, page_bytes = engine._step.page_tokens, engine._step.page_tokens * engine._step.bytes_per_token
+    assert any(first > page >= start > 0 for first, (_, start) in zip(reached, held[1:], strict=False))
+    assert all(found == -(-start // page) * page_bytes for found, start in held if start)
+    engine.stop()
+
+
+@needs_native
+def test_a_step_that_fails_once_changes_no_answer(tokenizer):
+    model, asked = repeating_model(tokenizer), requests()
+    plain = start(model, tokenizer, step="native", speculative_tokens=0)
+    expected = run(plain, asked)
+    plain.stop()
+    engine = start(model, tokenizer, step="native", speculative_tokens=MOST)
+    numbers = random.Random(3)
+
+    def fail(segments):
+        if len(segments) > 1 and numbers.random() < 0.3:
+            raise RuntimeError("a step that fails")
+
+    hook = StepHook(engine, before=fail)
+    assert run(engine, asked) == expected
+    hook.remove()
+    engine.stop()
+
+
+@pytest.mark.parametrize("options", [{"step": "reference"}, {"kv_cache": False}], ids=str)
+def test_a_step_whose_rounding_depends_on_its_company_gets_no_proposals(tokenizer, options):
+    engine = start(repeating_model(tokenizer), tokenizer, **{"speculative_tokens": MOST, **options})
+    tokens(engine.submit(GenerationRequest([5, 6, 7] * 6, 40, GREEDY)))
+    assert engine.stats().proposed_tokens_total == 0
+    engine.stop()
+
+
+@pytest.mark.parametrize("step", available_steps(tiny_model(tiny_tokenizer())))
+def test_a_step_chooses_a_token_after_each_row(tokenizer, step):
+    """The interface, for every implementation: the tokens are those of one row after the other."""
+    made = step_class(step).create(tiny_model(tokenizer), 3)
+    ids, draws = np.arange(3, 33), [Draw(1.2, 0, 0.95, 0.0, uniform) for uniform in np.linspace(0.01, 0.99, 30)]
+    for chosen in ((), draws):
+        expected: list = []
+        for at in range(30):
+            (output,) = made.compute([Segment(0, at, ids[at : at + 1], "token", tuple(chosen[at : at + 1]))])
+            expected += output.tokens
+        made.compute([Segment(1, 0, ids[:20], "none")])
+        outputs = made.compute(
+            [
+                Segment(1, 20, ids[20:28], "token", tuple(chosen[23:28]), 5),
+                Segment(2, 0, ids[:9], "last", tuple(chosen[8:9])),
+                Segment(0, 0, ids[:4], "none"),
+            ]
+        )
+        assert [list(output.tokens) for output in outputs] == [expected[23:28], expected[8:9], []]

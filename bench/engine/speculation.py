@@ -66,9 +66,9 @@ def answer(engine: Engine, requests: Iterable[GenerationRequest]) -> tuple[list[
     return texts, time.perf_counter() - started, time.process_time() - cpu
 
 
-def compare(model_dir: Path, rounds: int, streams: list[int], tokens: int) -> None:
+def compare(model_dir: Path, kind: str, rounds: int, streams: list[int], tokens: int) -> None:
     """Print tokens/s with and without proposals, their ratio in each round, and how many proposals were right."""
-    model, tokenizer = load_model(model_dir), load_tokenizer(model_dir)
+    model, tokenizer = KINDS[kind](load_model(model_dir)), load_tokenizer(model_dir)
     torch.set_num_threads(decoding_threads(count_parameters(model), usable_cores()))
     engines = [
         Engine(model, tokenizer, end_of_text_ids=frozenset(), speculative_tokens=count)
@@ -127,8 +127,8 @@ def costs(shape: str, rounds: int) -> None:
     print("| weights | one token | " + " | ".join(f"{rows} of one text; of {rows}" for rows in ROWS[1:]) + " |")
     print("|---|---:|" + "---|" * (len(ROWS) - 1))
     ids = np.arange(2, 2 + CACHED + ROWS[-1])
-    for name, kind in KINDS.items():
-        step = NativeStep.create(kind(model), ROWS[-1])
+    for name, quantized in KINDS.items():
+        step = NativeStep.create(quantized(model), ROWS[-1])
         step.compute([Segment(slot, 0, ids[:CACHED], "none") for slot in range(ROWS[-1])])
         steps = {}
         for rows in ROWS:
@@ -149,7 +149,10 @@ def costs(shape: str, rounds: int) -> None:
 def main() -> int:
     """Run the comparison and print it."""
     parser = argparse.ArgumentParser(prog="python -m bench.engine.speculation", description=__doc__.split("\n")[0])  # type: ignore
-    parser.add_argument("model_dir", type=Path, nargs="*", help="checkpoints or quantized models")
+    parser.add_argument("model_dir", type=Path, nargs="*", help="checkpoints in full precision")
+    parser.add_argument(
+        "--precision", nargs="+", choices=list(KINDS), default=["float32", "int8"], help="of their weights"
+    )
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=[], help="of random weights")
     parser.add_argument("--rounds", type=int, default=8, help="interleaved rounds that count (default: 8)")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 8], help="texts at once (default: 1 4 8)")
@@ -160,7 +163,8 @@ def main() -> int:
     for shape in arguments.shape:
         costs(shape, arguments.rounds)
     for model_dir in arguments.model_dir:
-        compare(model_dir, arguments.rounds, arguments.streams, arguments.tokens)
+        for kind in arguments.precision:
+            compare(model_dir, kind, arguments.rounds, arguments.streams, arguments.tokens)
     return 0
 
 

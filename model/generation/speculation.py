@@ -11,14 +11,14 @@ import itertools
 import math
 from collections.abc import Sequence
 
-NGRAM = 3
+NGRAM = 2
 """Tokens that have to occur again."""
 ROWS_PER_STEP = 2.0
 """The fixed cost of a step over the cost of one more token in it. Measured with AVX2: about 2 with int8 and 4 with
 float32 weights (`bench/LOG.md`); more with faster integer products. A smaller number proposes less."""
-FIRST_RATE = 0.5
-"""Taken for the rate of right proposals until the text has had some."""
-NEW_SHARE = 0.1
+FIRST_RATE = 0.3
+"""Taken for the rate of right proposals until the text has had some: too low to check any."""
+NEW_SHARE = 0.2
 """Of the latest proposal in the moving average of the rate."""
 MOST_RATE = 0.99
 

@@ -46,6 +46,7 @@ def test_each_option_is_overridden_by_its_variable():
         "REX_MAX_BATCH_SIZE": "3",
         "REX_KV_CACHE_MIB": "7",
         "REX_PREFILL_CHUNK": "32",
+        "REX_SPECULATIVE_TOKENS": "5",
         "REX_MAX_QUEUE": "5",
         "REX_MAX_QUEUE_TOKENS": "900",
         "REX_QUEUE_TIMEOUT_S": "2.5",
@@ -86,6 +87,7 @@ def test_each_option_is_overridden_by_its_variable():
         max_batch_size=3,
         kv_cache_mib=7,
         prefill_chunk=32,
+        speculative_tokens=5,
         max_queue=5,
         max_queue_tokens=900,
         queue_timeout_s=2.5,
@@ -225,6 +227,8 @@ def test_limits_reach_the_engine(start_engine):
     assert engine.stats().cache_capacity_tokens == 3 * engine.context_length
     kept = (engine._prefill_chunk, engine._queue._max_requests, engine._queue._max_tokens, engine._step_timeout_s)
     assert kept == (32, 5, 900, 9.0)
+    assert start_engine(speculative_tokens=0)._speculative_tokens == 0
+    assert start_engine(speculative_tokens=3)._speculative_tokens == 3
 
 
 def test_threads_are_taken_over_by_the_engine(start_engine):

@@ -28,6 +28,8 @@ STATS = EngineStats(
     cancelled_total=6,
     restarts_total=1,
     cache_bytes=4096,
+    proposed_tokens_total=90,
+    accepted_tokens_total=60,
 )
 
 
@@ -64,6 +66,8 @@ def test_the_engines_numbers_are_shown(metrics):
         "rex_prefix_cache_hits_total": 50,
         "rex_requests_cancelled_total": 6,
         "rex_engine_restarts_total": 1,
+        "rex_spec_decode_num_draft_tokens_total": 90,
+        "rex_spec_decode_num_accepted_tokens_total": 60,
     }
     assert {name: shown[name] for name in expected} == expected
 

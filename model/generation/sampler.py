@@ -33,6 +33,7 @@ class Sampler:
     ) -> None:
         self._parameters = parameters
         self._random = random.Random(parameters.seed)
+        self._cuts = (parameters.temperature, parameters.top_k, parameters.top_p, parameters.min_p)
         self._uniforms: deque[float] = deque()
         """Random numbers of the next tokens."""
         self._bias: tuple[Tensor, Tensor] | None = None
@@ -97,17 +98,15 @@ class Sampler:
 
     def draw(self) -> Draw:
         """The next sample's parameters; the same until a token has been taken, since a failed step is repeated."""
-        return self.draws(1)[0]
+        if not self._uniforms:
+            self._uniforms.append(self._random.random())
+        return Draw(*self._cuts, self._uniforms[0])
 
     def draws(self, count: int) -> tuple[Draw, ...]:
         """The parameters of the next `count` samples."""
         while len(self._uniforms) < count:
             self._uniforms.append(self._random.random())
-        chosen = self._parameters
-        return tuple(
-            Draw(chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p, uniform)
-            for uniform in islice(self._uniforms, count)
-        )
+        return tuple([Draw(*self._cuts, uniform) for uniform in islice(self._uniforms, count)])
 
     def take(self) -> None:
         """A drawn token has been taken: the next draw is another."""

@@ -35,7 +35,6 @@ from model.generation.requests import (
 )
 from model.generation.sampler import Sampler, token_logprobs
 from model.generation.sequence import Sequence
-from model.generation.speculation import Proposer, proposal_length
 from model.generation.steps.slots import MIN_REUSED_TOKENS, SlotTable
 from model.generation.steps.step import Segment, SegmentOutput, Step
 
@@ -212,12 +211,10 @@ class Scheduler:
 
     def _decode_segment(self, sequence: Sequence, texts: int, most: int) -> Segment:
         """The last token, and up to `most` proposed ones after it. texts: sequences in the step."""
-        forbidden, proposer = self._forbidden(sequence), sequence.proposer
-        if most and proposer is not None and not forbidden:
-            most = min(most, sequence.request.max_tokens - sequence.generation.generated_tokens - 1)
-            if proposal := proposer.propose(proposal_length(proposer.rate, texts, most)):
-                self.proposed_tokens += len(proposal)
-                return sequence.with_proposal(proposal)
+        forbidden = self._forbidden(sequence)
+        if most and sequence.speculates and not forbidden and (proposal := sequence.propose(texts, most)):
+            self.proposed_tokens += len(proposal)
+            return sequence.with_proposal(proposal)
         return sequence.next_segment(sequence.num_tokens, forbidden)
 
     def _start_next(self, *, has_priority: bool = False) -> Sequence | None:
@@ -288,7 +285,7 @@ class Scheduler:
             token_bytes=self._token_bytes,
             sampler=sampler,
             constraint=constraint,
-            proposer=Proposer(request.prompt_ids) if speculates and self._speculative_tokens else None,
+            speculates=speculates,
         )
 
     def _should_wait(self, prompt_ids: np.ndarray) -> bool:
@@ -391,8 +388,6 @@ class Scheduler:
             return
         sequence.ids[sequence.num_tokens] = token
         sequence.num_tokens += 1
-        if sequence.proposer is not None:
-            sequence.proposer.push(token)
         generation.generated_tokens += 1
         self.generated_tokens += 1
         self.answered += 1

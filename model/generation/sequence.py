@@ -8,7 +8,7 @@ from torch import Tensor
 from model.generation.constraints import Constraint
 from model.generation.requests import Generation, TokenLogprob
 from model.generation.sampler import Sampler
-from model.generation.speculation import Proposer
+from model.generation.speculation import Proposer, proposal_length
 from model.generation.steps.step import Segment, Wanted
 from model.generation.stopping import GeneratedText
 
@@ -16,8 +16,8 @@ from model.generation.stopping import GeneratedText
 class Sequence:
     """A request that has a slot.
 
-    num_cached_tokens: prompt tokens whose keys and values the prefix cache provided. proposer: None where each step
-    takes one token.
+    num_cached_tokens: prompt tokens whose keys and values the prefix cache provided. speculates: whether a step
+    may take several tokens.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Sequence:
         token_bytes: collections.abc.Sequence[bytes],
         sampler: Sampler,
         constraint: Constraint | None = None,
-        proposer: Proposer | None = None,
+        speculates: bool = False,
     ) -> None:
         request = generation.request
         self.generation, self.request, self.slot = generation, request, slot
@@ -40,7 +40,10 @@ class Sequence:
         """Number of tokens set in `ids`: the prompt's, then generated ones."""
         self.num_computed_tokens = num_cached_tokens
         """Tokens whose keys and values are in the cache."""
-        self.sampler, self.constraint, self.proposer = sampler, constraint, proposer
+        self.sampler, self.constraint = sampler, constraint
+        self.speculates = speculates
+        self._proposer: Proposer | None = None
+        self._is_proposing = False
         self.hidden_sum_D: Tensor | None = None
         """Sum of the hidden states of the prompt's computed tokens, float64, shape (D,)."""
         self.prompt_scores: list[TokenLogprob | None] = [None]
@@ -57,7 +60,24 @@ class Sequence:
         wanted = self._wanted(end, forbidden)
         draws = wanted in ("token", "last") and self.is_plain(forbidden) and not self.sampler.is_greedy
         ids = self.ids[self.num_computed_tokens : end]
-        return Segment(self.slot, self.num_computed_tokens, ids, wanted, self.sampler.draws(1) if draws else ())
+        return Segment(self.slot, self.num_computed_tokens, ids, wanted, (self.sampler.draw(),) if draws else ())
+
+    def propose(self, texts: int, most: int) -> list[int]:
+        """Up to `most` tokens that may follow and are worth checking; none after most tokens of a text that does not
+        repeat itself. texts: sequences in the step.
+        """
+        # While nothing is proposed, only each text's every n-th token of n texts is looked at: one in a step.
+        behind = self.num_tokens - (self.num_prompt_tokens if self._proposer is None else len(self._proposer))
+        if behind < texts and not self._is_proposing:
+            return []
+        if self._proposer is None:
+            self._proposer = Proposer(self.ids[: self.num_tokens].tolist())
+        else:
+            self._proposer.extend(self.ids[self.num_tokens - behind : self.num_tokens].tolist())
+        most = min(most, len(self.ids) - self.num_tokens - 1)
+        proposal = self._proposer.propose(proposal_length(self._proposer.rate, texts, most))
+        self._is_proposing = bool(proposal)
+        return proposal
 
     def with_proposal(self, proposal: collections.abc.Sequence[int]) -> Segment:
         """The next segment, with proposed tokens after the last one; the next token must be plain."""

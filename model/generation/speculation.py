@@ -1,18 +1,15 @@
 """Speculative decoding: tokens that may come next are proposed, and one step checks them all.
 
 A text often repeats a part of itself or of its prompt, so the proposal is what followed the last occurrence of its last
-tokens (prompt lookup decoding, A. Saxena, 2023): it takes no second model. The step chooses a token after each proposed
-one as it would without a proposal, from the same logits and with the random number of that position; the scheduler
-keeps the chosen ones up to the first that differs from the proposal. So texts are the same to the bit, if the step is
-batch invariant (`Step.is_batch_invariant`).
+two tokens (prompt lookup decoding, A. Saxena, 2023): it takes no second model. The step chooses a token after each
+proposed one as it would without a proposal, from the same logits and with the random number of that position; the
+scheduler keeps the chosen ones up to the first that differs from the proposal. So texts are the same to the bit, if the
+step is batch invariant (`Step.is_batch_invariant`).
 """
 
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-NGRAM = 2
-"""Tokens that have to occur again."""
 ROWS_PER_STEP = 2.0
 """The fixed cost of a step over the cost of one more token in it. Measured with AVX2: about 2 with int8 and 4 with
 float32 weights (`bench/LOG.md`); more with faster integer products. A smaller number proposes less."""
@@ -24,7 +21,7 @@ MOST_RATE = 0.99
 
 
 class Proposer:
-    """Proposes the next tokens of one text. ids: those of its prompt.
+    """Proposes the next tokens of one text. ids: the first ones, at least one.
 
     rate: of single tokens that were as proposed, a moving average. It is kept whether or not a step checks proposals,
     as each token says whether its proposal was right.
@@ -33,22 +30,36 @@ class Proposer:
     def __init__(self, ids: Sequence[int]) -> None:
         self.rate = FIRST_RATE
         self._ids = list(ids)
-        grams = list(zip(*(self._ids[start:] for start in range(NGRAM)), strict=False))
-        self._ends: dict[tuple[int, ...], int] = dict(zip(grams[:-1], itertools.count(NGRAM), strict=False))
-        """The position after the last occurrence of each n-gram."""
+        pairs = zip(self._ids, self._ids[1:], strict=False)
+        self._ends: dict[tuple[int, int], int] = dict(zip(pairs, range(2, len(ids)), strict=False))
+        """The position after the last occurrence of each pair of tokens."""
         self._source: int | None = None
         """Position of the token that is proposed next; None without a proposal."""
-        self._find()
+        if len(ids) > 1:
+            last = (self._ids[-2], self._ids[-1])
+            self._source, self._ends[last] = self._ends.get(last), len(ids)
 
-    def push(self, token: int) -> None:
-        """Continue the text by a token."""
-        source = self._source
-        if source is not None:
-            is_right = self._ids[source] == token
-            self.rate += NEW_SHARE * (is_right - self.rate)
-            self._source = source + 1 if is_right else None
-        self._ids.append(token)
-        self._find()
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """Continue the text."""
+        ids, ends, source, rate = self._ids, self._ends, self._source, self.rate
+        for token in tokens:
+            if source is not None:
+                if ids[source] == token:
+                    rate += NEW_SHARE * (1.0 - rate)
+                    source += 1
+                else:
+                    rate -= NEW_SHARE * rate
+                    source = None
+            pair = (ids[-1], token)
+            ids.append(token)
+            # After a right proposal, the same occurrence goes on, though the pair may have occurred later, too.
+            if source is None:
+                source = ends.get(pair)
+            ends[pair] = len(ids)
+        self._source, self.rate = source, rate
 
     def propose(self, count: int) -> list[int]:
         """The next `count` tokens; none if the last ones have not occurred before."""
@@ -59,13 +70,6 @@ class Proposer:
         while len(proposal) < count:
             proposal += proposal[: count - len(proposal)]
         return proposal
-
-    def _find(self) -> None:
-        """Look the last tokens up, unless the last proposal was right: then what followed there goes on."""
-        gram = tuple(self._ids[-NGRAM:])
-        if self._source is None:
-            self._source = self._ends.get(gram)
-        self._ends[gram] = len(self._ids)
 
 
 def proposal_length(rate: float, texts: int, most: int) -> int:

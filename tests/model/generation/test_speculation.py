@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from model.generation import scheduler
+from model.generation import sequence
 from model.generation.engine import Engine
 from model.generation.requests import Finished, GenerationRequest, SamplingParameters, TextPiece
 from model.generation.speculation import FIRST_RATE, Proposer, proposal_length
@@ -26,12 +26,11 @@ MOST = 8
 def test_what_followed_the_last_occurrence_is_proposed():
     proposer = Proposer([1, 2, 3, 4, 5, 9, 1, 2, 3])
     assert proposer.propose(3) == [4, 5, 9]
-    proposer.push(4)
+    proposer.extend([4])
     assert proposer.propose(2) == [5, 9]
-    proposer.push(7)
+    proposer.extend([7])
     assert proposer.propose(2) == []
-    for token in (2, 3, 4):
-        proposer.push(token)
+    proposer.extend([2, 3, 4])
     assert proposer.propose(1) == [7]  # the later occurrence, not the first
 
 
@@ -47,11 +46,11 @@ def test_a_text_without_repetition_has_no_proposal(ids):
 
 def test_the_rate_is_that_of_right_proposals_and_none_does_not_count():
     proposer = Proposer([1, 2, 3])
-    proposer.push(4)
+    proposer.extend([4])
     assert proposer.rate == FIRST_RATE
     right, wrong = Proposer([1, 2, 3, 4, 1, 2, 3]), Proposer([1, 2, 3, 4, 1, 2, 3])
-    right.push(4)
-    wrong.push(5)
+    right.extend([4])
+    wrong.extend([5])
     assert wrong.rate < FIRST_RATE < right.rate
 
 
@@ -77,9 +76,9 @@ class Mistaken(Proposer):
 @pytest.fixture(params=["as it pays", "always", "with mistakes"])
 def proposals(request, monkeypatch) -> None:
     if request.param != "as it pays":
-        monkeypatch.setattr(scheduler, "proposal_length", lambda rate, texts, most: most)
+        monkeypatch.setattr(sequence, "proposal_length", lambda rate, texts, most: most)
     if request.param == "with mistakes":
-        monkeypatch.setattr(scheduler, "Proposer", Mistaken)
+        monkeypatch.setattr(sequence, "Proposer", Mistaken)
 
 
 def repeating_model(tokenizer, **shape):
@@ -210,8 +209,8 @@ def test_a_canceled_text_ends_within_its_answer_and_frees_its_slot(tokenizer):
 
 @needs_native
 def test_memory_of_rejected_tokens_is_freed(tokenizer, monkeypatch):
-    monkeypatch.setattr(scheduler, "proposal_length", lambda rate, texts, most: most)
-    monkeypatch.setattr(scheduler, "Proposer", Mistaken)
+    monkeypatch.setattr(sequence, "proposal_length", lambda rate, texts, most: most)
+    monkeypatch.setattr(sequence, "Proposer", Mistaken)
     engine = start(repeating_model(tokenizer), tokenizer, step="native", speculative_tokens=MOST, max_batch_size=1)
     reached, held = [], []
 

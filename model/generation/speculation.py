@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterable, Sequence
 
 ROWS_PER_STEP = 2.0
-"""The fixed cost of a step over the cost of one more token in it. Measured with AVX2: about 2 with int8 and 4 with
-float32 weights (`bench/LOG.md`); more with faster integer products. A smaller number proposes less."""
+"""The fixed cost of a step over the cost of one more token in it. Measured with AVX2: 2 to 3.5 with int8 and
+3 to 5 with float32 weights (`bench/LOG.md`). A smaller number proposes less."""
 FIRST_RATE = 0.3
 """Taken for the rate of right proposals until the text has had some: too low to check any."""
 NEW_SHARE = 0.2

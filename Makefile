@@ -3,6 +3,7 @@ PYTHON     ?= python3
 EXPERIMENT ?= stdlib
 OVERRIDES  ?=
 FORCE      ?= false
+DRY_RUN    ?= false
 HOST       ?= 127.0.0.1
 PORT       ?= 3000
 UI_PORT    ?= 3001
@@ -27,6 +28,9 @@ export MLFLOW_UI_URL ?= http://127.0.0.1:$(MLFLOW_PORT)
 export LLM_ASSETS_DAGSTER_URL ?= http://127.0.0.1:$(UI_PORT)
 # Packages whose files have other hashes than those of constraints.txt are refused.
 INSTALL := PYTHONPATH=. $(BIN)/python -m llm_assets.instance.install
+# Options of a run, and what follows it unless nothing is computed.
+HOW = $(if $(filter true,$(FORCE)),--force) $(if $(filter true,$(DRY_RUN)),--dry-run)
+AFTER = $(if $(filter true,$(DRY_RUN)),,$(BIN)/python -m llm_assets.latest $(EXPERIMENT) $(1))
 # Tests of one file stay in one process, as they share fixtures.
 SHARED = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Compose v2 is a plugin of docker's command line; the first version was a separate command.
@@ -57,17 +61,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(DAGSTER_HOME)/dagster.yaml: dagster.yaml
 	@mkdir -p $(@D) && cp $< $@
 
-pipeline: setup  ## Materialize all seven assets of EXPERIMENT (default stdlib), with Hydra OVERRIDES if given; FORCE=true computes unchanged ones too
+pipeline: setup  ## Materialize all seven assets of EXPERIMENT (default stdlib), with Hydra OVERRIDES if given; FORCE=true computes unchanged ones too, DRY_RUN=true checks the settings and computes nothing
 ifeq ($(strip $(OVERRIDES)),)
 	@$(BIN)/python -m llm_assets.instance.dagster_home
-	@$(BIN)/python -m llm_assets.terminal.execute $(EXPERIMENT) $(if $(filter true,$(FORCE)),--force)
+	@$(BIN)/python -m llm_assets.terminal.execute $(EXPERIMENT) $(HOW)
 else
-	@$(BIN)/python -m llm_assets.sweep $(if $(filter true,$(FORCE)),--force) experiment=$(EXPERIMENT) $(OVERRIDES)
+	@$(BIN)/python -m llm_assets.sweep $(HOW) experiment=$(EXPERIMENT) $(OVERRIDES)
 endif
-	@$(BIN)/python -m llm_assets.latest $(EXPERIMENT)
+	@$(call AFTER)
 
 sweep: setup  ## One run for each point of a Hydra sweep: make sweep EXPERIMENT=smoke OVERRIDES='training.seed=0,1'
-	@$(BIN)/python -m llm_assets.sweep --multirun experiment=$(EXPERIMENT) $(OVERRIDES)
+	@$(BIN)/python -m llm_assets.sweep $(HOW) --multirun experiment=$(EXPERIMENT) $(OVERRIDES)
 
 ui: setup  ## Start Dagster (UI_PORT=3001, webserver and daemon) and the MLflow UI (MLFLOW_PORT=5000)
 	@exec $(BIN)/python -m llm_assets.ui --port='$(UI_PORT)' --mlflow-port='$(MLFLOW_PORT)'
@@ -101,14 +105,14 @@ image: setup  ## Build the container image of EXPERIMENT for DEVICE=cpu or gpu; 
 	@$(if $(filter cpu gpu,$(DEVICE)),,echo "error: DEVICE=$(DEVICE): expected cpu or gpu" >&2; exit 2)
 ifeq ($(strip $(OVERRIDES)),)
 	@$(BIN)/python -m llm_assets.instance.dagster_home
-	@$(BIN)/python -m llm_assets.terminal.execute $(EXPERIMENT) --module llm_assets.images --job container_image_$(DEVICE)_job
+	@$(BIN)/python -m llm_assets.terminal.execute $(EXPERIMENT) --module llm_assets.images --job container_image_$(DEVICE)_job $(HOW)
 else
-	@$(BIN)/python -m llm_assets.sweep --module llm_assets.images --job container_image_$(DEVICE)_job experiment=$(EXPERIMENT) $(OVERRIDES)
+	@$(BIN)/python -m llm_assets.sweep $(HOW) --module llm_assets.images --job container_image_$(DEVICE)_job experiment=$(EXPERIMENT) $(OVERRIDES)
 endif
-	@$(BIN)/python -m llm_assets.latest $(EXPERIMENT) --image $(DEVICE)
+	@$(call AFTER,--image $(DEVICE))
 
 evaluation: harness  ## Score the newest model of EXPERIMENT on tasks of lm-eval: OVERRIDES='evaluation.tasks=[piqa,arc_easy]'
-	@$(BIN)/python -m llm_assets.sweep --module llm_assets.evaluation --job evaluation_report_job experiment=$(EXPERIMENT) $(OVERRIDES)
+	@$(BIN)/python -m llm_assets.sweep $(HOW) --module llm_assets.evaluation --job evaluation_report_job experiment=$(EXPERIMENT) $(OVERRIDES)
 
 # Two processes keep two cores busy as long as they compute. Tests of servers, Ray and the UI also wait, a tenth of their
 # time or more.

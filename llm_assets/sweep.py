@@ -5,11 +5,13 @@
     python -m llm_assets.sweep --multirun experiment=smoke,stdlib
     python -m llm_assets.sweep --multirun experiment=smoke hydra/sweeper=optuna 'training.seed=interval(0,99)'
     python -m llm_assets.sweep --module llm_assets.images --job container_image_cpu_job experiment=smoke
+    python -m llm_assets.sweep --dry-run --multirun experiment=smoke training.seed=0,1
 
 Each point is one Dagster run of `llm_pipeline`, or of another job of a code location: the experiment is its partition,
 the other overrides go to the `hydra` resource and are its tag `rex/overrides`. After several points a table names the
 best one; var/sweeps/ keeps it, and MLflow has it as an artifact of a separate run. `hydra/sweeper=optuna` searches for
 the best point instead of trying all (`experiments/optuna_sweeper.py`).
+With `--dry-run` each point's settings are checked and its run is named, not started; a search then gets equal scores.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from llm_assets.experiments import optuna_sweeper  # noqa: F401 - registers `hyd
 from llm_assets.experiments.compose import COMPOSING_ERRORS, CONFIG_DIR, one_line
 from llm_assets.instance.dagster_home import check_dagster_home
 from llm_assets.resources.provenance import POINT_TAG
-from llm_assets.terminal.execute import DEFINITIONS, PIPELINE, execute_job
+from llm_assets.terminal.execute import DEFINITIONS, PIPELINE, execute_job, print_planned
 from llm_assets.terminal.points import Sweep
 from model.errors import PipelineError, ends_in_one_line
 
@@ -38,6 +40,8 @@ class Job:
     module: str
     name: str
     tags: dict[str, str]
+    dry_run: bool = False
+    """Check the settings of each point and print it instead."""
 
 
 def run_point(job: Job, sweep: Sweep | None) -> float | None:
@@ -52,6 +56,9 @@ def run_point(job: Job, sweep: Sweep | None) -> float | None:
     check = [sys.executable, "-m", "llm_assets.experiments", experiment, *overrides]
     status = subprocess.run(check, stdout=subprocess.DEVNULL, check=False).returncode
     tags = dict(job.tags)
+    if job.dry_run and not status:
+        print_planned(job.name, experiment, overrides)
+        return 0.0  # a search wants a score
     if sweep:
         number = sweep.begin(experiment, overrides)
         print(f"\npoint {number}: {sweep.points[-1].name}", flush=True)
@@ -71,6 +78,7 @@ def main() -> int:
     parser.add_argument("--module", default=DEFINITIONS)
     parser.add_argument("--job", default=PIPELINE)
     parser.add_argument("--force", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
     ours, hydras = parser.parse_known_args()
     if {"--help", "-h"} & set(hydras):  # Hydra's own help lists the options; llm_assets.experiments does that better
         print(__doc__)
@@ -79,7 +87,7 @@ def main() -> int:
     # Hydra would make a folder and a log for each point, but Dagster and MLflow record the runs.
     sys.argv[1:] = [*hydras, "hydra.output_subdir=null", "hydra.run.dir=.", "hydra.sweep.dir=var/sweep"]
     sys.argv += ["hydra.sweep.subdir=.", "hydra/job_logging=none", "hydra/hydra_logging=none"]
-    job = Job(ours.module, ours.job, {"rex/force": "true"} if ours.force else {})
+    job = Job(ours.module, ours.job, {"rex/force": "true"} if ours.force else {}, ours.dry_run)
     sweep = Sweep(hydras) if {"--multirun", "-m"} & set(hydras) else None
 
     def point(_: Any) -> float | None:

@@ -1,6 +1,6 @@
 """Runs a job of one experiment and displays it, for `make pipeline`, `make image` and sweeps.
 
-    python -m llm_assets.terminal.execute smoke [--force] [OVERRIDE ...]
+    python -m llm_assets.terminal.execute smoke [--force] [--dry-run] [OVERRIDE ...]
     python -m llm_assets.terminal.execute smoke --module llm_assets.images --job container_image_cpu_job
 
 `dagster job execute` runs the job. All records of the run go to var/logs/; the terminal shows progress, warnings and
@@ -10,6 +10,7 @@ results.
 import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -97,6 +98,11 @@ def execute_job(
     return status
 
 
+def print_planned(job: str, experiment: str, overrides: Sequence[str]) -> None:
+    """Print the run that would start, for `--dry-run`."""
+    print(f"would run {job}: {shlex.join([experiment, *overrides])}", flush=True)
+
+
 def _end(process: subprocess.Popen[bytes], *signals: signal.Signals) -> None:
     """Send signals to the run, which acts on them even if it was stopped."""
     for number in (*signals, signal.SIGCONT):
@@ -146,8 +152,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--module", default=DEFINITIONS, help=f"default: {DEFINITIONS}")
     parser.add_argument("--job", default=PIPELINE, help=f"default: {PIPELINE}")
     parser.add_argument("--force", action="store_true", help="compute unchanged stages too")
+    parser.add_argument("--dry-run", action="store_true", help="check the settings and compute nothing")
     given = parser.parse_intermixed_args(argv)
     compose(given.experiment, given.overrides)  # a mistake is found here in a second, and not by the run's first step
+    if given.dry_run:
+        print_planned(given.job, given.experiment, given.overrides)
+        return 0
     tags = {"rex/force": "true"} if given.force else {}
     return execute_job(given.experiment, given.overrides, given.module, given.job, tags=tags)
 

@@ -27,8 +27,9 @@ from llm_assets.stage.metadata import NAME_CHARACTERS, ROW_CHARACTERS, rounded
 from model.artifact import verify
 from model.errors import PipelineError
 from tests.bento.page.browser import browser, missing, set_viewport
-from tests.e2e.workplace import REPO, CommandLine, Workplace, free_port, stop
-from tests.support.documented import PAGES, documented_commands
+from tests.e2e.workplace import BIN, REPO, CommandLine, Workplace, free_port, stop
+from tests.support.documented import PAGES, blocks, documented_commands
+from tests.support.documented_runs import Reads, way_of
 
 pytestmark = pytest.mark.e2e
 ASSETS = [
@@ -40,8 +41,6 @@ ASSETS = [
     "benchmark_report",
     "packaged_bento",
 ]
-READING = re.compile(r"python -m (llm_assets\.(experiments|latest|origin|champion show)|model\.export) \S")
-"""Documented commands that read a finished experiment; the others start a run, a server or a benchmark."""
 _CUT = """
 // Columns that scroll sideways: the width of each, and of what is in it.
 await document.fonts.ready;
@@ -251,16 +250,20 @@ def test_the_origin_of_an_answer_is_found_by_its_fingerprint(smoke: Workplace, m
         find_origin("smoke", "fp_99_native_int8")
 
 
+def is_reading(command: str) -> bool:
+    found = way_of(command)
+    return bool(found) and isinstance(found[1], Reads)
+
+
 def test_the_documented_commands_that_read_an_experiment_work(smoke: Workplace, tmp_path: Path) -> None:
     """As they stand, but for the experiment, which is `smoke`, and the folders CHECKPOINT and OUT."""
-    found = {command for page in PAGES for command in documented_commands(page) if READING.match(command)}
+    found = {command for page in PAGES for command in documented_commands(page) if is_reading(command)}
     places = {"stdlib": "smoke", "EXPERIMENT": "smoke", "CHECKPOINT": str(smoke.latest("trained_checkpoint"))}
     # A set: some differ only in these names.
     commands = sorted(
         {
             tuple(places.get(word, word) for word in shlex.split(command))
             for command in found
-            if "--image" not in command
         }
     )
     assert len(commands) > 6
@@ -272,6 +275,18 @@ def test_the_documented_commands_that_read_an_experiment_work(smoke: Workplace, 
     with ThreadPoolExecutor(3) as pool:
         for command, done in zip(commands, pool.map(run, range(len(commands))), strict=True):
             assert done.returncode == 0 and done.stdout.strip(), (command, done.stdout[-2000:])
+
+
+def test_the_documented_use_of_an_export_works(smoke: Workplace) -> None:
+    """The lines of the README that change to the export and that load it with transformers, in one shell."""
+    lines = "".join(blocks(REPO / "README.md", "sh")).splitlines()
+    use = [line.replace("stdlib", "smoke") for line in lines if line.startswith(("cd ", "python -c "))]
+    assert len(use) == 2
+    environment = {**smoke.env, "PATH": f"{BIN}:{smoke.env['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-e", "-c", "\n".join(use)], cwd=REPO, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "def main(" in done.stdout, done.stdout + done.stderr
 
 
 def test_no_summary_and_no_name_is_cut_by_the_page_of_its_asset(smoke):

@@ -1,0 +1,197 @@
+"""Every documented command runs in a test, or the table in `tests/support/documented_runs.py` says why none runs it.
+
+Commands that read a finished run are tested in `tests/e2e/test_pipeline.py`.
+"""
+
+import ast
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.bench.test_tasks import QUESTIONS, TASK
+from tests.e2e.workplace import BIN, REPO, Workplace, free_port, new_workplace, wait_for
+from tests.support.documented import PAGES, documented_commands
+from tests.support.documented_runs import TABLE, Nightly, Resolves, Runs, TestedBy, way_of
+
+COMMANDS = sorted({command for page in PAGES for command in documented_commands(page)})
+WAYS = {command: found[1] for command in COMMANDS if (found := way_of(command))}
+RESOLVED = [command for command, way in WAYS.items() if isinstance(way, Resolves)]
+STDLIB = "make pipeline"
+NIGHTLY = [
+    command
+    for command, way in WAYS.items()
+    if (isinstance(way, Nightly) or (isinstance(way, Resolves) and way.nightly)) and command != STDLIB
+]
+COMPLETE = {"EXPERIMENT=NAME": "EXPERIMENT=smoke"}
+
+
+def test_each_command_has_a_line_and_each_line_a_command() -> None:
+    assert [command for command in COMMANDS if command not in WAYS] == []
+    used = {found[0] for command in COMMANDS if (found := way_of(command))}
+    assert [pattern for pattern in TABLE if pattern not in used] == []
+    assert way_of("make pipelines") is None
+
+
+def test_the_tests_that_the_table_names_exist() -> None:
+    named = {way.name for way in TABLE.values() if isinstance(way, TestedBy)}
+    named |= {way.why_not for way in TABLE.values() if isinstance(way, Resolves) and "::" in way.why_not}
+    assert len(named) > 10
+    for name in sorted(named):
+        file, _, function = name.partition("::")
+        functions = {
+            node.name for node in ast.parse((REPO / file).read_text()).body if isinstance(node, ast.FunctionDef)
+        }
+        assert function in functions, name
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    return new_workplace(tmp_path_factory.mktemp("documented"))
+
+
+def as_given(command: str, workplace: Workplace, *words: str) -> str:
+    """The line for the shell, with this environment and its state."""
+    program, *rest = [COMPLETE.get(word, word) for word in shlex.split(command)]
+    if program == "make":
+        # The extra of `make evaluation` would be installed from an index.
+        return shlex.join([*workplace.make(*rest, *words), "INSTALL=true"])
+    return shlex.join([str(BIN / Path(program).name), *rest, *words])
+
+
+def run(line: str, workplace: Workplace, folder: Path = REPO, timeout: float = 300) -> str:
+    """Run a line in bash; returns what it prints, and fails if it fails."""
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=folder,
+        env=workplace.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, f"{line}\n{done.stdout[-4000:]}"
+    return done.stdout
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [command for command, way in WAYS.items() if isinstance(way, Runs)])
+def test_a_short_command_runs(command: str, workplace: Workplace) -> None:
+    way = WAYS[command]
+    assert isinstance(way, Runs)
+    assert run(as_given(command, workplace, *shlex.split(way.words)), workplace).strip()
+
+
+def settings_of(command: str) -> tuple[str, list[str]]:
+    """Experiment and overrides of a command, as a reader understands it."""
+    given = dict(word.split("=", 1) for word in shlex.split(command) if "=" in word)
+    experiment = given.get("EXPERIMENT", "stdlib").replace("NAME", "smoke")
+    return experiment, shlex.split(given.get("OVERRIDES", ""))
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+@pytest.mark.parametrize("command", RESOLVED)
+def test_the_settings_of_a_command_arrive_through_make_the_shell_and_hydra(command: str, workplace: Workplace) -> None:
+    is_make = command.startswith("make")
+    line = as_given(command, workplace, *(["DRY_RUN=true"] if is_make else ["--dry-run", "hydra.sweeper.n_trials=2"]))
+    planned = [
+        shlex.split(printed.partition(": ")[2])
+        for printed in run(line, workplace).splitlines()
+        if "would run" in printed
+    ]
+    if not is_make:
+        assert len(planned) == 2 and all("training.muon_learning_rate=" in words[1] for words in planned)
+        return
+    experiment, overrides = settings_of(command)
+    choices = [[override] for override in overrides]
+    if command.startswith("make sweep"):
+        named = [override.split("=") for override in overrides]
+        choices = [[f"{name}={value}" for value in values.split(",")] for name, values in named]
+    assert planned == [[experiment, *point] for point in itertools.product(*choices)]
+    assert not (workplace.var / "artifacts").exists()
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+    """A copy of the repository with the files that commands name, and a short run of `stdlib` in its `var`."""
+    folder = tmp_path_factory.mktemp("checkout")
+    listed = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True).stdout
+    for name in listed.splitlines():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(REPO / name, folder / name)
+    for name in ("notes", "notes/deep", "data", "tasks"):
+        (folder / name).mkdir()
+    words = [f"A note about the number {number} and its square {number**2}.\n" for number in range(9000)]
+    (folder / "notes/one.md").write_text("".join(words[::2]))
+    (folder / "notes/two.md").write_text("".join(words[::3]))
+    (folder / "notes/deep/three.md").write_text("".join(words[1::2]))
+    rows = [{"prompt": f"What is {number}?", "response": f"It is {number * 2}."} for number in range(300)]
+    (folder / "data/conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [{"prompt": row["prompt"], "chosen": row["response"], "rejected": "I do not know."} for row in rows]
+    (folder / "data/preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    answers = [dict(zip(("question", "first", "second", "answer"), row, strict=True)) for row in QUESTIONS]
+    (folder / "data/questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    (folder / "tasks/mine.yaml").write_text(TASK.format(data=folder / "data/questions.jsonl"))
+    made = new_workplace(folder / "state")
+    made.variables["PYTHONPATH"] = str(folder)
+    made.variables["HF_DATASETS_CACHE"] = str(folder / "cache")
+    run(whole(STDLIB, made), made, folder, timeout=1800)
+    yield made
+
+
+def whole(command: str, checkout: Workplace) -> str:
+    """The line that runs a command with the least settings."""
+    way = WAYS[command]
+    if isinstance(way, Nightly):
+        return as_given(command, checkout, *shlex.split(way.words))
+    assert isinstance(way, Resolves)
+    if not command.startswith("make"):
+        return as_given(command, checkout, *shlex.split(way.nightly))
+    plain = [word for word in shlex.split(command) if not word.startswith("OVERRIDES=")]
+    overrides = [word.removeprefix("OVERRIDES=") for word in shlex.split(command) if word.startswith("OVERRIDES=")]
+    return as_given(shlex.join(plain), checkout, f"OVERRIDES={' '.join([*overrides, way.nightly])}")
+
+
+@pytest.mark.nightly
+@pytest.mark.processes
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("command", NIGHTLY)
+def test_a_nightly_command_runs(command: str, checkout: Workplace, tmp_path: Path) -> None:
+    folder, way, line = checkout.root.parent, WAYS[command], whole(command, checkout)
+    port = free_port()
+    line = line.replace("{port}", str(port)).replace(
+        "'{checkpoint}'", str(checkout.latest("trained_checkpoint", "stdlib"))
+    )
+    if "{bento}" in line:
+        tag = run(as_given("python -m llm_assets.latest stdlib --bento", checkout), checkout, folder).strip()
+        line = re.sub(r"BENTO=rex-stdlib:OLD PORT=\d+ ", "", line).replace("{bento}", tag)
+    if not isinstance(way, Nightly) or not way.answers:
+        assert run(line, checkout, folder, timeout=3000).strip()
+        return
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        server = subprocess.Popen(
+            ["bash", "-c", f"exec {line}"],
+            cwd=folder,
+            env=checkout.env,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        wait_for(f"http://127.0.0.1:{port}{way.answers}", server, log)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(120)

@@ -1,7 +1,6 @@
 """The `smoke` pipeline through the real CLI: what it leaves behind, and what a mistake leaves untouched."""
 
 import json
-import re
 import shlex
 import subprocess
 import sys
@@ -260,12 +259,7 @@ def test_the_documented_commands_that_read_an_experiment_work(smoke: Workplace, 
     found = {command for page in PAGES for command in documented_commands(page) if is_reading(command)}
     places = {"stdlib": "smoke", "EXPERIMENT": "smoke", "CHECKPOINT": str(smoke.latest("trained_checkpoint"))}
     # A set: some differ only in these names.
-    commands = sorted(
-        {
-            tuple(places.get(word, word) for word in shlex.split(command))
-            for command in found
-        }
-    )
+    commands = sorted({tuple(places.get(word, word) for word in shlex.split(command)) for command in found})
     assert len(commands) > 6
 
     def run(number: int) -> subprocess.CompletedProcess[str]:

@@ -5,6 +5,8 @@ from typing import Literal
 
 from model.settings.option import Settings, expect, option
 
+Sharding = Literal["none", "fsdp2"]
+
 
 @dataclass
 class ComputeSettings(Settings, group="compute"):
@@ -22,6 +24,11 @@ class ComputeSettings(Settings, group="compute"):
         unit="processes",
         above=0,
         maximum=4096,
+    )
+    sharding: Sharding = option(
+        "none",
+        "none: each training process holds the whole model; fsdp2: GPUs divide parameters, gradients and optimizer "
+        "state among them, and checkpoints are written in parts.",
     )
     nodes: int = option(
         1,
@@ -62,6 +69,8 @@ class ComputeSettings(Settings, group="compute"):
                 value = getattr(self, name)
                 wanted = "1 for compute.engine 'local'; choose compute=torchrun or compute=ray"
                 expect(value == 1, f"compute.{name}", value, wanted)
+            wanted = "'none' for compute.engine 'local'; choose compute=torchrun or compute=ray"
+            expect(self.sharding == "none", "compute.sharding", self.sharding, wanted)
         if self.engine == "ray":
             expect(self.nodes == 1, "compute.nodes", self.nodes, "1 for compute.engine 'ray', which knows its hosts")
         if self.engine != "torchrun":

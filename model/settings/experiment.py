@@ -66,6 +66,8 @@ class ExperimentSettings:
         self._check_shared_batch()
         is_local = self.compute.engine == "local" or not self.training.preferences
         expect(is_local, "compute.engine", self.compute.engine, "'local' for training.preferences")
+        if self.compute.sharding != "none":
+            self._check_sharding()
 
     def _check_shared_batch(self) -> None:
         processes = self.compute.processes * max(self.compute.nodes, 1)
@@ -83,6 +85,11 @@ class ExperimentSettings:
             self.model.attention_dropout,
             f"0 for {processes} training processes, as each would drop other weights than one process does",
         )
+
+    def _check_sharding(self) -> None:
+        for name in ("torch_compile", "lora_rank", "distill_from"):
+            value = getattr(self.training, name)
+            expect(not value, f"training.{name}", value, f"none with compute.sharding {self.compute.sharding!r}")
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "ExperimentSettings":

@@ -92,6 +92,7 @@ def share_batch(
 
 _SHARDING = ("fsdp", "fsdp_config", "deepspeed", "parallelism_config")
 """Arguments that divide the parameters among processes."""
+_FSDP = ("fsdp", "fsdp_config")
 
 
 def _distributed(device: torch.device) -> dict[str, Any]:
@@ -118,6 +119,11 @@ def training_arguments(
         if name not in known:
             raise PipelineError(
                 f"training.arguments names {name!r}: expected a name of transformers.TrainingArguments; correct it"
+            )
+        if name in _FSDP and settings.arguments[name] and device.type != "cpu":
+            raise PipelineError(
+                f"training.arguments names {name!r}: accelerate's FSDP does not fit this project's optimizer and "
+                "checkpoints; remove it, and set compute.sharding=fsdp2"
             )
         if name in _SHARDING and settings.arguments[name] and device.type == "cpu":
             raise PipelineError(

@@ -69,8 +69,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(model: RexForCausalLM, run: TrainingRun) -> PipelineError:
-    """The error for a batch that does not fit, with a size that does, found by halving on the same model."""
+    """The error for a batch that does not fit, with a size that does, found by halving on the same model.
+
+    Of a sharded model without that size.
+    """
     size, accumulation = run.settings.per_device_train_batch_size, run.settings.gradient_accumulation_steps
+    if run.is_sharded:  # a pass needs all processes, and the others do not know of this
+        return PipelineError(
+            f"training.per_device_train_batch_size is {size}: out of memory on {model.device.type}; lower it and raise "
+            "training.gradient_accumulation_steps, or set training.activation_checkpointing=true"
+        )
     fits = size // 2
     while fits and not _fits(model, fits, run):
         fits //= 2

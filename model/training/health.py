@@ -15,6 +15,7 @@ from model.baselines import held_out, token_counts, unigram_bits
 from model.modeling_rex import RexForCausalLM
 from model.settings import TrainingSettings
 from model.training.run import TrainingRun
+from model.training.sharding import own_part
 
 COUNTED_TOKENS = 1 << 24
 """Training tokens counted for the unigram baseline: enough for each frequent token, read in 0.1 s."""
@@ -30,11 +31,15 @@ def unigram_loss(run: TrainingRun) -> float:
 
 
 class ParameterMotion:
-    """Tracks parameters that keep their initial values in this process, by comparing a sample of each."""
+    """Tracks parameters that keep their initial values in this process, by comparing a sample of each.
+
+    Of sharded parameters, this process's rows.
+    """
 
     def __init__(self, model: RexForCausalLM, step: int) -> None:
         self._model, self._first_step = model, step
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        trained = [(name, parameter) for name, parameter in trained if own_part(parameter).numel()]
         self._before = {name: _sample(parameter) for name, parameter in trained}
 
     def unmoved(self, step: int) -> list[str]:
@@ -47,7 +52,7 @@ class ParameterMotion:
 
 
 def _sample(parameter: Tensor) -> Tensor:
-    flat = parameter.detach().flatten()
+    flat = own_part(parameter.detach()).flatten()
     return flat[:: max(1, len(flat) // _SAMPLED)].clone()
 
 

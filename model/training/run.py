@@ -11,8 +11,10 @@ import torch
 from transformers import TrainingArguments
 
 from model.configuration_rex import RexConfig
+from model.errors import PipelineError
 from model.progress import Log, silent
 from model.settings import TrainingSettings
+from model.settings.compute import Sharding
 from model.system.devices import Precision, resolve_device, resolve_precision
 from model.text.tokens import TokenDataset
 from model.training.arguments import share_batch, training_arguments, world_size
@@ -41,6 +43,8 @@ class TrainingRun:
     """Number of processes that began this training, each with the batch of the settings; 1 if they share it."""
     log: Log = silent
     on_metrics: OnMetrics | None = None
+    is_sharded: bool = False
+    """Whether parameters are divided among the processes (sharding.py)."""
 
     @property
     def world_size(self) -> int:
@@ -78,14 +82,18 @@ def prepare_run(
     log: Log = silent,
     on_metrics: OnMetrics | None = None,
     shares_batch: bool = False,
+    sharding: Sharding = "none",
+    shards_on_cpu: bool = False,
 ) -> TrainingRun:
     """Resolve device, precision and accumulation, and build the TrainingArguments. datasets: training and validation.
 
-    shares_batch: as in `train`. Raises PipelineError for an unavailable device, refused arguments, and a world size
-    that cannot continue the training.
+    shares_batch, shards_on_cpu: as in `train`. sharding: `compute.sharding`. Raises PipelineError for an unavailable
+    device, refused arguments, a world size that cannot continue the training, and sharding where it saves nothing.
     """
     device = resolve_device(settings.device)
     precision = resolve_precision(settings.precision, device)
+    if sharding != "none":
+        expect_sharding_helps(sharding, device, precision, world_size(), shards_on_cpu=shards_on_cpu)
     initial = checkpoints.initial_world_size(scratch_dir) or (1 if shares_batch else world_size())
     settings = share_batch(settings, initial, world_size(), dropout=config.attention_dropout)
     arguments = training_arguments(settings, scratch_dir, device, precision)  # joins the other processes
@@ -102,4 +110,26 @@ def prepare_run(
         initial_world_size=initial,
         log=log if is_main_process else silent,
         on_metrics=on_metrics if is_main_process else None,
+        is_sharded=sharding != "none",
     )
+
+
+def expect_sharding_helps(
+    sharding: Sharding, device: torch.device, precision: Precision, processes: int, *, shards_on_cpu: bool = False
+) -> None:
+    """Raises PipelineError on a CPU, in a single process, and for float16, whose loss scaling is not sharded."""
+    if device.type == "cpu" and not shards_on_cpu:
+        raise PipelineError(
+            f"compute.sharding is {sharding!r}: expected 'none' on a CPU, as sharding is for the memory of GPUs and "
+            "slows training on CPUs down; set compute.sharding=none, or train on GPUs"
+        )
+    if processes < 2:
+        raise PipelineError(
+            f"compute.sharding is {sharding!r} and one process trains: expected at least two, which divide the "
+            "parameters; raise compute.processes, or set compute.sharding=none, which continues a sharded checkpoint"
+        )
+    if precision == "float16":
+        raise PipelineError(
+            f"compute.sharding is {sharding!r} and training.precision is 'float16': expected bfloat16 or float32, as "
+            "the scaling of float16's loss is not sharded; set training.precision"
+        )

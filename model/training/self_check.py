@@ -30,6 +30,7 @@ from model.modeling_rex import RexForCausalLM
 from model.settings import TrainingSettings
 from model.training.adapters import add_adapters
 from model.training.run import TrainingRun
+from model.training.sharding import whole, whole_weights
 
 FLOPS = 8e10
 """Floating point operations of the reference's forward and backward pass: about a second on two cores."""
@@ -90,16 +91,17 @@ def self_check(
         found = {
             name: torch.zeros(parameter.shape)
             if parameter.grad is None
-            else parameter.grad.detach().float().cpu() / gradient_scale
+            else whole(parameter.grad.detach()).float().cpu() / gradient_scale
             for name, parameter in model.named_parameters()
         }
         model.zero_grad(set_to_none=True)
+    weights = whole_weights(model, keep=run.is_main_process)
     message: list[str | None] = [None]
     if run.is_main_process:
         batches = [_batch(run, rank, rows, tokens) for rank in range(run.world_size)]
         is_labeled = [(batch["labels"] != IGNORE_INDEX).any(1) for batch in batches]
         ids_BT = torch.cat([batch["input_ids"][kept, :tokens] for batch, kept in zip(batches, is_labeled, strict=True)])
-        loss, expected = reference_gradients(model, teacher, ids_BT, run.settings)
+        loss, expected = reference_gradients(model, teacher, ids_BT, run.settings, weights)
         worst = max(_differences(model, found, expected), key=lambda difference: difference.error)
         message = [_judge(run, found_loss.item(), loss, worst)]
         if message[0] is None:
@@ -119,10 +121,17 @@ def tolerance(run: TrainingRun) -> float:
 
 
 def reference_gradients(
-    model: RexForCausalLM, teacher: RexForCausalLM | None, ids_BT: Tensor, settings: TrainingSettings
+    model: RexForCausalLM,
+    teacher: RexForCausalLM | None,
+    ids_BT: Tensor,
+    settings: TrainingSettings,
+    weights: dict[str, Tensor] | None = None,
 ) -> tuple[float, dict[str, Tensor]]:
-    """Reference loss and gradients: float32 on the CPU, eager attention, whole logits, autograd."""
-    plain = _plain_copy(model, settings)
+    """Reference loss and gradients: float32 on the CPU, eager attention, whole logits, autograd.
+
+    weights: the `state_dict` of `model` with whole tensors, where the model's own are sharded.
+    """
+    plain = _plain_copy(model, settings, weights)
     logits_RV = plain(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
     labels_R = ids_BT[:, 1:].flatten()
     loss_R = functional.cross_entropy(logits_RV, labels_R, reduction="none")
@@ -156,7 +165,9 @@ def plain_divergence(logits_RV: Tensor, teacher_RV: Tensor, temperature: float, 
     return temperature**2 * (log_p_RV.exp() * (log_p_RV - log_q_RV)).sum(1)
 
 
-def _plain_copy(model: RexForCausalLM, settings: TrainingSettings | None = None) -> RexForCausalLM:
+def _plain_copy(
+    model: RexForCausalLM, settings: TrainingSettings | None = None, weights: dict[str, Tensor] | None = None
+) -> RexForCausalLM:
     config = copy.deepcopy(model.config)
     config._attn_implementation = "eager"
     config.attention_dropout = 0.0
@@ -164,7 +175,8 @@ def _plain_copy(model: RexForCausalLM, settings: TrainingSettings | None = None)
         plain = RexForCausalLM(config)
         if settings is not None:
             add_adapters(plain, settings)
-    plain.load_state_dict({name: value.float().cpu() for name, value in model.state_dict().items()})
+    weights = weights or whole_weights(model, keep=True)
+    plain.load_state_dict(weights)
     plain.tie_weights()
     return plain.eval()  # training mode would use the hand-written derivatives of norms and rotations
 

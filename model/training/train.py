@@ -28,6 +28,7 @@ from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset
 from model.training.adapters import add_adapters, merge_adapters
 from model.training.checkpoints import local as checkpoints
+from model.training.checkpoints import sharded
 from model.training.failures import is_out_of_memory, out_of_memory
 from model.training.health import find_warnings, unigram_loss
 from model.training.initial_weights import load_teacher, start_from
@@ -49,6 +50,7 @@ def train(
     log: Log = silent,
     on_metrics: OnMetrics | None = None,
     shares_batch: bool = False,
+    shards_on_cpu: bool = False,
 ) -> TrainingSummary:
     """Train the experiment's model; resumes from checkpoints of the same training in `scratch_dir`.
 
@@ -58,9 +60,9 @@ def train(
     with the same arguments; RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT identify them under any launcher (torchrun,
     Ray Train). Rank 0 writes and reports; all share the folders. shares_batch: the settings' batch is that of all
     processes together; else of each that begins. A training can resume with another world size: the batch size stays,
-    and results are equal up to rounding. Raises PipelineError for an unavailable device, a dataset smaller than one
-    batch, refused arguments, a non-finite loss, insufficient memory, and a full disk; the last complete checkpoint is
-    kept.
+    and results are equal up to rounding. shards_on_cpu: for tests, obeys `compute.sharding` on a CPU too. Raises
+    PipelineError for an unavailable device, a dataset smaller than one batch, refused arguments, a non-finite loss,
+    insufficient memory, and a full disk; the last complete checkpoint is kept.
     """
     limit_threads()
     tokenizer = load_tokenizer(dataset_dir / "tokenizer")
@@ -81,6 +83,8 @@ def train(
         log=log,
         on_metrics=on_metrics,
         shares_batch=shares_batch,
+        sharding=settings.compute.sharding,
+        shards_on_cpu=shards_on_cpu,
     )
     if len(run.train) < run.windows_per_step:
         raise PipelineError(
@@ -149,6 +153,11 @@ def _run_steps(
         run.log(f"continuing from step {resume_step:,} of {state.max_steps:,}")
         if checkpoints.is_finished(state):
             return state, 0.0, find_warnings(state.log_history, settings, unigram_loss(run), [])
+        if run.is_sharded and not sharded.is_sharded_checkpoint(newest):
+            raise PipelineError(
+                f"{newest} was written without compute.sharding: expected a sharded checkpoint; set "
+                f"compute.sharding=none to continue it, or delete {run.scratch_dir} to start over"
+            )
     model = build_model(run.config, settings.seed)
     if settings.init_from:
         start_from(model, Path(settings.init_from), tokenizer)
@@ -215,6 +224,9 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _load_best(model: RexForCausalLM, checkpoint: Path) -> None:
+    if sharded.is_sharded_checkpoint(checkpoint):
+        sharded.load_weights(checkpoint, model, alone=True)
+        return
     try:
         load_weights(model, checkpoint / WEIGHTS)
     except PipelineError as error:

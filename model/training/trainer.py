@@ -12,6 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate.utils import AutocastKwargs
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -39,15 +41,19 @@ from model.text.mixture import mixed_order, shares
 from model.text.tokens import TokenDataset
 from model.training import failures, health
 from model.training.checkpoints import local as checkpoints
+from model.training.checkpoints import sharded
 from model.training.loss import TrainingLoss
 from model.training.optim.optimizer import build_optimizer
 from model.training.optim.schedule import muon_momentum, warmup_stable_decay
 from model.training.run import TrainingRun
 from model.training.self_check import self_check
+from model.training.sharding import ShardedPredictor, reshard, shard_model, whole
 from model.training.signals import DeferredSignals, deferred_signals
 from model.training.throughput import flops_per_token, peak_memory_bytes
 
 _LOG_EVERY_S = 5.0
+SCHEDULER = "scheduler.pt"
+"""As the Trainer names it."""
 
 
 class WindowSampler(Sampler[int]):
@@ -115,7 +121,10 @@ class RexTrainer(Trainer):  # type: ignore[misc]
             keep_freed_memory()
             if not run.settings.torch_compile:
                 model.config._attn_implementation = ATTENTION
-                use_cpu_kernels(model)
+                if not run.is_sharded:  # these kernels take norms in float32, which sharding in bfloat16 gathers in it
+                    use_cpu_kernels(model)
+        if run.is_sharded:
+            shard_model(model, run.device, run.precision)
         callbacks: list[TrainerCallback] = []
         if run.settings.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(run.settings.early_stopping_patience))
@@ -128,6 +137,8 @@ class RexTrainer(Trainer):  # type: ignore[misc]
             eval_dataset=run.validation,
             callbacks=callbacks,
         )
+        # The Trainer's own switch for a model that arrives sharded: it adds autocast, and neither DDP nor FSDP.
+        self.is_distributed_loading_by_transformers = run.is_sharded
         self.remove_callback(PrinterCallback)  # it prints every log to stdout
         self._flops_per_token = flops_per_token(model, run.sequence_length)
         self._peak_flops = peak_flops * run.world_size
@@ -206,9 +217,10 @@ class RexTrainer(Trainer):  # type: ignore[misc]
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Loss and bits per byte on `eval_windows` validation windows, in the training's precision."""
         started = time.monotonic()
-        with self.accelerator.autocast():
+        # Autocast's cache would keep a copy of all weights that sharding gathers one layer at a time.
+        with self.accelerator.autocast(AutocastKwargs(cache_enabled=not self.run.is_sharded)):
             result = evaluate(
-                self._network,
+                ShardedPredictor(self._network) if self.run.is_sharded else self._network,
                 self.run.validation,
                 batch_size=self.args.per_device_eval_batch_size,
                 max_windows=self.settings.eval_windows,
@@ -219,7 +231,10 @@ class RexTrainer(Trainer):  # type: ignore[misc]
         metrics = {"eval_loss": result.loss, "bits_per_byte": result.bits_per_byte}
         for name, of_source in scores_of_sources(result).items():
             metrics |= {f"eval_loss/{name}": of_source.loss, f"bits_per_byte/{name}": of_source.bits_per_byte}
-        text = self._sample(self._network) if self._sample is not None and step and self.args.should_save else ""
+        text = ""
+        if self._sample is not None and step and (self.args.should_save or self.run.is_sharded):
+            text = self._sample(self._network)  # all processes together where each layer has to be gathered
+            reshard(self._network)
         self.run.log(
             f"step {step:,}: validation loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte"
             + (f", {text!r}" if text else "")
@@ -252,11 +267,11 @@ class RexTrainer(Trainer):  # type: ignore[misc]
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def check_gradients(self) -> None:
-        """Compare the training path with plain float32 on the CPU (self_check.py), unless parameters are sharded."""
+        """Compare the training path with plain float32 on the CPU (self_check.py), unless DeepSpeed trains."""
         if not self.settings.self_check:
             return
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            self.run.log("self-check: skipped, as parameters are sharded")
+        if self.is_deepspeed_enabled:
+            self.run.log("self-check: skipped, as DeepSpeed holds the parameters")
             return
         started = time.monotonic()
         scaler = self.accelerator.scaler
@@ -337,6 +352,14 @@ class RexTrainer(Trainer):  # type: ignore[misc]
                 raise self._diverged("gradient norm", norm)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        return whole(norm) if isinstance(norm, Tensor) else norm
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        yield  # defers nothing: between the passes of a step each process would hold whole gradients
+
     def _diverged(self, what: str, value: float) -> PipelineError:
         step = self.state.global_step
         documents = failures.documents_of(self.run.train, self._windows(step))
@@ -354,6 +377,36 @@ class RexTrainer(Trainer):  # type: ignore[misc]
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(checkpoints.staging(self.run.scratch_dir))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The weights, and where they are sharded the optimizer's state, whose parts are beside theirs."""
+        if not self.run.is_sharded:
+            super().save_model(output_dir, _internal_call)
+            return
+        assert output_dir is not None
+        sharded.save(Path(output_dir), self._network, _plain(self.optimizer))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.run.is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        checkpoint = Path(resume_from_checkpoint)
+        if sharded.is_sharded_checkpoint(checkpoint):
+            sharded.load_weights(checkpoint, self._network)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and sharded.is_sharded_checkpoint(Path(checkpoint)):
+            sharded.load_optimizer(Path(checkpoint), self._network, _plain(self.optimizer))
+            assert self.lr_scheduler is not None
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         started, step = time.monotonic(), self.state.global_step
@@ -375,6 +428,12 @@ class RexTrainer(Trainer):  # type: ignore[misc]
             shutil.rmtree(checkpoints.staging(self.run.scratch_dir), ignore_errors=True)
             raise failures.cannot_write(step, self.run.scratch_dir, error) from error
         self._paused_s += time.monotonic() - started
+
+
+def _plain(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer without accelerate's wrapper."""
+    found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return found
 
 
 class _Schedule(TrainerCallback):  # type: ignore[misc]

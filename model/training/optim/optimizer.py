@@ -11,14 +11,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim.adamw import adamw
 from transformers import PreTrainedModel
 
 from model.settings import TrainingSettings
 from model.system.devices import Precision, has_fast_bfloat16
 from model.training.optim.newton_schulz import Coefficients, orthogonalize
+from model.training.optim.sharded import orthogonalize_rows
 from model.training.optim.shared import is_shared, orthogonalize_shared
+from model.training.sharding import own_part
 
 ROW_DECAY = 0.95
 """Decay rate of the second moment of an update's rows (NorMuon)."""
@@ -82,7 +86,14 @@ class MuonAdamW(torch.optim.Optimizer):
         steps = group["newton_schulz_steps"]
         named: Coefficients = group["newton_schulz_coefficients"]
         options: dict[str, Any] = {} if named == "jordan" else {"coefficients": named}
-        if is_shared(parameters):
+        if parameters and isinstance(parameters[0], DTensor):
+            stacks = [self._momentum_updates(group, same) for same in by_shape.values()]
+            rows = [shape[0] for shape in by_shape]
+            for same, update_NSC in zip(
+                by_shape.values(), orthogonalize_rows(stacks, rows, steps, **options), strict=True
+            ):
+                self._apply_updates(group, same, update_NSC)
+        elif is_shared(parameters):
             stacks = [self._momentum_updates(group, same) for same in by_shape.values()]
             for same, update_NRC in zip(by_shape.values(), orthogonalize_shared(stacks, steps, **options), strict=True):
                 self._apply_updates(group, same, update_NRC)
@@ -92,22 +103,25 @@ class MuonAdamW(torch.optim.Optimizer):
                 self._apply_updates(group, same, orthogonalize(updates_NRC, steps, **options))
 
     def _momentum_updates(self, group: dict[str, Any], parameters: list[Tensor]) -> Tensor:
-        """Nesterov momentum of parameters of one shape, in the dtype of the orthogonalization; shape (N, R, C)."""
+        """Nesterov momentum of parameters of one shape, in the dtype of the orthogonalization; shape (N, R, C), or of
+        sharded parameters this process's rows.
+        """
         updates = []
         for parameter in parameters:
             state = self.state[parameter]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             assert parameter.grad is not None
-            state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-            updates.append(parameter.grad.lerp(state["momentum_buffer"], group["momentum"]))
+            gradient, momentum = own_part(parameter.grad), own_part(state["momentum_buffer"])
+            momentum.lerp_(gradient, 1 - group["momentum"])
+            updates.append(gradient.lerp(momentum, group["momentum"]))
         return torch.stack(updates).to(self._newton_schulz_dtype)
 
     def _apply_updates(self, group: dict[str, Any], parameters: list[Tensor], update_NRC: Tensor) -> None:
         scale = 0.2 * max(parameters[0].shape) ** 0.5
         if group["normalize_rows"]:
             update_NRC = self._normalize_rows(parameters, update_NRC)
-        for parameter, update_RC in zip(parameters, update_NRC, strict=True):
+        for parameter, update_RC in zip(map(own_part, parameters), update_NRC, strict=True):
             decay = group["lr"] * group["weight_decay"]
             if group["cautious_weight_decay"]:
                 parameter.addcmul_(parameter, update_RC * parameter > 0, value=-decay)
@@ -124,10 +138,13 @@ class MuonAdamW(torch.optim.Optimizer):
         for parameter, mean_R1 in zip(parameters, means_NR1, strict=True):
             state = self.state[parameter]
             if "row_second_moment" not in state:
-                state["row_second_moment"] = torch.zeros_like(mean_R1)
-            moments.append(state["row_second_moment"].lerp_(mean_R1, 1 - ROW_DECAY))
+                state["row_second_moment"] = _of_rows(parameter, torch.zeros_like(mean_R1))
+            moments.append(own_part(state["row_second_moment"]).lerp_(mean_R1, 1 - ROW_DECAY))
         scaled_NRC = update_NRC / (torch.stack(moments).sqrt() + 1e-10).to(update_NRC.dtype)
-        norms = [value.float().norm(dim=(-2, -1), keepdim=True) for value in (update_NRC, scaled_NRC)]
+        norms = torch.stack([value.float().norm(dim=(-2, -1), keepdim=True) for value in (update_NRC, scaled_NRC)])
+        if isinstance(parameters[0], DTensor):  # of the rows of all processes
+            dist.all_reduce(norms.square_())
+            norms.sqrt_()
         return scaled_NRC * (norms[0] / norms[1].clamp(min=1e-10)).to(update_NRC.dtype)
 
     def _adamw_step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
@@ -138,10 +155,10 @@ class MuonAdamW(torch.optim.Optimizer):
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
         adamw(
-            parameters,
-            [p.grad for p in parameters if p.grad is not None],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
+            [own_part(p) for p in parameters],
+            [own_part(p.grad) for p in parameters if p.grad is not None],
+            [own_part(s["exp_avg"]) for s in states],
+            [own_part(s["exp_avg_sq"]) for s in states],
             [],
             [s["step"] for s in states],
             fused=True,
@@ -153,6 +170,14 @@ class MuonAdamW(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _of_rows(parameter: Tensor, own_S1: Tensor) -> Tensor:
+    """A value for each row of `parameter`, sharded if it is."""
+    if not isinstance(parameter, DTensor):
+        return own_S1
+    mesh, rows = parameter.device_mesh, parameter.shape[0]
+    return DTensor.from_local(own_S1, mesh, [Shard(0)], run_check=False, shape=torch.Size((rows, 1)), stride=(1, 1))
 
 
 def parameter_groups(model: PreTrainedModel, settings: TrainingSettings) -> list[dict[str, Any]]:

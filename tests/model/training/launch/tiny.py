@@ -1,6 +1,7 @@
 """The training of the tests, long enough to be ended in between."""
 
 from dataclasses import replace
+from typing import Any
 
 from model.settings import ComputeSettings, ExperimentSettings
 from tests.model.training.tiny import experiment
@@ -14,3 +15,10 @@ def one_process() -> ExperimentSettings:
 
 def two_processes() -> ExperimentSettings:
     return replace(one_process(), compute=ComputeSettings(engine="torchrun", processes=2))
+
+
+def sharded_experiment(**training: Any) -> ExperimentSettings:
+    """12 steps without dropout; matrices whose rows two processes divide evenly, and three do not."""
+    settings = experiment(**{"per_device_train_batch_size": 4, **training})
+    settings.model.attention_dropout = 0.0
+    return settings

@@ -121,7 +121,8 @@ class RexTrainer(Trainer):  # type: ignore[misc]
             keep_freed_memory()
             if not run.settings.torch_compile:
                 model.config._attn_implementation = ATTENTION
-                if not run.is_sharded:  # these kernels take norms in float32, which sharding in bfloat16 gathers in it
+                # They take the weights of norms in float32; sharding in bfloat16 gathers those in bfloat16.
+                if not (run.is_sharded and run.precision == "bfloat16"):
                     use_cpu_kernels(model)
         if run.is_sharded:
             shard_model(model, run.device, run.precision)

@@ -110,7 +110,7 @@ def test_accumulated_gradients_and_recomputed_activations_are_those_of_one_proce
     assert done.returncode == 0, done.stderr[-3000:]
     settings = sharded_experiment(**options)
     train(settings, dataset_dir, tmp_path / "one" / "output", tmp_path / "one" / "scratch", shares_batch=True)
-    # AdamW divides small gradients by their size, rounding included: with it, one process that takes these windows in one
+    # AdamW divides small gradients by their size, rounding included: with it, one process that takes the windows in one
     # pass instead of two already differs by 0.0001 in the gradient norm.
     for ours, theirs in zip(*(curve(tmp_path / name / "output") for name in ("two", "one")), strict=True):
         for key in ours.keys() & {"loss", "eval_loss", "grad_norm"}:

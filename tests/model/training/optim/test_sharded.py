@@ -157,6 +157,7 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
     assert [name for name, value in ours.items() if not torch.equal(value, theirs[name])] == []
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes_take_the_steps_of_one_and_each_holds_half(trained: tuple[str, Path, list[Any]]) -> None:
     name, _, (first, second) = trained
@@ -178,6 +179,7 @@ def test_two_processes_take_the_steps_of_one_and_each_holds_half(trained: tuple[
     assert first["parameters"] + second["parameters"] == whole_size
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_checkpoint_resumes_with_the_same_bits_in_two_processes(trained: tuple[str, Path, list[Any]]) -> None:
     _, _, records = trained
@@ -186,6 +188,7 @@ def test_a_checkpoint_resumes_with_the_same_bits_in_two_processes(trained: tuple
         assert_equal(record["resumed"], record["uninterrupted"])
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_checkpoint_of_two_processes_is_read_by_three_and_by_one(trained: tuple[str, Path, list[Any]]) -> None:
     name, folder, (first, _) = trained
@@ -200,6 +203,7 @@ def test_a_checkpoint_of_two_processes_is_read_by_three_and_by_one(trained: tupl
     assert_close(state_of(model, optimizer), first["resumed"], 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_what_cannot_be_written_or_read_is_one_line(trained: tuple[str, Path, list[Any]], tmp_path: Path) -> None:
     _, folder, records = trained

@@ -14,8 +14,8 @@ from torch import Tensor
 from model.baselines import held_out, token_counts, unigram_bits
 from model.modeling_rex import RexForCausalLM
 from model.settings import TrainingSettings
+from model.training.optim.sharded import own_part
 from model.training.run import TrainingRun
-from model.training.sharding import own_part
 
 COUNTED_TOKENS = 1 << 24
 """Training tokens counted for the unigram baseline: enough for each frequent token, read in 0.1 s."""

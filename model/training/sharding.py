@@ -58,11 +58,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own_part(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor that this process holds, the same memory; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def whole_weights(model: RexForCausalLM, *, keep: bool) -> dict[str, Tensor]:
     """The model's `state_dict` with whole tensors in float32 on the CPU, gathered one at a time by all processes.
 

@@ -20,9 +20,8 @@ from transformers import PreTrainedModel
 from model.settings import TrainingSettings
 from model.system.devices import Precision, has_fast_bfloat16
 from model.training.optim.newton_schulz import Coefficients, orthogonalize
-from model.training.optim.sharded import orthogonalize_rows
+from model.training.optim.sharded import orthogonalize_rows, own_part
 from model.training.optim.shared import is_shared, orthogonalize_shared
-from model.training.sharding import own_part
 
 ROW_DECAY = 0.95
 """Decay rate of the second moment of an update's rows (NorMuon)."""

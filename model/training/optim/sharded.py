@@ -11,9 +11,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from model.training.optim.newton_schulz import orthogonalize
 from model.training.optim.shared import shares
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that this process holds, the same memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def rows_by_rank(rows: int, world_size: int) -> list[int]:

@@ -16,7 +16,7 @@ import torch
 
 from model.settings import ComputeSettings
 from model.training import train as stage
-from model.training.sharding import own_part
+from model.training.optim.sharded import own_part
 from model.training.trainer import RexTrainer
 from tests.model.training.launch.tiny import sharded_experiment
 

@@ -20,8 +20,8 @@ from model.settings import TrainingSettings
 from model.training.checkpoints import sharded
 from model.training.loss import TrainingLoss
 from model.training.optim.optimizer import MuonAdamW, build_optimizer
-from model.training.optim.sharded import rows_by_rank
-from model.training.sharding import own_part, shard_model, whole
+from model.training.optim.sharded import own_part, rows_by_rank
+from model.training.sharding import shard_model, whole
 
 REPO = Path(__file__).parents[4]
 CPU = torch.device("cpu")

@@ -79,6 +79,7 @@ def test_a_sharded_training_makes_the_model_of_one_process_and_each_holds_half(o
         assert held["optimizer"] == pytest.approx(momenta / 2, rel=0.01)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.processes
 def test_a_process_that_dies_while_saving_leaves_the_last_checkpoint_and_the_run_resumes(two, dataset_dir, tmp_path):
@@ -102,6 +103,7 @@ def test_a_process_that_dies_while_saving_leaves_the_last_checkpoint_and_the_run
     assert_same_weights(alone, two)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.processes
 def test_accumulated_gradients_and_recomputed_activations_are_those_of_one_process(dataset_dir, tmp_path):
@@ -118,6 +120,7 @@ def test_accumulated_gradients_and_recomputed_activations_are_those_of_one_proce
     assert_same_weights(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.processes
 def test_bfloat16_passes_the_self_check_and_learns_as_one_process_does(dataset_dir, tmp_path):

@@ -60,7 +60,7 @@ class NotRun:
 
 Way = Reads | Runs | Resolves | Nightly | TestedBy | NotRun
 
-SHORT = "training.max_steps=4 benchmark=quick"
+SHORT = "training.max_steps=4 training.warmup_steps=1 benchmark=quick"
 README = TestedBy("tests/e2e/test_readme.py::test_the_first_commands_of_the_readme_end_in_text")
 EXPORTED = TestedBy("tests/e2e/test_pipeline.py::test_the_documented_use_of_an_export_works")
 EXAMPLES = TestedBy("tests/bento/test_examples.py::test_the_examples_of_the_service_work")
@@ -80,7 +80,7 @@ TABLE: dict[str, Way] = {
     r"make help": Runs(),
     r"python -m model\.native\.build": Runs(),
     r"\.venv/bin/pytest --timeout 1800": Runs("--collect-only -q tests/test_clocks.py"),
-    r"\.venv/bin/pytest .*": Runs("--collect-only -q"),
+    r"\.venv/bin/pytest .*": Nightly("--collect-only -q"),
     r"\S*python -m llm_assets\.latest smoke --image cpu": IMAGE,
     r"python -m (llm_assets\.(experiments|latest|origin|champion show)|model\.export) \S.*": Reads(),
     r"cd .*": EXPORTED,

@@ -138,7 +138,10 @@ def run(world_size: int, folder: Path, name: str) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}-of-{world_size}.pt") for rank in range(world_size)]
 
 
-@pytest.fixture(scope="module", params=OPTIONS)
+@pytest.fixture(
+    scope="module",
+    params=["muon", "adamw", pytest.param("muon with every option", marks=pytest.mark.nightly)],
+)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, list[Any]]:
     folder = tmp_path_factory.mktemp("sharded")
     return request.param, folder, run(2, folder, request.param)

@@ -123,19 +123,19 @@ def test_the_settings_of_a_command_arrive_through_make_the_shell_and_hydra(comma
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     """A copy of the repository with the files that commands name, and a short run of `stdlib` in its `var`."""
     folder = tmp_path_factory.mktemp("checkout")
     listed = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True).stdout
     for name in listed.splitlines():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(REPO / name, folder / name)
-    for name in ("notes", "notes/deep", "data", "tasks"):
+    for name in ("notes", "notes/deep", "data", "data/deep", "tasks"):
         (folder / name).mkdir()
-    words = [f"A note about the number {number} and its square {number**2}.\n" for number in range(9000)]
-    (folder / "notes/one.md").write_text("".join(words[::2]))
-    (folder / "notes/two.md").write_text("".join(words[::3]))
-    (folder / "notes/deep/three.md").write_text("".join(words[1::2]))
+    words = [f"A note about the number {number} and its square {number**2}.\n" for number in range(40_000)]
+    for number in range(40):
+        place = ["notes/{}.md", "notes/deep/{}.md", "data/{}.txt", "data/deep/{}.txt"][number % 4]
+        (folder / place.format(number)).write_text("".join(words[1000 * number :][:1000]))
     rows = [{"prompt": f"What is {number}?", "response": f"It is {number * 2}."} for number in range(300)]
     (folder / "data/conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs = [{"prompt": row["prompt"], "chosen": row["response"], "rejected": "I do not know."} for row in rows]
@@ -148,6 +148,15 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     made.variables["HF_DATASETS_CACHE"] = str(folder / "cache")
     run(whole(STDLIB, made), made, folder, timeout=1800)
     yield made
+
+
+@pytest.fixture
+def checkout(short_run: Workplace) -> Iterator[Workplace]:
+    """`short_run`, whose newest artifacts of `stdlib` are afterwards those from before: commands build on them."""
+    newest = {path: path.read_bytes() for path in short_run.var.glob("artifacts/*/stdlib/LATEST")}
+    yield short_run
+    for path, version in newest.items():
+        path.write_bytes(version)
 
 
 def whole(command: str, checkout: Workplace) -> str:

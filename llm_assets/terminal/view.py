@@ -55,7 +55,7 @@ class View:
 
     def take(self, record: Record) -> None:
         """Show a record."""
-        if record.event == "STEP_START":
+        if record.event in ("STEP_START", "STEP_RESTARTED"):
             self._started[record.stage] = self._clock()
             if not self._status:
                 self._print(f"{record.stage}: started")
@@ -89,7 +89,9 @@ class View:
 
     def _message(self, record: Record) -> None:
         text = record.text
-        if text.startswith("MLflow run: "):
+        if text.startswith(
+            ("MLflow run: ", "Dependencies for step ")
+        ):  # the stage that failed is named once, at the end
             return
         if text.startswith("unchanged: "):  # not computed, or computed with an equal result
             reused = text.startswith(f"unchanged: {record.stage} of ")

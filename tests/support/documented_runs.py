@@ -87,7 +87,7 @@ TABLE: dict[str, Way] = {
     r"python -c .*": EXPORTED,
     # Runs of the pipeline.
     r"make pipeline( .*)? .*s3://.*": Resolves(why_not="it names a bucket of the reader"),
-    r"make pipeline EXPERIMENT=gpt2_124m .*": Resolves(why_not="it takes days without eight GPUs"),
+    r"make pipeline EXPERIMENT=(gpt2_124m|llama_350m) .*": Resolves(why_not="it takes days without eight GPUs"),
     r"make pipeline EXPERIMENT=NAME": Resolves(why_not="the name stands for any experiment"),
     r"make pipeline .*engine=vllm": Resolves(
         why_not="tests/e2e/test_vllm_image.py::test_the_service_answers_with_vllm_behind_its_key_limits_names_and_metrics"
@@ -99,7 +99,7 @@ TABLE: dict[str, Way] = {
         why_not="tests/e2e/test_container_image.py::test_the_gpu_image_is_laid_out_with_cuda_packages"
     ),
     r"make image( .*)?": Resolves(why_not=IMAGE.name),
-    r"make evaluation .*\[mine\].*": Resolves(nightly="benchmark=quick"),
+    r"make evaluation .*\[mine\].*": Resolves(nightly=SHORT),
     r"make evaluation( .*)?": Resolves(why_not="the tasks read their data from the Hugging Face hub"),
     r"python -m llm_assets\.champion (promote|rollback) .*": TestedBy(
         "tests/llm_assets/versions/test_promotion.py::test_promotion_and_rollback_by_hand_are_recorded_and_stay"

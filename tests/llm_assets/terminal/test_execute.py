@@ -1,6 +1,7 @@
 """Running a job in a terminal: what is said when the run itself cannot say it."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -52,6 +53,26 @@ def test_a_disk_that_fills_while_the_run_writes_is_said_in_one_line(tmp_path: Pa
     error, log = lines[-2:]
     assert error.startswith("error: ") and "no disk space left while writing to" in error
     assert log.startswith("log: ")
+
+
+def test_a_stage_that_fails_after_a_retry_says_why(tmp_path: Path) -> None:
+    home = tmp_path / "dagster"
+    home.mkdir()
+    shutil.copy(REPOSITORY / "dagster.yaml", home)
+    overrides = ["corpus.source=huggingface", "corpus.dataset=owner/missing"]
+    environment = {"LLM_ASSETS_VAR": str(tmp_path), "DAGSTER_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "llm_assets.terminal.execute", "smoke", *overrides],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, **environment},
+    )
+    assert ended.returncode == 1
+    assert re.search(r"^corpus +retrying", ended.stdout, re.MULTILINE), ended.stdout
+    errors = [line for line in ended.stdout.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith("error: corpus: corpus.dataset 'owner/missing'")
 
 
 @pytest.mark.parametrize("is_stopped", [False, True])

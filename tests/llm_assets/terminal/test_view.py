@@ -94,6 +94,26 @@ def test_an_unchanged_stage_and_a_failed_one_say_so(plain: Watched) -> None:
     assert plain.view.failures == ["tokenized_dataset: tokenizer.vocab_size is 0: expected more"]
 
 
+def test_a_stage_that_fails_again_says_why(plain: Watched) -> None:
+    plain.say("", event="STEP_START")
+    plain.now = 2.0
+    plain.say("the step asks for a retry in 5 seconds", event="STEP_UP_FOR_RETRY")
+    plain.now = 8.0
+    plain.say("", event="STEP_RESTARTED")
+    plain.now = 11.0
+    plain.say("the dataset cannot be reached", event="STEP_FAILURE")
+    plain.say("the step's process ended", event="STEP_FAILURE")
+    said = "Dependencies for step tokenized_dataset failed: ['corpus']. Not executing."
+    plain.say(said, level="ERROR", stage="tokenized_dataset")
+    assert plain.lines == [
+        "corpus: started",
+        "corpus             retrying       2.0 s",
+        "corpus: started",
+        "corpus             failed         3.0 s",
+    ]
+    assert plain.view.failures == ["corpus: the dataset cannot be reached"]
+
+
 def test_a_stage_that_was_computed_and_came_out_equal_is_not_called_unchanged(plain: Watched) -> None:
     plain.say("", event="STEP_START")
     plain.say("unchanged: var/artifacts/corpus/smoke/705d already had this content")

@@ -26,6 +26,8 @@ export GOMP_SPINCOUNT ?= 20000
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_UI_URL ?= http://127.0.0.1:$(MLFLOW_PORT)
 export LLM_ASSETS_DAGSTER_URL ?= http://127.0.0.1:$(UI_PORT)
+# Runs a command with dots where it prints nothing.
+DOTS := @$(PYTHON) -m model.progress
 # Packages whose files have other hashes than those of constraints.txt are refused.
 INSTALL := PYTHONPATH=. $(BIN)/python -m llm_assets.instance.install
 # Options of a run, and what follows it unless nothing is computed.
@@ -46,14 +48,14 @@ setup: $(INSTALLED) $(DAGSTER_HOME)/dagster.yaml  ## Make the virtual environmen
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else f"error: {sys.executable} is Python {sys.version.split()[0]}: 3.11 to 3.13 is needed; name one with PYTHON=/path/to/python3.12")'
-	$(PYTHON) -m venv .venv
+	$(DOTS) 'making .venv' $(PYTHON) -m venv .venv
 	@# torch first and pinned, so that nothing else chooses another build of it: its builds come from several indexes, so it
 	@# has no hash here. What it needs is in the lock, with hashes. Bytecode is left to the first import: compiling twenty
 	@# thousand files here takes a minute or more, and most are never imported.
-	$(BIN)/pip install $$([ -t 1 ] || echo --quiet) --disable-pip-version-check --no-compile --no-deps torch==2.13.0
+	$(DOTS) 'installing torch' $(BIN)/pip install $$([ -t 1 ] || echo --quiet) --disable-pip-version-check --no-compile --no-deps torch==2.13.0
 	@sed -n '/^uv==/,/[^\\]$$/p' constraints.txt >.venv/uv.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps --require-hashes --requirement .venv/uv.txt
-	$(INSTALL) dev
+	$(DOTS) 'installing uv' $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps --require-hashes --requirement .venv/uv.txt
+	@$(INSTALL) dev
 	@# Generation in C++; without a compiler, one line names the consequence.
 	@$(BIN)/python -m model.native.build
 	@touch $@

@@ -1,5 +1,11 @@
-"""Progress of long work: log lines with an estimate of the time left, or dots where it reports none."""
+"""Progress of long work: log lines with an estimate of the time left, or dots where it reports none.
 
+python -m model.progress LABEL COMMAND ...    # runs a command, with dots unless the output is a terminal
+"""
+
+import argparse
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -125,3 +131,20 @@ def format_duration(seconds: float) -> str:
     minutes, secs = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"
+
+
+def main() -> int:
+    """Run the command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m model.progress", description=__doc__.split("\n")[0])  # type: ignore
+    parser.add_argument("label", help="what the dots stand for")
+    parser.add_argument("program")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the program")
+    given = parser.parse_args()
+    command = [given.program, *given.arguments]
+    if sys.stdout.isatty():
+        os.execvp(given.program, command)  # it shows its own progress there
+    return with_dots(lambda: subprocess.run(command, check=False), given.label).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -72,9 +72,12 @@ class Dots:
         self._column = 0
         self._last = clock()
 
-    def tick(self, label: str) -> None:
-        """Print a dot if one is due, after `label` where it begins a line; to be called a few times a second."""
-        if self._clock() - self._last < self.EVERY_S:
+    def tick(self, label: str, *, at_once: bool = False) -> None:
+        """Print a dot if one is due, after `label` where it begins a line; to be called a few times a second.
+
+        at_once: print it even if it is not due.
+        """
+        if not at_once and self._clock() - self._last < self.EVERY_S:
             return
         if self._column >= self.WIDTH:
             self.close()

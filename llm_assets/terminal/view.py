@@ -46,6 +46,8 @@ class View:
 
     def live(self) -> AbstractContextManager[object]:
         """A context in which the run's progress is shown: by the live line on a terminal, else by dots."""
+        if self._dots:
+            self._dots.tick("starting", at_once=True)  # imports have taken seconds already
         return self._status or closing(self)
 
     def close(self) -> None:

@@ -132,6 +132,8 @@ def test_without_a_terminal_dots_show_that_a_silent_run_is_alive(plain: Watched)
             assert plain.now - silent_since[0] <= 3.0
 
     silent_since = [0.0]
+    plain.view.live()
+    assert plain.lines == ["starting ."]
     wait(6)
     plain.say("", event="STEP_START")
     silent_since[0] = plain.now
@@ -140,7 +142,7 @@ def test_without_a_terminal_dots_show_that_a_silent_run_is_alive(plain: Watched)
     silent_since[0] = plain.now
     wait(250)
     plain.view.close()
-    assert plain.lines[:3] == ["starting ..", "corpus: started", "corpus: 47 documents"]
+    assert plain.lines[:3] == ["starting ...", "corpus: started", "corpus: 47 documents"]
     assert all(re.fullmatch(r"corpus \.+", line) and len(line) <= WIDTH for line in plain.lines[3:])
     assert len(plain.lines) == 5
 

@@ -96,12 +96,17 @@ class ModelPredictor:
         model, mode = self._model, self._model.training
         model.eval()
         try:
-            hidden_BTD = model.model(input_ids=ids_BT.to(model.device), use_cache=False).last_hidden_state
+            hidden_BTD = self._final_hidden(ids_BT.to(model.device))
             hidden_RD = hidden_BTD[:, :-1][selected_BT.to(hidden_BTD.device)]
             for start in range(0, len(hidden_RD), rows):
                 yield model.lm_head(hidden_RD[start : start + rows]).float()
         finally:
             model.train(mode)
+
+    def _final_hidden(self, ids_BT: Tensor) -> Tensor:
+        """Hidden states after the final norm, (B, T, D)."""
+        hidden_BTD: Tensor = self._model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
+        return hidden_BTD
 
 
 def as_predictor(model: "RexForCausalLM | Predictor") -> Predictor:

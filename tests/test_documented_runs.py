@@ -6,11 +6,9 @@ Commands that read a finished run are tested in `tests/e2e/test_pipeline.py`.
 import ast
 import itertools
 import json
-import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from tests.bench.test_tasks import QUESTIONS, TASK
-from tests.e2e.workplace import BIN, REPO, Workplace, free_port, new_workplace, wait_for
+from tests.e2e.workplace import BIN, REPO, Workplace, free_port, new_workplace, started
 from tests.support.documented import PAGES, documented_commands
 from tests.support.documented_runs import TABLE, Nightly, Resolves, Runs, TestedBy, way_of
+from tests.support.harness import needs_harness
 
 COMMANDS = sorted({command for page in PAGES for command in documented_commands(page)})
 WAYS = {command: found[1] for command in COMMANDS if (found := way_of(command))}
@@ -69,16 +68,7 @@ def as_given(command: str, workplace: Workplace, *words: str) -> str:
 
 def run(line: str, workplace: Workplace, folder: Path = REPO, timeout: float = 300) -> str:
     """Run a line in bash; returns what it prints, and fails if it fails."""
-    done = subprocess.run(
-        ["bash", "-c", line],
-        cwd=folder,
-        env=workplace.env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    done = workplace.run("/bin/bash", "-c", line, folder=folder, timeout=timeout)
     assert done.returncode == 0, f"{line}\n{done.stdout[-4000:]}"
     return done.stdout
 
@@ -176,7 +166,10 @@ def whole(command: str, checkout: Workplace) -> str:
 @pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("command", NIGHTLY)
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(c, marks=needs_harness) if c.startswith("make evaluation") else c for c in NIGHTLY],
+)
 def test_a_nightly_command_runs(command: str, checkout: Workplace, tmp_path: Path) -> None:
     folder, way, line = checkout.root.parent, WAYS[command], whole(command, checkout)
     port = free_port()
@@ -189,18 +182,6 @@ def test_a_nightly_command_runs(command: str, checkout: Workplace, tmp_path: Pat
     if not isinstance(way, Nightly) or not way.answers:
         assert run(line, checkout, folder, timeout=3000).strip()
         return
-    log = tmp_path / "log"
-    with log.open("w") as out:
-        server = subprocess.Popen(
-            ["bash", "-c", f"exec {line}"],
-            cwd=folder,
-            env=checkout.env,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        wait_for(f"http://127.0.0.1:{port}{way.answers}", server, log)
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(120)
+    url = f"http://127.0.0.1:{port}{way.answers}"
+    with started(["bash", "-c", f"exec {line}"], checkout, url, tmp_path / "log", folder):
+        pass

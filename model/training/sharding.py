@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from model.evaluation import ModelPredictor
 from model.modeling_rex import RexForCausalLM
 from model.system.devices import Precision
 
@@ -71,27 +72,16 @@ def whole_weights(model: RexForCausalLM, *, keep: bool) -> dict[str, Tensor]:
     return found
 
 
-class ShardedPredictor:
-    """The `Predictor` (`model/evaluation.py`) of a sharded model; all processes evaluate the same windows together."""
-
-    def __init__(self, model: RexForCausalLM) -> None:
-        self._model = model
-        self.vocab_size: int = model.config.vocab_size
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the model."""
-        return self._model.device
+class ShardedPredictor(ModelPredictor):
+    """Of a sharded model: all processes evaluate the same windows together."""
 
     def logits(self, ids_BT: Tensor, selected_BT: Tensor, rows: int) -> Iterator[Tensor]:
-        """As `Predictor.logits`; leaves the model in the mode it was in, and sharded."""
-        model, mode = self._model, self._model.training
-        model.eval()
+        """As `Predictor.logits`; leaves the model sharded."""
         try:
-            hidden_BTD = model.final_hidden(ids_BT.to(model.device))  # type: ignore[operator]
-            hidden_RD = hidden_BTD[:, :-1][selected_BT.to(hidden_BTD.device)]
-            for start in range(0, len(hidden_RD), rows):
-                yield model.lm_head(hidden_RD[start : start + rows]).float()
+            yield from super().logits(ids_BT, selected_BT, rows)
         finally:
-            reshard(model)
-            model.train(mode)
+            reshard(self._model)
+
+    def _final_hidden(self, ids_BT: Tensor) -> Tensor:
+        hidden_BTD: Tensor = self._model.final_hidden(ids_BT)  # type: ignore[operator]
+        return hidden_BTD

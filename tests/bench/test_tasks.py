@@ -1,5 +1,4 @@
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,9 @@ from model.settings import EvaluationSettings
 from model.text.tokenizer import load_tokenizer
 from model.weights.loading import load_model
 from tests.model.text.applied import in_any_order
+from tests.support.harness import needs_harness
 from tests.support.tiny import save_tiny_model
 
-needs_harness = pytest.mark.skipif(not find_spec("lm_eval"), reason="no lm-eval: `make harness` installs it")
 QUESTIONS = [("def main", "(x):", ")))", 0), ("return", "None", " 'größer", 1), ("print('", "日本", "语", 0)] * 2
 TASK = """\
 task: mine

@@ -9,6 +9,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,11 +51,11 @@ class Workplace:
             **self.variables,
         }
 
-    def run(self, *command: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-        """Run one of the environment's commands in the repository, as a user would; stdout and stderr come together."""
+    def run(self, *command: str, folder: Path = REPO, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        """Run one of the environment's commands, or a path's, as a user would; stdout and stderr come together."""
         return subprocess.run(
             [str(BIN / command[0]), *command[1:]],
-            cwd=REPO,
+            cwd=folder,
             env=self.env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -151,6 +153,21 @@ def wait_for(url: str, process: subprocess.Popen, log: Path, seconds: float = 30
         except (urllib.error.URLError, OSError):
             time.sleep(0.3)
     pytest.fail(f"{url} did not answer within {seconds} s:\n{log.read_text()[-3000:]}")
+
+
+@contextmanager
+def started(command: list[str], workplace: Workplace, url: str, log: Path, folder: Path = REPO) -> Iterator[None]:
+    """A server, once `url` answers; then it and its processes are told to end."""
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, cwd=folder, env=workplace.env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        wait_for(url, process, log)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(120)
 
 
 def stop(process: subprocess.Popen, sig: int = signal.SIGTERM, seconds: float = 120) -> int:

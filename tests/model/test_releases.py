@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from model.build import build_config, build_model
 from model.configuration_rex import KNOWN_TRANSFORMERS
 from model.settings import ModelSettings
 from model.weights.export import export_checkpoint
+from tests.support.harness import needs_harness
 from tests.support.tiny import ROTATIONS, TEXT, tiny_model, tiny_tokenizer
 
 PROGRAM = Path(__file__).with_name("releases.py")
@@ -153,7 +153,7 @@ def test_an_adapter_trains_merges_and_comes_back_from_its_files(ours):
 
 
 @pytest.mark.processes
-@pytest.mark.skipif(not find_spec("lm_eval"), reason="no lm-eval: `make harness` installs it")
+@needs_harness
 def test_an_evaluation_harness_scores_the_checkpoint_as_we_do(ours):
     assert ours["lm-eval"]["equal ours"]
     assert len(set(ours["lm-eval"]["log-likelihoods"])) == 4

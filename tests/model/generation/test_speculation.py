@@ -14,12 +14,11 @@ from model.generation.speculation import FIRST_RATE, Proposer, proposal_length
 from model.generation.steps.choose import available_steps, step_class
 from model.generation.steps.draw import Draw
 from model.generation.steps.step import Segment
-from model.native.library import open_library
 from model.weights import int4, int8
 from tests.model.generation.engines import GREEDY, StepHook, start, tokens
+from tests.support.native import needs_native
 from tests.support.tiny import CONTEXT, tiny_model, tiny_tokenizer
 
-needs_native = pytest.mark.skipif(open_library() is None, reason="the native library is not built: install g++")
 MOST = 8
 
 

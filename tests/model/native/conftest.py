@@ -2,8 +2,8 @@
 
 import pytest
 
-from model.native.build import LIBRARY
 from model.native.library import available_instructions
+from tests.support.native import MISSING
 
 INSTRUCTIONS = available_instructions()
 
@@ -11,7 +11,7 @@ INSTRUCTIONS = available_instructions()
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes `instructions` runs once for each instruction set of this processor."""
     if "instructions" in metafunc.fixturenames:
-        missing = pytest.mark.skip(reason=f"no C++ compiler and no {LIBRARY.name}: install g++")
+        missing = pytest.mark.skip(reason=MISSING)
         metafunc.parametrize("instructions", INSTRUCTIONS or [pytest.param("none", marks=missing)])
 
 
@@ -19,5 +19,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def fastest() -> str:
     """The instruction set that a user of this machine gets."""
     if not INSTRUCTIONS:
-        pytest.skip(f"no C++ compiler and no {LIBRARY.name}: install g++")
+        pytest.skip(MISSING)
     return INSTRUCTIONS[-1]

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,13 @@ from model.text.tokenizer import load_tokenizer
 from model.weights.loading import load_model
 from tests.bento.openai_service import IS_VLLM
 from tests.bento.running_service import Server, serve
+from tests.support.harness import needs_harness
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = [
     pytest.mark.processes,
     pytest.mark.slow,
-    pytest.mark.skipif(not find_spec("lm_eval"), reason="no lm-eval: `make harness` installs it"),
+    needs_harness,
     pytest.mark.skipif(IS_VLLM, reason="its server runs this project's engine"),
 ]
 CONTEXT = 256

@@ -19,8 +19,8 @@ from tests.model.training.tiny import experiment
 REPO = Path(__file__).resolve().parents[4]
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    program = str(Path(__file__).with_name("worker.py"))
+def torchrun(*arguments: object, worker: str = "worker.py") -> subprocess.CompletedProcess[str]:
+    program = str(Path(__file__).with_name(worker))
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program]
         + [str(argument) for argument in arguments],

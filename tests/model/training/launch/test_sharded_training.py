@@ -1,10 +1,8 @@
 """A training that FSDP2 divides among two gloo processes makes the model of one process, and resumes."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,24 +18,15 @@ from model.training.checkpoints import local as checkpoints
 from model.training.checkpoints.sharded import is_sharded_checkpoint
 from model.training.run import expect_sharding_helps
 from model.training.train import train
-from tests.model.training.launch.test_distributed import REPO, assert_same_curve, curve
+from tests.model.training.launch.test_distributed import assert_same_curve, curve, torchrun
 from tests.model.training.launch.tiny import sharded_experiment
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def torchrun(folder: Path, dataset: Path, **record: Any) -> subprocess.CompletedProcess[str]:
-    program = str(Path(__file__).with_name("sharded_worker.py"))
-    arguments = [program, str(dataset), str(folder / "output"), str(folder / "scratch"), json.dumps(record)]
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments],
-        cwd=REPO,
-        env={**os.environ, "PYTHONPATH": str(REPO)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=800,
-    )
+def train_sharded(folder: Path, dataset: Path, **record: Any) -> subprocess.CompletedProcess[str]:
+    places = dataset, folder / "output", folder / "scratch"
+    return torchrun(*places, json.dumps(record), worker="sharded_worker.py")
 
 
 def assert_same_weights(ours: Path, theirs: Path) -> None:
@@ -58,7 +47,7 @@ def one(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    done = torchrun(folder, dataset_dir)
+    done = train_sharded(folder, dataset_dir)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "self-check: gradients agree with plain float32 on the CPU" in done.stdout
     return folder
@@ -83,14 +72,14 @@ def test_a_sharded_training_makes_the_model_of_one_process_and_each_holds_half(o
 @pytest.mark.slow
 @pytest.mark.processes
 def test_a_process_that_dies_while_saving_leaves_the_last_checkpoint_and_the_run_resumes(two, dataset_dir, tmp_path):
-    killed = torchrun(tmp_path, dataset_dir, dies_after=8)
+    killed = train_sharded(tmp_path, dataset_dir, dies_after=8)
     assert killed.returncode != 0
     scratch = tmp_path / "scratch"
     assert (checkpoints.staging(scratch) / "checkpoint-8" / "__1_0.distcp").is_file()
     last = checkpoints.steps_saved(scratch)[-1]
     assert last < 8 and is_sharded_checkpoint(checkpoints.checkpoint_dir(scratch, last))
     shutil.copytree(scratch, tmp_path / "alone" / "scratch")
-    resumed = torchrun(tmp_path, dataset_dir)
+    resumed = train_sharded(tmp_path, dataset_dir)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     weights = [folder / "output" / "model.safetensors" for folder in (tmp_path, two)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -108,7 +97,7 @@ def test_a_process_that_dies_while_saving_leaves_the_last_checkpoint_and_the_run
 @pytest.mark.processes
 def test_accumulated_gradients_and_recomputed_activations_are_those_of_one_process(dataset_dir, tmp_path):
     options = {"optim": "adamw", "activation_checkpointing": True, "gradient_accumulation_steps": 4}
-    done = torchrun(tmp_path / "two", dataset_dir, training=options)
+    done = train_sharded(tmp_path / "two", dataset_dir, training=options)
     assert done.returncode == 0, done.stderr[-3000:]
     settings = sharded_experiment(**options)
     train(settings, dataset_dir, tmp_path / "one" / "output", tmp_path / "one" / "scratch", shares_batch=True)
@@ -124,7 +113,7 @@ def test_accumulated_gradients_and_recomputed_activations_are_those_of_one_proce
 @pytest.mark.slow
 @pytest.mark.processes
 def test_bfloat16_passes_the_self_check_and_learns_as_one_process_does(dataset_dir, tmp_path):
-    done = torchrun(tmp_path / "two", dataset_dir, training={"precision": "bfloat16"})
+    done = train_sharded(tmp_path / "two", dataset_dir, training={"precision": "bfloat16"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert "self-check: gradients agree with plain float32 on the CPU" in done.stdout
     settings = sharded_experiment(precision="bfloat16")

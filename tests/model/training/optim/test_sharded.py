@@ -131,10 +131,16 @@ def run(world_size: int, folder: Path, name: str) -> list[dict[str, Any]]:
         "process(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])"
     )
     processes = [
-        subprocess.Popen([sys.executable, "-c", program, str(rank), str(world_size), str(folder), name], cwd=REPO)
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(rank), str(world_size), str(folder), name],
+            cwd=REPO,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in range(world_size)
     ]
-    assert [process.wait() for process in processes] == [0] * world_size
+    said = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * world_size, "\n".join(said)
     return [torch.load(folder / f"{rank}-of-{world_size}.pt") for rank in range(world_size)]
 
 

@@ -64,7 +64,7 @@ class Dots:
     clock: seconds.
     """
 
-    EVERY_S = 2.5
+    EVERY_S = 2.0
     WIDTH = 80
 
     def __init__(self, stream: IO[str] | None = None, clock: Callable[[], float] = time.monotonic) -> None:

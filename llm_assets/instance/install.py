@@ -60,11 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not given.lock and not given.names:
         raise PipelineError("nothing to install: name an extra of pyproject.toml, such as dev")
     command = lock_command(given.names) if given.lock else install_command(given.names)
+    label = "locking" if given.lock else f"installing {', '.join(given.names)}"
+    return with_dots(lambda: _run_uv(command), label)
+
+
+def _run_uv(command: Sequence[str]) -> int:
     # As for a GPU, which adds no folder of wheels and no backend of torch: torch is there.
     environment = uv_environment("gpu", pip_options(), os.environ) | {"UV_CUSTOM_COMPILE_COMMAND": "make lock"}
     uv = [sys.executable, "-m", "uv", "pip", command[0], "--quiet", *command[1:]]
-    label = "locking" if given.lock else f"installing {', '.join(given.names)}"
-    return with_dots(lambda: subprocess.run(uv, cwd=REPOSITORY, env=environment, check=False), label).returncode
+    return subprocess.run(uv, cwd=REPOSITORY, env=environment, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -137,12 +137,12 @@ def test_without_a_terminal_dots_show_that_a_silent_run_is_alive(plain: Watched)
     wait(6)
     plain.say("", event="STEP_START")
     silent_since[0] = plain.now
-    wait(2)
+    wait(1.5)
     plain.say("corpus: 47 documents")
     silent_since[0] = plain.now
     wait(250)
     plain.view.close()
-    assert plain.lines[:3] == ["starting ...", "corpus: started", "corpus: 47 documents"]
+    assert plain.lines[:3] == ["starting ....", "corpus: started", "corpus: 47 documents"]
     assert all(re.fullmatch(r"corpus \.+", line) and len(line) <= WIDTH for line in plain.lines[3:])
     assert len(plain.lines) == 5
 

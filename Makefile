@@ -39,7 +39,7 @@ SHARED = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow test-nightly harness cluster evaluation releases coverage vllm export-vllm lint docs screenshots lock bench bench-scale clean
+.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow test-nightly harness cluster triton evaluation releases coverage vllm export-vllm lint docs screenshots lock bench bench-scale clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -138,6 +138,9 @@ harness: setup  ## Install lm-eval, whose log-likelihoods a test compares with o
 
 cluster: setup  ## Install Ray, S3's file system, an S3 server and Helm's renderer, which tests of several machines need
 	$(INSTALL) cluster
+
+triton: setup  ## Install Triton, whose interpreter and compiler test the GPU kernels without a GPU
+	$(INSTALL) triton
 
 releases: harness  ## Run a checkpoint's own code under every supported minor release of transformers, and under the newest
 	$(BIN)/pytest --nightly --numprocesses $(WORKERS) tests/model/test_releases.py

@@ -34,7 +34,7 @@ from model.generation.requests import (
 )
 from model.generation.scheduler import Scheduler
 from model.generation.steps.cache import bytes_per_token
-from model.generation.steps.choose import choose_step
+from model.generation.steps.choose import REFERENCE, choose_step, step_class
 from model.generation.steps.step import Step
 from model.settings import ServingSettings
 from model.system.allocator import keep_freed_memory
@@ -291,9 +291,18 @@ class Engine:
 
     def _create_step(self, model: PreTrainedModel, name: str) -> Step:
         chosen = choose_step(model, name)
+        try:
+            return self._created(chosen, model)
+        except PipelineError as error:
+            if name != "auto" or chosen.name == REFERENCE:
+                raise
+            logger.warning("%s; the step %r computes instead", error, REFERENCE)
+        return self._created(step_class(REFERENCE), model)
+
+    def _created(self, chosen: type[Step], model: PreTrainedModel) -> Step:
         if not chosen.grows(model):
             self._slots = min(self._slots, self._cache_tokens // self.context_length)
-        return chosen.create(model, self._slots)
+        return chosen.create(model, self._slots, max(self._cache_tokens, self.context_length))
 
     def _new_scheduler(self) -> Scheduler:
         return Scheduler(

@@ -286,6 +286,7 @@ class Scheduler:
             sampler=sampler,
             constraint=constraint,
             speculates=speculates,
+            runs_ahead=self._step.runs_ahead,
         )
 
     def _should_wait(self, prompt_ids: np.ndarray) -> bool:

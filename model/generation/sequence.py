@@ -17,7 +17,7 @@ class Sequence:
     """A request that has a slot.
 
     num_cached_tokens: prompt tokens whose keys and values the prefix cache provided. speculates: whether a step
-    may take several tokens.
+    may take several tokens. runs_ahead: whether segments tell how the token after the next one is chosen.
     """
 
     def __init__(
@@ -30,6 +30,7 @@ class Sequence:
         sampler: Sampler,
         constraint: Constraint | None = None,
         speculates: bool = False,
+        runs_ahead: bool = False,
     ) -> None:
         request = generation.request
         self.generation, self.request, self.slot = generation, request, slot
@@ -41,7 +42,7 @@ class Sequence:
         self.num_computed_tokens = num_cached_tokens
         """Tokens whose keys and values are in the cache."""
         self.sampler, self.constraint = sampler, constraint
-        self.speculates = speculates
+        self.speculates, self._runs_ahead = speculates, runs_ahead
         self._proposer: Proposer | None = None
         self._is_proposing = False
         self.hidden_sum_D: Tensor | None = None
@@ -60,7 +61,11 @@ class Sequence:
         wanted = self._wanted(end, forbidden)
         draws = wanted in ("token", "last") and self.is_plain(forbidden) and not self.sampler.is_greedy
         ids = self.ids[self.num_computed_tokens : end]
-        return Segment(self.slot, self.num_computed_tokens, ids, wanted, (self.sampler.draw(),) if draws else ())
+        chosen = (self.sampler.draw(),) if draws else ()
+        following = None
+        if self._runs_ahead and wanted == "token" and len(ids) == 1 and self.num_tokens + 2 <= len(self.ids):
+            following = self.sampler.draws(2)[1:] if draws else ()
+        return Segment(self.slot, self.num_computed_tokens, ids, wanted, chosen, following=following)
 
     def propose(self, texts: int, most: int) -> list[int]:
         """Up to `most` tokens that may follow and are worth checking; none after most tokens of a text that does not

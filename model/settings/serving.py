@@ -25,7 +25,7 @@ class ServingSettings(Settings, group="serving"):
         "Hold activations, and weights that are not int8, in bfloat16: for GPUs and CPUs with AMX or AVX512-BF16.",
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU if there is one.")
-    step: Literal["auto", "reference", "native"] = option(
+    step: Literal["auto", "reference", "native", "graphs"] = option(
         "auto", "Implementation of the engine's step; auto: the fastest that runs the model on the serving machine."
     )
     max_batch_size: int = option(

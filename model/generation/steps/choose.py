@@ -13,9 +13,11 @@ from model.generation.steps.step import Step
 
 logger = logging.getLogger(__name__)
 
+REFERENCE = "reference"
 STEPS = {
     "native": "model.generation.steps.native:NativeStep",
-    "reference": "model.generation.steps.reference:ReferenceStep",
+    "graphs": "model.generation.steps.graphs.step:GraphStep",
+    REFERENCE: "model.generation.steps.reference:ReferenceStep",
 }
 """Module and class of each implementation, the preferred one first."""
 

@@ -39,7 +39,7 @@ class NativeStep(Step):
         return unsupported(model)
 
     @classmethod
-    def create(cls, model: PreTrainedModel, slots: int) -> Self:
+    def create(cls, model: PreTrainedModel, slots: int, cache_tokens: int | None = None) -> Self:
         """The step for a model; the library copies the weights, so the model may be freed."""
         return cls(NativeModel(model), slots, torch.get_num_threads())
 

@@ -27,7 +27,8 @@ class Segment(NamedTuple):
     ids: int64, at least one. logits: which rows the step computes: none, only the chosen next token, the last token's
     logits, the logits of all tokens, or the hidden states of all tokens instead. rows: for "token", the number of last
     tokens after each of which the next one is chosen. draws: how they are chosen, one for each of `rows`, if they are
-    not the most likely ones; only for "token" and "last".
+    not the most likely ones; only for "token" and "last". following: for a single "token", how the one after it will be
+    chosen, as `draws`; None if the text surely ends or changes before. Only for steps that run ahead.
     """
 
     slot: int
@@ -36,6 +37,7 @@ class Segment(NamedTuple):
     logits: Wanted = "last"
     draws: tuple[Draw, ...] = ()
     rows: int = 1
+    following: tuple[Draw, ...] | None = None
 
 
 class SegmentOutput(NamedTuple):
@@ -62,6 +64,8 @@ class Step(ABC):
     name: ClassVar[str]
     is_batch_invariant: ClassVar[bool] = False
     """Whether a token's results have the same bits whatever other tokens, of its own segment too, are in the step."""
+    runs_ahead: ClassVar[bool] = False
+    """Whether it computes the next token of each text before the last one is taken."""
     slots: int
     context_length: int
     vocab_size: int
@@ -85,8 +89,11 @@ class Step(ABC):
 
     @classmethod
     @abstractmethod
-    def create(cls, model: PreTrainedModel, slots: int) -> "Step":
-        """The step for a model, with a KV cache for `slots` sequences; does not modify the model."""
+    def create(cls, model: PreTrainedModel, slots: int, cache_tokens: int | None = None) -> "Step":
+        """The step for a model, with a KV cache for `slots` sequences; does not modify the model.
+
+        cache_tokens: most tokens that all slots hold together, at least one context; None: as many as they can.
+        """
 
     @abstractmethod
     def compute(self, segments: Sequence[Segment]) -> list[SegmentOutput]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from model.generation.engine import Engine
-from model.generation.steps.choose import available_steps
+from model.generation.steps.choose import STEPS, available_steps
 from tests.model.generation import engines
 from tests.model.generation.engines import Gate, start
 from tests.support.tiny import tiny_model, tiny_tokenizer
@@ -21,9 +21,10 @@ def model(tokenizer):
     return tiny_model(tokenizer)
 
 
-@pytest.fixture(params=available_steps(tiny_model(tiny_tokenizer())))
+@pytest.fixture(params=["graphs", *available_steps(tiny_model(tiny_tokenizer()))])
 def each_step(request, monkeypatch) -> str:
-    """The test runs once for each implementation of a step that this machine has."""
+    """The test runs once for each implementation of a step, that for GPUs as it runs on a CPU."""
+    monkeypatch.setitem(STEPS, "graphs", "tests.support.graphs:GraphStepOnCPU")
     monkeypatch.setattr(engines, "STEP", request.param)
     return request.param
 

@@ -1,0 +1,191 @@
+"""The graphs step on a GPU: the engine's tokens per second over those of its CUDA graph alone, in one interleaved run.
+
+    python -m bench.engine.graphs [--shape 125m] [--streams 1 8 64] [--rounds 5]
+
+The bare graph is replayed without a host in between, on texts as long as the engine's: what the device could do.
+Streams have prompts of 64 tokens and answers of 128; sampled ones have a temperature of 0.8, top-k 40 and top-p 0.95.
+Also measured: the reference step, int8 weights over bfloat16, the time to the first token of a prompt of 900 tokens,
+and the time from loaded weights to a step that is ready.
+
+Without a GPU only the host's part is measured: an engine whose passes compute nothing. The host works beside the
+device, so a step takes the longer of the two. Prints a table, and a JSON line for machines.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import threading
+import time
+from functools import partial
+from typing import Any, ClassVar, Self
+
+import torch
+from transformers import PreTrainedModel
+
+from bench.engine.workloads import SAMPLED, SHAPES, model_of, small_tokenizer
+from bench.hardware import describe
+from model.errors import ends_in_one_line
+from model.generation.engine import Engine
+from model.generation.requests import Event, GenerationRequest, SamplingParameters, TextPiece
+from model.generation.steps.choose import STEPS, step_class
+from model.generation.steps.graphs.passes import Row
+from model.generation.steps.graphs.step import GraphStep
+from model.weights import int8
+
+PROMPT, ANSWER, LONG_PROMPT = 64, 128, 900
+GREEDY = SamplingParameters(temperature=0)
+
+
+class HostStep(GraphStep):
+    """A step whose passes compute nothing."""
+
+    operations: ClassVar[str] = "model.generation.steps.graphs.plain"
+
+    @classmethod
+    def unavailable(cls, model: PreTrainedModel) -> str | None:
+        """None: it has nothing to compute."""
+        return None
+
+    @classmethod
+    def create(cls, model: PreTrainedModel, slots: int, cache_tokens: int | None = None) -> Self:
+        """The step, whose tokens are all 0."""
+        step = cls(model, slots, cache_tokens)
+        step._passes._launches = dict.fromkeys((1 << power for power in range(9)), lambda: None)
+        return step
+
+
+STEPS["host"] = "bench.engine.graphs:HostStep"
+
+
+class Measured:
+    """An engine and its figures."""
+
+    def __init__(self, model: PreTrainedModel, step: str, streams: int) -> None:
+        started = time.perf_counter()
+        self.engine = Engine(
+            model, small_tokenizer(), end_of_text_ids=frozenset(), max_batch_size=streams, max_queue=streams, step=step
+        )
+        self.engine.warm_up()
+        self.start_s = time.perf_counter() - started
+        self._vocab_size = model.config.vocab_size
+
+    def tokens_per_second(self, streams: int, sampling: SamplingParameters) -> float:
+        """Over all streams, from each one's first token to its last."""
+        times = self._run(streams, PROMPT, ANSWER, sampling)
+        return streams * (ANSWER - 1) / statistics.mean(last - first for first, last in times)
+
+    def first_token_ms(self) -> float:
+        """From a prompt of LONG_PROMPT tokens to the first token of its answer."""
+        started = time.perf_counter()
+        ((first, _),) = self._run(1, LONG_PROMPT, 1, GREEDY)
+        return 1e3 * (first - started)
+
+    def _run(self, streams: int, prompt: int, answer: int, sampling: SamplingParameters) -> list[tuple[float, float]]:
+        """Times of each stream's first and last token."""
+        times: list[list[float]] = [[] for _ in range(streams)]
+        unfinished, is_done = set(range(streams)), threading.Event()
+
+        def deliver(number: int, event: Event) -> None:
+            if isinstance(event, TextPiece):
+                times[number].append(time.perf_counter())
+                return
+            unfinished.remove(number)
+            if not unfinished:
+                is_done.set()
+
+        prompts = [[random.randrange(2, self._vocab_size) for _ in range(prompt)] for _ in range(streams)]
+        self.engine.submit_all([GenerationRequest(ids, answer, sampling) for ids in prompts], deliver)
+        is_done.wait()
+        return [(found[0], found[-1]) for found in times]
+
+
+def bare_tokens_per_second(model: PreTrainedModel, streams: int) -> float:
+    """Of the CUDA graph of a pass, replayed without a host: each replay reads texts of the same length."""
+    step: Any = step_class("graphs")
+    step = step(model, streams)
+    position = PROMPT + ANSWER // 2
+    with torch.inference_mode():
+        for slot in range(streams):
+            step._cache.hold(slot, 0, position + 1)
+        rows = [Row(slot, position, 2) for slot in range(streams)]
+        step._passes.launch(rows, list(range(streams)), [None] * streams).wait()
+        started = time.perf_counter()
+        for _ in range(ANSWER):
+            step._passes.replay(streams)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+    return streams * ANSWER / (time.perf_counter() - started)
+
+
+def host_figures(shape: str, streams: list[int], rounds: int) -> dict[str, float]:
+    """Microseconds of the host in a step, without a GPU."""
+    found = {}
+    for count in streams:
+        measured = Measured(model_of(shape), "host", count)
+        for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
+            speeds = [measured.tokens_per_second(count, sampling) for _ in range(rounds + 1)][1:]
+            found[f"host's part of a step, {count} streams, {name}, us"] = 1e6 * count / statistics.median(speeds)
+        measured.engine.stop()
+    return found
+
+
+def gpu_figures(shape: str, streams: list[int], rounds: int, device: str = "cuda") -> dict[str, float]:
+    """Tokens per second and ratios on the GPU. Another device computes in float32, for tests."""
+
+    def load() -> Any:
+        return model_of(shape).to(device, torch.bfloat16 if device == "cuda" else torch.float32)  # type: ignore
+
+    most, model = max(streams), load()
+    engines = {"graphs": Measured(model, "graphs", most), "reference": Measured(model, "reference", most)}
+    engines["graphs, int8"] = Measured(int8.quantize(load()), "graphs", most)
+    speeds: dict[str, list[float]] = {}
+    for number in range(rounds + 1):
+        for count in streams:
+            runs = {"bare graph": partial(bare_tokens_per_second, model, count)}
+            for name, measured in engines.items():
+                for how, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
+                    runs[f"{name}, {how}"] = partial(measured.tokens_per_second, count, sampling)
+            for name, run in runs.items():
+                speed = run()
+                if number:
+                    speeds.setdefault(f"{name}, {count} streams, tokens/s", []).append(speed)
+    found = {name: statistics.median(values) for name, values in speeds.items()}
+    for count in streams:
+        own = found[f"graphs, greedy, {count} streams, tokens/s"]
+        found[f"graphs / bare graph, {count} streams"] = own / found[f"bare graph, {count} streams, tokens/s"]
+        found[f"sampled / greedy, {count} streams"] = found[f"graphs, sampled, {count} streams, tokens/s"] / own
+        found[f"int8 / bfloat16, {count} streams"] = found[f"graphs, int8, greedy, {count} streams, tokens/s"] / own
+        slow = found[f"reference, greedy, {count} streams, tokens/s"]
+        found[f"graphs / reference, {count} streams"] = own / slow
+    firsts = [engines["graphs"].first_token_ms() for _ in range(rounds + 1)][1:]
+    for measured in engines.values():
+        measured.engine.stop()
+    found[f"first token of {LONG_PROMPT} tokens, ms"] = statistics.median(firsts)
+    found["start to ready, s"] = engines["graphs"].start_s
+    return found
+
+
+@ends_in_one_line
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m bench.engine.graphs", description=__doc__.split("\n")[0])  # type: ignore
+    parser.add_argument("--shape", choices=list(SHAPES), default="125m", help="of random weights (default: 125m)")
+    parser.add_argument("--streams", nargs="+", type=int, default=[1, 8, 64], help="default: 1 8 64")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds that count (default: 5)")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        print("no GPU: only the host's part is measured", file=sys.stderr)
+    measure = gpu_figures if device.type == "cuda" else host_figures
+    found = measure(arguments.shape, arguments.streams, arguments.rounds)
+    print("| figure | |\n|---|---:|")
+    for name, value in found.items():
+        print(f"| {name} | {value:,.3g} |" if value < 100 else f"| {name} | {value:,.0f} |")
+    print("\n" + json.dumps({"shape": arguments.shape, **found, "hardware": describe(device)}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

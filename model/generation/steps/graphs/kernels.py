@@ -1,0 +1,429 @@
+"""The operations of a step as Triton kernels; `plain.py` has the same in PyTorch.
+
+Each row is a token of some sequence: prefill and decoding run the same kernels. Numbers are loaded in the model's
+dtype, computed in float32 and rounded once. Without a GPU, Triton's interpreter runs them (TRITON_INTERPRET=1 in the
+environment before the first import).
+
+Shapes: N rows, D hidden size, F intermediate size, H query heads, G key/value heads, r = H / G, K head dimension, J
+numbers of it that are rotated, S positions, P pages of the cache, R rows of logits, V vocabulary, O outputs and I
+inputs of a product, C splits of a text.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.generation.steps.graphs.pages import PAGE
+
+SPLIT_POSITIONS = 256
+"""A text is split among programs in parts of at least this many positions."""
+BUSY_PROGRAMS = 256
+"""With this many programs a GPU is busy: texts are not split any further."""
+VOCABULARY_BLOCK = 4096
+LEAST_WEIGHT = 87.0
+"""Weights below e^-87 are 0, as in `model/native/kernels/draw.h`."""
+LEAST_TEMPERATURE = 1e-30
+
+
+@triton.jit
+def _add_norm(
+    x,
+    branch,
+    post_weight,
+    weight,
+    x_out,
+    y_out,
+    eps,
+    size,
+    HAS_BRANCH: tl.constexpr,
+    HAS_POST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < size
+    value = tl.load(x + row * size + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BRANCH:
+        added = tl.load(branch + row * size + at, mask=inside, other=0.0).to(tl.float32)
+        if HAS_POST:
+            scale = tl.rsqrt(tl.sum(added * added, axis=0) / size + eps)
+            added = added * scale * tl.load(post_weight + at, mask=inside, other=0.0).to(tl.float32)
+        rounded = (value + added).to(x_out.dtype.element_ty)
+        tl.store(x_out + row * size + at, rounded, mask=inside)
+        value = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value, axis=0) / size + eps)
+    value = value * scale * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_out + row * size + at, value.to(y_out.dtype.element_ty), mask=inside)
+
+
+def norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """RMSNorm of each row."""
+    y_ND = torch.empty_like(x_ND)
+    block = triton.next_power_of_2(x_ND.shape[1])
+    _add_norm[(len(x_ND),)](x_ND, x_ND, weight_D, weight_D, x_ND, y_ND, eps, x_ND.shape[1], False, False, block)
+    return y_ND
+
+
+def add_norm(
+    x_ND: Tensor, branch_ND: Tensor, post_weight_D: Tensor | None, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The residual stream with a branch added, and its RMSNorm. post_weight_D: of the RMSNorm after the branch."""
+    out_ND, y_ND = torch.empty_like(x_ND), torch.empty_like(x_ND)
+    post = weight_D if post_weight_D is None else post_weight_D
+    size = x_ND.shape[1]
+    block = triton.next_power_of_2(size)
+    _add_norm[(len(x_ND),)](
+        x_ND, branch_ND, post, weight_D, out_ND, y_ND, eps, size, True, post_weight_D is not None, block
+    )
+    return out_ND, y_ND
+
+
+@triton.jit
+def _rotate_store(
+    qkv,
+    cos,
+    sin,
+    q_weight,
+    k_weight,
+    q_out,
+    keys,
+    values,
+    table,
+    slots,
+    positions,
+    eps,
+    heads,
+    groups,
+    width,
+    SIZE: tl.constexpr,
+    PAGE: tl.constexpr,
+    ROTATED: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = tl.arange(0, BLOCK)
+    inside = at < SIZE
+    start = qkv + (row * (heads + 2 * groups) + head) * SIZE
+    value = tl.load(start + at, mask=inside, other=0.0).to(tl.float32)
+    slot, position = tl.load(slots + row).to(tl.int64), tl.load(positions + row).to(tl.int64)
+    if head < heads + groups:
+        half: tl.constexpr = ROTATED // 2
+        is_first, is_turned = at < half, at < 2 * half
+        other_at = tl.where(is_first, at + half, at - half)
+        other = tl.load(start + other_at, mask=is_turned, other=0.0).to(tl.float32)
+        if HAS_NORM:
+            scale = tl.rsqrt(tl.sum(value * value, axis=0) / SIZE + eps)
+            weight = q_weight if head < heads else k_weight
+            value = value * scale * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+            other = other * scale * tl.load(weight + other_at, mask=is_turned, other=0.0).to(tl.float32)
+        pair = position * half + tl.where(is_first, at, at - half)
+        c = tl.load(cos + pair, mask=is_turned, other=1.0)
+        s = tl.load(sin + pair, mask=is_turned, other=0.0)
+        value = value * c + tl.where(is_first, -other, other) * s
+    if head < heads:
+        tl.store(q_out + (row * heads + head) * SIZE + at, value.to(q_out.dtype.element_ty), mask=inside)
+    else:
+        group = (head - heads) % groups
+        page = tl.load(table + slot * width + position // PAGE).to(tl.int64)
+        target = ((page * groups + group) * PAGE + position % PAGE) * SIZE
+        if head < heads + groups:
+            tl.store(keys + target + at, value.to(keys.dtype.element_ty), mask=inside)
+        else:
+            tl.store(values + target + at, value.to(values.dtype.element_ty), mask=inside)
+
+
+def rotate_store(
+    qkv_NE: Tensor,
+    cos_SJ: Tensor,
+    sin_SJ: Tensor,
+    qk_weights: tuple[Tensor, Tensor] | None,
+    eps: float,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    slot_N: Tensor,
+    position_N: Tensor,
+) -> Tensor:
+    """Rotate queries and keys by their positions, store keys and values (P, G, PAGE, K); the queries (N, H, K).
+
+    qkv_NE: query heads, then key heads, then value heads of each row. cos_SJ, sin_SJ: float32, (S, J / 2).
+    qk_weights: of the RMSNorms of queries and keys. table: pages of each slot.
+    """
+    groups, size = keys.shape[1], keys.shape[3]
+    heads = qkv_NE.shape[1] // size - 2 * groups
+    q_NHK = qkv_NE.new_empty(len(qkv_NE), heads, size)
+    q_weight, k_weight = qk_weights or (cos_SJ, cos_SJ)
+    _rotate_store[(len(qkv_NE), heads + 2 * groups)](
+        *(qkv_NE, cos_SJ, sin_SJ, q_weight, k_weight, q_NHK, keys, values, table),
+        *(
+            slot_N,
+            position_N,
+            eps,
+            heads,
+            groups,
+            table.shape[1],
+            size,
+            PAGE,
+            2 * cos_SJ.shape[1],
+            qk_weights is not None,
+            triton.next_power_of_2(size),
+        ),
+    )
+    return q_NHK
+
+
+@triton.jit
+def _attend(
+    q,
+    keys,
+    values,
+    table,
+    slots,
+    positions,
+    out,
+    highest_out,
+    total_out,
+    scale,
+    heads,
+    groups,
+    width,
+    split,
+    SIZE: tl.constexpr,
+    PAGE: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    QUERIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, group, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    at, query = tl.arange(0, BLOCK), tl.arange(0, QUERIES)
+    inside = (query[:, None] < PER_GROUP) & (at[None, :] < SIZE)
+    head = group * PER_GROUP + query
+    q_rK = tl.load(q + (row * heads + head)[:, None] * SIZE + at[None, :], mask=inside, other=0.0)
+    pages = table + tl.load(slots + row).to(tl.int64) * width
+    end = tl.load(positions + row) + 1
+    first = part * split
+    last = tl.minimum(end, first + split)
+    highest = tl.full((QUERIES,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    sums = tl.zeros((QUERIES, BLOCK), tl.float32)
+    for start in range(first, last, PAGE):
+        position = start + tl.arange(0, PAGE)
+        is_read = (position[:, None] < last) & (at[None, :] < SIZE)
+        page = tl.load(pages + start // PAGE).to(tl.int64)
+        place = ((page * groups + group) * PAGE + (position - start)[:, None]) * SIZE + at[None, :]
+        k_SK = tl.load(keys + place, mask=is_read, other=0.0)
+        scores = tl.dot(q_rK, tl.trans(k_SK), input_precision="ieee") * scale
+        scores = tl.where(position[None, :] < last, scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+        weights = tl.exp(scores - new_highest[:, None])
+        kept = tl.exp(highest - new_highest)
+        v_SK = tl.load(values + place, mask=is_read, other=0.0)
+        sums = sums * kept[:, None] + tl.dot(weights.to(v_SK.dtype), v_SK, input_precision="ieee")
+        total = total * kept + tl.sum(weights, axis=1)
+        highest = new_highest
+    if IS_SPLIT:
+        place = (part * tl.num_programs(0) + row) * heads + head
+        tl.store(highest_out + place, highest, mask=query < PER_GROUP)
+        tl.store(total_out + place, total, mask=query < PER_GROUP)
+        tl.store(out + place[:, None] * SIZE + at[None, :], sums, mask=inside)
+    else:
+        result = sums / total[:, None]
+        tl.store(out + (row * heads + head)[:, None] * SIZE + at[None, :], result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _join_splits(
+    sums, highest, total, out, splits, heads, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at, part = tl.arange(0, BLOCK), tl.arange(0, BLOCK_C)
+    place = (part * tl.num_programs(0) + row) * heads + head
+    highest_C = tl.load(highest + place, mask=part < splits, other=float("-inf"))
+    share_C = tl.exp(highest_C - tl.max(highest_C, axis=0))
+    total_C = tl.load(total + place, mask=part < splits, other=0.0)
+    inside = (part[:, None] < splits) & (at[None, :] < SIZE)
+    sums_CK = tl.load(sums + place[:, None] * SIZE + at[None, :], mask=inside, other=0.0)
+    result = tl.sum(sums_CK * share_C[:, None], axis=0) / tl.sum(total_C * share_C, axis=0)
+    tl.store(out + (row * heads + head) * SIZE + at, result.to(out.dtype.element_ty), mask=at < SIZE)
+
+
+def attention(
+    q_NHK: Tensor, keys: Tensor, values: Tensor, table: Tensor, slot_N: Tensor, position_N: Tensor, scale: float
+) -> Tensor:
+    """Attention of each row over the positions of its slot up to its own, (N, H * K); reads no others.
+
+    The query heads of a group are the rows of one tile, so each key is read once for all of them. While few programs
+    run, the positions are split among several, and a second kernel adds their sums up.
+    """
+    rows, heads, size = q_NHK.shape
+    groups, length = keys.shape[1], table.shape[1] * PAGE
+    out_NE = q_NHK.new_empty(rows, heads * size)
+    splits = max(1, min(triton.cdiv(length, SPLIT_POSITIONS), BUSY_PROGRAMS // (rows * groups)))
+    split = triton.cdiv(table.shape[1], splits) * PAGE
+    queries, block = max(16, triton.next_power_of_2(heads // groups)), max(16, triton.next_power_of_2(size))
+    sums, highest, total = out_NE, out_NE, out_NE
+    if splits > 1:
+        sums = torch.empty(splits, rows, heads, size, dtype=torch.float32, device=q_NHK.device)
+        highest, total = torch.empty_like(sums[..., 0]), torch.empty_like(sums[..., 0])
+    _attend[(rows, groups, splits)](
+        *(q_NHK, keys, values, table, slot_N, position_N, sums, highest, total, scale, heads, groups, table.shape[1]),
+        *(split, size, PAGE, heads // groups, splits > 1, queries, block),
+    )
+    if splits > 1:
+        _join_splits[(rows, heads)](
+            sums, highest, total, out_NE, splits, heads, size, block, triton.next_power_of_2(splits)
+        )
+    return out_NE
+
+
+@triton.jit
+def _silu_times(gate_up, out, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_up + row * 2 * size + at, mask=at < size, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * size + size + at, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(out + row * size + at, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=at < size)
+
+
+def silu_times(gate_up_NE: Tensor) -> Tensor:
+    """silu(gate) * up, (N, F), of gate and up side by side, (N, 2 F)."""
+    rows, size = len(gate_up_NE), gate_up_NE.shape[1] // 2
+    out_NF = gate_up_NE.new_empty(rows, size)
+    _silu_times[(rows, triton.cdiv(size, 1024))](gate_up_NE, out_NF, size, 1024)
+    return out_NF
+
+
+@triton.jit
+def _int8_product(
+    x, weight, scale, out, rows, outputs, inputs, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr
+):
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    sums = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    for start in range(0, inputs, INPUTS):
+        at = start + tl.arange(0, INPUTS)
+        inside = (row[:, None] < rows) & (at[None, :] < inputs)
+        x_NI = tl.load(x + row[:, None].to(tl.int64) * inputs + at[None, :], mask=inside, other=0.0)
+        inside = (output[:, None] < outputs) & (at[None, :] < inputs)
+        weight_OI = tl.load(weight + output[:, None].to(tl.int64) * inputs + at[None, :], mask=inside, other=0)
+        # Every whole number up to 127 is exact in bfloat16.
+        sums += tl.dot(x_NI, tl.trans(weight_OI.to(x_NI.dtype)), input_precision="ieee")
+    sums *= tl.load(scale + output, mask=output < outputs, other=0.0)[None, :]
+    inside = (row[:, None] < rows) & (output[None, :] < outputs)
+    tl.store(out + row[:, None].to(tl.int64) * outputs + output[None, :], sums.to(out.dtype.element_ty), mask=inside)
+
+
+def int8_product(x_NI: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
+    """The product with a transposed int8 matrix and its scales, (N, O); weights become floats in registers only."""
+    (rows, inputs), outputs = x_NI.shape, len(weight_OI)
+    out_NO = x_NI.new_empty(rows, outputs)
+    tile = min(64, max(16, triton.next_power_of_2(rows)))
+    grid = (triton.cdiv(outputs, 32), triton.cdiv(rows, tile))
+    _int8_product[grid](x_NI, weight_OI, scale_O, out_NO, rows, outputs, inputs, tile, 32, 128)
+    return out_NO
+
+
+@triton.jit
+def _mass(x, highest, inverse, limit, size, IS_COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Weight, or number, of the entries whose distance from the highest, as bits, is at most `limit`."""
+    total = 0.0
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        distance = (highest - tl.load(x + at, mask=at < size, other=float("-inf"))) * inverse
+        counted = (distance.to(tl.int32, bitcast=True) <= limit) & (at < size)
+        weight = tl.full((BLOCK,), 1.0, tl.float32)
+        if not IS_COUNT:
+            weight = tl.where(distance < 87.0, tl.exp(-distance), 0.0)
+        total += tl.sum(tl.where(counted, weight, 0.0), axis=0)
+    return total
+
+
+@triton.jit
+def _least_limit(x, highest, inverse, wanted, most, size, IS_COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """The smallest limit up to `most` whose `_mass` is at least `wanted`: floats above 0 are ordered as their bits."""
+    low, high = 0, most
+    while low < high:
+        middle = low + (high - low) // 2
+        if _mass(x, highest, inverse, middle, size, IS_COUNT, BLOCK) >= wanted:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+@triton.jit
+def _choose(logits, draws, out, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    x, how = logits + row * size, draws + row * 5
+    highest, likeliest, broken = float("-inf"), 0, 0
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        value = tl.load(x + at, mask=at < size, other=float("-inf"))
+        broken += tl.sum((value != value).to(tl.int32), axis=0)  # noqa: PLR0124  NaN
+        most = tl.max(value, axis=0)
+        first = tl.min(tl.where(value == most, at, size), axis=0)
+        likeliest = tl.where(most > highest, first, likeliest)
+        highest = tl.maximum(highest, most)
+    token = likeliest
+    temperature = tl.load(how)
+    if (broken > 0) | (highest == float("-inf")) | (highest == float("inf")):
+        token = -1
+    elif temperature > 0:
+        top_k, top_p, min_p, uniform = tl.load(how + 1), tl.load(how + 2), tl.load(how + 3), tl.load(how + 4)
+        inverse = 1.0 / tl.maximum(temperature, 1e-30)
+        # Kept: entries nearer to the highest than `limit`, and the first `equal` of those as far as it.
+        limit, equal = tl.full((), 0x7F800000, tl.int32), tl.full((), 0, tl.int32) + size
+        if (top_k > 0) & (top_k < size):
+            limit = _least_limit(x, highest, inverse, top_k, limit, size, True, BLOCK)
+            equal = (top_k - _mass(x, highest, inverse, limit - 1, size, True, BLOCK)).to(tl.int32)
+        if top_p < 1:
+            less = _mass(x, highest, inverse, limit - 1, size, False, BLOCK)
+            distance = limit.to(tl.float32, bitcast=True)
+            each = tl.where(distance < 87.0, tl.exp(-distance), 0.0)
+            wanted = top_p * (less + tl.minimum(equal, size) * each)
+            nearer = _least_limit(x, highest, inverse, wanted, limit, size, False, BLOCK)
+            less = _mass(x, highest, inverse, nearer - 1, size, False, BLOCK)
+            each = tl.exp(-nearer.to(tl.float32, bitcast=True))
+            fewest = tl.maximum(tl.ceil((wanted - less) / each), 1.0)
+            equal = tl.where(nearer < limit, size, equal)
+            equal = tl.minimum(equal.to(tl.float32), fewest).to(tl.int32)
+            limit = nearer
+        total = _scan(x, highest, inverse, limit, equal, min_p, float("inf"), size, BLOCK)[0]
+        token = _scan(x, highest, inverse, limit, equal, min_p, uniform * total, size, BLOCK)[1]
+    tl.store(out + row, token)
+
+
+@triton.jit
+def _scan(x, highest, inverse, limit, equal, min_p, target, size, BLOCK: tl.constexpr):
+    """Weight of the kept entries, and the first whose cumulative weight is above `target`, else the last."""
+    total, found, last, equals = 0.0, size, 0, 0
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        distance = (highest - tl.load(x + at, mask=at < size, other=float("-inf"))) * inverse
+        bits = distance.to(tl.int32, bitcast=True)
+        is_equal = (bits == limit).to(tl.int32)
+        rank = equals + tl.cumsum(is_equal, axis=0)
+        kept = (at < size) & ((bits < limit) | ((is_equal > 0) & (rank <= equal)))
+        weight = tl.where(distance < 87.0, tl.exp(-distance), 0.0)
+        weight = tl.where(kept & (weight >= min_p), weight, 0.0)
+        sums = total + tl.cumsum(weight, axis=0)
+        found = tl.minimum(found, tl.min(tl.where((sums > target) & (weight > 0), at, size), axis=0))
+        last = tl.maximum(last, tl.max(tl.where(weight > 0, at, 0), axis=0))
+        total += tl.sum(weight, axis=0)
+        equals += tl.sum(is_equal, axis=0)
+    return total, tl.where(found < size, found, last)
+
+
+def choose(logits_RV: Tensor, draws_R5: Tensor) -> Tensor:
+    """The token of each row, int32: the first most likely one for a temperature of 0, else that of its `Draw`.
+
+    -1 if the highest logit is not finite. Sums are float32: where a random number falls on the border between two
+    tokens, or a token on that of top-p, rounding decides.
+    """
+    tokens_R = torch.empty(len(logits_RV), dtype=torch.int32, device=logits_RV.device)
+    block = min(VOCABULARY_BLOCK, triton.next_power_of_2(logits_RV.shape[1]))
+    _choose[(len(logits_RV),)](logits_RV, draws_R5, tokens_R, logits_RV.shape[1], block, num_warps=8)
+    return tokens_R

@@ -1,0 +1,119 @@
+"""The paged KV cache of the graphs step: memory for the tokens that slots hold, at fixed addresses.
+
+Each slot has a row of the page table, which kernels read on the device. Slots with a common prefix share its whole
+pages; a slot that writes to a shared page gets a copy of it first.
+
+Shapes: P pages, G key/value heads, K head dimension.
+"""
+
+import numpy as np
+import torch
+
+from model.errors import PipelineError
+
+PAGE = 64
+"""Tokens of a page, which attention reads at once."""
+
+
+class PagedCache:
+    """Keys and values of `slots` sequences of up to `context_length` tokens, `tokens` of them together.
+
+    One more slot takes what rows without a text write. Raises PipelineError if the device's memory does not hold it.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        groups: int,
+        head_dim: int,
+        *,
+        slots: int,
+        context_length: int,
+        tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.spare_slot = slots
+        width = -(-context_length // PAGE)
+        pages = slots * width if tokens >= slots * context_length else max(width, tokens // PAGE)
+        shape = (layers, 2, pages + 1, groups, PAGE, head_dim)
+        try:
+            self.data = torch.zeros(shape, dtype=dtype, device=device)
+            """Keys and values of each layer, (layers, 2, P, G, PAGE, K)."""
+        except torch.OutOfMemoryError:
+            size = 2 * layers * (pages + 1) * groups * PAGE * head_dim * dtype.itemsize
+            raise PipelineError(
+                f"keys and values of {pages * PAGE:,} tokens take {size >> 20:,} MiB, more than {device} has free: "
+                "lower max_batch_size or kv_cache_mib"
+            ) from None
+        self._pages = np.full((slots + 1, width), pages, dtype=np.int32)
+        self._held = [0] * (slots + 1)
+        """Pages of each slot."""
+        self._users = np.zeros(pages + 1, dtype=np.int32)
+        """Slots that hold each page."""
+        self._free = list(range(pages))[::-1]
+        self.table = torch.from_numpy(self._pages).to(device, copy=True)
+        """Pages of each slot, int32, (slots + 1, pages of a context)."""
+        self._is_changed = False
+
+    @property
+    def pages(self) -> int:
+        """Pages of all slots together."""
+        return len(self._users) - 1
+
+    @property
+    def used_pages(self) -> int:
+        """Pages that slots hold."""
+        return self.pages - len(self._free)
+
+    def hold(self, slot: int, start: int, end: int) -> None:
+        """Give a slot pages of its own for positions `start` to `end`. Raises PipelineError if none is left."""
+        for number in range(start // PAGE, (end - 1) // PAGE + 1):
+            if number >= self._held[slot]:
+                self._set(slot, number, self._take())
+                self._held[slot] = number + 1
+            elif self._users[page := int(self._pages[slot, number])] > 1:
+                copied = self._take()
+                self.data[:, :, copied] = self.data[:, :, page]
+                self._users[page] -= 1
+                self._set(slot, number, copied)
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """Give a slot the first `length` tokens of another; a page that they fill only in part is copied."""
+        self.truncate(target, 0)
+        whole = length // PAGE
+        for number in range(whole):
+            page = int(self._pages[source, number])
+            self._users[page] += 1
+            self._set(target, number, page)
+        self._held[target] = whole
+        if length % PAGE:
+            self.hold(target, whole * PAGE, length)
+            self.data[:, :, int(self._pages[target, whole])] = self.data[:, :, int(self._pages[source, whole])]
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Free the pages from position `length` on."""
+        kept = -(-length // PAGE)
+        for number in range(kept, self._held[slot]):
+            page = int(self._pages[slot, number])
+            self._users[page] -= 1
+            if not self._users[page]:
+                self._free.append(page)
+        self._held[slot] = min(self._held[slot], kept)
+
+    def upload(self) -> None:
+        """Bring the table on the device up to date, after all that has been launched."""
+        if self._is_changed:
+            self.table.copy_(torch.from_numpy(self._pages))
+            self._is_changed = False
+
+    def _take(self) -> int:
+        if not self._free:
+            raise PipelineError(f"the KV cache has no free page: all {self.pages:,} are in use")
+        page = self._free.pop()
+        self._users[page] = 1
+        return page
+
+    def _set(self, slot: int, number: int, page: int) -> None:
+        self._pages[slot, number] = page
+        self._is_changed = True

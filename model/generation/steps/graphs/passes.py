@@ -1,0 +1,185 @@
+"""Launches passes of the decoder: fixed buffers for each size of a pass and, on a GPU, its CUDA graph.
+
+A pass is one copy of its inputs to the device, one launch and one copy of the chosen tokens back, so that the next one
+may be launched before the host has read the tokens: its rows take them on the device.
+
+Shapes: N rows, R rows of logits, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.generation.steps.draw import Draw
+from model.generation.steps.graphs.decoder import Decoder, Rows
+from model.generation.steps.graphs.pages import PagedCache
+
+MAX_ROWS = 256
+"""Rows of the largest pass: more take several."""
+_IN_FLIGHT = 2
+_DRAW = len(Draw._fields)
+
+
+class Row(NamedTuple):
+    """One token of a slot. carry: the row of the previous pass whose token it is; -1: `id` is known."""
+
+    slot: int
+    position: int
+    id: int
+    carry: int = -1
+
+
+class Pass:
+    """A launched pass: `tokens` waits for its end."""
+
+    def __init__(self, sizes: tuple[int, int], device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        rows, wanted = sizes
+        self._ints = torch.zeros(_length(rows, wanted), dtype=torch.int32, pin_memory=on_gpu)
+        self._chosen = torch.zeros(wanted, dtype=torch.int32, pin_memory=on_gpu)
+        self._event = torch.cuda.Event() if on_gpu else None
+        self._count = 0
+
+    def fill(
+        self,
+        sizes: tuple[int, int],
+        rows: Sequence[Row],
+        wanted: Sequence[int],
+        draws: Sequence[Draw | None],
+        spare: int,
+    ) -> Tensor:
+        """The inputs of a pass, int32, on the host. wanted: rows whose next token is chosen. spare: slot of the rows
+        that only fill it up.
+        """
+        self.wait()
+        size, size_wanted = sizes
+        self._count = len(wanted)
+        ints = self._ints[: _length(*sizes)]
+        table = ints.numpy()
+        columns = table[: 4 * size].reshape(4, size)
+        columns[:, len(rows) :] = np.array([[0], [-1], [spare], [0]])
+        if rows:
+            columns[:, : len(rows)] = np.array([(row.id, row.carry, row.slot, row.position) for row in rows]).T
+        indices = table[4 * size : 4 * size + size_wanted]
+        indices[: len(wanted)] = wanted
+        indices[len(wanted) :] = 0
+        numbers = table[4 * size + size_wanted :].view(np.float32).reshape(size_wanted, _DRAW)
+        numbers[:] = 0.0
+        for index, draw in enumerate(draws):
+            if draw is not None:
+                numbers[index] = draw
+        return ints
+
+    def copy_tokens(self, chosen: Tensor) -> None:
+        """Copy the tokens to the host when the pass ends."""
+        self._chosen[: self._count].copy_(chosen[: self._count], non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        """Wait for the end of the pass; other threads of the process run meanwhile."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def tokens(self) -> list[int]:
+        """The token of each wanted row; -1 if its highest logit is not finite."""
+        self.wait()
+        tokens: list[int] = self._chosen[: self._count].tolist()
+        return tokens
+
+
+def _length(rows: int, wanted: int) -> int:
+    return 4 * rows + wanted * (1 + _DRAW)
+
+
+class Passes:
+    """Passes of up to MAX_ROWS rows over a decoder, two in flight at most."""
+
+    def __init__(self, decoder: Decoder, cache: PagedCache, vocab_size: int) -> None:
+        self._decoder, self._cache, self._device = decoder, cache, cache.data.device
+        self._most_wanted = min(MAX_ROWS, _power_of_2(cache.spare_slot))
+        largest = self.sizes(MAX_ROWS)
+        self._flights = [Pass(largest, self._device) for _ in range(_IN_FLIGHT)]
+        self._turn = 0
+        self._ints = torch.zeros(_length(*largest), dtype=torch.int32, device=self._device)
+        self._chosen = torch.zeros(self._most_wanted, dtype=torch.int32, device=self._device)
+        self._logits = torch.zeros(self._most_wanted, vocab_size, device=self._device)
+        self._launches: dict[int, Callable[[], None]] = {}
+        if self._device.type == "cuda":
+            self._record()
+
+    @property
+    def most_wanted(self) -> int:
+        """Most rows of a pass whose next token is chosen."""
+        return self._most_wanted
+
+    def sizes(self, rows: int) -> tuple[int, int]:
+        """Rows, and rows of logits, of the smallest pass that takes `rows`."""
+        size = min(MAX_ROWS, _power_of_2(rows))
+        return size, min(size, self._most_wanted)
+
+    def launch(self, rows: Sequence[Row], wanted: Sequence[int], draws: Sequence[Draw | None]) -> Pass:
+        """Start a pass. wanted: rows whose next token is chosen, and how, by `draws`; None: the most likely one."""
+        sizes = self.sizes(len(rows))
+        flight = self._flights[self._turn]
+        self._turn = (self._turn + 1) % _IN_FLIGHT
+        ints = flight.fill(sizes, rows, wanted, draws, self._cache.spare_slot)
+        self._ints[: len(ints)].copy_(ints, non_blocking=True)
+        self._cache.upload()
+        self.replay(len(rows))
+        flight.copy_tokens(self._chosen)
+        return flight
+
+    def replay(self, rows: int) -> None:
+        """Start the pass for this many rows on the inputs that the device has."""
+        sizes = self.sizes(rows)
+        if sizes[0] in self._launches:
+            self._launches[sizes[0]]()
+        else:
+            self._compute(sizes)
+
+    def logits(self, indices: Sequence[int]) -> Tensor:
+        """A copy of the logits of some wanted rows of the latest pass, by their number among them."""
+        return self._logits[torch.tensor(indices, device=self._device)]
+
+    def hidden_states(self, rows: Sequence[Row]) -> Tensor:
+        """Hidden states of up to MAX_ROWS rows, without a graph."""
+        table = torch.tensor(rows, dtype=torch.int32, device=self._device).T.contiguous()
+        every = torch.arange(len(rows), device=self._device)
+        slot_N, position_N, id_N, carry_N = table
+        self._cache.upload()
+        wanted = Rows(id_N, carry_N, slot_N, position_N, every, torch.empty(0))
+        return self._decoder.hidden_states(wanted, self._chosen, self._cache)
+
+    def _compute(self, sizes: tuple[int, int]) -> None:
+        size, wanted = sizes
+        table = self._ints[: _length(*sizes)]
+        id_N, carry_N, slot_N, position_N = table[: 4 * size].view(4, size)
+        draws_R5 = table[4 * size + wanted :].view(torch.float32).view(wanted, _DRAW)
+        rows = Rows(id_N, carry_N, slot_N, position_N, table[4 * size : 4 * size + wanted], draws_R5)
+        logits_RV = self._decoder.logits(self._decoder.hidden_states(rows, self._chosen, self._cache))
+        self._logits[:wanted].copy_(logits_RV)
+        self._chosen[:wanted].copy_(self._decoder.choose(logits_RV, draws_R5))
+
+    def _record(self) -> None:
+        """Record the CUDA graph of each size, the largest first: the others share its memory."""
+        pool = torch.cuda.graph_pool_handle()
+        size = MAX_ROWS
+        while size:
+            sizes = self.sizes(size)
+            # Rows that only fill a pass up: they write to the spare slot.
+            self._ints[: _length(*sizes)].copy_(self._flights[0].fill(sizes, [], [], [], self._cache.spare_slot))
+            self._compute(sizes)  # compiles the kernels, which a recording cannot
+            torch.cuda.synchronize(self._device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._compute(sizes)
+            self._launches[size] = graph.replay
+            size //= 2
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()

@@ -1,0 +1,98 @@
+"""The operations of a step in PyTorch, for any device: what the Triton kernels of `kernels.py` are held to.
+
+Function by function the same arguments, results and shapes.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from model.generation.steps.draw import Draw, draw_token
+from model.generation.steps.graphs.pages import PAGE
+
+
+def norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """See `kernels.norm`."""
+    return (functional.rms_norm(x_ND.float(), x_ND.shape[-1:], None, eps) * weight_D.float()).to(x_ND.dtype)
+
+
+def add_norm(
+    x_ND: Tensor, branch_ND: Tensor, post_weight_D: Tensor | None, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.add_norm`."""
+    branch_ND = branch_ND.float()
+    if post_weight_D is not None:
+        branch_ND = norm(branch_ND, post_weight_D, eps)
+    x_ND = (x_ND.float() + branch_ND).to(x_ND.dtype)
+    return x_ND, norm(x_ND, weight_D, eps)
+
+
+def rotate_store(
+    qkv_NE: Tensor,
+    cos_SJ: Tensor,
+    sin_SJ: Tensor,
+    qk_weights: tuple[Tensor, Tensor] | None,
+    eps: float,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    slot_N: Tensor,
+    position_N: Tensor,
+) -> Tensor:
+    """See `kernels.rotate_store`."""
+    groups, size = keys.shape[1], keys.shape[3]
+    heads = qkv_NE.shape[1] // size - 2 * groups
+    q_NHK, k_NGK, v_NGK = qkv_NE.float().unflatten(1, (-1, size)).split([heads, groups, groups], dim=1)
+    if qk_weights is not None:
+        q_NHK, k_NGK = norm(q_NHK, qk_weights[0], eps), norm(k_NGK, qk_weights[1], eps)
+    cos, sin = cos_SJ[position_N][:, None], sin_SJ[position_N][:, None]
+    page_N, place_N = table[slot_N, position_N // PAGE], position_N % PAGE
+    keys[page_N, :, place_N] = _rotated(k_NGK, cos, sin).to(keys.dtype)
+    values[page_N, :, place_N] = v_NGK.to(values.dtype)
+    return _rotated(q_NHK, cos, sin).to(qkv_NE.dtype)
+
+
+def _rotated(x_NHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    a, b, rest = x_NHK.tensor_split((half, 2 * half), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+
+
+def attention(
+    q_NHK: Tensor, keys: Tensor, values: Tensor, table: Tensor, slot_N: Tensor, position_N: Tensor, scale: float
+) -> Tensor:
+    """See `kernels.attention`."""
+    groups = keys.shape[1]
+    out_NHK = torch.empty_like(q_NHK)
+    for row, (slot, position) in enumerate(zip(slot_N.tolist(), position_N.tolist(), strict=True)):
+        q_GrK = q_NHK[row].unflatten(0, (groups, -1)).float()
+        pages = table[slot, : position // PAGE + 1]
+        k_GSK, v_GSK = (part[pages].float().transpose(0, 1).flatten(1, 2)[:, : position + 1] for part in (keys, values))
+        weights_GrS = (q_GrK @ k_GSK.mT * scale).softmax(dim=-1)
+        out_NHK[row] = (weights_GrS @ v_GSK).flatten(0, 1)
+    return out_NHK.flatten(1)
+
+
+def silu_times(gate_up_NE: Tensor) -> Tensor:
+    """See `kernels.silu_times`."""
+    gate_NF, up_NF = gate_up_NE.float().chunk(2, dim=1)
+    return (functional.silu(gate_NF) * up_NF).to(gate_up_NE.dtype)
+
+
+def int8_product(x_NI: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
+    """See `kernels.int8_product`."""
+    return (x_NI.float() @ weight_OI.float().mT * scale_O).to(x_NI.dtype)
+
+
+def choose(logits_RV: Tensor, draws_R5: Tensor) -> Tensor:
+    """See `kernels.choose`."""
+    tokens = []
+    for row_V, draw in zip(logits_RV, draws_R5.tolist(), strict=True):
+        highest, token = row_V.max(dim=0)
+        if not torch.isfinite(highest):
+            tokens.append(-1)
+        elif draw[0] > 0:
+            tokens.append(draw_token(row_V, Draw(draw[0], int(draw[1]), *draw[2:])))
+        else:
+            tokens.append(int(token))
+    return torch.tensor(tokens, dtype=torch.int32, device=logits_RV.device)

@@ -1,0 +1,68 @@
+"""Compares the graphs step with the reference when it is created: a kernel that computes something else on some GPU or
+with some version is refused before it serves a text.
+"""
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from model.errors import PipelineError
+from model.generation.steps.draw import Draw, candidates
+from model.generation.steps.reference import ReferenceStep
+from model.generation.steps.step import Segment, Step
+
+LONG, SHORT = 300, 20
+"""Tokens of the texts: one alone takes more than one pass of prefill, and several pages."""
+MAX_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+"""Root mean square difference of the logits over their standard deviation; of rounding, a tenth of it."""
+MAX_SHARE = 1e-3
+"""Of all probability, by which a sample may lie beside the token whose share of it the random number names."""
+_DRAWS = (Draw(0.8, 0, 1.0, 0.0, 0.37), Draw(1.0, 20, 0.9, 0.0, 0.61), Draw(1.3, 0, 0.8, 0.05, 0.93))
+
+
+def check(step: Step, model: PreTrainedModel, most_rows: int) -> None:
+    """Raises PipelineError, one line, if logits or tokens differ from the reference's in steps of 1, 2, 4 and more
+    rows, up to `most_rows`.
+    """
+    ids = np.arange(min(LONG, step.context_length), dtype=np.int64) * 7919 % step.vocab_size
+    (expected,) = ReferenceStep(model, 1).compute([Segment(0, 0, ids, "all")])
+    if not bool(expected.logits_RV.isfinite().all()):
+        return  # broken weights, which the first token of the service finds
+    spread, limit = float(expected.logits_RV.std()), MAX_DIFFERENCE[str(model.dtype).removeprefix("torch.")]
+    for rows in [1 << power for power in range(most_rows.bit_length())]:
+        # The texts have several lengths, so that the rows' results differ.
+        length = len(ids) if rows == 1 else min(SHORT, len(ids))
+        starts = [length - 1 - slot % 8 for slot in range(rows)]
+        step.compute([Segment(slot, 0, ids[:start], "none") for slot, start in enumerate(starts)])
+        draws = [() if slot % 4 == 0 else (_DRAWS[slot % 4 - 1],) for slot in range(rows)]
+        segments = [
+            Segment(slot, start, ids[start : start + 1], "last", draw)
+            for slot, (start, draw) in enumerate(zip(starts, draws, strict=True))
+        ]
+        for segment, output in zip(segments, step.compute(segments), strict=True):
+            found_V, token = output.logits_RV[0], output.tokens[0]
+            difference = float((found_V - expected.logits_RV[segment.start]).square().mean().sqrt()) / spread
+            if not difference <= limit:
+                raise PipelineError(
+                    f"the step {step.name!r} is wrong on this machine: in a step of {rows} rows its logits differ from "
+                    f"the reference's by {difference:.3g} of their standard deviation, expected at most {limit:g}"
+                )
+            if not _is_sample(found_V, segment.draws, token):
+                raise PipelineError(
+                    f"the step {step.name!r} is wrong on this machine: in a step of {rows} rows it chose token "
+                    f"{token}, which {segment.draws[0] if segment.draws else 'the highest logit'} does not name"
+                )
+        for slot in range(rows):
+            step.clear(slot)
+
+
+def _is_sample(scores_V: Tensor, draw: tuple[Draw, ...], token: int | None) -> bool:
+    if not draw:
+        return token == int(scores_V.argmax())
+    ids, weights_C = candidates(scores_V, draw[0])
+    place = np.flatnonzero(ids == token)
+    if not len(place):
+        return False
+    sums_C = weights_C.cumsum() / weights_C.sum()
+    before, after = sums_C[place[0]] - weights_C[place[0]] / weights_C.sum(), sums_C[place[0]]
+    return bool(before - MAX_SHARE <= draw[0].uniform <= after + MAX_SHARE)

@@ -1,0 +1,132 @@
+"""Each Triton kernel gives what PyTorch gives.
+
+`test_kernels.py` runs this file in a process with Triton's interpreter, which is chosen before the first import; on a
+machine with a GPU, `pytest` with this file runs the compiled kernels.
+
+The interpreter multiplies no bfloat16 matrices: float16 stands for it there.
+"""
+
+import os
+
+import pytest
+import torch
+
+from model.generation.steps.graphs import kernels, plain
+from model.generation.steps.graphs.pages import PAGE
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+SHORT = [torch.float32, torch.float16]
+DTYPES = SHORT if DEVICE == "cpu" else [*SHORT, torch.bfloat16]
+HEADS, SLOTS = 6, 3
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device("cpu")
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = TOLERANCE[expected.dtype]
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [48, 128, 300])
+def test_norms_and_the_residual_stream(dtype, size):
+    x_ND, branch_ND, weight_D, post_D = (torch.randn(shape).to(dtype) for shape in ((3, size), (3, size), size, size))
+    same(kernels.norm(x_ND, weight_D, 1e-6), plain.norm(x_ND, weight_D, 1e-6))
+    for post in (None, post_D):
+        found = kernels.add_norm(x_ND, branch_ND, post, weight_D, 1e-6)
+        for mine, theirs in zip(found, plain.add_norm(x_ND, branch_ND, post, weight_D, 1e-6), strict=True):
+            same(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize(("size", "rotated"), [(16, 16), (24, 8), (64, 64)])
+@pytest.mark.parametrize("with_norms", [False, True])
+def test_rotated_keys_go_to_their_pages(dtype, groups, size, rotated, with_norms):
+    width = 4
+    table = torch.randperm(SLOTS * width, dtype=torch.int32).view(SLOTS, width)
+    slot_N, position_N = (
+        torch.tensor([2, 0, 1], dtype=torch.int32),
+        torch.tensor([5, 0, 3 * PAGE - 1], dtype=torch.int32),
+    )
+    qkv_NE = torch.randn(3, (HEADS + 2 * groups) * size).to(dtype)
+    cos, sin = torch.rand(width * PAGE, rotated // 2), torch.rand(width * PAGE, rotated // 2)
+    weights = (torch.rand(size).to(dtype), torch.rand(size).to(dtype)) if with_norms else None
+    caches = [torch.zeros(2, SLOTS * width, groups, PAGE, size, dtype=dtype) for _ in range(2)]
+    queries = [
+        operations.rotate_store(qkv_NE, cos, sin, weights, 1e-6, *cache, table, slot_N, position_N)
+        for operations, cache in zip((kernels, plain), caches, strict=True)
+    ]
+    same(*queries)
+    same(*caches)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("groups", "size"), [(1, 24), (2, 64), (6, 16)])
+@pytest.mark.parametrize("pages", [1, 3, 10])
+def test_attention_reads_a_text_up_to_its_end(monkeypatch, dtype, groups, size, pages):
+    table = torch.randperm(SLOTS * pages, dtype=torch.int32).view(SLOTS, pages)
+    cache = torch.randn(2, SLOTS * pages, groups, PAGE, size).to(dtype)
+    slot_N = torch.tensor([2, 0, 1, 1], dtype=torch.int32)
+    position_N = torch.tensor([pages * PAGE - 1, 0, PAGE // 2, PAGE * pages // 2], dtype=torch.int32)
+    for slot, position in ((2, pages * PAGE - 1), (0, 0), (1, max(PAGE // 2, PAGE * pages // 2))):
+        # What a text has not written, NaN among it, is not read.
+        page, offset = int(table[slot, position // PAGE]), position % PAGE
+        cache[:, page, :, offset + 1 :] = torch.nan
+        cache[:, table[slot, position // PAGE + 1 :].long()] = torch.nan
+    q_NHK = torch.randn(4, HEADS, size).to(dtype)
+    expected = plain.attention(q_NHK, *cache, table, slot_N, position_N, 0.2)
+    same(kernels.attention(q_NHK, *cache, table, slot_N, position_N, 0.2), expected)
+    monkeypatch.setattr(kernels, "BUSY_PROGRAMS", 1)  # without splits
+    same(kernels.attention(q_NHK, *cache, table, slot_N, position_N, 0.2), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [80, 1500])
+def test_the_gate(dtype, size):
+    gate_up_NE = torch.randn(3, 2 * size).to(dtype)
+    same(kernels.silu_times(gate_up_NE), plain.silu_times(gate_up_NE))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 20, 70])
+def test_int8_products(dtype, rows):
+    x_NI, weight_OI = torch.randn(rows, 200).to(dtype), torch.randint(-127, 128, (50, 200), dtype=torch.int8)
+    scale_O = torch.rand(50) / 1000
+    same(kernels.int8_product(x_NI, weight_OI, scale_O), plain.int8_product(x_NI, weight_OI, scale_O))
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        (0.0, 0, 1.0, 0.0, 0.0),
+        (1.0, 0, 1.0, 0.0, 0.3),
+        (0.8, 5, 1.0, 0.0, 0.7),
+        (1.2, 0, 0.9, 0.0, 0.55),
+        (1.0, 20, 0.8125, 0.0, 0.9),
+        (1.0, 0, 1.0, 0.1, 0.4),
+        (0.7, 7, 0.5, 0.05, 0.99),
+        (1.0, 199, 0.96875, 0.0, 0.001),
+        (1e-40, 0, 0.5, 0.0, 0.5),
+        (1.0, 1, 1.0, 0.0, 0.9),
+        (1.0, 0, 1e-9, 0.0, 0.9),
+    ],
+    ids=str,
+)
+def test_the_chosen_tokens(monkeypatch, draw):
+    monkeypatch.setattr(kernels, "VOCABULARY_BLOCK", 128)  # several blocks
+    logits_RV = torch.randn(8, 200) * 3
+    logits_RV[1, 7] = logits_RV[1, 9] = logits_RV[1, 150] = logits_RV[1].max() + 1  # equals in several blocks
+    logits_RV[2] = logits_RV[2].round()
+    logits_RV[3, ::2] = -torch.inf
+    logits_RV[4] = 0.5
+    logits_RV[5, 3], logits_RV[6, 190], logits_RV[7] = torch.nan, torch.inf, -torch.inf
+    draws_R5 = torch.tensor([draw] * len(logits_RV))
+    assert kernels.choose(logits_RV, draws_R5).tolist() == plain.choose(logits_RV, draws_R5).tolist()

@@ -1,0 +1,105 @@
+"""The Triton kernels: their numbers in Triton's interpreter, and their code for GPUs that this machine lacks."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not find_spec("triton"), reason="no Triton: `make triton` installs it"),
+]
+
+NUMBERS = Path(__file__).with_name("interpreted_kernels.py")
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+}
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}
+"""Bytes for one program of an A100, an H100 or H200, and an RTX 5090, by compute capability."""
+
+
+@pytest.mark.processes
+def test_kernels_give_the_numbers_of_pytorch_in_the_interpreter():
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", NUMBERS],
+        check=False,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout and "skipped" not in run.stdout
+
+
+class Compiled:
+    """Stands for a kernel: a launch compiles it for a GPU, and records what it needs."""
+
+    def __init__(self, kernel: Any, capability: int, made: list) -> None:
+        self._kernel, self._capability, self._made = kernel, capability, made
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self._launch
+
+    def _launch(self, *arguments: Any, **options: int) -> None:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        signature, constants, aligned = {}, {}, {}
+        for place, (parameter, value) in enumerate(zip(self._kernel.params, arguments, strict=True)):
+            if parameter.is_constexpr:
+                signature[parameter.name], constants[(place,)] = "constexpr", value
+                continue
+            is_tensor = isinstance(value, torch.Tensor)
+            signature[parameter.name] = (
+                POINTERS[value.dtype] if is_tensor else "fp32" if type(value) is float else "i32"
+            )
+            if is_tensor or (type(value) is int and value % 16 == 0):
+                aligned[(place,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self._kernel, signature, constants, aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", self._capability, 32), options=options)
+        self._made.append((self._kernel.__name__, compiled))
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_kernels_compile_for_gpus_and_fit_them(monkeypatch, tmp_path, capability, dtype):
+    from model.generation.steps.graphs import kernels
+    from model.generation.steps.graphs.pages import PAGE
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    made: list[tuple[str, Any]] = []
+    names = ["_add_norm", "_rotate_store", "_attend", "_join_splits", "_silu_times", "_int8_product", "_choose"]
+    for name in names:
+        monkeypatch.setattr(kernels, name, Compiled(getattr(kernels, name), capability, made))
+    heads, groups, head_dim, vocab_size = 12, 4, 64, 50_304
+    size, intermediate_size = heads * head_dim, 2048
+    for rows in (1, kernels.BUSY_PROGRAMS):
+        x_ND, weight_D = torch.zeros(rows, size, dtype=dtype), torch.zeros(size, dtype=dtype)
+        kernels.norm(x_ND, weight_D, 1e-6)
+        kernels.add_norm(x_ND, x_ND, weight_D, weight_D, 1e-6)
+        table, at_N = torch.zeros(2, 16, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
+        keys = torch.zeros(32, groups, PAGE, head_dim, dtype=dtype)
+        cos, qkv_NE = torch.zeros(1024, head_dim // 2), x_ND.new_zeros(rows, size + 2 * groups * head_dim)
+        for weights in (None, (weight_D, weight_D)):
+            q_NHK = kernels.rotate_store(qkv_NE, cos, cos, weights, 1e-6, keys, keys, table, at_N, at_N)
+        kernels.attention(q_NHK, keys, keys, table, at_N, at_N, 0.1)
+        kernels.silu_times(x_ND.new_zeros(rows, 2 * intermediate_size))
+        weight_OI = torch.zeros(intermediate_size, size, dtype=torch.int8)
+        kernels.int8_product(x_ND, weight_OI, torch.zeros(intermediate_size))
+    kernels.choose(torch.zeros(1, vocab_size), torch.zeros(1, 5))
+    assert {name for name, _ in made} == set(names)
+    for name, compiled in made:
+        assert compiled.asm["cubin"], name
+        assert compiled.metadata.shared <= SHARED_MEMORY[capability], name
+        if dtype == torch.bfloat16 and name in ("_attend", "_int8_product"):
+            assert "mma" in compiled.asm["ptx"], f"{name} uses no tensor cores"

@@ -1,0 +1,273 @@
+"""The graphs step as it runs on a CPU: passes, the step ahead, pages and the comparison with the reference.
+
+Tests of the engine, of grammars and of scores run over it, too (`each_step`); `test_kernels.py` has the kernels.
+"""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from model.errors import PipelineError
+from model.generation.engine import Engine
+from model.generation.requests import GenerationRequest, SamplingParameters
+from model.generation.steps import choose
+from model.generation.steps.choose import choose_step
+from model.generation.steps.draw import Draw
+from model.generation.steps.graphs import plain
+from model.generation.steps.graphs.pages import PAGE, PagedCache
+from model.generation.steps.graphs.passes import MAX_ROWS, Passes
+from model.generation.steps.graphs.step import GraphStep
+from model.generation.steps.step import Segment
+from model.weights import int4, int8
+from tests.model.generation.engines import GREEDY, reference, start, tokens
+from tests.support.graphs import GraphStepOnCPU
+from tests.support.tiny import ROTATIONS, tiny_model, tiny_tokenizer
+
+TEXTS = [np.arange(start, start + 60) % 270 + 2 for start in (3, 70, 140, 210)]
+
+
+def alone(model, ids: np.ndarray) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.from_numpy(ids)[None], use_cache=False).logits[0].float()
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list[int]:
+    """Rows of each pass that is launched."""
+    launched: list[int] = []
+    launch = Passes.launch
+    monkeypatch.setattr(
+        Passes, "launch", lambda self, rows, *more: launched.append(len(rows)) or launch(self, rows, *more)
+    )
+    return launched
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"post_norm": False},
+        {"post_norm": False, "qk_norm": True},
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1},
+        {"tie_word_embeddings": True},
+        *ROTATIONS,
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["float32", "int8", "int4"])
+def test_segments_in_any_company_equal_the_whole_text_alone(shape, kind):
+    if kind == "int4":
+        shape = {"hidden_size": 64, "intermediate_size": 128, **shape}
+    model = tiny_model(tiny_tokenizer(), **shape)
+    if kind != "float32":
+        (int8 if kind == "int8" else int4).quantize(model)
+    step, done = GraphStepOnCPU.create(model, 4), [0, 0, 0, 0]
+    assert step.precision == kind
+    expected = [alone(model, ids) for ids in TEXTS]
+    chunks = [{2: 7}, {0: 20, 3: 5}, {2: 1, 3: 1}, {3: 1, 0: 1, 1: 9}, {0: 1, 1: 1, 2: 1, 3: 1}, {1: 1, 3: 1, 2: 12}]
+    for number, sizes in enumerate(chunks):
+        wanted = "all" if number % 2 else "last"
+        segments = [
+            Segment(slot, done[slot], TEXTS[slot][done[slot] : done[slot] + n], wanted) for slot, n in sizes.items()
+        ]
+        for segment, output in zip(segments, step.compute(segments), strict=True):
+            end = segment.start + len(segment.ids)
+            rows = expected[segment.slot][segment.start if wanted == "all" else end - 1 : end]
+            torch.testing.assert_close(output.logits_RV, rows, atol=2e-4, rtol=1e-4)
+            assert output.tokens == (int(output.logits_RV[-1].argmax()),)
+            done[segment.slot] = end
+
+
+def test_a_prompt_of_several_passes_and_pages_is_that_of_one(passes):
+    model = tiny_model(tiny_tokenizer(), max_position_embeddings=1024)
+    step = GraphStepOnCPU(model, 2)
+    ids = np.arange(MAX_ROWS + 100) * 7 % 270 + 2
+    (output,) = step.compute([Segment(1, 0, ids)])
+    assert passes == [MAX_ROWS, 100]
+    torch.testing.assert_close(output.logits_RV[0], alone(model, ids)[-1], atol=5e-4, rtol=1e-4)
+    (whole,) = step.compute([Segment(0, 0, ids, "all")])
+    torch.testing.assert_close(whole.logits_RV, alone(model, ids), atol=5e-4, rtol=1e-4)
+    (hidden,) = step.compute([Segment(0, 0, ids, "hidden")])
+    assert hidden.hidden_RD.shape == (len(ids), model.config.hidden_size)
+    with torch.inference_mode():
+        states = model.model(torch.from_numpy(ids)[None], use_cache=False).last_hidden_state[0]
+    torch.testing.assert_close(hidden.hidden_RD, states, atol=5e-4, rtol=1e-4)
+
+
+def decode(step: GraphStep, texts: list[list[int]], count: int, draws: list[list[Draw]] | None, ahead: bool) -> None:
+    """Append `count` tokens to each text, as the scheduler does. draws: of each text and token."""
+    step.compute([Segment(slot, 0, np.array(ids[:-1]), "none") for slot, ids in enumerate(texts)])
+    for number in range(count):
+        segments = []
+        for slot, ids in enumerate(texts):
+            chosen = [() if draws is None else (draws[slot][number + i],) for i in range(2)]
+            following = chosen[1] if ahead and number < count - 1 else None
+            segments.append(Segment(slot, len(ids) - 1, np.array(ids[-1:]), "token", chosen[0], following=following))
+        for ids, output in zip(texts, step.compute(segments), strict=True):
+            ids.append(output.tokens[0])
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_the_step_ahead_has_the_tokens_of_one_after_the_other(sampled, passes):
+    model = tiny_model(tiny_tokenizer())
+    generator = np.random.default_rng(0)
+    draws = [[Draw(0.9, 0, 0.95, 0.0, u) for u in generator.random(31)] for _ in range(3)] if sampled else None
+    plain_texts, ahead_texts = ([TEXTS[slot][:9].tolist() for slot in range(3)] for _ in range(2))
+    decode(GraphStepOnCPU(model, 4), plain_texts, 30, draws, ahead=False)
+    assert passes == [24] + [3] * 30
+    decode(GraphStepOnCPU(model, 4), ahead_texts, 30, draws, ahead=True)
+    assert ahead_texts == plain_texts
+    assert passes[31:] == [24] + [3] * 30  # each step was launched once, before it was asked for
+
+
+def test_a_text_that_ends_or_joins_leaves_the_others_as_they_are(passes):
+    model = tiny_model(tiny_tokenizer())
+    step, one = GraphStepOnCPU(model, 4), GraphStepOnCPU(model, 1)
+    texts = [TEXTS[slot][:9].tolist() for slot in range(4)]
+    expected = []
+    for ids in texts:
+        ids = list(ids)
+        decode(one, [ids], 12, None, ahead=False)
+        expected.append(ids)
+    step.compute([Segment(slot, 0, np.array(texts[slot][:-1]), "none") for slot in range(3)])
+    passes.clear()
+    running = [0, 1, 2]
+    for number in range(12):
+        if number == 4:
+            running.remove(1)  # its row of the step ahead is left
+            step.truncate(1, 0)
+        if number == 8:
+            step.compute([Segment(3, 0, np.array(texts[3][:-1]), "none")])
+            running.append(3)
+        segments = [Segment(s, len(texts[s]) - 1, np.array(texts[s][-1:]), "token", following=()) for s in running]
+        for slot, output in zip(running, step.compute(segments), strict=True):
+            texts[slot].append(output.tokens[0])
+    # Two rows after the end of one; the prompt, and again two and one more.
+    assert passes == [3, *[3] * 4, *[2] * 4, 8, 3, *[3] * 4]
+    for ids, whole in zip(texts, expected, strict=True):
+        assert ids == whole[: len(ids)]
+
+
+def test_another_text_in_a_slot_has_no_result_of_the_step_ahead():
+    model = tiny_model(tiny_tokenizer())
+    step = GraphStepOnCPU(model, 2)
+    step.compute([Segment(0, 0, TEXTS[0][:20], "none"), Segment(1, 0, TEXTS[1][:20], "none")])
+    (first,) = step.compute([Segment(0, 20, TEXTS[0][20:21], "token", following=())])
+    step.copy(1, 0, 20)
+    step.compute([Segment(1, 20, TEXTS[0][20:21], "token")])
+    asked = Segment(0, 21, np.array(first.tokens), "token")
+    step.compute([Segment(0, 20, TEXTS[0][20:21], "none")])
+    (found,) = step.compute([asked])
+    ids = np.array([*TEXTS[1][:20], TEXTS[0][20], *first.tokens])
+    assert found.tokens == (int(alone(model, ids)[-1].argmax()),)
+    # Nor has a segment that is chosen in another way.
+    step.compute([asked._replace(start=22, ids=np.array(found.tokens), following=())])
+    drawn = Draw(2.0, 0, 1.0, 0.0, 0.999)
+    sequence = [*ids, *found.tokens]
+    third = int(alone(model, np.array(sequence))[-1].argmax())
+    (found,) = step.compute([Segment(0, 23, np.array([third]), "token", (drawn,))])
+    scores_V = alone(model, np.array([*sequence, third]))[-1]
+    assert found.tokens[0] == int(plain.choose(scores_V[None], torch.tensor([drawn]))[0])
+
+
+def test_requests_that_change_their_logits_take_no_step_ahead(passes, monkeypatch):
+    model = tiny_model(tiny_tokenizer())
+    monkeypatch.setitem(choose.STEPS, "graphs", "tests.support.graphs:GraphStepOnCPU")
+    engine = start(model, tiny_tokenizer(), step="graphs")
+    for sampling in (SamplingParameters(temperature=0, logit_bias={5: 1.0}), GREEDY):
+        passes.clear()
+        found = tokens(engine.submit(GenerationRequest([40, 90, 18], 10, sampling)))
+        assert len(found) == 10 and passes == [3, *[1] * 9]
+        if sampling is GREEDY:
+            assert found == reference(model, [40, 90, 18], 10)
+    engine.stop()
+
+
+def test_broken_logits_are_told_and_do_not_reach_the_next_text():
+    model = tiny_model(tiny_tokenizer())
+    step = GraphStepOnCPU(model, 2)
+    cache = step._cache
+    step.compute([Segment(0, 0, TEXTS[0][:9], "none"), Segment(1, 0, TEXTS[1][:9], "none")])
+    with torch.inference_mode():
+        cache.data[:, :, int(cache._pages[0, 0])] = torch.nan
+    broken, well = step.compute([Segment(slot, 9, TEXTS[slot][9:10], "token", following=()) for slot in range(2)])
+    assert broken.tokens == (None,) and well.tokens == (int(alone(model, TEXTS[1][:10])[-1].argmax()),)
+    step.clear(0)
+    (found,) = step.compute([Segment(0, 0, TEXTS[2][:9])])
+    torch.testing.assert_close(found.logits_RV[0], alone(model, TEXTS[2][:9])[-1], atol=2e-4, rtol=1e-4)
+
+
+def make_cache(slots: int = 3, tokens: int = 6 * PAGE, context: int = 4 * PAGE) -> PagedCache:
+    return PagedCache(
+        1, 1, 4, slots=slots, context_length=context, tokens=tokens, dtype=torch.float32, device=torch.device("cpu")
+    )
+
+
+def test_pages_are_taken_as_a_text_grows_shared_and_given_back():
+    cache = make_cache()
+    cache.hold(0, 0, PAGE + 1)
+    assert cache.used_pages == 2
+    cache.hold(0, PAGE + 1, 2 * PAGE)
+    assert cache.used_pages == 2
+    cache.data[:, :, int(cache._pages[0, 1])] = 7.0
+    cache.share(0, 1, PAGE + 3)
+    assert cache.used_pages == 3 and cache._pages[0, 0] == cache._pages[1, 0]
+    assert (cache.data[:, :, int(cache._pages[1, 1])] == 7.0).all()
+    # Who writes to a shared page has a copy first.
+    cache.data[:, :, int(cache._pages[0, 0])] = 5.0
+    cache.hold(0, 10, 11)
+    assert cache.used_pages == 4 and cache._pages[0, 0] != cache._pages[1, 0]
+    assert (cache.data[:, :, int(cache._pages[0, 0])] == 5.0).all()
+    cache.upload()
+    assert np.array_equal(cache.table.numpy(), cache._pages)
+    cache.truncate(0, 0)
+    cache.truncate(1, 1)
+    assert cache.used_pages == 1
+    cache.truncate(1, 0)
+    assert cache.used_pages == 0
+
+
+def test_a_full_cache_is_one_line():
+    cache = make_cache()
+    cache.hold(0, 0, 4 * PAGE)
+    cache.hold(1, 0, 2 * PAGE)
+    with pytest.raises(PipelineError, match="the KV cache has no free page: all 6 are in use"):
+        cache.hold(2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("operation", "broken"),
+    [
+        ("attention", lambda right: lambda *given: right(*given).roll(1, 1)),
+        ("silu_times", lambda right: lambda *given: right(*given).flip(1)),
+        ("norm", lambda right: lambda x, weight, eps: right(x, weight.flip(0), eps)),
+        ("choose", lambda right: lambda logits_RV, draws: right(logits_RV, draws) // 2),
+        ("choose", lambda right: lambda logits_RV, draws: right(logits_RV * 2, draws)),
+    ],
+)
+def test_a_wrong_kernel_is_refused_and_the_reference_takes_over(monkeypatch, caplog, operation, broken):
+    model, tokenizer = tiny_model(tiny_tokenizer(), hidden_size=64), tiny_tokenizer()
+    for norm in (layer.input_layernorm for layer in model.model.layers):
+        norm.weight.copy_(torch.rand(64) + 0.5)
+    GraphStepOnCPU.create(model, 4)
+    monkeypatch.setattr(plain, operation, broken(getattr(plain, operation)))
+    with pytest.raises(PipelineError, match=r"the step 'graphs' is wrong on this machine: in a step of [124] rows"):
+        GraphStepOnCPU.create(model, 4)
+    steps = {"graphs": "tests.support.graphs:GraphStepOnCPU", "reference": choose.STEPS["reference"]}
+    monkeypatch.setattr(choose, "STEPS", steps)
+    with caplog.at_level(logging.WARNING):
+        engine = Engine(model, tokenizer)
+    assert engine.step_name == "reference" and "the step 'reference' computes instead" in caplog.text
+    engine.stop()
+    with pytest.raises(PipelineError, match="is wrong on this machine"):
+        Engine(model, tokenizer, step="graphs")
+
+
+def test_without_a_gpu_the_step_says_so():
+    model = tiny_model(tiny_tokenizer())
+    assert GraphStep.unavailable(model) == "the model is on cpu, not on a GPU"
+    with pytest.raises(PipelineError, match="step is 'graphs': the model is on cpu, not on a GPU; set it to 'auto'"):
+        choose_step(model, "graphs")

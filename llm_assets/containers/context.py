@@ -28,8 +28,10 @@ from model.system.revision import code_revision, git
 
 # The service's option `device` for each kind of image.
 SERVICE_DEVICE = {"cpu": "cpu", "gpu": "cuda"}
-VLLM_SYSTEM_PACKAGES = {"cpu": ("libnuma1",), "gpu": ("gcc", "libc6-dev")}
-"""Debian packages that vLLM needs: a library that it links, and what Triton compiles its kernels with."""
+TRITON_SYSTEM_PACKAGES = ("gcc", "libc6-dev")
+"""Debian packages with which Triton compiles the launchers of its kernels, on a GPU."""
+VLLM_SYSTEM_PACKAGES = ("libnuma1",)
+"""The library that vLLM links on a CPU."""
 
 VLLM_OMITTED = {"cpu": ("torchaudio", "torchcodec", "torchvision", "triton"), "gpu": ()}
 """Packages that vLLM names and that its file of versions leaves out, which says why."""
@@ -80,7 +82,9 @@ class ImageContext:
     @property
     def system_packages(self) -> tuple[str, ...]:
         """Debian packages that the base must have."""
-        return VLLM_SYSTEM_PACKAGES[self.device] if self.engine == "vllm" else ()
+        if self.device == "gpu":
+            return TRITON_SYSTEM_PACKAGES
+        return VLLM_SYSTEM_PACKAGES if self.engine == "vllm" else ()
 
     def tag(self, base_id: str) -> str:
         """The image's tag: the model's name, the hash of everything that determines the image, the device."""

@@ -3,8 +3,8 @@
 import pytest
 
 from bench.engine import graphs
-from model.generation.steps import choose
 from model.weights import int8
+from tests.support.graphs import use_graphs_on_cpu
 
 
 def test_the_host_is_measured_without_a_gpu(monkeypatch):
@@ -18,7 +18,7 @@ def test_the_host_is_measured_without_a_gpu(monkeypatch):
 
 @pytest.mark.medium
 def test_the_figures_of_a_gpu_are_ratios_of_one_run(monkeypatch):
-    monkeypatch.setitem(choose.STEPS, "graphs", "tests.support.graphs:GraphStepOnCPU")
+    use_graphs_on_cpu(monkeypatch)
     monkeypatch.setattr(int8, "INT8_MIN_WEIGHTS", 1 << 30)  # float activations, as on a GPU
     monkeypatch.setattr(graphs, "ANSWER", 3)
     monkeypatch.setattr(graphs, "LONG_PROMPT", 70)

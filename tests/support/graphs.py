@@ -2,9 +2,15 @@
 
 from typing import ClassVar
 
+import pytest
 from transformers import PreTrainedModel
 
+from model.generation.steps.choose import STEPS, available_steps
 from model.generation.steps.graphs.step import GraphStep
+from tests.support.tiny import tiny_model, tiny_tokenizer
+
+EVERY_STEP = [GraphStep.name, *available_steps(tiny_model(tiny_tokenizer()))]
+"""Names of all implementations of a step, for tests with `use_graphs_on_cpu`."""
 
 
 class GraphStepOnCPU(GraphStep):
@@ -16,3 +22,8 @@ class GraphStepOnCPU(GraphStep):
     def unavailable(cls, model: PreTrainedModel) -> str | None:
         """None: every model of the tests."""
         return None
+
+
+def use_graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let engines take the graphs step by its name."""
+    monkeypatch.setitem(STEPS, GraphStep.name, "tests.support.graphs:GraphStepOnCPU")

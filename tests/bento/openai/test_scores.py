@@ -12,9 +12,8 @@ import torch
 from bento.openai import routes
 from bento.openai.logprobs import PositionedToken, TokenNames, chat_logprobs, completion_logprobs, prompt_logprobs
 from model.generation.sampler import token_logprobs
-from model.generation.steps.choose import available_steps
 from tests.bento.openai_service import CHAT_TEMPLATE, IS_VLLM, Service, events, running_service
-from tests.support.tiny import tiny_model, tiny_tokenizer
+from tests.support.graphs import EVERY_STEP, use_graphs_on_cpu
 
 TEXTS = ["def main():\n    return 'größer'", "日本語 🦖 if print", "x" * 40, "else None\n"]
 
@@ -171,9 +170,10 @@ def scored(choice: dict[str, Any]) -> list[tuple[str, float | None, int]]:
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("step", available_steps(tiny_model(tiny_tokenizer())))
+@pytest.mark.parametrize("step", EVERY_STEP)
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_every_shown_token_is_scored_whatever_penalties_and_sampling_are_asked_for(path, step):
+def test_every_shown_token_is_scored_whatever_penalties_and_sampling_are_asked_for(path, step, monkeypatch):
+    use_graphs_on_cpu(monkeypatch)
     chosen = random.Random(f"{path} {step}")
     with running_service(chat_template=CHAT_TEMPLATE, stops=True, step=step) as service:
         (end,) = service.engine.end_of_text_ids

@@ -77,7 +77,9 @@ def test_the_own_engine_has_one_environment_for_its_device(
     tmp_path: Path, commands: list[tuple[list[str], str]]
 ) -> None:
     context = prepare(tmp_path, "rex", "gpu")
-    assert [device for _, device in commands] == ["gpu"] and context.system_packages == ()
+    assert [device for _, device in commands] == ["gpu"]
+    assert context.system_packages == ("gcc", "libc6-dev")  # Triton compiles with them
+    assert replace(context, device="cpu").system_packages == ()
     assert [one.folder for one in context.environments] == [context.folder / "app" / "packages"]
 
 

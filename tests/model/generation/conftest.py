@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from model.generation.engine import Engine
-from model.generation.steps.choose import STEPS, available_steps
 from tests.model.generation import engines
 from tests.model.generation.engines import Gate, start
+from tests.support.graphs import EVERY_STEP, use_graphs_on_cpu
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
 
@@ -21,10 +21,10 @@ def model(tokenizer):
     return tiny_model(tokenizer)
 
 
-@pytest.fixture(params=["graphs", *available_steps(tiny_model(tiny_tokenizer()))])
+@pytest.fixture(params=EVERY_STEP)
 def each_step(request, monkeypatch) -> str:
     """The test runs once for each implementation of a step, that for GPUs as it runs on a CPU."""
-    monkeypatch.setitem(STEPS, "graphs", "tests.support.graphs:GraphStepOnCPU")
+    use_graphs_on_cpu(monkeypatch)
     monkeypatch.setattr(engines, "STEP", request.param)
     return request.param
 

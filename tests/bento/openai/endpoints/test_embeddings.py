@@ -10,8 +10,8 @@ import torch
 from bento.openai.endpoints.embeddings import MAX_INPUTS
 from model.generation.engine import Engine
 from model.generation.requests import Embedding, GenerationRequest
-from model.generation.steps.choose import available_steps
 from tests.bento.openai_service import MODEL, Service, refusal, running_service
+from tests.support.graphs import EVERY_STEP, use_graphs_on_cpu
 from tests.support.tiny import CONTEXT, tiny_model, tiny_tokenizer
 
 TEXTS = ["def main():", "größer als nichts", "🦖" * 9, "return"]
@@ -45,9 +45,10 @@ def test_vectors_are_the_models_hidden_states(client, service, pooling):
         np.testing.assert_allclose(item.embedding, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("step", available_steps(tiny_model(tiny_tokenizer())))
+@pytest.mark.parametrize("step", EVERY_STEP)
 @pytest.mark.parametrize("pooling", ["mean", "last"])
-def test_every_step_gives_the_same_in_chunks_and_beside_texts(step, pooling):
+def test_every_step_gives_the_same_in_chunks_and_beside_texts(step, pooling, monkeypatch):
+    use_graphs_on_cpu(monkeypatch)
     tokenizer = tiny_tokenizer()
     model = tiny_model(tokenizer)
     prompt = [7 + i % 200 for i in range(CONTEXT)]

@@ -22,7 +22,7 @@ from model.generation.steps.graphs.step import GraphStep
 from model.generation.steps.step import Segment
 from model.weights import int4, int8
 from tests.model.generation.engines import GREEDY, reference, start, tokens
-from tests.support.graphs import GraphStepOnCPU
+from tests.support.graphs import GraphStepOnCPU, use_graphs_on_cpu
 from tests.support.tiny import ROTATIONS, tiny_model, tiny_tokenizer
 
 TEXTS = [np.arange(start, start + 60) % 270 + 2 for start in (3, 70, 140, 210)]
@@ -175,7 +175,7 @@ def test_another_text_in_a_slot_has_no_result_of_the_step_ahead():
 
 def test_requests_that_change_their_logits_take_no_step_ahead(passes, monkeypatch):
     model = tiny_model(tiny_tokenizer())
-    monkeypatch.setitem(choose.STEPS, "graphs", "tests.support.graphs:GraphStepOnCPU")
+    use_graphs_on_cpu(monkeypatch)
     engine = start(model, tiny_tokenizer(), step="graphs")
     for sampling in (SamplingParameters(temperature=0, logit_bias={5: 1.0}), GREEDY):
         passes.clear()

@@ -62,15 +62,18 @@ def attention(
     q_NHK: Tensor, keys: Tensor, values: Tensor, table: Tensor, slot_N: Tensor, position_N: Tensor, scale: float
 ) -> Tensor:
     """See `kernels.attention`."""
-    groups = keys.shape[1]
-    out_NHK = torch.empty_like(q_NHK)
-    for row, (slot, position) in enumerate(zip(slot_N.tolist(), position_N.tolist(), strict=True)):
-        q_GrK = q_NHK[row].unflatten(0, (groups, -1)).float()
-        pages = table[slot, : position // PAGE + 1]
-        k_GSK, v_GSK = (part[pages].float().transpose(0, 1).flatten(1, 2)[:, : position + 1] for part in (keys, values))
-        weights_GrS = (q_GrK @ k_GSK.mT * scale).softmax(dim=-1)
-        out_NHK[row] = (weights_GrS @ v_GSK).flatten(0, 1)
-    return out_NHK.flatten(1)
+    longest = int(position_N.max()) + 1
+    pages_NP = table[slot_N, : -(-longest // PAGE)]
+    is_read_NS = torch.arange(longest, device=q_NHK.device) <= position_N[:, None]
+    k_NGSK, v_NGSK = (
+        # What a text has not written may be NaN, and 0 * NaN is NaN.
+        part[pages_NP].transpose(1, 2).flatten(2, 3)[:, :, :longest].where(is_read_NS[:, None, :, None], 0.0)
+        for part in (keys, values)
+    )
+    q_NGrK = q_NHK.unflatten(1, (keys.shape[1], -1))
+    mask = is_read_NS[:, None, None]
+    out_NGrK = functional.scaled_dot_product_attention(q_NGrK, k_NGSK, v_NGSK, attn_mask=mask, scale=scale)
+    return out_NGrK.flatten(1)
 
 
 def silu_times(gate_up_NE: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +9,9 @@ from model.training.checkpoints import local as checkpoints
 from model.training.outputs.summary import TrainingSummary
 from model.training.train import train
 from tests.model.training.tiny import experiment
+from tests.support import forked
 
 pytestmark = pytest.mark.medium
-
-REPO = Path(__file__).resolve().parents[3]
 
 KILLED_BETWEEN_CHECKPOINTS = """
 def on_metrics(step, metrics):
@@ -89,10 +86,8 @@ def assert_same_result(output_dir: Path, expected_dir: Path) -> None:
 def test_a_run_that_a_signal_ended_resumes_bit_exact(uninterrupted, dataset_dir, tmp_path, sabotage, resumed_from):
     output, scratch = tmp_path / "output", tmp_path / "scratch"
     program = CHILD.format(sabotage=sabotage)
-    arguments = [str(path) for path in (dataset_dir, output, scratch)]
-    command = [sys.executable, "-c", program, *arguments]
-    child = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
-    assert child.returncode == -(signal.SIGTERM if sabotage is TERMINATED else signal.SIGKILL), child.stderr
+    child = forked.run(program, dataset_dir, output, scratch, log=tmp_path / "log")
+    assert child.status == -(signal.SIGTERM if sabotage is TERMINATED else signal.SIGKILL), child.said
     summary = train(experiment(), dataset_dir, output, scratch)
     assert summary.resumed_from_step == resumed_from
     assert not checkpoints.staging(scratch).exists()

@@ -1,13 +1,9 @@
 """Two gloo processes under torchrun: one batch divided, one writer, one termination for both."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from model.errors import PipelineError
@@ -15,22 +11,16 @@ from model.training.arguments import accumulation_steps
 from model.training.checkpoints import local as checkpoints
 from model.training.train import train
 from tests.model.training.tiny import experiment
+from tests.support import forked
 
 REPO = Path(__file__).resolve().parents[4]
 
 
-def torchrun(*arguments: object, worker: str = "worker.py") -> subprocess.CompletedProcess[str]:
-    program = str(Path(__file__).with_name(worker))
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program]
-        + [str(argument) for argument in arguments],
-        cwd=REPO,
-        env={**os.environ, "PYTHONPATH": str(REPO)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=800,
-    )
+def torchrun(log: Path, *arguments: object, worker: str = "worker.py") -> forked.Ended:
+    """Two processes of a worker under torchrun's own agent; all three are forked, for the imports."""
+    program = Path(__file__).with_name(worker)
+    options = ["--standalone", "--nproc-per-node", 2, "--start-method", "fork", "--run-path"]
+    return forked.run("from torch.distributed.run import main; main()", *options, program, *arguments, log=log)
 
 
 def curve(output: Path) -> list[dict[str, float]]:
@@ -48,8 +38,8 @@ def assert_same_curve(ours: list[dict[str, float]], theirs: list[dict[str, float
 @pytest.fixture(scope="module")
 def two_processes(dataset_dir, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("two")
-    done = torchrun(dataset_dir, directory / "output", directory / "scratch")
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = torchrun(directory / "log", dataset_dir, directory / "output", directory / "scratch")
+    assert done.status == 0, done.said[-3000:]
     return directory
 
 
@@ -65,14 +55,12 @@ def test_two_processes_train_as_one_with_the_same_batch(two_processes, dataset_d
 @pytest.mark.slow
 @pytest.mark.processes
 def test_a_termination_of_one_process_ends_both_and_the_run_resumes_bit_exact(two_processes, dataset_dir, tmp_path):
-    stopped = torchrun(dataset_dir, tmp_path / "output", tmp_path / "scratch", 6)
-    assert stopped.returncode != 0
+    stopped = torchrun(tmp_path / "log", dataset_dir, tmp_path / "output", tmp_path / "scratch", 6)
+    assert stopped.status != 0 and stopped.left == []
     assert checkpoints.steps_saved(tmp_path / "scratch")[-1] == 7
-    mark = str(tmp_path / "scratch")
-    assert not [p for p in psutil.process_iter() if mark in " ".join(_command(p))]
     shutil.copytree(tmp_path / "scratch", tmp_path / "scratch for one")
-    resumed = torchrun(dataset_dir, tmp_path / "output", tmp_path / "scratch")
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    resumed = torchrun(tmp_path / "log", dataset_dir, tmp_path / "output", tmp_path / "scratch")
+    assert resumed.status == 0, resumed.said[-3000:]
     weights = [directory / "output" / "model.safetensors" for directory in (tmp_path, two_processes)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     assert curve(tmp_path / "output") == curve(two_processes / "output")
@@ -98,10 +86,3 @@ def test_a_number_of_processes_that_cannot_go_on_is_told_which_can():
         accumulation_steps(settings.training, 2, 1, dropout=0.1)
     with pytest.raises(PipelineError, match=r"8 passes a step .* cannot be divided among 3; start 2 processes"):
         accumulation_steps(settings.training, 2, 3)
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []

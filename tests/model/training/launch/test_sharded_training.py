@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,15 @@ from model.training.run import expect_sharding_helps
 from model.training.train import train
 from tests.model.training.launch.test_distributed import assert_same_curve, curve, torchrun
 from tests.model.training.launch.tiny import sharded_experiment
+from tests.support import forked
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def train_sharded(folder: Path, dataset: Path, **record: Any) -> subprocess.CompletedProcess[str]:
+def train_sharded(folder: Path, dataset: Path, **record: Any) -> forked.Ended:
+    folder.mkdir(exist_ok=True)
     places = dataset, folder / "output", folder / "scratch"
-    return torchrun(*places, json.dumps(record), worker="sharded_worker.py")
+    return torchrun(folder / "log", *places, json.dumps(record), worker="sharded_worker.py")
 
 
 def assert_same_weights(ours: Path, theirs: Path) -> None:
@@ -48,8 +49,8 @@ def one(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     done = train_sharded(folder, dataset_dir)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "self-check: gradients agree with plain float32 on the CPU" in done.stdout
+    assert done.status == 0, done.said[-3000:]
+    assert "self-check: gradients agree with plain float32 on the CPU" in done.said
     return folder
 
 
@@ -73,14 +74,14 @@ def test_a_sharded_training_makes_the_model_of_one_process_and_each_holds_half(o
 @pytest.mark.processes
 def test_a_process_that_dies_while_saving_leaves_the_last_checkpoint_and_the_run_resumes(two, dataset_dir, tmp_path):
     killed = train_sharded(tmp_path, dataset_dir, dies_after=8)
-    assert killed.returncode != 0
+    assert killed.status != 0
     scratch = tmp_path / "scratch"
     assert (checkpoints.staging(scratch) / "checkpoint-8" / "__1_0.distcp").is_file()
     last = checkpoints.steps_saved(scratch)[-1]
     assert last < 8 and is_sharded_checkpoint(checkpoints.checkpoint_dir(scratch, last))
     shutil.copytree(scratch, tmp_path / "alone" / "scratch")
     resumed = train_sharded(tmp_path, dataset_dir)
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert resumed.status == 0, resumed.said[-3000:]
     weights = [folder / "output" / "model.safetensors" for folder in (tmp_path, two)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     assert curve(tmp_path / "output") == curve(two / "output")
@@ -98,7 +99,7 @@ def test_a_process_that_dies_while_saving_leaves_the_last_checkpoint_and_the_run
 def test_accumulated_gradients_and_recomputed_activations_are_those_of_one_process(dataset_dir, tmp_path):
     options = {"optim": "adamw", "activation_checkpointing": True, "gradient_accumulation_steps": 4}
     done = train_sharded(tmp_path / "two", dataset_dir, training=options)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.status == 0, done.said[-3000:]
     settings = sharded_experiment(**options)
     train(settings, dataset_dir, tmp_path / "one" / "output", tmp_path / "one" / "scratch", shares_batch=True)
     # AdamW divides small gradients by their size, rounding included: with it, one process that takes the windows in one
@@ -114,8 +115,8 @@ def test_accumulated_gradients_and_recomputed_activations_are_those_of_one_proce
 @pytest.mark.processes
 def test_bfloat16_passes_the_self_check_and_learns_as_one_process_does(dataset_dir, tmp_path):
     done = train_sharded(tmp_path / "two", dataset_dir, training={"precision": "bfloat16"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "self-check: gradients agree with plain float32 on the CPU" in done.stdout
+    assert done.status == 0, done.said[-3000:]
+    assert "self-check: gradients agree with plain float32 on the CPU" in done.said
     settings = sharded_experiment(precision="bfloat16")
     train(settings, dataset_dir, tmp_path / "one" / "output", tmp_path / "one" / "scratch", shares_batch=True)
     for ours, theirs in zip(*(curve(tmp_path / name / "output") for name in ("two", "one")), strict=True):

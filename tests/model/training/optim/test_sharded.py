@@ -3,8 +3,6 @@
 Sizes are odd where they can be, so that processes hold different numbers of rows.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,8 @@ from model.training.loss import TrainingLoss
 from model.training.optim.optimizer import MuonAdamW, build_optimizer
 from model.training.optim.sharded import own_part, rows_by_rank
 from model.training.sharding import shard_model, whole
+from tests.support import forked
 
-REPO = Path(__file__).parents[4]
 CPU = torch.device("cpu")
 STEPS = 4
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -130,17 +128,11 @@ def run(world_size: int, folder: Path, name: str) -> list[dict[str, Any]]:
         "import sys; from pathlib import Path; from tests.model.training.optim.test_sharded import process; "
         "process(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])"
     )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(rank), str(world_size), str(folder), name],
-            cwd=REPO,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    said = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * world_size, "\n".join(said)
+    logs = [folder / f"{rank}-of-{world_size}.log" for rank in range(world_size)]
+    processes = [forked.start(program, rank, world_size, folder, name, log=log) for rank, log in enumerate(logs)]
+    for one in processes:
+        one.join()
+    assert [one.exitcode for one in processes] == [0] * world_size, "\n".join(log.read_text() for log in logs)
     return [torch.load(folder / f"{rank}-of-{world_size}.pt") for rank in range(world_size)]
 
 

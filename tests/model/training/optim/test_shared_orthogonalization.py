@@ -1,7 +1,5 @@
 """Two processes that divide the matrices hold what one process computes."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +7,7 @@ import torch
 
 from model.training.optim.newton_schulz import orthogonalize
 from model.training.optim.shared import is_shared, shares
+from tests.support import forked
 
 SHAPES = [(4, 128, 384), (5, 384, 128), (1, 128, 128)]
 PROGRAM = """
@@ -36,11 +35,10 @@ def matrices(dtype: torch.dtype) -> list[torch.Tensor]:
 
 @pytest.mark.processes
 def test_two_processes_share_the_matrices_and_hold_the_same_bits(tmp_path: Path) -> None:
-    processes = [
-        subprocess.Popen([sys.executable, "-c", PROGRAM, str(rank), str(tmp_path)], cwd=Path(__file__).parents[4])
-        for rank in range(2)
-    ]
-    assert [process.wait() for process in processes] == [0, 0]
+    processes = [forked.start(PROGRAM, rank, tmp_path, log=tmp_path / f"{rank}.log") for rank in range(2)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
     ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert [sum(ours["computed"]), sum(theirs["computed"])] == [10, 10]  # half of the ten matrices, twice
     assert ours["sharing"] == [True, False, False]

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,10 +48,17 @@ def find_compiler() -> str | None:
     return next((path for name in ([named] if named else COMPILERS) if (path := shutil.which(name))), None)
 
 
-def build(output: Path = LIBRARY, *, sanitizers: str = "", program: Path | None = None) -> Path:
+def build(
+    output: Path = LIBRARY,
+    *,
+    sanitizers: str = "",
+    program: Path | None = None,
+    instructions: Collection[str] | None = None,
+) -> Path:
     """Compile the library to `output`, atomically; does nothing if it is up to date.
 
     sanitizers: argument of `-fsanitize=`, for tests. program: a source with a `main`, to build a program instead.
+    instructions: sets to compile kernels for besides the portable ones; None for all that the compiler supports.
     Raises RuntimeError, one line, without a compiler or if it fails.
     """
     compiler = find_compiler()
@@ -66,23 +74,28 @@ def build(output: Path = LIBRARY, *, sanitizers: str = "", program: Path | None 
     stamp = output.with_suffix(".stamp")
     with output.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # concurrent processes compile once
-        return _build(compiler, flags, output, stamp, program)
+        kernels = {name: extra for name, extra in _kernels().items() if instructions is None or name in instructions}
+        return _build(compiler, flags, kernels, output, stamp, program)
 
 
-def _build(compiler: str, flags: list[str], output: Path, stamp: Path, program: Path | None) -> Path:
-    digest = _digest([compiler, *flags, program.read_text() if program else ""])
+def _build(
+    compiler: str, flags: list[str], kernels: dict[str, list[str]], output: Path, stamp: Path, program: Path | None
+) -> Path:
+    digest = _digest([compiler, *flags, *kernels, program.read_text() if program else ""])
     if output.is_file() and stamp.is_file() and stamp.read_text() == digest:
         return output
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".build-") as scratch:
         made = Path(scratch, output.name)
-        _compile(compiler, flags, Path(scratch), made, program)
+        _compile(compiler, flags, kernels, Path(scratch), made, program)
         made.replace(output)
     stamp.write_text(digest)
     return output
 
 
-def _compile(compiler: str, flags: list[str], scratch: Path, made: Path, program: Path | None) -> None:
-    kernels = {name: extra for name, extra in _kernels().items() if _accepts(compiler, extra)}
+def _compile(
+    compiler: str, flags: list[str], wanted: dict[str, list[str]], scratch: Path, made: Path, program: Path | None
+) -> None:
+    kernels = {name: extra for name, extra in wanted.items() if _accepts(compiler, extra)}
     known = [f"-DHAS_{name}" for name in kernels]
     jobs = [(source.stem, source, known) for source in _files("*.cpp") if source.stem != "kernels"]
     for name, extra in {"portable": [], **kernels}.items():
@@ -136,7 +149,7 @@ def _files(pattern: str) -> list[Path]:
 
 
 def _digest(parts: list[str]) -> str:
-    content = hashlib.sha256("\n".join([*parts, platform.machine(), *_kernels()]).encode())
+    content = hashlib.sha256("\n".join([*parts, platform.machine()]).encode())
     for source in [*_files("*.cpp"), *_files("*.h"), Path(__file__)]:
         content.update(source.read_bytes())
     return content.hexdigest()

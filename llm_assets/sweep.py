@@ -16,16 +16,17 @@ With `--dry-run` each point's settings are checked and its run is named, not sta
 
 import argparse
 import os
-import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from llm_assets.experiments import optuna_sweeper  # noqa: F401 - registers `hydra/sweeper=optuna`
-from llm_assets.experiments.compose import COMPOSING_ERRORS, CONFIG_DIR, one_line
+from llm_assets.experiments.compose import COMPOSING_ERRORS, CONFIG_DIR, compose, one_line
 from llm_assets.instance.dagster_home import check_dagster_home
 from llm_assets.resources.provenance import POINT_TAG
 from llm_assets.terminal.execute import DEFINITIONS, PIPELINE, execute_job, print_planned
@@ -52,9 +53,7 @@ def run_point(job: Job, sweep: Sweep | None) -> float | None:
     configuration = HydraConfig.get()
     experiment = configuration.runtime.choices["experiment"]
     overrides = [item for item in configuration.overrides.task if not item.startswith("experiment=")]
-    # In a separate process, because Hydra's global state belongs to the sweep in this one.
-    check = [sys.executable, "-m", "llm_assets.experiments", experiment, *overrides]
-    status = subprocess.run(check, stdout=subprocess.DEVNULL, check=False).returncode
+    status = check_settings(experiment, overrides)
     tags = dict(job.tags)
     if job.dry_run and not status:
         print_planned(job.name, experiment, overrides)
@@ -69,6 +68,21 @@ def run_point(job: Job, sweep: Sweep | None) -> float | None:
             sweep.fail()
         sys.exit(status)
     return sweep.finish(experiment) if sweep and job.name == PIPELINE else None
+
+
+@ends_in_one_line
+def check_settings(experiment: str, overrides: Sequence[str]) -> int:
+    """Resolve the settings as the run does; returns the exit status, after one line about a mistake.
+
+    Hydra composes one configuration at a time: that of the sweep, which calls this, is put away meanwhile.
+    """
+    hydras = GlobalHydra.instance()
+    sweeping, hydras.hydra = hydras.hydra, None
+    try:
+        compose(experiment, overrides)
+    finally:
+        GlobalHydra.instance().hydra = sweeping
+    return 0
 
 
 @ends_in_one_line

@@ -188,32 +188,26 @@ class GraphStep(Step):
         """Results of a launched pass, after the launch of the next one. numbers: of the segments' rows of logits."""
         with_logits = [number for segment, number in zip(segments, numbers, strict=True) if segment.logits == "last"]
         logits_RV = iter(self._passes.logits(with_logits).split(1) if with_logits else ())
-        self._ahead, following = {}, None
-        if runs_ahead:
-            following = self._launch_ahead(segments, numbers)
+        texts = list(zip(segments, numbers, strict=True))
+        ahead = [(segment, number) for segment, number in texts if runs_ahead and segment.following is not None]
+        self._ahead = {}
+        self._ahead_pass = self._launch_ahead(ahead) if ahead else None
         tokens = launched.tokens()
-        self._ahead_pass = following
+        for row, (segment, number) in enumerate(ahead):
+            expected = _Expected(row, segment.start + 1, tokens[number], segment.following or ())
+            self._ahead[segment.slot] = expected
         outputs = []
-        for segment, number in zip(segments, numbers, strict=True):
-            token = tokens[number]
+        for segment, number in texts:
             rows_RV = next(logits_RV) if segment.logits == "last" else self._no_logits
-            outputs.append(SegmentOutput(rows_RV, (token if token >= 0 else None,)))
-        if following is not None:
-            ahead = [pair for pair in zip(segments, numbers, strict=True) if pair[0].following is not None]
-            for row, (segment, number) in enumerate(ahead):
-                draws = segment.following or ()
-                self._ahead[segment.slot] = _Expected(row, segment.start + 1, tokens[number], draws)
+            outputs.append(SegmentOutput(rows_RV, (tokens[number] if tokens[number] >= 0 else None,)))
         return outputs
 
-    def _launch_ahead(self, segments: Sequence[Segment], numbers: Sequence[int]) -> Pass | None:
-        """Start the step after this one, for the texts that go on; None if none does."""
-        ahead = [(s, number) for s, number in zip(segments, numbers, strict=True) if s.following is not None]
-        if not ahead:
-            return None
-        rows = [Row(segment.slot, segment.start + 1, 0, number) for segment, number in ahead]
-        for row in rows:
-            self._cache.hold(row.slot, row.position, row.position + 1)
-        draws = [segment.following[0] if segment.following else None for segment, _ in ahead]
+    def _launch_ahead(self, texts: Sequence[tuple[Segment, int]]) -> Pass:
+        """Start the step after the one just launched. texts: their segments and rows in that one."""
+        for segment, _ in texts:
+            self._cache.hold(segment.slot, segment.start + 1, segment.start + 2)
+        rows = [Row(segment.slot, segment.start + 1, 0, number) for segment, number in texts]
+        draws = [segment.following[0] if segment.following else None for segment, _ in texts]
         return self._passes.launch(rows, list(range(len(rows))), draws)
 
     def _whole(self, segment: Segment) -> SegmentOutput:

@@ -1,10 +1,11 @@
 """The generation engine against its alternatives, in one interleaved run.
 
-    python -m bench.engine [MODEL_DIR] [--shape 2m 30m 125m] [--against transformers reference llama.cpp] [--rounds 5]
+    python -m bench.engine [MODEL_DIR] [--shape 2m 30m 125m] [--against transformers llama.cpp vllm] [--rounds 5]
 
 Without a directory it uses models with random weights, which do not change the speed: the shape of the `stdlib_30m`
 experiment, or those of --shape. Decoding ignores end-of-text; it is greedy, but for the streams named sampled. Against
-llama.cpp (`llama_cpp.py` says how to install it), int8 is compared with Q8_0, int4 with Q4_0 and float32 with F32:
+llama.cpp (`llama_cpp.py` says how to install it), int8 is compared with Q8_0, int4 with Q4_0 and float32 with F32;
+against vLLM (`make vllm`) float32 with float32:
 
 - one stream and eight up to 128 tokens, greedy and sampled (temperature 0.8, top-k 40, top-p 0.95), one up to 1,024:
   tokens per second from the first token on;

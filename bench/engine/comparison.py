@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.engine import llama_cpp
+from bench.engine import llama_cpp, vllm
 from bench.engine.contenders import (
     GreedyLoop,
     OurEngine,
@@ -22,6 +22,7 @@ from bench.engine.contenders import (
     TransformersContinuousBatching,
 )
 from bench.engine.llama_cpp import LlamaCpp, LlamaCppFloat32, LlamaCppInt4
+from bench.engine.vllm import Vllm
 from bench.engine.workloads import RAGGED_REQUESTS, RAGGED_STREAMS, Contender, model_of
 from model.errors import PipelineError
 from model.weights.loading import load_model
@@ -37,6 +38,7 @@ KINDS: dict[str, type[Contender]] = {
     "llama.cpp Q8_0": LlamaCpp,
     "llama.cpp F32": LlamaCppFloat32,
     "llama.cpp Q4_0": LlamaCppInt4,
+    "vLLM float32": Vllm,
 }
 Run = tuple[str, str]
 """A contender (a key of KINDS) and a workload."""
@@ -52,7 +54,7 @@ WORKLOADS = {
 }
 _FULL, _INT8, _INT4 = "engine float32", "engine int8", "engine int4"
 _SAMPLED = ("one_sampled_stream", "eight_sampled_streams")
-_LLAMA_WORKLOADS = ("one_stream", "one_long_stream", "eight_streams", *_SAMPLED, "ragged_even", "prefill")
+_PEER_WORKLOADS = ("one_stream", "one_long_stream", "eight_streams", *_SAMPLED, "ragged_even", "prefill")
 _INT8_PAIRS = [((_INT8, name), (_FULL, name)) for name in ("one_stream", "eight_streams", "ragged_even")]
 PAIRS: dict[str, list[tuple[Run, Run]]] = {
     "transformers": [
@@ -68,11 +70,12 @@ PAIRS: dict[str, list[tuple[Run, Run]]] = {
     ],
     "reference": [((_FULL, name), ("reference float32", name)) for name in ("one_stream", "eight_streams")],
     "llama.cpp": [
-        *(((_INT8, name), ("llama.cpp Q8_0", name)) for name in _LLAMA_WORKLOADS),
-        *(((_FULL, name), ("llama.cpp F32", name)) for name in _LLAMA_WORKLOADS),
-        *(((_INT4, name), ("llama.cpp Q4_0", name)) for name in _LLAMA_WORKLOADS),
+        *(((_INT8, name), ("llama.cpp Q8_0", name)) for name in _PEER_WORKLOADS),
+        *(((_FULL, name), ("llama.cpp F32", name)) for name in _PEER_WORKLOADS),
+        *(((_INT4, name), ("llama.cpp Q4_0", name)) for name in _PEER_WORKLOADS),
         *_INT8_PAIRS,
     ],
+    "vllm": [((_FULL, name), ("vLLM float32", name)) for name in _PEER_WORKLOADS],
 }
 """Which runs are compared, by opponent."""
 
@@ -150,9 +153,12 @@ def choose_pairs(
 ) -> list[tuple[Run, Run]]:
     """The requested pairs of PAIRS; None selects all that are installed, except the reference step."""
     if against is None:
-        against = ["transformers", *(["llama.cpp"] if llama_cpp.installed() else [])]
+        peers = {"llama.cpp": llama_cpp.installed(), "vllm": vllm.installed()}
+        against = ["transformers", *(name for name, is_here in peers.items() if is_here)]
     if "llama.cpp" in against and not llama_cpp.installed():
         raise PipelineError("llama.cpp is not installed: run pip install llama-cpp-python, which needs a C++ compiler")
+    if "vllm" in against and not vllm.installed():
+        raise PipelineError(f"vLLM is not installed: {vllm.PYTHON} is missing; run make vllm, or set VLLM_PYTHON")
     pairs = list(dict.fromkeys(pair for name in against for pair in PAIRS[name]))
     if workloads:
         pairs = [(a, b) for a, b in pairs if a[1] in workloads and b[1] in workloads]

@@ -35,6 +35,7 @@ from llm_assets.experiments.files import (
     read_files,
     shown,
 )
+from llm_assets.experiments.references import refuse_own_checkpoint
 from llm_assets.paths import REPOSITORY
 from model.errors import PipelineError, ends_in_one_line
 from model.settings import ExperimentSettings
@@ -83,6 +84,7 @@ def compose(name: str, overrides: Sequence[str] = (), config_dir: Path = CONFIG_
         where = locate(str(error), files, overrides) or f"experiment {name!r} with {list(overrides)}"
         raise PipelineError(f"{where}: {message}") from error
     assert isinstance(settings, ExperimentSettings)
+    refuse_own_checkpoint(settings)
     if not settings.description:
         raise PipelineError(f"{shown(files[1].path)} has no description: expected a line `description: ...`")
     return settings

@@ -15,6 +15,19 @@ PREFIX = "latest:"
 _OPTIONS = (("tokenizer", "path"), ("training", "init_from"), ("training", "distill_from"))
 
 
+def refuse_own_checkpoint(settings: ExperimentSettings) -> None:
+    """Raise PipelineError if an option names the newest checkpoint of the experiment itself.
+
+    The stages after the training would resolve it to the checkpoint that their own run has made.
+    """
+    for group, option in _OPTIONS:
+        if getattr(getattr(settings, group), option) == f"{PREFIX}{settings.name}":
+            raise PipelineError(
+                f"{group}.{option} is '{PREFIX}{settings.name}', the checkpoint that a run of {settings.name!r} "
+                "replaces: run another experiment, such as a copy of its file, or give the checkpoint's folder"
+            )
+
+
 def resolve(settings: ExperimentSettings, checkpoint_of: Callable[[str], Path]) -> ExperimentSettings:
     """The settings with the folders in place of the names.
 

@@ -33,6 +33,18 @@ def test_a_predecessor_that_is_not_there_is_one_line_with_the_command_that_makes
 def test_the_error_of_a_missing_predecessor_names_the_option(option: str, tmp_path, monkeypatch):
     monkeypatch.setenv("LLM_ASSETS_ARTIFACTS", str(tmp_path))
     kind = ["tokenizer=pretrained"] if option.startswith("tokenizer") else []
-    resource = HydraConfig(overrides=[*kind, f"{option}=latest:smoke"])
-    with pytest.raises(PipelineError, match=f"^{option}=latest:smoke: no trained_checkpoint of experiment 'smoke' in"):
+    resource = HydraConfig(overrides=[*kind, f"{option}=latest:stdlib"])
+    with pytest.raises(
+        PipelineError, match=f"^{option}=latest:stdlib: no trained_checkpoint of experiment 'stdlib' in"
+    ):
         resource.settings("smoke")
+
+
+@pytest.mark.parametrize("option", ["tokenizer.path", "training.init_from", "training.distill_from"])
+def test_a_run_does_not_begin_with_the_checkpoint_that_it_replaces(option: str) -> None:
+    kind = ["tokenizer=pretrained"] if option.startswith("tokenizer") else []
+    with pytest.raises(
+        PipelineError, match=f"{option} is 'latest:smoke', the checkpoint that a run of 'smoke'"
+    ) as error:
+        compose("smoke", [*kind, f"{option}=latest:smoke"])
+    assert "\n" not in str(error.value)

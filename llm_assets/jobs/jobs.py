@@ -5,14 +5,15 @@ the container's share of them. The partition tag lets `dagster job execute -j ll
 partition; `--tags '{"dagster/partition": "NAME"}'` picks another experiment.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
 from llm_assets.experiments.compose import DEFAULT_EXPERIMENT, experiment_names
-from llm_assets.registry import PIPELINE
+from llm_assets.registry import PIPELINE, StageSpec
 from llm_assets.stage import stopped
 
 MAX_CONCURRENT_STEPS = 2
@@ -28,17 +29,16 @@ GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """Device files of NVIDIA's, AMD's and WSL's drivers."""
 
 
-def preloaded_modules(gpu_drivers: Sequence[str] = GPU_DRIVERS) -> list[str]:
-    """The modules that the fork server of a run imports once, so that its steps need not.
+def stage_modules(stages: Iterable[StageSpec], gpu_drivers: Sequence[str] = GPU_DRIVERS) -> list[str]:
+    """The modules that the fork server of a run of these stages imports once, so that its steps need not.
 
     A new interpreter takes 4 s to import Dagster and MLflow and 4 s more for torch and transformers. These imports
     start no threads that a step needs, but a GPU that was initialized before a fork cannot be used after it: on a
     machine with a GPU, each step imports torch and transformers itself.
     """
-    modules = [*EVERY_STEP]
-    if not any(Path(driver).exists() for driver in gpu_drivers):
-        modules += [module for stage in PIPELINE for module in stage.preload]
-    return modules
+    if any(Path(driver).exists() for driver in gpu_drivers):
+        return []
+    return [module for stage in stages for module in stage.preload]
 
 
 class WatchedExecutor(dg.Executor):
@@ -47,25 +47,27 @@ class WatchedExecutor(dg.Executor):
     `stage/stopped.py` says how.
     """
 
-    def __init__(self, inner: dg.Executor) -> None:
-        self._inner = inner
+    def __init__(self, build: Callable[[Sequence[str]], dg.Executor]) -> None:
+        """build: makes Dagster's executor for steps with these keys."""
+        self._build, self._any = build, build([])
 
     @property
     def retries(self) -> Any:
         """As Dagster's."""
-        return self._inner.retries
+        return self._any.retries
 
     @property
     def step_dependency_config(self) -> Any:
         """As Dagster's."""
-        return self._inner.step_dependency_config
+        return self._any.step_dependency_config
 
     def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
         """As Dagster's."""
         names: dict[int, str] = {}
+        inner = self._build(execution_plan.step_keys_to_execute)
         with stopped.watch(plan_context.log.warning, names):
             try:
-                for event in self._inner.execute(plan_context, execution_plan):
+                for event in inner.execute(plan_context, execution_plan):
                     if event.event_type_value == "STEP_WORKER_STARTED" and event.step_key:
                         names[int(str(event.engine_event_data.metadata["pid"].value))] = event.step_key
                     yield event
@@ -74,21 +76,27 @@ class WatchedExecutor(dg.Executor):
                 raise
 
 
-def build_executor(modules: Sequence[str]) -> dg.ExecutorDefinition:
-    """Steps in separate processes, forked from one that has imported these modules."""
+def build_executor(modules: Sequence[str], stages: Sequence[StageSpec] = ()) -> dg.ExecutorDefinition:
+    """Steps in separate processes, forked from one that has imported these modules, and those of the run's stages."""
     dagsters: Any = dg.multiprocess_executor
+
+    def build(context: dg.InitExecutorContext, keys: Sequence[str]) -> Any:
+        of_stages = stage_modules(stage for stage in stages if stage.name in keys)
+        preloaded = {"preload_modules": ["llm_assets.stage.fork_server", *modules, *of_stages]}
+        config = {**context.executor_config, "start_method": {"forkserver": preloaded}}
+        return dagsters.executor_creation_fn(context._replace(executor_config=config))
+
     watched = dg.ExecutorDefinition(
         name=dagsters.name,
         config_schema=dagsters.config_schema,
         requirements=dagsters.get_requirements,
-        executor_creation_fn=lambda context: WatchedExecutor(dagsters.executor_creation_fn(context)),
+        executor_creation_fn=lambda context: WatchedExecutor(partial(build, context)),
         description=dagsters.description,
     )
-    start_method = {"forkserver": {"preload_modules": ["llm_assets.stage.fork_server", *modules]}}
-    return watched.configured({"max_concurrent": MAX_CONCURRENT_STEPS, "start_method": start_method})
+    return watched.configured({"max_concurrent": MAX_CONCURRENT_STEPS, "start_method": {"forkserver": {}}})
 
 
-executor = build_executor(preloaded_modules())
+executor = build_executor(EVERY_STEP, PIPELINE)
 """The pipeline's executor."""
 
 

@@ -2,14 +2,18 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
 import pytest
+from dagster._core.executor.init import InitExecutorContext
 
-from llm_assets.jobs.jobs import NOT_FORKED, WatchedExecutor, preloaded_modules
+from llm_assets.jobs import jobs
+from llm_assets.jobs.jobs import EVERY_STEP, NOT_FORKED, WatchedExecutor, stage_modules
+from llm_assets.registry import PIPELINE
 
 STEP = """
 import multiprocessing, sys
@@ -23,9 +27,10 @@ def step():
     assert ones.grad[0, 0] == 2048
 
 if __name__ == "__main__":
-    from llm_assets.jobs.jobs import preloaded_modules
+    from llm_assets.jobs.jobs import EVERY_STEP, stage_modules
+    from llm_assets.registry import PIPELINE
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(preloaded_modules(gpu_drivers=()))
+    context.set_forkserver_preload([*EVERY_STEP, *stage_modules(PIPELINE, gpu_drivers=())])
     for _ in range(2):
         process = context.Process(target=step)
         process.start()
@@ -53,14 +58,26 @@ class Dies(dg.Executor):
 
 
 def test_a_run_whose_steps_cannot_be_started_says_so_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    context = SimpleNamespace(log=logging.getLogger("run"))
+    context, plan = SimpleNamespace(log=logging.getLogger("run")), SimpleNamespace(step_keys_to_execute=["corpus"])
     with pytest.raises(EOFError):
-        list(WatchedExecutor(Dies()).execute(context, None))
+        list(WatchedExecutor(lambda keys: Dies()).execute(context, plan))  # type: ignore[arg-type]
     assert [record.message for record in caplog.records] == [NOT_FORKED] and "\n" not in NOT_FORKED
 
 
 def test_where_there_is_a_gpu_each_step_imports_torch_itself(tmp_path: Path) -> None:
     driver = tmp_path / "nvidiactl"
     driver.touch()
-    assert preloaded_modules(gpu_drivers=[str(driver)]) == ["llm_assets.definitions", "mlflow"]
-    assert "model.training.train" in preloaded_modules(gpu_drivers=[str(tmp_path / "none")])
+    assert stage_modules(PIPELINE, gpu_drivers=[str(driver)]) == []
+    assert "model.training.train" in stage_modules(PIPELINE, gpu_drivers=[str(tmp_path / "none")])
+
+
+def test_a_run_imports_once_what_its_own_stages_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "stage_modules", partial(stage_modules, gpu_drivers=()))
+    config = {"retries": {"enabled": {}}, "max_concurrent": 2}
+    build = jobs.executor.executor_creation_fn(InitExecutorContext._make([None, None, config, None]))._build
+
+    def preloaded(*keys: str) -> list[str]:
+        return build(keys)._explicit_forkserver_preload[1:]
+
+    assert preloaded("corpus", "tokenized_dataset") == [*EVERY_STEP]
+    assert preloaded("corpus", "trained_checkpoint") == [*EVERY_STEP, "model.training.train"]

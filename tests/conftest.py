@@ -118,10 +118,13 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give each worker whole files, and one of them those of `tests/e2e` that share one pipeline run.
+    """With `--dist loadfile`: give each worker whole files, and one of them those of `tests/e2e` that share one
+    pipeline run.
 
     Not by the mark `xdist_group`, which pytest-xdist 3.8 loses under pytest 9.2.
     """
+    if config.option.dist != "loadfile":
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]

@@ -83,6 +83,11 @@ class TrainingSettings(Settings, group="training"):
         "Checkpoint, or stock Llama, GLM, GLM-4 or Qwen3, whose weights training starts from: its folder, or "
         "latest:EXPERIMENT; empty: random weights.",
     )
+    initial_embeddings: Literal["random", "cooccurrence"] = option(
+        "random",
+        "cooccurrence: tokens that occur near the same tokens of the training text start with similar embeddings, "
+        "which saves a short training many steps; without init_from.",
+    )
     lora_rank: int = option(
         0,
         "Rank of LoRA adapters beside every projection, which alone are trained and are merged at the end; 0: all "

@@ -31,7 +31,8 @@ from model.training.checkpoints import local as checkpoints
 from model.training.checkpoints import sharded
 from model.training.failures import is_out_of_memory, out_of_memory
 from model.training.health import find_warnings, unigram_loss
-from model.training.initial_weights import load_teacher, start_from
+from model.training.initial.cooccurrence import cooccurrence_embeddings, set_embeddings
+from model.training.initial.weights import load_teacher, start_from
 from model.training.outputs.files import sample_texts, write_outputs
 from model.training.outputs.summary import TrainingSummary
 from model.training.run import OnMetrics, TrainingRun, prepare_run
@@ -161,6 +162,8 @@ def _run_steps(
     model = build_model(run.config, settings.seed)
     if settings.init_from:
         start_from(model, Path(settings.init_from), tokenizer)
+    elif settings.initial_embeddings == "cooccurrence" and newest is None:
+        set_embeddings(model, broadcast_from_rank_zero(lambda: _cooccurrence_embeddings(run)))
     add_adapters(model, settings)
     teacher = None
     if settings.distill_from:
@@ -186,6 +189,11 @@ def _run_steps(
     # Raised outside the except block: the live traceback would keep the activations allocated while smaller batches are
     # tried.
     raise out_of_memory(model, run)
+
+
+def _cooccurrence_embeddings(run: TrainingRun) -> torch.Tensor:
+    config = run.config
+    return cooccurrence_embeddings(run.train.tokens, config.vocab_size, config.hidden_size, run.settings.seed)
 
 
 def broadcast_from_rank_zero(decide: Callable[[], Any]) -> Any:

@@ -28,7 +28,7 @@ from model.system.devices import resolve_device, resolve_precision
 from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset
 from model.training.adapters import lora_config, merge_adapters, require
-from model.training.initial_weights import start_from
+from model.training.initial.weights import start_from
 from model.training.outputs.files import sample_texts, write_outputs
 from model.training.outputs.summary import TrainingSummary
 from model.training.preference.pairs import PreferenceEncoder, read_preferences

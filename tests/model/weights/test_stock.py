@@ -20,7 +20,7 @@ from transformers import (
 
 from model.errors import PipelineError
 from model.modeling_rex import RexForCausalLM
-from model.training.initial_weights import start_from
+from model.training.initial.weights import start_from
 from model.weights.export import export_checkpoint
 from model.weights.stock import differing_options, read_weights
 from tests.model.weights.test_export import LAYOUTS

@@ -19,6 +19,6 @@ def two_processes() -> ExperimentSettings:
 
 def sharded_experiment(**training: Any) -> ExperimentSettings:
     """12 steps without dropout; matrices whose rows two processes divide evenly, and three do not."""
-    settings = experiment(**{"per_device_train_batch_size": 4, **training})
+    settings = experiment(**{"per_device_train_batch_size": 4, "initial_embeddings": "cooccurrence", **training})
     settings.model.attention_dropout = 0.0
     return settings

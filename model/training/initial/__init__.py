@@ -1,0 +1,1 @@
+"""What a training starts from: the weights of a checkpoint, or embeddings counted from its text."""

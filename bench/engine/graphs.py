@@ -56,9 +56,6 @@ class HostStep(GraphStep):
         return step
 
 
-STEPS["host"] = "bench.engine.graphs:HostStep"
-
-
 class Measured:
     """An engine and its figures."""
 
@@ -122,12 +119,16 @@ def bare_tokens_per_second(model: PreTrainedModel, streams: int) -> float:
 def host_figures(shape: str, streams: list[int], rounds: int) -> dict[str, float]:
     """Microseconds of the host in a step, without a GPU."""
     found = {}
-    for count in streams:
-        measured = Measured(model_of(shape), "host", count)
-        for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
-            speeds = [measured.tokens_per_second(count, sampling) for _ in range(rounds + 1)][1:]
-            found[f"host's part of a step, {count} streams, {name}, us"] = 1e6 * count / statistics.median(speeds)
-        measured.engine.stop()
+    STEPS["host"] = "bench.engine.graphs:HostStep"
+    try:
+        for count in streams:
+            measured = Measured(model_of(shape), "host", count)
+            for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
+                speeds = [measured.tokens_per_second(count, sampling) for _ in range(rounds + 1)][1:]
+                found[f"host's part of a step, {count} streams, {name}, us"] = 1e6 * count / statistics.median(speeds)
+            measured.engine.stop()
+    finally:
+        del STEPS["host"]  # no engine may choose it
     return found
 
 

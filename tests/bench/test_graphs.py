@@ -3,6 +3,7 @@
 import pytest
 
 from bench.engine import graphs
+from model.generation.steps import choose
 from model.weights import int8
 from tests.support.graphs import use_graphs_on_cpu
 
@@ -14,6 +15,7 @@ def test_the_host_is_measured_without_a_gpu(monkeypatch):
         f"host's part of a step, {streams} streams, {how}, us" for streams in (1, 3) for how in ("greedy", "sampled")
     ]
     assert all(0 < value < 1e6 for value in found.values())
+    assert "host" not in choose.STEPS
 
 
 @pytest.mark.medium

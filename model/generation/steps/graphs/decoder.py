@@ -74,7 +74,7 @@ class _Layer:
 
 class Decoder:
     """Computes rows of tokens with `operations`, the module `kernels` or `plain`. The model's tensors are shared where
-    their layout is the same.
+    their layout is the same. head: gives the logits of hidden states, in the model's dtype.
     """
 
     def __init__(self, model: PreTrainedModel, operations: ModuleType) -> None:
@@ -85,7 +85,7 @@ class Decoder:
         self._layers = [_Layer(layer, operations) for layer in base.layers]
         self._norm = base.norm.weight
         head: Any = model.get_submodule("lm_head")
-        self._head = Matrix([head._table[0] if isinstance(head, TiedInt8Head) else head], operations)
+        self.head = Matrix([head._table[0] if isinstance(head, TiedInt8Head) else head], operations)
         positions = torch.arange(config.max_position_embeddings, device=model.device)[None]
         with torch.inference_mode():
             cos, sin = base.rotary_emb(torch.empty(0, device=model.device), positions)
@@ -120,10 +120,6 @@ class Decoder:
             next_norm = self._norm if following is None else following.norm
             x_ND, y_ND = operations.add_norm(x_ND, branch_ND, layer.mlp_branch_norm, next_norm, self._eps)
         return y_ND
-
-    def logits(self, hidden_RD: Tensor) -> Tensor:
-        """Logits (R, V), float32."""
-        return self._head(hidden_RD).float()
 
     def choose(self, logits_RV: Tensor, draws_R5: Tensor) -> Tensor:
         """The next token of each row, int32; -1 if the highest logit is not finite."""

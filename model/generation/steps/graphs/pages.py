@@ -8,6 +8,7 @@ Shapes: P pages, G key/value heads, K head dimension.
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from model.errors import PipelineError
 
@@ -101,10 +102,13 @@ class PagedCache:
                 self._free.append(page)
         self._held[slot] = min(self._held[slot], kept)
 
-    def upload(self) -> None:
-        """Bring the table on the device up to date, after all that has been launched."""
+    def upload(self, staging: Tensor) -> None:
+        """Bring the table on the device up to date, after all that has been launched. staging: the table's shape, on
+        the host; it stays as it is until the device has read it.
+        """
         if self._is_changed:
-            self.table.copy_(torch.from_numpy(self._pages))
+            staging.numpy()[:] = self._pages
+            self.table.copy_(staging, non_blocking=True)
             self._is_changed = False
 
     def _take(self) -> int:

@@ -35,9 +35,11 @@ class Row(NamedTuple):
 class Pass:
     """A launched pass: `tokens` waits for its end."""
 
-    def __init__(self, sizes: tuple[int, int], device: torch.device) -> None:
-        on_gpu = device.type == "cuda"
+    def __init__(self, sizes: tuple[int, int], cache: PagedCache) -> None:
+        on_gpu = cache.data.is_cuda
         rows, wanted = sizes
+        self.table = torch.zeros(cache.table.shape, dtype=torch.int32, pin_memory=on_gpu)
+        """Takes the page table on its way to the device, so that the host need not wait for the passes before."""
         self._ints = torch.zeros(_length(rows, wanted), dtype=torch.int32, pin_memory=on_gpu)
         self._chosen = torch.zeros(wanted, dtype=torch.int32, pin_memory=on_gpu)
         self._event = torch.cuda.Event() if on_gpu else None
@@ -102,7 +104,7 @@ class Passes:
         self._decoder, self._cache, self._device = decoder, cache, cache.data.device
         self._most_wanted = min(MAX_ROWS, _power_of_2(cache.spare_slot))
         largest = self.sizes(MAX_ROWS)
-        self._flights = [Pass(largest, self._device) for _ in range(_IN_FLIGHT)]
+        self._flights = [Pass(largest, cache) for _ in range(_IN_FLIGHT)]
         self._turn = 0
         self._ints = torch.zeros(_length(*largest), dtype=torch.int32, device=self._device)
         self._chosen = torch.zeros(self._most_wanted, dtype=torch.int32, device=self._device)
@@ -128,7 +130,7 @@ class Passes:
         self._turn = (self._turn + 1) % _IN_FLIGHT
         ints = flight.fill(sizes, rows, wanted, draws, self._cache.spare_slot)
         self._ints[: len(ints)].copy_(ints, non_blocking=True)
-        self._cache.upload()
+        self._cache.upload(flight.table)
         self.replay(len(rows))
         flight.copy_tokens(self._chosen)
         return flight
@@ -150,7 +152,7 @@ class Passes:
         table = torch.tensor(rows, dtype=torch.int32, device=self._device).T.contiguous()
         every = torch.arange(len(rows), device=self._device)
         slot_N, position_N, id_N, carry_N = table
-        self._cache.upload()
+        self._cache.upload(torch.empty_like(self._cache.table, device="cpu"))
         wanted = Rows(id_N, carry_N, slot_N, position_N, every, torch.empty(0))
         return self._decoder.hidden_states(wanted, self._chosen, self._cache)
 
@@ -160,8 +162,8 @@ class Passes:
         id_N, carry_N, slot_N, position_N = table[: 4 * size].view(4, size)
         draws_R5 = table[4 * size + wanted :].view(torch.float32).view(wanted, _DRAW)
         rows = Rows(id_N, carry_N, slot_N, position_N, table[4 * size : 4 * size + wanted], draws_R5)
-        logits_RV = self._decoder.logits(self._decoder.hidden_states(rows, self._chosen, self._cache))
-        self._logits[:wanted].copy_(logits_RV)
+        hidden_RD = self._decoder.hidden_states(rows, self._chosen, self._cache)
+        logits_RV = self._logits[:wanted].copy_(self._decoder.head(hidden_RD))
         self._chosen[:wanted].copy_(self._decoder.choose(logits_RV, draws_R5))
 
     def _record(self) -> None:

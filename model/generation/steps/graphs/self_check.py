@@ -17,6 +17,7 @@ MAX_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 """Root mean square difference of the logits over their standard deviation; of rounding, a tenth of it."""
 MAX_SHARE = 1e-3
 """Of all probability, by which a sample may lie beside the token whose share of it the random number names."""
+TURNS = 8
 _DRAWS = (Draw(0.8, 0, 1.0, 0.0, 0.37), Draw(1.0, 20, 0.9, 0.0, 0.61), Draw(1.3, 0, 0.8, 0.05, 0.93))
 
 
@@ -34,26 +35,34 @@ def check(step: Step, model: PreTrainedModel, most_rows: int) -> None:
         length = len(ids) if rows == 1 else min(SHORT, len(ids))
         starts = [length - 1 - slot % 8 for slot in range(rows)]
         step.compute([Segment(slot, 0, ids[:start], "none") for slot, start in enumerate(starts)])
-        draws = [() if slot % 4 == 0 else (_DRAWS[slot % 4 - 1],) for slot in range(rows)]
-        segments = [
-            Segment(slot, start, ids[start : start + 1], "last", draw)
-            for slot, (start, draw) in enumerate(zip(starts, draws, strict=True))
-        ]
-        for segment, output in zip(segments, step.compute(segments), strict=True):
-            found_V, token = output.logits_RV[0], output.tokens[0]
-            difference = float((found_V - expected.logits_RV[segment.start]).square().mean().sqrt()) / spread
-            if not difference <= limit:
-                raise PipelineError(
-                    f"the step {step.name!r} is wrong on this machine: in a step of {rows} rows its logits differ from "
-                    f"the reference's by {difference:.3g} of their standard deviation, expected at most {limit:g}"
-                )
-            if not _is_sample(found_V, segment.draws, token):
-                raise PipelineError(
-                    f"the step {step.name!r} is wrong on this machine: in a step of {rows} rows it chose token "
-                    f"{token}, which {segment.draws[0] if segment.draws else 'the highest logit'} does not name"
-                )
+        # Once greedy, then sampled in several ways: a wrong sample may by chance be that of one random number.
+        for turn in range(TURNS):
+            segments = [
+                Segment(slot, start, ids[start : start + 1], "last", _draws(slot + turn, turn))
+                for slot, start in enumerate(starts)
+            ]
+            for segment, output in zip(segments, step.compute(segments), strict=True):
+                found_V = output.logits_RV[0]
+                difference = float((found_V - expected.logits_RV[segment.start]).square().mean().sqrt()) / spread
+                if not difference <= limit:
+                    raise PipelineError(
+                        f"the step {step.name!r} is wrong on this machine: in a step of {rows} rows its logits differ "
+                        f"from the reference's by {difference:.3g} of their standard deviation, expected at most "
+                        f"{limit:g}"
+                    )
+                if not _is_sample(found_V, segment.draws, output.tokens[0]):
+                    raise PipelineError(
+                        f"the step {step.name!r} is wrong on this machine: in a step of {rows} rows it chose token "
+                        f"{output.tokens[0]}, which {segment.draws[0] if segment.draws else 'the highest logit'} does "
+                        "not name"
+                    )
         for slot in range(rows):
             step.clear(slot)
+
+
+def _draws(number: int, turn: int) -> tuple[Draw, ...]:
+    draw = _DRAWS[number % len(_DRAWS)]
+    return (draw._replace(uniform=(draw.uniform + 0.29 * number) % 1.0),) if turn else ()
 
 
 def _is_sample(scores_V: Tensor, draw: tuple[Draw, ...], token: int | None) -> bool:

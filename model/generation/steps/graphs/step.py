@@ -131,9 +131,9 @@ class GraphStep(Step):
     def compute(self, segments: Sequence[Segment]) -> list[SegmentOutput]:
         """As `Step.compute`; segments whose logits or hidden states are all wanted take passes of their own."""
         numbers = self._computed_ahead(segments)
+        self._free_ahead(kept={segment.slot for segment in segments} if numbers is not None else set())
         if numbers is not None and self._ahead_pass is not None:
             return self._read(segments, self._ahead_pass, numbers)
-        self._ahead = {}
         outputs = {i: self._whole(s) for i, s in enumerate(segments) if s.logits in ("all", "hidden")}
         return self._launch(segments, outputs)
 
@@ -148,6 +148,13 @@ class GraphStep(Step):
                 return None
             numbers.append(expected.number)
         return numbers
+
+    def _free_ahead(self, kept: set[int]) -> None:
+        """Free the pages that the step ahead has taken for texts that have ended or go on otherwise."""
+        for slot, expected in self._ahead.items():
+            if slot not in kept:
+                self._cache.truncate(slot, expected.start)
+        self._ahead = {}
 
     def _launch(self, segments: Sequence[Segment], outputs: dict[int, SegmentOutput]) -> list[SegmentOutput]:
         """Compute the segments that are not in `outputs`, in as many passes as their tokens take."""
@@ -186,11 +193,12 @@ class GraphStep(Step):
         self, segments: Sequence[Segment], launched: Pass, numbers: Sequence[int], *, runs_ahead: bool = True
     ) -> list[SegmentOutput]:
         """Results of a launched pass, after the launch of the next one. numbers: of the segments' rows of logits."""
+        if not segments:
+            return []  # nothing to wait for
         with_logits = [number for segment, number in zip(segments, numbers, strict=True) if segment.logits == "last"]
         logits_RV = iter(self._passes.logits(with_logits).split(1) if with_logits else ())
         texts = list(zip(segments, numbers, strict=True))
         ahead = [(segment, number) for segment, number in texts if runs_ahead and segment.following is not None]
-        self._ahead = {}
         self._ahead_pass = self._launch_ahead(ahead) if ahead else None
         tokens = launched.tokens()
         for row, (segment, number) in enumerate(ahead):
@@ -217,7 +225,7 @@ class GraphStep(Step):
         parts = [self._passes.hidden_states(rows[i : i + MAX_ROWS]) for i in range(0, len(rows), MAX_ROWS)]
         if segment.logits == "hidden":
             return SegmentOutput(self._no_logits, hidden_RD=torch.cat(parts).float())
-        logits_RV = torch.cat([self._decoder.logits(part_RD) for part_RD in parts])
+        logits_RV = torch.cat([self._decoder.head(part_RD).float() for part_RD in parts])
         draw = torch.tensor(
             [segment.draws[0] if segment.draws else (0.0,) * len(Draw._fields)], device=logits_RV.device
         )

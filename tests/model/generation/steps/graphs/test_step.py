@@ -200,6 +200,20 @@ def test_broken_logits_are_told_and_do_not_reach_the_next_text():
     torch.testing.assert_close(found.logits_RV[0], alone(model, TEXTS[2][:9])[-1], atol=2e-4, rtol=1e-4)
 
 
+def test_a_page_taken_ahead_for_a_text_that_ends_is_free_again():
+    step = GraphStepOnCPU(tiny_model(tiny_tokenizer(), max_position_embeddings=4 * PAGE), 2)
+    ids = np.arange(PAGE) % 270 + 2
+    step.compute([Segment(slot, 0, ids[:-1], "none") for slot in range(2)])
+    first = step.compute([Segment(slot, PAGE - 1, ids[-1:], "token", following=()) for slot in range(2)])
+    assert step._cache.used_pages == 4  # the next tokens begin a page
+    # One text goes on, the other has ended; then both have.
+    step.compute([Segment(0, PAGE, np.array(first[0].tokens), "token", following=())])
+    assert step._cache.used_pages == 3
+    step.truncate(0, PAGE)
+    step.compute([Segment(1, 0, ids[:1], "none")])
+    assert step._cache.used_pages == 2
+
+
 def make_cache(slots: int = 3, tokens: int = 6 * PAGE, context: int = 4 * PAGE) -> PagedCache:
     return PagedCache(
         1, 1, 4, slots=slots, context_length=context, tokens=tokens, dtype=torch.float32, device=torch.device("cpu")
@@ -221,7 +235,7 @@ def test_pages_are_taken_as_a_text_grows_shared_and_given_back():
     cache.hold(0, 10, 11)
     assert cache.used_pages == 4 and cache._pages[0, 0] != cache._pages[1, 0]
     assert (cache.data[:, :, int(cache._pages[0, 0])] == 5.0).all()
-    cache.upload()
+    cache.upload(torch.empty_like(cache.table))
     assert np.array_equal(cache.table.numpy(), cache._pages)
     cache.truncate(0, 0)
     cache.truncate(1, 1)
@@ -250,8 +264,9 @@ def test_a_full_cache_is_one_line():
 )
 def test_a_wrong_kernel_is_refused_and_the_reference_takes_over(monkeypatch, caplog, operation, broken):
     model, tokenizer = tiny_model(tiny_tokenizer(), hidden_size=64), tiny_tokenizer()
+    generator = torch.Generator().manual_seed(0)
     for norm in (layer.input_layernorm for layer in model.model.layers):
-        norm.weight.copy_(torch.rand(64) + 0.5)
+        norm.weight.copy_(torch.rand(64, generator=generator) + 0.5)
     GraphStepOnCPU.create(model, 4)
     monkeypatch.setattr(plain, operation, broken(getattr(plain, operation)))
     with pytest.raises(PipelineError, match=r"the step 'graphs' is wrong on this machine: in a step of [124] rows"):

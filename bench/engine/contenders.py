@@ -20,6 +20,31 @@ from model.weights.int8 import count_parameters
 GREEDY = SamplingParameters(temperature=0)
 
 
+def answer_times(
+    engine: Engine, prompts: list[list[int]], answer_tokens: list[int], sampling: SamplingParameters
+) -> tuple[list[float], list[float], float]:
+    """Arrival times of each request's first and last token, and the time of sending, seconds of one clock."""
+    requests = [
+        GenerationRequest(prompt, count, sampling) for prompt, count in zip(prompts, answer_tokens, strict=True)
+    ]
+    first, last, open_requests = [0.0] * len(requests), [0.0] * len(requests), set(range(len(requests)))
+    is_done = threading.Event()
+
+    def deliver(number: int, event: Event) -> None:
+        if isinstance(event, TextPiece):
+            last[number] = time.perf_counter()
+            first[number] = first[number] or last[number]
+            return
+        open_requests.remove(number)
+        if not open_requests:
+            is_done.set()
+
+    started = time.perf_counter()
+    engine.submit_all(requests, deliver)
+    is_done.wait()
+    return first, last, started
+
+
 class OurEngine(Contender):
     """`model.generation` with its default step and as many threads as the service uses."""
 
@@ -52,27 +77,9 @@ class OurEngine(Contender):
         return sum(answer_tokens) / (max(last) - started)
 
     def _run(self, prompt_tokens: list[int], answer_tokens: list[int]) -> tuple[list[float], list[float], float]:
-        """Arrival times of each request's first and last token, and the time of sending."""
-        requests = [
-            GenerationRequest(prompt, count, SAMPLED if self._is_sampled else GREEDY)
-            for prompt, count in zip(self._prompts(prompt_tokens), answer_tokens, strict=True)
-        ]
-        first, last, open_requests = [0.0] * len(requests), [0.0] * len(requests), set(range(len(requests)))
-        is_done = threading.Event()
-
-        def deliver(number: int, event: Event) -> None:
-            if isinstance(event, TextPiece):
-                last[number] = time.perf_counter()
-                first[number] = first[number] or last[number]
-                return
-            open_requests.remove(number)
-            if not open_requests:
-                is_done.set()
-
-        started = time.perf_counter()
-        self._engine.submit_all(requests, deliver)
-        is_done.wait()
-        return first, last, started
+        """As `answer_times`."""
+        sampling = SAMPLED if self._is_sampled else GREEDY
+        return answer_times(self._engine, self._prompts(prompt_tokens), answer_tokens, sampling)
 
 
 class OurEngineInt8(OurEngine):

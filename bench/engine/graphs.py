@@ -16,7 +16,6 @@ import json
 import random
 import statistics
 import sys
-import threading
 import time
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -24,18 +23,18 @@ from typing import Any, ClassVar, Self
 import torch
 from transformers import PreTrainedModel
 
+from bench.engine.contenders import GREEDY, answer_times
 from bench.engine.workloads import SAMPLED, SHAPES, model_of, small_tokenizer
 from bench.hardware import describe
 from model.errors import ends_in_one_line
 from model.generation.engine import Engine
-from model.generation.requests import Event, GenerationRequest, SamplingParameters, TextPiece
+from model.generation.requests import SamplingParameters
 from model.generation.steps.choose import STEPS, step_class
 from model.generation.steps.graphs.passes import Row
 from model.generation.steps.graphs.step import GraphStep
 from model.weights import int8
 
 PROMPT, ANSWER, LONG_PROMPT = 64, 128, 900
-GREEDY = SamplingParameters(temperature=0)
 
 
 class HostStep(GraphStep):
@@ -70,32 +69,19 @@ class Measured:
 
     def tokens_per_second(self, streams: int, sampling: SamplingParameters) -> float:
         """Over all streams, from each one's first token to its last."""
-        times = self._run(streams, PROMPT, ANSWER, sampling)
-        return streams * (ANSWER - 1) / statistics.mean(last - first for first, last in times)
+        first, last, _ = self._run(streams, PROMPT, ANSWER, sampling)
+        return streams * (ANSWER - 1) / statistics.mean(b - a for a, b in zip(first, last, strict=True))
 
     def first_token_ms(self) -> float:
         """From a prompt of LONG_PROMPT tokens to the first token of its answer."""
-        started = time.perf_counter()
-        ((first, _),) = self._run(1, LONG_PROMPT, 1, GREEDY)
-        return 1e3 * (first - started)
+        first, _, started = self._run(1, LONG_PROMPT, 1, GREEDY)
+        return 1e3 * (first[0] - started)
 
-    def _run(self, streams: int, prompt: int, answer: int, sampling: SamplingParameters) -> list[tuple[float, float]]:
-        """Times of each stream's first and last token."""
-        times: list[list[float]] = [[] for _ in range(streams)]
-        unfinished, is_done = set(range(streams)), threading.Event()
-
-        def deliver(number: int, event: Event) -> None:
-            if isinstance(event, TextPiece):
-                times[number].append(time.perf_counter())
-                return
-            unfinished.remove(number)
-            if not unfinished:
-                is_done.set()
-
+    def _run(
+        self, streams: int, prompt: int, answer: int, sampling: SamplingParameters
+    ) -> tuple[list[float], list[float], float]:
         prompts = [[random.randrange(2, self._vocab_size) for _ in range(prompt)] for _ in range(streams)]
-        self.engine.submit_all([GenerationRequest(ids, answer, sampling) for ids in prompts], deliver)
-        is_done.wait()
-        return [(found[0], found[-1]) for found in times]
+        return answer_times(self.engine, prompts, [answer] * streams, sampling)
 
 
 def bare_tokens_per_second(model: PreTrainedModel, streams: int) -> float:

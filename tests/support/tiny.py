@@ -33,6 +33,16 @@ ROTATIONS: list[dict[str, Any]] = [
     {"rope_scaling": ROPE_SCALING["dynamic"]},
 ]
 """Shapes with other rotary embeddings than the default."""
+SHAPES = [
+    {},
+    {"post_norm": False},
+    {"post_norm": False, "qk_norm": True},
+    {"num_key_value_heads": 4},
+    {"num_key_value_heads": 1},
+    {"tie_word_embeddings": True},
+    *ROTATIONS,
+]
+"""Shapes that a step of the engine has to compute."""
 PLAIN_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from model.generation.steps.graphs.pages import PagedCache
+from model.generation.steps.graphs.pages import PagedCache, Places
 from model.weights.int8 import Int8Embedding, Int8Matrix, QuantizedMatrix, TiedInt8Head
 
 
@@ -89,7 +89,7 @@ class Decoder:
         positions = torch.arange(config.max_position_embeddings, device=model.device)[None]
         with torch.inference_mode():
             cos, sin = base.rotary_emb(torch.empty(0, device=model.device), positions)
-        self._cos_SJ, self._sin_SJ = cos[0].contiguous(), sin[0].contiguous()
+        self._rotary = cos[0].contiguous(), sin[0].contiguous()
 
     def hidden_states(self, rows: Rows, chosen: Tensor, cache: PagedCache) -> Tensor:
         """Hidden states after the final norm of the wanted rows, (R, D); fills the cache. chosen: tokens of the
@@ -104,16 +104,13 @@ class Decoder:
             x_ND = functional.embedding(id_N, self._embedding.weight)
         y_ND = operations.norm(x_ND, self._layers[0].norm, self._eps)
         for layer, following, (keys, values) in zip(self._layers, [*self._layers[1:], None], cache.data, strict=True):
-            q_NHK = operations.rotate_store(
-                *(layer.qkv(y_ND), self._cos_SJ, self._sin_SJ, layer.qk_norms, self._eps),
-                *(keys, values, cache.table, rows.slot_N, rows.position_N),
-            )
+            places = Places(keys, values, cache.table, rows.slot_N, rows.position_N)
+            q_NHK = operations.rotate_store(layer.qkv(y_ND), self._rotary, layer.qk_norms, self._eps, places)
             if following is None:  # only the rows that are wanted go on
                 x_ND, q_NHK = x_ND[rows.wanted_R], q_NHK[rows.wanted_R]
-                slot_N, position_N = rows.slot_N[rows.wanted_R], rows.position_N[rows.wanted_R]
-            else:
-                slot_N, position_N = rows.slot_N, rows.position_N
-            attended_NE = operations.attention(q_NHK, keys, values, cache.table, slot_N, position_N, self._scale)
+                slot_R, position_R = rows.slot_N[rows.wanted_R], rows.position_N[rows.wanted_R]
+                places = places._replace(slot_N=slot_R, position_N=position_R)
+            attended_NE = operations.attention(q_NHK, places, self._scale)
             branch_ND = layer.output(attended_NE)
             x_ND, y_ND = operations.add_norm(x_ND, branch_ND, layer.branch_norm, layer.mlp_norm, self._eps)
             branch_ND = layer.down(operations.silu_times(layer.gate_up(y_ND)))

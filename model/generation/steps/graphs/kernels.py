@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.generation.steps.graphs.pages import PAGE
+from model.generation.steps.graphs.pages import PAGE, Places
 
 SPLIT_POSITIONS = 256
 """A text is split among programs in parts of at least this many positions."""
@@ -136,40 +136,24 @@ def _rotate_store(
 
 def rotate_store(
     qkv_NE: Tensor,
-    cos_SJ: Tensor,
-    sin_SJ: Tensor,
+    rotary: tuple[Tensor, Tensor],
     qk_weights: tuple[Tensor, Tensor] | None,
     eps: float,
-    keys: Tensor,
-    values: Tensor,
-    table: Tensor,
-    slot_N: Tensor,
-    position_N: Tensor,
+    places: Places,
 ) -> Tensor:
-    """Rotate queries and keys by their positions, store keys and values (P, G, PAGE, K); the queries (N, H, K).
+    """Rotate queries and keys by their positions, store keys and values in their places; the queries (N, H, K).
 
-    qkv_NE: query heads, then key heads, then value heads of each row. cos_SJ, sin_SJ: float32, (S, J / 2).
-    qk_weights: of the RMSNorms of queries and keys. table: pages of each slot.
+    qkv_NE: query heads, then key heads, then value heads of each row. rotary: cosines and sines, float32,
+    (S, J / 2). qk_weights: of the RMSNorms of queries and keys.
     """
-    groups, size = keys.shape[1], keys.shape[3]
+    (cos_SJ, sin_SJ), (_, groups, _, size) = rotary, places.keys.shape
     heads = qkv_NE.shape[1] // size - 2 * groups
     q_NHK = qkv_NE.new_empty(len(qkv_NE), heads, size)
     q_weight, k_weight = qk_weights or (cos_SJ, cos_SJ)
+    width, block = places.table.shape[1], triton.next_power_of_2(size)
     _rotate_store[(len(qkv_NE), heads + 2 * groups)](
-        *(qkv_NE, cos_SJ, sin_SJ, q_weight, k_weight, q_NHK, keys, values, table),
-        *(
-            slot_N,
-            position_N,
-            eps,
-            heads,
-            groups,
-            table.shape[1],
-            size,
-            PAGE,
-            2 * cos_SJ.shape[1],
-            qk_weights is not None,
-            triton.next_power_of_2(size),
-        ),
+        *(qkv_NE, cos_SJ, sin_SJ, q_weight, k_weight, q_NHK, *places, eps, heads, groups, width),
+        *(size, PAGE, 2 * cos_SJ.shape[1], qk_weights is not None, block),
     )
     return q_NHK
 
@@ -250,27 +234,25 @@ def _join_splits(
     tl.store(out + (row * heads + head) * SIZE + at, result.to(out.dtype.element_ty), mask=at < SIZE)
 
 
-def attention(
-    q_NHK: Tensor, keys: Tensor, values: Tensor, table: Tensor, slot_N: Tensor, position_N: Tensor, scale: float
-) -> Tensor:
+def attention(q_NHK: Tensor, places: Places, scale: float) -> Tensor:
     """Attention of each row over the positions of its slot up to its own, (N, H * K); reads no others.
 
     The query heads of a group are the rows of one tile, so each key is read once for all of them. While few programs
     run, the positions are split among several, and a second kernel adds their sums up.
     """
     rows, heads, size = q_NHK.shape
-    groups, length = keys.shape[1], table.shape[1] * PAGE
+    groups, width = places.keys.shape[1], places.table.shape[1]
     out_NE = q_NHK.new_empty(rows, heads * size)
-    splits = max(1, min(triton.cdiv(length, SPLIT_POSITIONS), BUSY_PROGRAMS // (rows * groups)))
-    split = triton.cdiv(table.shape[1], splits) * PAGE
+    splits = max(1, min(triton.cdiv(width * PAGE, SPLIT_POSITIONS), BUSY_PROGRAMS // (rows * groups)))
+    split = triton.cdiv(width, splits) * PAGE
     queries, block = max(16, triton.next_power_of_2(heads // groups)), max(16, triton.next_power_of_2(size))
     sums, highest, total = out_NE, out_NE, out_NE
     if splits > 1:
         sums = torch.empty(splits, rows, heads, size, dtype=torch.float32, device=q_NHK.device)
         highest, total = torch.empty_like(sums[..., 0]), torch.empty_like(sums[..., 0])
     _attend[(rows, groups, splits)](
-        *(q_NHK, keys, values, table, slot_N, position_N, sums, highest, total, scale, heads, groups, table.shape[1]),
-        *(split, size, PAGE, heads // groups, splits > 1, queries, block),
+        *(q_NHK, *places, sums, highest, total, scale, heads, groups, width, split),
+        *(size, PAGE, heads // groups, splits > 1, queries, block),
     )
     if splits > 1:
         _join_splits[(rows, heads)](

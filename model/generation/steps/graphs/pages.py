@@ -3,8 +3,10 @@
 Each slot has a row of the page table, which kernels read on the device. Slots with a common prefix share its whole
 pages; a slot that writes to a shared page gets a copy of it first.
 
-Shapes: P pages, G key/value heads, K head dimension.
+Shapes: N rows of a pass, P pages, G key/value heads, K head dimension.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +16,19 @@ from model.errors import PipelineError
 
 PAGE = 64
 """Tokens of a page, which attention reads at once."""
+
+
+class Places(NamedTuple):
+    """Where a layer's keys and values are, (P, G, PAGE, K), and where those of rows belong among them.
+
+    table: pages of each slot. slot_N, position_N: of each row, int32.
+    """
+
+    keys: Tensor
+    values: Tensor
+    table: Tensor
+    slot_N: Tensor
+    position_N: Tensor
 
 
 class PagedCache:

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.generation.steps.draw import Draw, draw_token
-from model.generation.steps.graphs.pages import PAGE
+from model.generation.steps.graphs.pages import PAGE, Places
+from model.modeling_rex import rotate
 
 
 def norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -29,39 +30,28 @@ def add_norm(
 
 def rotate_store(
     qkv_NE: Tensor,
-    cos_SJ: Tensor,
-    sin_SJ: Tensor,
+    rotary: tuple[Tensor, Tensor],
     qk_weights: tuple[Tensor, Tensor] | None,
     eps: float,
-    keys: Tensor,
-    values: Tensor,
-    table: Tensor,
-    slot_N: Tensor,
-    position_N: Tensor,
+    places: Places,
 ) -> Tensor:
     """See `kernels.rotate_store`."""
+    keys, values, table, slot_N, position_N = places
     groups, size = keys.shape[1], keys.shape[3]
     heads = qkv_NE.shape[1] // size - 2 * groups
     q_NHK, k_NGK, v_NGK = qkv_NE.float().unflatten(1, (-1, size)).split([heads, groups, groups], dim=1)
     if qk_weights is not None:
         q_NHK, k_NGK = norm(q_NHK, qk_weights[0], eps), norm(k_NGK, qk_weights[1], eps)
-    cos, sin = cos_SJ[position_N][:, None], sin_SJ[position_N][:, None]
+    cos, sin = (part_SJ[position_N][:, None] for part_SJ in rotary)
     page_N, place_N = table[slot_N, position_N // PAGE], position_N % PAGE
-    keys[page_N, :, place_N] = _rotated(k_NGK, cos, sin).to(keys.dtype)
+    keys[page_N, :, place_N] = rotate(k_NGK, cos, sin).to(keys.dtype)
     values[page_N, :, place_N] = v_NGK.to(values.dtype)
-    return _rotated(q_NHK, cos, sin).to(qkv_NE.dtype)
+    return rotate(q_NHK, cos, sin).to(qkv_NE.dtype)
 
 
-def _rotated(x_NHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = cos.shape[-1]
-    a, b, rest = x_NHK.tensor_split((half, 2 * half), dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
-
-
-def attention(
-    q_NHK: Tensor, keys: Tensor, values: Tensor, table: Tensor, slot_N: Tensor, position_N: Tensor, scale: float
-) -> Tensor:
+def attention(q_NHK: Tensor, places: Places, scale: float) -> Tensor:
     """See `kernels.attention`."""
+    keys, values, table, slot_N, position_N = places
     longest = int(position_N.max()) + 1
     pages_NP = table[slot_N, : -(-longest // PAGE)]
     is_read_NS = torch.arange(longest, device=q_NHK.device) <= position_N[:, None]

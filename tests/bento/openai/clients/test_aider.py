@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         not PYTHON,
-        reason="no aider: AIDER_PYTHON names no Python that has aider-chat, which needs a separate environment",
+        reason="no aider: set AIDER_PYTHON to the Python of an environment that has aider-chat",
     ),
 ]
 BEFORE, AFTER = "def add(a, b):\n    return a - b\n", "def add(a, b):\n    return a + b\n"

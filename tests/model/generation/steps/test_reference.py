@@ -8,7 +8,7 @@ from model.generation.steps.reference import ReferenceStep
 from model.generation.steps.step import Segment
 from model.weights import int8
 from model.weights.packed import PackedLinear, PackedRMSNorm, pack
-from tests.support.tiny import ROTATIONS, tiny_model, tiny_tokenizer
+from tests.support.tiny import SHAPES, tiny_model, tiny_tokenizer
 
 TEXTS = [np.arange(start, start + 60) % 270 + 2 for start in (3, 70, 140, 210)]
 
@@ -22,19 +22,7 @@ def alone(model, ids: np.ndarray) -> torch.Tensor:
         return model(torch.from_numpy(ids)[None], use_cache=False).logits[0].float()
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {},
-        {"post_norm": False},
-        {"post_norm": False, "qk_norm": True},
-        {"num_key_value_heads": 4},
-        {"num_key_value_heads": 1},
-        {"tie_word_embeddings": True},
-        *ROTATIONS,
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_segments_in_any_company_equal_the_whole_text_alone(shape):
     model = tiny_model(tiny_tokenizer(), **shape)
     step, done = make(model), [0, 0, 0, 0]

@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.skipif(not find_spec("triton"), reason="no Triton: `make triton` installs it"),
 ]
 
-NUMBERS = Path(__file__).with_name("interpreted_kernels.py")
+NUMBERS = Path(__file__).with_name("numbers_of_kernels.py")
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -27,12 +27,16 @@ SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}
 """Bytes for one program of an A100, an H100 or H200, and an RTX 5090, by compute capability."""
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the interpreter computes instead")
+
+
 @pytest.mark.processes
-def test_kernels_give_the_numbers_of_pytorch_in_the_interpreter():
+@pytest.mark.parametrize("interpreter", ["1", pytest.param("0", marks=needs_gpu)], ids=["interpreted", "compiled"])
+def test_kernels_give_the_numbers_of_pytorch(interpreter):
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", NUMBERS],
         check=False,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env={**os.environ, "TRITON_INTERPRET": interpreter},
         capture_output=True,
         text=True,
     )
@@ -74,7 +78,7 @@ class Compiled:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_kernels_compile_for_gpus_and_fit_them(monkeypatch, tmp_path, capability, dtype):
     from model.generation.steps.graphs import kernels
-    from model.generation.steps.graphs.pages import PAGE
+    from model.generation.steps.graphs.pages import PAGE, Places
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     made: list[tuple[str, Any]] = []
@@ -89,10 +93,11 @@ def test_kernels_compile_for_gpus_and_fit_them(monkeypatch, tmp_path, capability
         kernels.add_norm(x_ND, x_ND, weight_D, weight_D, 1e-6)
         table, at_N = torch.zeros(2, 16, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
         keys = torch.zeros(32, groups, PAGE, head_dim, dtype=dtype)
+        places = Places(keys, keys, table, at_N, at_N)
         cos, qkv_NE = torch.zeros(1024, head_dim // 2), x_ND.new_zeros(rows, size + 2 * groups * head_dim)
         for weights in (None, (weight_D, weight_D)):
-            q_NHK = kernels.rotate_store(qkv_NE, cos, cos, weights, 1e-6, keys, keys, table, at_N, at_N)
-        kernels.attention(q_NHK, keys, keys, table, at_N, at_N, 0.1)
+            q_NHK = kernels.rotate_store(qkv_NE, (cos, cos), weights, 1e-6, places)
+        kernels.attention(q_NHK, places, 0.1)
         kernels.silu_times(x_ND.new_zeros(rows, 2 * intermediate_size))
         weight_OI = torch.zeros(intermediate_size, size, dtype=torch.int8)
         kernels.int8_product(x_ND, weight_OI, torch.zeros(intermediate_size))

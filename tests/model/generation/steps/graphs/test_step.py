@@ -23,7 +23,7 @@ from model.generation.steps.step import Segment
 from model.weights import int4, int8
 from tests.model.generation.engines import GREEDY, reference, start, tokens
 from tests.support.graphs import GraphStepOnCPU, use_graphs_on_cpu
-from tests.support.tiny import ROTATIONS, tiny_model, tiny_tokenizer
+from tests.support.tiny import SHAPES, tiny_model, tiny_tokenizer
 
 TEXTS = [np.arange(start, start + 60) % 270 + 2 for start in (3, 70, 140, 210)]
 
@@ -44,19 +44,7 @@ def passes(monkeypatch) -> list[int]:
     return launched
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {},
-        {"post_norm": False},
-        {"post_norm": False, "qk_norm": True},
-        {"num_key_value_heads": 4},
-        {"num_key_value_heads": 1},
-        {"tie_word_embeddings": True},
-        *ROTATIONS,
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", ["float32", "int8", "int4"])
 def test_segments_in_any_company_equal_the_whole_text_alone(shape, kind):
     if kind == "int4":
@@ -279,6 +267,27 @@ def test_a_wrong_kernel_is_refused_and_the_reference_takes_over(monkeypatch, cap
     engine.stop()
     with pytest.raises(PipelineError, match="is wrong on this machine"):
         Engine(model, tokenizer, step="graphs")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: PyTorch stands for the kernels in the other tests")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_on_a_gpu_the_engine_takes_the_step_and_generates_what_the_reference_does(dtype, is_int8):
+    model = tiny_model(tiny_tokenizer())
+    if is_int8:
+        int8.quantize(model)
+    model = model.to("cuda", dtype)
+    prompts = [[40, 90, 17 + number] for number in range(4)]
+    texts = []
+    for name in ("auto", "reference"):
+        engine = start(model, tiny_tokenizer(), step=name)
+        assert engine.step_name == ("graphs" if name == "auto" else "reference")
+        asked = [engine.submit(GenerationRequest(prompt, 30, GREEDY)) for prompt in prompts]
+        texts.append([tokens(generation) for generation in asked])
+        engine.stop()
+    if dtype == torch.float32:
+        assert texts[0] == texts[1]
+    assert all(len(text) == 30 for text in texts[0])
 
 
 def test_without_a_gpu_the_step_says_so():

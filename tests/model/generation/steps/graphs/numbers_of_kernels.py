@@ -1,7 +1,7 @@
 """Each Triton kernel gives what PyTorch gives.
 
-`test_kernels.py` runs this file in a process with Triton's interpreter, which is chosen before the first import; on a
-machine with a GPU, `pytest` with this file runs the compiled kernels.
+`test_kernels.py` runs this file in a process with Triton's interpreter, which is chosen before the first import, and on
+a machine with a GPU in one that compiles them.
 
 The interpreter multiplies no bfloat16 matrices: float16 stands for it there.
 """
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from model.generation.steps.graphs import kernels, plain
-from model.generation.steps.graphs.pages import PAGE
+from model.generation.steps.graphs.pages import PAGE, Places
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -60,7 +60,7 @@ def test_rotated_keys_go_to_their_pages(dtype, groups, size, rotated, with_norms
     weights = (torch.rand(size).to(dtype), torch.rand(size).to(dtype)) if with_norms else None
     caches = [torch.zeros(2, SLOTS * width, groups, PAGE, size, dtype=dtype) for _ in range(2)]
     queries = [
-        operations.rotate_store(qkv_NE, cos, sin, weights, 1e-6, *cache, table, slot_N, position_N)
+        operations.rotate_store(qkv_NE, (cos, sin), weights, 1e-6, Places(*cache, table, slot_N, position_N))
         for operations, cache in zip((kernels, plain), caches, strict=True)
     ]
     same(*queries)
@@ -80,10 +80,11 @@ def test_attention_reads_a_text_up_to_its_end(monkeypatch, dtype, groups, size, 
         cache[:, page, :, offset + 1 :] = torch.nan
         cache[:, table[slot, position // PAGE + 1 :].long()] = torch.nan
     q_NHK = torch.randn(4, HEADS, size).to(dtype)
-    expected = plain.attention(q_NHK, *cache, table, slot_N, position_N, 0.2)
-    same(kernels.attention(q_NHK, *cache, table, slot_N, position_N, 0.2), expected)
+    places = Places(*cache, table, slot_N, position_N)
+    expected = plain.attention(q_NHK, places, 0.2)
+    same(kernels.attention(q_NHK, places, 0.2), expected)
     monkeypatch.setattr(kernels, "BUSY_PROGRAMS", 1)  # without splits
-    same(kernels.attention(q_NHK, *cache, table, slot_N, position_N, 0.2), expected)
+    same(kernels.attention(q_NHK, places, 0.2), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -9,7 +9,7 @@ drops the body, and answers malformed requests in plain text. This class adds:
 - a client that has closed its sending side (a half-closed connection) still gets its answer;
 - HTTP/1.0 clients get streams without chunks; malformed requests get the service's error object;
 - a client that uses more than its share of the event loop waits until more is read from it
-  (`bento/serving/shares.py`).
+  (`bento/serving/shares.py`), and so does one that sends a request in tiny pieces, whose bytes gather meanwhile.
 
 httptools is kept because h11 costs 6 to 9 microseconds for each streamed chunk against 1.7 (bench/LOG.md). Tested with
 uvicorn 0.54.0 and httptools 0.9.0. The body's deadline is in `upload.py`.
@@ -47,6 +47,9 @@ LINGER_S, MAX_DISCARDED = 1.0, 1_000_000
 resets the connection, and the client may lose the answer."""
 FEED_AT_ONCE = 16
 """Pieces that the parser consumes before the event loop serves other connections."""
+SHORT_READ, MAX_SHORT_READS, GATHER_S = 1024, 8, 0.02
+"""After this many reads of a request that brought fewer bytes than SHORT_READ, seconds for which its bytes gather: each
+read costs a turn of the parser, the event loop and the upload, whether it brings one byte or thousands."""
 HOST = re.compile(rb"(\[[0-9A-Za-z:.%_~-]+\]|[0-9A-Za-z._~%!$&'()*+,;=-]*)(:[0-9]*)?")
 """The syntax of RFC 3986 section 3.2.2; a request for no host has an empty one."""
 WRONG_VERSION = "HTTP/{} is not spoken here: use HTTP/1.1"
@@ -108,7 +111,7 @@ class Http1Protocol(HttpToolsProtocol):
         self._has_upgrade_offer = False
         self._head_bytes = 0
         """Bytes of the head, or since the last byte of a body: of chunk extensions and trailers."""
-        self._chunks = self._discarded = 0
+        self._chunks = self._discarded = self._short_reads = 0
         self._began = self._completed_at = 0.0
         self._deadline: asyncio.TimerHandle | None = None
         self._later: asyncio.TimerHandle | None = None
@@ -151,6 +154,9 @@ class Http1Protocol(HttpToolsProtocol):
         if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
             self._start_deadline()
         self._received += data
+        self._short_reads += len(data) < SHORT_READ
+        if self._is_in_message and self._short_reads > MAX_SHORT_READS and not self._later:
+            self._wait(GATHER_S)
         self._feed()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
@@ -380,6 +386,7 @@ class Http1Protocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """Parser: the body is complete."""
         self._is_in_message = False
+        self._short_reads = 0
         self._completed_at = self.loop.time()
         if self._has_upgrade_offer or self.cycle is None:
             return

@@ -108,7 +108,7 @@ class Format(ABC):
         has_usage: bool,
         has_running_usage: bool,
     ) -> None:
-        self.shown, self.names = shown, TokenNames(engine)
+        self.shown, self.names = shown, TokenNames.of(engine)
         self._prompts, self._n = prompts, n
         self._has_usage, self._has_running_usage = has_usage, has_running_usage
         self._choices = [Choice(prompt, shown, engine) for prompt in prompts for _ in range(n)]

@@ -9,8 +9,10 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakKeyDictionary
 
+from bento.serving.heavy import rest
 from model.generation.requests import TextPiece, TokenLogprob
 
 if TYPE_CHECKING:
@@ -20,17 +22,32 @@ LOWEST = -9999.0
 """Represents minus infinity, which JSON cannot represent."""
 
 
-class TokenNames:
-    r"""A token's name: its text, `bytes:\xe2\x80` for incomplete characters, `<|name|>` for a token without text."""
+class TokenNames(dict[int, str]):
+    r"""A token's name: its text, `bytes:\xe2\x80` for incomplete characters, `<|name|>` for a token without text.
+
+    Names are made when they are first looked up: an answer with log-probabilities has thousands.
+    """
+
+    _of_engines: ClassVar[WeakKeyDictionary["Engine", "TokenNames"]] = WeakKeyDictionary()
 
     def __init__(self, engine: "Engine") -> None:
+        super().__init__()
         self._token_bytes, self._tokenizer = engine.token_bytes, engine.tokenizer
+
+    @classmethod
+    def of(cls, engine: "Engine") -> "TokenNames":
+        """The names of an engine's tokens, shared by its requests."""
+        return cls._of_engines.setdefault(engine, cls(engine))
 
     def data(self, token_id: int) -> bytes:
         """The bytes of a token's text; empty for special tokens and ids that pad the vocabulary."""
         return self._token_bytes[token_id]
 
-    def __getitem__(self, token_id: int) -> str:
+    def __missing__(self, token_id: int) -> str:
+        name = self[token_id] = self._name(token_id)
+        return name
+
+    def _name(self, token_id: int) -> str:
         data = self.data(token_id)
         if not data:
             return str(self._tokenizer.convert_ids_to_tokens(token_id) or f"<|{token_id}|>")
@@ -106,13 +123,17 @@ def prompt_logprobs(scores: Sequence[TokenLogprob | None], names: TokenNames) ->
     """A prompt's log-probabilities: by token id, the token and the most likely ones, in vLLM's format."""
     shown: list[dict[str, Any] | None] = []
     for score in scores:
+        rest()
         if score is None:
             shown.append(None)
             continue
-        place: dict[str, Any] = {}
-        ranked = [(token, logprob, rank) for rank, (token, logprob) in enumerate(score.top, start=1)]
-        for token, logprob, rank in [*ranked, (score.token_id, score.logprob, None)]:
-            place.setdefault(str(token), {"logprob": _finite(logprob), "rank": rank, "decoded_token": names[token]})
+        ids, logprobs = _ranked(score)
+        place: dict[str, Any] = {
+            str(token): {"logprob": logprob, "rank": rank, "decoded_token": names[token]}
+            for rank, (token, logprob) in enumerate(zip(ids, logprobs, strict=True), start=1)
+        }
+        own = {"logprob": _finite(score.logprob), "rank": None, "decoded_token": names[score.token_id]}
+        place.setdefault(str(score.token_id), own)
         shown.append(place)
     return shown
 
@@ -131,23 +152,35 @@ def chat_logprobs(tokens: Sequence[PositionedToken], names: TokenNames) -> dict[
     """The format of /v1/chat/completions."""
     content = []
     for token in tokens:
+        rest()
         if token.score is not None:
-            top = [_chat_token(names, token_id, logprob) for token_id, logprob in token.score.top]
-            content.append({**_chat_token(names, token.token_id, token.score.logprob), "top_logprobs": top})
+            top = [_chat_token(names, *one) for one in zip(*_ranked(token.score), strict=True)]
+            content.append({**_chat_token(names, token.token_id, _finite(token.score.logprob)), "top_logprobs": top})
     return {"content": content, "refusal": None}
 
 
 def _chat_token(names: TokenNames, token_id: int, logprob: float) -> dict[str, Any]:
     data = names.data(token_id)
-    return {"token": names[token_id], "logprob": _finite(logprob), "bytes": list(data) if data else None}
+    return {"token": names[token_id], "logprob": logprob, "bytes": list(data) if data else None}
 
 
 def _legacy_top(score: TokenLogprob, names: TokenNames) -> dict[str, float]:
-    top: dict[str, float] = {}
-    # The token itself is always among them. Two ids can have one name: the first, more likely one stays.
-    for token_id, logprob in (*score.top, (score.token_id, score.logprob)):
-        top.setdefault(names[token_id], _finite(logprob))
+    rest()
+    ids, logprobs = _ranked(score)
+    top = dict(zip(map(names.__getitem__, ids), logprobs, strict=True))
+    if len(top) < len(ids):  # two ids can have one name: the first, more likely one stays
+        top = {}
+        for token_id, logprob in zip(ids, logprobs, strict=True):
+            top.setdefault(names[token_id], logprob)
+    top.setdefault(names[score.token_id], _finite(score.logprob))  # the token itself is always among them
     return top
+
+
+def _ranked(score: TokenLogprob) -> tuple[list[int], list[float]]:
+    """The most likely tokens and their log-probabilities. Raises ValueError as `_finite`."""
+    ids, logprobs = score.ranked
+    # All are at most 0: a sum above the lowest has none below it, and no NaN.
+    return ids, logprobs if sum(logprobs) > LOWEST else [_finite(logprob) for logprob in logprobs]
 
 
 def _finite(logprob: float) -> float:

@@ -2,11 +2,13 @@
 
 One thread runs one task at a time, alternating among clients. After a task that held the GIL the thread pauses for
 three times as long, so that such work takes at most a quarter of the time of event loop and engine, regardless of the
-load. Short tasks run in the calling thread, because waking a thread would cost more.
+load; long tasks also pause in between, where they call `rest`. Short tasks run in the calling thread, because waking a
+thread would cost more.
 """
 
 import asyncio
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +25,33 @@ PARTS_DEPTH = 5
 """Nesting levels at which an answer is split for encoding: down to each token of a text."""
 PAUSE = 3.0
 MAX_PAUSE_S = 0.2
+AT_ONCE_S, STRETCH_S, MAX_REST_S = 0.005, 0.002, 0.02
+"""How long a task runs before its first rest and between two rests, and the longest rest."""
 SWITCH_S = 0.0005
 """How long a thread waits for the GIL while such work holds it; Python's default is 5 ms. Event loop and engine need it
 a dozen times for a token."""
+
+
+class _Clock(threading.local):
+    """The running task's times. since: the end of its last rest; None outside such a task."""
+
+    since: float | None = None
+    until = rested_s = 0.0
+
+
+_CLOCK = _Clock()
+
+
+def rest() -> None:
+    """Let others run, if this is a task that has run for a while. Work that takes long calls it every few microseconds:
+    for a tenth of a second of it, another client would wait for each of its tokens a few times as long.
+    """
+    if _CLOCK.since is None or (now := time.monotonic()) < _CLOCK.until:
+        return
+    time.sleep(min(PAUSE * (now - _CLOCK.since), MAX_REST_S))
+    _CLOCK.since = time.monotonic()
+    _CLOCK.until = _CLOCK.since + STRETCH_S
+    _CLOCK.rested_s += _CLOCK.since - now
 
 
 class HeavyWork:
@@ -33,7 +59,7 @@ class HeavyWork:
 
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
-        self._free_at = 0.0
+        self._free_at = self._pause_s = self._worked_s = 0.0
         # One long-lived thread: glibc keeps an arena for each thread, as large as its largest task.
         self._thread = ThreadPoolExecutor(1, "heavy-work")
 
@@ -43,16 +69,29 @@ class HeavyWork:
             pause_s = self._free_at - time.monotonic()
             if pause_s > 0:
                 await asyncio.sleep(pause_s)
-            started, before = time.monotonic(), sys.getswitchinterval()
+            self._pause_s = self._worked_s = 0.0
+            before = sys.getswitchinterval()
             sys.setswitchinterval(SWITCH_S)
             try:
-                return await asyncio.get_running_loop().run_in_executor(self._thread, partial(work, *arguments))
+                task = partial(self._timed, partial(work, *arguments), holds_lock)
+                return await asyncio.get_running_loop().run_in_executor(self._thread, task)
             finally:
                 sys.setswitchinterval(before)
-                now = time.monotonic()
-                self._free_at = now + (min(PAUSE * (now - started), MAX_PAUSE_S) if holds_lock else 0.0)
+                self._free_at = time.monotonic() + self._pause_s
                 if charge := CHARGE.get():
-                    charge(now - started)
+                    charge(self._worked_s)
+
+    def _timed(self, work: Callable[[], T], holds_lock: bool) -> T:
+        """In the thread: run a task and note how long it worked, and for how long to pause after it."""
+        _CLOCK.since = started = time.monotonic()
+        _CLOCK.until, _CLOCK.rested_s = started + AT_ONCE_S, 0.0
+        try:
+            return work()
+        finally:
+            now = time.monotonic()
+            self._worked_s = now - started - _CLOCK.rested_s
+            self._pause_s = min(PAUSE * (now - _CLOCK.since), MAX_PAUSE_S) if holds_lock else 0.0
+            _CLOCK.since = None
 
 
 async def json_response(heavy: HeavyWork, content: Callable[[], Any], *, is_short: bool) -> Response:
@@ -85,6 +124,7 @@ def _parts(value: Any, depth: int) -> Iterator[bytes]:
         yield b"}"
     elif depth and isinstance(value, list) and not {dict, list}.isdisjoint(map(type, value)):
         for number in range(len(value)):
+            rest()
             yield b"," if number else b"["
             yield from _parts(value[number], depth - 1)
             value[number] = None

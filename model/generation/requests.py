@@ -6,6 +6,7 @@ Imports no torch, so that a server can build its routes before it loads a model.
 import math
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -173,8 +174,12 @@ class TokenLogprob:
     @property
     def top(self) -> tuple[tuple[int, float], ...]:
         """The most likely tokens at this position with their log-probabilities, in descending order."""
-        ids, logprobs = np.frombuffer(self.top_ids, np.int32), np.frombuffer(self.top_logprobs, np.float32)
-        return tuple(zip(ids.tolist(), logprobs.tolist(), strict=True))
+        return tuple(zip(*self.ranked, strict=True))
+
+    @property
+    def ranked(self) -> tuple[list[int], list[float]]:
+        """The most likely tokens, and their log-probabilities."""
+        return array("i", self.top_ids).tolist(), array("f", self.top_logprobs).tolist()
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 Each request has its own random generator and draws one number per token, so a seed gives the same text regardless of
 other requests. `steps/draw.py` samples by that number.
 
-Shapes: V vocabulary.
+Shapes: R rows, V vocabulary, K most likely tokens.
 """
 
 import random
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -114,6 +115,30 @@ class Sampler:
             self._uniforms.popleft()
 
 
+@dataclass(frozen=True, slots=True)
+class ScoredRow:
+    """Log-probabilities after one position, float32, shape (V,), and the most likely tokens as in `TokenLogprob`."""
+
+    logprobs_V: npt.NDArray[np.float32]
+    top_ids: bytes
+    top_logprobs: bytes
+
+    def of(self, token: int) -> TokenLogprob:
+        """The log-probability of a token that follows."""
+        return TokenLogprob(token, float(self.logprobs_V[token]), self.top_ids, self.top_logprobs)
+
+
+def score_rows(rows_V: Sequence[Tensor], top: int) -> list[ScoredRow]:
+    """The log-probabilities of float32 logits, each of shape (V,), computed together: for a row alone, the calls would
+    take longer than the work. top: number of most likely tokens.
+    """
+    found: list[ScoredRow] = []
+    for start in range(0, len(rows_V), _SCORED_ROWS):
+        part_RV = torch.stack(list(rows_V[start : start + _SCORED_ROWS])).log_softmax(dim=-1)
+        found += map(ScoredRow, part_RV.cpu().numpy(), *_most_likely(part_RV, top))
+    return found
+
+
 def token_logprobs(logits_RV: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
     """Log-probability of one token per row of float32 logits (R, V), with the `top` most likely alternatives."""
     found: list[TokenLogprob] = []
@@ -122,10 +147,12 @@ def token_logprobs(logits_RV: Tensor, tokens: Sequence[int], top: int) -> list[T
         part_RV = logits_RV[start : start + _SCORED_ROWS].log_softmax(dim=-1)
         part = tokens[start : start + _SCORED_ROWS]
         chosen = part_RV.gather(1, torch.tensor(part, device=part_RV.device)[:, None])[:, 0].tolist()
-        best, ids = torch.topk(part_RV, min(top, part_RV.shape[1]))
-        ranked = zip(ids.int().cpu().numpy(), best.cpu().numpy(), strict=True)
-        found += (
-            TokenLogprob(token, logprob, row_ids.tobytes(), row.tobytes())
-            for token, logprob, (row_ids, row) in zip(part, chosen, ranked, strict=True)
-        )
+        found += map(TokenLogprob, part, chosen, *_most_likely(part_RV, top))
     return found
+
+
+def _most_likely(logprobs_RV: Tensor, top: int) -> tuple[list[bytes], list[bytes]]:
+    """Ids and log-probabilities of each row's most likely tokens, as in `TokenLogprob`."""
+    best_RK, ids_RK = torch.topk(logprobs_RV, min(top, logprobs_RV.shape[1]))
+    ids, best = ids_RK.int().cpu().numpy(), best_RK.cpu().numpy()
+    return [row.tobytes() for row in ids], [row.tobytes() for row in best]

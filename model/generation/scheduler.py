@@ -31,9 +31,8 @@ from model.generation.requests import (
     PromptScores,
     Refusal,
     TextPiece,
-    TokenLogprob,
 )
-from model.generation.sampler import Sampler, token_logprobs
+from model.generation.sampler import Sampler, score_rows, token_logprobs
 from model.generation.sequence import Sequence
 from model.generation.steps.slots import MIN_REUSED_TOKENS, SlotTable
 from model.generation.steps.step import Segment, SegmentOutput, Step
@@ -136,6 +135,7 @@ class Scheduler:
             return True
         for sequence, segment in batch:
             self._advance(sequence, segment)
+        self._score_rows(batch, outputs)
         for (sequence, segment), output in zip(batch, outputs, strict=True):
             self._process(sequence, segment, output)
         return True
@@ -320,7 +320,20 @@ class Scheduler:
                 self.probe()
             else:
                 self._advance(sequence, segment)
+                self._score_rows([(sequence, segment)], [output])
                 self._process(sequence, segment, output)
+
+    def _score_rows(self, batch: Batch, outputs: collections.abc.Sequence[SegmentOutput]) -> None:
+        """Compute the log-probabilities of the next tokens for which they are requested."""
+        of_top: dict[int, list[tuple[Sequence, Tensor]]] = {}
+        for (sequence, segment), output in zip(batch, outputs, strict=True):
+            top = sequence.request.logprobs
+            if top is not None and segment.logits in ("last", "all") and not sequence.is_prefilling:
+                of_top.setdefault(top, []).append((sequence, output.logits_RV[-1]))
+        for top, found in of_top.items():
+            sequences, rows_V = zip(*found, strict=True)
+            for sequence, row in zip(sequences, score_rows(rows_V, top), strict=True):
+                sequence.scored_row = row
 
     def _process(self, sequence: Sequence, segment: Segment, output: SegmentOutput) -> None:
         """Score the prompt and sample the next token; an error ends only this request."""
@@ -398,9 +411,7 @@ class Scheduler:
         if ends and not (request.include_stop and self._token_bytes[token]):
             self._end_text(sequence, "stop", stopped_by=None if is_end else token)
             return
-        logprobs: tuple[TokenLogprob, ...] = ()
-        if request.logprobs is not None:
-            logprobs = tuple(token_logprobs(output.logits_RV[-1:], [token], request.logprobs))
+        logprobs = () if sequence.scored_row is None else (sequence.scored_row.of(token),)
         may_stop = generation.generated_tokens >= request.min_tokens
         text, stop = sequence.text.push(token, may_stop=may_stop)
         generation.emit(TextPiece(text, (token,), logprobs))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from model.generation.constraints import Constraint
 from model.generation.requests import Generation, TokenLogprob
-from model.generation.sampler import Sampler
+from model.generation.sampler import Sampler, ScoredRow
 from model.generation.speculation import Proposer, proposal_length
 from model.generation.steps.step import Segment, Wanted
 from model.generation.stopping import GeneratedText
@@ -48,6 +48,8 @@ class Sequence:
         self.hidden_sum_D: Tensor | None = None
         """Sum of the hidden states of the prompt's computed tokens, float64, shape (D,)."""
         self.prompt_scores: list[TokenLogprob | None] = [None]
+        self.scored_row: ScoredRow | None = None
+        """Log-probabilities of the next token, if they are requested."""
         self.text = GeneratedText(request, token_bytes)
 
     @property

@@ -97,7 +97,7 @@ def token_routes(backend_of: BackendOf) -> APIRouter:
         engine = backend.engine
 
         def content() -> dict[str, Any]:
-            names = TokenNames(engine)
+            names = TokenNames.of(engine)
             shown = {"token_strs": [names[token] for token in ids]} if body.return_token_strs else {}
             return {"count": len(ids), "max_model_len": engine.context_length, "tokens": ids, **shown}
 

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
-from bento.http.protocol import ConnectionLimits
+from bento.http.protocol import ConnectionLimits, Http1Protocol
 from tests.bento.conftest import make_service
 from tests.bento.http.wire import BODY, LONG, ask, connection, error, host_and_port, post, read_all, read_answer
 from tests.bento.openai_service import MAX_BODY_BYTES, Service, on_a_port, running_service
@@ -35,6 +35,28 @@ def test_a_half_closed_client_gets_its_answer(address):
             received = read_all(made)
         assert received.startswith(b"HTTP/1.1 200 OK")
         assert b"length" in received
+
+
+def test_the_bytes_of_a_request_in_tiny_pieces_gather_before_they_are_parsed(address, monkeypatch):
+    pieces: list[int] = []
+    parse = Http1Protocol._parse
+
+    def noting(self: Http1Protocol, piece: bytes) -> None:
+        pieces.append(len(piece))
+        parse(self, piece)
+
+    monkeypatch.setattr(Http1Protocol, "_parse", noting)
+    request = post(BODY)
+    with connection(address) as made:
+        for _ in range(2):  # on one connection
+            pieces.clear()
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for place in range(len(request)):
+                made.sendall(request[place : place + 1])
+                time.sleep(0.0005)
+            assert read_answer(made)[0] == 200
+            assert sum(pieces) == len(request)
+            assert len(pieces) < len(request) / 3
 
 
 @pytest.mark.parametrize("how", ["closed", "reset"])

@@ -11,7 +11,7 @@ import pytest
 
 from bento.errors import ApiError
 from bento.http.body import MAX_DEPTH, MAX_NAMES, MAX_VALUES, check_cost, parse
-from bento.serving.heavy import HeavyWork, encode_in_parts
+from bento.serving.heavy import HeavyWork, encode_in_parts, rest
 from tests.bento.openai_service import refusal, running_service
 
 COSTLY = {
@@ -94,6 +94,23 @@ def test_a_failure_of_heavy_work_is_the_callers_and_the_next_piece_runs():
         return await heavy.run(bytes, 3)
 
     assert asyncio.run(play()) == bytes(3)
+
+
+def test_long_work_rests_for_longer_than_it_works_and_other_threads_never_do(monkeypatch):
+    def work(seconds: float) -> tuple[float, float]:
+        """Seconds that it took, and those of them that it computed."""
+        began, computed = time.monotonic(), time.thread_time()
+        while time.thread_time() - computed < seconds:
+            rest()
+        return time.monotonic() - began, time.thread_time() - computed
+
+    async def play() -> tuple[float, float]:
+        return await HeavyWork().run(work, 0.1)
+
+    took_s, computed_s = asyncio.run(play())
+    assert took_s > 2 * computed_s
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it slept"))
+    work(0.02)
 
 
 def test_many_short_texts_are_tokenized_off_the_event_loop_and_keep_their_order():

@@ -16,7 +16,7 @@ from transformers import (
 
 from model.errors import PipelineError
 from model.generation.requests import SamplingParameters
-from model.generation.sampler import Sampler, token_logprobs
+from model.generation.sampler import Sampler, score_rows, token_logprobs
 from model.generation.steps.draw import candidates
 
 V = 50
@@ -116,6 +116,13 @@ def test_log_probabilities_name_the_token_and_the_most_likely_ones():
         assert score.token_id == token and score.logprob == pytest.approx(row[token].item())
         assert [i for i, _ in score.top] == row.argsort(descending=True)[:3].tolist()
     assert [score.top for score in token_logprobs(rows_RV, [4, 9], 0)] == [(), ()]
+
+
+def test_rows_that_are_scored_together_have_the_bits_of_each_alone():
+    rows_V = [logits(number) for number in range(40)]
+    together = [row.of(7) for row in score_rows(rows_V, 3)]
+    assert together == [score_rows([row_V], 3)[0].of(7) for row_V in rows_V]
+    assert together == token_logprobs(torch.stack(rows_V), [7] * 40, 3)
 
 
 def test_temperature_zero_takes_the_most_likely_token():

@@ -154,7 +154,7 @@ def check_cost(body: bytes) -> int:
     """Limit the values in a body before it is parsed, and the names in a long one. Raises ApiError 400."""
     if len(body) <= MAX_NAMES:
         return 0
-    plain = body.replace(rb"\\", b"").replace(rb'\"', b"")  # a quote begins or ends a string now
+    plain = body.replace(rb"\\", b"").replace(rb"\"", b"")  # a quote begins or ends a string now
     if plain.count(b'"') > 2 * MAX_VALUES:
         raise _too_many("values", MAX_VALUES)
     start = values = names = inner = 0

@@ -2,11 +2,12 @@
 
 One thread runs one task at a time, alternating among clients. After a task that held the GIL the thread pauses for
 three times as long, so that such work takes at most a quarter of the time of event loop and engine, regardless of the
-load; long tasks also pause in between, where they call `rest`. Short tasks run in the calling thread, because waking a
-thread would cost more.
+load; long tasks also pause in between, where they call `rest`. A task that releases the GIL takes a core instead: its
+thread has a low priority. Short tasks run in the calling thread, because waking a thread would cost more.
 """
 
 import asyncio
+import os
 import sys
 import threading
 import time
@@ -27,6 +28,9 @@ PAUSE = 3.0
 MAX_PAUSE_S = 0.2
 AT_ONCE_S, STRETCH_S, MAX_REST_S = 0.005, 0.002, 0.02
 """How long a task runs before its first rest and between two rests, and the longest rest."""
+NICE = 10
+"""Added to the priority value of the thread whose work does not hold the GIL: the engine's threads have ten times its
+share of the cores. A thread that holds the GIL must not wait for them, as they would wait for it."""
 SWITCH_S = 0.0005
 """How long a thread waits for the GIL while such work holds it; Python's default is 5 ms. Event loop and engine need it
 a dozen times for a token."""
@@ -60,8 +64,9 @@ class HeavyWork:
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
         self._free_at = self._pause_s = self._worked_s = 0.0
-        # One long-lived thread: glibc keeps an arena for each thread, as large as its largest task.
+        # Long-lived threads: glibc keeps an arena for each thread, as large as its largest task.
         self._thread = ThreadPoolExecutor(1, "heavy-work")
+        self._thread_without_lock = ThreadPoolExecutor(1, "heavy-work-aside", initializer=_lower_priority)
 
     async def run(self, work: Callable[..., T], *arguments: Any, holds_lock: bool = True) -> T:
         """The result of `work(*arguments)`. holds_lock: whether it holds the GIL; Rust and zlib release it."""
@@ -74,7 +79,8 @@ class HeavyWork:
             sys.setswitchinterval(SWITCH_S)
             try:
                 task = partial(self._timed, partial(work, *arguments), holds_lock)
-                return await asyncio.get_running_loop().run_in_executor(self._thread, task)
+                thread = self._thread if holds_lock else self._thread_without_lock
+                return await asyncio.get_running_loop().run_in_executor(thread, task)
             finally:
                 sys.setswitchinterval(before)
                 self._free_at = time.monotonic() + self._pause_s
@@ -92,6 +98,13 @@ class HeavyWork:
             self._worked_s = now - started - _CLOCK.rested_s
             self._pause_s = min(PAUSE * (now - _CLOCK.since), MAX_PAUSE_S) if holds_lock else 0.0
             _CLOCK.since = None
+
+
+def _lower_priority() -> None:
+    """Of this thread; where the system has priorities of processes only, nothing."""
+    if sys.platform == "linux":
+        thread = os.PRIO_PROCESS, threading.get_native_id()
+        os.setpriority(*thread, max(os.getpriority(*thread), NICE))
 
 
 async def json_response(heavy: HeavyWork, content: Callable[[], Any], *, is_short: bool) -> Response:

@@ -3,6 +3,8 @@
 import asyncio
 import copy
 import json
+import os
+import sys
 import threading
 import time
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 
 from bento.errors import ApiError
 from bento.http.body import MAX_DEPTH, MAX_NAMES, MAX_VALUES, check_cost, parse
-from bento.serving.heavy import HeavyWork, encode_in_parts, rest
+from bento.serving.heavy import NICE, HeavyWork, encode_in_parts, rest
 from tests.bento.openai_service import refusal, running_service
 
 COSTLY = {
@@ -84,6 +86,19 @@ def test_heavy_work_runs_one_piece_at_a_time_beside_the_event_loop():
 
     assert asyncio.run(play()) == list(range(8))
     assert most == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
+def test_only_work_that_releases_the_lock_has_a_low_priority():
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    async def play() -> list[int]:
+        heavy = HeavyWork()
+        return [await heavy.run(priority), await heavy.run(priority, holds_lock=False), await heavy.run(priority)]
+
+    own = priority()
+    assert asyncio.run(play()) == [own, max(own, NICE), own]
 
 
 def test_a_failure_of_heavy_work_is_the_callers_and_the_next_piece_runs():

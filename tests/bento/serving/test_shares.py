@@ -170,6 +170,20 @@ def test_heavy_work_is_charged_to_the_client_whose_request_it_is() -> None:
     assert sum(charged) >= 0.05
 
 
+def test_heavy_work_is_charged_to_a_client_that_leaves_meanwhile() -> None:
+    charged: list[float] = []
+
+    async def main() -> None:
+        task = asyncio.create_task(_run(HeavyWork().run(time.sleep, 0.2), charged))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert sum(charged) >= 0.05
+
+
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
     with running_service() as running:

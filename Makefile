@@ -39,7 +39,7 @@ SHARED = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow test-nightly harness cluster triton evaluation releases coverage vllm export-vllm lint docs screenshots lock bench bench-scale clean
+.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow test-nightly harness cluster triton evaluation releases coverage aider vllm export-vllm lint docs screenshots lock bench bench-scale clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -153,6 +153,14 @@ vllm: setup .venv-vllm/.installed  ## Make the environment of vLLM for DEVICE=cp
 export-vllm: vllm  ## Compare the export of EXPERIMENT in vLLM with its checkpoint
 	$(BIN)/python -m model.export.vllm --python .venv-vllm/bin/python $(foreach asset,exported_model trained_checkpoint tokenized_dataset,"$$($(BIN)/python -m llm_assets.latest $(EXPERIMENT) --asset $(asset))")
 
+aider: setup .venv-aider/.installed  ## Make the environment of aider (PYTHON 3.11 or 3.12), whose program a test then runs: .venv-aider/bin/python
+
+.venv-aider/.installed: | setup
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info < (3, 13) else "error: aider needs Python 3.11 or 3.12: name one with PYTHON=/path/to/python3.12")'
+	$(PYTHON) -m venv .venv-aider
+	$(BIN)/uv pip install --quiet --python .venv-aider/bin/python $(if $(PIP_EXTRA_INDEX_URL),--extra-index-url '$(PIP_EXTRA_INDEX_URL)') aider-chat==0.86.2
+	@touch $@
+
 # vLLM pins its own torch and transformers. The lock is that of an image with vLLM, too.
 .venv-vllm/.installed: bento/vllm-$(DEVICE).txt | setup
 	$(PYTHON) -m venv .venv-vllm
@@ -193,4 +201,4 @@ bench-scale: setup  ## Measure Ray, several training processes, copies of checkp
 	$(BIN)/python -m bench.replicas
 
 clean:  ## Remove the virtual environment and everything that runs wrote
-	rm -rf .venv .venv-vllm var
+	rm -rf .venv .venv-aider .venv-vllm var

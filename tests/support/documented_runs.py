@@ -148,6 +148,7 @@ TABLE: dict[str, Way] = {
     # Other programs and environments.
     r"(ollama|llama-completion|vllm) .*": PROGRAM,
     r"make vllm": GIGABYTES,
+    r"make aider": INDEX,
     r"make export-vllm": TestedBy("tests/model/export/test_vllm.py::test_vllm_runs_the_same_model"),
     r"make setup( .*)?": INDEX,
     r"make lock( .*)?": INDEX,

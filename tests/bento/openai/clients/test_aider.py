@@ -1,7 +1,6 @@
 """aider's real program edits a file with the service's answer, and knows a conversation that is too long.
 
-It pins a hundred packages in other releases than this project's, so it has a separate environment, whose Python
-the variable AIDER_PYTHON names: `python -m venv DIR && DIR/bin/pip install aider-chat`.
+It pins a hundred packages in other releases than this project's, so it has a separate environment: `make aider`.
 """
 
 import json
@@ -12,15 +11,14 @@ from pathlib import Path
 import pytest
 
 from tests.bento.openai_service import CHAT_TEMPLATE, MODEL, on_a_port, running_service
+from tests.e2e.workplace import REPO
 
-PYTHON = os.environ.get("AIDER_PYTHON", "")
+PYTHON = REPO / ".venv-aider/bin/python"
 pytestmark = [
     pytest.mark.processes,
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not PYTHON,
-        reason="no aider: set AIDER_PYTHON to the Python of an environment that has aider-chat",
-    ),
+    pytest.mark.nightly,
+    pytest.mark.skipif(not PYTHON.exists(), reason="aider's environment is not there: make aider"),
 ]
 BEFORE, AFTER = "def add(a, b):\n    return a - b\n", "def add(a, b):\n    return a + b\n"
 FILE = "calc.py"
@@ -38,7 +36,7 @@ def run_aider(folder: Path, url: str, *options: str) -> str:
     settings = folder / "settings.yml"
     settings.write_text(json.dumps([{"name": f"openai/{MODEL}", "edit_format": "whole", "extra_params": forced}]))
     (folder / FILE).write_text(BEFORE)
-    command = [Path(PYTHON).absolute(), "-m", "aider", "--model", f"openai/{MODEL}", "--model-settings-file", settings]
+    command = [PYTHON, "-m", "aider", "--model", f"openai/{MODEL}", "--model-settings-file", settings]
     command += ["--no-git", "--yes-always", "--no-analytics", "--no-check-update", "--no-show-release-notes"]
     command += [
         "--no-show-model-warnings",

@@ -26,10 +26,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from llm_assets.experiments import optuna_sweeper  # noqa: F401 - registers `hydra/sweeper=optuna`
-from llm_assets.experiments.compose import COMPOSING_ERRORS, CONFIG_DIR, compose, one_line
+from llm_assets.experiments.compose import COMPOSING_ERRORS, CONFIG_DIR, one_line
 from llm_assets.instance.dagster_home import check_dagster_home
 from llm_assets.resources.provenance import POINT_TAG
-from llm_assets.terminal.execute import DEFINITIONS, PIPELINE, execute_job, print_planned
+from llm_assets.terminal.execute import DEFINITIONS, PIPELINE, check_settings, execute_job, print_planned
 from llm_assets.terminal.points import Sweep
 from model.errors import PipelineError, ends_in_one_line
 
@@ -53,7 +53,7 @@ def run_point(job: Job, sweep: Sweep | None) -> float | None:
     configuration = HydraConfig.get()
     experiment = configuration.runtime.choices["experiment"]
     overrides = [item for item in configuration.overrides.task if not item.startswith("experiment=")]
-    status = check_settings(experiment, overrides)
+    status = check_point(experiment, overrides, job)
     tags = dict(job.tags)
     if job.dry_run and not status:
         print_planned(job.name, experiment, overrides)
@@ -71,15 +71,15 @@ def run_point(job: Job, sweep: Sweep | None) -> float | None:
 
 
 @ends_in_one_line
-def check_settings(experiment: str, overrides: Sequence[str]) -> int:
-    """Resolve the settings as the run does; returns the exit status, after one line about a mistake.
+def check_point(experiment: str, overrides: Sequence[str], job: Job) -> int:
+    """Check the settings of a point; returns the exit status, after one line about a mistake.
 
     Hydra composes one configuration at a time: that of the sweep, which calls this, is put away meanwhile.
     """
     hydras = GlobalHydra.instance()
     sweeping, hydras.hydra = hydras.hydra, None
     try:
-        compose(experiment, overrides)
+        check_settings(experiment, overrides, job.name, dry_run=job.dry_run)
     finally:
         GlobalHydra.instance().hydra = sweeping
     return 0

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from llm_assets.artifacts.store import ArtifactStore
 from llm_assets.experiments.compose import compose
 from llm_assets.paths import output_folder, shown_path
 from llm_assets.terminal.records import Follower, Record
@@ -98,6 +99,21 @@ def execute_job(
     return status
 
 
+def check_settings(experiment: str, overrides: Sequence[str], job: str = PIPELINE, *, dry_run: bool = False) -> None:
+    """Resolve the settings as the run does: a mistake is found in a second, and not by the run's first step.
+
+    Nor is a corpus made for a training whose GPU is not there; a dry run may be for another machine. With a checkpoint
+    there may be nothing to train.
+    Raises PipelineError for a mistake, and for a device that PyTorch does not see.
+    """
+    settings = compose(experiment, overrides)
+    is_here = job == PIPELINE and settings.compute.engine != "ray" and settings.training.device == "cuda"
+    if is_here and not dry_run and not ArtifactStore.default().latest_manifest("trained_checkpoint", experiment):
+        from model.system.devices import resolve_device  # imports torch, for seconds
+
+        resolve_device(settings.training.device)
+
+
 def print_planned(job: str, experiment: str, overrides: Sequence[str]) -> None:
     """Print the run that would start, for `--dry-run`."""
     print(f"would run {job}: {shlex.join([experiment, *overrides])}", flush=True)
@@ -154,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="compute unchanged stages too")
     parser.add_argument("--dry-run", action="store_true", help="check the settings and compute nothing")
     given = parser.parse_intermixed_args(argv)
-    compose(given.experiment, given.overrides)  # a mistake is found here in a second, and not by the run's first step
+    check_settings(given.experiment, given.overrides, given.job, dry_run=given.dry_run)
     if given.dry_run:
         print_planned(given.job, given.experiment, given.overrides)
         return 0

@@ -8,6 +8,7 @@ import gc
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,13 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from model.native.build import build, find_compiler
+
+# Hypothesis fails an example that takes 200 ms, and examples that are made slowly: a busy machine does both.
+settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy machine")
 
 # Before any file is collected: a process keeps the library that it found first, or that there was none.
 if find_compiler():
@@ -99,6 +105,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return rank < len(SLOWEST_FILES) or file.parts[0] != "e2e", rank, len(file.parts) > 1
 
     items.sort(key=place)  # stable within a file
+    if twice := [name for name, count in Counter(item.nodeid for item in items).items() if count > 1]:
+        raise pytest.UsageError(f"several tests are called {twice[0]}: pytest-xdist would run one; give each a name")
     for item in items:
         for fixture in MARKS_OF_FIXTURES.keys() & set(getattr(item, "fixturenames", ())):
             for name in MARKS_OF_FIXTURES[fixture]:

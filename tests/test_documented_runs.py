@@ -30,6 +30,8 @@ NIGHTLY = [
     for command, way in WAYS.items()
     if (isinstance(way, Nightly) or (isinstance(way, Resolves) and way.nightly)) and command != STDLIB
 ]
+FIRST = "first"
+"""The folder with the artifacts of the run that the nightly commands build on."""
 COMPLETE = {"EXPERIMENT=NAME": "EXPERIMENT=smoke"}
 
 
@@ -137,16 +139,20 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     made.variables["PYTHONPATH"] = str(folder)
     made.variables["HF_DATASETS_CACHE"] = str(folder / "cache")
     run(whole(STDLIB, made), made, folder, timeout=1800)
+    shutil.copytree(made.var / "artifacts", folder / FIRST)
     yield made
 
 
 @pytest.fixture
 def checkout(short_run: Workplace) -> Iterator[Workplace]:
-    """`short_run`, whose newest artifacts of `stdlib` are afterwards those from before: commands build on them."""
-    newest = {path: path.read_bytes() for path in short_run.var.glob("artifacts/*/stdlib/LATEST")}
+    """`short_run`, whose artifacts of `stdlib` are afterwards those from before: commands build on them, and the store
+    keeps the newest few of those that a command makes.
+    """
     yield short_run
-    for path, version in newest.items():
-        path.write_bytes(version)
+    for first in (short_run.root.parent / FIRST).glob("*/stdlib"):
+        asset = short_run.var / "artifacts" / first.parent.name / "stdlib"
+        shutil.rmtree(asset)
+        shutil.copytree(first, asset)
 
 
 def whole(command: str, checkout: Workplace) -> str:

@@ -1,5 +1,8 @@
 """The OpenAPI document is complete and true: its examples work, and it describes every answer."""
 
+import re
+from collections.abc import Callable
+
 import jsonschema_rs
 import pytest
 import schemathesis
@@ -28,22 +31,33 @@ APP = create_app(model_name=MODEL, request_timeout_s=60, max_body_bytes=2**20)
 schema = schemathesis.openapi.from_asgi("/openapi.json", APP)
 
 
-@schema.parametrize()
-@settings(
-    max_examples=12,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
-def test_no_request_that_the_document_allows_or_forbids_breaks_the_server(case, service):
-    APP.state.models.serve(service.engine)
-    # Content may be refused for more than a schema can say (a prompt that does not fit), so a 400 is always right.
-    answer = case.call_and_validate(
-        excluded_checks=[schemathesis.checks.positive_data_acceptance, schemathesis.checks.unsupported_method]
+def keeps_to_the_document(method: str, path: str) -> Callable:
+    """A test of one operation: no request that the document allows or forbids breaks the server."""
+
+    @(pytest.mark.slow if path == "/v1/chat/completions" else pytest.mark.medium)
+    @schema.include(method=method, path=path).parametrize()
+    @settings(
+        max_examples=12,
+        derandomize=True,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
     )
-    assert answer.status_code < 500
+    def test(case, service):
+        APP.state.models.serve(service.engine)
+        # Content may be refused for more than a schema can say (a prompt that does not fit), so a 400 is always right.
+        answer = case.call_and_validate(
+            excluded_checks=[schemathesis.checks.positive_data_acceptance, schemathesis.checks.unsupported_method]
+        )
+        assert answer.status_code < 500
+
+    return test
+
+
+# Schemathesis gives the tests of all operations one name, under which pytest-xdist would run one of them.
+for _operation in (found.ok() for found in schema.get_all_operations()):
+    _name = f"test_{_operation.method}{re.sub(r'[^a-z0-9]+', '_', _operation.path)}_keeps_to_the_document"
+    globals()[_name] = keeps_to_the_document(_operation.method, _operation.path)
 
 
 def test_every_answer_of_every_route_has_a_body_in_the_document(document):

@@ -110,7 +110,7 @@ def test_the_fast_encoder_gives_the_tokenizers_ids_on_tricky_text(kind, text, to
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=st.lists(
         st.one_of(
@@ -126,7 +126,7 @@ def test_the_fast_encoder_gives_the_tokenizers_ids_on_any_text(kind, text, token
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.one_of(st.binary(max_size=200), st.text(max_size=30).map(lambda text: text.encode() + b"\xf0\x9f" * 2)))
 def test_every_byte_string_round_trips(kind, data, tokenizers, encoders) -> None:
     assert decode(tokenizers[kind], encoders[kind].encode_bytes(data)) == data
@@ -226,7 +226,7 @@ def split_characters(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]
     return pieces
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     parts=st.lists(
         st.tuples(

@@ -108,7 +108,7 @@ def schemas(draw, depth: int = 2):
     return draw(st.one_of(*leaves))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(schema=schemas(), seed=st.integers(0, 1000))
 def test_texts_of_random_schemas_parse_and_are_valid(engine, schema, seed):
     text, last = answer(engine, ask(engine, "json", json.dumps(schema), seed=seed))

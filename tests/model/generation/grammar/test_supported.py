@@ -196,7 +196,7 @@ def test_a_schema_of_pydantic_is_enforced(compiler):
         assert part in text and not admits(compiler, schema, text.replace(part, wrong))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(-(2**70), 2**70), st.booleans())
 def test_a_large_bound_is_narrowed_and_never_widened(bound, is_lower):
     name = "minimum" if is_lower else "maximum"

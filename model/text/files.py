@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import fsspec
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from model.errors import OF_THE_PROCESS, PipelineError, TransientError
 
@@ -157,13 +159,19 @@ def _match(pattern: str, named: str) -> Listing:
         if not set(path) & set("*["):
             raise _failure(f"{named} cannot be read", error, _CHECK) from error
         try:
-            found = fs.glob(path, detail=True)
+            found = _glob(fs, path, detail=True)
         except Exception as error:
             raise _failure(f"{named} cannot be listed", error, _CHECK) from error
     else:
         found = {path: info}
     files = [(fs.unstrip_protocol(name), name, info) for name, info in sorted(found.items())]
     return Listing([File(printable(s), fs, n, i.get("size") or 0) for s, n, i in files if i["type"] == "file"])
+
+
+def _glob(fs: AbstractFileSystem, path: str, **options: Any) -> Any:
+    """`fs.glob`, which lists all folders before it finds that a pattern is not valid."""
+    glob_translate(path)
+    return fs.glob(path, **options)
 
 
 def _is_relative(pattern: str) -> bool:
@@ -182,7 +190,7 @@ def _match_local(pattern: str, named: str, path: str) -> Listing:
             Path(path).lstat()
             names = [path]
         except (FileNotFoundError, NotADirectoryError):
-            names = sorted(fs.glob(path))
+            names = sorted(_glob(fs, path))
     except (OSError, ValueError) as error:  # ValueError: a NUL in it, or `**` inside a name
         if isinstance(error, OSError) and error.errno in OF_THE_PROCESS:
             raise

@@ -63,7 +63,7 @@ def loss_and_gradients(model: RexForCausalLM, forward, bfloat16: bool) -> tuple[
 @pytest.mark.parametrize(
     ("backend", "bfloat16", "with_teacher", "tolerance"),
     [
-        ("inductor", False, False, 1e-4),
+        pytest.param("inductor", False, False, 1e-4, marks=pytest.mark.slow),
         ("aot_eager", False, True, 1e-4),
         ("aot_eager", True, False, 0.05),
         ("aot_eager", True, True, 0.05),

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from model.build import build_config, build_model
 from model.errors import PipelineError
@@ -28,6 +28,7 @@ from model.system.devices import resolve_device, resolve_precision
 from model.text.tokenizer import load_tokenizer
 from model.text.tokens import TokenDataset
 from model.training.adapters import lora_config, merge_adapters, require
+from model.training.checkpoints.local import STATE, is_finished
 from model.training.initial.weights import start_from
 from model.training.outputs.files import sample_texts, write_outputs
 from model.training.outputs.summary import TrainingSummary
@@ -85,7 +86,12 @@ def tune_preferences(
     folder = scratch_dir / f"preferences-{checkpoint_key(model, train)}"
     trainer, resume = _trainer(training, model, tokenizer, train, held_out, folder, device, precision, log, on_metrics)
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=resume)
+    state = TrainerState.load_from_json(str(Path(resume) / STATE)) if resume else None
+    if state and is_finished(state):  # with nothing left to train, the Trainer takes one step more
+        trainer._load_from_checkpoint(resume)
+        trainer.state = state
+    else:
+        trainer.train(resume_from_checkpoint=resume)
     seconds = time.monotonic() - started
     found = trainer.evaluate() if held_out else {}
     if training.lora_rank:
@@ -202,7 +208,7 @@ def _trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     # The Trainer writes its state last: a folder without it is a checkpoint that a kill interrupted.
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{STATE}")]
     newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     if newest is not None:
         log(f"continuing from {newest.name}")
@@ -214,10 +220,14 @@ def _renamed(entry: dict[str, Any]) -> dict[str, float]:
 
 
 class _Report(TrainerCallback):  # type: ignore[misc]
-    """Passes trl's metrics to the log and to `on_metrics`."""
+    """Passes trl's metrics to the log and to `on_metrics`, of the last step and of each checkpoint too."""
 
     def __init__(self, log: Log, on_metrics: OnMetrics | None) -> None:
         self._log, self._on_metrics, self._started = log, on_metrics, time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save:  # as after the last step, which need not be one of every `logging_steps`
+            control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         found = _renamed(logs or {})

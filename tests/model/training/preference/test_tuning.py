@@ -78,6 +78,25 @@ def test_the_chosen_answers_become_likelier_than_the_rejected_and_the_checkpoint
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.medium
+def test_a_tuning_shorter_than_its_interval_of_log_lines_logs_its_last_step(base, pairs, dataset_dir, tmp_path):
+    options = {"max_steps": 3, "logging_steps": 10, "save_steps": 2, "per_device_train_batch_size": 4}
+    settings = experiment(init_from=str(base), preferences=[str(pairs)], **options)
+    seen: list[int] = []
+    found = tune_preferences(
+        settings,
+        dataset_dir,
+        tmp_path / "out",
+        tmp_path / "scratch",
+        on_metrics=lambda step, metrics: seen.append(step),
+    )
+    again = tune_preferences(settings, dataset_dir, tmp_path / "again", tmp_path / "scratch")
+    assert seen == [2, 3]
+    assert again.resumed_from_step == again.steps == 3 and again.train_loss == found.train_loss > 0
+    files = [tmp_path / name / "model.safetensors" for name in ("out", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_other_pairs_and_other_initial_weights_do_not_resume_a_tuning():
     pairs = [{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}]
     model = make_model()

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import yaml
 
+from model.errors import ends_in_one_line
 from model.settings import ExperimentSettings
 
 STAGES = ("corpus", "tokenized_dataset", "trained_checkpoint", "quantized_model", "benchmark_report")
@@ -78,7 +79,8 @@ def measure(name: str) -> tuple[float, float]:
     return plain_s, dagster_s
 
 
-def main() -> None:
+@ends_in_one_line
+def main() -> int:
     """Print each round's seconds and the overhead of a step."""
     parser = argparse.ArgumentParser(prog="python -m bench.orchestration", description=__doc__.split("\n")[0])
     parser.add_argument("--experiment", default="smoke", help="default: smoke")
@@ -88,7 +90,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.stage:
         run_stage(arguments.stage, resolve(arguments.experiment), arguments.folder)
-        return
+        return 0
     program = "import time; t = time.perf_counter(); import llm_assets.definitions; print(time.perf_counter() - t)"
     command = [sys.executable, "-c", program]
     seconds = [float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(5)]
@@ -102,7 +104,8 @@ def main() -> None:
             f"a step costs {costs[-1]:.2f} s more"
         )
     print(f"median: a step costs {statistics.median(costs):.2f} s more")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,6 +11,7 @@ import json
 import random
 import resource
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bench.tokenizing import python_source
-from model.errors import PipelineError
+from model.errors import PipelineError, ends_in_one_line
 from model.settings import (
     ComputeSettings,
     CorpusSettings,
@@ -113,6 +114,7 @@ def growth(corpus: Path, tokenizer: Path, megabytes: float, scratch: Path) -> li
     return points
 
 
+@ends_in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and print one line for each result and the record as JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench.scale", description=__doc__.split("\n")[0])
@@ -154,4 +156,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

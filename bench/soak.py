@@ -13,7 +13,8 @@ the worker's memory at start, with the full cache, and after each tenth of the t
 - rest: weights, imported libraries, and what glibc and Python hold: the allocator keeps freed blocks for the next step.
 
 One request in twenty is always the same, and so must be its answer. Ends with status 1 if memory grew by more than
-MAX_GROWTH_MB in the second half of the time, or if an answer was lost, wrong or a server error.
+MAX_GROWTH_MB in the second half of the time, or if an answer was lost, wrong or a server error. Less than JUDGED_FROM_S
+of load do not show whether memory grows: it takes some ten minutes until each kind of request has been there.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from model.generation.steps.cache import bytes_per_token
 
 MB = 1e6
 MAX_GROWTH_MB = 16.0
+JUDGED_FROM_S = 1_200.0
 TIMEOUT_S = 300.0
 SAME = {"prompt": "def main():", "max_tokens": 32, "temperature": 0, "ignore_eos": True}
 JSON = {"content-type": "application/json"}
@@ -153,7 +155,7 @@ def measure(model_dir: Path, *, seconds: float, clients: int) -> dict[str, Any]:
     return {
         "memory": rows,
         "grown_mb": grown,
-        "is_flat": grown <= MAX_GROWTH_MB,
+        "is_flat": grown <= MAX_GROWTH_MB if seconds >= JUDGED_FROM_S else None,
         "answers": dict(tally),
         "failures": sum(count for name, count in tally.items() if name.startswith(FAILURES)),
         "cache_mb": cache_tokens * bytes_per_token(config, torch.float32) / MB,
@@ -166,7 +168,11 @@ def table(result: dict[str, Any]) -> str:
     columns = ("requests", *PARTS)
     rows = [" ".join(f"{name:>9}" for name in columns)]
     rows += [" ".join(f"{row[name]:9.0f}" for name in columns) for row in result["memory"]]
-    verdict = "flat" if result["is_flat"] else f"not flat: expected at most {MAX_GROWTH_MB:.0f}"
+    verdict = {
+        True: "flat",
+        False: f"not flat: expected at most {MAX_GROWTH_MB:.0f}",
+        None: f"not judged: a load of at least {JUDGED_FROM_S:,.0f} s shows it",
+    }[result["is_flat"]]
     last = f"MB; in the second half {result['grown_mb']:+.0f} MB ({verdict}); the cache takes {result['cache_mb']:.0f}"
     answers = ", ".join(f"{count:,} {name}" for name, count in result["answers"].items())
     return "\n".join([*rows, f"{last} at most", f"answers: {answers}"])
@@ -178,7 +184,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300.0, help="of load")
     parser.add_argument("--clients", type=int, default=8, help="that ask at once")
     result = run_bench(parser, save_random_30m, measure, table)
-    if result["failures"] or not result["is_flat"]:
+    if result["failures"] or result["is_flat"] is False:
         sys.exit(1)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from model.errors import PipelineError
+from model.errors import PipelineError, ends_in_one_line
 from model.settings import CorpusSettings, TokenizerSettings
 from model.text.corpus import SPLITS, CorpusSummary, build_corpus, read_documents
 from model.text.tokenizer import FastEncoder, even_sample, load_tokenizer, train_tokenizer
@@ -129,7 +129,8 @@ def _peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@ends_in_one_line
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print the comparison; `--json FILE` also writes it."""
     parser = argparse.ArgumentParser(prog="python -m bench.tokenizing", description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=float, default=32, help="size of the text, MB (default 32)")
@@ -147,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.memory_of:
         print(json.dumps(_build_and_report_memory(options.memory_of)))
-        return
+        return 0
     memory = [measure_memory(megabytes) for megabytes in options.memory_megabytes]
     for row in memory:
         print(
@@ -165,7 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"median ratio {speed['median_ratio']:.2f}, {speed['median_tokens_per_s']:,.0f} tokens/s")
     if options.json:
         options.json.write_text(json.dumps({"memory": memory, "speed": speed}, indent=2) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -30,6 +30,7 @@ import torch
 from bench.hardware import describe
 from bench.settings import read_settings
 from bench.training import costs, gpu, nanogpt, processes, speed
+from model.errors import ends_in_one_line
 from model.settings import ExperimentSettings, ModelSettings, TokenizerSettings, TrainingSettings
 from model.text.tokenizer import FastEncoder, token_bytes, train_tokenizer
 from model.text.tokens import encode_split
@@ -158,7 +159,8 @@ def describe_shakespeare(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@ends_in_one_line
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print the comparison; `--json FILE` also writes it."""
     parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -205,14 +207,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.command == "run":
         print(json.dumps(_run(int(options.steps), int(options.batch), Path(options.dataset), Path(options.scratch))))
-        return
+        return 0
     if options.command == "side":
         print(json.dumps(speed.measure_side(options.name, int(options.steps))))
-        return
+        return 0
     if options.command == "cost":
         found = costs.run(options.shape, Path(options.scratch), resumed=options.kind == "resumed", url=options.copies)
         print(json.dumps(found))
-        return
+        return 0
     if options.command == "costs":
         result = costs.measure(options.shape, options.rounds)
     elif options.command == "processes":
@@ -231,7 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result["machine"] = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

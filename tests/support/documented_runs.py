@@ -132,7 +132,7 @@ TABLE: dict[str, Way] = {
     r"make stack-image": TestedBy(f"{STACK}test_before_the_first_run_the_service_waits_for_a_champion"),
     r"make stack-image .*": GIGABYTES,
     # Measurements, as small as they can be.
-    r"python -m bench\.tokenizing": Nightly("--megabytes 0.5 --rounds 1"),
+    r"python -m bench\.tokenizing": Nightly("--megabytes 2 --memory-megabytes 1 --rounds 1"),
     r"python -m bench\.decode": Nightly("{checkpoint} --tokens 16 --repeats 1"),
     r"python -m bench\.orchestration": Nightly("--rounds 1"),
     r"python -m bench\.training speed": Nightly("--rounds 1 --steps 1"),

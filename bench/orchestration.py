@@ -1,9 +1,9 @@
-"""The overhead of Dagster: five assets as one run, against the same stages as plain scripts.
+"""The overhead of Dagster: six assets as one run, against the same stages as plain scripts.
 
     python -m bench.orchestration [--experiment smoke] [--rounds 3]
 
 A round runs the plain scripts, one process per stage, as without an orchestrator, and then the Dagster run. The
-difference divided by five is the overhead of a step: its process, the event log, MLflow, digests and publishing. (The
+difference divided by six is the overhead of a step: its process, the event log, MLflow, digests and publishing. (The
 assets that call BentoML and other engines start separate processes either way.) The import of the definitions is timed
 first.
 """
@@ -22,12 +22,12 @@ import yaml
 from model.errors import ends_in_one_line
 from model.settings import ExperimentSettings
 
-STAGES = ("corpus", "tokenized_dataset", "trained_checkpoint", "quantized_model", "benchmark_report")
+STAGES = ("corpus", "tokenized_dataset", "trained_checkpoint", "quantized_model", "exported_model", "benchmark_report")
 
 
 def run_stage(stage: str, experiment: ExperimentSettings, folder: Path) -> None:
     """One stage as a plain script: read the folders of earlier stages and write one."""
-    corpus, dataset, checkpoint, quantized, report = (folder / name for name in STAGES)
+    corpus, dataset, checkpoint, quantized, exported, report = (folder / name for name in STAGES)
     if stage == "corpus":
         from model.text.corpus import build_corpus
 
@@ -45,10 +45,17 @@ def run_stage(stage: str, experiment: ExperimentSettings, folder: Path) -> None:
 
         length = experiment.tokenizer.sequence_length
         quantize_checkpoint(experiment.quantization, checkpoint, dataset, quantized, sequence_length=length)
+    elif stage == "exported_model":
+        from model.export.certified import export_with_certificates
+
+        length = experiment.tokenizer.sequence_length
+        export_with_certificates(
+            checkpoint, quantized, dataset, exported, sequence_length=length, name=experiment.name, provenance={}
+        )
     else:
         from bench.report.report import build_report
 
-        build_report(experiment, checkpoint, quantized, dataset, report)
+        build_report(experiment, checkpoint, quantized, dataset, report, exported_dir=exported)
 
 
 def resolve(name: str) -> ExperimentSettings:

@@ -129,7 +129,8 @@ def launch(client: httpx.Client, overrides: list[str], assets: tuple[str, ...] =
     return started["run"]["runId"]
 
 
-def wait_until(condition, seconds: float = 180):
+def wait_until(condition, seconds: float = 400):
+    """What the condition gives once it is true. seconds: a guard against a hang, on a busy machine too."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if found := condition():

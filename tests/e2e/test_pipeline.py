@@ -289,6 +289,7 @@ def test_no_summary_and_no_name_is_cut_by_the_page_of_its_asset(smoke):
             event = instance.get_latest_materialization_event(dg.AssetKey(asset))
             assert event and event.asset_materialization
             metadata = event.asset_materialization.metadata
+            assert "summary" in metadata, asset
             longest = max(map(len, metadata))
             assert longest <= NAME_CHARACTERS, (asset, max(metadata, key=len))
             for shown in (metadata[name].value for name in ("summary", "champion_evidence") if name in metadata):

@@ -268,7 +268,7 @@ def test_the_compiled_model_with_a_padding_mask_is_still_one_graph_and_right() -
     ids, mask = left_pad([tokens(1, n, seed=n)[0] for n in (4, 9)])
     labels = ids.masked_fill(mask == 0, -100)
     loss, calls = compiled_attention(model, input_ids=ids, attention_mask=mask, labels=labels)
-    assert all(call["attn_mask"] is not None for call in calls)
+    assert [call["attn_mask"] is not None for call in calls] == [True, True]
     torch.testing.assert_close(loss, model(ids, attention_mask=mask, labels=labels).loss)
 
 

@@ -55,9 +55,15 @@ def keeps_to_the_document(method: str, path: str) -> Callable:
 
 
 # Schemathesis gives the tests of all operations one name, under which pytest-xdist would run one of them.
-for _operation in (found.ok() for found in schema.get_all_operations()):
+OPERATIONS = [found.ok() for found in schema.get_all_operations()]
+for _operation in OPERATIONS:
     _name = f"test_{_operation.method}{re.sub(r'[^a-z0-9]+', '_', _operation.path)}_keeps_to_the_document"
     globals()[_name] = keeps_to_the_document(_operation.method, _operation.path)
+
+
+def test_the_operations_of_the_document_have_tests(document):
+    described = {(method, path) for path, operations in document["paths"].items() for method in operations}
+    assert {(operation.method, operation.path) for operation in OPERATIONS} == described != set()
 
 
 def test_every_answer_of_every_route_has_a_body_in_the_document(document):

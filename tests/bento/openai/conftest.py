@@ -13,6 +13,7 @@ NOT_OVER_VLLM = {
     "test_langchain_embeds": "the engine vllm embeds no text",
     "test_texts_of_a_knowledge_base_are_embedded": "the engine vllm embeds no text",
     "test_node_clients.py": "its programs embed texts, which the engine vllm does not",
+    "test_lm_eval.py": "its server runs this project's engine",
     "test_gateway.py": "its replicas would share one process of vLLM",
     "test_tokens_may_be_written_with_a_decimal_point": "it embeds tokens as well",
     "test_a_client_that_times_out_has_its_request_cancelled": "it slows a step of this project's engine",

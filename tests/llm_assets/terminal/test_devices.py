@@ -7,13 +7,14 @@ from llm_assets.artifacts.store import ArtifactStore
 from llm_assets.terminal.execute import check_settings
 from model.errors import PipelineError
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that is not to be there")
 EXPERIMENT = "gpt2_124m"
 
 
 @pytest.fixture(autouse=True)
-def no_artifacts(tmp_path, monkeypatch):
+def machine(tmp_path, monkeypatch):
+    """One without artifacts and without a GPU."""
     monkeypatch.setenv("LLM_ASSETS_VAR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.mark.parametrize("overrides", [[], ["compute=torchrun", "compute.processes=2"]], ids=["local", "torchrun"])

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.processes,
     pytest.mark.slow,
     pytest.mark.nightly,
-    pytest.mark.skipif(not PYTHON.exists(), reason="aider's environment is not there: make aider"),
+    pytest.mark.skipif(not PYTHON.exists(), reason="no aider: `make aider` makes its environment"),
 ]
 BEFORE, AFTER = "def add(a, b):\n    return a - b\n", "def add(a, b):\n    return a + b\n"
 FILE = "calc.py"

@@ -12,17 +12,11 @@ from model.modeling_rex import RexForCausalLM
 from model.text.chat.template import TEMPLATE, add_marks
 from model.text.tokenizer import load_tokenizer
 from model.weights.loading import load_model
-from tests.bento.openai_service import IS_VLLM
 from tests.bento.running_service import Server, serve
 from tests.support.harness import needs_harness
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
-pytestmark = [
-    pytest.mark.processes,
-    pytest.mark.slow,
-    needs_harness,
-    pytest.mark.skipif(IS_VLLM, reason="its server runs this project's engine"),
-]
+pytestmark = [pytest.mark.processes, pytest.mark.slow, needs_harness]
 CONTEXT = 256
 ROWS = [
     {"question": question, "first": first, "second": second, "answer": 0}

@@ -28,6 +28,7 @@ STAGES = ("corpus", "tokenized_dataset", "trained_checkpoint", "quantized_model"
 def run_stage(stage: str, experiment: ExperimentSettings, folder: Path) -> None:
     """One stage as a plain script: read the folders of earlier stages and write one."""
     corpus, dataset, checkpoint, quantized, exported, report = (folder / name for name in STAGES)
+    length = experiment.tokenizer.sequence_length
     if stage == "corpus":
         from model.text.corpus import build_corpus
 
@@ -43,12 +44,10 @@ def run_stage(stage: str, experiment: ExperimentSettings, folder: Path) -> None:
     elif stage == "quantized_model":
         from model.quantization import quantize_checkpoint
 
-        length = experiment.tokenizer.sequence_length
         quantize_checkpoint(experiment.quantization, checkpoint, dataset, quantized, sequence_length=length)
     elif stage == "exported_model":
         from model.export.certified import export_with_certificates
 
-        length = experiment.tokenizer.sequence_length
         export_with_certificates(
             checkpoint, quantized, dataset, exported, sequence_length=length, name=experiment.name, provenance={}
         )

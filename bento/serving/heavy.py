@@ -63,7 +63,7 @@ class HeavyWork:
 
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
-        self._free_at = self._rested_s = 0.0
+        self._free_at = self._pause_s = self._worked_s = 0.0
         # Long-lived threads: glibc keeps an arena for each thread, as large as its largest task.
         self._thread = ThreadPoolExecutor(1, "heavy-work")
         self._thread_without_lock = ThreadPoolExecutor(1, "heavy-work-aside", initializer=_lower_priority)
@@ -74,29 +74,41 @@ class HeavyWork:
             pause_s = self._free_at - time.monotonic()
             if pause_s > 0:
                 await asyncio.sleep(pause_s)
-            self._rested_s = 0.0
-            started, before = time.monotonic(), sys.getswitchinterval()
+            task = partial(self._timed, partial(work, *arguments), holds_lock)
+            thread = self._thread if holds_lock else self._thread_without_lock
+            done = asyncio.get_running_loop().run_in_executor(thread, task)
+            before = sys.getswitchinterval()
             sys.setswitchinterval(SWITCH_S)
             try:
-                task = partial(self._timed, partial(work, *arguments), holds_lock)
-                thread = self._thread if holds_lock else self._thread_without_lock
-                return await asyncio.get_running_loop().run_in_executor(thread, task)
+                await _end_of(done)
+                return done.result()
             finally:
                 sys.setswitchinterval(before)
-                if charge := CHARGE.get():  # also a client that left: the work goes on without it
-                    charge(time.monotonic() - started - self._rested_s)
+                self._free_at = time.monotonic() + self._pause_s
+                if charge := CHARGE.get():
+                    charge(self._worked_s)
 
     def _timed(self, work: Callable[[], T], holds_lock: bool) -> T:
-        """In the thread: run a task and note how long it rested, and until when to pause after it."""
-        _CLOCK.since = time.monotonic()
-        _CLOCK.until, _CLOCK.rested_s = _CLOCK.since + AT_ONCE_S, 0.0
+        """In the thread: run a task and note how long it worked, and for how long to pause after it."""
+        _CLOCK.since = started = time.monotonic()
+        _CLOCK.until, _CLOCK.rested_s = started + AT_ONCE_S, 0.0
         try:
             return work()
         finally:
             now = time.monotonic()
-            self._rested_s = _CLOCK.rested_s
-            self._free_at = now + (min(PAUSE * (now - _CLOCK.since), MAX_PAUSE_S) if holds_lock else 0.0)
+            self._worked_s = now - started - _CLOCK.rested_s
+            self._pause_s = min(PAUSE * (now - _CLOCK.since), MAX_PAUSE_S) if holds_lock else 0.0
             _CLOCK.since = None
+
+
+async def _end_of(done: asyncio.Future[Any]) -> None:
+    """Wait for work in a thread, which cannot be stopped: it keeps its turn to the end, also if the client leaves."""
+    try:
+        await asyncio.wait([done])
+    except asyncio.CancelledError:
+        await asyncio.wait([done])
+        done.exception()  # read, so that it is not logged as forgotten
+        raise
 
 
 def _lower_priority() -> None:

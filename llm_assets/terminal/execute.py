@@ -102,13 +102,13 @@ def execute_job(
 def check_settings(experiment: str, overrides: Sequence[str], job: str = PIPELINE, *, dry_run: bool = False) -> None:
     """Resolve the settings as the run does: a mistake is found in a second, and not by the run's first step.
 
-    Nor is a corpus made for a training whose GPU is not there; a dry run may be for another machine. With a checkpoint
-    there may be nothing to train.
+    Nor is a corpus made for a training whose GPU is not there. A dry run may be for another machine, Ray may have GPUs
+    elsewhere, and with a checkpoint there may be nothing to train.
     Raises PipelineError for a mistake, and for a device that PyTorch does not see.
     """
     settings = compose(experiment, overrides)
-    is_here = job == PIPELINE and settings.compute.engine != "ray" and settings.training.device == "cuda"
-    if is_here and not dry_run and not ArtifactStore.default().latest_manifest("trained_checkpoint", experiment):
+    trains_on_gpu = job == PIPELINE and settings.compute.engine != "ray" and settings.training.device == "cuda"
+    if trains_on_gpu and not dry_run and not ArtifactStore.default().latest_manifest("trained_checkpoint", experiment):
         from model.system.devices import resolve_device  # imports torch, for seconds
 
         resolve_device(settings.training.device)

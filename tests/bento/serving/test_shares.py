@@ -1,6 +1,7 @@
 """The event loop is shared: a client whose requests cost much waits while others send theirs."""
 
 import asyncio
+import gc
 import json
 import socket
 import time
@@ -170,18 +171,31 @@ def test_heavy_work_is_charged_to_the_client_whose_request_it_is() -> None:
     assert sum(charged) >= 0.05
 
 
-def test_heavy_work_is_charged_to_a_client_that_leaves_meanwhile() -> None:
-    charged: list[float] = []
+@pytest.mark.parametrize("fails", [False, True])
+def test_heavy_work_of_a_client_that_leaves_meanwhile_is_its_own_to_the_end(fails: bool, caplog) -> None:
+    leaver, other = [], []
+
+    def work() -> None:
+        time.sleep(0.2)
+        if fails:
+            raise LookupError
 
     async def main() -> None:
-        task = asyncio.create_task(_run(HeavyWork().run(time.sleep, 0.2), charged))
+        heavy = HeavyWork()
+        left = asyncio.create_task(_run(heavy.run(work), leaver))
         await asyncio.sleep(0.1)
-        task.cancel()
+        began = time.monotonic()
+        stays = asyncio.create_task(_run(heavy.run(time.monotonic, holds_lock=False), other))
+        left.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await task
+            await left
+        assert await stays - began >= 0.25  # the rest of the work, and the pause after it
 
     asyncio.run(main())
-    assert sum(charged) >= 0.05
+    assert sum(leaver) >= 0.2
+    assert sum(other) < 0.1
+    gc.collect()
+    assert not caplog.records
 
 
 @pytest.fixture(scope="module")

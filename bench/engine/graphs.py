@@ -3,7 +3,8 @@
     python -m bench.engine.graphs [--shape 125m] [--streams 1 8 64] [--rounds 5]
 
 The bare graph is replayed without a host in between, on texts as long as the engine's: what the device could do.
-Streams have prompts of 64 tokens and answers of 128; sampled ones have a temperature of 0.8, top-k 40 and top-p 0.95.
+Streams have prompts of 64 tokens and answers of 128; sampled ones have a temperature of 0.8, top-k 40 and top-p 0.95,
+penalized ones also a repetition penalty, a presence penalty and a bias.
 Also measured: the reference step, int8 weights over bfloat16, the time to the first token of a prompt of 900 tokens,
 and the time from loaded weights to a step that is ready.
 
@@ -17,6 +18,7 @@ import random
 import statistics
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Self
 
@@ -30,11 +32,16 @@ from model.errors import ends_in_one_line
 from model.generation.engine import Engine
 from model.generation.requests import SamplingParameters
 from model.generation.steps.choose import STEPS, step_class
-from model.generation.steps.graphs.passes import Row
+from model.generation.steps.graphs.passes import Row, Wanted
 from model.generation.steps.graphs.step import GraphStep
 from model.weights import int8
 
 PROMPT, ANSWER, LONG_PROMPT = 64, 128, 900
+SAMPLINGS = {
+    "greedy": GREEDY,
+    "sampled": SAMPLED,
+    "penalized": replace(SAMPLED, repetition_penalty=1.1, presence_penalty=0.5, logit_bias={5: -1.0}),
+}
 
 
 class HostStep(GraphStep):
@@ -93,7 +100,7 @@ def bare_tokens_per_second(model: PreTrainedModel, streams: int) -> float:
         for slot in range(streams):
             step._cache.hold(slot, 0, position + 1)
         rows = [Row(slot, position, 2) for slot in range(streams)]
-        step._passes.launch(rows, list(range(streams)), [None] * streams).wait()
+        step._passes.launch(rows, [Wanted(row) for row in range(streams)]).wait()
         started = time.perf_counter()
         for _ in range(ANSWER):
             step._passes.replay(streams)
@@ -109,7 +116,7 @@ def host_figures(shape: str, streams: list[int], rounds: int) -> dict[str, float
     try:
         for count in streams:
             measured = Measured(model_of(shape), "host", count)
-            for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
+            for name, sampling in SAMPLINGS.items():
                 speeds = [measured.tokens_per_second(count, sampling) for _ in range(rounds + 1)][1:]
                 found[f"host's part of a step, {count} streams, {name}, us"] = 1e6 * count / statistics.median(speeds)
             measured.engine.stop()
@@ -132,7 +139,7 @@ def gpu_figures(shape: str, streams: list[int], rounds: int, device: str = "cuda
         for count in streams:
             runs = {"bare graph": partial(bare_tokens_per_second, model, count)}
             for name, measured in engines.items():
-                for how, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
+                for how, sampling in SAMPLINGS.items():
                     runs[f"{name}, {how}"] = partial(measured.tokens_per_second, count, sampling)
             for name, run in runs.items():
                 speed = run()
@@ -142,7 +149,8 @@ def gpu_figures(shape: str, streams: list[int], rounds: int, device: str = "cuda
     for count in streams:
         own = found[f"graphs, greedy, {count} streams, tokens/s"]
         found[f"graphs / bare graph, {count} streams"] = own / found[f"bare graph, {count} streams, tokens/s"]
-        found[f"sampled / greedy, {count} streams"] = found[f"graphs, sampled, {count} streams, tokens/s"] / own
+        for how in ("sampled", "penalized"):
+            found[f"{how} / greedy, {count} streams"] = found[f"graphs, {how}, {count} streams, tokens/s"] / own
         found[f"int8 / bfloat16, {count} streams"] = found[f"graphs, int8, greedy, {count} streams, tokens/s"] / own
         slow = found[f"reference, greedy, {count} streams, tokens/s"]
         found[f"graphs / reference, {count} streams"] = own / slow

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from model.generation.requests import SamplingParameters, TokenLogprob
-from model.generation.steps.draw import Draw, draw_token
+from model.generation.steps.draw import Adjustment, Draw, draw_token, penalized
 
 _SCORED_ROWS = 32
 
@@ -32,7 +32,15 @@ class Sampler:
     def __init__(
         self, parameters: SamplingParameters, prompt_ids: Sequence[int], vocab_size: int, device: torch.device
     ) -> None:
-        self._parameters = parameters
+        self._parameters, self.vocab_size = parameters, vocab_size
+        self.adjustment: Adjustment = Adjustment(
+            prompt_ids,
+            parameters.repetition_penalty,
+            parameters.frequency_penalty,
+            parameters.presence_penalty,
+            parameters.logit_bias or {},
+        )
+        """What changes the logits, for a step that does so itself."""
         self._random = random.Random(parameters.seed)
         self._cuts = (parameters.temperature, parameters.top_k, parameters.top_p, parameters.min_p)
         self._uniforms: deque[float] = deque()
@@ -80,14 +88,7 @@ class Sampler:
 
     def scores(self, logits_V: Tensor, forbidden: Sequence[int] = ()) -> Tensor:
         """Logits (V,) after penalties and bias, before temperature. Raises ValueError for NaN and infinity."""
-        parameters, scores_V = self._parameters, logits_V
-        if self._seen_V is not None:
-            penalty = parameters.repetition_penalty
-            penalized_V = torch.where(scores_V < 0, scores_V * penalty, scores_V / penalty)
-            scores_V = torch.where(self._seen_V, penalized_V, scores_V)
-        if self._count_V is not None:
-            scores_V = scores_V - parameters.frequency_penalty * self._count_V
-            scores_V -= parameters.presence_penalty * (self._count_V > 0)
+        scores_V = penalized(logits_V, self.adjustment, self._seen_V, self._count_V)
         if self._bias is not None:
             scores_V = scores_V.index_add(0, *self._bias)
         if forbidden:

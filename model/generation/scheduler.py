@@ -168,12 +168,12 @@ class Scheduler:
             left -= share
             for sequence in prefilling[client]:
                 if share > 0:
-                    batch.append((sequence, self._next_segment(sequence, share)))
+                    batch.append((sequence, sequence.next_segment(share)))
                     share -= len(batch[-1][1].ids)
             left += share
         starts = SHARED_STARTS if len(self._present) > 1 else len(self._free)
         while first is None and left > 0 and starts > 0 and (started := self._start_next()):
-            batch.append((started, self._next_segment(started, left)))
+            batch.append((started, started.next_segment(left)))
             left -= len(batch[-1][1].ids)
             starts -= 1
         # No proposals beside a prompt: they would delay its first token.
@@ -206,16 +206,12 @@ class Scheduler:
     def _running_clients(self) -> set[str]:
         return {sequence.request.client for sequence in self.running}
 
-    def _next_segment(self, sequence: Sequence, most: int) -> Segment:
-        return sequence.next_segment(most, self._forbidden(sequence))
-
     def _decode_segment(self, sequence: Sequence, texts: int, most: int) -> Segment:
         """The last token, and up to `most` proposed ones after it. texts: sequences in the step."""
-        forbidden = self._forbidden(sequence)
-        if most and sequence.speculates and not forbidden and (proposal := sequence.propose(texts, most)):
+        if most and sequence.speculates and sequence.is_plain and (proposal := sequence.propose(texts, most)):
             self.proposed_tokens += len(proposal)
             return sequence.with_proposal(proposal)
-        return sequence.next_segment(sequence.num_tokens, forbidden)
+        return sequence.next_segment(sequence.num_tokens)
 
     def _start_next(self, *, has_priority: bool = False) -> Sequence | None:
         """Start the next request in a free slot; None if none can start in this step.
@@ -278,15 +274,19 @@ class Scheduler:
             constraint = Constraint(request, self._token_index, self._step.vocab_size)
         # Only the step may choose the tokens: penalties and constraints change with each one.
         speculates = sampler.is_plain and constraint is None and request.logprobs is None and request.max_tokens > 1
+        changes = not sampler.is_plain or constraint is not None or request.min_tokens > 0
+        step_adjusts = changes and request.logprobs is None and self._step.adjust(slot, sampler.adjustment)
         return Sequence(
             generation,
             slot,
             cached,
             token_bytes=self._token_bytes,
+            end_of_text_ids=self._end_of_text_ids,
             sampler=sampler,
             constraint=constraint,
             speculates=speculates,
             runs_ahead=self._step.runs_ahead,
+            step_adjusts=step_adjusts,
         )
 
     def _should_wait(self, prompt_ids: np.ndarray) -> bool:
@@ -405,7 +405,7 @@ class Scheduler:
         generation.generated_tokens += 1
         self.generated_tokens += 1
         self.answered += 1
-        is_end = token in self._end_of_text_ids and not request.ignore_eos
+        is_end = token in sequence.ends
         # Before min_tokens a stop token comes only where the form allows no other token: it is part of the text.
         ends = is_end or (token in request.stop_token_ids and may_end)
         if ends and not (request.include_stop and self._token_bytes[token]):
@@ -426,32 +426,22 @@ class Scheduler:
 
     def _next_token(self, sequence: Sequence, segment: Segment, output: SegmentOutput, row: int) -> int | None:
         """The next token; None if the request's constraint allows no token, which completes the text."""
-        if sequence.constraint:
-            return self._constrained_token(sequence, sequence.constraint, output)
-        forbidden = self._forbidden(sequence)
-        if segment.logits != "all" and sequence.is_plain(forbidden):
+        constraint = sequence.constraint
+        if segment.allowed_V is not None or (segment.logits != "all" and sequence.is_plain):
             token = output.tokens[row]
             if token is None:
                 raise ValueError("the highest logit is not finite: the weights or the cache hold broken numbers")
             sequence.sampler.take()
-            return token
-        return sequence.sampler.next(output.logits_RV[-1], forbidden)
-
-    def _constrained_token(self, sequence: Sequence, constraint: Constraint, output: SegmentOutput) -> int | None:
-        ends = frozenset() if sequence.request.ignore_eos else self._end_of_text_ids
-        allowed_V = constraint.next_allowed(self._forbidden(sequence), ends)
-        if allowed_V is None:
-            return None
-        token = sequence.sampler.next(output.logits_RV[-1], allowed_V=allowed_V)
-        constraint.accept(token, self._token_bytes[token])
+        elif constraint is None:
+            token = sequence.sampler.next(output.logits_RV[-1], sequence.forbidden)
+        else:
+            allowed_V = constraint.next_allowed(sequence.forbidden, sequence.ends)
+            if allowed_V is None:
+                return None
+            token = sequence.sampler.next(output.logits_RV[-1], allowed_V=allowed_V)
+        if constraint is not None:
+            constraint.accept(token, self._token_bytes[token])
         return token
-
-    def _forbidden(self, sequence: Sequence) -> list[int]:
-        """Tokens excluded because they would end the text before min_tokens."""
-        request = sequence.request
-        if sequence.generation.generated_tokens >= request.min_tokens:
-            return []
-        return [*request.stop_token_ids, *(() if request.ignore_eos else self._end_of_text_ids)]
 
     def _end_text(self, sequence: Sequence, reason: FinishReason, *, stopped_by: int | None = None) -> None:
         """Emit the held-back text, then finish."""

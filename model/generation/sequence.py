@@ -6,6 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from model.generation.constraints import Constraint
+from model.generation.grammar.grammar import GrammarFailure
 from model.generation.requests import Generation, TokenLogprob
 from model.generation.sampler import Sampler, ScoredRow
 from model.generation.speculation import Proposer, proposal_length
@@ -17,7 +18,8 @@ class Sequence:
     """A request that has a slot.
 
     num_cached_tokens: prompt tokens whose keys and values the prefix cache provided. speculates: whether a step
-    may take several tokens. runs_ahead: whether segments tell how the token after the next one is chosen.
+    may take several tokens. runs_ahead: whether segments tell how the token after the next one is chosen. step_adjusts:
+    whether the step applies the sampler's penalties and biases and the constraint.
     """
 
     def __init__(
@@ -27,10 +29,12 @@ class Sequence:
         num_cached_tokens: int,
         *,
         token_bytes: collections.abc.Sequence[bytes],
+        end_of_text_ids: frozenset[int],
         sampler: Sampler,
         constraint: Constraint | None = None,
         speculates: bool = False,
         runs_ahead: bool = False,
+        step_adjusts: bool = False,
     ) -> None:
         request = generation.request
         self.generation, self.request, self.slot = generation, request, slot
@@ -41,8 +45,10 @@ class Sequence:
         """Number of tokens set in `ids`: the prompt's, then generated ones."""
         self.num_computed_tokens = num_cached_tokens
         """Tokens whose keys and values are in the cache."""
+        self.ends: frozenset[int] = frozenset() if request.ignore_eos else end_of_text_ids
+        """Tokens that end the text."""
         self.sampler, self.constraint = sampler, constraint
-        self.speculates, self._runs_ahead = speculates, runs_ahead
+        self.speculates, self._runs_ahead, self._step_adjusts = speculates, runs_ahead, step_adjusts
         self._proposer: Proposer | None = None
         self._is_proposing = False
         self.hidden_sum_D: Tensor | None = None
@@ -57,17 +63,38 @@ class Sequence:
         """Whether prefill is incomplete."""
         return self.num_computed_tokens < self.num_prompt_tokens
 
-    def next_segment(self, most: int, forbidden: collections.abc.Sequence[int]) -> Segment:
-        """The next segment to compute, at most `most` tokens. forbidden: tokens excluded from sampling."""
+    def next_segment(self, most: int) -> Segment:
+        """The next segment to compute, at most `most` tokens."""
         end = min(self.num_tokens, self.num_computed_tokens + most)
-        wanted = self._wanted(end, forbidden)
-        draws = wanted in ("token", "last") and self.is_plain(forbidden) and not self.sampler.is_greedy
+        wanted, allowed_V = self._wanted(end), None
+        if wanted == "last" and self._step_adjusts:
+            allowed_V = self._allowed()
+            wanted = "last" if allowed_V is None else "token"
+        draws = wanted == "token" or (wanted == "last" and self.is_plain)
+        draws = draws and not self.sampler.is_greedy
         ids = self.ids[self.num_computed_tokens : end]
         chosen = (self.sampler.draw(),) if draws else ()
         following = None
-        if self._runs_ahead and wanted == "token" and len(ids) == 1 and self.num_tokens + 2 <= len(self.ids):
+        is_ahead = self._runs_ahead and wanted == "token" and allowed_V is None
+        if is_ahead and len(ids) == 1 and self.num_tokens + 2 <= len(self.ids):
             following = self.sampler.draws(2)[1:] if draws else ()
-        return Segment(self.slot, self.num_computed_tokens, ids, wanted, chosen, following=following)
+        return Segment(
+            *(self.slot, self.num_computed_tokens, ids, wanted, chosen),
+            following=following,
+            is_adjusted=wanted == "token" and not self.sampler.is_plain,
+            allowed_V=allowed_V,
+        )
+
+    def _allowed(self) -> np.ndarray | None:
+        """The tokens that may come next, (V,); None if none may: who takes the token finds out why."""
+        if self.constraint is None:
+            allowed_V = np.ones(self.sampler.vocab_size, np.bool_)
+            allowed_V[self.forbidden] = False
+            return allowed_V
+        try:
+            return self.constraint.next_allowed(self.forbidden, self.ends)
+        except GrammarFailure:
+            return None
 
     def propose(self, texts: int, most: int) -> list[int]:
         """Up to `most` tokens that may follow and are worth checking; none after most tokens of a text that does not
@@ -93,15 +120,23 @@ class Sequence:
         draws = () if self.sampler.is_greedy else self.sampler.draws(rows)
         return Segment(self.slot, self.num_computed_tokens, ids, "token", draws, rows)
 
-    def is_plain(self, forbidden: collections.abc.Sequence[int]) -> bool:
-        """Whether the step can choose the next token: nothing changes its logits."""
-        return not forbidden and self.constraint is None and self.sampler.is_plain
+    @property
+    def is_plain(self) -> bool:
+        """Whether the step can choose the next token: nothing changes its logits but what the step knows."""
+        return not self.forbidden and self.constraint is None and (self.sampler.is_plain or self._step_adjusts)
 
-    def _wanted(self, end: int, forbidden: collections.abc.Sequence[int]) -> Wanted:
+    @property
+    def forbidden(self) -> list[int]:
+        """Tokens excluded because they would end the text before min_tokens."""
+        if self.generation.generated_tokens >= self.request.min_tokens:
+            return []
+        return [*self.request.stop_token_ids, *self.ends]
+
+    def _wanted(self, end: int) -> Wanted:
         if self.request.embedding:
             return "hidden"
         if self.request.prompt_logprobs is not None and self.is_prefilling:
             return "all"
         if end < self.num_tokens:
             return "none"
-        return "token" if self.is_plain(forbidden) and self.request.logprobs is None else "last"
+        return "token" if self.is_plain and self.request.logprobs is None else "last"

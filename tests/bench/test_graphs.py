@@ -12,7 +12,9 @@ def test_the_host_is_measured_without_a_gpu(monkeypatch):
     monkeypatch.setattr(graphs, "ANSWER", 4)
     found = graphs.host_figures("2m", [1, 3], rounds=1)
     assert list(found) == [
-        f"host's part of a step, {streams} streams, {how}, us" for streams in (1, 3) for how in ("greedy", "sampled")
+        f"host's part of a step, {streams} streams, {how}, us"
+        for streams in (1, 3)
+        for how in ("greedy", "sampled", "penalized")
     ]
     assert all(0 < value < 1e6 for value in found.values())
     assert "host" not in choose.STEPS
@@ -30,4 +32,5 @@ def test_the_figures_of_a_gpu_are_ratios_of_one_run(monkeypatch):
         bare = found[f"bare graph, {streams} streams, tokens/s"]
         assert found[f"graphs / bare graph, {streams} streams"] == pytest.approx(own / bare)
         assert found[f"int8 / bfloat16, {streams} streams"] > 0
+        assert found[f"penalized / greedy, {streams} streams"] > 0
     assert found["first token of 70 tokens, ms"] > 0 and found["start to ready, s"] > 0

@@ -7,6 +7,7 @@ does the same in C++.
 Shapes: V vocabulary, C candidates, B bins.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,34 @@ class Draw(NamedTuple):
     top_p: float
     min_p: float
     uniform: float
+
+
+class Adjustment(NamedTuple):
+    """What changes the logits of a text before each of its tokens is chosen, in this order.
+
+    repetition: multiplies logits below 0 and divides those above it, of tokens that the prompt or the generated text
+    has; 1 for none. frequency, presence: subtracted from the logit of a generated token for each of its occurrences,
+    and once. bias: added to the logits of these tokens.
+    """
+
+    prompt_ids: Sequence[int]
+    repetition: float
+    frequency: float
+    presence: float
+    bias: Mapping[int, float]
+
+
+def penalized(scores_V: Tensor, how: Adjustment, is_seen_V: Tensor | None, count_V: Tensor | None) -> Tensor:
+    """Scores (V,) after the penalties. is_seen_V, count_V: whether the text has a token, and how often it was
+    generated; None without such penalties.
+    """
+    if is_seen_V is not None:
+        repeated_V = torch.where(scores_V < 0, scores_V * how.repetition, scores_V / how.repetition)
+        scores_V = torch.where(is_seen_V, repeated_V, scores_V)
+    if count_V is not None:
+        scores_V = scores_V - how.frequency * count_V
+        scores_V -= how.presence * (count_V > 0)
+    return scores_V
 
 
 def draw_token(scores_V: Tensor, draw: Draw) -> int:

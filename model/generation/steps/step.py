@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from model.generation.steps.draw import Draw
+from model.generation.steps.draw import Adjustment, Draw
 
 Wanted = Literal["none", "token", "last", "all", "hidden"]
 
@@ -28,7 +28,9 @@ class Segment(NamedTuple):
     logits, the logits of all tokens, or the hidden states of all tokens instead. rows: for "token", the number of last
     tokens after each of which the next one is chosen. draws: how they are chosen, one for each of `rows`, if they are
     not the most likely ones; only for "token" and "last". following: for a single "token", how the one after it will be
-    chosen, as `draws`; None if the text surely ends or changes before. Only for steps that run ahead.
+    chosen, as `draws`; None if the text surely ends or changes before. Only for steps that run ahead. is_adjusted:
+    whether the slot's `Adjustment` changes the logits before the token is chosen; allowed_V: the only tokens that may
+    be chosen, bool; both only for a single "token" of a step that adjusts.
     """
 
     slot: int
@@ -38,6 +40,8 @@ class Segment(NamedTuple):
     draws: tuple[Draw, ...] = ()
     rows: int = 1
     following: tuple[Draw, ...] | None = None
+    is_adjusted: bool = False
+    allowed_V: np.ndarray | None = None
 
 
 class SegmentOutput(NamedTuple):
@@ -102,6 +106,12 @@ class Step(ABC):
         Outputs are in the order of the segments. Logits are valid until the next call. The model's exceptions
         propagate; a failed call may leave arbitrary values in the positions from `start` on.
         """
+
+    def adjust(self, slot: int, adjustment: Adjustment) -> bool:
+        """Take what changes the logits of a slot's new text, for segments that are `is_adjusted` or have `allowed_V`;
+        False if the step leaves both to the caller.
+        """
+        return False
 
     @abstractmethod
     def copy(self, source: int, target: int, length: int) -> None:

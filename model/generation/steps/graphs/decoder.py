@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from model.generation.steps.graphs.adjustments import Tables
 from model.generation.steps.graphs.pages import PagedCache, Places
 from model.weights.int8 import Int8Embedding, Int8Matrix, QuantizedMatrix, TiedInt8Head
 
@@ -23,8 +24,9 @@ class Rows(NamedTuple):
     """Inputs of a pass, on its device.
 
     id_N: tokens. carry_N: row of the previous pass that chose the token instead; -1: `id_N` has it. slot_N, position_N:
-    where keys and values go. wanted_R: rows whose next token is chosen. draws_R5: how, the numbers of a `Draw`,
-    zeros for the most likely one. All int32 but the draws, float32.
+    where keys and values go. wanted_R: rows whose next token is chosen. changes_R: what changes their logits first, the
+    sum of 1 for the slot's `Adjustment` and 2 for a mask of allowed tokens. draws_R5: how they are chosen, the numbers
+    of a `Draw`, zeros for the most likely one. All int32 but the draws, float32.
     """
 
     id_N: Tensor
@@ -32,7 +34,13 @@ class Rows(NamedTuple):
     slot_N: Tensor
     position_N: Tensor
     wanted_R: Tensor
+    changes_R: Tensor
     draws_R5: Tensor
+
+    def known(self, chosen: Tensor) -> "Rows":
+        """The same with all tokens in `id_N`. chosen: tokens of the previous pass."""
+        carried_N = chosen[self.carry_N.clamp(min=0)].clamp(min=0)
+        return self._replace(id_N=torch.where(self.carry_N < 0, self.id_N, carried_N))
 
 
 class Matrix:
@@ -91,13 +99,9 @@ class Decoder:
             cos, sin = base.rotary_emb(torch.empty(0, device=model.device), positions)
         self._rotary = cos[0].contiguous(), sin[0].contiguous()
 
-    def hidden_states(self, rows: Rows, chosen: Tensor, cache: PagedCache) -> Tensor:
-        """Hidden states after the final norm of the wanted rows, (R, D); fills the cache. chosen: tokens of the
-        previous pass.
-        """
-        operations = self._operations
-        carried_N = chosen[rows.carry_N.clamp(min=0)].clamp(min=0)
-        id_N = torch.where(rows.carry_N < 0, rows.id_N, carried_N)
+    def hidden_states(self, rows: Rows, cache: PagedCache) -> Tensor:
+        """Hidden states after the final norm of the wanted rows, (R, D); fills the cache. rows: `known` ones."""
+        operations, id_N = self._operations, rows.id_N
         if isinstance(self._embedding, Int8Embedding):
             x_ND = self._embedding.rows(id_N)
         else:
@@ -122,3 +126,8 @@ class Decoder:
         """The next token of each row, int32; -1 if the highest logit is not finite."""
         tokens_R: Tensor = self._operations.choose(logits_RV, draws_R5)
         return tokens_R
+
+    def adjust(self, logits_RV: Tensor, rows: Rows, tables: Tables) -> None:
+        """Change the logits of the wanted rows as their `changes_R` say, in place. rows: `known` ones."""
+        where = rows.slot_N, rows.position_N, rows.id_N, rows.wanted_R, rows.changes_R
+        self._operations.adjust(logits_RV, tables, *where)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.generation.steps.graphs.adjustments import Tables
 from model.generation.steps.graphs.pages import PAGE, Places
 
 SPLIT_POSITIONS = 256
@@ -306,6 +307,94 @@ def int8_product(x_NI: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
     grid = (triton.cdiv(outputs, 32), triton.cdiv(rows, tile))
     _int8_product[grid](x_NI, weight_OI, scale_O, out_NO, rows, outputs, inputs, tile, 32, 128)
     return out_NO
+
+
+@triton.jit
+def _count_tokens(text, penalties, counts, slots, positions, ids, wanted, changes, context, size, BLOCK: tl.constexpr):
+    """Counts of each row's tokens: 1 for those of the prompt, and 2 for each that was generated."""
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.load(wanted + row).to(tl.int64)
+    slot, position, token = tl.load(slots + n).to(tl.int64), tl.load(positions + n), tl.load(ids + n)
+    tl.store(text + slot * context + position, token)
+    if tl.load(changes + row) % 2 == 1:
+        prompt = tl.load(penalties + slot * 4 + 3)
+        for start in range(0, position + 1, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            # The last token's place is being written.
+            found = tl.load(text + slot * context + at, mask=at < position, other=0)
+            found = tl.where(at == position, token, found)
+            tl.atomic_or(counts + row * size + found, 1, mask=at < prompt, sem="relaxed")
+            tl.atomic_add(counts + row * size + found, 2, mask=(at >= prompt) & (at <= position), sem="relaxed")
+
+
+@triton.jit
+def _adjust(
+    logits,
+    counts,
+    penalties,
+    biased,
+    bias,
+    allowed,
+    slots,
+    wanted,
+    changes,
+    biases,
+    words,
+    size,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    change = tl.load(changes + row)
+    if change > 0:
+        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside, place = at < size, row * size + at
+        value = tl.load(logits + place, mask=inside, other=0.0)
+        if change % 2 == 1:
+            slot = tl.load(slots + tl.load(wanted + row)).to(tl.int64)
+            how = penalties + slot * 4
+            repetition, frequency, presence = tl.load(how), tl.load(how + 1), tl.load(how + 2)
+            count = tl.load(counts + place, mask=inside, other=0)
+            tl.store(counts + place, tl.zeros_like(count), mask=inside)
+            penalized = tl.where(value < 0, value * repetition, value / repetition)
+            value = tl.where(count > 0, penalized, value)
+            generated = count >> 1
+            value -= frequency * generated.to(tl.float32)
+            value -= tl.where(generated > 0, presence, 0.0)
+            entry = slot * biases
+            token = tl.load(biased + entry)
+            while token >= 0:
+                value += tl.where(at == token, tl.load(bias + entry), 0.0)
+                entry += 1
+                token = tl.load(biased + entry)
+        if change >= 2:
+            word = tl.load(allowed + row * words + at // 32, mask=inside, other=0)
+            value = tl.where((word >> (at % 32)) & 1 == 1, value, float("-inf"))
+        tl.store(logits + place, value, mask=inside)
+
+
+def adjust(
+    logits_RV: Tensor,
+    tables: Tables,
+    slot_N: Tensor,
+    position_N: Tensor,
+    id_N: Tensor,
+    wanted_R: Tensor,
+    changes_R: Tensor,
+) -> None:
+    """Keep the token of each wanted row at its position and change its logits in place: where `changes_R` has 1, by the
+    penalties and biases of its slot, where it has 2, to -infinity for all tokens but the allowed ones.
+    """
+    (rows, size), context, biases = logits_RV.shape, tables.text_SL.shape[1], tables.biased_SB.shape[1]
+    text_SL, penalties_S4, biased_SB, bias_SB, counts_RV, allowed_RW = tables
+    _count_tokens[(rows,)](
+        *(text_SL, penalties_S4, counts_RV, slot_N, position_N, id_N, wanted_R, changes_R),
+        *(context, size, 1024),
+    )
+    block = min(1024, triton.next_power_of_2(size))
+    _adjust[(rows, triton.cdiv(size, block))](
+        *(logits_RV, counts_RV, penalties_S4, biased_SB, bias_SB, allowed_RW, slot_N, wanted_R, changes_R),
+        *(biases, allowed_RW.shape[1], size, block),
+    )
 
 
 @triton.jit

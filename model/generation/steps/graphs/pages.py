@@ -49,7 +49,7 @@ class PagedCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.spare_slot = slots
+        self.spare_slot, self.context_length = slots, context_length
         width = -(-context_length // PAGE)
         pages = slots * width if tokens >= slots * context_length else max(width, tokens // PAGE)
         shape = (layers, 2, pages + 1, groups, PAGE, head_dim)

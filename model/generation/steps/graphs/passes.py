@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.generation.steps.draw import Draw
+from model.generation.steps.graphs.adjustments import Adjustments, packed, words
 from model.generation.steps.graphs.decoder import Decoder, Rows
 from model.generation.steps.graphs.pages import PagedCache
 
@@ -32,16 +33,26 @@ class Row(NamedTuple):
     carry: int = -1
 
 
+class Wanted(NamedTuple):
+    """A row whose next token is chosen, by a draw or as the most likely one; the rest as of a `Segment`."""
+
+    row: int
+    draw: Draw | None = None
+    is_adjusted: bool = False
+    allowed_V: np.ndarray | None = None
+
+
 class Pass:
     """A launched pass: `tokens` waits for its end."""
 
-    def __init__(self, sizes: tuple[int, int], cache: PagedCache) -> None:
+    def __init__(self, sizes: tuple[int, int], cache: PagedCache, vocab_size: int) -> None:
         on_gpu = cache.data.is_cuda
         rows, wanted = sizes
         self.table = torch.zeros(cache.table.shape, dtype=torch.int32, pin_memory=on_gpu)
         """Takes the page table on its way to the device, so that the host need not wait for the passes before."""
         self._ints = torch.zeros(_length(rows, wanted), dtype=torch.int32, pin_memory=on_gpu)
         self._chosen = torch.zeros(wanted, dtype=torch.int32, pin_memory=on_gpu)
+        self._allowed = torch.zeros(wanted, words(vocab_size), dtype=torch.int32, pin_memory=on_gpu)
         self._event = torch.cuda.Event() if on_gpu else None
         self._count = 0
 
@@ -49,13 +60,10 @@ class Pass:
         self,
         sizes: tuple[int, int],
         rows: Sequence[Row],
-        wanted: Sequence[int],
-        draws: Sequence[Draw | None],
+        wanted: Sequence[Wanted],
         spare: int,
     ) -> Tensor:
-        """The inputs of a pass, int32, on the host. wanted: rows whose next token is chosen. spare: slot of the rows
-        that only fill it up.
-        """
+        """The inputs of a pass, int32, on the host. spare: slot of the rows that only fill it up."""
         self.wait()
         size, size_wanted = sizes
         self._count = len(wanted)
@@ -65,15 +73,22 @@ class Pass:
         columns[:, len(rows) :] = np.array([[0], [-1], [spare], [0]])
         if rows:
             columns[:, : len(rows)] = np.array([(row.id, row.carry, row.slot, row.position) for row in rows]).T
-        indices = table[4 * size : 4 * size + size_wanted]
-        indices[: len(wanted)] = wanted
-        indices[len(wanted) :] = 0
-        numbers = table[4 * size + size_wanted :].view(np.float32).reshape(size_wanted, _DRAW)
-        numbers[:] = 0.0
-        for index, draw in enumerate(draws):
+        indices, changes = table[4 * size : 4 * size + 2 * size_wanted].reshape(2, size_wanted)
+        numbers = table[4 * size + 2 * size_wanted :].view(np.float32).reshape(size_wanted, _DRAW)
+        indices[:], changes[:], numbers[:] = 0, 0, 0.0
+        for index, (row, draw, is_adjusted, allowed_V) in enumerate(wanted):
+            indices[index], changes[index] = row, is_adjusted + 2 * (allowed_V is not None)
             if draw is not None:
                 numbers[index] = draw
+            if allowed_V is not None:
+                self._allowed.numpy()[index] = packed(allowed_V)
         return ints
+
+    def copy_allowed(self, target_RW: Tensor, wanted: Sequence[Wanted]) -> None:
+        """Copy the masks of allowed tokens to the device, if there are any."""
+        rows = max((index + 1 for index, row in enumerate(wanted) if row.allowed_V is not None), default=0)
+        if rows:
+            target_RW[:rows].copy_(self._allowed[:rows], non_blocking=True)
 
     def copy_tokens(self, chosen: Tensor) -> None:
         """Copy the tokens to the host when the pass ends."""
@@ -94,7 +109,7 @@ class Pass:
 
 
 def _length(rows: int, wanted: int) -> int:
-    return 4 * rows + wanted * (1 + _DRAW)
+    return 4 * rows + wanted * (2 + _DRAW)
 
 
 class Passes:
@@ -104,11 +119,14 @@ class Passes:
         self._decoder, self._cache, self._device = decoder, cache, cache.data.device
         self._most_wanted = min(MAX_ROWS, _power_of_2(cache.spare_slot))
         largest = self.sizes(MAX_ROWS)
-        self._flights = [Pass(largest, cache) for _ in range(_IN_FLIGHT)]
+        self._flights = [Pass(largest, cache, vocab_size) for _ in range(_IN_FLIGHT)]
         self._turn = 0
         self._ints = torch.zeros(_length(*largest), dtype=torch.int32, device=self._device)
         self._chosen = torch.zeros(self._most_wanted, dtype=torch.int32, device=self._device)
         self._logits = torch.zeros(self._most_wanted, vocab_size, device=self._device)
+        self.adjustments = Adjustments(
+            cache.spare_slot, cache.context_length, self._most_wanted, vocab_size, self._device
+        )
         self._launches: dict[int, Callable[[], None]] = {}
         if self._device.type == "cuda":
             self._record()
@@ -123,13 +141,14 @@ class Passes:
         size = min(MAX_ROWS, _power_of_2(rows))
         return size, min(size, self._most_wanted)
 
-    def launch(self, rows: Sequence[Row], wanted: Sequence[int], draws: Sequence[Draw | None]) -> Pass:
-        """Start a pass. wanted: rows whose next token is chosen, and how, by `draws`; None: the most likely one."""
+    def launch(self, rows: Sequence[Row], wanted: Sequence[Wanted]) -> Pass:
+        """Start a pass."""
         sizes = self.sizes(len(rows))
         flight = self._flights[self._turn]
         self._turn = (self._turn + 1) % _IN_FLIGHT
-        ints = flight.fill(sizes, rows, wanted, draws, self._cache.spare_slot)
+        ints = flight.fill(sizes, rows, wanted, self._cache.spare_slot)
         self._ints[: len(ints)].copy_(ints, non_blocking=True)
+        flight.copy_allowed(self.adjustments.tables.allowed_RW, wanted)
         self._cache.upload(flight.table)
         self.replay(len(rows))
         flight.copy_tokens(self._chosen)
@@ -153,17 +172,19 @@ class Passes:
         every = torch.arange(len(rows), device=self._device)
         slot_N, position_N, id_N, carry_N = table
         self._cache.upload(torch.empty_like(self._cache.table, device="cpu"))
-        wanted = Rows(id_N, carry_N, slot_N, position_N, every, torch.empty(0))
-        return self._decoder.hidden_states(wanted, self._chosen, self._cache)
+        wanted = Rows(id_N, carry_N, slot_N, position_N, every, every, torch.empty(0))
+        return self._decoder.hidden_states(wanted, self._cache)
 
     def _compute(self, sizes: tuple[int, int]) -> None:
         size, wanted = sizes
         table = self._ints[: _length(*sizes)]
         id_N, carry_N, slot_N, position_N = table[: 4 * size].view(4, size)
-        draws_R5 = table[4 * size + wanted :].view(torch.float32).view(wanted, _DRAW)
-        rows = Rows(id_N, carry_N, slot_N, position_N, table[4 * size : 4 * size + wanted], draws_R5)
-        hidden_RD = self._decoder.hidden_states(rows, self._chosen, self._cache)
+        wanted_R, changes_R = table[4 * size : 4 * size + 2 * wanted].view(2, wanted)
+        draws_R5 = table[4 * size + 2 * wanted :].view(torch.float32).view(wanted, _DRAW)
+        rows = Rows(id_N, carry_N, slot_N, position_N, wanted_R, changes_R, draws_R5).known(self._chosen)
+        hidden_RD = self._decoder.hidden_states(rows, self._cache)
         logits_RV = self._logits[:wanted].copy_(self._decoder.head(hidden_RD))
+        self._decoder.adjust(logits_RV, rows, self.adjustments.tables)
         self._chosen[:wanted].copy_(self._decoder.choose(logits_RV, draws_R5))
 
     def _record(self) -> None:
@@ -173,7 +194,7 @@ class Passes:
         while size:
             sizes = self.sizes(size)
             # Rows that only fill a pass up: they write to the spare slot.
-            self._ints[: _length(*sizes)].copy_(self._flights[0].fill(sizes, [], [], [], self._cache.spare_slot))
+            self._ints[: _length(*sizes)].copy_(self._flights[0].fill(sizes, [], [], self._cache.spare_slot))
             self._compute(sizes)  # compiles the kernels, which a recording cannot
             torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()

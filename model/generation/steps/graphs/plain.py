@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.generation.steps.draw import Draw, draw_token
+from model.generation.steps.draw import Adjustment, Draw, draw_token, penalized
+from model.generation.steps.graphs.adjustments import Tables
 from model.generation.steps.graphs.pages import PAGE, Places
 from model.modeling_rex import rotate
 
@@ -75,6 +76,34 @@ def silu_times(gate_up_NE: Tensor) -> Tensor:
 def int8_product(x_NI: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
     """See `kernels.int8_product`."""
     return (x_NI.float() @ weight_OI.float().mT * scale_O).to(x_NI.dtype)
+
+
+def adjust(
+    logits_RV: Tensor,
+    tables: Tables,
+    slot_N: Tensor,
+    position_N: Tensor,
+    id_N: Tensor,
+    wanted_R: Tensor,
+    changes_R: Tensor,
+) -> None:
+    """See `kernels.adjust`."""
+    slot_R, position_R = slot_N[wanted_R], position_N[wanted_R]
+    tables.text_SL[slot_R, position_R] = id_N[wanted_R]
+    for row in (changes_R & 1).nonzero()[:, 0].tolist():
+        slot, scores_V = slot_R[row], logits_RV[row]
+        repetition, frequency, presence, prompt = tables.penalties_S4[slot].tolist()
+        ids = tables.text_SL[slot, : position_R[row] + 1].long()
+        is_seen_V = torch.zeros_like(scores_V, dtype=torch.bool).index_fill_(0, ids, True)
+        count_V = ids[int(prompt) :].bincount(minlength=len(scores_V))
+        scores_V = penalized(scores_V, Adjustment((), repetition, frequency, presence, {}), is_seen_V, count_V)
+        is_biased_B = tables.biased_SB[slot] >= 0
+        biased, bias = tables.biased_SB[slot][is_biased_B], tables.bias_SB[slot][is_biased_B]
+        logits_RV[row] = scores_V.index_add(0, biased, bias)
+    for row in (changes_R & 2).nonzero()[:, 0].tolist():
+        bits = torch.arange(32, device=logits_RV.device)
+        is_allowed_V = (tables.allowed_RW[row][:, None] >> bits & 1).flatten()[: logits_RV.shape[1]] > 0
+        logits_RV[row].masked_fill_(~is_allowed_V, -torch.inf)
 
 
 def choose(logits_RV: Tensor, draws_R5: Tensor) -> Tensor:

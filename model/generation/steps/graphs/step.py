@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from model.errors import PipelineError, one_line
 from model.generation.steps.cache import bytes_per_token
-from model.generation.steps.draw import Draw
+from model.generation.steps.draw import Adjustment, Draw
 from model.generation.steps.graphs.decoder import Decoder
 from model.generation.steps.graphs.pages import PAGE, PagedCache
-from model.generation.steps.graphs.passes import MAX_ROWS, Pass, Passes, Row
+from model.generation.steps.graphs.passes import MAX_ROWS, Pass, Passes, Row, Wanted
 from model.generation.steps.graphs.self_check import check
 from model.generation.steps.step import Segment, SegmentOutput, Step
 from model.weights.int8 import precision_name
@@ -36,6 +36,7 @@ class _Expected(NamedTuple):
     start: int
     id: int
     draws: tuple[Draw, ...]
+    is_adjusted: bool
 
 
 class GraphStep(Step):
@@ -113,6 +114,11 @@ class GraphStep(Step):
         return self._cache.used_pages * PAGE * self.bytes_per_token
 
     @torch.inference_mode()
+    def adjust(self, slot: int, adjustment: Adjustment) -> bool:
+        """Take a text's penalties and biases to the device, unless the biases are too many."""
+        return self._passes.adjustments.set(slot, adjustment)
+
+    @torch.inference_mode()
     def copy(self, source: int, target: int, length: int) -> None:
         """Share the first `length` tokens of a slot with another."""
         self._ahead.pop(target, None)
@@ -142,9 +148,9 @@ class GraphStep(Step):
         numbers = []
         for segment in segments:
             expected = self._ahead.get(segment.slot)
-            if expected is None or segment.logits != "token" or len(segment.ids) > 1:
+            if expected is None or segment.logits != "token" or len(segment.ids) > 1 or segment.allowed_V is not None:
                 return None
-            if (segment.start, int(segment.ids[0]), segment.draws) != expected[1:]:
+            if (segment.start, int(segment.ids[0]), segment.draws, segment.is_adjusted) != expected[1:]:
                 return None
             numbers.append(expected.number)
         return numbers
@@ -159,15 +165,19 @@ class GraphStep(Step):
     def _launch(self, segments: Sequence[Segment], outputs: dict[int, SegmentOutput]) -> list[SegmentOutput]:
         """Compute the segments that are not in `outputs`, in as many passes as their tokens take."""
         is_decode = not outputs and len(segments) <= self._passes.most_wanted
-        is_decode = is_decode and all(s.logits == "token" and len(s.ids) == 1 for s in segments)
+        # A mask of allowed tokens follows from the token before: such a step is not computed ahead.
+        is_decode = is_decode and all(s.logits == "token" and len(s.ids) == 1 and s.allowed_V is None for s in segments)
         rows: list[Row] = []
         wanted: dict[int, int] = {}
         """Row, by segment."""
 
         def run() -> None:
             chosen = [segments[i] for i in wanted]
-            draws = [segment.draws[0] if segment.draws else None for segment in chosen]
-            launched = self._passes.launch(rows, list(wanted.values()), draws)
+            ends = [
+                Wanted(row, segment.draws[0] if segment.draws else None, segment.is_adjusted, segment.allowed_V)
+                for segment, row in zip(chosen, wanted.values(), strict=True)
+            ]
+            launched = self._passes.launch(rows, ends)
             results = self._read(chosen, launched, list(range(len(chosen))), runs_ahead=is_decode)
             outputs.update(zip(wanted, results, strict=True))
             rows.clear()
@@ -202,7 +212,8 @@ class GraphStep(Step):
         self._ahead_pass = self._launch_ahead(ahead) if ahead else None
         tokens = launched.tokens()
         for row, (segment, number) in enumerate(ahead):
-            expected = _Expected(row, segment.start + 1, tokens[number], segment.following or ())
+            following, is_adjusted = segment.following or (), segment.is_adjusted
+            expected = _Expected(row, segment.start + 1, tokens[number], following, is_adjusted)
             self._ahead[segment.slot] = expected
         outputs = []
         for segment, number in texts:
@@ -215,8 +226,11 @@ class GraphStep(Step):
         for segment, _ in texts:
             self._cache.hold(segment.slot, segment.start + 1, segment.start + 2)
         rows = [Row(segment.slot, segment.start + 1, 0, number) for segment, number in texts]
-        draws = [segment.following[0] if segment.following else None for segment, _ in texts]
-        return self._passes.launch(rows, list(range(len(rows))), draws)
+        wanted = [
+            Wanted(row, segment.following[0] if segment.following else None, segment.is_adjusted)
+            for row, (segment, _) in enumerate(texts)
+        ]
+        return self._passes.launch(rows, wanted)
 
     def _whole(self, segment: Segment) -> SegmentOutput:
         """The logits or hidden states of all tokens of a segment."""

@@ -11,7 +11,9 @@ import os
 import pytest
 import torch
 
+from model.generation.steps.draw import Adjustment
 from model.generation.steps.graphs import kernels, plain
+from model.generation.steps.graphs.adjustments import Adjustments
 from model.generation.steps.graphs.pages import PAGE, Places
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -129,3 +131,35 @@ def test_the_chosen_tokens(monkeypatch, draw):
     logits_RV[5, 3], logits_RV[6, 117], logits_RV[7] = torch.nan, torch.inf, -torch.inf
     draws_R5 = torch.tensor([draw] * len(logits_RV))
     assert kernels.choose(logits_RV, draws_R5).tolist() == plain.choose(logits_RV, draws_R5).tolist()
+
+
+def test_penalties_biases_and_masks():
+    """Twice the same passes: the second finds what the first has left."""
+    context, size, rows = 2100, 1100, 5
+    logits_RV = torch.randn(rows, size) * 3
+    wanted_R = torch.tensor([6, 0, 2, 3, 5], dtype=torch.int32)
+    changes_R = torch.tensor([1, 3, 0, 1, 2], dtype=torch.int32)
+    slot_N = torch.tensor([0, 4, 1, 2, 4, 3, 5], dtype=torch.int32)
+    position_N = torch.tensor([0, 4, 9, 40, 4, 2000, 1030], dtype=torch.int32)
+    id_N = torch.randint(0, size, (7,), dtype=torch.int32)
+    both = []
+    for operations in (kernels, plain):
+        torch.manual_seed(1)
+        made = Adjustments(6, context, rows, size, torch.device(DEVICE))
+        made.tables.text_SL.random_(0, 7)
+        made.tables.allowed_RW.random_(-(1 << 31), (1 << 31) - 1)
+        assert made.set(0, Adjustment([3], 1.5, 0.0, 0.0, {}))
+        assert made.set(2, Adjustment([], 1.0, 0.7, -0.4, {5: 2.0, size - 1: -100.0}))
+        assert made.set(3, Adjustment([4] * 1500, 0.5, 0.01, 0.0, {token: token / 64 for token in range(512)}))
+        assert made.set(5, Adjustment([1, 9, 1], 1.2, 0.1, 0.2, {}))
+        found = []
+        for _ in range(2):
+            found.append(logits_RV.clone())
+            operations.adjust(found[-1], made.tables, slot_N, position_N, id_N, wanted_R, changes_R)
+        assert not made.tables.counts_RV.any()
+        both.append((torch.stack(found), made.tables.text_SL[:6]))
+    same(both[0][0], both[1][0])
+    assert torch.equal(both[0][1], both[1][1])
+    assert torch.equal(both[0][0][0], both[0][0][1])
+    changed = (both[0][0][0] != logits_RV).any(dim=1)
+    assert changed.tolist() == [True, True, False, True, True]

@@ -78,11 +78,13 @@ class Compiled:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_kernels_compile_for_gpus_and_fit_them(monkeypatch, tmp_path, capability, dtype):
     from model.generation.steps.graphs import kernels
+    from model.generation.steps.graphs.adjustments import Adjustments
     from model.generation.steps.graphs.pages import PAGE, Places
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     made: list[tuple[str, Any]] = []
-    names = ["_add_norm", "_rotate_store", "_attend", "_join_splits", "_silu_times", "_int8_product", "_choose"]
+    names = ["_add_norm", "_rotate_store", "_attend", "_join_splits", "_silu_times", "_int8_product"]
+    names += ["_count_tokens", "_adjust", "_choose"]
     for name in names:
         monkeypatch.setattr(kernels, name, Compiled(getattr(kernels, name), capability, made))
     heads, groups, head_dim, vocab_size = 12, 4, 64, 50_304
@@ -101,6 +103,9 @@ def test_kernels_compile_for_gpus_and_fit_them(monkeypatch, tmp_path, capability
         kernels.silu_times(x_ND.new_zeros(rows, 2 * intermediate_size))
         weight_OI = torch.zeros(intermediate_size, size, dtype=torch.int8)
         kernels.int8_product(x_ND, weight_OI, torch.zeros(intermediate_size))
+    at_R = torch.zeros(1, dtype=torch.int32)
+    tables = Adjustments(1, 1024, 1, vocab_size, torch.device("cpu")).tables
+    kernels.adjust(torch.zeros(1, vocab_size), tables, at_R, at_R, at_R, at_R, at_R)
     kernels.choose(torch.zeros(1, vocab_size), torch.zeros(1, 5))
     assert {name for name, _ in made} == set(names)
     for name, compiled in made:

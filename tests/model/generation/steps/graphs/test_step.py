@@ -4,6 +4,7 @@ Tests of the engine, of grammars and of scores run over it, too (`each_step`); `
 """
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ import torch
 from model.errors import PipelineError
 from model.generation.engine import Engine
 from model.generation.requests import GenerationRequest, SamplingParameters
+from model.generation.sampler import Sampler
 from model.generation.steps import choose
 from model.generation.steps.choose import choose_step
-from model.generation.steps.draw import Draw
-from model.generation.steps.graphs import plain
+from model.generation.steps.draw import Adjustment, Draw
+from model.generation.steps.graphs import adjustments, plain
 from model.generation.steps.graphs.pages import PAGE, PagedCache
 from model.generation.steps.graphs.passes import MAX_ROWS, Passes
 from model.generation.steps.graphs.step import GraphStep
@@ -161,16 +163,87 @@ def test_another_text_in_a_slot_has_no_result_of_the_step_ahead():
     assert found.tokens[0] == int(plain.choose(scores_V[None], torch.tensor([drawn]))[0])
 
 
-def test_requests_that_change_their_logits_take_no_step_ahead(passes, monkeypatch):
+ADJUSTED = [
+    SamplingParameters(temperature=0, logit_bias={7: -20.0, 200: 0.5}),
+    SamplingParameters(temperature=0, repetition_penalty=1.5),
+    SamplingParameters(temperature=0, frequency_penalty=0.5),
+    SamplingParameters(temperature=0.7, top_p=0.9, presence_penalty=-0.5, seed=3),
+    SamplingParameters(temperature=1, repetition_penalty=0.8, frequency_penalty=1, logit_bias={7: 3.0}, seed=4),
+    GREEDY,
+]
+
+
+def test_penalties_and_biases_are_applied_by_the_step_one_step_ahead(passes, monkeypatch):
+    model = tiny_model(tiny_tokenizer())
+    use_graphs_on_cpu(monkeypatch)
+    # A prompt with repeated tokens; the same one for all, so that only the parameters make the texts different.
+    asked = [GenerationRequest([40, 90, 18, 40], 20, sampling) for sampling in ADJUSTED]
+    engine = start(model, tiny_tokenizer(), step="reference")
+    expected = [tokens(engine.submit(request)) for request in asked]
+    engine.stop()
+    assert len({*map(tuple, expected)}) == len(asked)
+    assert expected[-1] == reference(model, [40, 90, 18, 40], 20)
+    engine = start(model, tiny_tokenizer(), step="graphs", max_batch_size=len(asked))
+
+    def fail(*_):
+        raise AssertionError("a token was chosen on the host")
+
+    monkeypatch.setattr(Sampler, "next", fail)
+    for request, text in zip(asked, expected, strict=True):
+        passes.clear()
+        assert tokens(engine.submit(request)) == text
+        assert passes[1:] == [1] * 19  # each step was launched once, before it was asked for
+    together = [engine.submit(request) for request in asked]
+    assert [tokens(generation) for generation in together] == expected
+    engine.stop()
+
+
+def test_more_biases_than_the_device_holds_are_added_on_the_host(monkeypatch):
+    monkeypatch.setattr(adjustments, "MOST_BIASES", 3)
     model = tiny_model(tiny_tokenizer())
     use_graphs_on_cpu(monkeypatch)
     engine = start(model, tiny_tokenizer(), step="graphs")
-    for sampling in (SamplingParameters(temperature=0, logit_bias={5: 1.0}), GREEDY):
-        passes.clear()
-        found = tokens(engine.submit(GenerationRequest([40, 90, 18], 10, sampling)))
-        assert len(found) == 10 and passes == [3, *[1] * 9]
-        if sampling is GREEDY:
-            assert found == reference(model, [40, 90, 18], 10)
+    on_host = []
+    choose_next = Sampler.next
+    monkeypatch.setattr(Sampler, "next", lambda *given: on_host.append(1) or choose_next(*given))
+    for count in (3, 4):
+        sampling = SamplingParameters(
+            temperature=0, logit_bias={100 + number: 25.0 * (1 + number) for number in range(count)}
+        )
+        assert tokens(engine.submit(GenerationRequest([40, 90, 18], 5, sampling))) == [100 + count - 1] * 5
+        assert len(on_host) == (0 if count == 3 else 5)
+    engine.stop()
+    step = GraphStepOnCPU(model, 1)
+    assert not step.adjust(0, Adjustment([1], 1.0, 0.0, 0.0, {step.vocab_size: 1.0}))
+
+
+CONSTRAINED = [
+    GenerationRequest([40, 90, 18], 12, GREEDY, allowed_token_ids=frozenset(range(30, 60))),
+    GenerationRequest([40, 90, 18], 12, SamplingParameters(temperature=0.9, seed=1), bad_words=("e", "a")),
+    GenerationRequest([40, 90, 18], 12, ADJUSTED[4], allowed_token_ids=frozenset({5, 7, 100, 271})),
+    # Its first tokens are chosen with a mask, the others without, by all that came before.
+    GenerationRequest([40, 90, 18], 12, ADJUSTED[1], min_tokens=5, stop_token_ids=(7, 40)),
+    GenerationRequest([40, 90, 18], 12, GREEDY),
+]
+
+
+def test_masks_of_allowed_tokens_are_applied_by_the_step(monkeypatch):
+    model, tokenizer = tiny_model(tiny_tokenizer()), tiny_tokenizer()
+    use_graphs_on_cpu(monkeypatch)
+    engine = start(model, tokenizer, step="reference")
+    expected = [tokens(engine.submit(request)) for request in CONSTRAINED]
+    engine.stop()
+    unconstrained = [replace(r, allowed_token_ids=None, bad_words=(), min_tokens=0) for r in CONSTRAINED[:-1]]
+    engine = start(model, tokenizer, step="graphs", max_batch_size=5)
+    assert all(tokens(engine.submit(r)) != text for r, text in zip(unconstrained, expected[:-1], strict=True))
+
+    def fail(*_):
+        raise AssertionError("a token was chosen on the host")
+
+    monkeypatch.setattr(Sampler, "next", fail)
+    assert [tokens(engine.submit(request)) for request in CONSTRAINED] == expected
+    together = [engine.submit(request) for request in CONSTRAINED]
+    assert [tokens(generation) for generation in together] == expected
     engine.stop()
 
 
@@ -248,6 +321,8 @@ def test_a_full_cache_is_one_line():
         ("norm", lambda right: lambda x, weight, eps: right(x, weight.flip(0), eps)),
         ("choose", lambda right: lambda logits_RV, draws: right(logits_RV, draws) // 2),
         ("choose", lambda right: lambda logits_RV, draws: right(logits_RV * 2, draws)),
+        ("adjust", lambda right: lambda *given: None),
+        ("adjust", lambda right: lambda logits_RV, *given: right(logits_RV.mul_(1 - given[-1][:, None] / 2), *given)),
     ],
 )
 def test_a_wrong_kernel_is_refused_and_the_reference_takes_over(monkeypatch, caplog, operation, broken):

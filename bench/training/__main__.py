@@ -6,6 +6,8 @@
     python -m bench.training processes              # one process against one for each core; copies of checkpoints
     python -m bench.training gpu                    # on a GPU: correct gradients in each precision, then speed
     python -m bench.training speed --gpu --nanogpt DIR    # the shape of gpt2_124m against nanoGPT compiled
+    python -m bench.training quality                # stdlib_30m in an hour against Llama with AdamW (`quality.py`)
+    python -m bench.training quality --gpu --nanogpt DIR  # gpt2_124m in a third of nanoGPT's time
 
 The sides take turns on the same machine, every run in a separate process. The user clones nanoGPT. In the first
 comparison both sides have the same text, split (the first 90 % of the characters train), shape (4 layers, 4 heads,
@@ -29,7 +31,7 @@ import torch
 
 from bench.hardware import describe
 from bench.settings import read_settings
-from bench.training import costs, gpu, nanogpt, processes, speed
+from bench.training import costs, gpu, nanogpt, processes, quality, speed
 from model.errors import ends_in_one_line
 from model.settings import ExperimentSettings, ModelSettings, TokenizerSettings, TrainingSettings
 from model.text.tokenizer import FastEncoder, token_bytes, train_tokenizer
@@ -164,13 +166,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the comparison; `--json FILE` also writes it."""
     parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    quality = commands.add_parser("shakespeare", help="quality in nanoGPT's time")
-    quality.add_argument("--nanogpt", type=Path, required=True, help="a work tree of nanoGPT")
-    quality.add_argument("--text", type=Path, default=Path("data/tinyshakespeare.txt"), help="Tiny Shakespeare")
-    quality.add_argument("--rounds", type=int, default=3, help="interleaved rounds, four minutes each (default 3)")
-    quality.add_argument("--short", type=int, nargs=2, default=SHORT, help=f"steps and batch (default {SHORT})")
-    quality.add_argument("--long", type=int, nargs=2, default=LONG, help=f"steps and batch (default {LONG})")
-    quality.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="only these (default: all)")
+    characters = commands.add_parser("shakespeare", help="quality in nanoGPT's time, characters of one text")
+    characters.add_argument("--nanogpt", type=Path, required=True, help="a work tree of nanoGPT")
+    characters.add_argument("--text", type=Path, default=Path("data/tinyshakespeare.txt"), help="Tiny Shakespeare")
+    characters.add_argument("--rounds", type=int, default=3, help="interleaved rounds, four minutes each (default 3)")
+    characters.add_argument("--short", type=int, nargs=2, default=SHORT, help=f"steps and batch (default {SHORT})")
+    characters.add_argument("--long", type=int, nargs=2, default=LONG, help=f"steps and batch (default {LONG})")
+    characters.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="only these (default: all)")
+    quality_command = commands.add_parser("quality", help="quality in a peer's time, tokens of Python source")
+    quality.add_options(quality_command)
     speed_command = commands.add_parser("speed", help="tokens/s and MFU")
     speed_command.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
     speed_command.add_argument("--steps", type=int, default=4, help="timed optimizer steps a round (default 4)")
@@ -193,11 +197,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     processes_command.add_argument(
         "--url", default="", help="of an object store for copies, such as s3://BUCKET/PREFIX"
     )
-    for command in (quality, speed_command, gpu_command, costs_command, processes_command):
+    for command in (characters, quality_command, speed_command, gpu_command, costs_command, processes_command):
         command.add_argument("--json", type=Path, help="also write the figures to this file")
     for name, names in (
         ("run", ["steps", "batch", "dataset", "scratch"]),
         ("side", ["name", "steps"]),
+        ("train", ["side", "shape", "steps", "learning_rate", "dataset", "scratch"]),
         ("cost", ["shape", "scratch", "kind"]),
     ):
         hidden = commands.add_parser(name)
@@ -211,6 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "side":
         print(json.dumps(speed.measure_side(options.name, int(options.steps))))
         return 0
+    if options.command == "train":
+        print(json.dumps(quality.train_side(options)))
+        return 0
     if options.command == "cost":
         found = costs.run(options.shape, Path(options.scratch), resumed=options.kind == "resumed", url=options.copies)
         print(json.dumps(found))
@@ -219,6 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = costs.measure(options.shape, options.rounds)
     elif options.command == "processes":
         result = processes.measure(options.shape, options.rounds, options.steps, options.url)
+    elif options.command == "quality":
+        result = quality.measure(options)
     elif options.command == "gpu":
         result = gpu.measure(options.shape, options.nanogpt, options.rounds, options.steps)
     elif options.command == "shakespeare":

@@ -119,18 +119,7 @@ def measure_side(side: str, steps: int) -> dict[str, float]:
             ours.add_callback(clock)
             ours.train()
         else:
-            llama = LlamaForCausalLM(
-                LlamaConfig(
-                    vocab_size=vocabulary,
-                    hidden_size=config.hidden_size,
-                    intermediate_size=config.intermediate_size,
-                    num_hidden_layers=config.num_hidden_layers,
-                    num_attention_heads=config.num_attention_heads,
-                    num_key_value_heads=config.num_key_value_heads,
-                    max_position_embeddings=config.max_position_embeddings,
-                    tie_word_embeddings=config.tie_word_embeddings,
-                )
-            )
+            llama = build_llama(shape, vocabulary)
             arguments = TrainingArguments(
                 output_dir=scratch,
                 max_steps=steps + 1,
@@ -150,6 +139,23 @@ def measure_side(side: str, steps: int) -> dict[str, float]:
         "matmul_peak_flops": matmul_peak(device, "float32" if trainer == "llama" else precision),
         "parameters": model.num_parameters() if trainer == "ours" else llama.num_parameters(),
     }
+
+
+def build_llama(shape: str, vocab_size: int) -> LlamaForCausalLM:
+    """Transformers' Llama of the same sizes as one of SHAPES, with random weights."""
+    config = build_config(read_settings(ModelSettings, SHAPES[shape][0]), vocab_size, 0, 0, 1)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            max_position_embeddings=config.max_position_embeddings,
+            tie_word_embeddings=config.tie_word_embeddings,
+        )
+    )
 
 
 def compare_cpu(rounds: int, steps: int) -> dict[str, Any]:

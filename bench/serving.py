@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from bench.hardware import describe
 from bench.server import Answer, Server, run_bench, serve
@@ -183,9 +182,10 @@ def measure(
 ) -> dict[str, Any]:
     """All figures as a dictionary; names end in their unit."""
     model = load_model(model_dir, device="cpu")
-    torch.set_num_threads(int(os.environ.get("REX_THREADS") or 0) or _threads_of_the_service(model))
+    threads = int(os.environ.get("REX_THREADS") or 0)
+    torch.set_num_threads(threads or decoding_threads(count_parameters(model), usable_cores()))
     weights_bytes = sum(p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()])
-    engine = Engine(model, load_tokenizer(model_dir), max_queue=64)
+    engine = Engine(model, load_tokenizer(model_dir), max_queue=64, threads=threads or usable_cores())
     engine.warm_up()
     prompts = Prompts(model.config.vocab_size)
     result: dict[str, Any] = {"parameters": count_parameters(model), "start_s": [], "start_cpu_s": []}
@@ -207,10 +207,6 @@ def measure(
 
 def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _threads_of_the_service(model: PreTrainedModel) -> int:
-    return decoding_threads(count_parameters(model), usable_cores())
 
 
 def _note_start(result: dict[str, Any], server: Server) -> None:

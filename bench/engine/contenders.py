@@ -52,7 +52,8 @@ class OurEngine(Contender):
 
     def __init__(self, model: RexForCausalLM) -> None:
         super().__init__(model)
-        torch.set_num_threads(decoding_threads(count_parameters(model), torch.get_num_threads()))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(decoding_threads(count_parameters(model), threads))
         self._engine = Engine(
             model,
             small_tokenizer(),
@@ -60,6 +61,7 @@ class OurEngine(Contender):
             max_batch_size=RAGGED_STREAMS,
             max_queue=64,
             step=self.step,
+            threads=threads,
         )
         self.name = self._engine.step_name
 

@@ -55,7 +55,9 @@ class HostStep(GraphStep):
         return None
 
     @classmethod
-    def create(cls, model: PreTrainedModel, slots: int, cache_tokens: int | None = None) -> Self:
+    def create(
+        cls, model: PreTrainedModel, slots: int, cache_tokens: int | None = None, threads: int | None = None
+    ) -> Self:
         """The step, whose tokens are all 0."""
         step = cls(model, slots, cache_tokens)
         step._passes._launches = dict.fromkeys((1 << power for power in range(9)), lambda: None)

@@ -71,12 +71,12 @@ def compare(model_dir: Path, kind: str, rounds: int, streams: list[int], tokens:
     model, tokenizer = KINDS[kind](load_model(model_dir)), load_tokenizer(model_dir)
     torch.set_num_threads(decoding_threads(count_parameters(model), usable_cores()))
     engines = [
-        Engine(model, tokenizer, end_of_text_ids=frozenset(), speculative_tokens=count)
+        Engine(model, tokenizer, end_of_text_ids=frozenset(), speculative_tokens=count, threads=usable_cores())
         for count in (0, ServingSettings.speculative_tokens or MOST)
     ]
     for engine in engines:
         engine.warm_up()
-    print(f"\n{count_parameters(model):,} parameters, {engines[0].precision}, {torch.get_num_threads()} threads\n")
+    print(f"\n{count_parameters(model):,} parameters, {engines[0].precision}, up to {usable_cores()} threads\n")
     print(
         "| streams | temperature | tokens/s | with proposals | ratio: median, range | of CPU time | right | per step |"
     )

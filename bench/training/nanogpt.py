@@ -39,7 +39,7 @@ CPU_SETTING = [
     "--always_save_checkpoint=True",
 ]
 
-# As `evaluate` does: every token of the validation part but the first is predicted once, from at most `length` before it.
+# As `evaluate` does: every token of the validation part but the first is predicted once, from at most `length` before.
 SCORE = """
 import json, sys
 import numpy as np, torch

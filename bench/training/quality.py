@@ -197,7 +197,7 @@ def _timed(side: str, shape: str, dataset_dir: Path) -> Side:
 
 
 def _nanogpt(copy: Path, shape: str, dataset_dir: Path, device: str) -> Side:
-    """nanoGPT on the dataset's tokens; the number of steps follows from the time of one."""
+    """The peer nanoGPT, on the dataset's tokens; the number of steps follows from the time of one."""
     model_file, _, vocab_size, length = speed.SHAPES[shape]
     sizes = read_settings(ModelSettings, model_file)
     training = settings_of(shape, 2).training
@@ -253,8 +253,8 @@ def compare(
     time_share = ours["process_s"] / peer["process_s"]
     print(
         f"ours {ours['bits_per_byte']:.4f} bits per byte in {ours['process_s']:,.0f} s, {name} "
-        f"{peer['bits_per_byte']:.4f} in {peer['process_s']:,.0f} s: {100 * (1 - ratio):.1f} % less in {time_share:.2f} "
-        "of the time"
+        f"{peer['bits_per_byte']:.4f} in {peer['process_s']:,.0f} s: {100 * (1 - ratio):.1f} % less in "
+        f"{time_share:.2f} of the time"
     )
     return {"shape": shape, name: peer, "ours": ours, "bits_per_byte_ratio": ratio, "time_ratio": time_share}
 

@@ -59,13 +59,15 @@ def _rex_engine(options: BentoArgs, model_dir: Path, quantized: bool | None, lim
     dtype = torch.bfloat16 if options.mixed_precision else None
     model = load_model(model_dir, device=options.device, quantized=quantized, dtype=dtype)
     # Set before the engine's thread starts: a thread reads torch's number of threads once.
-    torch.set_num_threads(options.threads or decoding_threads(count_parameters(model), usable_cores()))
-    logger.info("loaded on %s, %d threads", model.device, torch.get_num_threads())
+    threads = options.threads or usable_cores()
+    torch.set_num_threads(options.threads or decoding_threads(count_parameters(model), threads))
+    logger.info("loaded on %s, up to %d threads", model.device, threads)
     return Engine(
         model,
         load_tokenizer(model_dir),
         kv_cache=options.kv_cache,
         step=options.step,
+        threads=threads,
         speculative_tokens=options.speculative_tokens,
         **limits,
     )

@@ -55,8 +55,9 @@ class Engine:
     kv_cache: False recomputes all earlier tokens for each new one, for comparison.
     prefill_chunk: tokens of one step with prompts in it, those that decode included.
     max_queue, max_queue_tokens: requests that may wait besides those that run, and tokens of their prompts.
-    step: how a step is computed, a name of `steps.py` or "auto". step_timeout_s: a step that takes longer counts as
-    hung. speculative_tokens: most tokens that a step proposes for one text and checks at once; texts stay the same.
+    step: how a step is computed, a name of `steps.py` or "auto". threads: of a step that has its own, at most; None: as
+    many as torch has. step_timeout_s: a step that takes longer counts as hung. speculative_tokens: most tokens that a
+    step proposes for one text and checks at once; texts stay the same.
     end_of_text_ids: tokens that end a text; None: the model's own.
     Raises PipelineError if the memory does not hold one context, and for more tokens than the model has.
     """
@@ -73,6 +74,7 @@ class Engine:
         max_queue: int = ServingSettings.max_queue,
         max_queue_tokens: int = ServingSettings.max_queue_tokens,
         step: str = "auto",
+        threads: int | None = None,
         step_timeout_s: float = ServingSettings.step_timeout_s,
         speculative_tokens: int = ServingSettings.speculative_tokens,
         end_of_text_ids: frozenset[int] | None = None,
@@ -103,7 +105,7 @@ class Engine:
         )
         self._kv_cache, self._prefill_chunk, self._step_timeout_s = kv_cache, prefill_chunk, step_timeout_s
         self._cache_tokens, self._is_limited = _cache_tokens(model, max_batch_size, kv_cache_mib), kv_cache_mib > 0
-        self._slots, self._speculative_tokens = max_batch_size, speculative_tokens
+        self._slots, self._threads, self._speculative_tokens = max_batch_size, threads, speculative_tokens
         self._max_queue, self._max_queue_tokens = max_queue, max_queue_tokens
         self._queue = RequestQueue(max_queue, max_queue_tokens)
         self._changed = threading.Condition()
@@ -302,7 +304,8 @@ class Engine:
     def _created(self, chosen: type[Step], model: PreTrainedModel) -> Step:
         if not chosen.grows(model):
             self._slots = min(self._slots, self._cache_tokens // self.context_length)
-        return chosen.create(model, self._slots, max(self._cache_tokens, self.context_length))
+        tokens = max(self._cache_tokens, self.context_length)
+        return chosen.create(model, self._slots, tokens, self._threads)
 
     def _new_scheduler(self) -> Scheduler:
         return Scheduler(

@@ -28,7 +28,7 @@ from model.errors import PipelineError
 from model.native.build import LIBRARY
 from model.weights.int8 import QuantizedMatrix, TiedInt8Head, precision_name
 
-ABI = 6
+ABI = 7
 INSTRUCTIONS = ("portable", "avx2", "avxvnni", "avx512", "amx", "dotprod")
 """Instruction sets, in the order of their numbers in the library; of those that a CPU has, the last is the fastest."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
@@ -103,7 +103,7 @@ def open_library(path: Path | None = None) -> ctypes.CDLL | None:
         "rex_model_create": (pointer, [ctypes.POINTER(_Config), ctypes.POINTER(_Weights), text]),
         "rex_model_bytes": (long, [pointer]),
         "rex_model_destroy": (None, [pointer]),
-        "rex_session_create": (pointer, [pointer, whole, whole, long, whole, text]),
+        "rex_session_create": (pointer, [pointer, whole, whole, long, whole, long, text]),
         "rex_session_destroy": (None, [pointer]),
         "rex_session_step": (whole, [pointer, whole, *[pointer] * 9, text]),
         "rex_session_hidden": (whole, [pointer, whole, *[pointer] * 6, text]),
@@ -216,6 +216,7 @@ class NativeModel:
 class NativeSession:
     """A KV cache with slots, and compute threads; used by one thread at a time.
 
+    shared_from: weights times rows of a pass from which on it is shared among the threads.
     cache_dtype: of keys and values, float32 or bfloat16; default float32 for a model in float32, else bfloat16.
     cache_tokens: most tokens over all slots, 0 for no limit; memory is allocated on demand.
     """
@@ -226,6 +227,7 @@ class NativeSession:
         slots: int,
         *,
         threads: int = 1,
+        shared_from: int = 0,
         cache_dtype: torch.dtype | None = None,
         cache_tokens: int = 0,
     ) -> None:
@@ -233,7 +235,7 @@ class NativeSession:
         dtype = cache_dtype or (torch.float32 if model.precision == "float32" else torch.bfloat16)
         error = ctypes.create_string_buffer(_ERROR_SIZE)
         self._handle = self._library.rex_session_create(
-            model.handle, slots, DTYPES[dtype], cache_tokens, max(1, threads), error
+            model.handle, slots, DTYPES[dtype], cache_tokens, max(1, threads), shared_from, error
         )
         if not self._handle:
             raise PipelineError(f"the native step cannot start: {error.value.decode()}")

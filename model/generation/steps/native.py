@@ -15,10 +15,11 @@ from model.generation.steps.draw import Draw
 from model.generation.steps.step import Segment, SegmentOutput, Step
 from model.native import library
 from model.native.library import NativeModel, NativeSession, unsupported
+from model.system.cpu import SMALL_MODEL
 
 
 class NativeStep(Step):
-    """Computes with the native library, on as many threads as torch has at construction."""
+    """Computes with the native library. threads: of a step that has enough to compute for more than one."""
 
     name = "native"
     is_batch_invariant = True
@@ -27,7 +28,7 @@ class NativeStep(Step):
 
     def __init__(self, model: NativeModel, slots: int, threads: int) -> None:
         self._model, self._threads = model, threads
-        self._session = NativeSession(model, slots, threads=threads)
+        self._session = NativeSession(model, slots, threads=threads, shared_from=SMALL_MODEL)
         self.slots, self.context_length, self.vocab_size = slots, model.context_length, model.vocab_size
         self.precision = model.precision
         self.bytes_per_token = self._session.bytes_per_token
@@ -39,9 +40,11 @@ class NativeStep(Step):
         return unsupported(model)
 
     @classmethod
-    def create(cls, model: PreTrainedModel, slots: int, cache_tokens: int | None = None) -> Self:
+    def create(
+        cls, model: PreTrainedModel, slots: int, cache_tokens: int | None = None, threads: int | None = None
+    ) -> Self:
         """The step for a model; the library copies the weights, so the model may be freed."""
-        return cls(NativeModel(model), slots, torch.get_num_threads())
+        return cls(NativeModel(model), slots, threads or torch.get_num_threads())
 
     def cache_bytes(self, held_tokens: int) -> int:
         """Pages in use; slots with a common prefix share them, and a free one is used again."""

@@ -85,7 +85,9 @@ class ReferenceStep(Step):
         return model.device.type == "cpu"
 
     @classmethod
-    def create(cls, model: PreTrainedModel, slots: int, cache_tokens: int | None = None) -> "ReferenceStep":
+    def create(
+        cls, model: PreTrainedModel, slots: int, cache_tokens: int | None = None, threads: int | None = None
+    ) -> "ReferenceStep":
         """The step for a model, its layers packed for decoding."""
         step = cls(model, slots)
         pack(step.model)

@@ -93,10 +93,13 @@ class Step(ABC):
 
     @classmethod
     @abstractmethod
-    def create(cls, model: PreTrainedModel, slots: int, cache_tokens: int | None = None) -> "Step":
+    def create(
+        cls, model: PreTrainedModel, slots: int, cache_tokens: int | None = None, threads: int | None = None
+    ) -> "Step":
         """The step for a model, with a KV cache for `slots` sequences; does not modify the model.
 
         cache_tokens: most tokens that all slots hold together, at least one context; None: as many as they can.
+        threads: of a step that has its own, at most; None: as many as torch has.
         """
 
     @abstractmethod

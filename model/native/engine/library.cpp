@@ -158,11 +158,11 @@ int64_t rex_model_bytes(const RexModel* model) { return model->model.bytes(); }
 void rex_model_destroy(RexModel* model) { delete model; }
 
 RexSession* rex_session_create(const RexModel* model, int32_t slots, int32_t cache_dtype, int64_t cache_tokens,
-                               int32_t threads, char* error) {
+                               int32_t threads, int64_t shared_from, char* error) {
     RexSession* session = nullptr;
     guarded(error, [&] {
         const bool in_bf16 = cache_dtype == REX_BFLOAT16;
-        session = new RexSession{Session(model->model, slots, in_bf16, cache_tokens, threads), model->model};
+        session = new RexSession{Session(model->model, slots, in_bf16, cache_tokens, threads, shared_from), model->model};
     });
     return session;
 }

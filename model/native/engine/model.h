@@ -22,6 +22,11 @@ struct Model {
     Model(const RexConfig& config, const RexWeights& weights, const Kernels& kernels);
 
     int64_t bytes() const;
+    // Numbers that a row is multiplied with.
+    int64_t weights() const {
+        const int64_t layer = strides.hidden * (strides.qkv + strides.mixed + strides.gate_up + strides.intermediate);
+        return config.layers * layer + strides.hidden * config.vocab_size;
+    }
     const Matrix& head() const { return is_tied ? embedding : own_head; }
 
     RexConfig config;

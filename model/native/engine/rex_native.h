@@ -12,7 +12,7 @@
 #define REX_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { REX_ABI = 6, REX_ERROR_SIZE = 256 };
+enum { REX_ABI = 7, REX_ERROR_SIZE = 256 };
 enum RexDtype { REX_FLOAT32 = 0, REX_BFLOAT16 = 1, REX_INT8 = 2, REX_INT4 = 3 };
 enum RexInstructions { REX_PORTABLE = 0, REX_AVX2 = 1, REX_AVXVNNI = 2, REX_AVX512 = 3, REX_AMX = 4, REX_DOTPROD = 5 };
 
@@ -65,9 +65,10 @@ REX_API RexModel* rex_model_create(const RexConfig* config, const RexWeights* we
 REX_API int64_t rex_model_bytes(const RexModel* model);
 REX_API void rex_model_destroy(RexModel* model);
 
-// cache_dtype: float32 or bfloat16. cache_tokens: most positions held over all slots, 0 for no limit.
+// cache_dtype: float32 or bfloat16. cache_tokens: most positions held over all slots, 0 for no limit. shared_from:
+// weights times rows of a pass from which on it is shared among the threads.
 REX_API RexSession* rex_session_create(const RexModel* model, int32_t slots, int32_t cache_dtype, int64_t cache_tokens,
-                                       int32_t threads, char* error);
+                                       int32_t threads, int64_t shared_from, char* error);
 REX_API void rex_session_destroy(RexSession* session);
 
 // One pass over segments of many slots. Segment i: `length[i]` tokens after the first `start[i]` positions of

@@ -1,6 +1,7 @@
 #include "session.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -12,14 +13,14 @@ namespace {
 constexpr int64_t MAX_ROWS = 512;          // per chunk: a longer pass is divided, which bounds the buffers
 constexpr int64_t SHARED_FROM_BYTES = 96 << 10;  // weight bytes times rows: less runs on one thread
 constexpr int64_t SHARED_FROM_POSITIONS = 256;   // attention positions per task: fewer are not shared among threads
-constexpr int64_t SHARED_FROM_ROWS = 8;
+constexpr int64_t SHARED_FROM_NUMBERS = 16 << 10;  // of norms, quantization and choice of tokens: fewer are not shared
 
 }  // namespace
 
-Session::Session(const Model& model, int slots, bool cache_in_bf16, int64_t cache_tokens, int threads)
+Session::Session(const Model& model, int slots, bool cache_in_bf16, int64_t cache_tokens, int threads, int64_t shared_from)
     : cache({model.config.layers, model.config.groups, model.strides.head, cache_in_bf16 ? 2 : 4}, slots, cache_tokens),
       model_(model), kernels_(model.kernels), config_(model.config), strides_(model.strides),
-      cache_in_bf16_(cache_in_bf16), threads_(threads),
+      cache_in_bf16_(cache_in_bf16), threads_(threads), sharing_(shared_from),
       widest_(std::max({strides_.hidden, strides_.mixed, strides_.intermediate})),
       scores_(threads * 4 * round_up(model.config.context_length, PAGE)) {}
 
@@ -41,12 +42,12 @@ void Session::grow(int64_t rows) {
 }
 
 template <class Work>
-void Session::each_row(int64_t rows, const Work& work) {
-    if (rows < SHARED_FROM_ROWS || threads_.count() == 1) {
+void Session::each_row(int64_t rows, int64_t width, const Work& work) {
+    if (rows * width < SHARED_FROM_NUMBERS || rows < 2 || team() == 1) {
         for (int64_t row = 0; row < rows; row++) work(row);
         return;
     }
-    const int64_t pieces = std::min<int64_t>(rows / 2, 4 * threads_.count());
+    const int64_t pieces = std::min<int64_t>(rows / 2, 4 * team());
     threads_.share(pieces, [&](int64_t piece, int) {
         for (int64_t row = rows * piece / pieces; row < rows * (piece + 1) / pieces; row++) work(row);
     });
@@ -56,7 +57,7 @@ template <class Work>
 void Session::each_panels(const Matrix& matrix, int64_t rows, int64_t unit, const Work& work) {
     const int64_t units = (matrix.panels() + unit - 1) / unit;
     const bool is_small = matrix.bytes() * rows < SHARED_FROM_BYTES;
-    const int64_t pieces = is_small || threads_.count() == 1 ? 1 : std::min<int64_t>(units, 4 * threads_.count());
+    const int64_t pieces = is_small || team() == 1 ? 1 : std::min<int64_t>(units, 4 * team());
     threads_.share(pieces, [&](int64_t piece, int) {
         work(units * piece / pieces * unit, std::min(units * (piece + 1) / pieces * unit, matrix.panels()));
     });
@@ -109,7 +110,7 @@ void Session::quantize(int64_t row, const float* x, int64_t stride) {
 }
 
 void Session::embed(const Row* rows, int64_t count) {
-    each_row(count, [&](int64_t row) {
+    each_row(count, strides_.hidden, [&](int64_t row) {
         float* x = hidden_.data() + row * strides_.hidden;
         model_.embedding.row(rows[row].id, config_.hidden_size, x);
         // The padding of a row may be NaN, left over from an earlier row.
@@ -122,7 +123,7 @@ void Session::write_cache(const Row* rows, int64_t count, int64_t layer) {
     const auto write = cache_in_bf16_ ? kernels_.store_bf16 : kernels_.store_f32;
     const float scaling = 1.0f / __builtin_sqrtf((float)config_.head_dim);
     const float *query_norm = model_.layers[layer].query_norm.data(), *key_norm = model_.layers[layer].key_norm.data();
-    each_row(count, [&](int64_t row) {
+    each_row(count, strides_.qkv, [&](int64_t row) {
         float* head = qkv_.data() + row * strides_.qkv;
         const int32_t position = rows[row].position;
         const float *cos = model_.cos.data() + position * half, *sin = model_.sin.data() + position * half;
@@ -153,8 +154,8 @@ void Session::attend(const std::vector<Row>& rows, int64_t layer) {
     }
     const auto kernel = cache_in_bf16_ ? kernels_.attend_bf16 : kernels_.attend_f32;
     const int64_t count = (int64_t)tasks_.size();
-    const bool is_small = positions < SHARED_FROM_POSITIONS || threads_.count() == 1;
-    const int64_t pieces = is_small ? 1 : std::min<int64_t>(count, 16 * threads_.count());
+    const bool is_small = positions < SHARED_FROM_POSITIONS || team() == 1;
+    const int64_t pieces = is_small ? 1 : std::min<int64_t>(count, 16 * team());
     threads_.share(pieces, [&](int64_t piece, int thread) {
         // A task's queries are ordered by token; the heads of a group are adjacent.
         std::vector<int32_t> seen(group_heads * most_tokens);
@@ -186,7 +187,7 @@ void Session::attend(const std::vector<Row>& rows, int64_t layer) {
 
 // Final norm of the first `count` rows of hidden_.
 void Session::copy_hidden(int64_t count, Outputs& out) {
-    each_row(count, [&](int64_t row) {
+    each_row(count, strides_.hidden, [&](int64_t row) {
         float* normed = normed_.data() + row * strides_.hidden;
         kernels_.rms_norm(hidden_.data() + row * strides_.hidden, model_.final_norm.data(), config_.eps,
                           config_.hidden_size, strides_.hidden, normed);
@@ -198,7 +199,7 @@ void Session::copy_hidden(int64_t count, Outputs& out) {
 // Logits of the first `count` rows of hidden_.
 void Session::choose(int64_t count, Outputs& out) {
     const Matrix& head = model_.head();
-    each_row(count, [&](int64_t row) {
+    each_row(count, strides_.hidden, [&](int64_t row) {
         float* normed = normed_.data() + row * strides_.hidden;
         kernels_.rms_norm(hidden_.data() + row * strides_.hidden, model_.final_norm.data(), config_.eps,
                           config_.hidden_size, strides_.hidden, normed);
@@ -209,7 +210,7 @@ void Session::choose(int64_t count, Outputs& out) {
     if (!is_direct) logits_.grow(count * stride);
     float* logits = is_direct ? out.logits : logits_.data();
     multiply(head, normed_, strides_.hidden, count, logits, stride);
-    each_row(count, [&](int64_t row) {
+    each_row(count, config_.vocab_size, [&](int64_t row) {
         const float* own = logits + row * stride;
         out.chosen[row] = kernels_.arg_max(own, config_.vocab_size, out.highest + row);
         if (out.draws && out.draws[row].temperature > 0 && std::isfinite(out.highest[row]))
@@ -246,7 +247,7 @@ void Session::pass(const Row* rows, int64_t count, Outputs& out) {
     const std::vector<Row>* asking = &all;
     for (int64_t i = 0; i < config_.layers; i++) {
         const Layer& layer = model_.layers[i];
-        each_row(count, [&](int64_t row) {
+        each_row(count, hidden, [&](int64_t row) {
             if (i) add_branch(row, model_.layers[i - 1].mlp_branch_norm);
             enter_branch(row, layer.input_norm, layer.qkv);
         });
@@ -269,27 +270,33 @@ void Session::pass(const Row* rows, int64_t count, Outputs& out) {
         }
         attend(*asking, i);
         if (is_quantized(layer.o))
-            each_row(count, [&](int64_t row) { quantize(row, mixed_.data() + row * strides_.mixed, strides_.mixed); });
+            each_row(count, strides_.mixed, [&](int64_t row) { quantize(row, mixed_.data() + row * strides_.mixed, strides_.mixed); });
         multiply(layer.o, mixed_, strides_.mixed, count, branch_.data(), hidden);
-        each_row(count, [&](int64_t row) {
+        each_row(count, hidden, [&](int64_t row) {
             add_branch(row, layer.attention_branch_norm);
             enter_branch(row, layer.post_attention_norm, layer.gate_up);
         });
         multiply_swiglu(layer.gate_up, count);
         if (is_quantized(layer.down))
-            each_row(count, [&](int64_t row) {
+            each_row(count, strides_.intermediate, [&](int64_t row) {
                 quantize(row, inner_.data() + row * strides_.intermediate, strides_.intermediate);
             });
         multiply(layer.down, inner_, strides_.intermediate, count, branch_.data(), hidden);
     }
-    each_row(count, [&](int64_t row) { add_branch(row, model_.layers.back().mlp_branch_norm); });
+    each_row(count, hidden, [&](int64_t row) { add_branch(row, model_.layers.back().mlp_branch_norm); });
     if (out.hidden) copy_hidden(count, out);
     else choose(count, out);
 }
 
 void Session::step(const std::vector<Row>& rows, Outputs out) {
-    for (int64_t first = 0; first < (int64_t)rows.size(); first += MAX_ROWS)
-        pass(rows.data() + first, std::min<int64_t>(MAX_ROWS, (int64_t)rows.size() - first), out);
+    for (int64_t first = 0; first < (int64_t)rows.size(); first += MAX_ROWS) {
+        const int64_t count = std::min<int64_t>(MAX_ROWS, (int64_t)rows.size() - first), work = model_.weights() * count;
+        is_shared_ = threads_.count() > 1 && sharing_.choose(work, count);
+        const auto started = std::chrono::steady_clock::now();
+        pass(rows.data() + first, count, out);
+        const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - started;
+        sharing_.note(work, count, is_shared_, taken.count());
+    }
 }
 
 }  // namespace rex

@@ -4,6 +4,7 @@
 
 #include "cache.h"
 #include "model.h"
+#include "sharing.h"
 #include "threads.h"
 
 namespace rex {
@@ -27,7 +28,8 @@ struct Outputs {
 
 class Session {
 public:
-    Session(const Model& model, int slots, bool cache_in_bf16, int64_t cache_tokens, int threads);
+    Session(const Model& model, int slots, bool cache_in_bf16, int64_t cache_tokens, int threads,
+            int64_t shared_from);
 
     // Rows of a slot are neighbors, in the order of their positions.
     void step(const std::vector<Row>& rows, Outputs out);
@@ -51,7 +53,7 @@ private:
     void multiply(const Matrix& matrix, const Lines<float>& x, int64_t x_stride, int64_t rows, float* y, int64_t y_stride);
     void multiply_swiglu(const Matrix& matrix, int64_t rows);
     template <class Work>
-    void each_row(int64_t rows, const Work& work);
+    void each_row(int64_t rows, int64_t width, const Work& work);
     template <class Work>
     void each_panels(const Matrix& matrix, int64_t rows, int64_t unit, const Work& work);
     Product product_of(const Matrix& matrix, const Lines<float>& x, int64_t x_stride, int64_t rows) const;
@@ -59,6 +61,8 @@ private:
     // Whether the matrix multiplies quantized activations.
     static bool is_quantized(const Matrix& matrix) { return matrix.dtype() == REX_INT8 || matrix.dtype() == REX_INT4; }
     ProductKernel kernel_of(const Matrix& matrix) const;
+    // Threads that the pass may use.
+    int64_t team() const { return is_shared_ ? threads_.count() : 1; }
 
     const Model& model_;
     const Kernels& kernels_;
@@ -66,6 +70,8 @@ private:
     const Strides& strides_;
     bool cache_in_bf16_;
     Threads threads_;
+    Sharing sharing_;
+    bool is_shared_ = false;
     int64_t rows_ = 0, widest_ = 0;
     Lines<float> hidden_, normed_, qkv_, mixed_, branch_, gate_up_, inner_, logits_, scores_;
     Lines<int8_t> quantized_;

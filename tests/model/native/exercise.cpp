@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "rex_native.h"
+#include "sharing.h"
 
 static uint32_t state = 1;
 
@@ -96,12 +97,12 @@ static void exercise(int32_t instructions, int32_t dtype, bool post_norm) {
     std::vector<float> whole(tokens * vocab), highest(3 * tokens);
     std::vector<int32_t> best(3 * tokens);
     const int32_t zero = 0;
-    RexSession* session = rex_session_create(model, 1, REX_FLOAT32, 0, 1, error);
+    RexSession* session = rex_session_create(model, 1, REX_FLOAT32, 0, 1, 0, error);
     require(session, error);
     require(!rex_session_step(session, 1, &zero, &zero, &tokens, &tokens, ids.data(), nullptr, whole.data(), best.data(), highest.data(), error), error);
     rex_session_destroy(session);
 
-    session = rex_session_create(model, 3, REX_FLOAT32, 0, 3, error);
+    session = rex_session_create(model, 3, REX_FLOAT32, 0, 3, 0, error);
     require(session, error);
     int32_t done = 0;
     for (int32_t size : {40, 1, 1, 23, 9, 1, 75}) {
@@ -130,7 +131,29 @@ static void exercise(int32_t instructions, int32_t dtype, bool post_norm) {
     rex_model_destroy(model);
 }
 
+// Passes of 100 whose way is the faster one, where one takes `alone` and the other `shared` seconds.
+static int passes_of(rex::Sharing& sharing, int64_t work, double alone, double shared) {
+    int found = 0;
+    for (int pass = 0; pass < 100; pass++) {
+        const bool is_shared = sharing.choose(work, 8);
+        sharing.note(work, 8, is_shared, is_shared ? shared : alone);
+        found += is_shared == (shared < alone);
+    }
+    return found;
+}
+
+static void decide() {
+    rex::Sharing sharing(1000);
+    require(!sharing.choose(999, 8) && sharing.choose(8000, 8), "what is surely faster alone, or shared");
+    require(passes_of(sharing, 4000, 3e-3, 2e-3) >= 98, "the faster way is not found");
+    require(passes_of(sharing, 4000, 3e-3, 9e-3) >= 70, "other programs that take the cores are not noticed");
+    require(passes_of(sharing, 4000, 3e-3, 9e-3) >= 99, "the slower way is tried too often");
+    for (int pass = 0; pass < 600; pass++) passes_of(sharing, 4000, 3e-3, 2e-3);
+    require(passes_of(sharing, 4000, 3e-3, 2e-3) >= 98, "the end of the other programs is not noticed");
+}
+
 int main() {
+    decide();
     const char* names[] = {"portable", "avx2", "avxvnni", "avx512", "amx", "dotprod"};
     for (int32_t instructions = 0; instructions < 6; instructions++) {
         if (!rex_supports(instructions)) continue;

@@ -56,6 +56,20 @@ def test_a_sequence_has_the_same_bits_whatever_runs_beside_it(model, instruction
         done += size
 
 
+def test_a_pass_that_may_be_shared_or_not_has_the_same_bits(model, fastest):
+    """Both ways are taken in turns, as the time that they take decides."""
+    native, ids = NativeModel(model, instructions=fastest), text(3, 200)
+    expected = alone(native, ids)
+    for weights in (10_000, 100_000, 400_000):
+        session, done = NativeSession(native, 3, threads=3, shared_from=weights), 0
+        for number in range(60):
+            size = min(1 + number % 7, 200 - done)
+            others = [Segment(slot, 0, text(slot + number, 5), 1) for slot in (0, 2)]
+            logits, _, _ = session.step([others[0], Segment(1, done, ids[done : done + size], size), others[1]])
+            assert np.array_equal(logits[1 : 1 + size], expected[done : done + size])
+            done = (done + size) % 200
+
+
 def test_a_long_step_in_several_passes_has_the_bits_of_one_token_after_the_other(model, fastest):
     native = NativeModel(model, instructions=fastest)
     session, ids = NativeSession(native, 4, threads=2), text(1, 300)

@@ -91,7 +91,9 @@ class GraphStep(Step):
         return None
 
     @classmethod
-    def create(cls, model: PreTrainedModel, slots: int, cache_tokens: int | None = None) -> Self:
+    def create(
+        cls, model: PreTrainedModel, slots: int, cache_tokens: int | None = None, threads: int | None = None
+    ) -> Self:
         """The step for a model. Raises PipelineError if its results differ from the reference's on this machine."""
         try:
             step = cls(model, slots, cache_tokens)

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.engine.workloads import CONTEXT, RAGGED_STREAMS, SAMPLED, Contender
+from bench.engine.workloads import RAGGED_STREAMS, SAMPLED, Contender
 from model.generation.vllm.process import VllmProcess
 from model.modeling_rex import RexForCausalLM
 from model.weights.export import export_model
@@ -32,7 +32,7 @@ class Vllm(Contender):
         export_model(model).save_pretrained(self._folder.name)
         options: dict[str, Any] = {
             "dtype": "float32",
-            "max_model_len": CONTEXT,
+            "max_model_len": model.config.max_position_embeddings,
             "max_num_seqs": RAGGED_STREAMS,
             "generation_config": "vllm",
         }

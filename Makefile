@@ -11,6 +11,7 @@ MLFLOW_PORT ?= 5000
 DEVICE     ?= cpu
 EXTRAS     ?=
 UPGRADE    ?=
+NANOGPT    ?=
 
 BIN       := .venv/bin
 INSTALLED := .venv/.installed
@@ -39,7 +40,7 @@ SHARED = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow test-nightly harness cluster triton evaluation releases coverage aider vllm export-vllm lint docs screenshots lock bench bench-scale clean
+.PHONY: help setup pipeline sweep ui serve image stack-image up down logs test test-fast test-slow test-nightly harness cluster triton evaluation releases coverage aider vllm export-vllm lint docs screenshots lock bench bench-scale bench-gpu clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -199,6 +200,16 @@ bench-scale: setup  ## Measure Ray, several training processes, copies of checkp
 	$(BIN)/python -m bench.scale
 	$(BIN)/python -m bench.training processes $(if $(URL),--url $(URL))
 	$(BIN)/python -m bench.replicas
+
+# Correctness before speed; a part that fails does not end the others.
+bench-gpu: setup triton  ## On a GPU: test the model, then measure gradients, training and the engine; NANOGPT=DIR adds that peer
+	-$(BIN)/pytest tests/model
+	-$(BIN)/python -m bench.training gpu
+	-$(BIN)/python -m bench.engine.graphs
+ifneq ($(strip $(NANOGPT)),)
+	-$(BIN)/python -m bench.training speed --gpu --nanogpt '$(NANOGPT)'
+	-$(BIN)/python -m bench.training quality --gpu --nanogpt '$(NANOGPT)'
+endif
 
 clean:  ## Remove the virtual environment and everything that runs wrote
 	rm -rf .venv .venv-aider .venv-vllm var

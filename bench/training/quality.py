@@ -44,6 +44,7 @@ VALIDATION_SHARE = 50
 """One document in this many is held out."""
 GPU_WINDOWS = 32, 2
 """A batch, and how many of them a step takes: 65,536 tokens. Half a million would leave few steps of this text."""
+PROBED_STEPS, PROBE_S = 4, 15
 TRIES_SHARE = 0.25
 """Time of a try of a learning rate."""
 WARMUP_SHARE = 0.05
@@ -107,6 +108,7 @@ def settings_of(shape: str, steps: int) -> ExperimentSettings:
             per_device_train_batch_size=batch[0] if batch else training.per_device_train_batch_size,
             gradient_accumulation_steps=batch[1] if batch else training.gradient_accumulation_steps,
         ),
+        benchmark=dataclasses.replace(ExperimentSettings("").benchmark, generated_tokens=[1], prefill_tokens=[1]),
     )
 
 
@@ -186,9 +188,11 @@ def in_process(side: str, shape: str, steps: int, learning_rate: float, dataset_
 
 def _timed(side: str, shape: str, dataset_dir: Path) -> Side:
     """A side whose number of steps follows from the time of one, and of a process's start."""
-    probes = [in_process(side, shape, steps, 1e-3, dataset_dir) for steps in (4, 12)]
-    each = (probes[1]["process_s"] - probes[0]["process_s"]) / 8
-    before = max(0.0, probes[0]["process_s"] - 4 * each)
+    few = in_process(side, shape, PROBED_STEPS, 1e-3, dataset_dir)
+    more = max(8, min(int(PROBE_S * PROBED_STEPS / few["loop_s"]), 300))
+    longer = in_process(side, shape, PROBED_STEPS + more, 1e-3, dataset_dir)
+    each = (longer["loop_s"] - few["loop_s"]) / more
+    before = few["process_s"] - PROBED_STEPS * each
 
     def run(seconds: float, learning_rate: float) -> dict[str, float]:
         return in_process(side, shape, max(10, int((seconds - before) / each)), learning_rate, dataset_dir)
@@ -253,8 +257,8 @@ def compare(
     time_share = ours["process_s"] / peer["process_s"]
     print(
         f"ours {ours['bits_per_byte']:.4f} bits per byte in {ours['process_s']:,.0f} s, {name} "
-        f"{peer['bits_per_byte']:.4f} in {peer['process_s']:,.0f} s: {100 * (1 - ratio):.1f} % less in "
-        f"{time_share:.2f} of the time"
+        f"{peer['bits_per_byte']:.4f} in {peer['process_s']:,.0f} s: {ratio:.3f} times its bits per byte in "
+        f"{time_share:.2f} times its time"
     )
     return {"shape": shape, name: peer, "ours": ours, "bits_per_byte_ratio": ratio, "time_ratio": time_share}
 

@@ -1,0 +1,70 @@
+"""What is compared when two trainings have a time each: the same text, tokens and score."""
+
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from bench.training import quality
+from model.errors import PipelineError
+from model.text.tokens import TokenDataset
+
+
+@pytest.fixture(scope="module")
+def dataset_dir(tmp_path_factory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(quality.TEXT_BYTES, "tiny", 600_000)
+        return quality.make_dataset(tmp_path_factory.mktemp("quality") / "dataset", "tiny")
+
+
+def test_the_text_is_each_source_file_of_the_packages_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    for name, text in (("a.py", "import a\n"), ("b/a.py", "import a\n"), ("b/c.py", "import c\n"), ("d.py", " \n")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert sorted(quality.package_texts(1000)) == ["import a\n", "import c\n"]
+    assert len(list(quality.package_texts(1))) == 1
+
+
+@pytest.mark.medium
+def test_both_sides_are_scored_on_the_same_held_out_tokens(dataset_dir, tmp_path):
+    validation = TokenDataset(dataset_dir, "validation", 128)
+    assert len(validation.tokens) > 500
+    ours = quality.train_ours("tiny", 3, dataset_dir, tmp_path / "ours")
+    llama = quality.train_llama("tiny", 3, 1e-3, dataset_dir, tmp_path / "llama")
+    for found in (ours, llama):
+        assert found["loop_s"] > 0 and found["after_s"] > 0
+        # Nats of a token over bits of a byte: the same for both, by the tokens and bytes of the split.
+        assert found["loss"] / found["bits_per_byte"] == pytest.approx(ours["loss"] / ours["bits_per_byte"])
+    assert quality.windows_per_step("tiny") == 8
+
+
+def test_a_side_has_as_many_steps_as_its_time_allows(monkeypatch, tmp_path):
+    asked = []
+
+    def run(side: str, shape: str, steps: int, rate: float, dataset_dir: Path) -> dict[str, float]:
+        """2 s before the first step, 0.5 s for each, and 1 s of evaluation in the loop."""
+        asked.append((side, steps, rate))
+        loop_s = 0.5 * steps + 1
+        bits = abs(rate - 1e-3) + (1.0 if side == "llama" else 0.5)
+        return {"steps": steps, "loop_s": loop_s, "process_s": 2 + loop_s, "bits_per_byte": bits, "loss": bits}
+
+    monkeypatch.setattr(quality, "in_process", run)
+    found = quality.compare("tiny", 1.0, 0.5, [3e-3, 1e-3, 1e-4], dataset_dir=tmp_path)
+    assert found["llama"]["learning_rate"] == 1e-3 and found["llama"]["process_s"] == pytest.approx(60, abs=0.5)
+    assert found["ours"]["process_s"] == pytest.approx(30, abs=0.5)
+    assert found["time_ratio"] == pytest.approx(0.5, abs=0.02) and found["bits_per_byte_ratio"] < 1
+    # Two probes of the time that a step takes, three tries in a quarter of the time each, and the whole.
+    steps = [steps for side, steps, _ in asked if side == "llama"]
+    assert steps == [4, 24, 24, 24, 24, 114]
+
+
+def test_nanogpt_is_needed_on_a_gpu_and_a_folder_must_be_one(tmp_path):
+    from argparse import ArgumentParser
+
+    parser = ArgumentParser()
+    quality.add_options(parser)
+    with pytest.raises(PipelineError, match=r"--gpu: PyTorch sees no GPU|--gpu needs --nanogpt DIR"):
+        quality.measure(parser.parse_args(["--gpu"]))
+    with pytest.raises(PipelineError, match="is not a work tree of nanoGPT"):
+        quality.measure(parser.parse_args(["--nanogpt", str(tmp_path), "--dataset", str(tmp_path)]))

@@ -1,12 +1,12 @@
 """A running request: its tokens, computation progress, and text so far."""
 
 import collections.abc
+from contextlib import suppress
 
 import numpy as np
 from torch import Tensor
 
 from model.generation.constraints import Constraint
-from model.generation.grammar.grammar import GrammarFailure
 from model.generation.requests import Generation, TokenLogprob
 from model.generation.sampler import Sampler, ScoredRow
 from model.generation.speculation import Proposer, proposal_length
@@ -86,15 +86,14 @@ class Sequence:
         )
 
     def _allowed(self) -> np.ndarray | None:
-        """The tokens that may come next, (V,); None if none may: who takes the token finds out why."""
-        if self.constraint is None:
+        """The tokens that may come next, (V,); None if none may, or this fails: who takes the token finds out why."""
+        with suppress(Exception):
+            if self.constraint is not None:
+                return self.constraint.next_allowed(self.forbidden, self.ends)
             allowed_V = np.ones(self.sampler.vocab_size, np.bool_)
             allowed_V[self.forbidden] = False
             return allowed_V
-        try:
-            return self.constraint.next_allowed(self.forbidden, self.ends)
-        except GrammarFailure:
-            return None
+        return None
 
     def propose(self, texts: int, most: int) -> list[int]:
         """Up to `most` tokens that may follow and are worth checking; none after most tokens of a text that does not

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from model.errors import PipelineError
+from model.generation.constraints import Constraint
 from model.generation.engine import Engine
+from model.generation.grammar.grammar import GrammarFailure
 from model.generation.requests import GenerationRequest, SamplingParameters
 from model.generation.sampler import Sampler
 from model.generation.steps import choose
@@ -23,7 +25,7 @@ from model.generation.steps.graphs.passes import MAX_ROWS, Passes
 from model.generation.steps.graphs.step import GraphStep
 from model.generation.steps.step import Segment
 from model.weights import int4, int8
-from tests.model.generation.engines import GREEDY, reference, start, tokens
+from tests.model.generation.engines import GREEDY, last, reference, start, tokens
 from tests.support.graphs import GraphStepOnCPU, use_graphs_on_cpu
 from tests.support.tiny import SHAPES, tiny_model, tiny_tokenizer
 
@@ -244,6 +246,26 @@ def test_masks_of_allowed_tokens_are_applied_by_the_step(monkeypatch):
     assert [tokens(engine.submit(request)) for request in CONSTRAINED] == expected
     together = [engine.submit(request) for request in CONSTRAINED]
     assert [tokens(generation) for generation in together] == expected
+    engine.stop()
+
+
+@pytest.mark.parametrize("error", [GrammarFailure("the form has no next token"), RuntimeError("broken")], ids=str)
+def test_a_constraint_that_fails_ends_its_own_request(monkeypatch, error):
+    model = tiny_model(tiny_tokenizer())
+    use_graphs_on_cpu(monkeypatch)
+    engine = start(model, tiny_tokenizer(), step="graphs")
+    right, calls = Constraint.next_allowed, []
+
+    def fail_later(constraint: Constraint, *given):
+        calls.append(1)
+        if len(calls) > 6:
+            raise error
+        return right(constraint, *given)
+
+    monkeypatch.setattr(Constraint, "next_allowed", fail_later)
+    well, failing = (engine.submit(request) for request in (CONSTRAINED[-1], CONSTRAINED[0]))
+    assert tokens(well) == reference(model, [40, 90, 18], 12)
+    assert last(failing).error and engine.stats().restarts_total == 0
     engine.stop()
 
 

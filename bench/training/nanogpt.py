@@ -172,7 +172,7 @@ class Peer:
         }
         started, times = time.perf_counter(), []
         for line in _lines_of_training(self.copy, [f"--{name}={value}" for name, value in values.items()]):
-            if found := re.match(r"iter \d+: loss [\d.]+, time ([\d.]+)ms", line):
+            if found := re.match(r"iter \d+: loss \S+, time ([\d.]+)ms", line):
                 times.append(float(found[1]) / 1000)
         process_s = time.perf_counter() - started
         loss = _score(self.copy, "out-tokens", "data/tokens/val.bin", self.length - 1, self.device)

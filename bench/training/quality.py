@@ -226,7 +226,7 @@ def _nanogpt(copy: Path, shape: str, dataset_dir: Path, device: str) -> Side:
 def tuned(side: Side, seconds: float, learning_rates: list[float]) -> dict[str, Any]:
     """The side's training with the best of some learning rates, and what each had."""
     tries = {rate: side(TRIES_SHARE * seconds, rate)["bits_per_byte"] for rate in learning_rates}
-    best = min(tries, key=tries.__getitem__)
+    best = min(tries, key=lambda rate: math.inf if math.isnan(tries[rate]) else tries[rate])
     print(f"learning rates: {', '.join(f'{rate:g} {bits:.4f}' for rate, bits in tries.items())}", flush=True)
     return {**side(seconds, best), "learning_rate": best, "tries": tries}
 
@@ -268,7 +268,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=list(speed.SHAPES), help="default: stdlib_30m, with --gpu gpt2_124m")
     parser.add_argument("--minutes", type=float, help="of the peer (default: 60, with --gpu 5)")
     parser.add_argument("--share", type=float, help="of the peer's time for ours (default: 1, with --gpu a third)")
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[6e-4, 1.5e-3, 3e-3], help="of the peer")
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="of the peer")
     parser.add_argument("--dataset", type=Path, help="a tokenized dataset (default: made of the installed packages)")
     parser.add_argument("--gpu", action="store_true", help="against nanoGPT, compiled, on a GPU")
     parser.add_argument("--nanogpt", type=Path, help="a work tree of nanoGPT, for --gpu; also a peer on a CPU")

@@ -143,8 +143,10 @@ TABLE: dict[str, Way] = {
     r"python -m bench\.soak .*": Nightly("--seconds 10"),
     r"python -m bench\.replicas": Nightly("--seconds 2 --rounds 1 --simulated 100"),
     r"python -m bench\.containers\.\w+": NotRun("it builds images without a cache, for half an hour"),
+    r"python -m bench\.training quality": Nightly("--shape tiny --minutes 0.5 --learning-rates 3e-3"),
     r"make bench": NotRun("it is the measurements above, for an hour"),
-    r"python -m bench\.\w+ .*(llama\.cpp|nanogpt).*": PROGRAM,
+    r"make bench-gpu .*": NotRun("it is for a machine with a GPU"),
+    r"python -m bench\.\w+ .*(llama\.cpp|nanogpt|vllm).*": PROGRAM,
     # Other programs and environments.
     r"(ollama|llama-completion|vllm) .*": PROGRAM,
     r"make vllm": GIGABYTES,

@@ -26,16 +26,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from bench.hardware import describe
 from bench.settings import read_settings
 from bench.training import costs, gpu, nanogpt, processes, quality, speed
+from bench.training.datasets import write_dataset
 from model.errors import ends_in_one_line
 from model.settings import ExperimentSettings, ModelSettings, TokenizerSettings, TrainingSettings
-from model.text.tokenizer import FastEncoder, token_bytes, train_tokenizer
-from model.text.tokens import encode_split
+from model.text.tokenizer import train_tokenizer
 
 SIDES = ("short", "nanogpt", "long")
 # Steps, and windows per step, that fit a quarter of nanoGPT's time and all of it on two cores without bfloat16.
@@ -45,16 +44,8 @@ SHORT, LONG = (150, 16), (950, 16)
 def character_dataset(text: str, directory: Path) -> Path:
     """Both splits as one document each, cut as nanoGPT does: the first 90 % of the characters train."""
     tokenizer = train_tokenizer(TokenizerSettings(kind="char"), [text])
-    bytes_of_tokens = token_bytes(tokenizer)
-    directory.mkdir(parents=True)
-    tokenizer.save_pretrained(directory / "tokenizer")
-    np.save(directory / "token_bytes.npy", np.frombuffer(b"".join(bytes_of_tokens), np.uint8))
-    np.save(directory / "byte_counts.npy", np.array([len(data) for data in bytes_of_tokens], np.int64))
     cut = int(len(text) * 0.9)
-    for split, part in (("train", text[:cut]), ("validation", text[cut:])):
-        vocab_size = len(bytes_of_tokens)
-        encode_split(FastEncoder(tokenizer), [part], directory / split, tokenizer.eos_token_id, vocab_size, np.uint16)
-    return directory
+    return write_dataset(directory, tokenizer, {"train": [text[:cut]], "validation": [text[cut:]]})
 
 
 def shakespeare_settings(steps: int, batch: int) -> ExperimentSettings:
@@ -91,27 +82,6 @@ def train_ours(steps: int, batch: int, dataset_dir: Path) -> dict[str, float]:
     # Scored after the training, untimed, as nanoGPT's score is.
     process_s, cpu_s = time.perf_counter() - started, nanogpt.children_cpu_s() - cpu_before
     return {**found, "process_s": process_s - found["after_s"], "cpu_s": cpu_s - found["after_cpu_s"]}
-
-
-def _run(steps: int, batch: int, dataset_dir: Path, scratch: Path) -> dict[str, float]:
-    from model.training.train import train
-
-    trained = time.perf_counter(), time.process_time()
-
-    def mark(line: str) -> None:
-        nonlocal trained
-        if line.startswith("validating the weights"):
-            trained = time.perf_counter(), time.process_time()
-
-    summary = train(shakespeare_settings(steps, batch), dataset_dir, scratch / "output", scratch / "work", log=mark)
-    return {
-        "loop_s": summary.seconds,
-        "loss": summary.validation_loss,
-        "after_s": time.perf_counter() - trained[0],
-        "after_cpu_s": time.process_time() - trained[1],
-        "tokens_per_second": summary.tokens_per_second,
-        "model_flops_utilization": summary.model_flops_utilization,
-    }
 
 
 def compare_shakespeare(
@@ -211,7 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.choices["cost"].add_argument("--copies", default="")
     options = parser.parse_args(arguments)
     if options.command == "run":
-        print(json.dumps(_run(int(options.steps), int(options.batch), Path(options.dataset), Path(options.scratch))))
+        settings = shakespeare_settings(int(options.steps), int(options.batch))
+        print(json.dumps(quality.train_ours(settings, Path(options.dataset), Path(options.scratch))))
         return 0
     if options.command == "side":
         print(json.dumps(speed.measure_side(options.name, int(options.steps))))

@@ -115,7 +115,7 @@ def train(copy: Path) -> Run:
             last = time.perf_counter()
             first, printed = first or last, float(found[1])
     process_s, cpu_s = time.perf_counter() - started, children_cpu_s() - cpu_before
-    loss = _score(copy, "out-shakespeare-char", "data/shakespeare_char/val.bin", 64, "cpu")
+    loss = _score(copy, "out-shakespeare-char", "data/shakespeare_char/val.bin", CONTEXT, "cpu")
     return Run(process_s, last - first, cpu_s, loss, printed)
 
 

@@ -31,12 +31,13 @@ from transformers import Trainer, TrainingArguments
 
 from bench.settings import read_settings
 from bench.training import nanogpt, speed
+from bench.training.datasets import write_dataset
 from model.errors import PipelineError
 from model.evaluation import evaluate
 from model.settings import ExperimentSettings, ModelSettings, TokenizerSettings, TrainingSettings
 from model.system.devices import has_fast_bfloat16, resolve_device
-from model.text.tokenizer import FastEncoder, load_tokenizer, token_bytes, train_tokenizer
-from model.text.tokens import TokenDataset, encode_split
+from model.text.tokenizer import load_tokenizer, train_tokenizer
+from model.text.tokens import TokenDataset
 
 TEXT_BYTES = {"gpt2_124m": 100_000_000}
 """Of the packages' source, by shape: 25 million tokens. Else, a fifth of it."""
@@ -74,18 +75,9 @@ def make_dataset(directory: Path, shape: str) -> Path:
     texts = list(package_texts(TEXT_BYTES.get(shape, 20_000_000)))
     print(f"text: {len(texts):,} files, {sum(map(len, texts)) / 1e6:,.0f} MB", flush=True)
     tokenizer = train_tokenizer(TokenizerSettings(vocab_size=vocab_size, sequence_length=length), texts)
-    bytes_of_tokens = token_bytes(tokenizer)
-    directory.mkdir(parents=True)
-    tokenizer.save_pretrained(directory / "tokenizer")
-    np.save(directory / "token_bytes.npy", np.frombuffer(b"".join(bytes_of_tokens), np.uint8))
-    np.save(directory / "byte_counts.npy", np.array([len(data) for data in bytes_of_tokens], np.int64))
     held_out = texts[::VALIDATION_SHARE]
     del texts[::VALIDATION_SHARE]
-    for split, part in (("train", texts), ("validation", held_out)):
-        encode_split(
-            *(FastEncoder(tokenizer), part, directory / split, tokenizer.eos_token_id, len(bytes_of_tokens), np.uint16)
-        )
-    return directory
+    return write_dataset(directory, tokenizer, {"train": texts, "validation": held_out})
 
 
 def settings_of(shape: str, steps: int) -> ExperimentSettings:
@@ -118,24 +110,26 @@ def windows_per_step(shape: str) -> int:
     return training.per_device_train_batch_size * training.gradient_accumulation_steps
 
 
-def train_ours(shape: str, steps: int, dataset_dir: Path, scratch: Path) -> dict[str, float]:
-    """In this process: the experiment's own training."""
+def train_ours(settings: ExperimentSettings, dataset_dir: Path, scratch: Path) -> dict[str, float]:
+    """In this process: the experiment's own training. after_s, after_cpu_s: of the last evaluation, not counted."""
     from model.training.train import train
 
-    started = time.perf_counter()
-    trained = started
+    trained = time.perf_counter(), time.process_time()
 
     def mark(line: str) -> None:
         nonlocal trained
         if line.startswith("validating the weights"):
-            trained = time.perf_counter()
+            trained = time.perf_counter(), time.process_time()
 
-    summary = train(settings_of(shape, steps), dataset_dir, scratch / "output", scratch / "work", log=mark)
+    summary = train(settings, dataset_dir, scratch / "output", scratch / "work", log=mark)
     return {
         "loop_s": summary.seconds,
-        "after_s": time.perf_counter() - trained,
         "loss": summary.validation_loss,
         "bits_per_byte": summary.bits_per_byte,
+        "after_s": time.perf_counter() - trained[0],
+        "after_cpu_s": time.process_time() - trained[1],
+        "tokens_per_second": summary.tokens_per_second,
+        "model_flops_utilization": summary.model_flops_utilization,
     }
 
 
@@ -295,5 +289,5 @@ def train_side(options: argparse.Namespace) -> dict[str, float]:
     """One training, in this process."""
     steps, dataset_dir, scratch = int(options.steps), Path(options.dataset), Path(options.scratch)
     if options.side == "ours":
-        return train_ours(options.shape, steps, dataset_dir, scratch)
+        return train_ours(settings_of(options.shape, steps), dataset_dir, scratch)
     return train_llama(options.shape, steps, float(options.learning_rate), dataset_dir, scratch)

@@ -5,6 +5,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.training import quality
 from model.errors import PipelineError
@@ -31,7 +32,7 @@ def test_the_text_is_each_source_file_of_the_packages_once(tmp_path, monkeypatch
 def test_both_sides_are_scored_on_the_same_held_out_tokens(dataset_dir, tmp_path):
     validation = TokenDataset(dataset_dir, "validation", 128)
     assert len(validation.tokens) > 500
-    ours = quality.train_ours("tiny", 3, dataset_dir, tmp_path / "ours")
+    ours = quality.train_ours(quality.settings_of("tiny", 3), dataset_dir, tmp_path / "ours")
     llama = quality.train_llama("tiny", 3, 1e-3, dataset_dir, tmp_path / "llama")
     for found in (ours, llama):
         assert found["loop_s"] > 0 and found["after_s"] > 0
@@ -60,12 +61,14 @@ def test_a_side_has_as_many_steps_as_its_time_allows(monkeypatch, tmp_path):
     assert steps == [4, 24, 24, 24, 24, 114]
 
 
-def test_nanogpt_is_needed_on_a_gpu_and_a_folder_must_be_one(tmp_path):
+def test_nanogpt_is_needed_on_a_gpu_and_a_folder_must_be_one(tmp_path, monkeypatch):
     from argparse import ArgumentParser
 
     parser = ArgumentParser()
     quality.add_options(parser)
-    with pytest.raises(PipelineError, match=r"--gpu: PyTorch sees no GPU|--gpu needs --nanogpt DIR"):
-        quality.measure(parser.parse_args(["--gpu"]))
+    for has_gpu, says in ((False, "--gpu: PyTorch sees no GPU"), (True, "--gpu needs --nanogpt DIR")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        with pytest.raises(PipelineError, match=says):
+            quality.measure(parser.parse_args(["--gpu"]))
     with pytest.raises(PipelineError, match="is not a work tree of nanoGPT"):
         quality.measure(parser.parse_args(["--nanogpt", str(tmp_path), "--dataset", str(tmp_path)]))

@@ -21,14 +21,18 @@ WEIGHTS = (1.0, 0.5)
 """Of a pair of neighbors, and of a pair with one token between them."""
 SMOOTHING = 0.75
 """Exponent on the counts of contexts (word2vec's), without which rare ones would count too much."""
+POWER = 1.5
+"""Exponent on the singular values: how much more the directions count in which many tokens differ."""
+ROOT_MEAN_SQUARE = 0.2
+"""Of the elements of an embedding that is set, four times a random one's: the sharper logits are worth it here."""
 _OVERSAMPLED = 16
 
 
 def cooccurrence_embeddings(tokens_N: npt.NDArray[np.integer], vocab_size: int, size: int, seed: int) -> Tensor:
     """Embeddings with rows of norm 1, (V, D) in float32; those of tokens that have no neighbors are 0.
 
-    The leading D singular vectors of the positive pointwise mutual information of tokens near each other, scaled by the
-    roots of their singular values (Levy, Goldberg and Dagan 2015, https://aclanthology.org/Q15-1016), in a basis that
+    The leading D singular vectors of the positive pointwise mutual information of tokens near each other, scaled by a
+    power of their singular values (Levy, Goldberg and Dagan 2015, https://aclanthology.org/Q15-1016), in a basis that
     `seed` draws, so that all dimensions are alike. tokens_N: the training text, N >= 2.
     """
     information_VV = _mutual_information(_sample(tokens_N), vocab_size)
@@ -37,16 +41,16 @@ def cooccurrence_embeddings(tokens_N: npt.NDArray[np.integer], vocab_size: int, 
         torch.manual_seed(seed)
         left_VD, values_D, _ = torch.svd_lowrank(information_VV, min(kept + _OVERSAMPLED, vocab_size), niter=4)
         basis_DD = torch.linalg.qr(torch.randn(size, size))[0]
-    found_VD = (left_VD[:, :kept] * values_D[:kept].sqrt()) @ basis_DD[:kept]
+    found_VD = (left_VD[:, :kept] * values_D[:kept] ** POWER) @ basis_DD[:kept]
     norm_V1 = found_VD.norm(dim=1, keepdim=True)
     return torch.where(norm_V1 > 1e-6, found_VD / norm_V1.clamp(min=1e-6), 0.0)
 
 
 @torch.no_grad()
 def set_embeddings(model: RexForCausalLM, rows_VD: Tensor) -> None:
-    """Set the embeddings to `rows_VD`, of norm 1, at the scale of random ones; where a row is 0 they stay."""
+    """Set the embeddings to `rows_VD`, of norm 1, with elements of ROOT_MEAN_SQUARE; where a row is 0 they stay."""
     weight_VD = model.model.embed_tokens.weight
-    scaled_VD = rows_VD * model.config.initializer_range * weight_VD.shape[1] ** 0.5
+    scaled_VD = rows_VD * ROOT_MEAN_SQUARE * weight_VD.shape[1] ** 0.5
     weight_VD.copy_(torch.where(rows_VD.any(dim=1, keepdim=True), scaled_VD, weight_VD))
 
 

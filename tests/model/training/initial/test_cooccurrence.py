@@ -48,10 +48,10 @@ def test_the_information_of_pairs_is_that_of_the_definition():
     np.testing.assert_allclose(found_VV.numpy(), written_out(tokens.tolist(), 24), atol=1e-5)
 
 
-def test_products_of_embeddings_are_those_of_singular_vectors_times_roots():
+def test_products_of_embeddings_are_those_of_singular_vectors_times_powers_of_values():
     tokens = text()
     left, values, _ = np.linalg.svd(written_out(tokens.tolist(), 24))
-    expected = left[:, :8] * values[:8] ** 0.5
+    expected = left[:, :8] * values[:8] ** cooccurrence.POWER
     expected = (expected / np.linalg.norm(expected, axis=1, keepdims=True).clip(1e-6))[:22]
     found_VD = cooccurrence_embeddings(tokens, 24, 8, seed=0)
     np.testing.assert_allclose((found_VD @ found_VD.T)[:22, :22].numpy(), expected @ expected.T, atol=1e-3)
@@ -86,13 +86,13 @@ def test_of_a_long_text_blocks_from_start_to_end_are_counted(monkeypatch):
     assert counted.tolist() == [*range(10), *range(30, 40), *range(60, 70), *range(90, 100)]
 
 
-def test_embeddings_have_the_scale_of_random_ones_and_tokens_without_neighbors_keep_theirs():
+def test_embeddings_have_their_scale_and_tokens_without_neighbors_keep_theirs():
     model = build_model(build_config(experiment().model, 24, bos_token_id=0, eos_token_id=0, pad_token_id=1), seed=0)
     before_VD = model.get_input_embeddings().weight.detach().clone()
     set_embeddings(model, cooccurrence_embeddings(text(), 24, 32, seed=0))
     weight_VD = model.get_input_embeddings().weight.detach()
     assert torch.equal(weight_VD[22:], before_VD[22:])
-    assert weight_VD[:22].square().mean().sqrt() == pytest.approx(model.config.initializer_range, rel=1e-4)
+    assert weight_VD[:22].square().mean().sqrt() == pytest.approx(cooccurrence.ROOT_MEAN_SQUARE, rel=1e-4)
     assert model.lm_head.weight.data_ptr() == weight_VD.data_ptr()
 
 
@@ -115,5 +115,5 @@ def test_a_training_starts_with_them_and_resumes_bit_exact(dataset_dir, tmp_path
     expected_VD = cooccurrence_embeddings(tokens, 300, settings.model.hidden_size, settings.training.seed)
     found_VD = one["model.embed_tokens.weight"]
     counted = expected_VD.any(dim=1)
-    scale = settings.model.initializer_range * settings.model.hidden_size**0.5
+    scale = cooccurrence.ROOT_MEAN_SQUARE * settings.model.hidden_size**0.5
     torch.testing.assert_close(found_VD[counted], scale * expected_VD[counted], atol=1e-4, rtol=0)

@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, names in (
         ("run", ["steps", "batch", "dataset", "scratch"]),
         ("side", ["name", "steps"]),
-        ("train", ["side", "shape", "steps", "learning_rate", "dataset", "scratch"]),
+        ("train", ["side", "shape", "steps", "learning_rate", "dataset", "scratch", "windows"]),
         ("cost", ["shape", "scratch", "kind"]),
     ):
         hidden = commands.add_parser(name)

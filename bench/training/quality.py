@@ -5,10 +5,11 @@
     python -m bench.training quality --gpu --nanogpt DIR              # gpt2_124m on a GPU, a third of nanoGPT's time
 
 The peer is transformers' Trainer with a LlamaForCausalLM of the same sizes and AdamW, or nanoGPT, compiled, from a work
-tree that the user clones. Its learning rate is the best of `--learning-rates`, each tried for a quarter of the time.
-Ours are the experiment's own settings, with another number of steps. The text is the Python source of the installed
-packages, or a tokenized dataset is given. Times are those of whole processes without the last evaluation; bits per byte
-are over the whole validation split, by the same code for both.
+tree that the user clones. Its learning rate is the best of `--learning-rates`, each tried for a quarter of the time;
+Llama's batch is the best of `--windows`, each tried with each rate. Ours are the experiment's own settings, with
+another number of steps. The text is the Python source of the installed packages, or a tokenized dataset is given. Times
+are those of whole processes without the last evaluation; bits per byte are over the whole validation split, by the same
+code for both.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def settings_of(shape: str, steps: int) -> ExperimentSettings:
 
 
 def windows_per_step(shape: str) -> int:
-    """Of both sides."""
+    """Of ours, and of a peer that no other number is tried with."""
     training = settings_of(shape, 2).training
     return training.per_device_train_batch_size * training.gradient_accumulation_steps
 
@@ -133,17 +134,20 @@ def train_ours(settings: ExperimentSettings, dataset_dir: Path, scratch: Path) -
     }
 
 
-def train_llama(shape: str, steps: int, learning_rate: float, dataset_dir: Path, scratch: Path) -> dict[str, float]:
-    """In this process: transformers' Trainer with AdamW, a warm-up and a cosine."""
+def train_llama(
+    shape: str, steps: int, learning_rate: float, dataset_dir: Path, scratch: Path, windows: int
+) -> dict[str, float]:
+    """In this process: transformers' Trainer with AdamW, a warm-up and a cosine. windows: of a step."""
     length, vocab_size = speed.SHAPES[shape][3], len(load_tokenizer(dataset_dir / "tokenizer"))
     torch.manual_seed(0)
     model, training = speed.build_llama(shape, vocab_size), settings_of(shape, steps).training
     device = resolve_device(training.device)
+    passes = training.gradient_accumulation_steps if windows == windows_per_step(shape) else 1
     arguments = TrainingArguments(
         output_dir=str(scratch),
         max_steps=steps,
-        per_device_train_batch_size=training.per_device_train_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        per_device_train_batch_size=windows // passes,
+        gradient_accumulation_steps=passes,
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, int(WARMUP_SHARE * steps)),
@@ -168,28 +172,31 @@ def train_llama(shape: str, steps: int, learning_rate: float, dataset_dir: Path,
     }
 
 
-def in_process(side: str, shape: str, steps: int, learning_rate: float, dataset_dir: Path) -> dict[str, float]:
+def in_process(
+    side: str, shape: str, steps: int, learning_rate: float, dataset_dir: Path, windows: int
+) -> dict[str, float]:
     """One side's training in a separate process, whose time it gives without that of the last evaluation."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "bench.training", "train", side, shape, str(steps), str(learning_rate)]
+        command += [str(dataset_dir), scratch, str(windows)]
         started = time.perf_counter()
-        done = subprocess.run([*command, str(dataset_dir), scratch], check=False, capture_output=True, text=True)
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         raise PipelineError(f"{side} ended with {done.returncode}: {done.stderr[-500:]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return {"steps": steps, "process_s": time.perf_counter() - started - found.pop("after_s"), **found}
 
 
-def _timed(side: str, shape: str, dataset_dir: Path) -> Side:
+def _timed(side: str, shape: str, dataset_dir: Path, windows: int) -> Side:
     """A side whose number of steps follows from the time of one, and of a process's start."""
-    few = in_process(side, shape, PROBED_STEPS, 1e-3, dataset_dir)
+    few = in_process(side, shape, PROBED_STEPS, 1e-3, dataset_dir, windows)
     more = max(8, min(int(PROBE_S * PROBED_STEPS / few["loop_s"]), 300))
-    longer = in_process(side, shape, PROBED_STEPS + more, 1e-3, dataset_dir)
+    longer = in_process(side, shape, PROBED_STEPS + more, 1e-3, dataset_dir, windows)
     each = (longer["loop_s"] - few["loop_s"]) / more
     before = few["process_s"] - PROBED_STEPS * each
 
     def run(seconds: float, learning_rate: float) -> dict[str, float]:
-        return in_process(side, shape, max(10, int((seconds - before) / each)), learning_rate, dataset_dir)
+        return in_process(side, shape, max(10, int((seconds - before) / each)), learning_rate, dataset_dir, windows)
 
     return run
 
@@ -217,12 +224,17 @@ def _nanogpt(copy: Path, shape: str, dataset_dir: Path, device: str) -> Side:
     return run
 
 
-def tuned(side: Side, seconds: float, learning_rates: list[float]) -> dict[str, Any]:
-    """The side's training with the best of some learning rates, and what each had."""
-    tries = {rate: side(TRIES_SHARE * seconds, rate)["bits_per_byte"] for rate in learning_rates}
-    best = min(tries, key=lambda rate: math.inf if math.isnan(tries[rate]) else tries[rate])
-    print(f"learning rates: {', '.join(f'{rate:g} {bits:.4f}' for rate, bits in tries.items())}", flush=True)
-    return {**side(seconds, best), "learning_rate": best, "tries": tries}
+def tuned(sides: Mapping[int, Side], seconds: float, learning_rates: Sequence[float]) -> dict[str, Any]:
+    """The training with the best of some numbers of windows in a step and of some learning rates, and what each had."""
+    tries = {
+        (windows, rate): side(TRIES_SHARE * seconds, rate)["bits_per_byte"]
+        for windows, side in sides.items()
+        for rate in learning_rates
+    }
+    named = {f"{windows} windows, {rate:g}": bits for (windows, rate), bits in tries.items()}
+    print(f"bits per byte by batch and learning rate: {json.dumps(named)}", flush=True)
+    windows, rate = min(tries, key=lambda tried: math.inf if math.isnan(tries[tried]) else tries[tried])
+    return {**sides[windows](seconds, rate), "windows": windows, "learning_rate": rate, "tries": named}
 
 
 def compare(
@@ -233,19 +245,24 @@ def compare(
     *,
     folder: Path | None = None,
     dataset_dir: Path | None = None,
+    windows: Sequence[int] = (),
     device: str = "cuda",
 ) -> dict[str, Any]:
-    """A peer in `minutes`, and ours in `share` of the time it took. folder: of nanoGPT; None: the peer is Llama."""
+    """A peer in `minutes`, and ours in `share` of the time it took. folder: of nanoGPT; None: the peer is Llama.
+
+    windows: tried in a step of Llama; none: ours.
+    """
+    own = windows_per_step(shape)
     with tempfile.TemporaryDirectory() as scratch:
         dataset_dir = dataset_dir or make_dataset(Path(scratch, "dataset"), shape)
         name = "llama" if folder is None else "nanogpt"
         if folder is None:
-            side = _timed("llama", shape, dataset_dir)
+            sides = {count: _timed("llama", shape, dataset_dir, count) for count in windows or [own]}
         else:
-            side = _nanogpt(nanogpt.work_tree(folder, Path(scratch)), shape, dataset_dir, device)
-        peer = tuned(side, 60 * minutes, learning_rates)
+            sides = {own: _nanogpt(nanogpt.work_tree(folder, Path(scratch)), shape, dataset_dir, device)}
+        peer = tuned(sides, 60 * minutes, learning_rates)
         print(f"{name}: {json.dumps(peer)}", flush=True)
-        ours = _timed("ours", shape, dataset_dir)(share * peer["process_s"], 0.0)
+        ours = _timed("ours", shape, dataset_dir, own)(share * peer["process_s"], 0.0)
         print(f"ours: {json.dumps(ours)}", flush=True)
     ratio = ours["bits_per_byte"] / peer["bits_per_byte"]
     time_share = ours["process_s"] / peer["process_s"]
@@ -263,6 +280,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, help="of the peer (default: 60, with --gpu 5)")
     parser.add_argument("--share", type=float, help="of the peer's time for ours (default: 1, with --gpu a third)")
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="of the peer")
+    parser.add_argument(
+        "--windows", type=int, nargs="+", default=[], help="tried in a step of Llama (default: as many as ours)"
+    )
     parser.add_argument("--dataset", type=Path, help="a tokenized dataset (default: made of the installed packages)")
     parser.add_argument("--gpu", action="store_true", help="against nanoGPT, compiled, on a GPU")
     parser.add_argument("--nanogpt", type=Path, help="a work tree of nanoGPT, for --gpu; also a peer on a CPU")
@@ -281,6 +301,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         options.learning_rates,
         folder=options.nanogpt,
         dataset_dir=options.dataset,
+        windows=options.windows,
         device="cuda" if options.gpu else "cpu",
     )
 
@@ -290,4 +311,5 @@ def train_side(options: argparse.Namespace) -> dict[str, float]:
     steps, dataset_dir, scratch = int(options.steps), Path(options.dataset), Path(options.scratch)
     if options.side == "ours":
         return train_ours(settings_of(options.shape, steps), dataset_dir, scratch)
-    return train_llama(options.shape, steps, float(options.learning_rate), dataset_dir, scratch)
+    rate, windows = float(options.learning_rate), int(options.windows)
+    return train_llama(options.shape, steps, rate, dataset_dir, scratch, windows)

@@ -33,7 +33,7 @@ def test_both_sides_are_scored_on_the_same_held_out_tokens(dataset_dir, tmp_path
     validation = TokenDataset(dataset_dir, "validation", 128)
     assert len(validation.tokens) > 500
     ours = quality.train_ours(quality.settings_of("tiny", 3), dataset_dir, tmp_path / "ours")
-    llama = quality.train_llama("tiny", 3, 1e-3, dataset_dir, tmp_path / "llama")
+    llama = quality.train_llama("tiny", 3, 1e-3, dataset_dir, tmp_path / "llama", 4)
     for found in (ours, llama):
         assert found["loop_s"] > 0 and found["after_s"] > 0
         # Nats of a token over bits of a byte: the same for both, by the tokens and bytes of the split.
@@ -44,10 +44,10 @@ def test_both_sides_are_scored_on_the_same_held_out_tokens(dataset_dir, tmp_path
 def test_a_side_has_as_many_steps_as_its_time_allows(monkeypatch, tmp_path):
     asked = []
 
-    def run(side: str, shape: str, steps: int, rate: float, dataset_dir: Path) -> dict[str, float]:
-        """2 s before the first step, 0.5 s for each, and 1 s of evaluation in the loop."""
-        asked.append((side, steps, rate))
-        loop_s = 0.5 * steps + 1
+    def run(side: str, shape: str, steps: int, rate: float, dataset_dir: Path, windows: int) -> dict[str, float]:
+        """2 s before the first step, 0.5 s for each of 8 windows, and 1 s of evaluation in the loop."""
+        asked.append((side, steps, windows))
+        loop_s = windows / 16 * steps + 1
         bits = math.nan if rate == 3e-3 else abs(rate - 1e-3) + (1.0 if side == "llama" else 0.5)  # that rate diverges
         return {"steps": steps, "loop_s": loop_s, "process_s": 2 + loop_s, "bits_per_byte": bits, "loss": bits}
 
@@ -59,6 +59,20 @@ def test_a_side_has_as_many_steps_as_its_time_allows(monkeypatch, tmp_path):
     # Two probes of the time that a step takes, three tries in a quarter of the time each, and the whole.
     steps = [steps for side, steps, _ in asked if side == "llama"]
     assert steps == [4, 24, 24, 24, 24, 114]
+    assert {windows for _, _, windows in asked} == {8}
+
+
+def test_each_number_of_windows_is_tried_with_each_learning_rate(monkeypatch, tmp_path):
+    def run(side: str, shape: str, steps: int, rate: float, dataset_dir: Path, windows: int) -> dict[str, float]:
+        loop_s = windows / 16 * steps
+        bits = 1 + abs(rate - 1e-3) + abs(windows - 4)
+        return {"steps": steps, "loop_s": loop_s, "process_s": 2 + loop_s, "bits_per_byte": bits, "loss": bits}
+
+    monkeypatch.setattr(quality, "in_process", run)
+    found = quality.compare("tiny", 1.0, 1.0, [1e-3, 1e-2], dataset_dir=tmp_path, windows=[2, 4])["llama"]
+    assert list(found["tries"]) == ["2 windows, 0.001", "2 windows, 0.01", "4 windows, 0.001", "4 windows, 0.01"]
+    assert (found["windows"], found["learning_rate"]) == (4, 1e-3)
+    assert found["process_s"] == pytest.approx(60, abs=0.5)
 
 
 def test_nanogpt_is_needed_on_a_gpu_and_a_folder_must_be_one(tmp_path, monkeypatch):

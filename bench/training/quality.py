@@ -289,11 +289,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """`compare` as the options say. Raises PipelineError for --gpu without a GPU or without nanoGPT."""
+    """`compare` as the options say. Raises PipelineError for options that contradict each other."""
     if options.gpu and not torch.cuda.is_available():
         raise PipelineError("--gpu: PyTorch sees no GPU; leave the option out to measure the CPU")
     if options.gpu and options.nanogpt is None:
         raise PipelineError("--gpu needs --nanogpt DIR: a work tree of https://github.com/karpathy/nanoGPT")
+    if options.windows and options.nanogpt is not None:
+        raise PipelineError("--windows are Llama's: leave them out with --nanogpt, whose batch is ours")
+    if any(count < 1 for count in options.windows):
+        raise PipelineError(f"--windows {min(options.windows)}: expected numbers greater than 0")
     return compare(
         options.shape or ("gpt2_124m" if options.gpu else "stdlib_30m"),
         options.minutes or (5 if options.gpu else 60),

@@ -86,3 +86,7 @@ def test_nanogpt_is_needed_on_a_gpu_and_a_folder_must_be_one(tmp_path, monkeypat
             quality.measure(parser.parse_args(["--gpu"]))
     with pytest.raises(PipelineError, match="is not a work tree of nanoGPT"):
         quality.measure(parser.parse_args(["--nanogpt", str(tmp_path), "--dataset", str(tmp_path)]))
+    with pytest.raises(PipelineError, match="--windows are Llama's"):
+        quality.measure(parser.parse_args(["--nanogpt", str(tmp_path), "--windows", "4"]))
+    with pytest.raises(PipelineError, match="--windows 0: expected numbers greater than 0"):
+        quality.measure(parser.parse_args(["--windows", "4", "0"]))

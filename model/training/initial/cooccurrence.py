@@ -22,9 +22,9 @@ WEIGHTS = (1.0, 0.5)
 SMOOTHING = 0.75
 """Exponent on the counts of contexts (word2vec's), without which rare ones would count too much."""
 POWER = 1.5
-"""Exponent on the singular values: how much more the directions count in which many tokens differ."""
+"""Exponent on the singular values; of 0.25 to 2.5, it left the fewest bits per byte (`bench/LOG.md`)."""
 ROOT_MEAN_SQUARE = 0.2
-"""Of the elements of an embedding that is set, four times a random one's: the sharper logits are worth it here."""
+"""Of the elements of an embedding that is set; the scale of random ones learned more slowly (`bench/LOG.md`)."""
 _OVERSAMPLED = 16
 
 

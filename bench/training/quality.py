@@ -6,10 +6,10 @@
 
 The peer is transformers' Trainer with a LlamaForCausalLM of the same sizes and AdamW, or nanoGPT, compiled, from a work
 tree that the user clones. Its learning rate is the best of `--learning-rates`, each tried for a quarter of the time;
-Llama's batch is the best of `--windows`, each tried with each rate. Ours are the experiment's own settings, with
-another number of steps. The text is the Python source of the installed packages, or a tokenized dataset is given. Times
-are those of whole processes without the last evaluation; bits per byte are over the whole validation split, by the same
-code for both.
+Llama's batch is the best of `--windows`, each tried with each rate. A single choice is not tried. Ours are the
+experiment's own settings, with another number of steps. The text is the Python source of the installed packages, or a
+tokenized dataset is given. Times are those of whole processes without the last evaluation; bits per byte are over the
+whole validation split, by the same code for both.
 """
 
 import argparse
@@ -46,7 +46,8 @@ VALIDATION_SHARE = 50
 """One document in this many is held out."""
 GPU_WINDOWS = 32, 2
 """A batch, and how many of them a step takes: 65,536 tokens. Half a million would leave few steps of this text."""
-PROBED_STEPS, PROBE_S = 4, 15
+PROBED_STEPS, PROBE_S, PROBE_SHARE = 4, 15.0, 0.02
+"""Steps of the first probe; the least seconds of steps of the second, and their share of the comparison's time."""
 TRIES_SHARE = 0.25
 """Time of a try of a learning rate."""
 WARMUP_SHARE = 0.05
@@ -125,6 +126,7 @@ def train_ours(settings: ExperimentSettings, dataset_dir: Path, scratch: Path) -
     summary = train(settings, dataset_dir, scratch / "output", scratch / "work", log=mark)
     return {
         "loop_s": summary.seconds,
+        "steps_s": summary.tokens / summary.tokens_per_second,
         "loss": summary.validation_loss,
         "bits_per_byte": summary.bits_per_byte,
         "after_s": time.perf_counter() - trained[0],
@@ -166,6 +168,7 @@ def train_llama(
     found = evaluate(model.eval(), datasets[1])
     return {
         "loop_s": trained - started,
+        "steps_s": trained - started,
         "after_s": time.perf_counter() - trained,
         "loss": found.loss,
         "bits_per_byte": found.bits_per_byte,
@@ -187,13 +190,18 @@ def in_process(
     return {"steps": steps, "process_s": time.perf_counter() - started - found.pop("after_s"), **found}
 
 
-def _timed(side: str, shape: str, dataset_dir: Path, windows: int) -> Side:
-    """A side whose number of steps follows from the time of one, and of a process's start."""
+def _timed(side: str, shape: str, dataset_dir: Path, windows: int, seconds: float) -> Side:
+    """A side whose number of steps follows from the time of one, and of a process's start. seconds: of a training.
+
+    Two probes: the first steps of a process are slow, and evaluations, which a probe has as many of as a training, take
+    longer than its steps.
+    """
     few = in_process(side, shape, PROBED_STEPS, 1e-3, dataset_dir, windows)
-    more = max(8, min(int(PROBE_S * PROBED_STEPS / few["loop_s"]), 300))
+    probe_s = max(PROBE_S, PROBE_SHARE * seconds)
+    more = max(8, min(int(probe_s * PROBED_STEPS / few["steps_s"]), 300))
     longer = in_process(side, shape, PROBED_STEPS + more, 1e-3, dataset_dir, windows)
-    each = (longer["loop_s"] - few["loop_s"]) / more
-    before = few["process_s"] - PROBED_STEPS * each
+    each = (longer["steps_s"] - few["steps_s"]) / more
+    before = longer["process_s"] - (PROBED_STEPS + more) * each
 
     def run(seconds: float, learning_rate: float) -> dict[str, float]:
         return in_process(side, shape, max(10, int((seconds - before) / each)), learning_rate, dataset_dir, windows)
@@ -226,6 +234,9 @@ def _nanogpt(copy: Path, shape: str, dataset_dir: Path, device: str) -> Side:
 
 def tuned(sides: Mapping[int, Side], seconds: float, learning_rates: Sequence[float]) -> dict[str, Any]:
     """The training with the best of some numbers of windows in a step and of some learning rates, and what each had."""
+    if len(sides) == len(learning_rates) == 1:  # nothing to choose from
+        [(windows, side)], [rate] = sides.items(), learning_rates
+        return {**side(seconds, rate), "windows": windows, "learning_rate": rate, "tries": {}}
     tries = {
         (windows, rate): side(TRIES_SHARE * seconds, rate)["bits_per_byte"]
         for windows, side in sides.items()
@@ -257,12 +268,14 @@ def compare(
         dataset_dir = dataset_dir or make_dataset(Path(scratch, "dataset"), shape)
         name = "llama" if folder is None else "nanogpt"
         if folder is None:
-            sides = {count: _timed("llama", shape, dataset_dir, count) for count in windows or [own]}
+            seconds = 60 * minutes
+            sides = {count: _timed("llama", shape, dataset_dir, count, seconds) for count in windows or [own]}
         else:
             sides = {own: _nanogpt(nanogpt.work_tree(folder, Path(scratch)), shape, dataset_dir, device)}
         peer = tuned(sides, 60 * minutes, learning_rates)
         print(f"{name}: {json.dumps(peer)}", flush=True)
-        ours = _timed("ours", shape, dataset_dir, own)(share * peer["process_s"], 0.0)
+        seconds = share * peer["process_s"]
+        ours = _timed("ours", shape, dataset_dir, own, seconds)(seconds, 0.0)
         print(f"ours: {json.dumps(ours)}", flush=True)
     ratio = ours["bits_per_byte"] / peer["bits_per_byte"]
     time_share = ours["process_s"] / peer["process_s"]

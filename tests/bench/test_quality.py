@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.training import quality
+from bench.training import nanogpt, quality
+from bench.training.__main__ import main, shakespeare_settings
 from model.errors import PipelineError
 from model.text.tokens import TokenDataset
 
@@ -35,7 +36,7 @@ def test_both_sides_are_scored_on_the_same_held_out_tokens(dataset_dir, tmp_path
     ours = quality.train_ours(quality.settings_of("tiny", 3), dataset_dir, tmp_path / "ours")
     llama = quality.train_llama("tiny", 3, 1e-3, dataset_dir, tmp_path / "llama", 4)
     for found in (ours, llama):
-        assert found["loop_s"] > 0 and found["after_s"] > 0
+        assert found["loop_s"] >= found["steps_s"] > 0 and found["after_s"] > 0
         # Nats of a token over bits of a byte: the same for both, by the tokens and bytes of the split.
         assert found["loss"] / found["bits_per_byte"] == pytest.approx(ours["loss"] / ours["bits_per_byte"])
     assert quality.windows_per_step("tiny") == 8
@@ -49,7 +50,8 @@ def test_a_side_has_as_many_steps_as_its_time_allows(monkeypatch, tmp_path):
         asked.append((side, steps, windows))
         loop_s = windows / 16 * steps + 1
         bits = math.nan if rate == 3e-3 else abs(rate - 1e-3) + (1.0 if side == "llama" else 0.5)  # that rate diverges
-        return {"steps": steps, "loop_s": loop_s, "process_s": 2 + loop_s, "bits_per_byte": bits, "loss": bits}
+        found = {"steps": steps, "loop_s": loop_s, "steps_s": loop_s - 1, "process_s": 2 + loop_s}
+        return {**found, "bits_per_byte": bits, "loss": bits}
 
     monkeypatch.setattr(quality, "in_process", run)
     found = quality.compare("tiny", 1.0, 0.5, [3e-3, 1e-3, 1e-4], dataset_dir=tmp_path)
@@ -66,13 +68,32 @@ def test_each_number_of_windows_is_tried_with_each_learning_rate(monkeypatch, tm
     def run(side: str, shape: str, steps: int, rate: float, dataset_dir: Path, windows: int) -> dict[str, float]:
         loop_s = windows / 16 * steps
         bits = 1 + abs(rate - 1e-3) + abs(windows - 4)
-        return {"steps": steps, "loop_s": loop_s, "process_s": 2 + loop_s, "bits_per_byte": bits, "loss": bits}
+        found = {"steps": steps, "loop_s": loop_s, "steps_s": loop_s, "process_s": 2 + loop_s}
+        return {**found, "bits_per_byte": bits, "loss": bits}
 
     monkeypatch.setattr(quality, "in_process", run)
     found = quality.compare("tiny", 1.0, 1.0, [1e-3, 1e-2], dataset_dir=tmp_path, windows=[2, 4])["llama"]
     assert list(found["tries"]) == ["2 windows, 0.001", "2 windows, 0.01", "4 windows, 0.001", "4 windows, 0.01"]
     assert (found["windows"], found["learning_rate"]) == (4, 1e-3)
     assert found["process_s"] == pytest.approx(60, abs=0.5)
+
+
+def test_a_single_choice_is_not_tried():
+    def side(seconds: float, rate: float) -> dict[str, float]:
+        assert (seconds, rate) == (60, 1e-3), "only the whole training"
+        return {"bits_per_byte": 2.0}
+
+    expected = {"bits_per_byte": 2.0, "windows": 4, "learning_rate": 1e-3, "tries": {}}
+    assert quality.tuned({4: side}, 60, [1e-3]) == expected
+
+
+def test_longer_windows_of_characters_are_fewer(capsys):
+    assert [nanogpt.windows_of(12, context) for context in (64, 256, 2048)] == [12, 3, 1]
+    settings = shakespeare_settings(100, nanogpt.windows_of(16, 256), 256)
+    assert settings.training.per_device_train_batch_size == 4
+    assert settings.tokenizer.sequence_length == settings.model.max_position_embeddings == 257
+    assert main(["shakespeare", "--nanogpt", "x", "--context", "0"]) == 1
+    assert capsys.readouterr().err == "error: --context 0: expected a number greater than 0\n"
 
 
 def test_nanogpt_is_needed_on_a_gpu_and_a_folder_must_be_one(tmp_path, monkeypatch):

@@ -58,9 +58,10 @@ def test_a_side_has_as_many_steps_as_its_time_allows(monkeypatch, tmp_path):
     assert found["llama"]["learning_rate"] == 1e-3 and found["llama"]["process_s"] == pytest.approx(60, abs=0.5)
     assert found["ours"]["process_s"] == pytest.approx(30, abs=0.5)
     assert found["time_ratio"] == pytest.approx(0.5, abs=0.02) and found["bits_per_byte_ratio"] < 1
-    # Two probes of the time that a step takes, three tries in a quarter of the time each, and the whole.
+    # Two probes of the time that a step takes, the second of 15 s of steps without the evaluation; three tries in a
+    # quarter of the time each; and the whole.
     steps = [steps for side, steps, _ in asked if side == "llama"]
-    assert steps == [4, 24, 24, 24, 24, 114]
+    assert steps == [4, 34, 24, 24, 24, 114]
     assert {windows for _, _, windows in asked} == {8}
 
 

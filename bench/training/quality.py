@@ -263,19 +263,18 @@ def compare(
 
     windows: tried in a step of Llama; none: ours.
     """
-    own = windows_per_step(shape)
+    own, seconds = windows_per_step(shape), 60 * minutes
     with tempfile.TemporaryDirectory() as scratch:
         dataset_dir = dataset_dir or make_dataset(Path(scratch, "dataset"), shape)
         name = "llama" if folder is None else "nanogpt"
         if folder is None:
-            seconds = 60 * minutes
             sides = {count: _timed("llama", shape, dataset_dir, count, seconds) for count in windows or [own]}
         else:
             sides = {own: _nanogpt(nanogpt.work_tree(folder, Path(scratch)), shape, dataset_dir, device)}
-        peer = tuned(sides, 60 * minutes, learning_rates)
+        peer = tuned(sides, seconds, learning_rates)
         print(f"{name}: {json.dumps(peer)}", flush=True)
-        seconds = share * peer["process_s"]
-        ours = _timed("ours", shape, dataset_dir, own, seconds)(seconds, 0.0)
+        own_s = share * peer["process_s"]
+        ours = _timed("ours", shape, dataset_dir, own, own_s)(own_s, 0.0)
         print(f"ours: {json.dumps(ours)}", flush=True)
     ratio = ours["bits_per_byte"] / peer["bits_per_byte"]
     time_share = ours["process_s"] / peer["process_s"]

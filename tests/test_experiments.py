@@ -22,7 +22,7 @@ MILLIONS = {
     "smoke": (0.1, 0.2),
     "stdlib": (2, 5),
     "stdlib_30m": (28, 32),
-    "shakespeare_char": (0.7, 0.9),
+    "shakespeare_char": (0.5, 0.7),
     "stdlib_chat": (2, 5),
     "stdlib_distilled": (0.3, 0.5),
     "gpt2_124m": (120, 128),

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from model.errors import PipelineError
 
-CONTEXT, WINDOWS = 64, 12
-"""Characters that a window predicts, and windows of a step, in its published CPU setting."""
+CONTEXT = 64
+"""Characters that a window predicts in its published CPU setting."""
 # https://github.com/karpathy/nanoGPT, README, "I only have a macbook"; the checkpoint of the last step is kept.
 CPU_SETTING = [
     "config/train_shakespeare_char.py",
@@ -29,6 +29,8 @@ CPU_SETTING = [
     "--compile=False",
     "--eval_iters=20",
     "--log_interval=1",
+    f"--block_size={CONTEXT}",
+    "--batch_size=12",
     "--n_layer=4",
     "--n_head=4",
     "--n_embd=128",
@@ -104,23 +106,17 @@ def prepare(folder: Path, text: Path, scratch: Path) -> Path:
     return copy
 
 
-def windows_of(count: int, context: int) -> int:
-    """Windows of `context` characters with about as many characters as `count` of the published setting's."""
-    return max(1, count * CONTEXT // context)
-
-
-def train(copy: Path, context: int = CONTEXT) -> Run:
-    """Run the published CPU setting to completion and score the weights. context: characters of a window."""
-    setting = [*CPU_SETTING, f"--block_size={context}", f"--batch_size={windows_of(WINDOWS, context)}"]
+def train(copy: Path) -> Run:
+    """Run the published CPU setting to completion and score the weights."""
     started, cpu_before = time.perf_counter(), children_cpu_s()
     first = last = 0.0
     printed = float("nan")
-    for line in _lines_of_training(copy, setting):
+    for line in _lines_of_training(copy, CPU_SETTING):
         if found := re.match(r"step \d+: train loss [\d.]+, val loss ([\d.]+)", line):
             last = time.perf_counter()
             first, printed = first or last, float(found[1])
     process_s, cpu_s = time.perf_counter() - started, children_cpu_s() - cpu_before
-    loss = _score(copy, "out-shakespeare-char", "data/shakespeare_char/val.bin", context, "cpu")
+    loss = _score(copy, "out-shakespeare-char", "data/shakespeare_char/val.bin", CONTEXT, "cpu")
     return Run(process_s, last - first, cpu_s, loss, printed)
 
 

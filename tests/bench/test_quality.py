@@ -1,5 +1,6 @@
 """What is compared when two trainings have a time each: the same text, tokens and score."""
 
+import dataclasses
 import math
 import sysconfig
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.training import nanogpt, quality
-from bench.training.__main__ import main, shakespeare_settings
+from bench.training import quality
+from bench.training.__main__ import LONG, shakespeare_settings
+from llm_assets.experiments.compose import compose
 from model.errors import PipelineError
 from model.text.tokens import TokenDataset
 
@@ -88,13 +90,12 @@ def test_a_single_choice_is_not_tried():
     assert quality.tuned({4: side}, 60, [1e-3]) == expected
 
 
-def test_longer_windows_of_characters_are_fewer(capsys):
-    assert [nanogpt.windows_of(12, context) for context in (64, 256, 2048)] == [12, 3, 1]
-    settings = shakespeare_settings(100, nanogpt.windows_of(16, 256), 256)
-    assert settings.training.per_device_train_batch_size == 4
-    assert settings.tokenizer.sequence_length == settings.model.max_position_embeddings == 257
-    assert main(["shakespeare", "--nanogpt", "x", "--context", "0"]) == 1
-    assert capsys.readouterr().err == "error: --context 0: expected a number greater than 0\n"
+def test_characters_are_trained_as_their_experiment_says():
+    measured, experiment = shakespeare_settings(*LONG), compose("shakespeare_char")
+    assert measured.model == experiment.model and measured.tokenizer == experiment.tokenizer
+    names = {"eval_steps", "save_steps", "sample_tokens"}
+    given, own = (dataclasses.asdict(settings.training) for settings in (measured, experiment))
+    assert {name for name in own if own[name] != given[name]} <= names
 
 
 def test_nanogpt_is_needed_on_a_gpu_and_a_folder_must_be_one(tmp_path, monkeypatch):

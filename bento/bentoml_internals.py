@@ -1,6 +1,6 @@
 """The private parts of BentoML and uvicorn that this service uses, all in one place.
 
-Tested with bentoml 1.4.39 and uvicorn 0.54.0. `tests/bento/test_service.py` and `test_lifecycle.py` cover each:
+Tested with bentoml 1.4.40 and uvicorn 0.54.0. `tests/bento/test_service.py` and `test_lifecycle.py` cover each:
 
 - BentoML hands its worker the listening socket as the option `--fd` of the worker's command line;
 - BentoML's worker runs `uvicorn.Server`, whose method `handle_exit` handles SIGTERM, and gives it no other options than

@@ -1,24 +1,26 @@
 """What more workers give: a corpus and its tokens on Ray, and the growth of a corpus that is made on the fly.
 
 Corpus and tokenizing: one thread against Ray's tasks on `--workers` cores, and the seconds that Ray adds; both write
-the same bytes, or this ends with an error. Growth: shards are generated, encoded and deleted one after the other; time
-and memory are noted on the way, and extrapolated to 1 TB. Run: `python -m bench.scale` (needs `make cluster`), some
-minutes on two cores.
+the same bytes, or this ends with an error. Growth: both stages of three sizes of a corpus of made documents, in tasks;
+time and memory of all processes, extrapolated to 1 TB on 1,000 cores. Run: `python -m bench.scale` (needs
+`make cluster`), some minutes on two cores; `--grown 10000` takes half an hour and 20 GB of disk.
 """
 
 import argparse
 import json
 import random
-import resource
 import shutil
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -29,14 +31,16 @@ from model.settings import (
     CorpusSettings,
     TokenizerSettings,
 )
-from model.system.tasks import tasks
+from model.system.tasks import Apply, tasks
 from model.text.corpus import build_corpus, read_documents
 from model.text.parts import in_tasks
-from model.text.shards import ShardTask, encode_by_shards, encode_shard
+from model.text.shards import by_shards, encode_by_shards
 from model.text.tokens import build_tokenized_dataset
 
 VOCABULARY, LENGTH = 8192, 256
-TERABYTE = 1e12
+TERABYTE, CORES = 1e12, 1000
+RUN_LINES, FILE_DOCUMENTS = 16, 8192
+"""Lines in a row of a document that is made, and documents of a file."""
 MAX_FILE_BYTES = 1 << 19
 """A shard holds at least one file of the standard library."""
 
@@ -94,23 +98,101 @@ def building(settings: CorpusSettings, size: int, scratch: Path, workers: int) -
     return seconds
 
 
-def growth(corpus: Path, tokenizer: Path, megabytes: float, scratch: Path) -> list[dict[str, float]]:
-    """Bytes, seconds and peak memory (MB) after each eighth of a corpus of `megabytes`, made shard by shard."""
-    documents, random_ = list(read_documents(corpus, "train")), random.Random(0)
-    shard, folder = scratch / "shard.parquet", scratch / "shard"
+def write_documents(lines: Sequence[str], folder: Path, size: int) -> None:
+    """Parquet files of about `size` bytes in documents that all differ: runs of lines in random order."""
+    random_, written = random.Random(size), 0
+    folder.mkdir()
+    while written < size:
+        texts: list[str] = []
+        while written < size and len(texts) < FILE_DOCUMENTS:
+            starts = random_.choices(range(len(lines) - RUN_LINES), k=random_.randint(2, 16))
+            texts.append("".join(line for start in starts for line in lines[start : start + RUN_LINES]))
+            written += len(texts[-1].encode())
+        pq.write_table(pa.table({"text": texts}), folder / f"{written:015}.parquet", compression="zstd")
+
+
+class Clocked:
+    """Runs tasks and counts the seconds that they take; the rest of a stage is the work of one process."""
+
+    def __init__(self, apply: Apply) -> None:
+        self._apply, self.seconds = apply, 0.0
+
+    def __call__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        """The results, in order."""
+        results = iter(self._apply(function, items))
+        while True:
+            started = time.perf_counter()
+            result = next(results, self)
+            self.seconds += time.perf_counter() - started
+            if result is self:
+                return
+            yield result
+
+
+@contextmanager
+def memory_mb() -> Iterator[list[float]]:
+    """Memory of this process and all below it, twice a second, shared pages divided among those that share them."""
+    found, ended, this = [0.0], threading.Event(), psutil.Process()
+
+    def sample() -> None:
+        while not ended.wait(0.5):
+            held = 0
+            for process in [this, *this.children(recursive=True)]:
+                with suppress(psutil.Error):
+                    held += process.memory_full_info().pss
+            found.append(held / 1e6)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
+
+
+def growth(lines: Sequence[str], megabytes: float, scratch: Path, workers: int) -> list[dict[str, float]]:
+    """Both stages of corpora of a quarter, a half and all of `megabytes`, each written just before and deleted after.
+
+    Bytes of text, and for each stage seconds, those without a task running, and the largest memory (MB) of all
+    processes.
+    """
     points: list[dict[str, float]] = []
-    done, encoding_s, eighth = 0, 0.0, megabytes * 1e6 / 8
-    while len(points) < 8:
-        texts = random_.sample(documents, min(len(documents), 500))
-        pq.write_table(pa.table({"text": texts}), shard)
-        started = time.perf_counter()
-        encode_shard(ShardTask(shard, folder, tokenizer, VOCABULARY, "uint16", LENGTH, False))
-        encoding_s += time.perf_counter() - started
-        shutil.rmtree(folder)
-        done += sum(len(text.encode()) for text in texts)
-        if done >= eighth * (len(points) + 1):
-            peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-            points.append({"bytes": done, "seconds": encoding_s, "peak_mb": peak_mb})
+    source, corpus, tokens = (scratch / name for name in ("made", "grown", "grown-tokens"))
+    settings = CorpusSettings(source="files", paths=[str(source / "*.parquet")])
+    tokenizer = TokenizerSettings(vocab_size=VOCABULARY, sequence_length=LENGTH, training_bytes=4 << 20)
+    with tasks(ComputeSettings(engine="ray", processes=workers)) as apply:
+        assert apply
+        list(apply(import_encoder, range(workers)))
+        for share in (0.25, 0.5, 1.0):
+            write_documents(lines, source, int(share * megabytes * 1e6))
+            point: dict[str, float] = {}
+            for stage in ("corpus", "tokens"):
+                clocked = Clocked(apply)
+                started = time.perf_counter()
+                with memory_mb() as held_mb:
+                    if stage == "corpus":
+                        point["bytes"] = build_corpus(
+                            settings, corpus, write=in_tasks(clocked, scratch / "parts")
+                        ).bytes
+                    else:
+                        encode = by_shards(clocked, scratch / "encoded")
+                        build_tokenized_dataset(tokenizer, corpus, tokens, encode=encode)
+                seconds = time.perf_counter() - started
+                point |= {f"{stage}_s": seconds, f"{stage}_alone_s": seconds - clocked.seconds}
+                point[f"{stage}_mb"] = max(held_mb)
+            print(
+                f"grown to {point['bytes'] / 1e6:,.0f} MB: "
+                + "; ".join(
+                    f"{stage} {point[f'{stage}_s']:,.1f} s, {point[f'{stage}_alone_s']:,.1f} s of it without tasks, "
+                    f"{point[f'{stage}_mb']:,.0f} MB at most"
+                    for stage in ("corpus", "tokens")
+                ),
+                flush=True,
+            )
+            points.append(point)
+            for folder in (source, corpus, tokens, scratch / "parts", scratch / "encoded"):
+                shutil.rmtree(folder, ignore_errors=True)
     return points
 
 
@@ -119,7 +201,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and print one line for each result and the record as JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench.scale", description=__doc__.split("\n")[0])
     parser.add_argument("--megabytes", type=float, default=24, help="of the corpus that is tokenized; default 24")
-    parser.add_argument("--grown", type=float, default=100, help="megabytes of the corpus made on the fly; default 100")
+    parser.add_argument(
+        "--grown", type=float, default=100, help="megabytes of the largest corpus of made documents; default 100"
+    )
     parser.add_argument("--workers", type=int, default=2, help="of Ray; default 2")
     given = parser.parse_args(argv)
     record: dict[str, Any] = {}
@@ -145,12 +229,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         record["tokenizing"]["bytes"] = corpus.train_bytes
         for name, seconds in record["tokenizing"].items():
             print(f"tokenizing, {name}: {seconds:,.1f}", flush=True)
-        record["growth"] = growth(scratch / "corpus", scratch / "tokens" / "tokenizer", given.grown, scratch)
-    for point in record["growth"]:
-        print(f"grown to {point['bytes'] / 1e6:,.0f} MB: {point['seconds']:.1f} s, {point['peak_mb']:,.0f} MB at most")
-    last = record["growth"][-1]
-    minutes = TERABYTE / (last["bytes"] / last["seconds"]) / 1000 / 60
-    print(f"1 TB on 1,000 such cores: {minutes:.1f} minutes of encoding, if reading and the joined file keep up")
+        lines = "".join(read_documents(scratch / "corpus", "train")).splitlines(keepends=True)
+        record["growth"] = growth(lines, given.grown, scratch, given.workers)
+    half, whole = record["growth"][-2:]
+    times = TERABYTE / (whole["bytes"] - half["bytes"]) / 60
+    for stage in ("corpus", "tokens"):
+        seconds, alone_s = (whole[f"{stage}_{name}"] - half[f"{stage}_{name}"] for name in ("s", "alone_s"))
+        tasks_s = (seconds - alone_s) * given.workers / CORES
+        print(
+            f"{stage} of 1 TB on {CORES:,} such cores: {tasks_s * times:,.0f} minutes of tasks, "
+            f"{alone_s * times:,.0f} of one process"
+        )
     print(json.dumps(record))
     return 0
 

@@ -65,7 +65,8 @@ def encode_shard(task: ShardTask) -> int:
 
 
 def _encode_into(directory: Path, task: ShardTask) -> None:
-    encoder, end_of_text, tokenizer = _encoder(task.tokenizer)
+    written = (task.tokenizer / "tokenizer.json").stat()
+    encoder, end_of_text, tokenizer = _encoder(task.tokenizer, (written.st_ino, written.st_mtime_ns, written.st_size))
     chat = ChatEncoder(tokenizer, encoder.encode, task.sequence_length) if task.chat else None
     found = encode_split(
         encoder,
@@ -82,8 +83,11 @@ def _encode_into(directory: Path, task: ShardTask) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(directory: Path) -> tuple[FastEncoder, int, Any]:
-    """Encoder, end-of-text token and tokenizer, built once in a process that encodes many shards."""
+def _encoder(directory: Path, version: tuple[int, ...]) -> tuple[FastEncoder, int, Any]:
+    """Encoder, end-of-text token and tokenizer, built once in a process that encodes many shards.
+
+    version: another one for another tokenizer that is written to the same folder later.
+    """
     tokenizer = load_tokenizer(directory)
     return FastEncoder(tokenizer), tokenizer.eos_token_id, tokenizer
 

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -59,6 +60,16 @@ def test_a_shard_that_is_done_is_not_done_again(task, monkeypatch):
     documents = encode_shard(task)
     monkeypatch.setattr(shards, "encode_split", lambda *args, **kwargs: pytest.fail("encoded again"))
     assert encode_shard(task) == documents
+
+
+def test_another_tokenizer_in_the_same_folder_is_read(corpus, task, tmp_path):
+    """A process of a cluster encodes one dataset after the other; the second may have the first one's folder."""
+    encode_shard(task)
+    shutil.rmtree(task.tokenizer.parent)
+    build_tokenized_dataset(TokenizerSettings(vocab_size=280, sequence_length=64), corpus[0], tmp_path / "dataset")
+    other = ShardTask(task.shard, tmp_path / "other", task.tokenizer, 280, "uint16", 64, False)
+    encode_shard(other)
+    assert np.fromfile(other.folder / "tokens.bin", np.uint16).max() < 280
 
 
 def test_a_task_that_ends_in_between_leaves_nothing_that_counts(task, monkeypatch):

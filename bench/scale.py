@@ -152,7 +152,7 @@ def memory_mb() -> Iterator[list[float]]:
 
 
 def growth(lines: Sequence[str], megabytes: float, scratch: Path, workers: int) -> list[dict[str, float]]:
-    """Both stages of corpora of a quarter, a half and all of `megabytes`, each written just before and deleted after.
+    """Both stages of corpora of a tenth, three tenths and all of `megabytes`, written just before and deleted after.
 
     Bytes of text, and for each stage seconds, those without a task running, and the largest memory (MB) of all
     processes.
@@ -164,7 +164,7 @@ def growth(lines: Sequence[str], megabytes: float, scratch: Path, workers: int) 
     with tasks(ComputeSettings(engine="ray", processes=workers)) as apply:
         assert apply
         list(apply(import_encoder, range(workers)))
-        for share in (0.25, 0.5, 1.0):
+        for share in (0.1, 0.3, 1.0):
             write_documents(lines, source, int(share * megabytes * 1e6))
             point: dict[str, float] = {}
             for stage in ("corpus", "tokens"):
@@ -231,10 +231,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"tokenizing, {name}: {seconds:,.1f}", flush=True)
         lines = "".join(read_documents(scratch / "corpus", "train")).splitlines(keepends=True)
         record["growth"] = growth(lines, given.grown, scratch, given.workers)
-    half, whole = record["growth"][-2:]
-    times = TERABYTE / (whole["bytes"] - half["bytes"]) / 60
+    less, whole = record["growth"][-2:]
+    times = TERABYTE / (whole["bytes"] - less["bytes"]) / 60
     for stage in ("corpus", "tokens"):
-        seconds, alone_s = (whole[f"{stage}_{name}"] - half[f"{stage}_{name}"] for name in ("s", "alone_s"))
+        seconds, alone_s = (whole[f"{stage}_{name}"] - less[f"{stage}_{name}"] for name in ("s", "alone_s"))
         tasks_s = (seconds - alone_s) * given.workers / CORES
         print(
             f"{stage} of 1 TB on {CORES:,} such cores: {tasks_s * times:,.0f} minutes of tasks, "

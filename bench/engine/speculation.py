@@ -1,11 +1,14 @@
 """Speculative decoding against one token at a time, on real text, and what more tokens in a step cost.
 
     python -m bench.engine.speculation MODEL_DIR [--rounds 8] [--streams 1 4 8] [--tokens 128]
+    python -m bench.engine.speculation MODEL_DIR --draft DRAFT_DIR [--rounds 8] [--tokens 128]
     python -m bench.engine.speculation --shape 2m 30m [--rounds 8]
 
 With a directory: answers to prompts from the source of the running Python's standard library, greedy and at temperature
 0.7, with `speculative_tokens` at its default and at 0: both engines get the same prompts, one after the other, new ones
 in each round, and must give the same tokens. Tokens per second count the time from the requests to the last token.
+With --draft: what a smaller model with the same tokenizer would give as the source of proposals. Its tokens after each
+token of the model's own answers say how many would be right, the measured steps of both what they cost.
 With --shape: a step over 1 to 8 tokens of one text, and of as many texts, over one token, with random weights.
 """
 
@@ -25,6 +28,7 @@ from bench.engine.workloads import SHAPES, model_of
 from model.errors import PipelineError, ends_in_one_line
 from model.generation.engine import Engine
 from model.generation.requests import GenerationRequest, SamplingParameters, TextPiece
+from model.generation.sampler import Sampler
 from model.generation.steps.native import NativeStep
 from model.generation.steps.step import Segment
 from model.settings import ServingSettings
@@ -36,6 +40,7 @@ from model.weights.loading import load_model
 
 KINDS = {"float32": lambda model: model, "int8": int8.quantize, "int4": int4.quantize}
 ROWS = (1, 2, 4, 8)
+PROPOSED = (1, 2, 3, 4, 6)
 MOST = 8
 """Tokens proposed where the default is none."""
 CACHED = 512
@@ -118,6 +123,74 @@ def _ratios(pairs: list[tuple[float, float]]) -> str:
     return f"{statistics.median(found):.2f}, {found[0]:.2f} to {found[-1]:.2f}"
 
 
+def draft(model_dir: Path, draft_dir: Path, kind: str, rounds: int, tokens: int) -> None:
+    """Print the share of a draft model's tokens that are the model's, and for each number of proposed tokens the tokens
+    of a step and the speed over that of one token at a time: steps of both models alone, one stream.
+    """
+    model, smaller = (KINDS[kind](load_model(directory)) for directory in (model_dir, draft_dir))
+    tokenizer = load_tokenizer(model_dir)
+    if tokenizer.get_vocab() != load_tokenizer(draft_dir).get_vocab():
+        raise PipelineError(f"{draft_dir} has another tokenizer than {model_dir}: expected the same")
+    engine = Engine(model, tokenizer, end_of_text_ids=frozenset(), speculative_tokens=0, threads=usable_cores())
+    own, drafts = NativeStep.create(model, 1), NativeStep.create(smaller, 1)
+    own_s, draft_s = _step_times(own, rounds), _step_times(drafts, rounds)
+    print(
+        f"\n{count_parameters(model):,} parameters, a draft of {count_parameters(smaller):,}, {engine.precision}: "
+        f"a step of one token {own_s[1] * 1e6:,.0f} and {draft_s[1] * 1e6:,.0f} us\n"
+    )
+    print(
+        "| temperature | right | " + " | ".join(f"{count} proposed: tokens a step; speed" for count in PROPOSED) + " |"
+    )
+    print("|---:|---:|" + "---|" * len(PROPOSED))
+    for temperature in (0.0, 0.7):
+        found = [
+            _right(engine, drafts, ids, SamplingParameters(temperature=temperature, seed=number), tokens)
+            for number, ids in enumerate(prompts(engine, rounds, seed=0))
+        ]
+        cells = []
+        for count in PROPOSED:
+            each = sum(map(len, found)) / sum(_steps(right, count) for right in found)
+            cells.append(f"{each:.2f}; {each * own_s[1] / (count * draft_s[1] + own_s[count + 1]):.2f}")
+        share = sum(map(sum, found)) / sum(map(len, found))
+        print(f"| {temperature} | {share:.0%} | " + " | ".join(cells) + " |", flush=True)
+    engine.stop()
+
+
+def _right(engine: Engine, drafts: NativeStep, ids: list[int], sampling: SamplingParameters, tokens: int) -> list[bool]:
+    """For each token of the model's answer, whether the draft model chooses it after the same text."""
+    ((text,), *_) = answer(engine, [GenerationRequest(ids, tokens, sampling)])
+    sampler = Sampler(sampling, ids, drafts.vocab_size, drafts.logits_device)
+    draws = () if sampler.is_greedy else sampler.draws(len(text))
+    segment = Segment(0, 0, np.array([*ids, *text[:-1]]), "token", draws, len(text))
+    (output,) = drafts.compute([segment])
+    return [one == other for one, other in zip(output.tokens, text, strict=True)]
+
+
+def _steps(right: list[bool], count: int) -> int:
+    """Steps of a text that takes the right ones of up to `count` proposed tokens, and one more, in each."""
+    place = steps = 0
+    while place < len(right):
+        accepted = 0
+        while accepted < count and place + accepted < len(right) and right[place + accepted]:
+            accepted += 1
+        place, steps = place + accepted + 1, steps + 1
+    return steps
+
+
+def _step_times(step: NativeStep, rounds: int) -> dict[int, float]:
+    """Seconds of a step over each number of tokens of one text, the lower quartile."""
+    ids = np.arange(2, 2 + CACHED + max(PROPOSED) + 1)
+    cached = min(CACHED, step.context_length - max(PROPOSED) - 1)
+    step.compute([Segment(0, 0, ids[:cached], "none")])
+    seconds: dict[int, list[float]] = {rows: [] for rows in (1, *(count + 1 for count in PROPOSED))}
+    for _ in range(20 * rounds):
+        for rows, found in seconds.items():
+            started = time.perf_counter()
+            step.compute([Segment(0, cached, ids[cached : cached + rows], "token", rows=rows)])
+            found.append(time.perf_counter() - started)
+    return {rows: statistics.quantiles(found, n=4)[0] for rows, found in seconds.items()}
+
+
 def costs(shape: str, rounds: int) -> None:
     """Print the time of steps over several tokens, of one text and of as many texts, over that of one token."""
     model = model_of(shape)
@@ -153,6 +226,7 @@ def main() -> int:
     parser.add_argument(
         "--precision", nargs="+", choices=list(KINDS), default=["float32", "int8"], help="of their weights"
     )
+    parser.add_argument("--draft", type=Path, help="of a smaller model with the same tokenizer, in full precision")
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=[], help="of random weights")
     parser.add_argument("--rounds", type=int, default=8, help="interleaved rounds that count (default: 8)")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 8], help="texts at once (default: 1 4 8)")
@@ -164,6 +238,9 @@ def main() -> int:
         costs(shape, arguments.rounds)
     for model_dir in arguments.model_dir:
         for kind in arguments.precision:
+            if arguments.draft:
+                draft(model_dir, arguments.draft, kind, arguments.rounds, arguments.tokens)
+                continue
             compare(model_dir, kind, arguments.rounds, arguments.streams, arguments.tokens)
     return 0
 

@@ -142,6 +142,7 @@ TABLE: dict[str, Way] = {
     r"python -m bench\.rollover": Nightly("--seconds 2 --promotions 1"),
     r"python -m bench\.soak .*": Nightly("--seconds 10"),
     r"python -m bench\.replicas": Nightly("--seconds 2 --rounds 1 --simulated 100"),
+    r"python -m bench\.scale .*": Nightly("--megabytes 8 --grown 20"),
     r"python -m bench\.containers\.\w+": NotRun("it builds images without a cache, for half an hour"),
     r"python -m bench\.training quality": Nightly("--shape tiny --minutes 0.5 --learning-rates 3e-3"),
     r"make bench": NotRun("it is the measurements above, for an hour"),

@@ -149,7 +149,7 @@ def draft(model_dir: Path, draft_dir: Path, kind: str, rounds: int, tokens: int)
         ]
         cells = []
         for count in PROPOSED:
-            each = sum(map(len, found)) / sum(_steps(right, count) for right in found)
+            each = sum(map(len, found)) / sum(steps_of(right, count) for right in found)
             cells.append(f"{each:.2f}; {each * own_s[1] / (count * draft_s[1] + own_s[count + 1]):.2f}")
         share = sum(map(sum, found)) / sum(map(len, found))
         print(f"| {temperature} | {share:.0%} | " + " | ".join(cells) + " |", flush=True)
@@ -166,7 +166,7 @@ def _right(engine: Engine, drafts: NativeStep, ids: list[int], sampling: Samplin
     return [one == other for one, other in zip(output.tokens, text, strict=True)]
 
 
-def _steps(right: list[bool], count: int) -> int:
+def steps_of(right: list[bool], count: int) -> int:
     """Steps of a text that takes the right ones of up to `count` proposed tokens, and one more, in each."""
     place = steps = 0
     while place < len(right):

@@ -5,8 +5,10 @@ import functools
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -42,7 +44,7 @@ class TransientError(PipelineError):
 def ends_in_one_line(main: Callable[P, int]) -> Callable[P, int]:
     """A command's `main`, which returns an exit status: an error of the user's or the system's is one line, status 1.
 
-    That is a PipelineError, and what the system refuses (`limits_as_error`).
+    That is a PipelineError, what the system refuses (`limits_as_error`), and the last line of a program that failed.
     """
 
     @functools.wraps(main)
@@ -53,11 +55,23 @@ def ends_in_one_line(main: Callable[P, int]) -> Callable[P, int]:
         except PipelineError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except subprocess.CalledProcessError as error:
+            print(f"error: {PipelineError(_failure(error))}", file=sys.stderr)
+            return 1
         except BrokenPipeError:  # `head` and its like have read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
 
     return run
+
+
+def _failure(error: subprocess.CalledProcessError) -> str:
+    """A failed program's command, and the last line that it wrote, if that was captured."""
+    said = error.stderr or b""
+    lines = (said if isinstance(said, str) else said.decode(errors="replace")).strip().splitlines()
+    command = error.cmd if isinstance(error.cmd, str) else shlex.join(map(str, error.cmd))
+    reason = [lines[-1].removeprefix("error: ")] if lines else []
+    return ": ".join([f"{command} ended with status {error.returncode}", *reason])
 
 
 def json_type(value: object) -> str:

@@ -4,7 +4,9 @@ import errno
 import multiprocessing
 import os
 import resource
+import shlex
 import sqlite3
+import subprocess
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.errors import PipelineError, TransientError, limits_as_error
+from model.errors import PipelineError, TransientError, ends_in_one_line, limits_as_error
 from model.settings import CorpusSettings
 from model.text.corpus import build_corpus
 from model.text.files import list_files
@@ -159,6 +161,19 @@ def test_other_errors_pass(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(type(error)) as found, limits_as_error(tmp_path):
         raise error
     assert found.value is error
+
+
+@pytest.mark.parametrize(("options", "says"), [({"capture_output": True}, ": b is 2"), ({}, "")])
+def test_a_program_that_fails_is_one_line_with_its_last_one(options: dict[str, bool], says: str, capsys) -> None:
+    command = ["sh", "-c", "echo a >&2; echo error: b is 2 >&2; exit 3"]
+
+    @ends_in_one_line
+    def main() -> int:
+        subprocess.run(command, check=True, **options)
+        return 0
+
+    assert main() == 1
+    assert capsys.readouterr().err == f"error: {shlex.join(command)} ended with status 3{says}\n"
 
 
 def test_a_message_stays_one_line_of_bounded_length_whatever_was_found() -> None:

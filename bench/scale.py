@@ -132,15 +132,17 @@ class Clocked:
 @contextmanager
 def memory_mb() -> Iterator[list[float]]:
     """Memory of this process and all below it, twice a second, shared pages divided among those that share them."""
-    found, ended, this = [0.0], threading.Event(), psutil.Process()
+    found, ended, this = list[float](), threading.Event(), psutil.Process()
 
     def sample() -> None:
-        while not ended.wait(0.5):
+        is_over = False
+        while not is_over:
             held = 0
             for process in [this, *this.children(recursive=True)]:
                 with suppress(psutil.Error):
                     held += process.memory_full_info().pss
             found.append(held / 1e6)
+            is_over = ended.wait(0.5)
 
     thread = threading.Thread(target=sample)
     thread.start()

@@ -132,7 +132,8 @@ class Clocked:
 @contextmanager
 def memory_mb() -> Iterator[list[float]]:
     """Memory of this process and all below it, twice a second, shared pages divided among those that share them."""
-    found, ended, this = list[float](), threading.Event(), psutil.Process()
+    found: list[float] = []
+    ended, this = threading.Event(), psutil.Process()
 
     def sample() -> None:
         is_over = False

@@ -2,7 +2,7 @@
 
 Corpus and tokenizing: one thread against Ray's tasks on `--workers` cores, and the seconds that Ray adds; both write
 the same bytes, or this ends with an error. Growth: both stages of three sizes of a corpus of made documents, in tasks;
-time and memory of all processes, extrapolated to 1 TB on 1,000 cores. Run: `python -m bench.scale` (needs
+time and memory of all processes; from 1 GB on, also extrapolated to 1 TB on 1,000 cores. Run: `python -m bench.scale` (needs
 `make cluster`), some minutes on two cores; `--grown 10000` takes half an hour and 20 GB of disk.
 """
 
@@ -32,13 +32,16 @@ from model.settings import (
     TokenizerSettings,
 )
 from model.system.tasks import Apply, tasks
-from model.text.corpus import build_corpus, read_documents
+from model.text.corpus import build_corpus, read_documents, read_summary
 from model.text.parts import in_tasks
 from model.text.shards import by_shards, encode_by_shards
 from model.text.tokens import build_tokenized_dataset
 
 VOCABULARY, LENGTH = 8192, 256
+STAGES = ("corpus", "tokens")
 TERABYTE, CORES = 1e12, 1000
+EXTRAPOLATED = 1e9
+"""Bytes of text from which the figures are extrapolated."""
 RUN_LINES, FILE_DOCUMENTS = 16, 8192
 """Lines in a row of a document that is made, and documents of a file."""
 MAX_FILE_BYTES = 1 << 19
@@ -164,39 +167,41 @@ def growth(lines: Sequence[str], megabytes: float, scratch: Path, workers: int) 
     source, corpus, tokens = (scratch / name for name in ("made", "grown", "grown-tokens"))
     settings = CorpusSettings(source="files", paths=[str(source / "*.parquet")])
     tokenizer = TokenizerSettings(vocab_size=VOCABULARY, sequence_length=LENGTH, training_bytes=4 << 20)
+    stages: dict[str, Callable[[Apply], object]] = {
+        "corpus": lambda apply: build_corpus(settings, corpus, write=in_tasks(apply, scratch / "parts")),
+        "tokens": lambda apply: build_tokenized_dataset(
+            tokenizer, corpus, tokens, encode=by_shards(apply, scratch / "encoded")
+        ),
+    }
     with tasks(ComputeSettings(engine="ray", processes=workers)) as apply:
         assert apply
         list(apply(import_encoder, range(workers)))
         for share in (0.1, 0.3, 1.0):
             write_documents(lines, source, int(share * megabytes * 1e6))
             point: dict[str, float] = {}
-            for stage in ("corpus", "tokens"):
+            for stage, build in stages.items():
                 clocked = Clocked(apply)
                 started = time.perf_counter()
                 with memory_mb() as held_mb:
-                    if stage == "corpus":
-                        point["bytes"] = build_corpus(
-                            settings, corpus, write=in_tasks(clocked, scratch / "parts")
-                        ).bytes
-                    else:
-                        encode = by_shards(clocked, scratch / "encoded")
-                        build_tokenized_dataset(tokenizer, corpus, tokens, encode=encode)
+                    build(clocked)
                 seconds = time.perf_counter() - started
                 point |= {f"{stage}_s": seconds, f"{stage}_alone_s": seconds - clocked.seconds}
                 point[f"{stage}_mb"] = max(held_mb)
-            print(
-                f"grown to {point['bytes'] / 1e6:,.0f} MB: "
-                + "; ".join(
-                    f"{stage} {point[f'{stage}_s']:,.1f} s, {point[f'{stage}_alone_s']:,.1f} s of it without tasks, "
-                    f"{point[f'{stage}_mb']:,.0f} MB at most"
-                    for stage in ("corpus", "tokens")
-                ),
-                flush=True,
-            )
-            points.append(point)
+            points.append({"bytes": read_summary(corpus).bytes, **point})
+            print(describe(points[-1]), flush=True)
             for folder in (source, corpus, tokens, scratch / "parts", scratch / "encoded"):
                 shutil.rmtree(folder, ignore_errors=True)
     return points
+
+
+def describe(point: dict[str, float]) -> str:
+    """A line of `growth`."""
+    stages = [
+        f"{stage} {point[f'{stage}_s']:,.1f} s, {point[f'{stage}_alone_s']:,.1f} s of it without tasks, "
+        f"{point[f'{stage}_mb']:,.0f} MB at most"
+        for stage in STAGES
+    ]
+    return f"grown to {point['bytes'] / 1e6:,.0f} MB: {'; '.join(stages)}"
 
 
 @ends_in_one_line
@@ -236,7 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         record["growth"] = growth(lines, given.grown, scratch, given.workers)
     less, whole = record["growth"][-2:]
     times = TERABYTE / (whole["bytes"] - less["bytes"]) / 60
-    for stage in ("corpus", "tokens"):
+    # What a smaller corpus takes is mostly the start of each stage.
+    for stage in STAGES if whole["bytes"] >= EXTRAPOLATED else ():
         seconds, alone_s = (whole[f"{stage}_{name}"] - less[f"{stage}_{name}"] for name in ("s", "alone_s"))
         tasks_s = (seconds - alone_s) * given.workers / CORES
         print(

@@ -18,8 +18,9 @@ import statistics
 import sys
 import sysconfig
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from model.weights import int4, int8
 from model.weights.int8 import count_parameters
 from model.weights.loading import load_model
 
+Key = TypeVar("Key")
 KINDS = {"float32": lambda model: model, "int8": int8.quantize, "int4": int4.quantize}
 ROWS = (1, 2, 4, 8)
 PROPOSED = (1, 2, 3, 4, 6)
@@ -178,17 +180,26 @@ def steps_of(right: list[bool], count: int) -> int:
 
 
 def _step_times(step: NativeStep, rounds: int) -> dict[int, float]:
-    """Seconds of a step over each number of tokens of one text, the lower quartile."""
+    """Seconds of a step over each number of tokens of one text."""
     ids = np.arange(2, 2 + CACHED + max(PROPOSED) + 1)
     cached = min(CACHED, step.context_length - max(PROPOSED) - 1)
     step.compute([Segment(0, 0, ids[:cached], "none")])
-    seconds: dict[int, list[float]] = {rows: [] for rows in (1, *(count + 1 for count in PROPOSED))}
-    for _ in range(20 * rounds):
-        for rows, found in seconds.items():
+    steps = {
+        rows: [Segment(0, cached, ids[cached : cached + rows], "token", rows=rows)]
+        for rows in (1, *(count + 1 for count in PROPOSED))
+    }
+    return _low_times(step, steps, 20 * rounds)
+
+
+def _low_times(step: NativeStep, steps: Mapping[Key, Sequence[Segment]], repeats: int) -> dict[Key, float]:
+    """Seconds of each of these steps, the lower quartile of as many repeats in turn."""
+    seconds: dict[Key, list[float]] = {key: [] for key in steps}
+    for _ in range(repeats):
+        for key, segments in steps.items():
             started = time.perf_counter()
-            step.compute([Segment(0, cached, ids[cached : cached + rows], "token", rows=rows)])
-            found.append(time.perf_counter() - started)
-    return {rows: statistics.quantiles(found, n=4)[0] for rows, found in seconds.items()}
+            step.compute(segments)
+            seconds[key].append(time.perf_counter() - started)
+    return {key: statistics.quantiles(found, n=4)[0] for key, found in seconds.items()}
 
 
 def costs(shape: str, rounds: int) -> None:
@@ -207,13 +218,7 @@ def costs(shape: str, rounds: int) -> None:
         for rows in ROWS:
             steps[rows, 1] = [Segment(0, CACHED, ids[CACHED : CACHED + rows], "token", rows=rows)]
             steps[rows, rows] = [Segment(slot, CACHED, ids[CACHED : CACHED + 1], "token") for slot in range(rows)]
-        seconds: dict[tuple[int, int], list[float]] = {key: [] for key in steps}
-        for _ in range(10 * rounds):
-            for key, segments in steps.items():
-                started = time.perf_counter()
-                step.compute(segments)
-                seconds[key].append(time.perf_counter() - started)
-        low = {key: statistics.quantiles(found, n=4)[0] for key, found in seconds.items()}
+        low = _low_times(step, steps, 10 * rounds)
         ratios = [f"{low[rows, 1] / low[1, 1]:.2f}; {low[rows, rows] / low[1, 1]:.2f}" for rows in ROWS[1:]]
         print(f"| {name} | {low[1, 1] * 1e6:,.0f} us | " + " | ".join(ratios) + " |", flush=True)
 

@@ -2,8 +2,8 @@
 
 Corpus and tokenizing: one thread against Ray's tasks on `--workers` cores, and the seconds that Ray adds; both write
 the same bytes, or this ends with an error. Growth: both stages of three sizes of a corpus of made documents, in tasks;
-time and memory of all processes; from 1 GB on, also extrapolated to 1 TB on 1,000 cores. Run: `python -m bench.scale` (needs
-`make cluster`), some minutes on two cores; `--grown 10000` takes half an hour and 20 GB of disk.
+time and memory of all processes; from 1 GB on, also extrapolated to 1 TB on 1,000 cores. Run: `python -m bench.scale`
+(needs `make cluster`), some minutes on two cores; `--grown 10000` takes half an hour and 20 GB of disk.
 """
 
 import argparse

@@ -131,13 +131,16 @@ static void exercise(int32_t instructions, int32_t dtype, bool post_norm) {
     rex_model_destroy(model);
 }
 
-// Passes of 100 whose way is the faster one, where one takes `alone` and the other `shared` seconds.
-static int passes_of(rex::Sharing& sharing, int64_t work, double alone, double shared) {
+// Passes of 100 whose way is the faster one, where one takes `alone` and the other `shared` seconds, and the first shared
+// one after others `waking` more.
+static int passes_of(rex::Sharing& sharing, int64_t work, double alone, double shared, double waking = 1e-3) {
     int found = 0;
+    bool was_shared = false;
     for (int pass = 0; pass < 100; pass++) {
         const bool is_shared = sharing.choose(work, 8);
-        sharing.note(work, 8, is_shared, is_shared ? shared : alone);
+        sharing.note(work, 8, is_shared, is_shared ? shared + (was_shared ? 0 : waking) : alone);
         found += is_shared == (shared < alone);
+        was_shared = is_shared;
     }
     return found;
 }
@@ -145,11 +148,21 @@ static int passes_of(rex::Sharing& sharing, int64_t work, double alone, double s
 static void decide() {
     rex::Sharing sharing(1000);
     require(!sharing.choose(999, 8) && sharing.choose(8000, 8), "what is surely faster alone, or shared");
-    require(passes_of(sharing, 4000, 3e-3, 2e-3) >= 98, "the faster way is not found");
-    require(passes_of(sharing, 4000, 3e-3, 9e-3) >= 70, "other programs that take the cores are not noticed");
-    require(passes_of(sharing, 4000, 3e-3, 9e-3) >= 99, "the slower way is tried too often");
-    for (int pass = 0; pass < 600; pass++) passes_of(sharing, 4000, 3e-3, 2e-3);
-    require(passes_of(sharing, 4000, 3e-3, 2e-3) >= 98, "the end of the other programs is not noticed");
+    require(passes_of(sharing, 4000, 3e-3, 2e-3) >= 84, "the faster way is not found");
+    for (int hundred = 0; hundred < 20; hundred++) passes_of(sharing, 4000, 3e-3, 2e-3);
+    require(passes_of(sharing, 4000, 3e-3, 2e-3) >= 96, "the slower way is tried too often");
+    require(passes_of(sharing, 4000, 3e-3, 9e-3) >= 90, "other programs that take the cores are not noticed");
+    require(passes_of(sharing, 4000, 3e-3, 9e-3) >= 96, "the slower way is tried too often beside other programs");
+    for (int hundred = 0; hundred < 6; hundred++) passes_of(sharing, 4000, 3e-3, 2e-3);
+    require(passes_of(sharing, 4000, 3e-3, 2e-3) >= 96, "the end of the other programs is not noticed");
+
+    rex::Sharing disturbed(1000);  // the first shared passes read the weights from memory
+    for (int pass = 0; pass < 4; pass++) {
+        const bool is_shared = disturbed.choose(4000, 8);
+        disturbed.note(4000, 8, is_shared, is_shared ? 9e-3 : 3e-3);
+    }
+    passes_of(disturbed, 4000, 3e-3, 2e-3);
+    require(passes_of(disturbed, 4000, 3e-3, 2e-3) >= 88, "a disturbed first trial is believed for long");
 }
 
 int main() {

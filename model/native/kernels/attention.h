@@ -36,14 +36,23 @@ struct Cache16 {
 
 constexpr int BLOCK_PARTS = BLOCK / W;
 
-// Scores of Q queries at the positions of one page.
+// Scores of Q queries at the positions of one page. Each line of keys fetches one of the values, `to_values` bytes on, and
+// one of the next page's keys, `to_next` bytes on: texts are read too seldom to stay in the caches, and in pieces too short
+// for the processor to foresee the next.
 template <class C, int Q, int B>
-INLINE void score_blocks(const uint8_t* keys, const float* const (&q)[Q], int64_t lines, float* const (&scores)[Q]) {
+INLINE void score_blocks(const uint8_t* keys, int64_t to_values, int64_t to_next, const float* const (&q)[Q], int64_t lines,
+                         float* const (&scores)[Q]) {
     Vf sum[B * BLOCK_PARTS][Q] = {};
     for (int64_t i = 0; i < lines; i++)
 #pragma GCC unroll 16
-        for (int b = 0; b < B * BLOCK_PARTS; b++)
-            C::template keys<Q>(keys + (b / BLOCK_PARTS * lines + i) * 64, q, i, b % BLOCK_PARTS, sum[b]);
+        for (int b = 0; b < B * BLOCK_PARTS; b++) {
+            const uint8_t* line = keys + (b / BLOCK_PARTS * lines + i) * 64;
+            if (b % BLOCK_PARTS == 0) {
+                __builtin_prefetch(line + to_values);
+                __builtin_prefetch(line + to_next);
+            }
+            C::template keys<Q>(line, q, i, b % BLOCK_PARTS, sum[b]);
+        }
 #pragma GCC unroll 16
     for (int b = 0; b < B * BLOCK_PARTS; b++)
 #pragma GCC unroll 4
@@ -58,6 +67,9 @@ INLINE void mix_values(const Attention& a, int64_t values, int64_t stride, int64
         const Element* page = (const Element*)(a.pages[first / PAGE] + a.offset + values) + at;
         const int32_t count = most - first < PAGE ? most - first : PAGE;
         for (int32_t s = 0; s < count; s++) {
+#pragma GCC unroll 8
+            for (int v = 0; v < V * W * (int)sizeof(Element); v += 64)  // the next head's keys follow this one's values
+                __builtin_prefetch((const uint8_t*)(page + s * stride) + values + v);
 #pragma GCC unroll 8
             for (int v = 0; v < V; v++) {
                 const Vf value = C::value(page + s * stride + v * W);
@@ -89,10 +101,11 @@ void attend_queries(const Attention& a, int32_t first_query) {
     constexpr int together = W == 16 ? 4 : W == 8 ? (Q > 2 ? 1 : 2) : 1;  // blocks whose sums fit into registers
     for (int32_t first = 0; first < most; first += PAGE) {
         const uint8_t* keys = a.pages[first / PAGE] + a.offset;
+        const int64_t to_next = first + PAGE < most ? a.pages[first / PAGE + 1] - a.pages[first / PAGE] : 0;
         for (int32_t at = 0; at < PAGE && first + at < most; at += together * BLOCK) {
             float* to[Q];
             for (int j = 0; j < Q; j++) to[j] = scores[j] + first + at;
-            score_blocks<C, Q, together>(keys + at / BLOCK * lines * 64, q, lines, to);
+            score_blocks<C, Q, together>(keys + at / BLOCK * lines * 64, values, to_next, q, lines, to);
         }
     }
     float share[Q];

@@ -11,6 +11,7 @@ using namespace rex;
 
 constexpr int LINE = 64;            // bytes: PANEL outputs by 1, 2 or 4 inputs
 constexpr int PARTS = PANEL / W;    // vectors of a line of float32
+constexpr int AHEAD = 32;           // lines by which several rows fetch weights in advance; one row is fast without
 constexpr int MAX_ROWS = W == 16 ? 6 : 4;
 
 // Panels at a time.
@@ -152,7 +153,12 @@ void block(const Product& a, int64_t row, int64_t panel) {
     const uint8_t* w[P];
     for (int p = 0; p < P; p++) w[p] = a.panels + (panel + p) * bytes;
     typename Kind::Sum sum[M][P * PARTS] = {};
-    for (int64_t i = 0; i < lines; i++) Kind::template line<M, P>(w, i, a, row, panel, sum);
+    for (int64_t i = 0; i < lines; i++) {
+        if (M > 1 && Kind::inputs != GROUP)
+#pragma GCC unroll 8
+            for (int p = 0; p < P; p++) __builtin_prefetch(w[p] + (i + AHEAD) * LINE);
+        Kind::template line<M, P>(w, i, a, row, panel, sum);
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 16

@@ -35,6 +35,11 @@ class ServiceSettings(ServingSettings):
         "", "Interpreter of the environment that has vLLM, which `make vllm` makes; for the engine vllm."
     )
     model: str = option("", "Tag in the BentoML model store, or directory of a checkpoint or quantized model.")
+    draft: str = option(
+        "",
+        "Smaller model with the same tokenizer, as tag or directory, that proposes tokens where that pays; "
+        "texts stay the same. Only with the step native; empty: none.",
+    )
     served_model_name: str = option(
         "", "Names of the model for clients, comma separated; answers have the first. Empty: its tag."
     )
@@ -167,7 +172,7 @@ def refuse_for_vllm(options: BentoArgs) -> None:
     """Raises InvalidArgument for an option that the engine vllm has no equivalent of."""
     if options.engine != "vllm":
         return
-    for name, only in (("kv_cache", True), ("step", "auto")):
+    for name, only in (("kv_cache", True), ("step", "auto"), ("draft", "")):
         if getattr(options, name) != only:
             raise InvalidArgument(
                 f"{PREFIX}{name.upper()} is {getattr(options, name)!r}, and {PREFIX}ENGINE is vllm, which has only "

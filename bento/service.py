@@ -84,13 +84,15 @@ args = bentoml.use_arguments(BentoArgs)
 # Checked at import, so that `bentoml serve` and `bentoml build` end with one line: later, BentoML would look for a
 # missing model in its cloud.
 packed_model = None if not args.model or is_path(args.model) else str(BentoModel(args.model).tag)
-if packed_model:
-    find_model(packed_model)
+packed_draft = None if not args.draft or is_path(args.draft) else str(BentoModel(args.draft).tag)
+for packed in filter(None, (packed_model, packed_draft)):
+    find_model(packed)
 options = with_overrides(args)
 refuse_without_champion(options)
 refuse_for_vllm(options)
 # With REX_CHAMPION, a packed model serves only until the first champion is loaded.
 MODEL_DIR = find_model(options.model) if options.model or not options.champion else None
+DRAFT_DIR = find_model(options.draft) if options.draft else None
 REGISTRY = ModelRegistry(os.environ.get("MLFLOW_TRACKING_URI", "")) if options.champion else None
 API_KEYS = read_api_keys()
 
@@ -172,6 +174,8 @@ class RexService:
 
     if packed_model:
         model = BentoModel(packed_model)
+    if packed_draft:
+        draft = BentoModel(packed_draft)
 
     def __init__(self) -> None:
         self._watchers: list[ChampionWatcher | ChallengerWatcher] = []
@@ -231,7 +235,7 @@ class RexService:
         gc.disable()  # garbage collection takes a sixth of the time of the imports
         try:
             if MODEL_DIR:
-                engine = start_engine(options, MODEL_DIR)
+                engine = start_engine(options, MODEL_DIR, DRAFT_DIR)
                 release_load_memory()
                 app.state.models.serve(engine, _packed_version(), read_origin(MODEL_DIR))
                 logger.info("API keys: %d", len(API_KEYS))
@@ -259,7 +263,7 @@ def _watch(registry: ModelRegistry) -> list[ChampionWatcher | ChallengerWatcher]
     """
 
     def load(model_dir: Path, version: str) -> "Engine":
-        return start_engine(options.model_copy(update={"model": f"{options.champion}/{version}"}), model_dir)
+        return start_engine(options.model_copy(update={"model": f"{options.champion}/{version}"}), model_dir, DRAFT_DIR)
 
     def wait(reason: str) -> None:
         app.state.admission.waits_for = reason

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("bentoml.service")  # BentoML's log configuration shows loggers below `bentoml`
 
 
-def start_engine(options: BentoArgs, model_dir: Path) -> "Engine":
-    """Load the model and generate one token. Raises PipelineError for a wrong device, model or tokenizer."""
+def start_engine(options: BentoArgs, model_dir: Path, draft_dir: Path | None = None) -> "Engine":
+    """Load the model, and the draft model if there is one, and generate one token. Raises PipelineError for a wrong
+    device, model or tokenizer.
+    """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     logging.getLogger("model").setLevel(logging.INFO)  # BentoML shows other loggers from WARNING on
     quantized = None if options.quantized == "auto" else options.quantized
@@ -30,8 +32,10 @@ def start_engine(options: BentoArgs, model_dir: Path) -> "Engine":
             "step_timeout_s",
         )
     }
-    make = _vllm_engine if options.engine == "vllm" else _rex_engine
-    engine = make(options, model_dir, quantized, limits)
+    if options.engine == "vllm":
+        engine = _vllm_engine(options, model_dir, quantized, limits)
+    else:
+        engine = _rex_engine(options, model_dir, draft_dir, quantized, limits)
     engine.warm_up()
     logger.info(
         "serving model=%s engine=%s step=%s precision=%s kv_cache=%s quantized=%s cache_tokens=%d",
@@ -46,10 +50,13 @@ def start_engine(options: BentoArgs, model_dir: Path) -> "Engine":
     return engine
 
 
-def _rex_engine(options: BentoArgs, model_dir: Path, quantized: bool | None, limits: dict[str, Any]) -> "Engine":
+def _rex_engine(
+    options: BentoArgs, model_dir: Path, draft_dir: Path | None, quantized: bool | None, limits: dict[str, Any]
+) -> "Engine":
     import torch
 
     from model.generation.engine import Engine
+    from model.generation.speculation.draft import load_draft
     from model.system.cpu import decoding_threads, usable_cores
     from model.text.tokenizer import load_tokenizer
     from model.weights.int8 import count_parameters
@@ -58,17 +65,20 @@ def _rex_engine(options: BentoArgs, model_dir: Path, quantized: bool | None, lim
     torch.set_num_threads(options.threads or usable_cores())
     dtype = torch.bfloat16 if options.mixed_precision else None
     model = load_model(model_dir, device=options.device, quantized=quantized, dtype=dtype)
+    tokenizer = load_tokenizer(model_dir)
+    draft = load_draft(draft_dir, model, tokenizer) if draft_dir else None
     # Set before the engine's thread starts: a thread reads torch's number of threads once.
     threads = options.threads or usable_cores()
     torch.set_num_threads(options.threads or decoding_threads(count_parameters(model), threads))
     logger.info("loaded on %s, up to %d threads", model.device, threads)
     return Engine(
         model,
-        load_tokenizer(model_dir),
+        tokenizer,
         kv_cache=options.kv_cache,
         step=options.step,
         threads=threads,
         speculative_tokens=options.speculative_tokens,
+        draft=draft,
         **limits,
     )
 

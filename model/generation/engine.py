@@ -33,6 +33,7 @@ from model.generation.requests import (
     SamplingParameters,
 )
 from model.generation.scheduler import Scheduler
+from model.generation.speculation.draft import Draft
 from model.generation.steps.cache import bytes_per_token
 from model.generation.steps.choose import REFERENCE, choose_step, step_class
 from model.generation.steps.step import Step
@@ -57,9 +58,11 @@ class Engine:
     max_queue, max_queue_tokens: requests that may wait besides those that run, and tokens of their prompts.
     step: how a step is computed, a name of `steps.py` or "auto". threads: of a step that has its own, at most; None: as
     many as torch has. step_timeout_s: a step that takes longer counts as hung. speculative_tokens: most tokens that a
-    step proposes for one text and checks at once; texts stay the same.
+    step proposes for one text and checks at once; texts stay the same. draft: a smaller model with the same vocabulary
+    that proposes them, too.
     end_of_text_ids: tokens that end a text; None: the model's own.
-    Raises PipelineError if the memory does not hold one context, and for more tokens than the model has.
+    Raises PipelineError if the memory does not hold one context, for more tokens than the model has, and for a draft
+    with another vocabulary.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Engine:
         threads: int | None = None,
         step_timeout_s: float = ServingSettings.step_timeout_s,
         speculative_tokens: int = ServingSettings.speculative_tokens,
+        draft: PreTrainedModel | None = None,
         end_of_text_ids: frozenset[int] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
@@ -104,7 +108,8 @@ class Engine:
             encode=lambda data: self._encoder.encode_bytes(data).tolist(),
         )
         self._kv_cache, self._prefill_chunk, self._step_timeout_s = kv_cache, prefill_chunk, step_timeout_s
-        self._cache_tokens, self._is_limited = _cache_tokens(model, max_batch_size, kv_cache_mib), kv_cache_mib > 0
+        models = [model, draft] if draft is not None else [model]
+        self._cache_tokens, self._is_limited = _cache_tokens(models, max_batch_size, kv_cache_mib), kv_cache_mib > 0
         self._slots, self._threads, self._speculative_tokens = max_batch_size, threads, speculative_tokens
         self._max_queue, self._max_queue_tokens = max_queue, max_queue_tokens
         self._queue = RequestQueue(max_queue, max_queue_tokens)
@@ -115,6 +120,7 @@ class Engine:
         self._step_started: float | None = None
         self._past = EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
         self._step = self._create_step(model, step)
+        self._draft = None if draft is None else self._create_draft(draft)
         keep_freed_memory()
         release_worker_threads()
         self._scheduler = self._new_scheduler()
@@ -307,6 +313,27 @@ class Engine:
         tokens = max(self._cache_tokens, self.context_length)
         return chosen.create(model, self._slots, tokens, self._threads)
 
+    def _create_draft(self, model: PreTrainedModel) -> Draft | None:
+        """The draft, if this engine's step can use one; else a log line says why not."""
+        if model.config.vocab_size != self.vocab_size:
+            raise PipelineError(
+                f"the draft model has a vocabulary of {model.config.vocab_size:,} tokens: expected the model's, "
+                f"{self.vocab_size:,}; train it with the model's tokenizer"
+            )
+        kind = type(self._step)
+        reason = kind.unavailable(model)
+        if not kind.is_batch_invariant:
+            reason = f"the step {kind.name!r} checks no proposals"
+        elif not (self._speculative_tokens and self._kv_cache):
+            reason = "speculative_tokens is 0, or kv_cache false"
+        if reason:
+            logger.warning("the draft model is not used: %s", reason)
+            return None
+        tokens = self._slots * model.config.max_position_embeddings
+        draft = Draft.measured(kind.create(model, self._slots, tokens, self._threads), self._step)
+        logger.info("a step of the draft model takes %.2f of the model's time", draft.cost_ratio)
+        return draft
+
     def _new_scheduler(self) -> Scheduler:
         return Scheduler(
             self._step,
@@ -317,6 +344,7 @@ class Engine:
             kv_cache=self._kv_cache,
             cache_tokens=self._cache_tokens if self._is_limited else None,
             speculative_tokens=self._speculative_tokens,
+            draft=self._draft,
         )
 
     def _start(self) -> threading.Thread:
@@ -383,6 +411,7 @@ class Engine:
             else:
                 self._restarts = 1
                 self._step = self._step.renewed()
+                self._draft = self._draft and self._draft.renewed()
                 self._scheduler = self._new_scheduler()
         for generation in in_flight:
             generation.finish("error", error=reason if not self._stopping else "the engine died")
@@ -398,14 +427,17 @@ class Engine:
             generation.finish(generation.interruption() or reason, error=error)  # type: ignore[arg-type]
 
 
-def _cache_tokens(model: PreTrainedModel, max_batch_size: int, kv_cache_mib: int) -> int:
-    """Most tokens in the cache. Raises PipelineError if the memory does not hold one context."""
-    context = int(model.config.max_position_embeddings)
+def _cache_tokens(models: Sequence[PreTrainedModel], max_batch_size: int, kv_cache_mib: int) -> int:
+    """Most tokens in the cache. models: the model and, if there is one, its draft. Raises PipelineError if the memory
+    does not hold one context.
+    """
+    context = int(models[0].config.max_position_embeddings)
     if not kv_cache_mib:
         return max_batch_size * context
-    tokens = kv_cache_mib * MIB // bytes_per_token(model.config, model.dtype)
+    token_size = sum(bytes_per_token(model.config, model.dtype) for model in models)
+    tokens = kv_cache_mib * MIB // token_size
     if tokens < context:
-        size = bytes_per_token(model.config, model.dtype) * context
+        size = token_size * context
         raise PipelineError(
             f"kv_cache_mib is {kv_cache_mib}: one context of {context:,} tokens takes {math.ceil(size / MIB):,} MiB; "
             f"give it that much"

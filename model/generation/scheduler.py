@@ -34,7 +34,8 @@ from model.generation.requests import (
 )
 from model.generation.sampler import Sampler, score_rows, token_logprobs
 from model.generation.sequence import Sequence
-from model.generation.steps.slots import MIN_REUSED_TOKENS, SlotTable
+from model.generation.slots import MIN_REUSED_TOKENS, SlotTable
+from model.generation.speculation.draft import Draft
 from model.generation.steps.step import Segment, SegmentOutput, Step
 
 logger = logging.getLogger(__name__)
@@ -54,8 +55,8 @@ class Scheduler:
     end_of_text_ids: tokens that end a text. kv_cache: False recomputes all earlier tokens in each step.
     cache_tokens: most tokens whose keys and values all slots may hold together, at least one context. A request starts
     when its prompt and its longest answer fit beside those of the running ones; kept prefixes give way to it.
-    speculative_tokens: most tokens proposed for one sequence in a step (`speculation.py`); 0 for a step that is not
-    batch invariant.
+    speculative_tokens: most tokens proposed for one sequence in a step (`speculation/`); 0 for a step that is not
+    batch invariant. draft: proposes for texts that do not repeat themselves.
     """
 
     def __init__(
@@ -69,11 +70,12 @@ class Scheduler:
         kv_cache: bool,
         cache_tokens: int | None = None,
         speculative_tokens: int = 0,
+        draft: Draft | None = None,
     ) -> None:
-        self._step, self._queue = step, queue
+        self._step, self._queue, self._draft = step, queue, draft
         # In a step that is not batch invariant, rounding could choose another token beside proposed ones.
         self._speculative_tokens = speculative_tokens if step.is_batch_invariant else 0
-        self._slots = SlotTable(step)
+        self._slots = SlotTable(step, draft)
         self._capacity = cache_tokens and max(cache_tokens, self._slots.pages(step.context_length))
         self._token_bytes, self._end_of_text_ids = token_bytes, end_of_text_ids
         self._token_index: TokenIndex | None = None
@@ -101,7 +103,8 @@ class Scheduler:
     @property
     def cache_bytes(self) -> int:
         """Memory that keys and values of running and ended requests hold."""
-        return self._step.cache_bytes(self._slots.held_tokens)
+        draft = self._draft.cache_bytes if self._draft else 0
+        return self._step.cache_bytes(self._slots.held_tokens) + draft
 
     @property
     def cache_tokens(self) -> int:
@@ -177,8 +180,9 @@ class Scheduler:
             left -= len(batch[-1][1].ids)
             starts -= 1
         # No proposals beside a prompt: they would delay its first token.
-        most = 0 if batch else self._speculative_tokens
-        return [(s, self._decode_segment(s, len(decoding), most)) for s in decoding] + batch
+        if batch or not self._speculative_tokens:
+            return [(s, s.next_segment(s.num_tokens)) for s in decoding] + batch
+        return self._with_proposals(decoding, chunk)
 
     def _first_client(self, chunk: int) -> str | None:
         """The client that has this step of `chunk` tokens alone, at most every other step: it waits for a first token
@@ -206,12 +210,22 @@ class Scheduler:
     def _running_clients(self) -> set[str]:
         return {sequence.request.client for sequence in self.running}
 
-    def _decode_segment(self, sequence: Sequence, texts: int, most: int) -> Segment:
-        """The last token, and up to `most` proposed ones after it. texts: sequences in the step."""
-        if most and sequence.speculates and sequence.is_plain and (proposal := sequence.propose(texts, most)):
-            self.proposed_tokens += len(proposal)
-            return sequence.with_proposal(proposal)
-        return sequence.next_segment(sequence.num_tokens)
+    def _with_proposals(self, decoding: list[Sequence], chunk: int) -> Batch:
+        """The last token of each sequence, and proposed ones after it where they are worth checking."""
+        texts, most = len(decoding), self._speculative_tokens
+        speculating = [s for s in decoding if s.speculates and s.is_plain]
+        proposals = [sequence.propose(texts, most) for sequence in speculating]
+        if self._draft:
+            proposals = self._draft.improve(speculating, proposals, texts, most, room=chunk)
+        of_slot = {sequence.slot: proposal for sequence, proposal in zip(speculating, proposals, strict=True)}
+        batch: Batch = []
+        for sequence in decoding:
+            if proposal := of_slot.get(sequence.slot):
+                self.proposed_tokens += len(proposal)
+                batch.append((sequence, sequence.with_proposal(proposal)))
+            else:
+                batch.append((sequence, sequence.next_segment(sequence.num_tokens)))
+        return batch
 
     def _start_next(self, *, has_priority: bool = False) -> Sequence | None:
         """Start the next request in a free slot; None if none can start in this step.
@@ -246,6 +260,8 @@ class Scheduler:
         self._queue.remove(generation)
         slot, cached = self._slots.take(self._free, prompt_ids, reuse=reuse)
         sequence = self._new_sequence(generation, slot, cached)
+        if self._draft:
+            self._draft.start(sequence)
         self._free.remove(slot)
         self.running.append(sequence)
         others = [self._computed[client] for client in clients]

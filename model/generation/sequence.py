@@ -9,7 +9,8 @@ from torch import Tensor
 from model.generation.constraints import Constraint
 from model.generation.requests import Generation, TokenLogprob
 from model.generation.sampler import Sampler, ScoredRow
-from model.generation.speculation import Proposer, proposal_length
+from model.generation.speculation.length import proposal_length
+from model.generation.speculation.repetition import FIRST_RATE, Proposer
 from model.generation.steps.step import Segment, Wanted
 from model.generation.stopping import GeneratedText
 
@@ -107,10 +108,19 @@ class Sequence:
             self._proposer = Proposer(self.ids[: self.num_tokens].tolist())
         else:
             self._proposer.extend(self.ids[self.num_tokens - behind : self.num_tokens].tolist())
-        most = min(most, len(self.ids) - self.num_tokens - 1)
-        proposal = self._proposer.propose(proposal_length(self._proposer.rate, texts, most))
+        proposal = self._proposer.propose(proposal_length(self._proposer.rate, texts, min(most, self.most_proposed)))
         self._is_proposing = bool(proposal)
         return proposal
+
+    @property
+    def most_proposed(self) -> int:
+        """Tokens that may be proposed, so that the one after them still belongs to the answer."""
+        return len(self.ids) - self.num_tokens - 1
+
+    @property
+    def repetition_rate(self) -> float:
+        """How often the tokens that `propose` names are right."""
+        return FIRST_RATE if self._proposer is None else self._proposer.rate
 
     def with_proposal(self, proposal: collections.abc.Sequence[int]) -> Segment:
         """The next segment, with proposed tokens after the last one; the next token must be plain."""

@@ -6,6 +6,7 @@ recently used slot is overwritten first. The step holds the keys and values them
 
 import numpy as np
 
+from model.generation.speculation.draft import Draft
 from model.generation.steps.step import Step
 
 MIN_REUSED_TOKENS = 16
@@ -13,10 +14,11 @@ MIN_REUSED_TOKENS = 16
 
 
 class SlotTable:
-    """The tokens whose keys and values a step holds, slot by slot."""
+    """The tokens whose keys and values a step holds, slot by slot. draft: holds those of the same texts."""
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: Step, draft: Draft | None = None) -> None:
         self._step = step
+        self._caches: tuple[Step | Draft, ...] = (step, draft) if draft else (step,)
         self.slots = step.slots
         self._ids = np.zeros((step.slots, step.context_length), dtype=np.int64)
         self._lengths = np.zeros(step.slots, dtype=np.int64)
@@ -37,18 +39,19 @@ class SlotTable:
         """Drop the slot's tokens from position `length` on."""
         if length < self._lengths[slot]:
             self._lengths[slot] = length
-            self._step.truncate(slot, length)
+            self._truncate(slot, length)
 
     def trim(self, slot: int, computed: int) -> None:
         """Free the memory of positions up to `computed` that hold no token of the slot: those of rejected proposals."""
         length = self.length(slot)
         if self.pages(length) < self.pages(computed):
-            self._step.truncate(slot, length)
+            self._truncate(slot, length)
 
     def clear(self, slot: int) -> None:
         """Empty a slot and zero its memory, in which a failed computation may have left non-finite values."""
         self._lengths[slot] = 0
-        self._step.clear(slot)
+        for cache in self._caches:
+            cache.clear(slot)
 
     def take(self, free: list[int], prompt_ids: np.ndarray, *, reuse: bool) -> tuple[int, int]:
         """Assign one of the `free` slots to a prompt; returns the slot and its number of reusable tokens.
@@ -63,7 +66,8 @@ class SlotTable:
         if length and source in free and (length >= self._lengths[source] // 2 or source == slot):
             slot = source
         elif length:
-            self._step.copy(source, slot, length)
+            for cache in self._caches:
+                cache.copy(source, slot, length)
             self._ids[slot, :length] = prompt_ids[:length]
             self._lengths[slot] = length
         self.truncate(slot, length)
@@ -100,6 +104,10 @@ class SlotTable:
         """Mark a slot as most recently used."""
         self._clock += 1
         self._used[slot] = self._clock
+
+    def _truncate(self, slot: int, length: int) -> None:
+        for cache in self._caches:
+            cache.truncate(slot, length)
 
     def _shared_prefixes(self, ids: np.ndarray) -> np.ndarray:
         """For each slot, the length of its common prefix with `ids`; 0 where it is too short to be reused."""

@@ -4,7 +4,6 @@ import pytest
 
 from bench.engine import comparison, llama_cpp, vllm
 from bench.engine.contenders import OurEngineInt8
-from bench.engine.speculation import steps_of
 from bench.engine.workloads import CONTEXT
 from model.build import build_config, build_model
 from model.errors import PipelineError
@@ -77,11 +76,3 @@ def test_each_workload_of_the_engine_generates_the_tokens_that_it_counts():
         before += count
         assert count == (sum(contender._even_answers[:2]) if tokens is None else tokens)
     contender._engine.stop()
-
-
-@pytest.mark.parametrize(
-    ("right", "proposed", "steps"),
-    [([1, 1, 0, 1], 2, 2), ([1, 1, 0, 1], 1, 3), ([0, 0, 0], 4, 3), ([1, 1, 1, 1], 4, 1), ([1] * 6, 2, 2), ([], 2, 0)],
-)
-def test_a_step_takes_the_right_proposals_and_one_more(right, proposed, steps):
-    assert steps_of([bool(one) for one in right], proposed) == steps

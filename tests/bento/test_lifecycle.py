@@ -1,6 +1,7 @@
 """How the real server starts, ends and recovers: keys, open addresses, SIGTERM under load, a killed worker."""
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from tests.bento.running_service import GREEDY, Server, command, environment, save_long_model, serve
 from tests.e2e.workplace import free_port
+from tests.support.native import needs_native
 
 pytestmark = pytest.mark.e2e
 KEYS = {"LLM_API_KEYS": "first-key, second-key", "REX_CORS_ORIGINS": "https://app.example"}
@@ -164,6 +166,27 @@ def test_wrong_keys_and_origins_end_the_start_in_one_line(model_dir, tmp_path, v
     assert done.stderr.count("\n") == 1
     assert variable in done.stderr
     assert "s e c r e t" not in done.stderr
+
+
+@needs_native
+def test_a_draft_model_changes_no_text_and_a_wrong_one_ends_the_start_in_one_line(model_dir, tmp_path):
+    answers = []
+    for draft in ("", str(model_dir)):
+        folder = tmp_path / ("with" if draft else "without")
+        folder.mkdir()
+        with serve(folder, model_dir, REX_DRAFT=draft) as server, server.client() as client:
+            answers.append(client.post("/generate", json=GREEDY).json()["text"])
+            assert ("a step of the draft model takes" in server.log) == bool(draft)
+    assert answers[0] == answers[1]
+    other = tmp_path / "other"
+    shutil.copytree(model_dir, other)
+    found = json.loads((other / "tokenizer.json").read_text())
+    found["model"]["vocab"] = {name: (id_ ^ 1 if id_ > 99 else id_) for name, id_ in found["model"]["vocab"].items()}
+    (other / "tokenizer.json").write_text(json.dumps(found))
+    for draft, expected in ((other, "has another tokenizer"), (tmp_path / "none", "there is no")):
+        done = start_and_end(tmp_path, model_dir, "--host", "127.0.0.1", REX_DRAFT=str(draft))
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1 and expected in done.stderr and str(draft) in done.stderr
 
 
 def test_an_upload_that_is_not_complete_does_not_hold_up_the_end(model_dir, tmp_path):

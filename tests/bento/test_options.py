@@ -19,6 +19,7 @@ from bento.options import (
 from bento.serving import loading
 from model.errors import PipelineError
 from model.settings import ServingSettings
+from tests.support.native import needs_native
 from tests.support.tiny import save_tiny_model
 
 
@@ -30,6 +31,7 @@ def test_arguments_come_as_text_and_are_typed():
 def test_each_option_is_overridden_by_its_variable():
     variables = {
         "REX_MODEL": "b:2",
+        "REX_DRAFT": "c:3",
         "REX_SERVED_MODEL_NAME": "gpt",
         "REX_CHAMPION": "rex-a",
         "REX_CHAMPION_POLL_S": "3",
@@ -68,6 +70,7 @@ def test_each_option_is_overridden_by_its_variable():
     }
     expected = BentoArgs(
         model="b:2",
+        draft="c:3",
         served_model_name="gpt",
         champion="rex-a",
         champion_poll_s=3,
@@ -137,7 +140,7 @@ def test_a_long_value_is_cut_and_a_path_of_two_lines_is_shown_in_one():
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize(("name", "value"), [("kv_cache", False), ("step", "native")])
+@pytest.mark.parametrize(("name", "value"), [("kv_cache", False), ("step", "native"), ("draft", "a:1")])
 def test_an_option_that_vllm_does_not_have_is_refused_by_its_name(name, value):
     refuse_for_vllm(BentoArgs(**{name: value}))
     refuse_for_vllm(BentoArgs(engine="vllm"))
@@ -201,8 +204,8 @@ def start_engine(model_dir, monkeypatch):
 
     threads, engines = torch.get_num_threads(), []
 
-    def start(**options):
-        engines.append(start_one(BentoArgs(model=str(model_dir), device="cpu", **options), model_dir))
+    def start(draft_dir=None, **options):
+        engines.append(start_one(BentoArgs(model=str(model_dir), device="cpu", **options), model_dir, draft_dir))
         return engines[-1]
 
     yield start
@@ -229,6 +232,12 @@ def test_limits_reach_the_engine(start_engine):
     assert kept == (32, 5, 900, 9.0)
     assert start_engine(speculative_tokens=0)._speculative_tokens == 0
     assert start_engine(speculative_tokens=3)._speculative_tokens == 3
+
+
+@needs_native
+def test_a_draft_reaches_the_engine(model_dir, start_engine):
+    assert start_engine()._draft is None
+    assert start_engine(draft_dir=model_dir)._draft is not None
 
 
 def test_threads_are_taken_over_by_the_engine(start_engine):

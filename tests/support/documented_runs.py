@@ -137,7 +137,9 @@ TABLE: dict[str, Way] = {
     r"python -m bench\.orchestration": Nightly("--rounds 1"),
     r"python -m bench\.training speed": Nightly("--rounds 1 --steps 1"),
     r"python -m bench\.engine": Nightly("--shape 2m --precision float32 --workloads one_stream --rounds 1"),
-    r"python -m bench\.engine\.speculation": Nightly("{checkpoint} --rounds 1 --streams 1 --tokens 16"),
+    r"python -m bench\.engine\.speculation": Nightly(
+        "{checkpoint} --draft {checkpoint} --rounds 1 --streams 1 --tokens 16"
+    ),
     r"python -m bench\.serving": Nightly("--rounds 1 --seconds 1 --turns 1 --load-tokens 4 --starts 1"),
     r"python -m bench\.rollover": Nightly("--seconds 2 --promotions 1"),
     r"python -m bench\.soak .*": Nightly("--seconds 10"),

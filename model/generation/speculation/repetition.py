@@ -1,23 +1,14 @@
-"""Speculative decoding: tokens that may come next are proposed, and one step checks them all.
+"""Proposals from the text itself: what followed the last occurrence of its last two tokens.
 
-A text often repeats a part of itself or of its prompt, so the proposal is what followed the last occurrence of its last
-two tokens (prompt lookup decoding, A. Saxena, 2023): it takes no second model. The step chooses a token after each
-proposed one as it would without a proposal, from the same logits and with the random number of that position; the
-scheduler keeps the chosen ones up to the first that differs from the proposal. So texts are the same to the bit, if the
-step is batch invariant (`Step.is_batch_invariant`).
+A text often repeats a part of itself or of its prompt (prompt lookup decoding, A. Saxena, 2023).
 """
 
-import math
 from collections.abc import Iterable, Sequence
 
-ROWS_PER_STEP = 2.0
-"""The fixed cost of a step over the cost of one more token in it. Measured with AVX2: 2 to 3.5 with int8 and
-3 to 5 with float32 weights (`bench/LOG.md`). A smaller number proposes less."""
+from model.generation.speculation.length import moved
+
 FIRST_RATE = 0.3
 """Taken for the rate of right proposals until the text has had some: too low to check any."""
-NEW_SHARE = 0.2
-"""Of the latest proposal in the moving average of the rate."""
-MOST_RATE = 0.99
 
 
 class Proposer:
@@ -48,10 +39,10 @@ class Proposer:
         for token in tokens:
             if source is not None:
                 if ids[source] == token:
-                    rate += NEW_SHARE * (1.0 - rate)
+                    rate = moved(rate, is_right=True)
                     source += 1
                 else:
-                    rate -= NEW_SHARE * rate
+                    rate = moved(rate, is_right=False)
                     source = None
             pair = (ids[-1], token)
             ids.append(token)
@@ -70,16 +61,3 @@ class Proposer:
         while len(proposal) < count:
             proposal += proposal[: count - len(proposal)]
         return proposal
-
-
-def proposal_length(rate: float, texts: int, most: int) -> int:
-    """Tokens worth proposing for one of `texts` texts in a step, at most `most`.
-
-    The token at place n of a proposal is right with the probability rate^n. It is worth its cost if that exceeds the
-    cost of a token in the step over the time per token of the step without proposals:
-    1 / (ROWS_PER_STEP / texts + 1).
-    """
-    least = texts / (ROWS_PER_STEP + texts)
-    if rate <= least:
-        return 0
-    return min(most, int(math.log(least) / math.log(min(rate, MOST_RATE))))

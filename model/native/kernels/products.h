@@ -154,9 +154,11 @@ void block(const Product& a, int64_t row, int64_t panel) {
     for (int p = 0; p < P; p++) w[p] = a.panels + (panel + p) * bytes;
     typename Kind::Sum sum[M][P * PARTS] = {};
     for (int64_t i = 0; i < lines; i++) {
-        if (M > 1 && Kind::inputs != GROUP)
+        if (M > 1 && Kind::inputs != GROUP) {
+            const int64_t ahead = i + AHEAD < lines ? (i + AHEAD) * LINE : P * bytes + (i + AHEAD - lines) * LINE;
 #pragma GCC unroll 8
-            for (int p = 0; p < P; p++) __builtin_prefetch(w[p] + (i + AHEAD) * LINE);
+            for (int p = 0; p < P; p++) __builtin_prefetch(w[p] + ahead);
+        }
         Kind::template line<M, P>(w, i, a, row, panel, sum);
     }
 #pragma GCC unroll 8

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from model.generation import sequence
-from model.generation.engine import Engine
-from model.generation.requests import Finished, GenerationRequest, SamplingParameters, TextPiece
-from model.generation.speculation import FIRST_RATE, Proposer, proposal_length
+from model.generation.requests import GenerationRequest, SamplingParameters
+from model.generation.speculation.length import proposal_length
+from model.generation.speculation.repetition import FIRST_RATE, Proposer
 from model.generation.steps.choose import available_steps, step_class
 from model.generation.steps.draw import Draw
 from model.generation.steps.step import Segment
 from model.weights import int4, int8
-from tests.model.generation.engines import GREEDY, StepHook, start, tokens
+from tests.model.generation.engines import GREEDY, StepHook, repeating_model, requests_of_all_kinds, run, start, tokens
 from tests.support.native import needs_native
 from tests.support.tiny import CONTEXT, tiny_model, tiny_tokenizer
 
@@ -80,44 +80,6 @@ def proposals(request, monkeypatch) -> None:
         monkeypatch.setattr(sequence, "Proposer", Mistaken)
 
 
-def repeating_model(tokenizer, **shape):
-    """Tied random weights mostly repeat what they read."""
-    return tiny_model(tokenizer, tie_word_embeddings=True, head_dim=16, **shape)
-
-
-def requests() -> list[GenerationRequest]:
-    """Of all kinds, with prompts that share a beginning or not, up to the end of the context."""
-    numbers, made = random.Random(5), []
-    for number in range(24):
-        length = numbers.choice([1, 4, 20, 50])
-        prompt = [numbers.randrange(2, 40) for _ in range(length)] if number % 3 else [*range(30, 60), number + 2]
-        sampling = SamplingParameters(
-            temperature=numbers.choice([0.0, 0.2, 0.7, 1.2]),
-            top_k=numbers.choice([0, 20]),
-            top_p=numbers.choice([1.0, 0.9]),
-            seed=number,
-        )
-        count = numbers.choice([1, 17, 40, CONTEXT])
-        made.append(GenerationRequest(prompt, min(count, CONTEXT - len(prompt)), sampling))
-    made[3] = replace(made[3], logprobs=2)
-    made[7] = replace(made[7], sampling=replace(made[7].sampling, frequency_penalty=0.3))
-    made[9] = replace(made[9], min_tokens=5, stop_token_ids=frozenset(range(2, 30)))
-    made[11] = replace(made[11], allowed_token_ids=frozenset(range(2, 90)))
-    return made
-
-
-def run(engine: Engine, asked: list[GenerationRequest]) -> list[tuple]:
-    """Text, tokens, log-probabilities and end of each answer."""
-    found = []
-    for generation in [engine.submit(request) for request in asked]:
-        *pieces, end = generation
-        assert all(isinstance(piece, TextPiece) for piece in pieces) and isinstance(end, Finished)
-        ids = [token for piece in pieces for token in piece.token_ids]
-        scores = [score for piece in pieces for score in piece.logprobs]
-        found.append(("".join(piece.text for piece in pieces), ids, scores, replace(end, cached_tokens=0)))
-    return found
-
-
 def stopped_within(asked: list[GenerationRequest], answers: list[tuple]) -> list[GenerationRequest]:
     """The same with a stop string or a stop token from within each answer."""
     found = []
@@ -139,7 +101,7 @@ def test_answers_are_the_same_with_proposals_and_without(tokenizer, kind):
         model = model.bfloat16()
     plain = start(model, tokenizer, step="native", speculative_tokens=0)
     engine = start(model, tokenizer, step="native", speculative_tokens=MOST)
-    asked = requests()
+    asked = requests_of_all_kinds()
     expected = run(plain, asked)
     assert run(engine, asked) == expected
     stopped = stopped_within(asked, expected)
@@ -230,7 +192,7 @@ def test_memory_of_rejected_tokens_is_freed(tokenizer, monkeypatch):
 
 @needs_native
 def test_a_step_that_fails_once_changes_no_answer(tokenizer):
-    model, asked = repeating_model(tokenizer), requests()
+    model, asked = repeating_model(tokenizer), requests_of_all_kinds()
     plain = start(model, tokenizer, step="native", speculative_tokens=0)
     expected = run(plain, asked)
     plain.stop()

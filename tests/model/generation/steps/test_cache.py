@@ -5,9 +5,9 @@ import psutil
 import pytest
 import torch
 
+from model.generation.slots import MIN_REUSED_TOKENS, SlotTable
 from model.generation.steps.cache import KeyValueCache, bytes_per_token
 from model.generation.steps.reference import ReferenceStep
-from model.generation.steps.slots import MIN_REUSED_TOKENS, SlotTable
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
 LONG = np.arange(2, 42)

@@ -1,10 +1,10 @@
 """Continuous batching: selects the tokens of each step and processes its logits.
 
 In each step every running sequence decodes one token, and prefill fills the step up to `prefill_chunk` tokens, so a
-long prompt delays the others by one chunk at most. While several clients are present the chunk is a sixteenth of that,
-shared among those that are prefilled, the client with the fewest requests is prefilled in steps of its own at most
-every other time, and a slot stays free for a client that has none, so that a first token waits for at most a short
-step of the others.
+long prompt delays the others by one chunk at most. Without prompts a step may compute several tokens of each sequence.
+While several clients are present the chunk is a sixteenth of that, shared among those that are prefilled, the client
+with the fewest requests is prefilled in steps of its own at most every other time, and a slot stays free for a client
+that has none, so that a first token waits for at most a short step of the others.
 Sequences join and leave at every step. A failing request does not affect the others. All of this runs in one thread;
 `engine.py` has queueing, threads and restarts.
 """
@@ -13,6 +13,7 @@ import collections.abc
 import logging
 import math
 import sys
+import time
 from collections import Counter
 
 import numpy as np
@@ -46,6 +47,9 @@ SHARED_CHUNKS = 16
 SHARED_STARTS = 4
 """Requests that start in one step while several clients are present: one whose prompt is in the cache adds a token to
 the step, and the time to look its prompt up and to read its keys and values."""
+CHAIN_S = 0.002
+"""Time of a call that computes several tokens of each text: a request that comes meanwhile waits for its end."""
+MOST_CHAINED = 8
 Batch = list[tuple[Sequence, Segment]]
 
 
@@ -87,6 +91,8 @@ class Scheduler:
         """Clients that have running requests or sent one lately."""
         self._computed: dict[str, int] = {}
         """Tokens computed for each client with running requests; one that joins starts just below the others."""
+        self._token_s = CHAIN_S
+        """Seconds of the last step without prompts, by the tokens of a text."""
         self._is_alone = False
         """Whether the last step had one client's sequences only, while others had some too."""
         self.running: list[Sequence] = []
@@ -131,7 +137,9 @@ class Scheduler:
         if not batch:
             return False
         try:
+            started = time.perf_counter()
             outputs = self._step.compute([segment for _, segment in batch])
+            self._token_s = (time.perf_counter() - started) / batch[0][1].steps
         except Exception:
             logger.exception("a step over %d sequences failed: each is tried alone", len(batch))
             self._step_alone(batch)
@@ -180,9 +188,9 @@ class Scheduler:
             left -= len(batch[-1][1].ids)
             starts -= 1
         # No proposals beside a prompt: they would delay its first token.
-        if batch or not self._speculative_tokens:
+        if batch:
             return [(s, s.next_segment(s.num_tokens)) for s in decoding] + batch
-        return self._with_proposals(decoding, chunk)
+        return self._decoding_batch(decoding, chunk)
 
     def _first_client(self, chunk: int) -> str | None:
         """The client that has this step of `chunk` tokens alone, at most every other step: it waits for a first token
@@ -210,22 +218,25 @@ class Scheduler:
     def _running_clients(self) -> set[str]:
         return {sequence.request.client for sequence in self.running}
 
-    def _with_proposals(self, decoding: list[Sequence], chunk: int) -> Batch:
-        """The last token of each sequence, and proposed ones after it where they are worth checking."""
+    def _decoding_batch(self, decoding: list[Sequence], chunk: int) -> Batch:
+        """The last token of each sequence, and proposed ones after it where they are worth checking. Without proposals,
+        several steps if all texts allow them: between two steps of a small model Python takes as long as a step.
+        """
         texts, most = len(decoding), self._speculative_tokens
         speculating = [s for s in decoding if s.speculates and s.is_plain]
-        proposals = [sequence.propose(texts, most) for sequence in speculating]
-        if self._draft:
+        proposals = [sequence.propose(texts, most) for sequence in speculating] if most else []
+        if self._draft and most:
             proposals = self._draft.improve(speculating, proposals, texts, most, room=chunk)
-        of_slot = {sequence.slot: proposal for sequence, proposal in zip(speculating, proposals, strict=True)}
-        batch: Batch = []
-        for sequence in decoding:
-            if proposal := of_slot.get(sequence.slot):
-                self.proposed_tokens += len(proposal)
-                batch.append((sequence, sequence.with_proposal(proposal)))
-            else:
-                batch.append((sequence, sequence.next_segment(sequence.num_tokens)))
-        return batch
+        if self._step.chains and len(speculating) == texts and not any(proposals):
+            steps = min([MOST_CHAINED, int(CHAIN_S / self._token_s), *(s.most_proposed + 1 for s in decoding)])
+            if steps > 1:
+                return [(sequence, sequence.chained(steps)) for sequence in decoding]
+        of_slot = {sequence.slot: proposal for sequence, proposal in zip(speculating, proposals, strict=False)}
+        self.proposed_tokens += sum(map(len, proposals))
+        return [
+            (s, s.with_proposal(of_slot[s.slot]) if of_slot.get(s.slot) else s.next_segment(s.num_tokens))
+            for s in decoding
+        ]
 
     def _start_next(self, *, has_priority: bool = False) -> Sequence | None:
         """Start the next request in a free slot; None if none can start in this step.
@@ -318,7 +329,7 @@ class Scheduler:
 
     def _advance(self, sequence: Sequence, segment: Segment) -> None:
         """Count the segment's tokens as computed; proposed ones follow when they are taken."""
-        self._computed[sequence.request.client] += len(segment.ids)
+        self._computed[sequence.request.client] += len(segment.ids) + segment.steps - 1
         self._keep(sequence, segment.ids[: len(segment.ids) - segment.rows + 1])
 
     def _keep(self, sequence: Sequence, ids: np.ndarray) -> None:
@@ -393,17 +404,19 @@ class Scheduler:
 
     def _take_tokens(self, sequence: Sequence, segment: Segment, output: SegmentOutput) -> None:
         """Take the next token and, while the chosen ones are those that were proposed, the tokens after them."""
-        if segment.rows == 1:
+        if segment.rows == segment.steps == 1:
             self._take_token(sequence, segment, output, 0)
             return
-        proposal = segment.ids[1 - segment.rows :]
-        for row in range(segment.rows):
+        # In a chain, each token was computed after those before it: none differs.
+        proposal = segment.ids[1 - segment.rows :].tolist() if segment.rows > 1 else output.tokens[:-1]
+        for row in range(max(segment.rows, segment.steps)):
             self._take_token(sequence, segment, output, row)
-            if sequence.generation.is_finished or row == len(proposal) or output.tokens[row] != proposal[row]:
+            ends = sequence.generation.is_finished or sequence.generation.interruption()
+            if ends or row == len(proposal) or output.tokens[row] != proposal[row]:
                 break
-            self.accepted_tokens += 1
-            self._keep(sequence, proposal[row : row + 1])
-        self._slots.trim(sequence.slot, segment.start + len(segment.ids))
+            self.accepted_tokens += segment.rows > 1
+            self._keep(sequence, np.array(proposal[row : row + 1]))
+        self._slots.trim(sequence.slot, segment.start + len(segment.ids) + segment.steps - 1)
 
     def _take_token(self, sequence: Sequence, segment: Segment, output: SegmentOutput, row: int) -> None:
         """Append the token of a row and deliver the text that no later token can change."""

@@ -122,6 +122,12 @@ class Sequence:
         """How often the tokens that `propose` names are right."""
         return FIRST_RATE if self._proposer is None else self._proposer.rate
 
+    def chained(self, steps: int) -> Segment:
+        """The next segment, for that many tokens one after the other; they must be plain and belong to the answer."""
+        draws = () if self.sampler.is_greedy else self.sampler.draws(steps)
+        ids = self.ids[self.num_computed_tokens : self.num_tokens]
+        return Segment(self.slot, self.num_computed_tokens, ids, "token", draws, steps=steps)
+
     def with_proposal(self, proposal: collections.abc.Sequence[int]) -> Segment:
         """The next segment, with proposed tokens after the last one; the next token must be plain."""
         rows = 1 + len(proposal)

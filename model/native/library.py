@@ -28,7 +28,7 @@ from model.errors import PipelineError
 from model.native.build import LIBRARY
 from model.weights.int8 import QuantizedMatrix, TiedInt8Head, precision_name
 
-ABI = 7
+ABI = 8
 INSTRUCTIONS = ("portable", "avx2", "avxvnni", "avx512", "amx", "dotprod")
 """Instruction sets, in the order of their numbers in the library; of those that a CPU has, the last is the fastest."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
@@ -106,6 +106,7 @@ def open_library(path: Path | None = None) -> ctypes.CDLL | None:
         "rex_session_create": (pointer, [pointer, whole, whole, long, whole, long, text]),
         "rex_session_destroy": (None, [pointer]),
         "rex_session_step": (whole, [pointer, whole, *[pointer] * 9, text]),
+        "rex_session_decode": (whole, [pointer, whole, whole, *[pointer] * 6, text]),
         "rex_session_hidden": (whole, [pointer, whole, *[pointer] * 6, text]),
         "rex_session_copy_prefix": (whole, [pointer, whole, whole, whole, text]),
         "rex_session_truncate": (whole, [pointer, whole, whole, text]),
@@ -290,6 +291,34 @@ class NativeSession:
         )
         _check(failed, arguments.error)
         return logits_RV, arguments.chosen[:rows].copy(), arguments.highest[:rows].copy()
+
+    def decode(
+        self, texts: Sequence[tuple[int, int, int]], steps: int, draws: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`steps` passes over one token of each text, where each pass takes the tokens that the one before chose.
+
+        texts: slot, start and first token of each. draws: float64 (steps, texts, 5), as of `step_over`. Returns the
+        chosen tokens and the highest logits, shape (steps, texts).
+        """
+        rows, arguments = steps * len(texts), self._arguments
+        if rows > arguments.capacity:
+            arguments = self._arguments = _Arguments(rows)
+        slots, starts, *_ = arguments.fill([(slot, start, 1, 1) for slot, start, _ in texts])
+        tokens = np.array([token for *_, token in texts], dtype=np.int64)
+        failed = self._library.rex_session_decode(
+            self._handle,
+            len(texts),
+            steps,
+            slots,
+            starts,
+            tokens.ctypes.data,
+            None if draws is None else draws.ctypes.data,
+            *arguments.results,
+            arguments.error,
+        )
+        _check(failed, arguments.error)
+        shape = (steps, len(texts))
+        return arguments.chosen[:rows].reshape(shape).copy(), arguments.highest[:rows].reshape(shape).copy()
 
     def _logits(self, rows: int) -> np.ndarray:
         """Memory for logits (R, V), reused: blocks of tens of MB in many sizes leave gaps in the heap."""

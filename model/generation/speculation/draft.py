@@ -37,7 +37,7 @@ LEAST_GAIN = 1.15
 """Expected tokens per second over those without the draft from which on it proposes: steps in use take longer than the
 measured ones, with long texts and sampling."""
 RETRY_TOKENS = 128
-"""A text that has had no proposal for this long counts as one with GOOD_RATE, as the draft may be better than it was. It
+"""A text without a proposal for this long counts as one with GOOD_RATE, as the draft may be better than it was. It
 then has to compute all of these tokens."""
 USUAL_BACKLOG = 2
 """Tokens that the draft has yet to compute of a text whose last proposal was right."""

@@ -23,6 +23,7 @@ class NativeStep(Step):
 
     name = "native"
     is_batch_invariant = True
+    chains = True
     logits_device = torch.device("cpu")
     page_tokens = library.PAGE_TOKENS
 
@@ -52,6 +53,8 @@ class NativeStep(Step):
 
     def compute(self, segments: Sequence[Segment]) -> list[SegmentOutput]:
         """As `Step.compute`; raises PipelineError if a segment does not fit or memory runs out."""
+        if segments[0].steps > 1:
+            return self._chain(segments)
         if any(s.logits == "hidden" for s in segments):
             embedded = [s for s in segments if s.logits == "hidden"]
             hidden = iter(self._hidden(embedded))
@@ -78,6 +81,22 @@ class NativeStep(Step):
             segment_RV = self._no_logits if all_RV is None else all_RV[start:end]
             outputs.append(SegmentOutput(segment_RV, tokens[end - s.rows : end] if rows else ()))
         return outputs
+
+    def _chain(self, segments: Sequence[Segment]) -> list[SegmentOutput]:
+        """Several tokens of each segment, which has one."""
+        steps, draws = segments[0].steps, None
+        if any(s.draws for s in segments):
+            each = [s.draws or [(0.0,) * len(Draw._fields)] * steps for s in segments]
+            draws = np.array(list(zip(*each, strict=True)), dtype=np.float64)
+        texts = [(s.slot, s.start, int(s.ids[0])) for s in segments]
+        chosen, highest = self._session.decode(texts, steps, draws)
+        tokens, is_finite = chosen.T.tolist(), np.isfinite(highest.T)
+        if not is_finite.all():
+            tokens = [
+                [token if fine else None for token, fine in zip(*row, strict=True)]
+                for row in zip(tokens, is_finite.tolist(), strict=True)
+            ]
+        return [SegmentOutput(self._no_logits, row) for row in tokens]
 
     def _hidden(self, segments: Sequence[Segment]) -> list[SegmentOutput]:
         hidden_RD = self._session.hidden_states([library.Segment(s.slot, s.start, s.ids, len(s.ids)) for s in segments])

@@ -30,7 +30,8 @@ class Segment(NamedTuple):
     not the most likely ones; only for "token" and "last". following: for a single "token", how the one after it will be
     chosen, as `draws`; None if the text surely ends or changes before. Only for steps that run ahead. is_adjusted:
     whether the slot's `Adjustment` changes the logits before the token is chosen; allowed_V: the only tokens that may
-    be chosen, bool; both only for a single "token" of a step that adjusts.
+    be chosen, bool; both only for a single "token" of a step that adjusts. steps: tokens to choose, each after the one
+    before, for a single "token" of a step that `chains`; all segments have as many, and `draws` one for each.
     """
 
     slot: int
@@ -42,6 +43,7 @@ class Segment(NamedTuple):
     following: tuple[Draw, ...] | None = None
     is_adjusted: bool = False
     allowed_V: np.ndarray | None = None
+    steps: int = 1
 
 
 class SegmentOutput(NamedTuple):
@@ -50,7 +52,7 @@ class SegmentOutput(NamedTuple):
     logits_RV: float32, R = 1 for "last", len(ids) for "all", 0 for "none"; for "token" 0 or `rows`, up to the step.
     hidden_RD: float32, hidden states after the final norm, R = len(ids), for "hidden"; else None.
     tokens: after each of the segment's last `rows` tokens, the one that its draw chooses, or the most likely, the
-    lowest id among equals; None if the highest logit is not finite. Empty for "none" and "hidden".
+    lowest id among equals; None if the highest logit is not finite. Empty for "none" and "hidden"; `steps` of a chain.
     """
 
     logits_RV: Tensor
@@ -70,6 +72,8 @@ class Step(ABC):
     """Whether a token's results have the same bits whatever other tokens, of its own segment too, are in the step."""
     runs_ahead: ClassVar[bool] = False
     """Whether it computes the next token of each text before the last one is taken."""
+    chains: ClassVar[bool] = False
+    """Whether one call computes several tokens of each text, one after the other: see `Segment.steps`."""
     slots: int
     context_length: int
     vocab_size: int

@@ -178,6 +178,30 @@ int32_t rex_session_step(RexSession* session, int32_t segments, const int32_t* s
     });
 }
 
+int32_t rex_session_decode(RexSession* session, int32_t texts, int32_t steps, const int32_t* slot, const int32_t* start,
+                           const int64_t* ids, const RexDraw* draws, int32_t* chosen, float* highest, char* error) {
+    return guarded(error, [&] {
+        check(steps > 0, "%lld steps", steps);
+        const std::vector<int32_t> one(texts, 1);
+        std::vector<Row> rows = rows_of(session, texts, slot, start, one.data(), one.data(), ids);
+        for (const Row& row : rows) {
+            check(row.position + (int64_t)steps <= session->model.config.context_length, "position %lld is behind the context",
+                  row.position + (int64_t)steps - 1);
+            session->session.cache.reserve(row.slot, row.position, row.position + (int64_t)steps);
+        }
+        for (int32_t step = 0; step < steps; step++) {
+            session->session.step(rows, {draws, nullptr, chosen, highest, nullptr});
+            for (int32_t i = 0; i < texts; i++) {
+                rows[i].id = chosen[i];
+                rows[i].position++;
+            }
+            if (draws) draws += texts;
+            chosen += texts;
+            highest += texts;
+        }
+    });
+}
+
 int32_t rex_session_hidden(RexSession* session, int32_t segments, const int32_t* slot, const int32_t* start,
                            const int32_t* length, const int32_t* wanted, const int64_t* ids, float* hidden, char* error) {
     return guarded(error, [&] {

@@ -12,7 +12,7 @@
 #define REX_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { REX_ABI = 7, REX_ERROR_SIZE = 256 };
+enum { REX_ABI = 8, REX_ERROR_SIZE = 256 };
 enum RexDtype { REX_FLOAT32 = 0, REX_BFLOAT16 = 1, REX_INT8 = 2, REX_INT4 = 3 };
 enum RexInstructions { REX_PORTABLE = 0, REX_AVX2 = 1, REX_AVXVNNI = 2, REX_AVX512 = 3, REX_AMX = 4, REX_DOTPROD = 5 };
 
@@ -78,6 +78,11 @@ REX_API void rex_session_destroy(RexSession* session);
 REX_API int32_t rex_session_step(RexSession* session, int32_t segments, const int32_t* slot, const int32_t* start,
                                  const int32_t* length, const int32_t* wanted, const int64_t* ids, const RexDraw* draws,
                                  float* logits, int32_t* chosen, float* highest, char* error);
+// `steps` passes over one token of each of `texts` slots: the first is the token ids[i] after `start[i]` positions, each
+// later one the token that the pass before chose. draws, chosen and highest as above, pass by pass (steps, texts).
+REX_API int32_t rex_session_decode(RexSession* session, int32_t texts, int32_t steps, const int32_t* slot,
+                                   const int32_t* start, const int64_t* ids, const RexDraw* draws, int32_t* chosen,
+                                   float* highest, char* error);
 // As rex_session_step, but ends after the final norm. hidden: (rows, hidden_size) of the requested rows.
 REX_API int32_t rex_session_hidden(RexSession* session, int32_t segments, const int32_t* slot, const int32_t* start,
                                    const int32_t* length, const int32_t* wanted, const int64_t* ids, float* hidden,

@@ -6,9 +6,11 @@ import torch
 from model.generation.queue import PRESENT_S, QueueFull, RequestQueue
 from model.generation.requests import Finished, Generation, GenerationRequest, SamplingParameters, TextPiece
 from model.generation.scheduler import Scheduler
+from model.generation.steps.native import NativeStep
 from model.generation.steps.reference import ReferenceStep
 from model.generation.steps.step import Segment
 from model.text.tokenizer import token_bytes
+from tests.support.native import needs_native
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
 GREEDY = SamplingParameters(temperature=0)
@@ -365,3 +367,63 @@ def test_a_slot_stays_free_for_a_client_that_sent_a_request_lately(recorder):
     now[0] = PRESENT_S + 0.1
     scheduler.step()
     assert len(scheduler.running) == 4  # client b is no longer present
+
+
+class NativeRecorder(NativeStep):
+    """Remembers the tokens that each call computes of each text."""
+
+    def compute(self, segments):
+        self.steps = [*getattr(self, "steps", []), [segment.steps for segment in segments]]
+        return super().compute(segments)
+
+
+@pytest.fixture
+def chaining(monkeypatch) -> Scheduler:
+    """A scheduler whose calls compute as many tokens of each text as they may."""
+    monkeypatch.setattr("model.generation.scheduler.CHAIN_S", 1e9)
+    return schedule(NativeRecorder.create(tiny_model(tiny_tokenizer()), 4))
+
+
+def run_all(scheduler: Scheduler) -> list[list[int]]:
+    """The tokens of each text in each call."""
+    scheduler._step.steps = []
+    while scheduler.step():
+        pass
+    return scheduler._step.steps
+
+
+@needs_native
+def test_texts_without_prompts_beside_them_get_several_tokens_in_a_call_up_to_the_end_of_one(chaining, monkeypatch):
+    add(chaining, [5, 6, 7], 20)
+    add(chaining, [5, 6, 8], 12)
+    assert run_all(chaining) == [[1, 1], [8, 8], [3, 3], [8]]
+    monkeypatch.setattr("model.generation.scheduler.CHAIN_S", 0.0)
+    add(chaining, [5, 6, 7], 20)
+    assert run_all(chaining) == [[1]] * 20
+
+
+@needs_native
+@pytest.mark.parametrize("other", [{"logprobs": 1}, {"allowed_token_ids": frozenset(range(2, 90))}, {"min_tokens": 20}])
+def test_a_text_whose_tokens_the_step_cannot_choose_alone_gets_one_token_in_a_call_and_so_do_the_others(
+    chaining, other
+):
+    other = {"stop_token_ids": frozenset([9]), **other} if "min_tokens" in other else other
+    add(chaining, [5, 6, 7], 20)
+    add(chaining, [5, 6, 8], 20, **other)
+    assert all(steps == [1, 1] for steps in run_all(chaining))
+
+
+@needs_native
+def test_a_text_that_is_canceled_within_a_call_gets_no_further_token(chaining):
+    made: list = []
+
+    def deliver(event):
+        made.append(event)
+        if len(made) == 3:
+            generation.cancel()
+
+    generation = Generation(GenerationRequest([5, 6, 7], 20, GREEDY), deliver)
+    chaining._queue.put([generation], room=chaining.free_slots)
+    run_all(chaining)
+    assert [type(event) for event in made] == [TextPiece] * 3 + [Finished]
+    assert made[-1].finish_reason == "cancelled"

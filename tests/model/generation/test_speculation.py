@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from model.generation import sequence
+from model.errors import PipelineError
+from model.generation import scheduler, sequence
 from model.generation.requests import GenerationRequest, SamplingParameters
 from model.generation.speculation.length import proposal_length
 from model.generation.speculation.repetition import FIRST_RATE, Proposer
@@ -117,7 +118,8 @@ def test_answers_are_the_same_with_proposals_and_without(tokenizer, kind):
 
 
 @needs_native
-def test_a_repeating_text_takes_fewer_steps_and_several_texts_of_a_prompt_stay_themselves(tokenizer):
+def test_a_repeating_text_takes_fewer_steps_and_several_texts_of_a_prompt_stay_themselves(tokenizer, monkeypatch):
+    monkeypatch.setattr(scheduler, "MOST_CHAINED", 1)
     model, steps = repeating_model(tokenizer), {}
     asked = [
         GenerationRequest([5, 6, 7] * 6, 60, SamplingParameters(temperature=temperature, seed=seed))
@@ -236,3 +238,46 @@ def test_a_step_chooses_a_token_after_each_row(tokenizer, step):
             ]
         )
         assert [list(output.tokens) for output in outputs] == [expected[23:28], expected[8:9], []]
+
+
+@needs_native
+def test_a_chain_chooses_the_tokens_of_one_step_after_the_other(tokenizer):
+    made = step_class("native").create(tiny_model(tokenizer), 3)
+    draws = [Draw(1.2, 0, 0.95, 0.0, uniform) for uniform in np.linspace(0.01, 0.99, 8)]
+    start, of_draws = np.arange(3, 33), ((), tuple(draws), ())
+    made.compute([Segment(slot, 0, start[: 20 + slot], "none") for slot in range(3)])
+    expected: list = [[], [], []]
+    for slot, chosen in enumerate(of_draws):
+        token = start[20 + slot]
+        for at in range(8):
+            ids = np.array([token])
+            (output,) = made.compute([Segment(slot, 20 + slot + at, ids, "token", chosen[at : at + 1])])
+            (token,) = output.tokens
+            expected[slot].append(token)
+    segments = [
+        Segment(slot, 20 + slot, start[20 + slot : 21 + slot], "token", of_draws[slot], steps=8) for slot in range(3)
+    ]
+    assert [list(output.tokens) for output in made.compute(segments)] == expected
+    made.compute([Segment(0, 0, np.full(CONTEXT - 3, 5), "none")])
+    with pytest.raises(PipelineError, match="behind the context"):
+        made.compute([Segment(0, CONTEXT - 3, start[:1], "token", steps=8)])
+
+
+@needs_native
+@pytest.mark.parametrize("stops", [False, True])
+def test_answers_are_the_same_whatever_a_call_computes_at_once(tokenizer, monkeypatch, stops):
+    model, answers = tiny_model(tokenizer), {}
+    asked = requests_of_all_kinds()
+    for most in (1, 8):
+        monkeypatch.setattr(scheduler, "MOST_CHAINED", most)
+        monkeypatch.setattr(scheduler, "CHAIN_S", 1e9)
+        engine = start(model, tokenizer, step="native", speculative_tokens=0)
+        calls: list = []
+        hook = StepHook(engine, after=calls.append)
+        if stops and most == 1:
+            asked = stopped_within(asked, run(engine, asked))
+        answers[most] = run(engine, asked), len(calls)
+        hook.remove()
+        engine.stop()
+    assert answers[1][0] == answers[8][0]
+    assert answers[8][1] < answers[1][1]

@@ -126,6 +126,21 @@ static void exercise(int32_t instructions, int32_t dtype, bool post_norm) {
     std::vector<float> logits(vocab);
     require(!rex_session_step(session, 1, &slot, &at, &one, &one, ids.data() + at, nullptr, logits.data(), best.data(), highest.data(), error), error);
     require(!std::memcmp(logits.data(), whole.data() + at * vocab, vocab * 4), "other bits after a copied prefix");
+    // Several passes in one call choose what one after the other does.
+    const int32_t slots[] = {0, 1}, starts[] = {20, 20};
+    const int64_t firsts[] = {ids[20], ids[20]};
+    int32_t chain[8];
+    float chain_highest[8];
+    require(!rex_session_decode(session, 2, 4, slots, starts, firsts, nullptr, chain, chain_highest, error), error);
+    int64_t id = ids[20];
+    for (int32_t step = 0; step < 4; step++) {
+        const int32_t position = 20 + step;
+        require(!rex_session_step(session, 1, &slot, &position, &one, &one, &id, nullptr, nullptr, best.data(), highest.data(), error), error);
+        require(chain[2 * step] == best[0] && chain[2 * step + 1] == best[0], "another token in a chain");
+        id = best[0];
+    }
+    const int32_t last = config.context_length - 1;
+    require(rex_session_decode(session, 1, 2, &slot, &last, &id, nullptr, chain, chain_highest, error), "a chain behind the context");
     require(!rex_session_truncate(session, 0, 0, error) && !rex_session_truncate(session, 1, 70, error), error);
     rex_session_destroy(session);
     rex_model_destroy(model);

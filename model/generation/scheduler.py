@@ -92,7 +92,7 @@ class Scheduler:
         self._computed: dict[str, int] = {}
         """Tokens computed for each client with running requests; one that joins starts just below the others."""
         self._token_s = CHAIN_S
-        """Seconds of the last step without prompts, by the tokens of a text."""
+        """Seconds of the last step, divided by the tokens of each text that it computed one after the other."""
         self._is_alone = False
         """Whether the last step had one client's sequences only, while others had some too."""
         self.running: list[Sequence] = []

@@ -240,7 +240,7 @@ def test_a_failure_in_mid_stream_is_the_last_event(service, client):
 
     def explode_later(segments: list[Segment]) -> None:
         steps.append(None)
-        if len(steps) >= 6:
+        if len(steps) >= 3:  # later calls compute several tokens
             explode(segments)
 
     handle = StepHook(service.engine, before=explode_later)

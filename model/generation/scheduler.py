@@ -225,7 +225,7 @@ class Scheduler:
         texts, most = len(decoding), self._speculative_tokens
         speculating = [s for s in decoding if s.speculates and s.is_plain]
         proposals = [sequence.propose(texts, most) for sequence in speculating] if most else []
-        if self._draft and most:
+        if self._draft:
             proposals = self._draft.improve(speculating, proposals, texts, most, room=chunk)
         if self._step.chains and len(speculating) == texts and not any(proposals):
             steps = min([MOST_CHAINED, int(CHAIN_S / self._token_s), *(s.most_proposed + 1 for s in decoding)])

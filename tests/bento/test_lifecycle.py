@@ -169,7 +169,7 @@ def test_wrong_keys_and_origins_end_the_start_in_one_line(model_dir, tmp_path, v
 
 
 @needs_native
-def test_a_draft_model_changes_no_text_and_a_wrong_one_ends_the_start_in_one_line(model_dir, tmp_path):
+def test_a_draft_model_is_loaded_and_changes_no_text(model_dir, tmp_path):
     answers = []
     for draft in ("", str(model_dir)):
         folder = tmp_path / ("with" if draft else "without")
@@ -178,6 +178,9 @@ def test_a_draft_model_changes_no_text_and_a_wrong_one_ends_the_start_in_one_lin
             answers.append(client.post("/generate", json=GREEDY).json()["text"])
             assert ("a step of the draft model takes" in server.log) == bool(draft)
     assert answers[0] == answers[1]
+
+
+def test_a_draft_model_that_is_missing_or_has_another_tokenizer_ends_the_start_in_one_line(model_dir, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(model_dir, other)
     found = json.loads((other / "tokenizer.json").read_text())

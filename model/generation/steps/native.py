@@ -68,12 +68,7 @@ class NativeStep(Step):
             logits=any(s.logits in ("last", "all") for s in segments),
             draws=_draws(segments, wanted) if any(s.draws for s in segments) else None,
         )
-        tokens = chosen_R.tolist()
-        if not np.isfinite(highest_R).all():
-            tokens = [
-                token if is_finite else None
-                for token, is_finite in zip(tokens, np.isfinite(highest_R).tolist(), strict=True)
-            ]
+        tokens = _tokens(chosen_R, highest_R)
         outputs, end = [], 0
         all_RV = None if logits_RV is None else torch.from_numpy(logits_RV)
         for s, rows in zip(segments, wanted, strict=True):
@@ -86,17 +81,11 @@ class NativeStep(Step):
         """Several tokens of each segment, which has one."""
         steps, draws = segments[0].steps, None
         if any(s.draws for s in segments):
-            each = [s.draws or [(0.0,) * len(Draw._fields)] * steps for s in segments]
-            draws = np.array(list(zip(*each, strict=True)), dtype=np.float64)
+            of_texts = _draws(segments, [steps] * len(segments)).reshape(len(segments), steps, -1)
+            draws = np.ascontiguousarray(of_texts.swapaxes(0, 1))
         texts = [(s.slot, s.start, int(s.ids[0])) for s in segments]
         chosen, highest = self._session.decode(texts, steps, draws)
-        tokens, is_finite = chosen.T.tolist(), np.isfinite(highest.T)
-        if not is_finite.all():
-            tokens = [
-                [token if fine else None for token, fine in zip(*row, strict=True)]
-                for row in zip(tokens, is_finite.tolist(), strict=True)
-            ]
-        return [SegmentOutput(self._no_logits, row) for row in tokens]
+        return [SegmentOutput(self._no_logits, _tokens(*row)) for row in zip(chosen.T, highest.T, strict=True)]
 
     def _hidden(self, segments: Sequence[Segment]) -> list[SegmentOutput]:
         hidden_RD = self._session.hidden_states([library.Segment(s.slot, s.start, s.ids, len(s.ids)) for s in segments])
@@ -118,6 +107,15 @@ class NativeStep(Step):
     def renewed(self) -> "NativeStep":
         """The same weights with empty slots and new threads."""
         return NativeStep(self._model, self.slots, self._threads)
+
+
+def _tokens(chosen_R: np.ndarray, highest_R: np.ndarray) -> list[int | None]:
+    """The chosen tokens, with None for each whose highest logit is not finite."""
+    tokens: list[int | None] = chosen_R.tolist()
+    is_finite_R = np.isfinite(highest_R)
+    if is_finite_R.all():
+        return tokens
+    return [token if is_finite else None for token, is_finite in zip(tokens, is_finite_R.tolist(), strict=True)]
 
 
 def _draws(segments: Sequence[Segment], rows: Sequence[int]) -> np.ndarray:

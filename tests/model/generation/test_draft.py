@@ -18,7 +18,6 @@ from tests.model.generation.test_engine_lifecycle import die
 from tests.support.native import needs_native
 from tests.support.tiny import CONTEXT, tiny_model, tiny_tokenizer
 
-pytestmark = needs_native
 MOST = 4
 SLOTS = SimpleNamespace(slots=4)
 """In place of a step that computes nothing."""
@@ -46,6 +45,7 @@ def drafted(request, tokenizer):
     return model, draft
 
 
+@needs_native
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 def test_answers_are_the_same_with_a_draft_and_without(tokenizer, drafted, kind, request):
@@ -63,6 +63,7 @@ def test_answers_are_the_same_with_a_draft_and_without(tokenizer, drafted, kind,
     engine.stop()
 
 
+@needs_native
 @pytest.mark.usefixtures("always")
 def test_a_draft_that_is_the_model_is_always_right_whatever_its_slots_held(tokenizer, monkeypatch):
     """A key or value of another text, or of a rejected token, would change a proposal."""
@@ -86,6 +87,7 @@ def test_a_draft_that_is_the_model_is_always_right_whatever_its_slots_held(token
     engine.stop()
 
 
+@needs_native
 @pytest.mark.usefixtures("always")
 def test_a_text_whose_prompt_the_draft_has_not_computed_takes_none_of_it(tokenizer, monkeypatch):
     monkeypatch.setattr("model.generation.sequence.proposal_length", lambda rate, texts, most: 0)
@@ -102,6 +104,7 @@ def test_a_text_whose_prompt_the_draft_has_not_computed_takes_none_of_it(tokeniz
     engine.stop()
 
 
+@needs_native
 @pytest.mark.usefixtures("always")
 def test_right_proposals_save_steps_and_a_long_prompt_is_followed_in_parts(tokenizer):
     engine = start(
@@ -127,6 +130,7 @@ def test_right_proposals_save_steps_and_a_long_prompt_is_followed_in_parts(token
     engine.stop()
 
 
+@needs_native
 @pytest.mark.usefixtures("always")
 def test_texts_go_on_without_a_draft_that_fails(tokenizer, caplog):
     model = tiny_model(tokenizer)
@@ -150,6 +154,7 @@ def test_texts_go_on_without_a_draft_that_fails(tokenizer, caplog):
     engine.stop()
 
 
+@needs_native
 @pytest.mark.usefixtures("always")
 def test_an_engine_that_starts_again_has_an_empty_draft(tokenizer):
     model = tiny_model(tokenizer)
@@ -172,6 +177,7 @@ def test_an_engine_that_starts_again_has_an_empty_draft(tokenizer):
     engine.stop()
 
 
+@needs_native
 @pytest.mark.usefixtures("always")
 def test_the_memory_of_the_drafts_keys_and_values_counts_and_has_the_same_limit(tokenizer):
     model, draft = tiny_model(tokenizer), tiny_model(tokenizer)
@@ -188,6 +194,7 @@ def test_the_memory_of_the_drafts_keys_and_values_counts_and_has_the_same_limit(
         made.stop()
 
 
+@needs_native
 @pytest.mark.parametrize(
     "options",
     [{"step": "reference"}, {"kv_cache": False}, {"speculative_tokens": 0}],
@@ -262,6 +269,7 @@ def test_a_pass_that_pays_for_several_texts_need_not_pay_for_one_of_them():
     assert counts(0.5, [(0.8, 0.0, 0)], others=3) == [0]
 
 
+@needs_native
 def test_a_draft_that_is_mostly_wrong_proposes_seldom(tokenizer, monkeypatch):
     costs = [[0.1] * 65, [2.0 + rows * 0.1 for rows in range(65)]]
     monkeypatch.setattr(draft_module, "measured_seconds", lambda steps: costs)

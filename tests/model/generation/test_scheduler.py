@@ -427,3 +427,26 @@ def test_a_text_that_is_canceled_within_a_call_gets_no_further_token(chaining):
     run_all(chaining)
     assert [type(event) for event in made] == [TextPiece] * 3 + [Finished]
     assert made[-1].finish_reason == "cancelled"
+
+
+@needs_native
+def test_a_broken_number_within_a_call_ends_only_its_text_after_the_tokens_before_it(chaining):
+    (_, broken), (_, other) = add(chaining, [5, 6, 7], 20), add(chaining, [5, 6, 8], 20)
+    decode = chaining._step._session.decode
+
+    def break_third(texts, steps, draws):
+        chosen, highest = decode(texts, steps, draws)
+        highest[2:, 0] = float("nan")
+        return chosen, highest
+
+    chaining.step()  # both prompts
+    while not broken or not other:
+        chaining.step()
+    before = len(broken)
+    chaining._step._session.decode = break_third
+    chaining.step()
+    assert [type(event) for event in broken[before:]] == [TextPiece] * 2 + [Finished]
+    assert broken[-1].finish_reason == "error"
+    chaining._step._session.decode = decode
+    run_all(chaining)
+    assert other[-1].finish_reason == "length" and len(other) == 21

@@ -12,16 +12,9 @@ from typing import Any
 import torch
 
 from bench.engine import llama_cpp, vllm
-from bench.engine.contenders import (
-    GreedyLoop,
-    OurEngine,
-    OurEngineInt4,
-    OurEngineInt8,
-    PaddedBatch,
-    ReferenceEngine,
-    TransformersContinuousBatching,
-)
 from bench.engine.llama_cpp import LlamaCpp, LlamaCppFloat32, LlamaCppInt4
+from bench.engine.ours import OurEngine, OurEngineInt4, OurEngineInt8, ReferenceEngine
+from bench.engine.pytorch import GreedyLoop, PaddedBatch, TransformersContinuousBatching
 from bench.engine.vllm import Vllm
 from bench.engine.workloads import RAGGED_REQUESTS, RAGGED_STREAMS, Contender, model_of
 from model.errors import PipelineError
@@ -101,7 +94,7 @@ def _note() -> str:
     if isinstance(_contender, OurEngine):
         return f"step {_contender.name}"
     if isinstance(_contender, LlamaCpp):
-        best = "; ".join(f"{WORKLOADS[name]}: {setting}" for name, setting in _contender.best.items())
+        best = "; ".join(f"{work}: {setting}" for work, setting in _contender.best.items())
         return f"{llama_cpp.describe()}; {best}"
     return ""
 

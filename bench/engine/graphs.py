@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Self
 import torch
 from transformers import PreTrainedModel
 
-from bench.engine.contenders import GREEDY, answer_times
+from bench.engine.ours import GREEDY, answer_times
 from bench.engine.workloads import SAMPLED, SHAPES, model_of, small_tokenizer
 from bench.hardware import describe
 from model.errors import ends_in_one_line

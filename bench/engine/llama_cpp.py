@@ -10,6 +10,7 @@ none with bfloat16; one thread or all.
 import ctypes
 import importlib
 import importlib.util
+import math
 import statistics
 import tempfile
 import time
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from bench.engine.workloads import RAGGED_STREAMS, SAMPLED, Contender, small_tokenizer
 from model.errors import PipelineError
@@ -29,6 +31,8 @@ from model.modeling_rex import RexForCausalLM
 
 PACKAGE = "llama_cpp"
 BATCH, MICRO_BATCH = 2_048, 512
+CELLS = 256
+"""Tokens by which a stream's part of the context grows."""
 F16, BF16, F32 = 1, 30, 0
 """ggml's type numbers for keys and values."""
 
@@ -61,7 +65,7 @@ class LlamaCpp(Contender):
 
     kind, without_flash = "q8_0", BF16
 
-    def __init__(self, model: RexForCausalLM) -> None:
+    def __init__(self, model: RexForCausalLM, tokenizer: PreTrainedTokenizerFast | None = None) -> None:
         super().__init__(model)
         llama_cpp = importlib.import_module(PACKAGE)
         self._library = llama_cpp
@@ -71,7 +75,8 @@ class LlamaCpp(Contender):
         self._file = tempfile.TemporaryDirectory()
         path = Path(self._file.name) / "model.gguf"
         # llama.cpp requires a token for each row of the embedding; the benchmark feeds ids, never text.
-        write_gguf(model, _padded_tokenizer(self._vocab_size), path, self.kind, name="bench")
+        padded = _padded(tokenizer or small_tokenizer(), self._vocab_size)
+        write_gguf(model, padded, path, self.kind, name="bench")
         self._weights = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         if not self._weights:
             raise PipelineError("llama.cpp cannot load the exported model")
@@ -80,7 +85,7 @@ class LlamaCpp(Contender):
         threads = sorted({1, torch.get_num_threads()})
         self._settings = [Setting(n, flash) for n, flash in product(threads, (True, False))]
         self.best: dict[str, Setting] = {}
-        """The fastest setting of each workload."""
+        """The fastest setting by kind of work."""
         self._batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
         self._sampler = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
         for part in (
@@ -92,44 +97,29 @@ class LlamaCpp(Contender):
             llama_cpp.llama_sampler_chain_add(self._sampler, part)
         self._ids, self._positions, self._wanted, self._slots = self._views()
 
-    def one_stream(self) -> float:
-        """A single stream up to 128 tokens."""
-        return self._at_best("one_stream", super().one_stream)
-
-    def one_long_stream(self) -> float:
-        """A single stream up to 1,024 tokens."""
-        return self._at_best("one_long_stream", super().one_long_stream)
-
-    def eight_streams(self) -> float:
-        """Eight equal streams up to 128 tokens."""
-        return self._at_best("eight_streams", super().eight_streams)
-
-    def one_sampled_stream(self) -> float:
-        """A single stream up to 128 tokens, sampled as SAMPLED says."""
-        return self._at_best("one_sampled_stream", super().one_sampled_stream)
-
-    def eight_sampled_streams(self) -> float:
-        """Eight equal streams up to 128 tokens, sampled as SAMPLED says."""
-        return self._at_best("eight_sampled_streams", super().eight_sampled_streams)
-
-    def ragged_even(self) -> float:
-        """Sixteen ragged streams with even answers."""
-        return self._at_best("ragged_even", super().ragged_even)
-
     def prefill(self) -> float:
         """Tokens of a prompt of 900 over the time to its answer's first token."""
         return self._at_best("prefill", self._prefill)
 
-    def _at_best(self, workload: str, run: Callable[[], float]) -> float:
-        """Run with the workload's best setting, which the first call finds."""
-        if workload not in self.best:
+    def decode(self, streams: int, prompt_tokens: int, answer_tokens: int) -> float:
+        """Equal streams."""
+        sampled = "sampled " if self._is_sampled else ""
+        work = f"{streams} {sampled}streams at {prompt_tokens + answer_tokens}"
+        return self._at_best(work, lambda: self._decode(streams, prompt_tokens, answer_tokens))
+
+    def _ragged(self, answer_tokens: list[int]) -> float:
+        return self._at_best("ragged", lambda: self._continuous(answer_tokens))
+
+    def _at_best(self, work: str, run: Callable[[], float]) -> float:
+        """Run at the best setting for this work, which its first call finds."""
+        if work not in self.best:
             found = {}
             for setting in self._settings:
                 self._setting = setting
                 run()  # the first pass of a context allocates
                 found[setting] = run()
-            self.best[workload] = max(found, key=lambda setting: found[setting])
-        self._setting = self.best[workload]
+            self.best[work] = max(found, key=lambda setting: found[setting])
+        self._setting = self.best[work]
         return run()
 
     def _prefill(self) -> float:
@@ -140,7 +130,7 @@ class LlamaCpp(Contender):
         return len(prompt) / (time.perf_counter() - started)
 
     def _decode(self, streams: int, prompt_tokens: int, answer_tokens: int) -> float:
-        self._start(streams, 256 if prompt_tokens + answer_tokens <= 256 else 1_024)
+        self._start(streams, CELLS * math.ceil((prompt_tokens + answer_tokens) / CELLS))
         tokens = [
             self._compute([(stream, 0, prompt)])[0]
             for stream, prompt in enumerate(self._prompts([prompt_tokens] * streams))
@@ -152,7 +142,7 @@ class LlamaCpp(Contender):
             seconds.append(time.perf_counter() - started)
         return streams / statistics.mean(seconds)
 
-    def _ragged(self, answer_tokens: list[int]) -> float:
+    def _continuous(self, answer_tokens: list[int]) -> float:
         """Continuous batching: requests join when a slot is free and the step has room, whole prompts at a time."""
         waiting = list(zip(self._prompts(self._prompt_tokens[: len(answer_tokens)]), answer_tokens, strict=True))
         self._start(RAGGED_STREAMS, 768)
@@ -240,8 +230,7 @@ class LlamaCppInt4(LlamaCpp):
     kind = "q4_0"
 
 
-def _padded_tokenizer(vocab_size: int) -> Any:
-    """The small tokenizer, filled with placeholder tokens up to the size of the model's vocabulary."""
-    tokenizer = small_tokenizer()
+def _padded(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> PreTrainedTokenizerFast:
+    """The tokenizer, filled with placeholder tokens up to the size of the model's vocabulary."""
     tokenizer.add_tokens([f"<{number}>" for number in range(len(tokenizer), vocab_size)])
     return tokenizer

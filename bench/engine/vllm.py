@@ -52,7 +52,8 @@ class Vllm(Contender):
         first, _ = self._ask([900], [1])
         return 900 / first[0]
 
-    def _decode(self, streams: int, prompt_tokens: int, answer_tokens: int) -> float:
+    def decode(self, streams: int, prompt_tokens: int, answer_tokens: int) -> float:
+        """Equal streams."""
         first, last = self._ask([prompt_tokens] * streams, [answer_tokens] * streams)
         return streams * (answer_tokens - 1) / statistics.mean(b - a for a, b in zip(first, last, strict=True))
 

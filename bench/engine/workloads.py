@@ -89,15 +89,15 @@ class Contender:
 
     def one_stream(self) -> float:
         """A single stream up to 128 tokens, prompt and answer together."""
-        return self._decode(1, 32, 96)
+        return self.decode(1, 32, 96)
 
     def one_long_stream(self) -> float:
         """A single stream up to 1,024 tokens."""
-        return self._decode(1, 928, 96)
+        return self.decode(1, 928, 96)
 
     def eight_streams(self) -> float:
         """Eight equal streams up to 128 tokens."""
-        return self._decode(8, 32, 96)
+        return self.decode(8, 32, 96)
 
     def one_sampled_stream(self) -> float:
         """A single stream up to 128 tokens, sampled as SAMPLED says."""
@@ -110,7 +110,7 @@ class Contender:
     def _sampled(self, streams: int) -> float:
         self._is_sampled = True
         try:
-            return self._decode(streams, 32, 96)
+            return self.decode(streams, 32, 96)
         finally:
             self._is_sampled = False
 
@@ -126,7 +126,8 @@ class Contender:
         """Sixteen ragged streams with long-tailed answers."""
         return self._ragged(self._long_tailed_answers[: self.requests])
 
-    def _decode(self, streams: int, prompt_tokens: int, answer_tokens: int) -> float:
+    def decode(self, streams: int, prompt_tokens: int, answer_tokens: int) -> float:
+        """Equal streams; prompts of at least one token, answers of at least two."""
         raise NotImplementedError
 
     def _ragged(self, answer_tokens: list[int]) -> float:

@@ -11,6 +11,7 @@ def render(report: dict[str, Any]) -> str:
         "![Latency per token with and without the KV cache](kv_cache.png)",
         "![Tokens per second of every configuration](model_benchmark_comparison.png)",
         _quality(report),
+        _engines(report),
         _decode(report),
         _prefill_and_batches(report),
         _memory(report),
@@ -40,14 +41,27 @@ def _summary(report: dict[str, Any]) -> str:
 - **Quality:** {numbers["bits_per_byte"]:.3f} bits per byte of held-out text; `xz -9e` needs \
 {numbers["bits_per_byte_xz"]:.3f} ({numbers["bits_per_byte_xz_whole_split"]:.3f} given the whole split at once), \
 token frequencies alone {numbers["bits_per_byte_unigram"]:.3f}.
-- **KV cache:** {numbers["kv_cache_tokens"]:,} tokens are generated {numbers["kv_cache_speedup"]:.1f} times as fast \
-with it as without.
 - **Speed:** {numbers["decode_tokens_per_second"]:,.0f} tokens/s for one sequence of {numbers["decode_tokens"]:,} \
-tokens, {numbers["batch_tokens_per_second"]:,.0f} in a batch.
+tokens, {numbers["batch_tokens_per_second"]:,.0f} in a batch{_beside(report)}.
 - **{_capital(quantized["label"])}:** {full["weights_bytes"] / quantized["weights_bytes"]:.2f} times smaller, \
 {numbers["quantized_speedup"]:.2f} times the speed for one sequence, \
 {numbers["batch_tokens_per_second_quantized"] / numbers["batch_tokens_per_second"]:.2f} times in a \
-batch, {lost:+.4f} bits per byte."""
+batch, {lost:+.4f} bits per byte.
+- **KV cache:** {numbers["kv_cache_tokens"]:,} tokens are generated {numbers["kv_cache_speedup"]:.1f} times as fast \
+with it as without."""
+
+
+def _beside(report: dict[str, Any]) -> str:
+    """llama.cpp's figures in a sentence, where it was measured."""
+    numbers = report["summary"]
+    if report["llama_cpp_left_out"]:
+        return ""
+    return (
+        f"; llama.cpp (F32) {numbers['llama_cpp_f32_decode_tokens_per_second']:,.0f} and "
+        f"{numbers['llama_cpp_f32_batch_tokens_per_second']:,.0f}, (Q8_0) "
+        f"{numbers['llama_cpp_q8_0_decode_tokens_per_second']:,.0f} and "
+        f"{numbers['llama_cpp_q8_0_batch_tokens_per_second']:,.0f}"
+    )
 
 
 def _quality(report: dict[str, Any]) -> str:
@@ -76,6 +90,28 @@ of predicting where documents end is included for all but `xz`, which gets the t
 {agreement}"""
 
 
+def _engines(report: dict[str, Any]) -> str:
+    rows = [
+        (
+            f"{row['model']}, {row['engine']}",
+            str(row["sequences"]),
+            f"{row['tokens']:,}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['ms_per_token']:.3f}",
+            _spread(row),
+        )
+        for row in report["engines"]
+    ]
+    left_out = report["llama_cpp_left_out"]
+    peer = f"llama.cpp is left out: {left_out}." if left_out else "llama.cpp has the same weights, at its best setting."
+    return f"""## The engine that serves
+
+Greedy, from prompts of one token, without proposed tokens; tokens/s over all sequences from the first token on, by \
+the {report["step"]} step. {peer}
+
+{table(["", "sequences", "tokens of each", "tokens/s", "ms per step", "spread"], rows)}"""
+
+
 def _decode(report: dict[str, Any]) -> str:
     rows = [
         (
@@ -100,12 +136,12 @@ def _decode(report: dict[str, Any]) -> str:
         for row in report["peers"]
     ]
     header = ["", "tokens", "tokens/s", "ms per token", "spread", "repeats"]
-    return f"""## Decoding one sequence
+    return f"""## A plain loop
 
-Greedy, from a prompt of one token. Medians of interleaved rounds; spread is (slowest - fastest) / median. With the \
-cache every token is timed. Without it the time of a token depends on the number of tokens before it, so one of \
-{report["settings"]["uncached_every"]} positions is timed and represents its neighbors; the command under Conditions \
-times them all.
+What the KV cache saves: one sequence by PyTorch, greedy, from a prompt of one token. Medians of interleaved rounds; \
+spread is (slowest - fastest) / median. With the cache every token is timed. Without it the time of a token depends on \
+the number of tokens before it, so one of {report["settings"]["uncached_every"]} positions is timed and represents its \
+neighbors; the command under Conditions times them all.
 
 {table(header, rows)}
 
@@ -138,8 +174,8 @@ A prompt read in one pass into an empty KV cache.
 
 ## Batches
 
-{report["settings"]["benchmark"]["batch_tokens"]:,} tokens for each sequence, with the KV cache; tokens/s over all \
-sequences.
+{report["settings"]["benchmark"]["batch_tokens"]:,} tokens for each sequence by the plain loop with the KV cache; \
+tokens/s over all sequences.
 
 {table(["", "sequences", "tokens/s", "ms per step", "spread"], batches)}"""
 
@@ -246,10 +282,10 @@ def sum_ms(row: dict[str, Any]) -> float:
 
 
 def device_name(report: dict[str, Any]) -> str:
-    """The GPU's name, or the number of CPU threads."""
+    """The GPU's name, or the number of CPU cores."""
     machine = report["hardware"]
-    threads = machine["torch_threads"]
-    return str(machine["device"]) if machine["device"] != "cpu" else f"{threads} CPU thread{'s' if threads > 1 else ''}"
+    cores = machine["usable_cores"]
+    return str(machine["device"]) if machine["device"] != "cpu" else f"{cores} CPU core{'s' if cores > 1 else ''}"
 
 
 def _spread(row: dict[str, Any]) -> str:

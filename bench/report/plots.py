@@ -58,23 +58,38 @@ def plot_kv_cache(report: dict[str, Any], path: Path) -> None:
 
 def plot_comparison(report: dict[str, Any], path: Path) -> None:
     """Tokens per second of every configuration as horizontal bars: one sequence, then batches."""
-    common = report["settings"]["common_length"]
+    common, batch_tokens = report["settings"]["common_length"], report["settings"]["benchmark"]["batch_tokens"]
     full, quantized = report["models"]["full"]["label"], report["models"]["quantized"]["label"]
     single = [
-        (f"{row['model']}, {'with' if row['cache'] else 'without'} cache", row["tokens_per_second"], row["model"])
+        (f"{row['model']}, {row['engine']}", row["tokens_per_second"], row["model"])
+        for row in report["engines"]
+        if (row["sequences"], row["tokens"]) == (1, common)
+    ]
+    single += [
+        (f"{row['model']}, {_loop(row['cache'])}", row["tokens_per_second"], row["model"])
         for row in report["decode"]
         if row["tokens"] == common
     ]
     single += [(f"{row['model']}, {row['loop']}", row["tokens_per_second"], "peer") for row in report["peers"]]
-    batches = [
-        (f"{row['model']}, batch of {row['batch_size']}", row["tokens_per_second"], row["model"])
-        for row in sorted(report["batch"], key=lambda row: row["batch_size"])
+    sizes = sorted({row["batch_size"] for row in report["batch"]})
+    sizes = [size for size in sizes if size > 1] or sizes
+    timed = [
+        (row["sequences"], row["tokens_per_second"], f"{row['model']}, {row['engine']}", row["model"])
+        for row in report["engines"]
+        if row["tokens"] == batch_tokens and row["sequences"] in sizes
     ]
+    timed += [
+        (row["batch_size"], row["tokens_per_second"], f"{row['model']}, {_loop(True)}", row["model"])
+        for row in report["batch"]
+        if row["batch_size"] in sizes
+    ]
+    timed.sort(key=lambda row: (row[0], -row[1]))
+    batches = [(f"{size} × {name}", speed, model) for size, speed, name, model in timed]
     figure = Figure(figsize=(8.4, 1.6 + 0.33 * (len(single) + len(batches))), dpi=120, layout="constrained")
     upper, lower = figure.subplots(2, 1, height_ratios=[len(single), len(batches)])
     titles = (
         f"One sequence, {common:,} tokens",
-        f"Batches with cache, {report['settings']['benchmark']['batch_tokens']:,} tokens each, all sequences together",
+        f"Batches of {_listed(sizes)} sequences, {batch_tokens:,} tokens each, all sequences together",
     )
     for axes, bars, title in zip((upper, lower), (single, batches), titles, strict=True):
         if title == titles[0]:
@@ -89,6 +104,15 @@ def plot_comparison(report: dict[str, Any], path: Path) -> None:
         _finish(figure, axes, report, "x")
     lower.set_xlabel("tokens per second")
     figure.savefig(path)
+
+
+def _loop(has_cache: bool) -> str:
+    return f"PyTorch loop with{'' if has_cache else 'out'} cache"
+
+
+def _listed(numbers: list[int]) -> str:
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def running_median(values: list[float], window: int) -> list[float]:

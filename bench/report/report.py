@@ -8,7 +8,7 @@ writes report.json (everything, raw rounds included), report.md, kv_cache.png an
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,6 +19,8 @@ import torch
 
 from bench import hardware
 from bench.decode import check_length
+from bench.report.engines import ENGINE, LLAMA_CPP
+from bench.report.llama_cpp import KINDS
 from bench.report.markdown import render
 from bench.report.memory import Configuration, measure_peaks
 from bench.report.plots import plot_comparison, plot_kv_cache
@@ -33,7 +35,7 @@ from model.system.devices import resolve_device
 from model.weights import int8
 from model.weights.loading import WEIGHTS, load_model, read_config, read_method
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 def build_report(
@@ -68,8 +70,9 @@ def build_report(
             with _threads(hardware.all_threads()):
                 quality = measure_quality(models, dataset_dir, settings, log=log)
         log("benchmark: speed")
-        speed = measure_speed(models, settings.benchmark, log=log)
-        samples = write_samples(models, dataset_dir / "tokenizer", settings)
+        most, tokenizer_dir = hardware.all_threads(), dataset_dir / "tokenizer"
+        speed = measure_speed(models, settings.benchmark, checkpoint_dir, tokenizer_dir, most, log=log)
+        samples = write_samples(models, tokenizer_dir, settings)
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "experiment": settings.name,
@@ -97,7 +100,8 @@ def build_report(
     headline = report["summary"]
     log(
         f"benchmark: {headline['bits_per_byte']:.3f} bits per byte, {headline['decode_tokens_per_second']:,.0f} "
-        f"tokens/s, {headline['kv_cache_speedup']:.1f} times as fast with the KV cache"
+        f"tokens/s, {labels['quantized']} {headline['decode_tokens_per_second_quantized']:,.0f}; "
+        f"{headline['kv_cache_speedup']:.1f} times as fast with the KV cache"
     )
     return report
 
@@ -106,13 +110,24 @@ def summarize(report: dict[str, Any]) -> dict[str, Any]:
     """The headline numbers, flat, for plots over time."""
     full, quantized = report["models"]["full"], report["models"]["quantized"]
     quality, common = report["quality"], report["settings"]["common_length"]
+    batch_tokens = report["settings"]["benchmark"]["batch_tokens"]
 
-    def speed(label: str, cache: bool, tokens: int) -> float:
-        rows = [r for r in report["decode"] if (r["model"], r["cache"], r["tokens"]) == (label, cache, tokens)]
+    def engine(name: str, weights: str) -> dict[str, float]:
+        """Speed for one sequence, and the highest in a batch."""
+        rows = [row for row in report["engines"] if (row["engine"], row["model"]) == (name, weights)]
+        one = next(row for row in rows if row["sequences"] == 1 and row["tokens"] == common)
+        batches = [row["tokens_per_second"] for row in rows if row["tokens"] == batch_tokens]
+        return {"decode": one["tokens_per_second"], "batch": max(batches)}
+
+    def loop(cache: bool, tokens: int) -> float:
+        rows = [r for r in report["decode"] if (r["model"], r["cache"], r["tokens"]) == (full["label"], cache, tokens)]
         return float(rows[0]["tokens_per_second"])
 
     longest = max(row["tokens"] for row in report["decode"])
     scores = {label: score["bits_per_byte"] for label, score in quality["models"].items()}
+    ours = {
+        suffix: engine(ENGINE, label) for suffix, label in (("", full["label"]), ("_quantized", quantized["label"]))
+    }
     return {
         "parameters": full["parameters"],
         "bits_per_byte": scores[full["label"]],
@@ -121,22 +136,25 @@ def summarize(report: dict[str, Any]) -> dict[str, Any]:
         "bits_per_byte_xz_whole_split": quality["baselines"]["xz_whole_split"],
         "bits_per_byte_unigram": quality["baselines"]["unigram"],
         "bits_per_byte_uniform": quality["baselines"]["uniform"],
-        "kv_cache_tokens": longest,
-        "kv_cache_speedup": speed(full["label"], True, longest) / speed(full["label"], False, longest),
         "decode_tokens": common,
-        "decode_tokens_per_second": speed(full["label"], True, common),
-        "decode_tokens_per_second_quantized": speed(quantized["label"], True, common),
-        "quantized_speedup": speed(quantized["label"], True, common) / speed(full["label"], True, common),
-        "batch_tokens_per_second": max(
-            row["tokens_per_second"] for row in report["batch"] if row["model"] == full["label"]
-        ),
-        "batch_tokens_per_second_quantized": max(
-            row["tokens_per_second"] for row in report["batch"] if row["model"] == quantized["label"]
-        ),
+        **{f"{work}_tokens_per_second{suffix}": ours[suffix][work] for work in ("decode", "batch") for suffix in ours},
+        "quantized_speedup": ours["_quantized"]["decode"] / ours[""]["decode"],
+        "loop_tokens_per_second": loop(True, common),
+        "kv_cache_tokens": longest,
+        "kv_cache_speedup": loop(True, longest) / loop(False, longest),
+        **(_llama_cpp(engine) if not report["llama_cpp_left_out"] else {}),
         "weights_bytes": full["weights_bytes"],
         "weights_bytes_quantized": quantized["weights_bytes"],
         "peak_memory_bytes": _peak(report, full["label"]),
         "peak_memory_bytes_quantized": _peak(report, quantized["label"]),
+    }
+
+
+def _llama_cpp(engine: Callable[[str, str], dict[str, float]]) -> dict[str, float]:
+    return {
+        f"llama_cpp_{kind.lower()}_{work}_tokens_per_second": speed
+        for kind in KINDS
+        for work, speed in engine(LLAMA_CPP, kind).items()
     }
 
 

@@ -1,20 +1,24 @@
-"""Timings of decoding, prefill and batches in interleaved rounds, so that a busy moment affects all configurations
-equally.
+"""Timings of the engine that serves, of plain loops over the model and of peers, in interleaved rounds, so that a busy
+moment affects all configurations equally.
 
-One run to the longest length times every token; the seconds for a shorter length are the sum of its first tokens,
-because a shorter run does exactly the same work. Without a cache a token's work depends only on the number of tokens
-before it, so a sample of positions is timed, each representing the block around it: timing all of them would take
-longer than everything else together (`bench/decode.py` does that). A report quotes medians; `rounds_s` keeps every
-round.
+`engines.py` has the engines; the loops show what the KV cache saves, and prefill. One run to the longest length times
+every token; the seconds for a shorter length are the sum of its first tokens, because a shorter run does exactly the
+same work. Without a cache a token's work depends only on the number of tokens before it, so a sample of positions is
+timed, each representing the block around it: timing all of them would take longer than everything else together
+(`bench/decode.py` does that). A report quotes medians; `rounds_s` keeps every round.
 """
 
 import statistics
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from bench.decode import decode, generate, llama_of_equal_shape, prefill, prompt
+from bench.report.engines import Work, engine_work, llama_cpp_work
+from model.modeling_rex import RexForCausalLM
 from model.progress import Log, Progress, silent
 from model.settings import BenchmarkSettings
 
@@ -22,41 +26,53 @@ FULL, LLAMA = "full precision", "Llama of equal shape"
 
 
 def measure_speed(
-    models: Mapping[str, PreTrainedModel], settings: BenchmarkSettings, *, log: Log = silent
+    models: Mapping[str, RexForCausalLM],
+    settings: BenchmarkSettings,
+    checkpoint_dir: Path,
+    tokenizer_dir: Path,
+    threads: int,
+    *,
+    log: Log = silent,
 ) -> dict[str, Any]:
-    """All timings of `models`, the first of which is full precision, and of the peers.
+    """All timings of `models`, the first of which is the checkpoint's, and of the peers.
 
-    Without a cache only the first model goes to the longest length. Returns the keys decode, prefill, batch, peers and
-    latency.
+    threads: most that an engine takes; the loops take torch's. Without a cache only the first model goes to the longest
+    length. Returns the keys engines, step, llama_cpp_left_out, decode, prefill, batch, peers and latency.
     """
     lengths = sorted(set(settings.generated_tokens))
     longest = lengths[-1]
     common, every = common_length(settings), uncached_every(settings)
     reference = next(iter(models.values()))
     llama = llama_of_equal_shape(reference.config, reference.device)
-    work: list[tuple[tuple[Any, ...], int, Callable[[], float | list[float]]]] = []
+    work: list[Work] = []
     for name, model in models.items():
         work.append((("decode", name, True), longest, _decode(model, longest)))
         uncached = longest if model is reference else common
         work.append((("decode", name, False), uncached, _recompute(model, uncached, every)))
         for tokens in sorted(set(settings.prefill_tokens)):
             work.append((("prefill", name, tokens), tokens // 8, _prefill(model, tokens)))
-        for batch in sorted(set(settings.batch_sizes)):
-            work.append((("batch", name, batch), settings.batch_tokens, _decode(model, settings.batch_tokens, batch)))
+    for batch in sorted(set(settings.batch_sizes)):
+        work.append((("batch", FULL, batch), settings.batch_tokens, _decode(reference, settings.batch_tokens, batch)))
     work.append((("peers", LLAMA, "the same loop"), common, _decode(llama, common)))
     work.append((("peers", LLAMA, "generate()"), common, _generate(llama, common)))
     work.append((("peers", "REX, " + FULL, "generate()"), common, _generate(reference, common)))
 
-    progress = Progress(log, "benchmark", settings.repeats * sum(amount for _, amount, _ in work), "units of work")
     rounds: dict[tuple[Any, ...], list[Any]] = {}
-    for model in [*models.values(), llama]:  # packs int8 weights, starts threads
+    loops: list[PreTrainedModel] = [*models.values(), llama]
+    for one in loops:  # packs int8 weights, starts threads
         for use_cache in (True, False):
-            decode(model, prompt(model), 2, use_cache=use_cache)
-    for number in range(settings.repeats):
-        for key, amount, run in work[number % len(work) :] + work[: number % len(work)]:
-            rounds.setdefault(key, []).append(run())
-            progress.advance(amount)
-    return _rows(rounds, lengths, every, settings)
+            decode(one, prompt(one), 2, use_cache=use_cache)
+    workloads = list(dict.fromkeys([(1, common), *((size, settings.batch_tokens) for size in settings.batch_sizes)]))
+    with ExitStack() as stack:
+        ours, step = engine_work(stack, models, tokenizer_dir, workloads, threads)
+        peers, reason = llama_cpp_work(stack, reference, checkpoint_dir, tokenizer_dir, workloads, threads)
+        work = [*ours, *peers, *work]
+        progress = Progress(log, "benchmark", settings.repeats * sum(amount for _, amount, _ in work), "units of work")
+        for number in range(settings.repeats):
+            for key, amount, run in work[number % len(work) :] + work[: number % len(work)]:
+                rounds.setdefault(key, []).append(run())
+                progress.advance(amount)
+    return {"step": step, "llama_cpp_left_out": reason, **_rows(rounds, lengths, every, settings)}
 
 
 def common_length(settings: BenchmarkSettings) -> int:
@@ -84,9 +100,14 @@ def _total(seconds: list[float], tokens: int, every: int) -> float:
 def _rows(
     rounds: dict[tuple[Any, ...], list[Any]], lengths: list[int], every: int, settings: BenchmarkSettings
 ) -> dict[str, Any]:
-    result: dict[str, Any] = {"decode": [], "prefill": [], "batch": [], "peers": [], "latency": []}
-    for (kind, name, detail), values in rounds.items():
-        if kind == "decode":
+    result: dict[str, Any] = {"engines": [], "decode": [], "prefill": [], "batch": [], "peers": [], "latency": []}
+    for (kind, name, detail, *workload), values in rounds.items():
+        if kind == "engines":
+            streams, tokens = workload
+            seconds = [streams * tokens / speed for speed in values]
+            row = {"engine": name, "model": detail, "sequences": streams, **_row(tokens, streams * tokens, seconds)}
+            result["engines"].append(row)
+        elif kind == "decode":
             step = 1 if detail else every
             positions = _middles(lengths[-1], step)[: len(values[0])]
             row = {"model": name, "cache": detail, "positions": positions, "rounds_ms": _milliseconds(values)}

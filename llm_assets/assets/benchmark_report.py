@@ -48,6 +48,8 @@ def benchmark_report(
             log=work.log,
         )
         found = report["summary"]
+        llama_cpp = found.get("llama_cpp_q8_0_decode_tokens_per_second")
+        peers = {"llama.cpp Q8_0": llama_cpp} if llama_cpp else {}
         work.tracked.log_artifact(work.output)
         served = served_model(work.settings)
         decision = work.tracked.find_decision(model_name(work.experiment), served, work.upstream[served].content_hash)
@@ -57,8 +59,9 @@ def benchmark_report(
             {
                 "summary": ui_metadata.summary(
                     **{
-                        "decoding, tokens/s": f"{found['decode_tokens_per_second']:,.0f}",
+                        "one text, tokens/s": f"{found['decode_tokens_per_second']:,.0f}",
                         "quantized, tokens/s": f"{found['decode_tokens_per_second_quantized']:,.0f}",
+                        **{f"{name}, tokens/s": f"{speed:,.0f}" for name, speed in peers.items()},
                         "with the KV cache": f"{found['kv_cache_speedup']:.2f} times",
                         f"bits/byte, {report['quality']['windows']} windows": f"{found['bits_per_byte']:.4f}",
                     },
@@ -68,6 +71,8 @@ def benchmark_report(
                     {
                         "full precision": found["decode_tokens_per_second"],
                         "quantized": found["decode_tokens_per_second_quantized"],
+                        **peers,
+                        "PyTorch loop": found["loop_tokens_per_second"],
                     },
                     " tokens/s",
                 ),

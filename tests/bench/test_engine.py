@@ -3,7 +3,7 @@
 import pytest
 
 from bench.engine import comparison, llama_cpp, vllm
-from bench.engine.contenders import OurEngineInt8
+from bench.engine.ours import OurEngineInt8
 from bench.engine.workloads import CONTEXT
 from model.build import build_config, build_model
 from model.errors import PipelineError

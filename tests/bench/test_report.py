@@ -1,6 +1,7 @@
 import json
 import lzma
 import math
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +9,18 @@ import pytest
 import torch
 
 from bench.decode import decode, measure_kv_cache, prompt
+from bench.report import llama_cpp
+from bench.report.engines import llama_cpp_work
 from bench.report.markdown import render
 from bench.report.memory import Configuration, measure_peaks
 from bench.report.plots import running_median
-from bench.report.report import build_report, read_export, settings_of
+from bench.report.report import build_report, read_export, settings_of, summarize
 from bench.report.speed import _middles, _total, common_length, uncached_every
 from model.baselines import held_out, token_counts, unigram_bits, xz_bits
 from model.build import build_config, build_model
 from model.errors import PipelineError
 from model.evaluation import evaluate
+from model.generation.steps.choose import choose_step
 from model.quantization import quantize_checkpoint
 from model.settings import (
     BenchmarkSettings,
@@ -27,6 +31,7 @@ from model.settings import (
 )
 from model.text.chat.template import MARKS
 from model.text.corpus import build_corpus
+from model.text.tokenizer import load_tokenizer, train_tokenizer
 from model.text.tokens import TokenDataset, build_tokenized_dataset
 from model.weights.loading import load_model
 from tests.model.training.tiny import TOKENIZER, experiment, make_dataset
@@ -116,13 +121,87 @@ def test_every_configuration_is_timed_in_every_round(report):
         ("int8", False, 4): 2,
     }
     assert {(row["model"], row["batch_size"]) for row in report["batch"]} == {
-        (model, size) for model in ("full precision", "int8") for size in (1, 2)
+        ("full precision", 1),
+        ("full precision", 2),
+    }
+    assert {(row["model"], row["sequences"], row["tokens"]) for row in ours(report)} == {
+        (model, size, 4) for model in ("full precision", "int8") for size in (1, 2)
     }
     assert {(row["model"], row["tokens"]) for row in report["prefill"]} == {("full precision", 8), ("int8", 8)}
     assert len(report["peers"]) == 3
-    for row in report["decode"] + report["batch"] + report["prefill"] + report["peers"]:
+    for row in report["engines"] + report["decode"] + report["batch"] + report["prefill"] + report["peers"]:
         assert len(row["rounds_s"]) == row["repeats"]
         assert all(seconds > 0 for seconds in row["rounds_s"])
+
+
+def ours(report: dict) -> list[dict]:
+    return [row for row in report["engines"] if row["engine"] == "engine"]
+
+
+def test_the_headline_is_the_speed_of_the_engine_that_serves(report, directories):
+    summary = report["summary"]
+    speeds = {(row["model"], row["sequences"]): row["tokens_per_second"] for row in ours(report)}
+    assert summary["decode_tokens_per_second"] == speeds["full precision", 1]
+    assert summary["decode_tokens_per_second_quantized"] == speeds["int8", 1]
+    assert summary["batch_tokens_per_second"] == max(speeds["full precision", size] for size in (1, 2))
+    assert summary["quantized_speedup"] == speeds["int8", 1] / speeds["full precision", 1]
+    with_cache = next(row for row in report["decode"] if row["cache"] and row["tokens"] == 4)
+    assert summary["loop_tokens_per_second"] == with_cache["tokens_per_second"]
+    assert report["step"] == choose_step(load_model(directories["checkpoint"])).name
+
+
+def test_without_llama_cpp_the_page_says_how_to_add_it(report, directories, monkeypatch):
+    model, tokenizer = load_model(directories["checkpoint"]), load_tokenizer(directories["dataset"] / "tokenizer")
+    monkeypatch.setattr(llama_cpp, "installed", lambda: False)
+    reason = llama_cpp.reason_to_leave_out(model, tokenizer)
+    assert "pip install llama-cpp-python" in reason
+    assert f"llama.cpp is left out: {reason}." in render({**report, "llama_cpp_left_out": reason})
+    monkeypatch.setattr(llama_cpp, "installed", lambda: True)
+    assert llama_cpp.reason_to_leave_out(model, tokenizer) == ""
+    characters = TokenizerSettings(kind="char", sequence_length=64)
+    assert "has no such tokenizer" in llama_cpp.reason_to_leave_out(model, train_tokenizer(characters, ["abc"]))
+
+
+def test_llama_cpp_stands_beside_the_engine(report):
+    """With its rows, as a machine that has it would give them."""
+    rows = [
+        {**row, "engine": "llama.cpp", "model": kind, "tokens_per_second": speed * row["sequences"]}
+        for kind, speed in (("Q8_0", 123.0), ("F32", 45.0))
+        for row in ours(report)
+        if row["model"] == "int8"
+    ]
+    found = {**report, "engines": [*ours(report), *rows], "llama_cpp_left_out": ""}
+    summary = summarize(found)
+    assert summary["llama_cpp_q8_0_decode_tokens_per_second"] == 123
+    assert summary["llama_cpp_f32_batch_tokens_per_second"] == 90
+    page = render({**found, "summary": summary})
+    assert "llama.cpp (F32) 45 and 90, (Q8_0) 123 and 246" in page
+    assert "| Q8_0, llama.cpp | 2 | 4 | 246 |" in page and "at its best setting" in page
+
+
+@pytest.mark.processes
+def test_llama_cpp_that_fails_is_left_out_with_its_reason(directories, monkeypatch, tmp_path):
+    (tmp_path / "llama_cpp.py").write_text("raise SystemExit('ggml.c:1: GGML_ASSERT(is_right) failed')")
+    monkeypatch.syspath_prepend(tmp_path)
+    model, tokenizer = load_model(directories["checkpoint"]), directories["dataset"] / "tokenizer"
+    with ExitStack() as stack:
+        found = llama_cpp_work(stack, model, directories["checkpoint"], tokenizer, [(1, 4)], 1)
+    assert found == ([], "llama.cpp ended: ggml.c:1: GGML_ASSERT(is_right) failed")
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not llama_cpp.installed(), reason="no llama.cpp: pip install llama-cpp-python")
+def test_llama_cpp_runs_each_workload_in_its_process(directories):
+    model, tokenizer = load_model(directories["checkpoint"]), directories["dataset"] / "tokenizer"
+    with ExitStack() as stack:
+        work, reason = llama_cpp_work(stack, model, directories["checkpoint"], tokenizer, [(1, 12), (2, 4)], 1)
+        assert not reason
+        assert [key for key, _, _ in work] == [
+            ("engines", "llama.cpp", kind, streams, tokens)
+            for kind in ("Q8_0", "F32")
+            for streams, tokens in ((1, 12), (2, 4))
+        ]
+        assert all(run() > 0 for _, _, run in work)
 
 
 def test_speeds_follow_from_the_raw_rounds(report):

@@ -13,7 +13,7 @@ Shapes: R rows of logits, V vocabulary.
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -217,7 +217,8 @@ class NativeModel:
 class NativeSession:
     """A KV cache with slots, and compute threads; used by one thread at a time.
 
-    shared_from: weights times rows of a pass from which on it is shared among the threads.
+    shared_from: weights times rows of a pass: below it one thread computes the pass, from 80 times that on all do, and
+    between the two whichever is faster at the time.
     cache_dtype: of keys and values, float32 or bfloat16; default float32 for a model in float32, else bfloat16.
     cache_tokens: most tokens over all slots, 0 for no limit; memory is allocated on demand.
     """
@@ -359,9 +360,9 @@ class NativeSession:
         """Memory of the slots' keys and values, bytes."""
         return int(self._library.rex_session_cache_bytes(self._handle))
 
-    def __del__(self) -> None:
+    def __del__(self, getpid: Callable[[], int] = os.getpid) -> None:  # as the interpreter ends, `os` may be gone
         # A forked process has the object, but not the threads, whose end would be waited for without end.
-        if getattr(self, "_handle", None) and getattr(self, "_process", None) == os.getpid():
+        if getattr(self, "_handle", None) and getattr(self, "_process", None) == getpid():
             self._library.rex_session_destroy(self._handle)
 
 

@@ -13,8 +13,7 @@ CGROUP = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 SMALL_MODEL = 10_000_000
 """Parameters below which one thread decodes one text: the products are too small to share. 3 M parameters on 2 busy
-cores gave 130 tokens/s with 1 thread and 15 with 2 (float32); 30 M in int8 gave 35 and 83. The native step shares the
-products of several tokens from as many parameters times tokens on."""
+cores gave 130 tokens/s with 1 thread and 15 with 2 (float32); 30 M in int8 gave 35 and 83."""
 
 
 def decoding_threads(parameters: int, cores: int) -> int:

@@ -15,7 +15,9 @@ from model.generation.steps.draw import Draw
 from model.generation.steps.step import Segment, SegmentOutput, Step
 from model.native import library
 from model.native.library import NativeModel, NativeSession, unsupported
-from model.system.cpu import SMALL_MODEL
+
+SHARED_FROM = 1_000_000
+"""Weights times tokens of a pass below which handing a part to another thread costs more than it saves."""
 
 
 class NativeStep(Step):
@@ -29,7 +31,7 @@ class NativeStep(Step):
 
     def __init__(self, model: NativeModel, slots: int, threads: int) -> None:
         self._model, self._threads = model, threads
-        self._session = NativeSession(model, slots, threads=threads, shared_from=SMALL_MODEL)
+        self._session = NativeSession(model, slots, threads=threads, shared_from=SHARED_FROM)
         self.slots, self.context_length, self.vocab_size = slots, model.context_length, model.vocab_size
         self.precision = model.precision
         self.bytes_per_token = self._session.bytes_per_token

@@ -66,7 +66,8 @@ REX_API int64_t rex_model_bytes(const RexModel* model);
 REX_API void rex_model_destroy(RexModel* model);
 
 // cache_dtype: float32 or bfloat16. cache_tokens: most positions held over all slots, 0 for no limit. shared_from:
-// weights times rows of a pass from which on it is shared among the threads.
+// weights times rows of a pass: below it one thread computes the pass, from 80 times that on all do, and between the two
+// whichever is faster at the time.
 REX_API RexSession* rex_session_create(const RexModel* model, int32_t slots, int32_t cache_dtype, int64_t cache_tokens,
                                        int32_t threads, int64_t shared_from, char* error);
 REX_API void rex_session_destroy(RexSession* session);

@@ -2,6 +2,8 @@
 //
 // M rows by P panels are accumulated in registers: each weight read serves M rows, each activation P panels. Results do
 // not depend on M and P: an output adds its inputs in their order.
+#include <algorithm>
+
 #include "kernels.h"
 #include "simd.h"
 
@@ -12,16 +14,18 @@ using namespace rex;
 constexpr int LINE = 64;            // bytes: PANEL outputs by 1, 2 or 4 inputs
 constexpr int PARTS = PANEL / W;    // vectors of a line of float32
 constexpr int AHEAD = 32;           // lines by which several rows fetch weights in advance; one row is fast without
-constexpr int MAX_ROWS = W == 16 ? 6 : 4;
 
 // Panels at a time.
 struct Blocks {
     static constexpr int solo = W == 16 ? 8 : 4;  // for one row: enough independent sums to hide the latency of additions
     static constexpr int pair = W == 16 ? 4 : 2;  // for two and three rows
     static constexpr int few = W == 16 ? 4 : 1;   // for more
+    static constexpr int rows = W == 16 ? 6 : 4;  // rows at a time, if there are more
+    static constexpr int most = W == 16 ? 8 : 4;  // rows up to which all are taken at once, by two panels
 };
 
 struct Float32 : Blocks {
+    static constexpr int rows = W == 16 || W == 8 ? 6 : 4;
     static constexpr int inputs = 1;
     typedef Vf Sum;
     template <int M, int P>
@@ -110,6 +114,7 @@ struct Int8 : Blocks {
 
 // A line here is a group: integer sums over its inputs, times the group's scales.
 struct Int4 {
+    static constexpr int rows = W == 16 ? 6 : 4, most = rows;
     static constexpr int solo = W == 16 ? 8 : 2, pair = W == 16 ? 2 : 1, few = W == 16 ? 2 : 1;  // sums of two kinds
     static constexpr int inputs = GROUP;
     typedef Vf Sum;
@@ -170,12 +175,14 @@ void block(const Product& a, int64_t row, int64_t panel) {
         }
 }
 
-template <class Kind, int P>
+template <class Kind, int P, int MOST>
 void rows_by_panels(const Product& a, int64_t panel) {
     int64_t row = 0;
-    for (; row + MAX_ROWS <= a.rows; row += MAX_ROWS) block<Kind, MAX_ROWS, P>(a, row, panel);
+    for (; row + MOST <= a.rows; row += MOST) block<Kind, MOST, P>(a, row, panel);
     switch (a.rows - row) {
-        case 5: return block<Kind, MAX_ROWS < 5 ? 1 : 5, P>(a, row, panel);
+        case 7: return block<Kind, std::min(MOST, 7), P>(a, row, panel);
+        case 6: return block<Kind, std::min(MOST, 6), P>(a, row, panel);
+        case 5: return block<Kind, std::min(MOST, 5), P>(a, row, panel);
         case 4: return block<Kind, 4, P>(a, row, panel);
         case 3: return block<Kind, 3, P>(a, row, panel);
         case 2: return block<Kind, 2, P>(a, row, panel);
@@ -188,12 +195,14 @@ void product(const Product& a, int64_t panel, int64_t last) {
     if (a.rows == 1) {
         for (; panel + Kind::solo <= last; panel += Kind::solo) block<Kind, 1, Kind::solo>(a, 0, panel);
     } else if (a.rows <= 3) {
-        for (; panel + Kind::pair <= last; panel += Kind::pair) rows_by_panels<Kind, Kind::pair>(a, panel);
+        for (; panel + Kind::pair <= last; panel += Kind::pair) rows_by_panels<Kind, Kind::pair, Kind::rows>(a, panel);
+    } else if (a.rows > Kind::rows && a.rows <= Kind::most) {
+        for (; panel + 2 <= last; panel += 2) rows_by_panels<Kind, 2, Kind::most>(a, panel);
     } else {
-        for (; panel + Kind::few <= last; panel += Kind::few) rows_by_panels<Kind, Kind::few>(a, panel);
+        for (; panel + Kind::few <= last; panel += Kind::few) rows_by_panels<Kind, Kind::few, Kind::rows>(a, panel);
     }
-    for (; panel + 2 <= last; panel += 2) rows_by_panels<Kind, 2>(a, panel);
-    for (; panel < last; panel++) rows_by_panels<Kind, 1>(a, panel);
+    for (; panel + 2 <= last; panel += 2) rows_by_panels<Kind, 2, Kind::rows>(a, panel);
+    for (; panel < last; panel++) rows_by_panels<Kind, 1, Kind::rows>(a, panel);
 }
 
 void product_f32(const Product& a, int64_t panel, int64_t last) { product<Float32>(a, panel, last); }

@@ -194,13 +194,16 @@ def own_routes(backend_of: BackendOf) -> APIRouter:
 
 
 async def _events(batches: AsyncGenerator[Batch]) -> AsyncGenerator[str]:
-    """`{"text"}` for each piece, then `{"text", "finish_reason", "usage"}`."""
+    """`{"text"}` for each piece, then `{"text", "finish_reason", "usage"}`; those of one step are sent in one write."""
     async for batch in batches:
+        out = []
         for _, event in batch:
             if isinstance(event, Finished):
-                yield server_sent(json.dumps({"text": "", **_end(event)}))
+                out.append(server_sent(json.dumps({"text": "", **_end(event)})))
             elif isinstance(event, TextPiece) and event.text:
-                yield server_sent(json.dumps({"text": event.text}, ensure_ascii=False))
+                out.append(server_sent(json.dumps({"text": event.text}, ensure_ascii=False)))
+        if out:
+            yield "".join(out)
 
 
 def _end(last: Finished) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""llama.cpp on the weights of a checkpoint, in a process of its own: its errors abort the process that they occur in.
+"""llama.cpp on the weights of a checkpoint, in a separate process, which its errors abort.
 
 The process, `python -m bench.report.llama_cpp CHECKPOINT_DIR TOKENIZER_DIR THREADS`, reads JSON lines of a
 kind of weights, streams and tokens, and answers with a line of tokens per second, at llama.cpp's best setting.

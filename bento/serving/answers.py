@@ -119,7 +119,7 @@ class Answers:
             batch, self._pending = self._pending, []
             for place, (index, event) in enumerate(batch):
                 if isinstance(event, TextPiece):
-                    self._clocks[index].tick()
+                    self._clocks[index].tick(len(event.token_ids))
                 elif isinstance(event, Finished):
                     self._end(index, event)
                     if failure := self._failure(index, event):

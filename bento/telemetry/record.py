@@ -37,7 +37,7 @@ class RequestRecord:
 
 
 class TokenClock:
-    """Times the tokens of one generation as they reach the event loop. Called once per token, so it must stay cheap."""
+    """Times the tokens of one generation as they reach the event loop. Called for each piece, so it must stay cheap."""
 
     __slots__ = ("_generation", "_last", "_record")
 
@@ -47,12 +47,13 @@ class TokenClock:
             record.submitted_s = generation.submitted_at - record.started
         self._last: float | None = None
 
-    def tick(self) -> None:
-        """Record the arrival of a piece of text."""
+    def tick(self, tokens: int) -> None:
+        """Record the arrival of a piece of text of that many tokens."""
         now = time.monotonic()
         record = self._record
         if self._last is not None:
-            record.metrics.inter_token_latency.observe(now - self._last)
+            if tokens:
+                record.metrics.inter_token_latency.observe((now - self._last) / tokens, tokens)
         else:
             first_token_s = now - record.started
             record.metrics.time_to_first_token.observe(first_token_s)

@@ -31,7 +31,6 @@ from model.generation.requests import (
     Generation,
     PromptScores,
     Refusal,
-    TextPiece,
 )
 from model.generation.sampler import Sampler, score_rows, token_logprobs
 from model.generation.sequence import Sequence
@@ -374,6 +373,7 @@ class Scheduler:
                 self._score_prompt(sequence, segment, output)
             if sequence.num_computed_tokens == sequence.num_tokens:
                 self._take_tokens(sequence, segment, output)
+                sequence.deliver()
         except GrammarFailure as error:
             self._leave(sequence, "error", error=str(error), refusal="grammar")
         except Exception:
@@ -419,7 +419,7 @@ class Scheduler:
         self._slots.trim(sequence.slot, segment.start + len(segment.ids) + segment.steps - 1)
 
     def _take_token(self, sequence: Sequence, segment: Segment, output: SegmentOutput, row: int) -> None:
-        """Append the token of a row and deliver the text that no later token can change."""
+        """Append the token of a row and add the text that no later token can change."""
         request, generation = sequence.request, sequence.generation
         if request.max_tokens == 0:
             self._leave(sequence, "length")
@@ -443,7 +443,7 @@ class Scheduler:
         logprobs = () if sequence.scored_row is None else (sequence.scored_row.of(token),)
         may_stop = generation.generated_tokens >= request.min_tokens
         text, stop = sequence.text.push(token, may_stop=may_stop)
-        generation.emit(TextPiece(text, (token,), logprobs))
+        sequence.add_text(text, token, logprobs)
         if stop is not None:
             self._leave(sequence, "stop", stopped_by=stop)
         elif ends:
@@ -475,8 +475,7 @@ class Scheduler:
     def _end_text(self, sequence: Sequence, reason: FinishReason, *, stopped_by: int | None = None) -> None:
         """Emit the held-back text, then finish."""
         rest, stop = sequence.text.end()
-        if rest:
-            sequence.generation.emit(TextPiece(rest, ()))
+        sequence.add_text(rest)
         if stop is None:
             self._leave(sequence, reason, stopped_by=stopped_by)
         else:
@@ -496,5 +495,6 @@ class Scheduler:
         if reason == "error":
             self._slots.clear(sequence.slot)
         self._slots.touch(sequence.slot)
+        sequence.deliver()
         self.pace.ended(sequence.generation)
         sequence.generation.finish(reason, stopped_by=stopped_by, error=error, refusal=refusal)

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from model.generation.constraints import Constraint
-from model.generation.requests import Generation, TokenLogprob
+from model.generation.requests import Generation, TextPiece, TokenLogprob
 from model.generation.sampler import Sampler, ScoredRow
 from model.generation.speculation.length import proposal_length
 from model.generation.speculation.repetition import FIRST_RATE, Proposer
@@ -58,6 +58,7 @@ class Sequence:
         self.scored_row: ScoredRow | None = None
         """Log-probabilities of the next token, if they are requested."""
         self.text = GeneratedText(request, token_bytes)
+        self._pieces: list[TextPiece] = []
 
     @property
     def is_prefilling(self) -> bool:
@@ -134,6 +135,22 @@ class Sequence:
         ids = np.append(self.ids[self.num_computed_tokens : self.num_tokens], proposal)
         draws = () if self.sampler.is_greedy else self.sampler.draws(rows)
         return Segment(self.slot, self.num_computed_tokens, ids, "token", draws, rows)
+
+    def add_text(self, text: str, token: int | None = None, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
+        """Text to deliver, and the token that completed it; None: no token did."""
+        if text or token is not None:
+            self._pieces.append(TextPiece(text, () if token is None else (token,), logprobs))
+
+    def deliver(self) -> None:
+        """Emit the text added since the last time, as one piece: an event costs a server as much as a token."""
+        if len(self._pieces) > 1:
+            text = "".join(piece.text for piece in self._pieces)
+            ids = tuple(token for piece in self._pieces for token in piece.token_ids)
+            logprobs = tuple(score for piece in self._pieces for score in piece.logprobs)
+            self._pieces = [TextPiece(text, ids, logprobs)]
+        for piece in self._pieces:
+            self.generation.emit(piece)
+        self._pieces.clear()
 
     @property
     def is_plain(self) -> bool:

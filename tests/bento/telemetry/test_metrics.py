@@ -10,6 +10,7 @@ from starlette.testclient import TestClient
 
 import bento
 from bento.serving.models import Models
+from bento.telemetry import record
 from bento.telemetry.metrics import Histogram, ServiceMetrics
 from bento.telemetry.record import RequestRecord
 from model.generation.requests import EngineStats, Finished, Generation, GenerationRequest
@@ -94,20 +95,33 @@ def test_a_distribution_counts_each_value_below_its_bounds():
 
 
 def test_a_clock_distinguishes_the_first_token_from_later_ones_and_counts_generated_tokens(metrics):
-    record = RequestRecord("id", metrics)
+    request = RequestRecord("id", metrics)
     for cached in (0, 2):
         generation = Generation(GenerationRequest([1, 2, 3], 5))
-        clock = record.follow(generation)
+        clock = request.follow(generation)
         generation.start(cached)
         for _ in range(4):
-            clock.tick()
+            clock.tick(1)
         generation.generated_tokens = 4
         clock.stop(Finished("length", 3, 4))
     shown = samples(metrics)
     assert shown["rex_time_to_first_token_seconds_count"] == 2
     assert shown["rex_inter_token_latency_seconds_count"] == 6
     assert shown["rex_request_queue_time_seconds_count"] == 2
-    assert (record.generated_tokens, record.cached_tokens, record.finish_reason) == (8, 2, "length")
+    assert (request.generated_tokens, request.cached_tokens, request.finish_reason) == (8, 2, "length")
+
+
+def test_tokens_that_arrive_together_share_the_time_since_the_last_ones(metrics, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(record.time, "monotonic", lambda: now)
+    clock = RequestRecord("id", metrics).follow(Generation(GenerationRequest([1, 2, 3], 20)))
+    clock.tick(1)
+    for tokens in (8, 0, 2):  # of a call of several tokens; the end of held-back text; proposed tokens
+        now += 0.08
+        clock.tick(tokens)
+    shown = samples(metrics)
+    assert shown["rex_inter_token_latency_seconds_count"] == 10
+    assert shown["rex_inter_token_latency_seconds_sum"] == pytest.approx(0.16)
 
 
 def test_no_client_can_make_the_metrics_grow():

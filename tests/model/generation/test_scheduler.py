@@ -5,7 +5,7 @@ import torch
 
 from model.generation.queue import PRESENT_S, QueueFull, RequestQueue
 from model.generation.requests import Finished, Generation, GenerationRequest, SamplingParameters, TextPiece
-from model.generation.scheduler import Scheduler
+from model.generation.scheduler import MOST_CHAINED, Scheduler
 from model.generation.steps.native import NativeStep
 from model.generation.steps.reference import ReferenceStep
 from model.generation.steps.step import Segment
@@ -415,18 +415,34 @@ def test_a_text_whose_tokens_the_step_cannot_choose_alone_gets_one_token_in_a_ca
 
 @needs_native
 def test_a_text_that_is_canceled_within_a_call_gets_no_further_token(chaining):
-    made: list = []
+    generation, made = add(chaining, [5, 6, 7], 40)
+    decode = chaining._step._session.decode
 
-    def deliver(event):
-        made.append(event)
-        if len(made) == 3:
+    def cancel(texts, steps, draws):
+        if generation.generated_tokens > 1:
             generation.cancel()
+        return decode(texts, steps, draws)
 
-    generation = Generation(GenerationRequest([5, 6, 7], 20, GREEDY), deliver)
-    chaining._queue.put([generation], room=chaining.free_slots)
+    chaining._step._session.decode = cancel
     run_all(chaining)
-    assert [type(event) for event in made] == [TextPiece] * 3 + [Finished]
-    assert made[-1].finish_reason == "cancelled"
+    *pieces, end = made
+    assert [len(piece.token_ids) for piece in pieces] == [1, MOST_CHAINED, 1]
+    assert end.finish_reason == "cancelled"
+
+
+@needs_native
+def test_the_tokens_of_a_call_come_as_one_piece_with_the_text_of_all(chaining):
+    _, made = add(chaining, [5, 6, 7], 20)
+    run_all(chaining)
+    pieces = made[:-1]
+    assert [len(piece.token_ids) for piece in pieces] == [1, 8, 8, 3]
+    one_by_one = schedule(NativeRecorder.create(tiny_model(tiny_tokenizer()), 4))
+    one_by_one._step.chains = False
+    _, expected = add(one_by_one, [5, 6, 7], 20)
+    run_all(one_by_one)
+    assert len(expected) == 21
+    assert "".join(piece.text for piece in pieces) == "".join(piece.text for piece in expected[:-1])
+    assert [i for piece in pieces for i in piece.token_ids] == [i for piece in expected[:-1] for i in piece.token_ids]
 
 
 @needs_native
@@ -445,8 +461,8 @@ def test_a_broken_number_within_a_call_ends_only_its_text_after_the_tokens_befor
     before = len(broken)
     chaining._step._session.decode = break_third
     chaining.step()
-    assert [type(event) for event in broken[before:]] == [TextPiece] * 2 + [Finished]
-    assert broken[-1].finish_reason == "error"
+    piece, end = broken[before:]
+    assert len(piece.token_ids) == 2 and end.finish_reason == "error"
     chaining._step._session.decode = decode
     run_all(chaining)
-    assert other[-1].finish_reason == "length" and len(other) == 21
+    assert other[-1].finish_reason == "length" and sum(len(piece.token_ids) for piece in other[:-1]) == 20

@@ -57,10 +57,10 @@ def _beside(report: dict[str, Any]) -> str:
     if report["llama_cpp_left_out"]:
         return ""
     return (
-        f"; llama.cpp (F32) {numbers['llama_cpp_f32_decode_tokens_per_second']:,.0f} and "
-        f"{numbers['llama_cpp_f32_batch_tokens_per_second']:,.0f}, (Q8_0) "
-        f"{numbers['llama_cpp_q8_0_decode_tokens_per_second']:,.0f} and "
-        f"{numbers['llama_cpp_q8_0_batch_tokens_per_second']:,.0f}"
+        f"; llama.cpp (F32) {numbers['llama_cpp_f32']:,.0f} and "
+        f"{numbers['llama_cpp_f32_batch']:,.0f}, (Q8_0) "
+        f"{numbers['llama_cpp_q8_0']:,.0f} and "
+        f"{numbers['llama_cpp_q8_0_batch']:,.0f}"
     )
 
 

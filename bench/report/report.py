@@ -151,10 +151,11 @@ def summarize(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _llama_cpp(engine: Callable[[str, str], dict[str, float]]) -> dict[str, float]:
+    """Tokens per second; the UI cuts off longer names."""
+    found = {kind: engine(LLAMA_CPP, kind) for kind in KINDS}
     return {
-        f"llama_cpp_{kind.lower()}_{work}_tokens_per_second": speed
-        for kind in KINDS
-        for work, speed in engine(LLAMA_CPP, kind).items()
+        **{f"llama_cpp_{kind.lower()}": speeds["decode"] for kind, speeds in found.items()},
+        **{f"llama_cpp_{kind.lower()}_batch": speeds["batch"] for kind, speeds in found.items()},
     }
 
 

@@ -48,7 +48,7 @@ def benchmark_report(
             log=work.log,
         )
         found = report["summary"]
-        llama_cpp = found.get("llama_cpp_q8_0_decode_tokens_per_second")
+        llama_cpp = found.get("llama_cpp_q8_0")
         peers = {"llama.cpp Q8_0": llama_cpp} if llama_cpp else {}
         work.tracked.log_artifact(work.output)
         served = served_model(work.settings)
@@ -61,7 +61,7 @@ def benchmark_report(
                     **{
                         "one text, tokens/s": f"{found['decode_tokens_per_second']:,.0f}",
                         "quantized, tokens/s": f"{found['decode_tokens_per_second_quantized']:,.0f}",
-                        **{f"{name}, tokens/s": f"{speed:,.0f}" for name, speed in peers.items()},
+                        **{"llama.cpp, tokens/s": f"{speed:,.0f}" for speed in peers.values()},
                         "with the KV cache": f"{found['kv_cache_speedup']:.2f} times",
                         f"bits/byte, {report['quality']['windows']} windows": f"{found['bits_per_byte']:.4f}",
                     },

@@ -42,7 +42,7 @@ def plot_kv_cache(report: dict[str, Any], path: Path) -> None:
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "25" else "")
     summary = report["summary"]
     axes.set_title(
-        f"{summary['kv_cache_tokens']:,} tokens: {summary['kv_cache_speedup']:.1f} times as fast with the KV cache",
+        f"A PyTorch loop, {summary['kv_cache_tokens']:,} tokens: {summary['kv_cache_speedup']:.1f} times as fast with the KV cache",
         loc="left",
         fontsize=12,
         color=INK,
@@ -98,7 +98,7 @@ def plot_comparison(report: dict[str, Any], path: Path) -> None:
         drawn = axes.barh([name for name, _, _ in bars], [value for _, value, _ in bars], color=colors, height=0.72)
         axes.bar_label(drawn, [f"{value:,.0f}" for _, value, _ in bars], padding=3, fontsize=9, color=INK)
         axes.invert_yaxis()
-        axes.margins(x=0.1)
+        axes.margins(x=0.14)
         axes.set_title(title, loc="left", fontsize=11, color=INK)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         _finish(figure, axes, report, "x")

@@ -1,12 +1,13 @@
 """Overhead of the service over the engine, measured with a real server process on the loopback address.
 
-    python -m bench.serving [MODEL_DIR] [--rounds 15] [--seconds 20] [--turns 4] [--load-tokens 64] [--starts 3]
+    python -m bench.serving [MODEL_DIR] [--streams 8] [--tokens 128] [--rounds 15] [--seconds 20] [--turns 4]
 
 REX_... variables are options of the service; REX_THREADS also sets the threads of the engine in this process. Without a
 directory it makes a model of the shape of the `stdlib_30m` experiment with random weights. In one run, the engine in
 this process and the server take turns:
 
-- streams: eight greedy streams, tokens per second in total, and the share lost to HTTP, JSON and server-sent events;
+- streams: greedy answers to prompts of 64 tokens, tokens per second in total, and the share lost to HTTP, JSON and
+  server-sent events;
 - first token: one request while nothing else runs, milliseconds from sending it to its first text;
 - overload: Poisson arrivals at the service's capacity and at twice that; milliseconds to the first token of admitted
   requests; the others are answered 429;
@@ -45,7 +46,7 @@ from model.text.tokenizer import load_tokenizer, train_tokenizer
 from model.weights.int8 import count_parameters
 from model.weights.loading import load_model
 
-STREAMS, PROMPT_TOKENS, ANSWER_TOKENS = 8, 64, 128
+PROMPT_TOKENS = 64
 IDLE_PROMPT_TOKENS = 16
 MB = 1e6
 
@@ -73,24 +74,24 @@ class Prompts:
         return [self._numbers.randrange(2, self._vocab_size) for _ in range(tokens)]
 
 
-def engine_streams(engine: Engine, prompts: Prompts) -> float:
-    """Tokens per second of eight streams in this process."""
-    requests = [_request(prompts(PROMPT_TOKENS), ANSWER_TOKENS) for _ in range(STREAMS)]
+def engine_streams(engine: Engine, prompts: Prompts, streams: int, tokens: int) -> float:
+    """Tokens per second of streams in this process, each with an answer of `tokens`."""
+    requests = [_request(prompts(PROMPT_TOKENS), tokens) for _ in range(streams)]
     started = time.perf_counter()
     generations = [engine.submit(request) for request in requests]
     for generation in generations:
         for _ in generation:
             pass
-    return STREAMS * ANSWER_TOKENS / (time.perf_counter() - started)
+    return streams * tokens / (time.perf_counter() - started)
 
 
-def server_streams(server: Server, prompts: Prompts) -> float:
+def server_streams(server: Server, prompts: Prompts, streams: int, tokens: int) -> float:
     """The same over HTTP."""
     started = time.perf_counter()
-    answers = _ask_all(server, [prompts(PROMPT_TOKENS) for _ in range(STREAMS)], ANSWER_TOKENS)
+    answers = _ask_all(server, [prompts(PROMPT_TOKENS) for _ in range(streams)], tokens)
     seconds = time.perf_counter() - started
     _check(answers)
-    return STREAMS * ANSWER_TOKENS / seconds
+    return streams * tokens / seconds
 
 
 def engine_first_token(engine: Engine, prompts: Prompts) -> float:
@@ -178,7 +179,15 @@ def summary(answers: list[Answer]) -> dict[str, Any]:
 
 
 def measure(
-    model_dir: Path, *, rounds: int, seconds: float, turns: int, load_tokens: int, starts: int
+    model_dir: Path,
+    *,
+    streams: int,
+    tokens: int,
+    rounds: int,
+    seconds: float,
+    turns: int,
+    load_tokens: int,
+    starts: int,
 ) -> dict[str, Any]:
     """All figures as a dictionary; names end in their unit."""
     model = load_model(model_dir, device="cpu")
@@ -188,15 +197,16 @@ def measure(
     engine = Engine(model, load_tokenizer(model_dir), max_queue=64, threads=threads or usable_cores())
     engine.warm_up()
     prompts = Prompts(model.config.vocab_size)
-    result: dict[str, Any] = {"parameters": count_parameters(model), "start_s": [], "start_cpu_s": []}
+    result: dict[str, Any] = {"parameters": count_parameters(model), "streams": streams}
+    result |= {"start_s": [], "start_cpu_s": []}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(starts - 1):
             with serve(model_dir, Path(folder)) as server:
                 _note_start(result, server)
         with serve(model_dir, Path(folder)) as server:
             _note_start(result, server)
-            engine_streams(engine, prompts), server_streams(server, prompts)  # warm
-            result |= _take_turns(engine, server, prompts, rounds)
+            engine_streams(engine, prompts, streams, tokens), server_streams(server, prompts, streams, tokens)  # warm
+            result |= _take_turns(engine, server, prompts, streams, tokens, rounds)
             engine.stop()
             result["memory"] = _memory(server, engine, weights_bytes)
             result["overload"] = _overload(server, prompts, load_tokens, seconds, turns)
@@ -215,14 +225,16 @@ def _note_start(result: dict[str, Any], server: Server) -> None:
     _log(f"ready after {server.start_s:.1f} s and {server.start_cpu_s:.1f} s of CPU time")
 
 
-def _take_turns(engine: Engine, server: Server, prompts: Prompts, rounds: int) -> dict[str, Any]:
-    streams: dict[str, list[float]] = {"engine": [], "server": []}
+def _take_turns(
+    engine: Engine, server: Server, prompts: Prompts, streams: int, tokens: int, rounds: int
+) -> dict[str, Any]:
+    speeds: dict[str, list[float]] = {"engine": [], "server": []}
     first: dict[str, list[float]] = {"engine": [], "server": []}
     loop_s = worker_s = 0.0
     for number in range(rounds):
-        streams["engine"].append(engine_streams(engine, prompts))
+        speeds["engine"].append(engine_streams(engine, prompts, streams, tokens))
         before = server.cpu_s()
-        streams["server"].append(server_streams(server, prompts))
+        speeds["server"].append(server_streams(server, prompts, streams, tokens))
         after = server.cpu_s()
         loop_s, worker_s = loop_s + after[0] - before[0], worker_s + after[1] - before[1]
         for _ in range(8):
@@ -230,12 +242,12 @@ def _take_turns(engine: Engine, server: Server, prompts: Prompts, rounds: int) -
             answer = server.ask(prompts(IDLE_PROMPT_TOKENS), 8)
             _check([answer])
             first["server"].append(answer.first_s)
-        _log(f"round {number + 1} of {rounds}: {streams['engine'][-1]:.0f} and {streams['server'][-1]:.0f} tokens/s")
+        _log(f"round {number + 1} of {rounds}: {speeds['engine'][-1]:.0f} and {speeds['server'][-1]:.0f} tokens/s")
     # A ratio per round, because the machine's speed drifts between rounds.
-    costs = [1 - over / inside for over, inside in zip(streams["server"], streams["engine"], strict=True)]
+    costs = [1 - over / inside for over, inside in zip(speeds["server"], speeds["engine"], strict=True)]
     return {
-        "streams_engine_tokens_per_s": statistics.median(streams["engine"]),
-        "streams_server_tokens_per_s": statistics.median(streams["server"]),
+        "streams_engine_tokens_per_s": statistics.median(speeds["engine"]),
+        "streams_server_tokens_per_s": statistics.median(speeds["server"]),
         "streams_cost": statistics.median(costs),
         "streams_loop_share_of_cpu": loop_s / worker_s,
         "first_token_engine_ms": 1000 * statistics.median(first["engine"]),
@@ -277,9 +289,10 @@ def table(result: dict[str, Any]) -> str:
     """The figures as a table with their targets."""
     load, memory = result["overload"], result["memory_after_load"]
     extra_ms = result["first_token_server_ms"] - result["first_token_engine_ms"]
+    streams = f"{result['streams']} streams"
     rows = [
-        ("8 streams, engine in this process", f"{result['streams_engine_tokens_per_s']:.0f} tokens/s", ""),
-        ("8 streams, over HTTP", f"{result['streams_server_tokens_per_s']:.0f} tokens/s", ""),
+        (f"{streams}, engine in this process", f"{result['streams_engine_tokens_per_s']:.0f} tokens/s", ""),
+        (f"{streams}, over HTTP", f"{result['streams_server_tokens_per_s']:.0f} tokens/s", ""),
         ("cost of HTTP, SSE and JSON", f"{100 * result['streams_cost']:.1f} %", "at most 8 %"),
         ("event loop's share of worker's CPU time", f"{100 * result['streams_loop_share_of_cpu']:.1f} %", ""),
         ("first token when idle, engine", f"{result['first_token_engine_ms']:.1f} ms", ""),
@@ -300,6 +313,8 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     """Measure and print the table and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=8, help="answers at once")
+    parser.add_argument("--tokens", type=int, default=128, help="of each of these answers")
     parser.add_argument("--rounds", type=int, default=15, help="of streams and first tokens")
     parser.add_argument("--seconds", type=float, default=20.0, help="seconds of each load")
     parser.add_argument("--turns", type=int, default=4, help="of the load at the capacity and at twice it")

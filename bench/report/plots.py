@@ -42,7 +42,8 @@ def plot_kv_cache(report: dict[str, Any], path: Path) -> None:
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "25" else "")
     summary = report["summary"]
     axes.set_title(
-        f"A PyTorch loop, {summary['kv_cache_tokens']:,} tokens: {summary['kv_cache_speedup']:.1f} times as fast with the KV cache",
+        f"A PyTorch loop, {summary['kv_cache_tokens']:,} tokens: {summary['kv_cache_speedup']:.1f} times as fast with "
+        "the KV cache",
         loc="left",
         fontsize=12,
         color=INK,

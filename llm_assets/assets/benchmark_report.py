@@ -49,7 +49,7 @@ def benchmark_report(
         )
         found = report["summary"]
         llama_cpp = found.get("llama_cpp_q8_0")
-        peers = {"llama.cpp Q8_0": llama_cpp} if llama_cpp else {}
+        peer = {"llama.cpp, tokens/s": f"{llama_cpp:,.0f}"} if llama_cpp else {}
         work.tracked.log_artifact(work.output)
         served = served_model(work.settings)
         decision = work.tracked.find_decision(model_name(work.experiment), served, work.upstream[served].content_hash)
@@ -61,7 +61,7 @@ def benchmark_report(
                     **{
                         "one text, tokens/s": f"{found['decode_tokens_per_second']:,.0f}",
                         "quantized, tokens/s": f"{found['decode_tokens_per_second_quantized']:,.0f}",
-                        **{"llama.cpp, tokens/s": f"{speed:,.0f}" for speed in peers.values()},
+                        **peer,
                         "with the KV cache": f"{found['kv_cache_speedup']:.2f} times",
                         f"bits/byte, {report['quality']['windows']} windows": f"{found['bits_per_byte']:.4f}",
                     },
@@ -71,7 +71,7 @@ def benchmark_report(
                     {
                         "full precision": found["decode_tokens_per_second"],
                         "quantized": found["decode_tokens_per_second_quantized"],
-                        **peers,
+                        **({"llama.cpp Q8_0": llama_cpp} if llama_cpp else {}),
                         "PyTorch loop": found["loop_tokens_per_second"],
                     },
                     " tokens/s",

@@ -65,7 +65,7 @@ class RequestQueue:
                 dropped = self._take_interrupted()
                 fits = self._fits(generations, room)
             if fits:
-                self._arrivals |= {generation.request.client: self._clock() for generation in entering}
+                self._arrivals |= {one.request.client: self._clock() for one in entering if one.request.client}
                 self._held += len(generations) - len(entering)
                 for generation in entering:
                     self._waiting.append(generation)
@@ -96,7 +96,10 @@ class RequestQueue:
             return self._waiting.first(is_allowed, is_allowed_client=is_allowed_client)
 
     def present_clients(self) -> set[str]:
-        """Clients that sent a request within PRESENT_S, or wait."""
+        """Clients that sent a request within PRESENT_S, or wait.
+
+        A request without a name, as a server sends to warm up, counts while it waits.
+        """
         with self._lock:
             oldest = self._clock() - PRESENT_S
             self._arrivals = {client: at for client, at in self._arrivals.items() if at >= oldest}

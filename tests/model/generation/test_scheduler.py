@@ -369,6 +369,16 @@ def test_a_slot_stays_free_for_a_client_that_sent_a_request_lately(recorder):
     assert len(scheduler.running) == 4  # client b is no longer present
 
 
+def test_a_server_that_warms_up_is_not_a_client_for_which_steps_are_kept_short(recorder):
+    scheduler = schedule(recorder, prefill_chunk=64)
+    warming, _ = add(scheduler, [9], count=1)
+    scheduler.step()
+    assert warming.is_finished
+    add(scheduler, [*range(2, 62)], count=1, client="a")
+    scheduler.step()
+    assert sizes(recorder.steps[-1]) == [60]
+
+
 class NativeRecorder(NativeStep):
     """Remembers the tokens that each call computes of each text."""
 

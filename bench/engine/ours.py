@@ -46,7 +46,8 @@ def answer_times(
 class OurEngine(Contender):
     """`model.generation` with its default step and as many threads as the service uses.
 
-    tokenizer: None takes a small one. streams: most at once. threads: at most; None takes torch's.
+    tokenizer: None takes a small one. streams: most at once. threads: at most; None takes torch's, which is
+    then set to that of one text.
     """
 
     step = "auto"
@@ -60,8 +61,9 @@ class OurEngine(Contender):
         threads: int | None = None,
     ) -> None:
         super().__init__(model)
-        threads = threads or torch.get_num_threads()
-        torch.set_num_threads(decoding_threads(count_parameters(model), threads))
+        if threads is None:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(decoding_threads(count_parameters(model), threads))
         self._engine = Engine(
             model,
             tokenizer or small_tokenizer(),

@@ -31,15 +31,16 @@ def engine_work(
     threads: int,
 ) -> tuple[list[Work], str]:
     """The work of the engine that serves, and the name of its step. It ends with `stack`. threads: most of them."""
-    tokenizer, step = load_tokenizer(tokenizer_dir), ""
+    tokenizer = load_tokenizer(tokenizer_dir)
     work: list[Work] = []
+    steps = []
     for weights, model in models.items():
         streams = max(streams for streams, _ in workloads)
         engine = OurEngine(model, tokenizer, streams=streams, threads=threads)
         stack.callback(engine.close)
-        step = engine.name
+        steps.append(engine.name)
         work += _work(ENGINE, weights, partial(_decode, engine), workloads)
-    return work, step
+    return work, " and ".join(dict.fromkeys(steps))
 
 
 def _decode(engine: OurEngine, streams: int, tokens: int) -> float:
@@ -56,14 +57,15 @@ def llama_cpp_work(
 ) -> tuple[list[Work], str]:
     """The work of llama.cpp, and why it is left out, in one line, empty if it is not. It ends with `stack`."""
     reason = reason_to_leave_out(model, load_tokenizer(tokenizer_dir))
+    if max(streams for streams, _ in workloads) > MOST_STREAMS:
+        reason = f"takes at most {MOST_STREAMS} sequences at once"
     if reason:
         return [], reason
-    possible = [(streams, tokens) for streams, tokens in workloads if streams <= MOST_STREAMS]
     process = stack.enter_context(LlamaCppProcess.running(model_dir, tokenizer_dir, threads))
     work: list[Work] = []
     try:
         for kind in KINDS:
-            work += _work(LLAMA_CPP, kind, partial(process.decode, kind), possible)
+            work += _work(LLAMA_CPP, kind, partial(process.decode, kind), workloads)
     except PipelineError as error:
         return [], str(error)
     return work, ""

@@ -11,6 +11,7 @@ namespace rex {
 namespace {
 
 constexpr int64_t MAX_ROWS = 512;          // per chunk: a longer pass is divided, which bounds the buffers
+constexpr int32_t QUERIES = 8;             // of one text that read its keys and values together
 constexpr int64_t SHARED_FROM_BYTES = 96 << 10;  // weight bytes times rows: less runs on one thread
 constexpr int64_t SHARED_FROM_POSITIONS = 256;   // attention positions per task: fewer are not shared among threads
 constexpr int64_t SHARED_FROM_NUMBERS = 16 << 10;  // of norms, quantization and choice of tokens: fewer are not shared
@@ -22,7 +23,7 @@ Session::Session(const Model& model, int slots, bool cache_in_bf16, int64_t cach
       model_(model), kernels_(model.kernels), config_(model.config), strides_(model.strides),
       cache_in_bf16_(cache_in_bf16), threads_(threads), sharing_(shared_from),
       widest_(std::max({strides_.hidden, strides_.mixed, strides_.intermediate})),
-      scores_(threads * 4 * round_up(model.config.context_length, PAGE)) {}
+      scores_(threads * QUERIES * round_up(model.config.context_length, PAGE)) {}
 
 void Session::grow(int64_t rows) {
     if (rows <= rows_) return;
@@ -142,7 +143,7 @@ void Session::write_cache(const Row* rows, int64_t count, int64_t layer) {
 
 void Session::attend(const std::vector<Row>& rows, int64_t layer) {
     const int32_t group_heads = config_.heads / config_.groups;
-    const int32_t most_tokens = std::max(1, 4 / group_heads);
+    const int32_t most_tokens = std::max(1, QUERIES / group_heads);
     tasks_.clear();
     int64_t positions = 0;
     for (int64_t row = 0; row < (int64_t)rows.size();) {
@@ -178,7 +179,7 @@ void Session::attend(const std::vector<Row>& rows, int64_t layer) {
             attention.head_dim = config_.head_dim;
             attention.pages = cache.pages(rows[task.row].slot);
             attention.offset = cache.shape().offset(layer, task.group);
-            attention.scores = scores_.data() + thread * 4 * round_up(config_.context_length, PAGE);
+            attention.scores = scores_.data() + thread * QUERIES * round_up(config_.context_length, PAGE);
             attention.out = out.data();
             kernel(attention);
         }

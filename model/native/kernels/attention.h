@@ -55,7 +55,7 @@ INLINE void score_blocks(const uint8_t* keys, int64_t to_values, int64_t to_next
         }
 #pragma GCC unroll 16
     for (int b = 0; b < B * BLOCK_PARTS; b++)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < Q; j++) store(scores[j] + b * W, sum[b][j]);
 }
 
@@ -73,7 +73,7 @@ INLINE void mix_values(const Attention& a, int64_t values, int64_t stride, int64
 #pragma GCC unroll 8
             for (int v = 0; v < V; v++) {
                 const Vf value = C::value(page + s * stride + v * W);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int j = 0; j < Q; j++) sum[j][v] = fma(splat(weights[j][first + s]), value, sum[j][v]);
             }
         }
@@ -98,7 +98,7 @@ void attend_queries(const Attention& a, int32_t first_query) {
         q[j] = a.q[first_query + j];
         scores[j] = a.scores + j * width;
     }
-    constexpr int together = W == 16 ? 4 : W == 8 ? (Q > 2 ? 1 : 2) : 1;  // blocks whose sums fit into registers
+    constexpr int together = W == 16 ? (Q > 4 ? 2 : 4) : W == 8 ? (Q > 2 ? 1 : 2) : 1;  // blocks whose sums fit into registers
     for (int32_t first = 0; first < most; first += PAGE) {
         const uint8_t* keys = a.pages[first / PAGE] + a.offset;
         const int64_t to_next = first + PAGE < most ? a.pages[first / PAGE + 1] - a.pages[first / PAGE] : 0;
@@ -128,7 +128,7 @@ void attend_queries(const Attention& a, int32_t first_query) {
         }
         share[j] = 1.0f / sum_lanes(total);
     }
-    constexpr int V = W == 16 ? 4 : W == 8 ? (Q > 2 ? 2 : 4) : 2;
+    constexpr int V = W == 16 ? (Q > 4 ? 2 : 4) : W == 8 ? (Q > 2 ? 2 : 4) : 2;
     int64_t at = 0;
     for (; at + V * W <= stride; at += V * W) {
         Vf sum[Q][V] = {};
@@ -146,6 +146,10 @@ void attend_queries(const Attention& a, int32_t first_query) {
 template <class C>
 void attend(const Attention& a) {
     int32_t first = 0;
+    if (W == 16) {
+        for (; first + 8 <= a.queries; first += 8) attend_queries<C, 8>(a, first);
+        for (; first + 6 <= a.queries; first += 6) attend_queries<C, 6>(a, first);
+    }
     for (; first + 4 <= a.queries; first += 4) attend_queries<C, 4>(a, first);
     if (a.queries - first == 3) attend_queries<C, 3>(a, first);
     if (a.queries - first == 2) attend_queries<C, 2>(a, first);

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -235,3 +237,12 @@ def test_a_forked_process_drops_a_session_whose_threads_it_has_not(fastest):
             pytest.fail("the child waited for threads that it has not")
         time.sleep(0.01)
     assert len(session.step([Segment(0, 0, np.arange(8), 1)])[1]) == 1
+
+
+@pytest.mark.medium
+@pytest.mark.processes
+def test_a_session_that_lives_until_the_interpreter_ends_is_silent(fastest):
+    imports = "from tests.model.native.test_session import *; from model.generation.steps.native import NativeStep"
+    lines = [imports, "step = NativeStep.create(tiny_model(tiny_tokenizer()), 1, threads=2)"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -197,8 +197,8 @@ def measure(
     engine = Engine(model, load_tokenizer(model_dir), max_queue=64, threads=threads or usable_cores())
     engine.warm_up()
     prompts = Prompts(model.config.vocab_size)
-    result: dict[str, Any] = {"parameters": count_parameters(model), "streams": streams}
-    result |= {"start_s": [], "start_cpu_s": []}
+    parameters = count_parameters(model)
+    result: dict[str, Any] = {"parameters": parameters, "streams": streams, "start_s": [], "start_cpu_s": []}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(starts - 1):
             with serve(model_dir, Path(folder)) as server:

@@ -126,6 +126,10 @@ class Contender:
         """Sixteen ragged streams with long-tailed answers."""
         return self._ragged(self._long_tailed_answers[: self.requests])
 
+    def from_one_token(self, streams: int, tokens: int) -> float:
+        """Equal streams, each up to `tokens` tokens, from a prompt of one token."""
+        return self.decode(streams, 1, max(2, tokens - 1))
+
     def decode(self, streams: int, prompt_tokens: int, answer_tokens: int) -> float:
         """Equal streams; prompts of at least one token, answers of at least two."""
         raise NotImplementedError

@@ -33,18 +33,13 @@ def engine_work(
     """The work of the engine that serves, and the name of its step. It ends with `stack`. threads: most of them."""
     tokenizer = load_tokenizer(tokenizer_dir)
     work: list[Work] = []
-    steps = []
+    steps, streams = [], max(streams for streams, _ in workloads)
     for weights, model in models.items():
-        streams = max(streams for streams, _ in workloads)
         engine = OurEngine(model, tokenizer, streams=streams, threads=threads)
         stack.callback(engine.close)
         steps.append(engine.name)
-        work += _work(ENGINE, weights, partial(_decode, engine), workloads)
+        work += _work(ENGINE, weights, engine.from_one_token, workloads)
     return work, " and ".join(dict.fromkeys(steps))
-
-
-def _decode(engine: OurEngine, streams: int, tokens: int) -> float:
-    return engine.decode(streams, 1, max(2, tokens - 1))
 
 
 def llama_cpp_work(

@@ -1,17 +1,16 @@
 """llama.cpp on the weights of a checkpoint, in a separate process, which its errors abort.
 
-The process, `python -m bench.report.llama_cpp CHECKPOINT_DIR TOKENIZER_DIR THREADS`, reads JSON lines of a
-kind of weights, streams and tokens, and answers with a line of tokens per second, at llama.cpp's best setting.
+The process, `python -m bench.report.llama_cpp CHECKPOINT_DIR TOKENIZER_DIR THREADS`, reads JSON lines of a kind
+of weights, streams and tokens, and answers each with a line: tokens per second at llama.cpp's best setting.
 """
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from bench.engine.llama_cpp import LlamaCpp, LlamaCppFloat32, installed
 from model.errors import PipelineError
 from model.export.gguf import reason_against
 from model.modeling_rex import RexForCausalLM
-from model.system.commands import ending_with_parent
+from model.system.commands import ending_with_parent, finding_modules
 from model.text.tokenizer import load_tokenizer
 from model.weights.loading import load_model
 
@@ -50,7 +49,6 @@ class LlamaCppProcess:
     @contextmanager
     def running(cls, checkpoint_dir: Path, tokenizer_dir: Path, threads: int) -> Iterator["LlamaCppProcess"]:
         """Start it, and end it with the block. threads: most of them."""
-        root = str(Path(__file__).parents[2])
         command = [sys.executable, "-m", "bench.report.llama_cpp", str(checkpoint_dir), str(tokenizer_dir)]
         with (
             tempfile.TemporaryFile("w+") as errors,
@@ -60,7 +58,7 @@ class LlamaCppProcess:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path])},
+                env=finding_modules(),
             ) as process,
         ):
             yield cls(process, errors)  # leaving closes its input, which ends it
@@ -73,6 +71,8 @@ class LlamaCppProcess:
             self._process.stdin.flush()
             return float(self._process.stdout.readline())
         except (OSError, ValueError):
+            with suppress(OSError):  # what it did not read would be written again on closing
+                self._process.stdin.close()
             self._errors.seek(0)
             said = self._errors.read().strip().splitlines()
             reason = said[-1] if said else f"exit status {self._process.wait()}"
@@ -91,7 +91,7 @@ def main() -> None:
     contenders = {kind: contender(model, tokenizer) for kind, contender in KINDS.items()}
     for line in sys.stdin:
         kind, streams, tokens = json.loads(line)
-        print(contenders[kind].decode(streams, 1, max(2, tokens - 1)), flush=True)
+        print(contenders[kind].from_one_token(streams, tokens), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 
 from bench.decode import decode, prompt
 from model.errors import PipelineError
-from model.system.commands import ending_with_parent
+from model.system.commands import ending_with_parent, finding_modules
 from model.system.memory import peak_resident_bytes
 from model.weights.loading import load_model
 
@@ -41,13 +41,11 @@ def measure_peaks(configurations: list[Configuration]) -> list[dict[str, Any]]:
     On a GPU also `peak_gpu_bytes`, torch's peak allocation there. Raises PipelineError if a child fails.
     """
     request = json.dumps([asdict(configuration) for configuration in configurations])
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path])}
     result = subprocess.run(
         ending_with_parent([sys.executable, "-m", "bench.report.memory", request]),
         capture_output=True,
         text=True,
-        env=environment,
+        env=finding_modules(),
         check=False,
     )
     if result.returncode:

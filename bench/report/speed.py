@@ -63,6 +63,7 @@ def measure_speed(
         for use_cache in (True, False):
             decode(one, prompt(one), 2, use_cache=use_cache)
     workloads = list(dict.fromkeys([(1, common), *((size, settings.batch_tokens) for size in settings.batch_sizes)]))
+    log("benchmark: each engine tries its settings")
     with ExitStack() as stack:
         ours, step = engine_work(stack, models, tokenizer_dir, workloads, threads)
         peers, reason = llama_cpp_work(stack, reference, checkpoint_dir, tokenizer_dir, workloads, threads)

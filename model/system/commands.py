@@ -4,8 +4,10 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from threading import Thread
 from typing import IO
 
@@ -22,6 +24,11 @@ def ending_with_parent(command: Sequence[str], signal: str = "KILL") -> list[str
     """
     setpriv = shutil.which("setpriv")
     return [setpriv, "--pdeathsig", signal, *command] if setpriv else list(command)
+
+
+def finding_modules() -> dict[str, str]:
+    """The environment in which a Python process finds the modules that this one finds, and those of this checkout."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
 
 
 def run(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench.decode import decode, measure_kv_cache, prompt
+from bench.engine.pytorch import GreedyLoop
 from bench.report import llama_cpp
 from bench.report.engines import llama_cpp_work
 from bench.report.markdown import render
@@ -180,6 +181,7 @@ def test_llama_cpp_stands_beside_the_engine(report):
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_llama_cpp_that_fails_is_left_out_with_its_reason(directories, monkeypatch, tmp_path):
     (tmp_path / "llama_cpp.py").write_text("raise SystemExit('ggml.c:1: GGML_ASSERT(is_right) failed')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -187,6 +189,23 @@ def test_llama_cpp_that_fails_is_left_out_with_its_reason(directories, monkeypat
     with ExitStack() as stack:
         found = llama_cpp_work(stack, model, directories["checkpoint"], tokenizer, [(1, 4)], 1)
     assert found == ([], "llama.cpp ended: ggml.c:1: GGML_ASSERT(is_right) failed")
+    with llama_cpp.LlamaCppProcess.running(directories["checkpoint"], tokenizer, 1) as process:
+        process._process.wait()
+        with pytest.raises(PipelineError, match=r"llama.cpp ended: .*GGML_ASSERT"):
+            process.decode("Q8_0", 1, 4)
+
+
+def test_the_process_answers_each_line_with_a_speed(directories, monkeypatch, capsys):
+    """Another contender stands for llama.cpp, which is compiled for minutes."""
+    monkeypatch.setattr(llama_cpp, "KINDS", {"Q8_0": lambda model, tokenizer: GreedyLoop(model)})
+    tokenizer = directories["dataset"] / "tokenizer"
+    monkeypatch.setattr("sys.argv", ["-", str(directories["checkpoint"]), str(tokenizer), "1"])
+    monkeypatch.setattr("sys.stdin", ['["Q8_0", 1, 12]\n', '["Q8_0", 2, 4]\n'])
+    threads = torch.get_num_threads()
+    llama_cpp.main()
+    torch.set_num_threads(threads)
+    first, second = map(float, capsys.readouterr().out.split())
+    assert first > 0 and second > 0
 
 
 @pytest.mark.processes

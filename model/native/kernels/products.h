@@ -15,7 +15,7 @@ constexpr int LINE = 64;            // bytes: PANEL outputs by 1, 2 or 4 inputs
 constexpr int PARTS = PANEL / W;    // vectors of a line of float32
 constexpr int AHEAD = 32;           // lines by which several rows fetch weights in advance; one row is fast without
 
-// Panels at a time.
+// Panels and rows at a time.
 struct Blocks {
     static constexpr int solo = W == 16 ? 8 : 4;  // for one row: enough independent sums to hide the latency of additions
     static constexpr int pair = W == 16 ? 4 : 2;  // for two and three rows

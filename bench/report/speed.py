@@ -17,7 +17,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from bench.decode import decode, generate, llama_of_equal_shape, prefill, prompt
-from bench.report.engines import Work, engine_work, llama_cpp_work
+from bench.report.engines import LLAMA_CPP, Work, engine_work, llama_cpp_work
+from model.errors import PipelineError
 from model.modeling_rex import RexForCausalLM
 from model.progress import Log, Progress, silent
 from model.settings import BenchmarkSettings
@@ -71,8 +72,17 @@ def measure_speed(
         progress = Progress(log, "benchmark", settings.repeats * sum(amount for _, amount, _ in work), "units of work")
         for number in range(settings.repeats):
             for key, amount, run in work[number % len(work) :] + work[: number % len(work)]:
-                rounds.setdefault(key, []).append(run())
                 progress.advance(amount)
+                if reason and key[1] == LLAMA_CPP:
+                    continue
+                try:
+                    rounds.setdefault(key, []).append(run())
+                except PipelineError as error:
+                    if key[1] != LLAMA_CPP:
+                        raise
+                    reason = str(error)  # its process has ended: the report does without it
+    if reason:
+        rounds = {key: values for key, values in rounds.items() if key[1] != LLAMA_CPP}
     return {"step": step, "llama_cpp_left_out": reason, **_rows(rounds, lengths, every, settings)}
 
 

@@ -2,9 +2,9 @@
 
 In each step every running sequence decodes one token, and prefill fills the step up to `prefill_chunk` tokens, so a
 long prompt delays the others by one chunk at most. Without prompts a step may compute several tokens of each sequence.
-While several clients are present the chunk is a sixteenth of that, shared among those that are prefilled, the client
-with the fewest requests is prefilled in steps of its own at most every other time, and a slot stays free for a client
-that has none, so that a first token waits for at most a short step of the others.
+While several clients are present the chunk is what a short step computes, shared among those that are prefilled, the
+client with the fewest requests is prefilled in steps of its own at most every other time, and a slot stays free for a
+client that has none, so that a first token waits for at most a short step of the others.
 Sequences join and leave at every step. A failing request does not affect the others. All of this runs in one thread;
 `engine.py` has queueing, threads and restarts.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from model.generation.constraints import Constraint, TokenIndex, is_constrained
 from model.generation.grammar.grammar import GrammarFailure
-from model.generation.pace import Pace
+from model.generation.pace import Pace, StepBudget
 from model.generation.queue import RequestQueue, is_short
 from model.generation.requests import (
     FAILED,
@@ -41,11 +41,8 @@ from model.generation.steps.step import Segment, SegmentOutput, Step
 logger = logging.getLogger(__name__)
 SLOTS_PER_KEPT = 16
 """One slot in this many is reserved for short answers, so that they do not wait for long ones."""
-SHARED_CHUNKS = 16
-"""While several clients are present a step has this fraction of `prefill_chunk`: more would delay the others."""
 SHARED_STARTS = 4
-"""Requests that start in one step while several clients are present: one whose prompt is in the cache adds a token to
-the step, and the time to look its prompt up and to read its keys and values."""
+"""Requests that start in one step while several clients are present: each is looked up in the cache first."""
 CHAIN_S = 0.002
 """Time of a call that computes several tokens of each text: a request that comes meanwhile waits for its end."""
 MOST_CHAINED = 8
@@ -84,7 +81,7 @@ class Scheduler:
         self._token_index: TokenIndex | None = None
         self._kv_cache = kv_cache
         # Chunked prefill needs the cache of the earlier chunks.
-        self._prefill_chunk = prefill_chunk if kv_cache else sys.maxsize
+        self._budget = StepBudget(prefill_chunk if kv_cache else sys.maxsize)
         self._free = list(range(step.slots))
         self._present: set[str] = set()
         """Clients that have running requests or sent one lately."""
@@ -135,8 +132,9 @@ class Scheduler:
         batch = self._next_batch()
         if not batch:
             return False
+        has_prompts = any(sequence.is_prefilling for sequence, _ in batch)
+        started = time.perf_counter()
         try:
-            started = time.perf_counter()
             outputs = self._step.compute([segment for _, segment in batch])
             self._token_s = (time.perf_counter() - started) / batch[0][1].steps
         except Exception:
@@ -148,6 +146,8 @@ class Scheduler:
         self._score_rows(batch, outputs)
         for (sequence, segment), output in zip(batch, outputs, strict=True):
             self._process(sequence, segment, output)
+        if has_prompts:
+            self._budget.count(sum(len(segment.ids) for _, segment in batch), time.perf_counter() - started)
         return True
 
     def _forget_computed_tokens(self) -> None:
@@ -157,9 +157,9 @@ class Scheduler:
 
     def _next_batch(self) -> Batch:
         self._count_clients()
-        chunk = self._prefill_chunk
+        chunk = self._budget.most
         if len(self._present) > 1:
-            chunk = math.ceil(chunk / SHARED_CHUNKS)
+            chunk = self._budget.shared
             while self._start_next(has_priority=True):
                 pass
         first = self._first_client(chunk)

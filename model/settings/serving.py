@@ -45,7 +45,7 @@ class ServingSettings(Settings, group="serving"):
     prefill_chunk: int = option(
         256,
         "Tokens of a step with prefill, decoded ones included: bounds how long a prompt delays running texts. "
-        "A sixteenth of it while several clients send requests.",
+        "While several clients send requests: as many as take 5 ms, at least a sixteenth.",
         unit="tokens",
         above=0,
         maximum=2**20,

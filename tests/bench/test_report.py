@@ -10,7 +10,7 @@ import torch
 
 from bench.decode import decode, measure_kv_cache, prompt
 from bench.engine.pytorch import GreedyLoop
-from bench.report import llama_cpp
+from bench.report import llama_cpp, speed
 from bench.report.engines import llama_cpp_work
 from bench.report.markdown import render
 from bench.report.memory import Configuration, measure_peaks
@@ -166,8 +166,8 @@ def test_without_llama_cpp_the_page_says_how_to_add_it(report, directories, monk
 def test_llama_cpp_stands_beside_the_engine(report):
     """With its rows, as a machine that has it would give them."""
     rows = [
-        {**row, "engine": "llama.cpp", "model": kind, "tokens_per_second": speed * row["sequences"]}
-        for kind, speed in (("Q8_0", 123.0), ("F32", 45.0))
+        {**row, "engine": "llama.cpp", "model": kind, "tokens_per_second": rate * row["sequences"]}
+        for kind, rate in (("Q8_0", 123.0), ("F32", 45.0))
         for row in ours(report)
         if row["model"] == "int8"
     ]
@@ -193,6 +193,24 @@ def test_llama_cpp_that_fails_is_left_out_with_its_reason(directories, monkeypat
         process._process.wait()
         with pytest.raises(PipelineError, match=r"llama.cpp ended: .*GGML_ASSERT"):
             process.decode("Q8_0", 1, 4)
+
+
+@pytest.mark.parametrize("answered", [0, 1, 3])
+def test_a_report_goes_on_without_llama_cpp_that_ends_between_two_timings(directories, monkeypatch, answered):
+    speeds = [7.0] * answered
+
+    def decode() -> float:
+        if not speeds:
+            raise PipelineError("llama.cpp ended: exit status -9")
+        return speeds.pop()
+
+    work = [(("engines", "llama.cpp", kind, 1, 4), 4, decode) for kind in llama_cpp.KINDS]
+    monkeypatch.setattr(speed, "llama_cpp_work", lambda *_: (work, ""))
+    models = {"full precision": load_model(directories["checkpoint"])}
+    found = speed.measure_speed(models, BENCHMARK, directories["checkpoint"], directories["dataset"] / "tokenizer", 1)
+    assert found["llama_cpp_left_out"] == "llama.cpp ended: exit status -9"
+    assert {row["engine"] for row in found["engines"]} == {"engine"}
+    assert all(len(row["rounds_s"]) == 2 for row in found["engines"])
 
 
 def test_the_process_answers_each_line_with_a_speed(directories, monkeypatch, capsys):

@@ -1,7 +1,8 @@
-"""When a full queue has room again: by the tokens of all admitted requests, those of beams included."""
+"""When a full queue has room again, by the tokens of all admitted requests; the size of several clients' steps."""
 
 import pytest
 
+from model.generation.pace import NEW_SHARE, SHARED_STEP_S, StepBudget
 from model.generation.requests import Beams, EngineBusy, GenerationRequest
 from tests.model.generation.engines import GREEDY, PROMPT, last, start
 
@@ -49,3 +50,44 @@ def test_long_answers_are_expected_to_be_as_long_as_the_former_ones(model, token
     assert engine._scheduler.pace.seconds([running, *waiting], 1) == NEW * (64 + 64 + 1)
     held.open()
     engine.stop()
+
+
+def test_a_step_of_several_clients_has_a_sixteenth_until_the_speed_is_known():
+    assert StepBudget(256).shared == 16
+    assert StepBudget(10).shared == 1
+
+
+def test_a_step_of_several_clients_has_the_tokens_of_a_short_time_in_whole_tiles():
+    budget = StepBudget(256)
+    budget.count(16, 16 / 40 * SHARED_STEP_S * NEW_SHARE)  # the moving average is now 40 tokens in that time
+    assert budget.shared == 32
+
+
+@pytest.mark.parametrize(("per_second", "shared"), [(1e9, 256), (100, 16)])
+def test_a_step_of_several_clients_is_at_least_a_sixteenth_and_at_most_the_whole(per_second, shared):
+    budget = StepBudget(256)
+    for _ in range(100):
+        budget.count(256, 256 / per_second)
+    assert budget.shared == shared
+
+
+def test_steps_with_less_than_was_allowed_do_not_make_later_ones_shorter():
+    budget = StepBudget(256)
+    for _ in range(100):
+        budget.count(256, SHARED_STEP_S)
+    for _ in range(100):
+        budget.count(10, SHARED_STEP_S / 2)
+    assert budget.shared > 200
+    for _ in range(100):
+        budget.count(256, 4 * SHARED_STEP_S)
+    assert budget.shared == 64
+
+
+def test_the_steps_grow_to_what_the_time_allows_where_a_step_has_a_fixed_cost():
+    def seconds(tokens: int) -> float:
+        return 0.001 + tokens * 4e-5
+
+    budget = StepBudget(256)
+    for _ in range(100):
+        budget.count(budget.shared, seconds(budget.shared))
+    assert 0.8 * SHARED_STEP_S < seconds(budget.shared) <= SHARED_STEP_S

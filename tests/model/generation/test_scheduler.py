@@ -30,6 +30,12 @@ def recorder() -> Recorder:
     return Recorder(tiny_model(tiny_tokenizer()), 4)
 
 
+@pytest.fixture
+def slow_machine(monkeypatch) -> None:
+    """Steps of several clients have a sixteenth of `prefill_chunk`, whatever the machine could compute in that time."""
+    monkeypatch.setattr("model.generation.pace.SHARED_STEP_S", 0)
+
+
 def schedule(step: ReferenceStep, **options) -> Scheduler:
     return Scheduler(
         step,
@@ -259,7 +265,7 @@ def test_long_answers_leave_a_slot_to_short_ones(recorder):
     assert isinstance(events[-1], Finished)
 
 
-def test_a_client_that_joins_is_prefilled_first_in_short_steps(recorder):
+def test_a_client_that_joins_is_prefilled_first_in_short_steps(recorder, slow_machine):
     step = Recorder(tiny_model(tiny_tokenizer()), 4)
     scheduler = schedule(step, prefill_chunk=64)
     for start in (2, 60):
@@ -274,7 +280,19 @@ def test_a_client_that_joins_is_prefilled_first_in_short_steps(recorder):
     assert sizes(step.steps[-1]) == [1, 3]  # a sixteenth of a chunk, with the other's next tokens
 
 
-def test_a_short_prompt_goes_before_one_client_with_many_requests_in_a_row(recorder):
+def test_steps_of_several_clients_have_as_many_tokens_as_a_short_time_allows(recorder, monkeypatch):
+    step = Recorder(tiny_model(tiny_tokenizer()), 4)
+    scheduler = schedule(step, prefill_chunk=64)
+    monkeypatch.setattr("model.generation.pace.SHARED_STEP_S", 1e9)
+    add(scheduler, [5, 6], client="a")
+    scheduler.step()
+    for client in "ab":
+        add(scheduler, list(range(2, 72)), client=client)
+    scheduler.step()
+    assert sum(sizes(step.steps[-1])) == 64
+
+
+def test_a_short_prompt_goes_before_one_client_with_many_requests_in_a_row(recorder, slow_machine):
     step = Recorder(tiny_model(tiny_tokenizer()), 4)
     scheduler = schedule(step, prefill_chunk=64)  # shared: 4 tokens
     for number in range(9):
@@ -290,7 +308,7 @@ def test_a_short_prompt_goes_before_one_client_with_many_requests_in_a_row(recor
             scheduler.step()
 
 
-def test_running_streams_go_on_at_least_every_other_step(recorder):
+def test_running_streams_go_on_at_least_every_other_step(recorder, slow_machine):
     step = Recorder(tiny_model(tiny_tokenizer()), 4)
     scheduler = schedule(step, prefill_chunk=32)
     _, events = add(scheduler, [5, 6], count=30, client="a")
@@ -301,7 +319,7 @@ def test_running_streams_go_on_at_least_every_other_step(recorder):
         assert len(events) >= done
 
 
-def test_clients_share_the_prefill_evenly(recorder):
+def test_clients_share_the_prefill_evenly(recorder, slow_machine):
     step = Recorder(tiny_model(tiny_tokenizer()), 8)
     scheduler = schedule(step, prefill_chunk=32)
     for number in range(6):
@@ -318,7 +336,7 @@ def test_clients_share_the_prefill_evenly(recorder):
     assert abs(computed["a"] - computed["b"]) <= 8
 
 
-def test_a_long_prompt_leaves_room_for_another_client_that_had_more_computed(recorder):
+def test_a_long_prompt_leaves_room_for_another_client_that_had_more_computed(recorder, slow_machine):
     step = Recorder(tiny_model(tiny_tokenizer()), 8)
     scheduler = schedule(step, prefill_chunk=64)  # shared: 8 tokens
     add(scheduler, [3, 4], count=40, client="long")
@@ -334,7 +352,7 @@ def test_a_long_prompt_leaves_room_for_another_client_that_had_more_computed(rec
     assert late.is_finished
 
 
-def test_the_client_with_fewest_requests_is_prefilled_alone_even_if_it_had_more_computed(recorder):
+def test_the_client_with_fewest_requests_is_prefilled_alone_even_if_it_had_more_computed(recorder, slow_machine):
     step = Recorder(tiny_model(tiny_tokenizer()), 8)
     scheduler = schedule(step, prefill_chunk=64)
     earlier, _ = add(scheduler, [*range(5, 30)], count=1, client="one")

@@ -423,6 +423,8 @@ class RexTrainer(Trainer):  # type: ignore[misc]
                 (staged / checkpoints.LOSS_SUM).write_text(json.dumps(held))
                 checkpoints.commit(self.run.scratch_dir, step)
                 checkpoints.prune(self.run.scratch_dir, self.settings.save_total_limit, self.state.best_global_step)
+            # The launcher ends all processes as soon as one ends: none may end before the checkpoint is committed.
+            self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError, SafetensorError) as error:
             if type(error) is RuntimeError and "PytorchStreamWriter" not in str(error):  # torch.save on a full disk
                 raise

@@ -11,6 +11,8 @@ MLFLOW_PORT ?= 5000
 DEVICE     ?= cpu
 EXTRAS     ?=
 UPGRADE    ?=
+# Not from the environment, where the name is common.
+JOB        := llm_pipeline
 NANOGPT    ?=
 
 BIN       := .venv/bin
@@ -33,6 +35,7 @@ DOTS := @$(PYTHON) -m model.progress
 INSTALL := PYTHONPATH=. $(BIN)/python -m llm_assets.instance.install
 # Options of a run, and what follows it unless nothing is computed.
 HOW = $(if $(filter true,$(FORCE)),--force) $(if $(filter true,$(DRY_RUN)),--dry-run)
+WHICH = $(if $(filter-out llm_pipeline,$(JOB)),--job $(JOB))
 AFTER = $(if $(filter true,$(DRY_RUN)),,$(BIN)/python -m llm_assets.latest $(EXPERIMENT) $(1))
 # Tests of one file stay in one process, as they share fixtures.
 SHARED = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -64,17 +67,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(DAGSTER_HOME)/dagster.yaml: dagster.yaml
 	@mkdir -p $(@D) && cp $< $@
 
-pipeline: setup  ## Materialize all seven assets of EXPERIMENT (default stdlib), with Hydra OVERRIDES if given; FORCE=true computes unchanged ones too, DRY_RUN=true checks the settings and computes nothing
+pipeline: setup  ## Materialize all seven assets of EXPERIMENT (default stdlib), with Hydra OVERRIDES if given; JOB=training_pipeline ends with the checkpoint, FORCE=true computes unchanged ones too, DRY_RUN=true checks the settings and computes nothing
 ifeq ($(strip $(OVERRIDES)),)
 	@$(BIN)/python -m llm_assets.instance.dagster_home
-	@$(BIN)/python -m llm_assets.terminal.execute $(EXPERIMENT) $(HOW)
+	@$(BIN)/python -m llm_assets.terminal.execute $(EXPERIMENT) $(WHICH) $(HOW)
 else
-	@$(BIN)/python -m llm_assets.sweep $(HOW) experiment=$(EXPERIMENT) $(OVERRIDES)
+	@$(BIN)/python -m llm_assets.sweep $(WHICH) $(HOW) experiment=$(EXPERIMENT) $(OVERRIDES)
 endif
-	@$(call AFTER)
+	@$(if $(WHICH),,$(call AFTER))
 
 sweep: setup  ## One run for each point of a Hydra sweep: make sweep EXPERIMENT=smoke OVERRIDES='training.seed=0,1'
-	@$(BIN)/python -m llm_assets.sweep $(HOW) --multirun experiment=$(EXPERIMENT) $(OVERRIDES)
+	@$(BIN)/python -m llm_assets.sweep $(WHICH) $(HOW) --multirun experiment=$(EXPERIMENT) $(OVERRIDES)
 
 ui: setup  ## Start Dagster (UI_PORT=3001, webserver and daemon) and the MLflow UI (MLFLOW_PORT=5000)
 	@exec $(BIN)/python -m llm_assets.ui --port='$(UI_PORT)' --mlflow-port='$(MLFLOW_PORT)'

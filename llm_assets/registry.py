@@ -4,6 +4,7 @@ The definitions, jobs, checks, manifests and `python -m llm_assets.latest` read 
 here and one module in `llm_assets/assets/`. Plain data: imports no Dagster and none of the modules it names.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -158,6 +159,11 @@ PIPELINE = (
     ),
 )
 """The stages of `llm_pipeline` in topological order."""
+
+UP_TO_CHECKPOINT = tuple(
+    itertools.takewhile(lambda name: name != "quantized_model", (stage.name for stage in PIPELINE))
+)
+"""The stages of `training_pipeline`."""
 
 IMAGES = tuple(
     StageSpec(

@@ -4,13 +4,15 @@
     python -m llm_assets.sweep --multirun experiment=smoke training.seed=0,1 training.optim=muon,adamw
     python -m llm_assets.sweep --multirun experiment=smoke,stdlib
     python -m llm_assets.sweep --multirun experiment=smoke hydra/sweeper=optuna 'training.seed=interval(0,99)'
+    python -m llm_assets.sweep --multirun --job training_pipeline experiment=smoke training.seed=range(0,5)
     python -m llm_assets.sweep --module llm_assets.images --job container_image_cpu_job experiment=smoke
     python -m llm_assets.sweep --dry-run --multirun experiment=smoke training.seed=0,1
 
-Each point is one Dagster run of `llm_pipeline`, or of another job of a code location: the experiment is its partition,
-the other overrides go to the `hydra` resource and are its tag `rex/overrides`. After several points a table names the
-best one; var/sweeps/ keeps it, and MLflow has it as an artifact of a separate run. `hydra/sweeper=optuna` searches for
-the best point instead of trying all (`experiments/optuna_sweeper.py`).
+Each point is one Dagster run of `llm_pipeline`, of `training_pipeline`, which ends with the trained checkpoint, or of
+another job of a code location: the experiment is its partition, the other overrides go to the `hydra` resource and are
+its tag `rex/overrides`. After several points a table names the best one; var/sweeps/ keeps it, and MLflow has it as an
+artifact of a separate run. `hydra/sweeper=optuna` searches for the best point instead of trying all
+(`experiments/optuna_sweeper.py`).
 With `--dry-run` each point's settings are checked and its run is named, not started; a search then gets equal scores.
 """
 
@@ -29,7 +31,7 @@ from llm_assets.experiments import optuna_sweeper  # noqa: F401 - registers `hyd
 from llm_assets.experiments.compose import COMPOSING_ERRORS, CONFIG_DIR, one_line
 from llm_assets.instance.dagster_home import check_dagster_home
 from llm_assets.resources.provenance import POINT_TAG
-from llm_assets.terminal.execute import DEFINITIONS, PIPELINE, check_settings, execute_job, print_planned
+from llm_assets.terminal.execute import DEFINITIONS, PIPELINE, TRAINING, check_settings, execute_job, print_planned
 from llm_assets.terminal.points import Sweep
 from model.errors import PipelineError, ends_in_one_line
 
@@ -67,7 +69,9 @@ def run_point(job: Job, sweep: Sweep | None) -> float | None:
         if sweep:
             sweep.fail()
         sys.exit(status)
-    return sweep.finish(experiment) if sweep and job.name == PIPELINE else None
+    if not sweep or job.name not in (PIPELINE, TRAINING):
+        return None
+    return sweep.finish(experiment, is_whole=job.name == PIPELINE)
 
 
 @ends_in_one_line

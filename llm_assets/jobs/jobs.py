@@ -13,7 +13,7 @@ from typing import Any
 import dagster as dg
 
 from llm_assets.experiments.compose import DEFAULT_EXPERIMENT, experiment_names
-from llm_assets.registry import PIPELINE, StageSpec
+from llm_assets.registry import PIPELINE, UP_TO_CHECKPOINT, StageSpec
 from llm_assets.stage import stopped
 
 MAX_CONCURRENT_STEPS = 2
@@ -101,7 +101,7 @@ executor = build_executor(EVERY_STEP, PIPELINE)
 
 
 def build_jobs(assets: Sequence[dg.AssetsDefinition]) -> list[Any]:
-    """`llm_pipeline` with every asset, and `<asset>_job` for each."""
+    """`llm_pipeline` with every asset, `training_pipeline` up to the checkpoint, and `<asset>_job` for each."""
     whole = _job(
         "llm_pipeline",
         assets,
@@ -109,7 +109,14 @@ def build_jobs(assets: Sequence[dg.AssetsDefinition]) -> list[Any]:
         f"{', '.join(f'`{name}`' for name in experiment_names())}. One that has never run is in the list of "
         'partitions if its file is new; for another choose "Add a partition" and type its name.',
     )
-    return [whole, *stage_jobs(assets)]
+    upstream = [asset for asset in assets if asset.key.path[-1] in UP_TO_CHECKPOINT]
+    training = _job(
+        "training_pipeline",
+        upstream,
+        "From text to a trained checkpoint, for sweeps over what is trained: "
+        f"{', '.join(f'`{name}`' for name in UP_TO_CHECKPOINT)}.",
+    )
+    return [whole, training, *stage_jobs(assets)]
 
 
 def stage_jobs(assets: Sequence[dg.AssetsDefinition]) -> list[Any]:

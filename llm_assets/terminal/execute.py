@@ -1,6 +1,7 @@
 """Runs a job of one experiment and displays it, for `make pipeline`, `make image` and sweeps.
 
     python -m llm_assets.terminal.execute smoke [--force] [--dry-run] [OVERRIDE ...]
+    python -m llm_assets.terminal.execute smoke --job training_pipeline
     python -m llm_assets.terminal.execute smoke --module llm_assets.images --job container_image_cpu_job
 
 `dagster job execute` runs the job. All records of the run go to var/logs/; the terminal shows progress, warnings and
@@ -30,7 +31,7 @@ from llm_assets.terminal.view import View
 from model.errors import ends_in_one_line, free_bytes, no_space
 from model.system.processes import is_stopped
 
-DEFINITIONS, PIPELINE = "llm_assets.definitions", "llm_pipeline"
+DEFINITIONS, PIPELINE, TRAINING = "llm_assets.definitions", "llm_pipeline", "training_pipeline"
 LOCATION_TAG = ".dagster/repository"
 """With it, a run that was started here is listed on its job's page."""
 POLL_EVERY_S = 0.2
@@ -107,7 +108,8 @@ def check_settings(experiment: str, overrides: Sequence[str], job: str = PIPELIN
     Raises PipelineError for a mistake, and for a device that PyTorch does not see.
     """
     settings = compose(experiment, overrides)
-    trains_on_gpu = job == PIPELINE and settings.compute.engine != "ray" and settings.training.device == "cuda"
+    from_text = job in (PIPELINE, TRAINING)
+    trains_on_gpu = from_text and settings.compute.engine != "ray" and settings.training.device == "cuda"
     if trains_on_gpu and not dry_run and not ArtifactStore.default().latest_manifest("trained_checkpoint", experiment):
         from model.system.devices import resolve_device  # imports torch, for seconds
 
@@ -166,7 +168,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("experiment", help="as in configs/experiment/")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as training.max_steps=100")
     parser.add_argument("--module", default=DEFINITIONS, help=f"default: {DEFINITIONS}")
-    parser.add_argument("--job", default=PIPELINE, help=f"default: {PIPELINE}")
+    parser.add_argument(
+        "--job", default=PIPELINE, help=f"default: {PIPELINE}; {TRAINING} ends with the trained checkpoint"
+    )
     parser.add_argument("--force", action="store_true", help="compute unchanged stages too")
     parser.add_argument("--dry-run", action="store_true", help="check the settings and compute nothing")
     given = parser.parse_intermixed_args(argv)

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from llm_assets.latest import latest_artifacts
+from llm_assets.artifacts.store import ArtifactStore
 from llm_assets.paths import shown_path, var_dir
 from llm_assets.resources.tracking_store import one_line
 from llm_assets.terminal.view import WIDTH
@@ -17,7 +17,7 @@ from llm_assets.terminal.view import WIDTH
 
 @dataclass
 class Point:
-    """One point: an experiment with overrides. The numbers are None if its run failed or was of another job."""
+    """One point: an experiment with overrides. Numbers that its run did not make are None."""
 
     experiment: str
     overrides: Sequence[str] = ()
@@ -51,18 +51,22 @@ class Sweep:
         """Mark the point as failed."""
         self.points[-1].failed = True
 
-    def finish(self, experiment: str) -> float:
-        """Read the results in the point's artifacts; returns its bits per byte."""
-        artifacts = latest_artifacts(experiment)
-        trained, quantized = (
-            json.loads((artifacts[asset] / "summary.json").read_text())
-            for asset in ("trained_checkpoint", "quantized_model")
-        )
-        report = json.loads((artifacts["benchmark_report"] / "report.json").read_text())["summary"]
-        point = self.points[-1]
-        point.bits_per_byte = float(trained["bits_per_byte"])
-        point.tokens_per_second = float(report["decode_tokens_per_second"])
-        point.quantized_bytes = int(quantized["bytes_after"])
+    def finish(self, experiment: str, *, is_whole: bool = True) -> float:
+        """Read the results in the point's artifacts; returns its bits per byte.
+
+        is_whole: the run made every artifact; else those after the checkpoint are of other runs.
+        """
+        store, point = ArtifactStore.default(), self.points[-1]
+
+        def read(asset: str, file: str = "summary.json") -> dict[str, Any]:
+            found: dict[str, Any] = json.loads((store.load(asset, experiment) / file).read_text())
+            return found
+
+        point.bits_per_byte = float(read("trained_checkpoint")["bits_per_byte"])
+        if is_whole:
+            report = read("benchmark_report", "report.json")["summary"]
+            point.tokens_per_second = float(report["decode_tokens_per_second"])
+            point.quantized_bytes = int(read("quantized_model")["bytes_after"])
         return point.bits_per_byte
 
     @property
@@ -127,9 +131,11 @@ class Sweep:
 
 
 def _cells(point: Point, widths: Sequence[int] = (0, 0, 0)) -> list[str]:
-    if point.bits_per_byte is None or point.tokens_per_second is None or point.quantized_bytes is None:
-        return [
-            text.rjust(width) for text, width in zip(("failed" if point.failed else "-", "-", "-"), widths, strict=True)
-        ]
-    texts = f"{point.bits_per_byte:.4f}", f"{point.tokens_per_second:,.0f}", f"{point.quantized_bytes / 1e6:.2f}"
+    texts = [
+        "-" if point.bits_per_byte is None else f"{point.bits_per_byte:.4f}",
+        "-" if point.tokens_per_second is None else f"{point.tokens_per_second:,.0f}",
+        "-" if point.quantized_bytes is None else f"{point.quantized_bytes / 1e6:.2f}",
+    ]
+    if point.failed:
+        texts[0] = "failed"
     return [text.rjust(width) for text, width in zip(texts, widths, strict=True)]

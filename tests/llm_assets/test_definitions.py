@@ -36,6 +36,9 @@ def test_the_code_location_loads_with_every_job() -> None:
     pipeline = repository.get_job("llm_pipeline")
     assert {key.path[-1] for key in pipeline.asset_layer.executable_asset_keys} == names
     assert pipeline.run_tags["dagster/partition"] == DEFAULT_EXPERIMENT
+    training = repository.get_job("training_pipeline")
+    keys = training.asset_layer.executable_asset_keys
+    assert {key.path[-1] for key in keys} == {"corpus", "tokenized_dataset", "trained_checkpoint"}
 
 
 @pytest.mark.parametrize("asset", ASSETS, ids=lambda asset: asset.key.path[-1])

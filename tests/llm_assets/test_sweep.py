@@ -93,7 +93,14 @@ def test_the_points_of_a_sweep_run_on_a_ray_cluster_under_their_names(tmp_path: 
     points = ["training.seed=0", "training.seed=1"]
     with cluster_of_one_host(tmp_path / "log") as ((address, _), variables, logs):
         workplace = replace(new_workplace(tmp_path / "user"), variables=variables)
-        overrides = ["compute=ray", f"compute.address={address}", "compute.processes=2", "training.seed=0,1"]
+        overrides = [
+            "--job",
+            "training_pipeline",
+            "compute=ray",
+            f"compute.address={address}",
+            "compute.processes=2",
+            "training.seed=0,1",
+        ]
         done = workplace.run("python", "-m", "llm_assets.sweep", "--multirun", "experiment=smoke", *overrides)
         assert done.returncode == 0, done.stdout[-3000:]
         # Ray numbers the steps that connect, and names the log of a worker after the one that it works for.

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from llm_assets.artifacts.store import ArtifactStore
 from llm_assets.resources.mlflow import MlflowTracking
 from llm_assets.terminal.points import Point, Sweep
 
@@ -72,3 +73,24 @@ def test_of_equal_points_the_first_is_best_and_without_scores_there_is_no_table(
     assert capsys.readouterr().out == "" and not var.exists()
     sweep.points = [Point("one", [], 1.5, 1.0, 1), Point("two", [], 1.5, 1.0, 1)]
     assert sweep.best is sweep.points[0]
+
+
+@pytest.mark.parametrize(
+    ("is_whole", "row"), [(True, ["1", "1.2500", "1,234", "3.20"]), (False, ["1", "1.2500", "-", "-"])]
+)
+def test_a_point_has_the_numbers_that_its_run_made(
+    is_whole: bool, row: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "trained_checkpoint/summary.json": {"bits_per_byte": 1.25},
+        "quantized_model/summary.json": {"bytes_after": 3_200_000},
+        "benchmark_report/report.json": {"summary": {"decode_tokens_per_second": 1234.2}},
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(json.dumps(content))
+    monkeypatch.setattr(ArtifactStore, "load", lambda self, asset, experiment: tmp_path / asset)
+    sweep = Sweep([])
+    sweep.begin("smoke")
+    assert sweep.finish("smoke", is_whole=is_whole) == 1.25
+    assert sweep.as_text().splitlines()[-1].split() == ["*", *row, "smoke"]

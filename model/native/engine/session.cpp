@@ -122,7 +122,8 @@ void Session::embed(const Row* rows, int64_t count) {
 void Session::write_cache(const Row* rows, int64_t count, int64_t layer) {
     const int64_t half = config_.rotary_dim / 2, heads = config_.heads, groups = config_.groups;
     const auto write = cache_in_bf16_ ? kernels_.store_bf16 : kernels_.store_f32;
-    const float scaling = 1.0f / __builtin_sqrtf((float)config_.head_dim);
+    // Weights of attention are powers of two: log2(e) is in the queries.
+    const float scaling = 1.44269504f / __builtin_sqrtf((float)config_.head_dim);
     const float *query_norm = model_.layers[layer].query_norm.data(), *key_norm = model_.layers[layer].key_norm.data();
     each_row(count, strides_.qkv, [&](int64_t row) {
         float* head = qkv_.data() + row * strides_.qkv;

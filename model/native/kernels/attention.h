@@ -12,10 +12,14 @@ using namespace rex;
 struct Cache32 {
     typedef float Element;
     static constexpr int pair = 1;  // adjacent elements of a head in a line of keys
-    template <int Q>
-    static INLINE void keys(const uint8_t* line, const float* const (&q)[Q], int64_t i, int part, Vf (&sum)[Q]) {
-        const Vf key = load<Vf>(line + part * 4 * W);
-        for (int j = 0; j < Q; j++) sum[j] = fma(splat(q[j][i]), key, sum[j]);
+    template <int Q, int P>
+    static INLINE void keys(const uint8_t* const (&parts)[P], const float* const (&q)[Q], int64_t i, Vf (&sum)[P][Q]) {
+#pragma GCC unroll 8
+        for (int j = 0; j < Q; j++) {
+            const Vf x = splat(q[j][i]);
+#pragma GCC unroll 16
+            for (int p = 0; p < P; p++) sum[p][j] = fma(x, load<Vf>(parts[p]), sum[p][j]);
+        }
     }
     static INLINE Vf value(const Element* from) { return load<Vf>(from); }
     static INLINE Element element(float x) { return x; }
@@ -24,11 +28,23 @@ struct Cache32 {
 struct Cache16 {
     typedef uint16_t Element;
     static constexpr int pair = 2;
-    template <int Q>
-    static INLINE void keys(const uint8_t* line, const float* const (&q)[Q], int64_t i, int part, Vf (&sum)[Q]) {
-        const Vi both = load<Vi>(line + part * 4 * W);
-        const Vf even = (Vf)(both << 16), odd = (Vf)(both & splat_int((int32_t)0xffff0000));
-        for (int j = 0; j < Q; j++) sum[j] = fma(splat(q[j][2 * i + 1]), odd, fma(splat(q[j][2 * i]), even, sum[j]));
+    template <int Q, int P>
+    static INLINE void keys(const uint8_t* const (&parts)[P], const float* const (&q)[Q], int64_t i, Vf (&sum)[P][Q]) {
+        Vi both[P];
+#pragma GCC unroll 16
+        for (int p = 0; p < P; p++) both[p] = load<Vi>(parts[p]);
+#pragma GCC unroll 8
+        for (int j = 0; j < Q; j++) {
+            const Vf x = splat(q[j][2 * i]);
+#pragma GCC unroll 16
+            for (int p = 0; p < P; p++) sum[p][j] = fma(x, (Vf)(both[p] << 16), sum[p][j]);
+        }
+#pragma GCC unroll 8
+        for (int j = 0; j < Q; j++) {
+            const Vf x = splat(q[j][2 * i + 1]);
+#pragma GCC unroll 16
+            for (int p = 0; p < P; p++) sum[p][j] = fma(x, (Vf)(both[p] & splat_int((int32_t)0xffff0000)), sum[p][j]);
+        }
     }
     static INLINE Vf value(const Element* from) { return from_bf16(from); }
     static INLINE Element element(float x) { return to_bf16(x); }
@@ -42,21 +58,23 @@ constexpr int BLOCK_PARTS = BLOCK / W;
 template <class C, int Q, int B>
 INLINE void score_blocks(const uint8_t* keys, int64_t to_values, int64_t to_next, const float* const (&q)[Q], int64_t lines,
                          float* const (&scores)[Q]) {
-    Vf sum[B * BLOCK_PARTS][Q] = {};
-    for (int64_t i = 0; i < lines; i++)
+    constexpr int P = B * BLOCK_PARTS;
+    Vf sum[P][Q] = {};
+    for (int64_t i = 0; i < lines; i++) {
+        const uint8_t* parts[P];
 #pragma GCC unroll 16
-        for (int b = 0; b < B * BLOCK_PARTS; b++) {
-            const uint8_t* line = keys + (b / BLOCK_PARTS * lines + i) * 64;
-            if (b % BLOCK_PARTS == 0) {
-                __builtin_prefetch(line + to_values);
-                __builtin_prefetch(line + to_next);
-            }
-            C::template keys<Q>(line, q, i, b % BLOCK_PARTS, sum[b]);
+        for (int p = 0; p < P; p++) parts[p] = keys + (p / BLOCK_PARTS * lines + i) * 64 + p % BLOCK_PARTS * 4 * W;
+#pragma GCC unroll 16
+        for (int p = 0; p < P; p += BLOCK_PARTS) {
+            __builtin_prefetch(parts[p] + to_values);
+            __builtin_prefetch(parts[p] + to_next);
         }
+        C::template keys<Q, P>(parts, q, i, sum);
+    }
 #pragma GCC unroll 16
-    for (int b = 0; b < B * BLOCK_PARTS; b++)
+    for (int p = 0; p < P; p++)
 #pragma GCC unroll 8
-        for (int j = 0; j < Q; j++) store(scores[j] + b * W, sum[b][j]);
+        for (int j = 0; j < Q; j++) store(scores[j] + p * W, sum[p][j]);
 }
 
 template <class C, int Q, int V>
@@ -112,20 +130,31 @@ void attend_queries(const Attention& a, int32_t first_query) {
     for (int j = 0; j < Q; j++) {
         Vi position;
         for (int lane = 0; lane < W; lane++) position[lane] = lane;
-        const Vi limit = splat_int(seen[j]);
-        const Vf never = splat(-__builtin_inff());
-        Vf top = never;
-        for (int32_t s = 0; s < seen[j]; s += W)
-            top = larger(position + splat_int(s) < limit ? load<Vf>(scores[j] + s) : never, top);
-        const Vf most_j = splat(largest_lane(top));
+        const int32_t whole = seen[j] / W * W;  // positions of vectors that are seen whole
+        const Vi is_seen = position + splat_int(whole) < splat_int(seen[j]);
+        float* at = scores[j];
+        Vf top[4];
+        for (auto& t : top) t = splat(-__builtin_inff());
+        int32_t s = 0;
+        for (; s + 4 * W <= whole; s += 4 * W)
+            for (int t = 0; t < 4; t++) top[t] = larger(load<Vf>(at + s + t * W), top[t]);
+        for (; s < whole; s += W) top[0] = larger(load<Vf>(at + s), top[0]);
+        if (s < seen[j]) top[1] = larger(is_seen ? load<Vf>(at + s) : top[1], top[1]);
+        const Vf most_j = splat(largest_lane(larger(larger(top[0], top[1]), larger(top[2], top[3]))));
         Vf total = {};
-        // Up to the last position of this call's queries: positions that this query does not see have weight 0.
-        for (int32_t s = 0; s < round_up(most, W); s += W) {
-            const Vf weight = exponential(load<Vf>(scores[j] + s) - most_j);
-            const Vf kept = position + splat_int(s) < limit ? weight : Vf{};
-            store(scores[j] + s, kept);
-            total += kept;
+        for (s = 0; s < whole; s += W) {
+            const Vf weight = power_of_two(load<Vf>(at + s) - most_j);
+            store(at + s, weight);
+            total += weight;
         }
+        if (s < seen[j]) {
+            const Vf weight = is_seen ? power_of_two(load<Vf>(at + s) - most_j) : Vf{};
+            store(at + s, weight);
+            total += weight;
+            s += W;
+        }
+        // Up to the last position of this call's queries: positions that this query does not see have weight 0.
+        for (; s < most; s += W) store(at + s, Vf{});
         share[j] = 1.0f / sum_lanes(total);
     }
     constexpr int V = W == 16 ? (Q > 4 ? 2 : 4) : W == 8 ? (Q > 2 ? 2 : 4) : 2;

@@ -47,7 +47,7 @@ struct Product {
 
 // One call of attention: `queries` rows (heads of a group, and neighboring tokens) over the keys of one slot's head.
 struct Attention {
-    const float* const* q;  // each query, scaled
+    const float* const* q;  // each query, scaled by log2(e) / sqrt(head_dim)
     const int32_t* seen;  // number of positions that each query sees
     int32_t queries, head_dim;
     uint8_t* const* pages;

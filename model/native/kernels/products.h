@@ -98,6 +98,25 @@ struct Int8 : Blocks {
         Vi weights[P * PARTS];
 #pragma GCC unroll 16
         for (int p = 0; p < P * PARTS; p++) weights[p] = load<Vi>(w[p / PARTS] + i * LINE + p % PARTS * 4 * W);
+#if defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512VNNI__)
+        if (M >= 4) {  // |w| once for all rows instead of each |x|
+            Vi magnitude[P * PARTS];
+#pragma GCC unroll 16
+            for (int p = 0; p < P * PARTS; p++) magnitude[p] = (Vi)_mm256_abs_epi8((__m256i)weights[p]);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) {
+                int32_t x;
+                memcpy(&x, a.xq.q + (row + m) * a.xq.stride + 4 * i, 4);
+#pragma GCC unroll 16
+                for (int p = 0; p < P * PARTS; p++) {
+                    const __m256i turned = _mm256_sign_epi8(_mm256_set1_epi32(x), (__m256i)weights[p]);
+                    const __m256i pairs = _mm256_maddubs_epi16((__m256i)magnitude[p], turned);
+                    sum[m][p] += (Vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+                }
+            }
+            return;
+        }
+#endif
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
             int32_t x;

@@ -1,8 +1,10 @@
 """Start-time fair queueing (Goyal, Vin and Cheng, 1996) over clients, and over the connections of each client.
 
-A request's tag is the larger of the last served tag and its sender's latest tag plus one; the smallest tag is served
-first, ties by arrival. So a burst from one sender waits behind other senders for all but its first request, and idle
-time earns no credit. Not thread-safe: `queue.py` has the lock.
+A request's tag is the larger of the time and its sender's latest tag plus one; the smallest tag is served first, ties
+by arrival. So a burst from one sender waits behind other senders for all but its first request, and idle time earns no
+credit. The time is the last served tag, and goes on by one while as many requests are served as wait: with the last tag
+alone, a second request would wait for ever behind new senders, each with its first. Not thread-safe: `queue.py` has the
+lock.
 """
 
 from collections import deque
@@ -16,22 +18,28 @@ from model.generation.requests import Generation
 class _Tags:
     """Tags of one level: clients, or connections of one client."""
 
-    now: int = 0
-    latest: dict[str, int] = field(default_factory=dict)
+    now: float = 0.0
+    latest: dict[str, float] = field(default_factory=dict)
 
-    def next(self, sender: str) -> int:
-        tag = max(self.now, self.latest.get(sender, -1) + 1)
+    def next(self, sender: str) -> float:
+        tag = max(self.now, self.latest.get(sender, -1.0) + 1)
         self.latest[sender] = tag
         return tag
+
+    def serve(self, tag: float, waiting: int) -> None:
+        """Count a served request of `waiting` ones."""
+        self.now = max(self.now, tag) + 1 / (waiting + 1)
+        if len(self.latest) > 2 * waiting + 64:  # a queue may never be empty
+            self.latest = {sender: latest for sender, latest in self.latest.items() if latest + 1 > self.now}
 
 
 @dataclass
 class _Line:
     """Requests of one client. tags: its tags among clients. requests: with their connections' tags, by arrival."""
 
-    tags: deque[int] = field(default_factory=deque)
+    tags: deque[float] = field(default_factory=deque)
     connections: _Tags = field(default_factory=_Tags)
-    requests: list[tuple[int, int, Generation]] = field(default_factory=list)
+    requests: list[tuple[float, int, Generation]] = field(default_factory=list)
 
 
 class Turns:
@@ -60,11 +68,11 @@ class Turns:
         self, is_allowed: Callable[[Generation], bool], *, is_allowed_client: Callable[[str], bool]
     ) -> Generation | None:
         """The next request among those allowed, which stays queued; None if there is none."""
-        best: tuple[tuple[int, int], Generation] | None = None
+        best: tuple[tuple[float, int], Generation] | None = None
         for client, line in self._lines.items():
             if not is_allowed_client(client):
                 continue
-            first: tuple[int, int, Generation] | None = None
+            first: tuple[float, int, Generation] | None = None
             for item in line.requests:
                 if (first is None or item[:2] < first[:2]) and is_allowed(item[2]):
                     first = item
@@ -80,12 +88,12 @@ class Turns:
         item = next((item for item in line.requests if item[2] is generation), None) if line else None
         if line is None or item is None:
             return
-        line.requests.remove(item)
         if was_served:
-            self._clients.now = max(self._clients.now, line.tags.popleft())
-            line.connections.now = max(line.connections.now, item[0])
+            self._clients.serve(line.tags.popleft(), len(self._lines))
+            line.connections.serve(item[0], len(line.requests))
         else:
             line.tags.pop()
+        line.requests.remove(item)
         if not line.requests:
             del self._lines[generation.request.client]
         if not self._lines:  # tags only order requests that are queued at the same time

@@ -2,6 +2,8 @@
 PYTHON     ?= python3
 EXPERIMENT ?= stdlib
 OVERRIDES  ?=
+# Read by Python, not by the shell, to which brackets and parentheses of Hydra mean something else.
+export OVERRIDES
 FORCE      ?= false
 DRY_RUN    ?= false
 HOST       ?= 127.0.0.1
@@ -72,12 +74,12 @@ ifeq ($(strip $(OVERRIDES)),)
 	@$(BIN)/python -m llm_assets.instance.dagster_home
 	@$(BIN)/python -m llm_assets.terminal.execute $(EXPERIMENT) $(WHICH) $(HOW)
 else
-	@$(BIN)/python -m llm_assets.sweep $(WHICH) $(HOW) experiment=$(EXPERIMENT) $(OVERRIDES)
+	@$(BIN)/python -m llm_assets.sweep $(WHICH) $(HOW) experiment=$(EXPERIMENT) --overrides "$$OVERRIDES"
 endif
 	@$(if $(WHICH),,$(call AFTER))
 
-sweep: setup  ## One run for each point of a Hydra sweep: make sweep EXPERIMENT=smoke OVERRIDES='training.seed=0,1'
-	@$(BIN)/python -m llm_assets.sweep $(WHICH) $(HOW) --multirun experiment=$(EXPERIMENT) $(OVERRIDES)
+sweep: setup  ## One run for each point of a Hydra sweep: make sweep EXPERIMENT=smoke OVERRIDES='training.seed=range(0,3)'
+	@$(BIN)/python -m llm_assets.sweep $(WHICH) $(HOW) --multirun experiment=$(EXPERIMENT) --overrides "$$OVERRIDES"
 
 ui: setup  ## Start Dagster (UI_PORT=3001, webserver and daemon) and the MLflow UI (MLFLOW_PORT=5000)
 	@exec $(BIN)/python -m llm_assets.ui --port='$(UI_PORT)' --mlflow-port='$(MLFLOW_PORT)'
@@ -113,12 +115,12 @@ ifeq ($(strip $(OVERRIDES)),)
 	@$(BIN)/python -m llm_assets.instance.dagster_home
 	@$(BIN)/python -m llm_assets.terminal.execute $(EXPERIMENT) --module llm_assets.images --job container_image_$(DEVICE)_job $(HOW)
 else
-	@$(BIN)/python -m llm_assets.sweep $(HOW) --module llm_assets.images --job container_image_$(DEVICE)_job experiment=$(EXPERIMENT) $(OVERRIDES)
+	@$(BIN)/python -m llm_assets.sweep $(HOW) --module llm_assets.images --job container_image_$(DEVICE)_job experiment=$(EXPERIMENT) --overrides "$$OVERRIDES"
 endif
 	@$(call AFTER,--image $(DEVICE))
 
 evaluation: harness  ## Score the newest model of EXPERIMENT on tasks of lm-eval: OVERRIDES='evaluation.tasks=[piqa,arc_easy]'
-	@$(BIN)/python -m llm_assets.sweep $(HOW) --module llm_assets.evaluation --job evaluation_report_job experiment=$(EXPERIMENT) $(OVERRIDES)
+	@$(BIN)/python -m llm_assets.sweep $(HOW) --module llm_assets.evaluation --job evaluation_report_job experiment=$(EXPERIMENT) --overrides "$$OVERRIDES"
 
 # Two processes keep two cores busy as long as they compute. Tests of servers, Ray and the UI also wait, a tenth of their
 # time or more.

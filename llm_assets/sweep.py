@@ -13,11 +13,13 @@ another job of a code location: the experiment is its partition, the other overr
 its tag `rex/overrides`. After several points a table names the best one; var/sweeps/ keeps it, and MLflow has it as an
 artifact of a separate run. `hydra/sweeper=optuna` searches for the best point instead of trying all
 (`experiments/optuna_sweeper.py`).
+`--overrides TEXT` are more of them in one text, divided and quoted as in a shell: what `make` takes as OVERRIDES.
 With `--dry-run` each point's settings are checked and its run is named, not started; a search then gets equal scores.
 """
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,7 +99,12 @@ def main() -> int:
     parser.add_argument("--job", default=PIPELINE)
     parser.add_argument("--force", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--overrides", default="")
     ours, hydras = parser.parse_known_args()
+    try:
+        hydras += shlex.split(ours.overrides)
+    except ValueError as error:
+        raise PipelineError(f"overrides: {ours.overrides}: {str(error).lower()}; give quotes in pairs") from error
     if {"--help", "-h"} & set(hydras):  # Hydra's own help lists the options; llm_assets.experiments does that better
         print(__doc__)
         return 0

@@ -91,6 +91,13 @@ def settings_of(command: str) -> tuple[str, list[str]]:
     return experiment, shlex.split(given.get("OVERRIDES", ""))
 
 
+def values_of(swept: str) -> list[str]:
+    """The points of a swept option, `range(START,STOP)` or values with commas."""
+    if bounds := re.fullmatch(r"range\((\d+),(\d+)\)", swept):
+        return [str(value) for value in range(int(bounds[1]), int(bounds[2]))]
+    return swept.split(",")
+
+
 @pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("command", RESOLVED)
@@ -109,7 +116,7 @@ def test_the_settings_of_a_command_arrive_through_make_the_shell_and_hydra(comma
     choices = [[override] for override in overrides]
     if command.startswith("make sweep"):
         named = [override.split("=") for override in overrides]
-        choices = [[f"{name}={value}" for value in values.split(",")] for name, values in named]
+        choices = [[f"{name}={value}" for value in values_of(values)] for name, values in named]
     assert planned == [[experiment, *point] for point in itertools.product(*choices)]
     assert not (workplace.var / "artifacts").exists()
 

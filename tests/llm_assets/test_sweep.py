@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,8 +27,18 @@ from tests.model.system.test_cluster import cluster_of_one_host, with_ray
         (["experiment=smok"], "Could not find 'experiment/smok'"),
         (["experiment=smoke", "training.max_steps"], "training.max_steps"),
         (["--multirun", "experiment=smoke", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=0"], "n_trials is 0"),
+        (["experiment=smoke", "--overrides", "training.seed='0"], "training.seed='0: no closing quotation"),
     ],
-    ids=["one run", "a sweep", "an unknown option", "a wrong type", "an unknown experiment", "no value", "no trials"],
+    ids=[
+        "one run",
+        "a sweep",
+        "an unknown option",
+        "a wrong type",
+        "an unknown experiment",
+        "no value",
+        "no trials",
+        "a quote",
+    ],
 )
 def test_a_mistake_ends_the_sweep_before_a_run_starts(arguments, says):
     done = subprocess.run(
@@ -37,6 +48,27 @@ def test_a_mistake_ends_the_sweep_before_a_run_starts(arguments, says):
     assert says in done.stderr
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
     assert "RUN_START" not in done.stderr + done.stdout
+
+
+@pytest.mark.processes
+def test_make_passes_overrides_on_as_they_are(tmp_path):
+    seeds, paths = "training.seed=range(0,2)", "corpus=files 'corpus.paths=[my notes/**/*.md]'"
+    command = [
+        "make",
+        "--no-print-directory",
+        "--old-file=.venv/.installed",
+        "sweep",
+        "DRY_RUN=true",
+        "EXPERIMENT=smoke",
+    ]
+    done = subprocess.run(
+        [*command, f"OVERRIDES={seeds} {paths}"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    planned = [shlex.split(line)[4:] for line in done.stdout.splitlines()]
+    assert planned == [
+        [f"training.seed={seed}", "corpus=files", "corpus.paths=[my\\ notes/**/*.md]"] for seed in (0, 1)
+    ]
 
 
 SEARCH = """

@@ -45,6 +45,9 @@ from model.text.tokenizer import FastEncoder, token_bytes
 logger = logging.getLogger(__name__)
 MAX_RETRY_AFTER_S = 60
 MIB = 1 << 20
+RESTART_S = 300.0
+"""Most time of a restart, which starts vLLM or records CUDA graphs."""
+DIED = "the engine died"
 
 
 class Engine:
@@ -117,6 +120,8 @@ class Engine:
         self._stopping = False
         self._is_warm = False
         self._restarts = 0
+        self._retired: Scheduler | None = None
+        """The one that a restart replaces: its thread may still be in a step."""
         self._step_started: float | None = None
         self._past = EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
         self._step = self._create_step(model, step)
@@ -357,18 +362,18 @@ class Engine:
             if self._restarts:
                 scheduler.probe()
                 self._is_warm = True
-            while self._scheduler is scheduler and self._wait_for_work(scheduler):
+            while self._retired is not scheduler and self._wait_for_work(scheduler):
                 started = time.monotonic()
                 self._step_started = started
                 scheduler.step()
-                if self._scheduler is scheduler:
+                if self._retired is not scheduler:
                     self._step_started = None
                     self._is_warm = self._is_warm or scheduler.answered > 0
         except BaseException:
             logger.exception("the engine's thread died")
             self._recover(scheduler, "the engine died: it restarts, try again")
         else:
-            if self._scheduler is scheduler:
+            if self._retired is not scheduler:
                 self._finish_all("cancelled")
 
     def _wait_for_work(self, scheduler: Scheduler) -> bool:
@@ -398,27 +403,47 @@ class Engine:
                 self._changed.wait_for(lambda: self._stopping, timeout=interval_s)
 
     def _recover(self, scheduler: Scheduler, reason: str) -> None:
-        """Fail requests in flight and restart; a second failure leaves the engine dead."""
+        """Fail requests in flight and restart; a second failure, or a failing restart, leaves the engine dead."""
         with self._changed:
-            if self._scheduler is not scheduler or self._stopping:
+            if self._retired is scheduler or self._stopping:
                 return
+            self._retired = scheduler
             self._is_warm, self._step_started = False, None
             in_flight = [sequence.generation for sequence in scheduler.running]
-            self._past = self.stats()
-            if self._restarts:
-                self._stopping = True
-                scheduler.running.clear()
-            else:
-                self._restarts = 1
-                self._step = self._step.renewed()
-                self._draft = self._draft and self._draft.renewed()
-                self._scheduler = self._new_scheduler()
+            is_dead, self._restarts = self._restarts > 0, 1
+            self._stopping = is_dead
         for generation in in_flight:
-            generation.finish("error", error=reason if not self._stopping else "the engine died")
-        if self._stopping:
-            self._finish_all("error", "the engine died")
-        else:
-            self._thread = self._start()
+            generation.finish("error", error=DIED if is_dead else reason)
+        if is_dead or not self._restart():
+            self._finish_all("error", DIED)
+
+    def _restart(self) -> bool:
+        """Go on with a new step; False if there is none. Requests are admitted meanwhile: a GPU may hang here, too."""
+        made: list[tuple[Step, Draft | None]] = []
+
+        def make() -> None:
+            try:
+                made.append((self._step.renewed(), self._draft and self._draft.renewed()))
+            except BaseException:
+                logger.exception("the engine cannot restart")
+
+        maker = threading.Thread(target=make, name="generation-restart", daemon=True)
+        maker.start()
+        maker.join(RESTART_S)
+        if maker.is_alive():
+            logger.error("the engine has not restarted within %g s", RESTART_S)
+        with self._changed:
+            if self._stopping:  # asked to meanwhile
+                self._finish_all("cancelled")
+            elif made:
+                self._past = self.stats()
+                ((self._step, self._draft),) = made
+                self._scheduler = self._new_scheduler()
+                self._thread = self._start()
+            else:
+                self._stopping = True
+                return False
+        return True
 
     def _finish_all(self, reason: str, error: str | None = None) -> None:
         running = [sequence.generation for sequence in self._scheduler.running]

@@ -190,6 +190,35 @@ def test_an_engine_whose_model_cannot_work_any_more_is_dead_and_answers_every_re
     assert not engine.is_alive
 
 
+@pytest.mark.parametrize("ends", ["fails", "hangs"])
+def test_an_engine_that_cannot_restart_is_dead_and_answers_every_request(tokenizer, gate, monkeypatch, ends):
+    monkeypatch.setattr(engine_module, "RESTART_S", 1.0)
+    engine = start(tiny_model(tokenizer), tokenizer, max_batch_size=1)
+    held = gate(engine)
+    generations = [engine.submit(GenerationRequest(PROMPT, 5, GREEDY)) for _ in range(2)]
+    assert held.reached.wait(30)
+    begun, lost = threading.Event(), threading.Event()
+
+    def renewed(_: object) -> None:
+        begun.set()
+        assert lost.wait(30)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(type(engine._step), "renewed", renewed)
+    StepHook(engine, before=die)
+    held.open()
+    assert "it restarts" in last(generations[0]).error  # at once, not when the restart has ended
+    assert begun.wait(30)
+    generations.append(engine.submit(GenerationRequest(PROMPT, 5, GREEDY)))  # is not held up
+    if ends == "fails":
+        lost.set()
+    assert {last(generation).error for generation in generations[1:]} == {"the engine died"}
+    assert not engine.is_alive
+    with pytest.raises(EngineStopped):
+        engine.submit(GenerationRequest(PROMPT, 5, GREEDY))
+    lost.set()
+
+
 def test_a_step_that_hangs_is_noticed_and_left_behind(model, tokenizer, gate):
     engine = start(model, tokenizer, step_timeout_s=0.3)
     engine.warm_up()

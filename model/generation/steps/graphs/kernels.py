@@ -1,8 +1,7 @@
 """The operations of a step as Triton kernels; `plain.py` has the same in PyTorch.
 
 Each row is a token of some sequence: prefill and decoding run the same kernels. Numbers are loaded in the model's
-dtype, computed in float32 and rounded once. Without a GPU, Triton's interpreter runs them (TRITON_INTERPRET=1 in the
-environment before the first import).
+dtype, computed in float32 and rounded once. Without a GPU, Triton's interpreter runs them (TRITON_INTERPRET=1).
 
 Shapes: N rows, D hidden size, F intermediate size, H query heads, G key/value heads, r = H / G, K head dimension, J
 numbers of it that are rotated, S positions, P pages of the cache, R rows of logits, V vocabulary, O outputs and I
@@ -305,7 +304,8 @@ def int8_product(x_NI: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
     out_NO = x_NI.new_empty(rows, outputs)
     tile = min(64, max(16, triton.next_power_of_2(rows)))
     grid = (triton.cdiv(outputs, 32), triton.cdiv(rows, tile))
-    _int8_product[grid](x_NI, weight_OI, scale_O, out_NO, rows, outputs, inputs, tile, 32, 128)
+    at_once = 128 if x_NI.element_size() < 4 else 32  # without tensor cores, registers hold no more
+    _int8_product[grid](x_NI, weight_OI, scale_O, out_NO, rows, outputs, inputs, tile, 32, at_once)
     return out_NO
 
 

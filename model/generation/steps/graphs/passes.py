@@ -6,6 +6,7 @@ may be launched before the host has read the tokens: its rows take them on the d
 Shapes: N rows, R rows of logits, V vocabulary.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ MAX_ROWS = 256
 """Rows of the largest pass: more take several."""
 _IN_FLIGHT = 2
 _DRAW = len(Draw._fields)
+_RECORDING = threading.Lock()
+"""PyTorch records one graph at a time, and a challenger may be loaded while a champion is."""
 
 
 class Row(NamedTuple):
@@ -188,8 +191,14 @@ class Passes:
         self._chosen[:wanted].copy_(self._decoder.choose(logits_RV, draws_R5))
 
     def _record(self) -> None:
-        """Record the CUDA graph of each size, the largest first: the others share its memory."""
+        """Record the CUDA graph of each size, the largest first: the others share its memory.
+
+        On a stream of its own: cuBLAS has a workspace for each stream, and it is freed with any graph recorded there.
+        An engine that is replaced would take the memory of the one that serves. That one goes on meanwhile, so only
+        calls of this thread belong to the recording.
+        """
         pool = torch.cuda.graph_pool_handle()
+        self._stream, serving = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
         size = MAX_ROWS
         while size:
             sizes = self.sizes(size)
@@ -198,8 +207,14 @@ class Passes:
             self._compute(sizes)  # compiles the kernels, which a recording cannot
             torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                self._compute(sizes)
+            try:
+                with (
+                    _RECORDING,
+                    torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"),
+                ):
+                    self._compute(sizes)
+            finally:
+                torch.cuda.set_stream(serving)  # a recording that fails leaves its own
             self._launches[size] = graph.replay
             size //= 2
 

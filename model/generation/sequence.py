@@ -78,7 +78,7 @@ class Sequence:
         chosen = (self.sampler.draw(),) if draws else ()
         following = None
         is_ahead = self._runs_ahead and wanted == "token" and allowed_V is None
-        if is_ahead and len(ids) == 1 and self.num_tokens + 2 <= len(self.ids):
+        if is_ahead and self.num_tokens + 2 <= len(self.ids):
             following = self.sampler.draws(2)[1:] if draws else ()
         return Segment(
             *(self.slot, self.num_computed_tokens, ids, wanted, chosen),

@@ -26,6 +26,7 @@ def test_the_figures_of_a_gpu_are_ratios_of_one_run(monkeypatch):
     monkeypatch.setattr(int8, "INT8_MIN_WEIGHTS", 1 << 30)  # float activations, as on a GPU
     monkeypatch.setattr(graphs, "ANSWER", 3)
     monkeypatch.setattr(graphs, "LONG_PROMPT", 70)
+    monkeypatch.setattr(graphs, "BARE_S", 0.01)
     found = graphs.gpu_figures("2m", [1, 2], rounds=1, device="cpu")
     for streams in (1, 2):
         own = found[f"graphs, greedy, {streams} streams, tokens/s"]

@@ -27,11 +27,12 @@ class Segment(NamedTuple):
     ids: int64, at least one. logits: which rows the step computes: none, only the chosen next token, the last token's
     logits, the logits of all tokens, or the hidden states of all tokens instead. rows: for "token", the number of last
     tokens after each of which the next one is chosen. draws: how they are chosen, one for each of `rows`, if they are
-    not the most likely ones; only for "token" and "last". following: for a single "token", how the one after it will be
-    chosen, as `draws`; None if the text surely ends or changes before. Only for steps that run ahead. is_adjusted:
-    whether the slot's `Adjustment` changes the logits before the token is chosen; allowed_V: the only tokens that may
-    be chosen, bool; both only for a single "token" of a step that adjusts. steps: tokens to choose, each after the one
-    before, for a single "token" of a step that `chains`; all segments have as many, and `draws` one for each.
+    not the most likely ones; only for "token" and "last". following: for a "token" of one row, how the one after it
+    will be chosen, as `draws`; None if the text surely ends or changes before. Only for steps that run ahead.
+    is_adjusted: whether the slot's `Adjustment` changes the logits before the token is chosen; allowed_V: the only
+    tokens that may be chosen, bool; both only for a "token" of one row, of a step that adjusts. steps: tokens to
+    choose, each after the one before, for a single "token" of a step that `chains`; all segments have as many, and
+    `draws` one for each.
     """
 
     slot: int

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model.generation.steps.draw import Adjustment
+from model.generation.steps.graphs.pages import to_device
 
 MOST_BIASES = 512
 """Of one text; one with more takes its tokens on the host."""
@@ -67,10 +68,10 @@ class Adjustments:
         bias, ids = adjustment.bias, adjustment.prompt_ids
         if len(bias) >= biased_SB.shape[1] or not all(0 <= token < self._vocab_size for token in bias):
             return False
-        text_SL[slot, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
         penalties = (adjustment.repetition, adjustment.frequency, adjustment.presence, len(ids))
-        penalties_S4[slot] = torch.tensor(penalties, dtype=torch.float32)
+        text_SL[slot, : len(ids)] = to_device(ids, torch.int32, text_SL.device)
+        penalties_S4[slot] = to_device(penalties, torch.float32, text_SL.device)
         biased_SB[slot] = -1
-        biased_SB[slot, : len(bias)] = torch.tensor(list(bias), dtype=torch.int32)
-        bias_SB[slot, : len(bias)] = torch.tensor(list(bias.values()), dtype=torch.float32)
+        biased_SB[slot, : len(bias)] = to_device(list(bias), torch.int32, text_SL.device)
+        bias_SB[slot, : len(bias)] = to_device(list(bias.values()), torch.float32, text_SL.device)
         return True

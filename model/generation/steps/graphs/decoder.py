@@ -3,8 +3,8 @@
 Projections that read the same input are one matrix: query, key and value, and gate and up. Each row is a token of some
 slot; all sizes are fixed by the buffers, so that a CUDA graph can record the pass.
 
-Shapes: N rows, R rows of logits, D hidden size, S positions, J rotated numbers of a head, O outputs and I inputs of a
-matrix.
+Shapes: N rows, R rows of logits, D hidden size, S slots and the spare one, or positions, J rotated numbers of a head, O
+outputs and I inputs of a matrix.
 """
 
 from types import ModuleType
@@ -23,24 +23,23 @@ from model.weights.int8 import Int8Embedding, Int8Matrix, QuantizedMatrix, TiedI
 class Rows(NamedTuple):
     """Inputs of a pass, on its device.
 
-    id_N: tokens. carry_N: row of the previous pass that chose the token instead; -1: `id_N` has it. slot_N, position_N:
-    where keys and values go. wanted_R: rows whose next token is chosen. changes_R: what changes their logits first, the
-    sum of 1 for the slot's `Adjustment` and 2 for a mask of allowed tokens. draws_R5: how they are chosen, the numbers
-    of a `Draw`, zeros for the most likely one. All int32 but the draws, float32.
+    id_N: tokens; -1 for the one last chosen for the slot. slot_N, position_N: where keys and values go. wanted_R: rows
+    whose next token is chosen; target_R: their slots. changes_R: what changes their logits first, the sum of 1 for the
+    slot's `Adjustment` and 2 for a mask of allowed tokens. draws_R5: how they are chosen, the numbers of a `Draw`,
+    zeros for the most likely one. All int32 but the draws, float32.
     """
 
     id_N: Tensor
-    carry_N: Tensor
     slot_N: Tensor
     position_N: Tensor
     wanted_R: Tensor
+    target_R: Tensor
     changes_R: Tensor
     draws_R5: Tensor
 
-    def known(self, chosen: Tensor) -> "Rows":
-        """The same with all tokens in `id_N`. chosen: tokens of the previous pass."""
-        carried_N = chosen[self.carry_N.clamp(min=0)].clamp(min=0)
-        return self._replace(id_N=torch.where(self.carry_N < 0, self.id_N, carried_N))
+    def known(self, chosen_S: Tensor) -> "Rows":
+        """The same with all tokens in `id_N`. chosen_S: the token last chosen for each slot."""
+        return self._replace(id_N=torch.where(self.id_N < 0, chosen_S[self.slot_N], self.id_N).clamp(min=0))
 
 
 class Matrix:

@@ -6,7 +6,8 @@ pages; a slot that writes to a shared page gets a copy of it first.
 Shapes: N rows of a pass, P pages, G key/value heads, K head dimension.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,11 @@ from model.errors import PipelineError
 
 PAGE = 64
 """Tokens of a page, which attention reads at once."""
+
+
+def to_device(numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor on a device, for which the host need not wait until the device has computed what was launched."""
+    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 class Places(NamedTuple):

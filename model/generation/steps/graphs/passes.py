@@ -1,9 +1,9 @@
 """Launches passes of the decoder: fixed buffers for each size of a pass and, on a GPU, its CUDA graph.
 
 A pass is one copy of its inputs to the device, one launch and one copy of the chosen tokens back, so that the next one
-may be launched before the host has read the tokens: its rows take them on the device.
+may be launched before the host has read the tokens: its rows take those of their slots on the device.
 
-Shapes: N rows, R rows of logits, V vocabulary.
+Shapes: N rows, R rows of logits, S slots and the spare one, V vocabulary.
 """
 
 import threading
@@ -17,23 +17,23 @@ from torch import Tensor
 from model.generation.steps.draw import Draw
 from model.generation.steps.graphs.adjustments import Adjustments, packed, words
 from model.generation.steps.graphs.decoder import Decoder, Rows
-from model.generation.steps.graphs.pages import PagedCache
+from model.generation.steps.graphs.pages import PagedCache, to_device
 
 MAX_ROWS = 256
 """Rows of the largest pass: more take several."""
 _IN_FLIGHT = 2
 _DRAW = len(Draw._fields)
+_MOST_LIKELY = (0.0,) * _DRAW
 _RECORDING = threading.Lock()
 """PyTorch records one graph at a time, and a challenger may be loaded while a champion is."""
 
 
 class Row(NamedTuple):
-    """One token of a slot. carry: the row of the previous pass whose token it is; -1: `id` is known."""
+    """One token of a slot. id: -1 for the token that the latest pass chose for the slot."""
 
     slot: int
     position: int
     id: int
-    carry: int = -1
 
 
 class Wanted(NamedTuple):
@@ -46,18 +46,38 @@ class Wanted(NamedTuple):
 
 
 class Pass:
-    """A launched pass: `tokens` waits for its end."""
+    """A launched pass."""
+
+    def __init__(self, staging: "_Staging") -> None:
+        self._staging = staging
+        self._tokens: list[int] | None = None
+
+    def tokens(self) -> list[int]:
+        """The token last chosen for each slot, after the end of the pass; -1 if its highest logit was not finite."""
+        if self._tokens is None:
+            self._staging.wait()
+            self._tokens = self._staging.chosen_S.tolist()
+        return self._tokens
+
+
+class _Staging:
+    """The host's memory for the inputs and results of a pass on their way to the device and back."""
 
     def __init__(self, sizes: tuple[int, int], cache: PagedCache, vocab_size: int) -> None:
         on_gpu = cache.data.is_cuda
         rows, wanted = sizes
         self.table = torch.zeros(cache.table.shape, dtype=torch.int32, pin_memory=on_gpu)
         """Takes the page table on its way to the device, so that the host need not wait for the passes before."""
+        self.chosen_S = torch.zeros(cache.spare_slot + 1, dtype=torch.int32, pin_memory=on_gpu)
         self._ints = torch.zeros(_length(rows, wanted), dtype=torch.int32, pin_memory=on_gpu)
-        self._chosen = torch.zeros(wanted, dtype=torch.int32, pin_memory=on_gpu)
         self._allowed = torch.zeros(wanted, words(vocab_size), dtype=torch.int32, pin_memory=on_gpu)
         self._event = torch.cuda.Event() if on_gpu else None
-        self._count = 0
+        self._latest: Pass | None = None
+
+    def launched(self) -> Pass:
+        """The pass that this is now for; its results come here."""
+        self._latest = Pass(self)
+        return self._latest
 
     def fill(
         self,
@@ -67,24 +87,27 @@ class Pass:
         spare: int,
     ) -> Tensor:
         """The inputs of a pass, int32, on the host. spare: slot of the rows that only fill it up."""
-        self.wait()
+        if self._latest is not None:
+            self._latest.tokens()  # before others overwrite them
         size, size_wanted = sizes
-        self._count = len(wanted)
         ints = self._ints[: _length(*sizes)]
         table = ints.numpy()
-        columns = table[: 4 * size].reshape(4, size)
-        columns[:, len(rows) :] = np.array([[0], [-1], [spare], [0]])
+        columns = table[: 3 * size].reshape(3, size)
+        columns[:, len(rows) :] = np.array([[0], [spare], [0]])
         if rows:
-            columns[:, : len(rows)] = np.array([(row.id, row.carry, row.slot, row.position) for row in rows]).T
-        indices, changes = table[4 * size : 4 * size + 2 * size_wanted].reshape(2, size_wanted)
-        numbers = table[4 * size + 2 * size_wanted :].view(np.float32).reshape(size_wanted, _DRAW)
-        indices[:], changes[:], numbers[:] = 0, 0, 0.0
-        for index, (row, draw, is_adjusted, allowed_V) in enumerate(wanted):
-            indices[index], changes[index] = row, is_adjusted + 2 * (allowed_V is not None)
-            if draw is not None:
-                numbers[index] = draw
-            if allowed_V is not None:
-                self._allowed.numpy()[index] = packed(allowed_V)
+            slots, positions, ids = zip(*rows, strict=True)
+            columns[:, : len(rows)] = ids, slots, positions
+        count, columns = len(wanted), table[3 * size : 3 * (size + size_wanted)].reshape(3, size_wanted)
+        columns[:, count:] = np.array([[0], [spare], [0]])
+        numbers = table[3 * (size + size_wanted) :].view(np.float32).reshape(size_wanted, _DRAW)
+        numbers[count:] = 0.0
+        if wanted:
+            changes = [one.is_adjusted + 2 * (one.allowed_V is not None) for one in wanted]
+            columns[:, :count] = [one.row for one in wanted], [rows[one.row].slot for one in wanted], changes
+            numbers[:count] = [one.draw or _MOST_LIKELY for one in wanted]
+        for index, one in enumerate(wanted):
+            if one.allowed_V is not None:
+                self._allowed.numpy()[index] = packed(one.allowed_V)
         return ints
 
     def copy_allowed(self, target_RW: Tensor, wanted: Sequence[Wanted]) -> None:
@@ -93,9 +116,9 @@ class Pass:
         if rows:
             target_RW[:rows].copy_(self._allowed[:rows], non_blocking=True)
 
-    def copy_tokens(self, chosen: Tensor) -> None:
+    def copy_tokens(self, chosen_S: Tensor) -> None:
         """Copy the tokens to the host when the pass ends."""
-        self._chosen[: self._count].copy_(chosen[: self._count], non_blocking=True)
+        self.chosen_S.copy_(chosen_S, non_blocking=True)
         if self._event is not None:
             self._event.record()
 
@@ -104,15 +127,9 @@ class Pass:
         if self._event is not None:
             self._event.synchronize()
 
-    def tokens(self) -> list[int]:
-        """The token of each wanted row; -1 if its highest logit is not finite."""
-        self.wait()
-        tokens: list[int] = self._chosen[: self._count].tolist()
-        return tokens
-
 
 def _length(rows: int, wanted: int) -> int:
-    return 4 * rows + wanted * (2 + _DRAW)
+    return 3 * rows + wanted * (3 + _DRAW)
 
 
 class Passes:
@@ -122,10 +139,10 @@ class Passes:
         self._decoder, self._cache, self._device = decoder, cache, cache.data.device
         self._most_wanted = min(MAX_ROWS, _power_of_2(cache.spare_slot))
         largest = self.sizes(MAX_ROWS)
-        self._flights = [Pass(largest, cache, vocab_size) for _ in range(_IN_FLIGHT)]
+        self._staging = [_Staging(largest, cache, vocab_size) for _ in range(_IN_FLIGHT)]
         self._turn = 0
         self._ints = torch.zeros(_length(*largest), dtype=torch.int32, device=self._device)
-        self._chosen = torch.zeros(self._most_wanted, dtype=torch.int32, device=self._device)
+        self._chosen_S = torch.zeros(cache.spare_slot + 1, dtype=torch.int32, device=self._device)
         self._logits = torch.zeros(self._most_wanted, vocab_size, device=self._device)
         self.adjustments = Adjustments(
             cache.spare_slot, cache.context_length, self._most_wanted, vocab_size, self._device
@@ -147,15 +164,15 @@ class Passes:
     def launch(self, rows: Sequence[Row], wanted: Sequence[Wanted]) -> Pass:
         """Start a pass."""
         sizes = self.sizes(len(rows))
-        flight = self._flights[self._turn]
+        staging = self._staging[self._turn]
         self._turn = (self._turn + 1) % _IN_FLIGHT
-        ints = flight.fill(sizes, rows, wanted, self._cache.spare_slot)
+        ints = staging.fill(sizes, rows, wanted, self._cache.spare_slot)
         self._ints[: len(ints)].copy_(ints, non_blocking=True)
-        flight.copy_allowed(self.adjustments.tables.allowed_RW, wanted)
-        self._cache.upload(flight.table)
+        staging.copy_allowed(self.adjustments.tables.allowed_RW, wanted)
+        self._cache.upload(staging.table)
         self.replay(len(rows))
-        flight.copy_tokens(self._chosen)
-        return flight
+        staging.copy_tokens(self._chosen_S)
+        return staging.launched()
 
     def replay(self, rows: int) -> None:
         """Start the pass for this many rows on the inputs that the device has."""
@@ -167,28 +184,30 @@ class Passes:
 
     def logits(self, indices: Sequence[int]) -> Tensor:
         """A copy of the logits of some wanted rows of the latest pass, by their number among them."""
-        return self._logits[torch.tensor(indices, device=self._device)]
+        return self._logits[to_device(indices, torch.int32, self._device)]
 
     def hidden_states(self, rows: Sequence[Row]) -> Tensor:
         """Hidden states of up to MAX_ROWS rows, without a graph."""
-        table = torch.tensor(rows, dtype=torch.int32, device=self._device).T.contiguous()
-        every = torch.arange(len(rows), device=self._device)
-        slot_N, position_N, id_N, carry_N = table
-        self._cache.upload(torch.empty_like(self._cache.table, device="cpu"))
-        wanted = Rows(id_N, carry_N, slot_N, position_N, every, every, torch.empty(0))
-        return self._decoder.hidden_states(wanted, self._cache)
+        size, _ = self.sizes(len(rows))  # kernels are compiled for few sizes
+        filled = [*rows, *[Row(self._cache.spare_slot, 0, 0)] * (size - len(rows))]
+        slot_N, position_N, id_N = to_device(filled, torch.int32, self._device).T.contiguous()
+        every = torch.arange(size, device=self._device)
+        on_gpu = self._device.type == "cuda"
+        self._cache.upload(torch.empty_like(self._cache.table, device="cpu", pin_memory=on_gpu))
+        wanted = Rows(id_N, slot_N, position_N, every, every, every, torch.empty(0))
+        return self._decoder.hidden_states(wanted, self._cache)[: len(rows)]
 
     def _compute(self, sizes: tuple[int, int]) -> None:
         size, wanted = sizes
         table = self._ints[: _length(*sizes)]
-        id_N, carry_N, slot_N, position_N = table[: 4 * size].view(4, size)
-        wanted_R, changes_R = table[4 * size : 4 * size + 2 * wanted].view(2, wanted)
-        draws_R5 = table[4 * size + 2 * wanted :].view(torch.float32).view(wanted, _DRAW)
-        rows = Rows(id_N, carry_N, slot_N, position_N, wanted_R, changes_R, draws_R5).known(self._chosen)
+        id_N, slot_N, position_N = table[: 3 * size].view(3, size)
+        wanted_R, target_R, changes_R = table[3 * size : 3 * (size + wanted)].view(3, wanted)
+        draws_R5 = table[3 * (size + wanted) :].view(torch.float32).view(wanted, _DRAW)
+        rows = Rows(id_N, slot_N, position_N, wanted_R, target_R, changes_R, draws_R5).known(self._chosen_S)
         hidden_RD = self._decoder.hidden_states(rows, self._cache)
         logits_RV = self._logits[:wanted].copy_(self._decoder.head(hidden_RD))
         self._decoder.adjust(logits_RV, rows, self.adjustments.tables)
-        self._chosen[:wanted].copy_(self._decoder.choose(logits_RV, draws_R5))
+        self._chosen_S[target_R] = self._decoder.choose(logits_RV, draws_R5)
 
     def _record(self) -> None:
         """Record the CUDA graph of each size, the largest first: the others share its memory.
@@ -203,7 +222,7 @@ class Passes:
         while size:
             sizes = self.sizes(size)
             # Rows that only fill a pass up: they write to the spare slot.
-            self._ints[: _length(*sizes)].copy_(self._flights[0].fill(sizes, [], [], self._cache.spare_slot))
+            self._ints[: _length(*sizes)].copy_(self._staging[0].fill(sizes, [], [], self._cache.spare_slot))
             self._compute(sizes)  # compiles the kernels, which a recording cannot
             torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()

@@ -1,26 +1,26 @@
 """The step in CUDA graphs, for NVIDIA GPUs: one launch for a whole step, one step ahead of the host.
 
-While the host reads the tokens of a step of single tokens, the device computes the next one, whose rows take their
-tokens on the device. If that is what the scheduler asks for next, its results are there; else it is dropped: what it
-wrote lies behind the end of every text.
+Before the host reads the tokens of a step it launches the next one, whose rows take their tokens on the device. What
+the scheduler asks for next, and was computed so, is there already; the rest is launched. A result that nobody asks for
+is dropped: what its row wrote lies behind the end of its text.
 """
 
 import copy
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import ClassVar, NamedTuple, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from model.errors import PipelineError, one_line
 from model.generation.steps.cache import bytes_per_token
 from model.generation.steps.draw import Adjustment, Draw
 from model.generation.steps.graphs.decoder import Decoder
-from model.generation.steps.graphs.pages import PAGE, PagedCache
+from model.generation.steps.graphs.pages import PAGE, PagedCache, to_device
 from model.generation.steps.graphs.passes import MAX_ROWS, Pass, Passes, Row, Wanted
 from model.generation.steps.graphs.self_check import check
 from model.generation.steps.step import Segment, SegmentOutput, Step
@@ -29,14 +29,20 @@ from model.weights.int8 import precision_name
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class _Expected(NamedTuple):
-    """A row of the step ahead, and the segment that it computes."""
+class _Ahead(NamedTuple):
+    """The next token of a text, computed before it is asked for. id: the token that it follows."""
 
-    number: int
+    launched: Pass
     start: int
     id: int
     draws: tuple[Draw, ...]
     is_adjusted: bool
+
+    def computes(self, segment: Segment) -> bool:
+        """Whether a segment asks for just this."""
+        is_token = segment.logits == "token" and len(segment.ids) == 1 and segment.allowed_V is None
+        asked = segment.start, int(segment.ids[0]), segment.draws, segment.is_adjusted
+        return is_token and asked == self[1:]
 
 
 class GraphStep(Step):
@@ -71,9 +77,9 @@ class GraphStep(Step):
     def _start(self) -> None:
         self._cache = self._new_cache()
         self._passes = Passes(self._decoder, self._cache, self.vocab_size)
-        self._ahead: dict[int, _Expected] = {}
+        self._ahead: dict[int, _Ahead] = {}
         """By slot."""
-        self._ahead_pass: Pass | None = None
+        self._had_prompts = False
 
     @classmethod
     def unavailable(cls, model: PreTrainedModel) -> str | None:
@@ -118,6 +124,7 @@ class GraphStep(Step):
     @torch.inference_mode()
     def adjust(self, slot: int, adjustment: Adjustment) -> bool:
         """Take a text's penalties and biases to the device, unless the biases are too many."""
+        self._ahead.pop(slot, None)
         return self._passes.adjustments.set(slot, adjustment)
 
     @torch.inference_mode()
@@ -138,100 +145,86 @@ class GraphStep(Step):
     @torch.inference_mode()
     def compute(self, segments: Sequence[Segment]) -> list[SegmentOutput]:
         """As `Step.compute`; segments whose logits or hidden states are all wanted take passes of their own."""
-        numbers = self._computed_ahead(segments)
-        self._free_ahead(kept={segment.slot for segment in segments} if numbers is not None else set())
-        if numbers is not None and self._ahead_pass is not None:
-            return self._read(segments, self._ahead_pass, numbers)
+        launched = self._computed_ahead(segments)
         outputs = {i: self._whole(s) for i, s in enumerate(segments) if s.logits in ("all", "hidden")}
-        return self._launch(segments, outputs)
+        rest = {i: s for i, s in enumerate(segments) if i not in launched and i not in outputs}
+        logits = self._launch(rest, launched)
+        # While each step has prompts, they and the texts are cheaper in one pass than the next tokens in another.
+        has_prompts = any(len(segment.ids) > 1 for segment in rest.values())
+        following = {} if has_prompts and self._had_prompts else self._following(segments, launched)
+        self._had_prompts = has_prompts
+        ahead = self._launch_ahead(following) if following else None
+        for i, segment in enumerate(segments):
+            tokens: tuple[int | None, ...] = ()
+            if i in launched:
+                token = launched[i].tokens()[segment.slot]
+                tokens = (token if token >= 0 else None,)
+                if ahead is not None and i in following:
+                    start, draws = segment.start + len(segment.ids), segment.following or ()
+                    self._ahead[segment.slot] = _Ahead(ahead, start, token, draws, segment.is_adjusted)
+            outputs.setdefault(i, SegmentOutput(logits.get(i, self._no_logits), tokens))
+        return [outputs[i] for i in range(len(segments))]
 
-    def _computed_ahead(self, segments: Sequence[Segment]) -> list[int] | None:
-        """The rows of the step ahead that compute the segments; None if one is missing."""
-        numbers = []
-        for segment in segments:
-            expected = self._ahead.get(segment.slot)
-            if expected is None or segment.logits != "token" or len(segment.ids) > 1 or segment.allowed_V is not None:
-                return None
-            if (segment.start, int(segment.ids[0]), segment.draws, segment.is_adjusted) != expected[1:]:
-                return None
-            numbers.append(expected.number)
-        return numbers
+    def _computed_ahead(self, segments: Sequence[Segment]) -> dict[int, Pass]:
+        """The passes that have computed segments ahead, by the segments' numbers; drops what else is no longer of use.
 
-    def _free_ahead(self, kept: set[int]) -> None:
-        """Free the pages that the step ahead has taken for texts that have ended or go on otherwise."""
-        for slot, expected in self._ahead.items():
-            if slot not in kept:
-                self._cache.truncate(slot, expected.start)
-        self._ahead = {}
+        A result stays for a text that the step does not have, unless it took a page: the text may have ended.
+        """
+        found = {}
+        for number, segment in enumerate(segments):
+            ahead = self._ahead.get(segment.slot)
+            if ahead is not None and ahead.computes(segment):
+                found[number] = ahead.launched
+                del self._ahead[segment.slot]
+        asked = {segment.slot for segment in segments}
+        for slot, ahead in list(self._ahead.items()):
+            if slot in asked or ahead.start % PAGE == 0:
+                self.truncate(slot, ahead.start)
+        return found
 
-    def _launch(self, segments: Sequence[Segment], outputs: dict[int, SegmentOutput]) -> list[SegmentOutput]:
-        """Compute the segments that are not in `outputs`, in as many passes as their tokens take."""
-        is_decode = not outputs and len(segments) <= self._passes.most_wanted
-        # A mask of allowed tokens follows from the token before: such a step is not computed ahead.
-        is_decode = is_decode and all(s.logits == "token" and len(s.ids) == 1 and s.allowed_V is None for s in segments)
+    def _launch(self, segments: Mapping[int, Segment], launched: dict[int, Pass]) -> dict[int, Tensor]:
+        """Launch segments, by their numbers, in as many passes as their tokens take: the logits of those that want
+        them. launched: gets the pass of each segment that gets a token.
+        """
         rows: list[Row] = []
-        wanted: dict[int, int] = {}
-        """Row, by segment."""
+        wanted: dict[int, Wanted] = {}
+        logits: dict[int, Tensor] = {}
 
-        def run() -> None:
-            chosen = [segments[i] for i in wanted]
-            ends = [
-                Wanted(row, segment.draws[0] if segment.draws else None, segment.is_adjusted, segment.allowed_V)
-                for segment, row in zip(chosen, wanted.values(), strict=True)
-            ]
-            launched = self._passes.launch(rows, ends)
-            results = self._read(chosen, launched, list(range(len(chosen))), runs_ahead=is_decode)
-            outputs.update(zip(wanted, results, strict=True))
+        def launch() -> None:
+            launched.update(dict.fromkeys(wanted, self._passes.launch(rows, [*wanted.values()])))
+            numbers = {i: number for number, i in enumerate(wanted) if segments[i].logits == "last"}
+            if numbers:
+                logits.update(zip(numbers, self._passes.logits([*numbers.values()]).split(1), strict=True))
             rows.clear()
             wanted.clear()
 
-        for i, segment in enumerate(segments):
-            if i in outputs:
-                continue
-            outputs[i] = SegmentOutput(self._no_logits)
+        for i, segment in segments.items():
             self._cache.hold(segment.slot, segment.start, segment.start + len(segment.ids))
             last = len(segment.ids) - 1
             for offset, token in enumerate(segment.ids.tolist()):
                 rows.append(Row(segment.slot, segment.start + offset, token))
                 if offset == last and segment.logits != "none":
-                    wanted[i] = len(rows) - 1
+                    draw = segment.draws[0] if segment.draws else None
+                    wanted[i] = Wanted(len(rows) - 1, draw, segment.is_adjusted, segment.allowed_V)
                 if len(rows) == MAX_ROWS or len(wanted) == self._passes.most_wanted:
-                    run()
+                    launch()
         if rows:
-            run()
-        return [outputs[i] for i in range(len(segments))]
+            launch()
+        return logits
 
-    def _read(
-        self, segments: Sequence[Segment], launched: Pass, numbers: Sequence[int], *, runs_ahead: bool = True
-    ) -> list[SegmentOutput]:
-        """Results of a launched pass, after the launch of the next one. numbers: of the segments' rows of logits."""
-        if not segments:
-            return []  # nothing to wait for
-        with_logits = [number for segment, number in zip(segments, numbers, strict=True) if segment.logits == "last"]
-        logits_RV = iter(self._passes.logits(with_logits).split(1) if with_logits else ())
-        texts = list(zip(segments, numbers, strict=True))
-        ahead = [(segment, number) for segment, number in texts if runs_ahead and segment.following is not None]
-        self._ahead_pass = self._launch_ahead(ahead) if ahead else None
-        tokens = launched.tokens()
-        for row, (segment, number) in enumerate(ahead):
-            following, is_adjusted = segment.following or (), segment.is_adjusted
-            expected = _Expected(row, segment.start + 1, tokens[number], following, is_adjusted)
-            self._ahead[segment.slot] = expected
-        outputs = []
-        for segment, number in texts:
-            rows_RV = next(logits_RV) if segment.logits == "last" else self._no_logits
-            outputs.append(SegmentOutput(rows_RV, (tokens[number] if tokens[number] >= 0 else None,)))
-        return outputs
+    def _following(self, segments: Sequence[Segment], launched: Mapping[int, Pass]) -> dict[int, Segment]:
+        """The segments whose next tokens one pass can compute ahead, by their numbers."""
+        found = {i: segments[i] for i in launched if segments[i].following is not None}
+        return dict(list(found.items())[: self._passes.most_wanted])
 
-    def _launch_ahead(self, texts: Sequence[tuple[Segment, int]]) -> Pass:
-        """Start the step after the one just launched. texts: their segments and rows in that one."""
-        for segment, _ in texts:
-            self._cache.hold(segment.slot, segment.start + 1, segment.start + 2)
-        rows = [Row(segment.slot, segment.start + 1, 0, number) for segment, number in texts]
-        wanted = [
-            Wanted(row, segment.following[0] if segment.following else None, segment.is_adjusted)
-            for row, (segment, _) in enumerate(texts)
-        ]
+    def _launch_ahead(self, segments: Mapping[int, Segment]) -> Pass:
+        """Start the tokens after those that the segments choose."""
+        rows, wanted = [], []
+        for row, segment in enumerate(segments.values()):
+            position = segment.start + len(segment.ids)
+            self._cache.hold(segment.slot, position, position + 1)
+            rows.append(Row(segment.slot, position, -1))
+            wanted.append(Wanted(row, segment.following[0] if segment.following else None, segment.is_adjusted))
         return self._passes.launch(rows, wanted)
 
     def _whole(self, segment: Segment) -> SegmentOutput:
@@ -242,8 +235,7 @@ class GraphStep(Step):
         if segment.logits == "hidden":
             return SegmentOutput(self._no_logits, hidden_RD=torch.cat(parts).float())
         logits_RV = torch.cat([self._decoder.head(part_RD).float() for part_RD in parts])
-        draw = torch.tensor(
-            [segment.draws[0] if segment.draws else (0.0,) * len(Draw._fields)], device=logits_RV.device
-        )
+        draws = [segment.draws[0] if segment.draws else (0.0,) * len(Draw._fields)]
+        draw = to_device(draws, torch.float32, logits_RV.device)
         token = int(self._decoder.choose(logits_RV[-1:], draw))
         return SegmentOutput(logits_RV, (token if token >= 0 else None,))

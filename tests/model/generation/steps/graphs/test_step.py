@@ -21,7 +21,7 @@ from model.generation.requests import GenerationRequest, SamplingParameters
 from model.generation.sampler import Sampler
 from model.generation.steps import choose
 from model.generation.steps.choose import choose_step
-from model.generation.steps.draw import Adjustment, Draw
+from model.generation.steps.draw import Adjustment, Draw, draw_token
 from model.generation.steps.graphs import adjustments, plain
 from model.generation.steps.graphs.pages import PAGE, PagedCache
 from model.generation.steps.graphs.passes import MAX_ROWS, Passes
@@ -140,10 +140,107 @@ def test_a_text_that_ends_or_joins_leaves_the_others_as_they_are(passes):
         segments = [Segment(s, len(texts[s]) - 1, np.array(texts[s][-1:]), "token", following=()) for s in running]
         for slot, output in zip(running, step.compute(segments), strict=True):
             texts[slot].append(output.tokens[0])
-    # Two rows after the end of one; the prompt, and again two and one more.
-    assert passes == [3, *[3] * 4, *[2] * 4, 8, 3, *[3] * 4]
+    # Two rows after the end of one; the prompt, its first token beside what is computed already, and all three.
+    assert passes == [3, *[3] * 4, *[2] * 4, 8, 1, *[3] * 4]
     for ids, whole in zip(texts, expected, strict=True):
         assert ids == whole[: len(ids)]
+
+
+def test_a_prompt_and_a_mask_leave_the_others_what_was_computed_ahead(passes):
+    model = tiny_model(tiny_tokenizer())
+    step = GraphStepOnCPU(model, 4)
+    allowed_V = np.ones(step.vocab_size, np.bool_)
+
+    def token(slot: int, start: int, ids: np.ndarray, following: tuple | None = (), **more: object) -> Segment:
+        return Segment(slot, start, ids, "token", following=following, **more)
+
+    texts = {slot: TEXTS[slot][:20].tolist() for slot in range(3)}
+    prompt = list(texts)[:2]
+
+    def run(*segments: Segment) -> None:
+        passes.clear()
+        for segment, output in zip(segments, step.compute(segments), strict=True):
+            texts[segment.slot] += [*output.tokens]
+
+    def following(slot: int, **more: object) -> Segment:
+        return token(slot, len(texts[slot]) - 1, np.array(texts[slot][-1:]), **more)
+
+    run(*[token(slot, 0, TEXTS[slot][:20]) for slot in prompt])
+    assert passes == [40, 2]  # the second tokens of both are on their way
+    run(following(0), following(1), token(2, 0, TEXTS[2][:20]))
+    assert passes == [20]  # a second step with a prompt: nothing is ahead
+    run(*map(following, texts))
+    assert passes == [3, 3]
+    run(*map(following, texts))
+    assert passes == [3]
+    run(following(0), following(1), following(2, allowed_V=allowed_V))
+    assert passes == [1, 3]
+    run(following(0), following(2))
+    assert passes == [2]
+    run(*map(following, texts))  # the text that was left out has kept its token
+    assert passes == [3]
+    for slot, ids in texts.items():
+        assert ids[20:] == alone(model, np.array(ids[:-1]))[19:].argmax(dim=1).tolist(), slot
+
+
+def test_steps_of_any_texts_give_each_the_tokens_that_it_has_alone():
+    """What joins, ends, pauses, is masked or shares a prefix, at random, against each text alone."""
+    model, random = tiny_model(tiny_tokenizer(), max_position_embeddings=4 * PAGE), np.random.default_rng(5)
+    step, prompts = GraphStepOnCPU(model, 5), {}
+    texts: dict[int, list[int]] = {}
+    done: dict[int, int] = {}
+    draws: dict[int, list[Draw]] = {}
+    checked = 0
+
+    def check(slot: int) -> None:
+        nonlocal checked
+        ids, start = texts[slot], prompts[slot]
+        scores_SV = alone(model, np.array(ids[:-1]))[start - 1 :]
+        assert ids[start:] == plain.choose(scores_SV, torch.tensor(draws[slot][: len(scores_SV)])).tolist()
+        checked += len(scores_SV)
+
+    for number in range(400):
+        for slot in range(5):
+            ends = slot in texts and (len(texts[slot]) > 150 or random.random() < 0.02)
+            if ends and len(texts[slot]) > prompts[slot]:
+                check(slot)
+                del texts[slot]
+            if slot not in texts and random.random() < 0.1:
+                length = int(random.integers(1, 90))
+                source = next((s for s in texts if done[s] >= 8), None)
+                if source is not None and number % 2:
+                    texts[slot] = texts[source][:8] + random.integers(2, 272, length).tolist()
+                    step.copy(source, slot, 8)
+                    done[slot] = 8
+                else:
+                    texts[slot], done[slot] = random.integers(2, 272, length).tolist(), 0
+                    step.truncate(slot, 0)
+                prompts[slot] = len(texts[slot])
+                how = (0.0, 0, 1.0, 0.0) if random.random() < 0.5 else (0.9, 20, 0.9, 0.0)
+                draws[slot] = [Draw(*how, uniform) for uniform in random.random(200)]
+        segments = []
+        for slot, ids in texts.items():
+            if random.random() < 0.1:
+                continue
+            end = min(len(ids), done[slot] + int(random.integers(1, 40)))
+            is_last, drawn = end == len(ids), draws[slot][len(ids) - prompts[slot] :]
+            wanted = "token" if is_last else "none"
+            if is_last and random.random() < 0.1:
+                wanted = "last"
+            masked = wanted == "token" and random.random() < 0.1
+            segments.append(
+                Segment(
+                    *(slot, done[slot], np.array(ids[done[slot] : end]), wanted, (drawn[0],) if is_last else ()),
+                    following=(drawn[1],) if wanted == "token" and not masked and random.random() < 0.9 else None,
+                    allowed_V=np.ones(step.vocab_size, np.bool_) if masked else None,
+                )
+            )
+        for segment, output in zip(segments, step.compute(segments), strict=True):
+            done[segment.slot] += len(segment.ids)
+            texts[segment.slot] += output.tokens
+    for slot in texts:
+        check(slot)
+    assert checked > 500
 
 
 def test_another_text_in_a_slot_has_no_result_of_the_step_ahead():
@@ -166,6 +263,29 @@ def test_another_text_in_a_slot_has_no_result_of_the_step_ahead():
     (found,) = step.compute([Segment(0, 23, np.array([third]), "token", (drawn,))])
     scores_V = alone(model, np.array([*sequence, third]))[-1]
     assert found.tokens[0] == int(plain.choose(scores_V[None], torch.tensor([drawn]))[0])
+
+
+@torch.inference_mode()
+def test_a_slot_with_another_prefix_or_other_penalties_has_no_result_of_the_step_ahead():
+    model = tiny_model(tiny_tokenizer())
+    step = GraphStepOnCPU(model, 2)
+    drawn = Draw(1.0, 0, 1.0, 0.0, 0.5)  # any other logits give another token
+    for change in ("copied", "adjusted"):
+        assert step.adjust(0, Adjustment([], 1.0, 0.0, 0.0, {}))
+        step.compute([Segment(slot, 0, TEXTS[slot][:20], "none") for slot in range(2)])
+        (first,) = step.compute([Segment(0, 20, TEXTS[0][20:21], "token", following=(drawn,), is_adjusted=True)])
+        step.compute([Segment(1, 20, TEXTS[2][:1], "none")])
+        ids = [*TEXTS[0][:21], *first.tokens]
+        scores_V = alone(model, np.array(ids))[-1]
+        stale = draw_token(scores_V, drawn)
+        if change == "copied":
+            step.copy(1, 0, 21)
+            scores_V = alone(model, np.array([*TEXTS[1][:20], TEXTS[2][0], *first.tokens]))[-1]
+        else:
+            assert step.adjust(0, Adjustment([], 1.0, 0.0, 0.0, {stale: -100.0}))
+            scores_V[stale] = -torch.inf
+        (found,) = step.compute([Segment(0, 21, np.array(first.tokens), "token", (drawn,), is_adjusted=True)])
+        assert found.tokens == (draw_token(scores_V, drawn),) != (stale,), change
 
 
 ADJUSTED = [

@@ -1,4 +1,4 @@
-"""The operations of a step as Triton kernels; `plain.py` has the same in PyTorch.
+"""The operations of a step as Triton kernels, with `sampling.py`; `plain.py` has the same in PyTorch.
 
 Each row is a token of some sequence: prefill and decoding run the same kernels. Numbers are loaded in the model's
 dtype, computed in float32 and rounded once. Without a GPU, Triton's interpreter runs them (TRITON_INTERPRET=1).
@@ -13,17 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.generation.steps.graphs import sampling
 from model.generation.steps.graphs.adjustments import Tables
 from model.generation.steps.graphs.pages import PAGE, Places
 
 SPLIT_POSITIONS = 256
-"""A text is split among programs in parts of at least this many positions."""
-BUSY_PROGRAMS = 256
+"""A context is split among one program for each this many positions; a shorter text, among as many."""
+BUSY_PROGRAMS = 1024
 """With this many programs a GPU is busy: texts are not split any further."""
-VOCABULARY_BLOCK = 4096
-LEAST_WEIGHT = 87.0
-"""Weights below e^-87 are 0, as in `model/native/kernels/draw.h`."""
-LEAST_TEMPERATURE = 1e-30
+choose = sampling.choose
 
 
 @triton.jit
@@ -173,7 +171,6 @@ def _attend(
     heads,
     groups,
     width,
-    split,
     SIZE: tl.constexpr,
     PAGE: tl.constexpr,
     PER_GROUP: tl.constexpr,
@@ -188,6 +185,7 @@ def _attend(
     q_rK = tl.load(q + (row * heads + head)[:, None] * SIZE + at[None, :], mask=inside, other=0.0)
     pages = table + tl.load(slots + row).to(tl.int64) * width
     end = tl.load(positions + row) + 1
+    split = tl.cdiv(tl.cdiv(end, PAGE), tl.num_programs(2)) * PAGE
     first = part * split
     last = tl.minimum(end, first + split)
     highest = tl.full((QUERIES,), float("-inf"), tl.float32)
@@ -238,20 +236,19 @@ def attention(q_NHK: Tensor, places: Places, scale: float) -> Tensor:
     """Attention of each row over the positions of its slot up to its own, (N, H * K); reads no others.
 
     The query heads of a group are the rows of one tile, so each key is read once for all of them. While few programs
-    run, the positions are split among several, and a second kernel adds their sums up.
+    run, the positions of each text are split among several, and a second kernel adds their sums up.
     """
     rows, heads, size = q_NHK.shape
     groups, width = places.keys.shape[1], places.table.shape[1]
     out_NE = q_NHK.new_empty(rows, heads * size)
     splits = max(1, min(triton.cdiv(width * PAGE, SPLIT_POSITIONS), BUSY_PROGRAMS // (rows * groups)))
-    split = triton.cdiv(width, splits) * PAGE
     queries, block = max(16, triton.next_power_of_2(heads // groups)), max(16, triton.next_power_of_2(size))
     sums, highest, total = out_NE, out_NE, out_NE
     if splits > 1:
         sums = torch.empty(splits, rows, heads, size, dtype=torch.float32, device=q_NHK.device)
         highest, total = torch.empty_like(sums[..., 0]), torch.empty_like(sums[..., 0])
     _attend[(rows, groups, splits)](
-        *(q_NHK, *places, sums, highest, total, scale, heads, groups, width, split),
+        *(q_NHK, *places, sums, highest, total, scale, heads, groups, width),
         *(size, PAGE, heads // groups, splits > 1, queries, block),
     )
     if splits > 1:
@@ -395,106 +392,3 @@ def adjust(
         *(logits_RV, counts_RV, penalties_S4, biased_SB, bias_SB, allowed_RW, slot_N, wanted_R, changes_R),
         *(biases, allowed_RW.shape[1], size, block),
     )
-
-
-@triton.jit
-def _mass(x, highest, inverse, limit, size, IS_COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Weight, or number, of the entries whose distance from the highest, as bits, is at most `limit`."""
-    total = 0.0
-    for start in range(0, size, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        distance = (highest - tl.load(x + at, mask=at < size, other=float("-inf"))) * inverse
-        counted = (distance.to(tl.int32, bitcast=True) <= limit) & (at < size)
-        weight = tl.full((BLOCK,), 1.0, tl.float32)
-        if not IS_COUNT:
-            weight = tl.where(distance < 87.0, tl.exp(-distance), 0.0)
-        total += tl.sum(tl.where(counted, weight, 0.0), axis=0)
-    return total
-
-
-@triton.jit
-def _least_limit(x, highest, inverse, wanted, most, size, IS_COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """The smallest limit up to `most` whose `_mass` is at least `wanted`: floats above 0 are ordered as their bits."""
-    low, high = 0, most
-    while low < high:
-        middle = low + (high - low) // 2
-        if _mass(x, highest, inverse, middle, size, IS_COUNT, BLOCK) >= wanted:
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
-@triton.jit
-def _choose(logits, draws, out, size, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    x, how = logits + row * size, draws + row * 5
-    highest, likeliest, broken = float("-inf"), 0, 0
-    for start in range(0, size, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        value = tl.load(x + at, mask=at < size, other=float("-inf"))
-        broken += tl.sum((value != value).to(tl.int32), axis=0)  # noqa: PLR0124  NaN
-        most = tl.max(value, axis=0)
-        first = tl.min(tl.where(value == most, at, size), axis=0)
-        likeliest = tl.where(most > highest, first, likeliest)
-        highest = tl.maximum(highest, most)
-    token = likeliest
-    temperature = tl.load(how)
-    if (broken > 0) | (highest == float("-inf")) | (highest == float("inf")):
-        token = -1
-    elif temperature > 0:
-        top_k, top_p, min_p, uniform = tl.load(how + 1), tl.load(how + 2), tl.load(how + 3), tl.load(how + 4)
-        inverse = 1.0 / tl.maximum(temperature, 1e-30)
-        # Kept: entries nearer to the highest than `limit`, and the first `equal` of those as far as it.
-        limit, equal = tl.full((), 0x7F800000, tl.int32), tl.full((), 0, tl.int32) + size
-        if (top_k > 0) & (top_k < size):
-            limit = _least_limit(x, highest, inverse, top_k, limit, size, True, BLOCK)
-            equal = (top_k - _mass(x, highest, inverse, limit - 1, size, True, BLOCK)).to(tl.int32)
-        if top_p < 1:
-            less = _mass(x, highest, inverse, limit - 1, size, False, BLOCK)
-            distance = limit.to(tl.float32, bitcast=True)
-            each = tl.where(distance < 87.0, tl.exp(-distance), 0.0)
-            wanted = top_p * (less + tl.minimum(equal, size) * each)
-            nearer = _least_limit(x, highest, inverse, wanted, limit, size, False, BLOCK)
-            less = _mass(x, highest, inverse, nearer - 1, size, False, BLOCK)
-            each = tl.exp(-nearer.to(tl.float32, bitcast=True))
-            fewest = tl.maximum(tl.ceil((wanted - less) / each), 1.0)
-            equal = tl.where(nearer < limit, size, equal)
-            equal = tl.minimum(equal.to(tl.float32), fewest).to(tl.int32)
-            limit = nearer
-        total = _scan(x, highest, inverse, limit, equal, min_p, float("inf"), size, BLOCK)[0]
-        token = _scan(x, highest, inverse, limit, equal, min_p, uniform * total, size, BLOCK)[1]
-    tl.store(out + row, token)
-
-
-@triton.jit
-def _scan(x, highest, inverse, limit, equal, min_p, target, size, BLOCK: tl.constexpr):
-    """Weight of the kept entries, and the first whose cumulative weight is above `target`, else the last."""
-    total, found, last, equals = 0.0, size, 0, 0
-    for start in range(0, size, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        distance = (highest - tl.load(x + at, mask=at < size, other=float("-inf"))) * inverse
-        bits = distance.to(tl.int32, bitcast=True)
-        is_equal = (bits == limit).to(tl.int32)
-        rank = equals + tl.cumsum(is_equal, axis=0)
-        kept = (at < size) & ((bits < limit) | ((is_equal > 0) & (rank <= equal)))
-        weight = tl.where(distance < 87.0, tl.exp(-distance), 0.0)
-        weight = tl.where(kept & (weight >= min_p), weight, 0.0)
-        sums = total + tl.cumsum(weight, axis=0)
-        found = tl.minimum(found, tl.min(tl.where((sums > target) & (weight > 0), at, size), axis=0))
-        last = tl.maximum(last, tl.max(tl.where(weight > 0, at, 0), axis=0))
-        total += tl.sum(weight, axis=0)
-        equals += tl.sum(is_equal, axis=0)
-    return total, tl.where(found < size, found, last)
-
-
-def choose(logits_RV: Tensor, draws_R5: Tensor) -> Tensor:
-    """The token of each row, int32: the first most likely one for a temperature of 0, else that of its `Draw`.
-
-    -1 if the highest logit is not finite. Sums are float32: where a random number falls on the border between two
-    tokens, or a token on that of top-p, rounding decides.
-    """
-    tokens_R = torch.empty(len(logits_RV), dtype=torch.int32, device=logits_RV.device)
-    block = min(VOCABULARY_BLOCK, triton.next_power_of_2(logits_RV.shape[1]))
-    _choose[(len(logits_RV),)](logits_RV, draws_R5, tokens_R, logits_RV.shape[1], block, num_warps=8)
-    return tokens_R

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from model.generation.steps.draw import Adjustment
-from model.generation.steps.graphs import kernels, plain
+from model.generation.steps.graphs import kernels, plain, sampling
 from model.generation.steps.graphs.adjustments import Adjustments
 from model.generation.steps.graphs.pages import PAGE, Places
 
@@ -89,6 +89,20 @@ def test_attention_reads_a_text_up_to_its_end(monkeypatch, dtype, groups, size, 
     same(kernels.attention(q_NHK, places, 0.2), expected)
 
 
+def test_a_text_is_split_by_its_own_length(monkeypatch):
+    """However long the context is, and with empty parts."""
+    monkeypatch.setattr(kernels, "SPLIT_POSITIONS", PAGE)
+    lengths, size, pages = [1, PAGE, PAGE + 1, 3 * PAGE - 1, 7 * PAGE + 5, 16 * PAGE], 16, 16
+    table = torch.randperm(len(lengths) * pages, dtype=torch.int32).view(len(lengths), pages)
+    cache = torch.randn(2, len(lengths) * pages, 1, PAGE, size)
+    slot_N = torch.arange(len(lengths), dtype=torch.int32)
+    places = Places(*cache, table, slot_N, torch.tensor(lengths, dtype=torch.int32) - 1)
+    q_NHK = torch.randn(len(lengths), HEADS, size)
+    for programs in (6, 18, 30, 1024):
+        monkeypatch.setattr(kernels, "BUSY_PROGRAMS", programs)
+        same(kernels.attention(q_NHK, places, 0.2), plain.attention(q_NHK, places, 0.2))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [80, 1500])
 def test_the_gate(dtype, size):
@@ -121,14 +135,29 @@ def test_int8_products(dtype, rows):
     ],
     ids=str,
 )
-def test_the_chosen_tokens(monkeypatch, draw):
-    monkeypatch.setattr(kernels, "VOCABULARY_BLOCK", 64)  # several blocks
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    ("block", "kept"), [(16, 4), (64, 1), (4096, 4)], ids=["some are gathered", "few are", "all at once"]
+)
+def test_the_chosen_tokens(monkeypatch, draw, block, kept):
+    monkeypatch.setattr(sampling, "VOCABULARY_BLOCK", block)
+    monkeypatch.setattr(sampling, "KEPT_BLOCKS", kept)
     logits_RV = torch.randn(8, 120) * 3
     logits_RV[1, 7] = logits_RV[1, 9] = logits_RV[1, 110] = logits_RV[1].max() + 1  # equals in several blocks
     logits_RV[2] = logits_RV[2].round()
     logits_RV[3, ::2] = -torch.inf
     logits_RV[4] = 0.5
     logits_RV[5, 3], logits_RV[6, 117], logits_RV[7] = torch.nan, torch.inf, -torch.inf
+    draws_R5 = torch.tensor([draw] * len(logits_RV))
+    assert kernels.choose(logits_RV, draws_R5).tolist() == plain.choose(logits_RV, draws_R5).tolist()
+
+
+@pytest.mark.parametrize(
+    "draw", [(1.0, 0, 0.95, 0.0, 0.5), (0.8, 40, 0.95, 0.0, 0.7), (1.0, 0, 1.0, 0.1, 0.4), (1.5, 9000, 0.99, 0.0, 0.6)]
+)
+def test_the_tokens_of_a_large_vocabulary(draw):
+    logits_RV = torch.randn(3, 20_000) * torch.tensor([[0.1], [1.0], [4.0]])
+    logits_RV[2, 15_000:] = -torch.inf
     draws_R5 = torch.tensor([draw] * len(logits_RV))
     assert kernels.choose(logits_RV, draws_R5).tolist() == plain.choose(logits_RV, draws_R5).tolist()
 

@@ -77,7 +77,7 @@ class Compiled:
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_kernels_compile_for_gpus_and_fit_them(monkeypatch, tmp_path, capability, dtype):
-    from model.generation.steps.graphs import kernels
+    from model.generation.steps.graphs import kernels, sampling
     from model.generation.steps.graphs.adjustments import Adjustments
     from model.generation.steps.graphs.pages import PAGE, Places
 
@@ -86,7 +86,8 @@ def test_kernels_compile_for_gpus_and_fit_them(monkeypatch, tmp_path, capability
     names = ["_add_norm", "_rotate_store", "_attend", "_join_splits", "_silu_times", "_int8_product"]
     names += ["_count_tokens", "_adjust", "_choose"]
     for name in names:
-        monkeypatch.setattr(kernels, name, Compiled(getattr(kernels, name), capability, made))
+        module = sampling if name == "_choose" else kernels
+        monkeypatch.setattr(module, name, Compiled(getattr(module, name), capability, made))
     heads, groups, head_dim, vocab_size = 12, 4, 64, 50_304
     size, intermediate_size = heads * head_dim, 2048
     for rows in (1, kernels.BUSY_PROGRAMS):

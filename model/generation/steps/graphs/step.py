@@ -1,8 +1,8 @@
 """The step in CUDA graphs, for NVIDIA GPUs: one launch for a whole step, one step ahead of the host.
 
 Before the host reads the tokens of a step it launches the next one, whose rows take their tokens on the device. What
-the scheduler asks for next, and was computed so, is there already; the rest is launched. A result that nobody asks for
-is dropped: what its row wrote lies behind the end of its text.
+the scheduler asks for next is then there already, or launched. What it never asks for is dropped: what its row wrote
+lies behind the end of its text.
 """
 
 import copy
@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Ahead(NamedTuple):
-    """The next token of a text, computed before it is asked for. id: the token that it follows."""
+    """The next token of a text, computed in advance. id: the token that it follows."""
 
     launched: Pass
     start: int

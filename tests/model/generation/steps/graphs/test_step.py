@@ -3,7 +3,6 @@
 Tests of the engine, of grammars and of scores run over it, too (`each_step`); `test_kernels.py` has the kernels.
 """
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,15 +14,13 @@ import torch
 
 from model.errors import PipelineError
 from model.generation.constraints import Constraint
-from model.generation.engine import Engine
 from model.generation.grammar.grammar import GrammarFailure
 from model.generation.requests import GenerationRequest, SamplingParameters
 from model.generation.sampler import Sampler
-from model.generation.steps import choose
 from model.generation.steps.choose import choose_step
 from model.generation.steps.draw import Adjustment, Draw, draw_token
 from model.generation.steps.graphs import adjustments, plain
-from model.generation.steps.graphs.pages import PAGE, PagedCache
+from model.generation.steps.graphs.pages import PAGE
 from model.generation.steps.graphs.passes import MAX_ROWS, Passes
 from model.generation.steps.graphs.step import GraphStep
 from model.generation.steps.step import Segment
@@ -418,75 +415,6 @@ def test_a_page_taken_ahead_for_a_text_that_ends_is_free_again():
     step.truncate(0, PAGE)
     step.compute([Segment(1, 0, ids[:1], "none")])
     assert step._cache.used_pages == 2
-
-
-def make_cache(slots: int = 3, tokens: int = 6 * PAGE, context: int = 4 * PAGE) -> PagedCache:
-    return PagedCache(
-        1, 1, 4, slots=slots, context_length=context, tokens=tokens, dtype=torch.float32, device=torch.device("cpu")
-    )
-
-
-def test_pages_are_taken_as_a_text_grows_shared_and_given_back():
-    cache = make_cache()
-    cache.hold(0, 0, PAGE + 1)
-    assert cache.used_pages == 2
-    cache.hold(0, PAGE + 1, 2 * PAGE)
-    assert cache.used_pages == 2
-    cache.data[:, :, int(cache._pages[0, 1])] = 7.0
-    cache.share(0, 1, PAGE + 3)
-    assert cache.used_pages == 3 and cache._pages[0, 0] == cache._pages[1, 0]
-    assert (cache.data[:, :, int(cache._pages[1, 1])] == 7.0).all()
-    # Who writes to a shared page has a copy first.
-    cache.data[:, :, int(cache._pages[0, 0])] = 5.0
-    cache.hold(0, 10, 11)
-    assert cache.used_pages == 4 and cache._pages[0, 0] != cache._pages[1, 0]
-    assert (cache.data[:, :, int(cache._pages[0, 0])] == 5.0).all()
-    cache.upload(torch.empty_like(cache.table))
-    assert np.array_equal(cache.table.numpy(), cache._pages)
-    cache.truncate(0, 0)
-    cache.truncate(1, 1)
-    assert cache.used_pages == 1
-    cache.truncate(1, 0)
-    assert cache.used_pages == 0
-
-
-def test_a_full_cache_is_one_line():
-    cache = make_cache()
-    cache.hold(0, 0, 4 * PAGE)
-    cache.hold(1, 0, 2 * PAGE)
-    with pytest.raises(PipelineError, match="the KV cache has no free page: all 6 are in use"):
-        cache.hold(2, 0, 1)
-
-
-@pytest.mark.parametrize(
-    ("operation", "broken"),
-    [
-        ("attention", lambda right: lambda *given: right(*given).roll(1, 1)),
-        ("silu_times", lambda right: lambda *given: right(*given).flip(1)),
-        ("norm", lambda right: lambda x, weight, eps: right(x, weight.flip(0), eps)),
-        ("choose", lambda right: lambda logits_RV, draws: right(logits_RV, draws) // 2),
-        ("choose", lambda right: lambda logits_RV, draws: right(logits_RV * 2, draws)),
-        ("adjust", lambda right: lambda *given: None),
-        ("adjust", lambda right: lambda logits_RV, *given: right(logits_RV.mul_(1 - given[-1][:, None] / 2), *given)),
-    ],
-)
-def test_a_wrong_kernel_is_refused_and_the_reference_takes_over(monkeypatch, caplog, operation, broken):
-    model, tokenizer = tiny_model(tiny_tokenizer(), hidden_size=64), tiny_tokenizer()
-    generator = torch.Generator().manual_seed(0)
-    for norm in (layer.input_layernorm for layer in model.model.layers):
-        norm.weight.copy_(torch.rand(64, generator=generator) + 0.5)
-    GraphStepOnCPU.create(model, 4)
-    monkeypatch.setattr(plain, operation, broken(getattr(plain, operation)))
-    with pytest.raises(PipelineError, match=r"the step 'graphs' is wrong on this machine: in a step of [124] rows"):
-        GraphStepOnCPU.create(model, 4)
-    steps = {"graphs": "tests.support.graphs:GraphStepOnCPU", "reference": choose.STEPS["reference"]}
-    monkeypatch.setattr(choose, "STEPS", steps)
-    with caplog.at_level(logging.WARNING):
-        engine = Engine(model, tokenizer)
-    assert engine.step_name == "reference" and "the step 'reference' computes instead" in caplog.text
-    engine.stop()
-    with pytest.raises(PipelineError, match="is wrong on this machine"):
-        Engine(model, tokenizer, step="graphs")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: PyTorch stands for the kernels in the other tests")

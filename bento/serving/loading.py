@@ -58,12 +58,13 @@ def _rex_engine(
     from model.generation.engine import Engine
     from model.generation.speculation.draft import load_draft
     from model.system.cpu import decoding_threads, usable_cores
+    from model.system.devices import serving_dtype
     from model.text.tokenizer import load_tokenizer
     from model.weights.int8 import count_parameters
     from model.weights.loading import load_model
 
     torch.set_num_threads(options.threads or usable_cores())
-    dtype = torch.bfloat16 if options.mixed_precision else None
+    dtype = serving_dtype(options.precision, options.device)
     model = load_model(model_dir, device=options.device, quantized=quantized, dtype=dtype)
     tokenizer = load_tokenizer(model_dir)
     draft = load_draft(draft_dir, model, tokenizer) if draft_dir else None
@@ -84,8 +85,11 @@ def _rex_engine(
 
 
 def _vllm_engine(options: BentoArgs, model_dir: Path, quantized: bool | None, limits: dict[str, Any]) -> "Engine":
+    import torch
+
     from model.errors import PipelineError
     from model.generation.vllm.engine import VllmEngine
+    from model.system.devices import serving_dtype
 
     if not Path(options.vllm_python).is_file():
         raise PipelineError(
@@ -96,7 +100,7 @@ def _vllm_engine(options: BentoArgs, model_dir: Path, quantized: bool | None, li
         model_dir,
         python=Path(options.vllm_python).absolute(),
         quantized=quantized,
-        is_bfloat16=options.mixed_precision,
+        is_bfloat16=serving_dtype(options.precision, options.device) == torch.bfloat16,
         device=options.device,
         threads=options.threads,
         **limits,

@@ -20,9 +20,10 @@ class ServingSettings(Settings, group="serving"):
         True, "Keep keys and values of earlier tokens; false: recompute them for each token, for comparison."
     )
     quantized: bool = option(True, "Serve the quantized weights; false: those in full precision.")
-    mixed_precision: bool = option(
-        False,
-        "Hold activations, and weights that are not int8, in bfloat16: for GPUs and CPUs with AMX or AVX512-BF16.",
+    precision: Literal["auto", "float32", "bfloat16"] = option(
+        "auto",
+        "Of activations, keys and values, and weights that are not quantized; auto: bfloat16 on a GPU that computes it "
+        "fast, else as stored. Processors with AMX or AVX512-BF16 compute bfloat16 fast, too.",
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU if there is one.")
     step: Literal["auto", "reference", "native", "graphs"] = option(

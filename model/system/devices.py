@@ -36,6 +36,17 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
+def serving_dtype(precision: str, device: str, *, setting: str = "serving.device") -> torch.dtype | None:
+    """The type of activations for "float32", "bfloat16" or "auto", which is bfloat16 on a GPU that computes it fast.
+
+    None: as stored. Raises PipelineError as `resolve_device`.
+    """
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bfloat16" else torch.float32
+    target = resolve_device(device, setting=setting)
+    return torch.bfloat16 if target.type == "cuda" and has_fast_bfloat16(target) else None
+
+
 def resolve_precision(precision: str, device: torch.device, *, setting: str = "training.precision") -> Precision:
     """The precision for "auto" (bfloat16 if it is fast, else float32), or the named one.
 

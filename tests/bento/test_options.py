@@ -44,7 +44,7 @@ def test_each_option_is_overridden_by_its_variable():
         "REX_DEVICE": "cpu",
         "REX_KV_CACHE": "false",
         "REX_QUANTIZED": "false",
-        "REX_MIXED_PRECISION": "true",
+        "REX_PRECISION": "bfloat16",
         "REX_MAX_BATCH_SIZE": "3",
         "REX_KV_CACHE_MIB": "7",
         "REX_PREFILL_CHUNK": "32",
@@ -83,7 +83,7 @@ def test_each_option_is_overridden_by_its_variable():
         device="cpu",
         kv_cache=False,
         quantized=False,
-        mixed_precision=True,
+        precision="bfloat16",
         step="reference",
         engine="vllm",
         vllm_python="/opt/vllm/bin/python",
@@ -220,8 +220,9 @@ def test_switches_do_what_they_say(start_engine):
     assert plain.precision == "float32"
     assert not start_engine(kv_cache=False)._kv_cache
     assert start_engine(quantized=True).precision == "int8"
-    assert start_engine(mixed_precision=True).precision == "bfloat16"
-    both = start_engine(quantized=True, mixed_precision=True)
+    assert start_engine(precision="bfloat16").precision == "bfloat16"
+    assert start_engine(precision="float32").precision == "float32"
+    both = start_engine(quantized=True, precision="bfloat16")
     assert both.is_ready and both.precision == "int8, bfloat16"
 
 

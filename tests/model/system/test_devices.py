@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from model.errors import PipelineError
-from model.system.devices import has_fast_bfloat16, resolve_device, resolve_precision
+from model.system.devices import has_fast_bfloat16, resolve_device, resolve_precision, serving_dtype
 
 CPU = torch.device("cpu")
 
@@ -28,6 +28,17 @@ def test_auto_takes_bfloat16_only_where_the_cpu_has_it(monkeypatch, amx, avx512,
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     assert has_fast_bfloat16(CPU) == (precision == "bfloat16")
     assert resolve_precision("auto", CPU) == precision
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_a_gpu_serves_in_bfloat16_where_it_is_fast(monkeypatch, has_gpu, is_fast):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: is_fast)
+    assert serving_dtype("auto", "auto") == (torch.bfloat16 if has_gpu and is_fast else None)
+    assert serving_dtype("auto", "cpu") is None
+    for precision in ("float32", "bfloat16"):
+        assert serving_dtype(precision, "auto") == getattr(torch, precision)
 
 
 def test_a_precision_that_is_asked_for_is_taken():

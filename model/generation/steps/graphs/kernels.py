@@ -21,6 +21,8 @@ SPLIT_POSITIONS = 256
 """A context is split among one program for each this many positions; a shorter text, among as many."""
 BUSY_PROGRAMS = 1024
 """With this many programs a GPU is busy: texts are not split any further."""
+FEW_ROWS = 4
+"""Of a product that computes each row on its own."""
 choose = sampling.choose
 
 
@@ -295,10 +297,32 @@ def _int8_product(
     tl.store(out + row[:, None].to(tl.int64) * outputs + output[None, :], sums.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _int8_row_product(x, weight, scale, out, outputs, inputs, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    sums = tl.zeros((OUTPUTS, INPUTS), tl.float32)
+    for start in range(0, inputs, INPUTS):
+        at = start + tl.arange(0, INPUTS)
+        x_I = tl.load(x + row * inputs + at, mask=at < inputs, other=0.0).to(tl.float32)
+        inside = (output[:, None] < outputs) & (at[None, :] < inputs)
+        weight_OI = tl.load(weight + output[:, None].to(tl.int64) * inputs + at[None, :], mask=inside, other=0)
+        sums += x_I[None, :] * weight_OI.to(tl.float32)
+    product = tl.sum(sums, axis=1) * tl.load(scale + output, mask=output < outputs, other=0.0)
+    tl.store(out + row * outputs + output, product.to(out.dtype.element_ty), mask=output < outputs)
+
+
 def int8_product(x_NI: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
-    """The product with a transposed int8 matrix and its scales, (N, O); weights become floats in registers only."""
+    """The product with a transposed int8 matrix and its scales, (N, O); weights become floats in registers only.
+
+    For few rows the time is that of reading the weights: many small programs, each of which reads its own at once.
+    """
     (rows, inputs), outputs = x_NI.shape, len(weight_OI)
     out_NO = x_NI.new_empty(rows, outputs)
+    if rows <= FEW_ROWS:
+        block = min(1024, triton.next_power_of_2(inputs))
+        _int8_row_product[(triton.cdiv(outputs, 8), rows)](x_NI, weight_OI, scale_O, out_NO, outputs, inputs, 8, block)
+        return out_NO
     tile = min(64, max(16, triton.next_power_of_2(rows)))
     grid = (triton.cdiv(outputs, 32), triton.cdiv(rows, tile))
     at_once = 128 if x_NI.element_size() < 4 else 32  # without tensor cores, registers hold no more

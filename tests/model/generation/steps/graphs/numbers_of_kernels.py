@@ -111,9 +111,10 @@ def test_the_gate(dtype, size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 20, 70])
-def test_int8_products(dtype, rows):
-    x_NI, weight_OI = torch.randn(rows, 200).to(dtype), torch.randint(-127, 128, (50, 200), dtype=torch.int8)
+@pytest.mark.parametrize("rows", [1, 4, 5, 20, 70])
+@pytest.mark.parametrize("inputs", [200, 1500])
+def test_int8_products(dtype, rows, inputs):
+    x_NI, weight_OI = torch.randn(rows, inputs).to(dtype), torch.randint(-127, 128, (50, inputs), dtype=torch.int8)
     scale_O = torch.rand(50) / 1000
     same(kernels.int8_product(x_NI, weight_OI, scale_O), plain.int8_product(x_NI, weight_OI, scale_O))
 

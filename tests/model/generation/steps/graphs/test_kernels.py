@@ -84,6 +84,7 @@ def test_kernels_compile_for_gpus_and_fit_them(monkeypatch, tmp_path, capability
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     made: list[tuple[str, Any]] = []
     names = ["_add_norm", "_rotate_store", "_attend", "_join_splits", "_silu_times", "_int8_product"]
+    names += ["_int8_row_product"]
     names += ["_count_tokens", "_adjust", "_choose"]
     for name in names:
         module = sampling if name == "_choose" else kernels

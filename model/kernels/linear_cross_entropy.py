@@ -2,8 +2,9 @@
 
 A chunk of rows at a time goes through the output embedding, its loss and its gradient are taken, and its logits are
 dropped: logits take `rows * V` numbers instead of `B * T * V`, and the backward pass is one multiplication by a scalar.
-Source of the idea: Liger-Kernel's fused linear cross entropy (https://arxiv.org/abs/2410.10989), here in plain PyTorch.
-With a teacher, a part of the loss is the divergence from its distribution, whose logits go through the same chunks.
+On a GPU the loss and the gradient of a chunk are one kernel (`cross_entropy.py`), else PyTorch's operations.
+Source of the idea: Liger-Kernel's fused linear cross entropy (https://arxiv.org/abs/2410.10989). With a teacher, a part
+of the loss is the divergence from its distribution, whose logits go through the same chunks.
 
 It is a custom operator (`torch.library`) and not an autograd.Function, because compilers trace through the latter: with
 PyTorch 2.11 on an H100, a compiled graph lost the gradients that the forward pass writes into slices, and the training
@@ -11,13 +12,19 @@ learned nothing. An operator is opaque to compilers: they call it as it is, and 
 Legend: `R` rows (predicted tokens), `D` hidden size, `E` the teacher's, `V` vocabulary.
 """
 
+import functools
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from model.errors import one_line
 from model.logits import IGNORE_INDEX
+
+logger = logging.getLogger(__name__)
 
 
 @torch.library.custom_op("rex::linear_cross_entropy", mutates_args=())
@@ -41,19 +48,24 @@ def linear_cross_entropy_sum(
     grad_hidden_RD = torch.empty_like(hidden_RD)
     grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
     total = torch.zeros((), dtype=torch.float32, device=hidden_RD.device)
+    in_place = fused_cross_entropy(hidden_RD.device.type) if teacher_RE is None else None
     for start in range(0, len(hidden_RD), rows):
         part_RD, labels = hidden_RD[start : start + rows], labels_R[start : start + rows, None]
-        counted = labels != IGNORE_INDEX
-        logits_RV = (part_RD @ weight_VD.t()).float()
-        loss, grad_logits_RV = _cross_entropy(logits_RV, labels.clamp(min=0), z_loss)
-        if teacher_RE is not None and teacher_VE is not None:
-            teacher_RV = (teacher_RE[start : start + rows] @ teacher_VE.t()).float()
-            divergence, grad_divergence_RV = _divergence(logits_RV, teacher_RV, temperature, top_k)
-            loss = loss.lerp(divergence, distill_weight)
-            grad_logits_RV = grad_logits_RV.lerp_(grad_divergence_RV, distill_weight)
-        total += (loss * counted).sum()
-        grad_logits_RV *= counted
-        grad_logits_RV = grad_logits_RV.to(hidden_RD.dtype)
+        grad_logits_RV = part_RD @ weight_VD.t()
+        if in_place is not None:
+            total += in_place(grad_logits_RV, labels[:, 0].contiguous(), z_loss, IGNORE_INDEX).sum()
+        else:
+            counted = labels != IGNORE_INDEX
+            logits_RV = grad_logits_RV.float()
+            loss, grad_logits_RV = _cross_entropy(logits_RV, labels.clamp(min=0), z_loss)
+            if teacher_RE is not None and teacher_VE is not None:
+                teacher_RV = (teacher_RE[start : start + rows] @ teacher_VE.t()).float()
+                divergence, grad_divergence_RV = _divergence(logits_RV, teacher_RV, temperature, top_k)
+                loss = loss.lerp(divergence, distill_weight)
+                grad_logits_RV = grad_logits_RV.lerp_(grad_divergence_RV, distill_weight)
+            total += (loss * counted).sum()
+            grad_logits_RV *= counted
+            grad_logits_RV = grad_logits_RV.to(hidden_RD.dtype)
         grad_hidden_RD[start : start + rows] = grad_logits_RV @ weight_VD
         if grad_logits_RV.dtype == torch.float32:
             grad_weight_VD.addmm_(grad_logits_RV.t(), part_RD)
@@ -84,6 +96,35 @@ def _scale_gradients(ctx: Any, grad: Tensor, *unused: None) -> tuple[Tensor | No
 
 
 linear_cross_entropy_sum.register_autograd(_scale_gradients, setup_context=_save_gradients)
+
+
+@functools.cache
+def fused_cross_entropy(device: str) -> Callable[[Tensor, Tensor, float, int], Tensor] | None:
+    """`cross_entropy_` of Triton on a kind of device, if it runs there and gives PyTorch's numbers; else None, with a
+    line in the log.
+    """
+    if device != "cuda":
+        return None
+    try:
+        from model.kernels.cross_entropy import cross_entropy_
+
+        if not _agrees(cross_entropy_, device):
+            raise ValueError("its results differ from PyTorch's")
+    except Exception as error:  # noqa: BLE001  compilers and drivers fail in many ways
+        logger.warning("the loss is computed without its Triton kernel, slower: %s", one_line(error))
+        return None
+    return cross_entropy_
+
+
+def _agrees(kernel: Callable[[Tensor, Tensor, float, int], Tensor], device: str) -> bool:
+    numbers = torch.arange(3 * 5000, dtype=torch.float32, device=device).reshape(3, 5000)
+    logits_RV = (numbers * 0.37).sin() * 8
+    labels_R = torch.tensor([4999, IGNORE_INDEX, 0], device=device)
+    expected, expected_RV = _cross_entropy(logits_RV, labels_R[:, None].clamp(min=0), 1e-3)
+    is_counted = labels_R != IGNORE_INDEX
+    found_R = kernel(logits_RV, labels_R, 1e-3, IGNORE_INDEX)
+    is_same = torch.allclose(found_R, expected[:, 0] * is_counted, rtol=1e-4, atol=1e-5)
+    return is_same and torch.allclose(logits_RV, expected_RV * is_counted[:, None], rtol=1e-3, atol=1e-6)
 
 
 def _cross_entropy(logits_RV: Tensor, labels_R1: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,17 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
+def set_tf32(*, enabled: bool) -> None:
+    """Whether GPUs round the operands of float32 products to TensorFloat-32, in all of PyTorch's interfaces.
+
+    With compilation transformers and accelerate switch it on unasked, each in another interface. Where the two
+    disagree, reading the older one raises RuntimeError.
+    """
+    torch.backends.fp32_precision = "ieee"  # of everything, the CPU too; those of CUDA follow
+    torch.backends.cuda.matmul.allow_tf32 = enabled
+    torch.backends.cudnn.allow_tf32 = enabled
+
+
 def serving_dtype(precision: str, device: str, *, setting: str = "serving.device") -> torch.dtype | None:
     """The type of activations for "float32", "bfloat16" or "auto", which is bfloat16 on a GPU that computes it fast.
 

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from model.errors import PipelineError
 from model.settings import TrainingSettings
-from model.system.devices import Precision
+from model.system.devices import Precision, set_tf32
 
 # The training loop fixes these for resume, evaluation and logging: another value would break it silently.
 _FIXED = frozenset(
@@ -157,6 +157,7 @@ def training_arguments(
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": device.type == "cuda",
+        "accelerator_config": {"non_blocking": device.type == "cuda"},
         **_distributed(device),
         **settings.arguments,
     }
@@ -167,6 +168,7 @@ def training_arguments(
         raise PipelineError(
             f"training.arguments {settings.arguments} refused by TrainingArguments: {reason}"
         ) from error
+    set_tf32(enabled=bool(arguments.tf32))
     if device.type == "cuda" and arguments.n_gpu > 1:
         arguments._n_gpu = 1  # several GPUs in one process would mean DataParallel; here each GPU has its own process
     return arguments

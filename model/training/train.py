@@ -96,9 +96,9 @@ def train(
     source_shares(run.train, run.settings)  # refuses weights that do not fit, before anything is made
     identity = _identity(settings, dataset_dir, run.initial_world_size)
     resume_step = broadcast_from_rank_zero(lambda: checkpoints.open_scratch(scratch_dir, identity))
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(run.device)
     peak_flops = matmul_peak(run.device, run.precision)
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)  # without the matrices of that
     with _quiet_transformers():
         state, trained_s, warnings = _run_steps(run, tokenizer, resume_step, peak_flops)
         best_step = state.best_global_step or state.global_step

@@ -37,6 +37,7 @@ from model.modeling_rex import RexForCausalLM
 from model.progress import format_duration
 from model.settings import TrainingSettings
 from model.system.allocator import keep_freed_memory
+from model.system.devices import set_tf32
 from model.text.mixture import mixed_order, shares
 from model.text.tokens import TokenDataset
 from model.training import failures, health
@@ -138,6 +139,7 @@ class RexTrainer(Trainer):  # type: ignore[misc]
             eval_dataset=run.validation,
             callbacks=callbacks,
         )
+        set_tf32(enabled=bool(run.arguments.tf32))  # accelerate has just switched it on
         # The Trainer's own switch for a model that arrives sharded: it adds autocast, and neither DDP nor FSDP.
         self.is_distributed_loading_by_transformers = run.is_sharded
         self.remove_callback(PrinterCallback)  # it prints every log to stdout

@@ -202,12 +202,12 @@ def parameter_groups(model: PreTrainedModel, settings: TrainingSettings) -> list
 def build_optimizer(model: PreTrainedModel, settings: TrainingSettings, precision: Precision) -> MuonAdamW:
     """The optimizer of `settings.optim`: "muon" (Muon and AdamW) or "adamw" (fused AdamW for every parameter).
 
-    precision: the training's. Muon orthogonalizes in bfloat16 on a GPU, and on a CPU with bfloat16 units if the
+    precision: the training's. Muon orthogonalizes in bfloat16 on a GPU with bfloat16 units, and on such a CPU if the
     training computes in it; else in float32.
     The first group has the base learning rate `settings.learning_rate`, which the schedule reports.
     """
     device = model.device
-    use_bfloat16 = device.type == "cuda" or (has_fast_bfloat16(device) and precision == "bfloat16")
+    use_bfloat16 = has_fast_bfloat16(device) and (device.type == "cuda" or precision == "bfloat16")
     return MuonAdamW(
         parameter_groups(model, settings),
         betas=(settings.adam_beta1, settings.adam_beta2),

@@ -1,8 +1,11 @@
+from collections.abc import Iterator
+
 import pytest
 import torch
+from transformers.utils.import_utils import enable_tf32
 
 from model.errors import PipelineError
-from model.system.devices import has_fast_bfloat16, resolve_device, resolve_precision, serving_dtype
+from model.system.devices import has_fast_bfloat16, resolve_device, resolve_precision, serving_dtype, set_tf32
 
 CPU = torch.device("cpu")
 
@@ -28,6 +31,25 @@ def test_auto_takes_bfloat16_only_where_the_cpu_has_it(monkeypatch, amx, avx512,
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     assert has_fast_bfloat16(CPU) == (precision == "bfloat16")
     assert resolve_precision("auto", CPU) == precision
+
+
+@pytest.fixture
+def precision_flags() -> Iterator[None]:
+    flags = torch.backends.fp32_precision, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.fp32_precision, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_tf32_is_set_in_both_of_pytorchs_interfaces(precision_flags, enabled):
+    enable_tf32.__wrapped__(True)  # as TrainingArguments do with compilation
+    with pytest.raises(RuntimeError):
+        torch.get_float32_matmul_precision()
+    set_tf32(enabled=enabled)
+    assert torch.get_float32_matmul_precision() == ("high" if enabled else "highest")
+    assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == enabled
+    assert torch.backends.cuda.matmul.fp32_precision == ("tf32" if enabled else "ieee")
+    assert torch.backends.fp32_precision == "ieee"
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])

@@ -95,6 +95,40 @@ def error_of(lines: list[str]) -> tuple[float, float]:
     return float(found[1]), float(found[2])
 
 
+def test_gradients_are_as_large_as_in_a_step(dataset_dir, tmp_path):
+    """float16's scale is chosen for those: divided by the few tokens of the check they could overflow."""
+    run, trainer, lines = set_up(dataset_dir, tmp_path, gradient_accumulation_steps=3)
+    items = []
+
+    def backward(batch, number):
+        items.append(number.item())
+        loss = trainer.training_step(trainer.model_wrapped, batch, number)
+        for parameter in trainer.model.parameters():
+            parameter.grad = (parameter.grad * 512).half().float()
+        return loss
+
+    module.self_check(run, trainer.model, None, backward, gradient_scale=512.0)
+    assert items == [run.windows_per_step * (run.sequence_length - 1)]
+    assert 1e-4 < error_of(lines)[0] < 1e-3  # float16 has 11 bits
+
+
+def test_tf32_is_a_precision_of_its_own(dataset_dir, tmp_path):
+    run, trainer, lines = set_up(dataset_dir, tmp_path)
+    run.arguments.tf32 = True
+
+    def backward(batch, number):
+        loss = trainer.training_step(trainer.model_wrapped, batch, number)
+        for parameter in trainer.model.parameters():
+            parameter.grad *= 1.005
+        return loss
+
+    module.self_check(run, trainer.model, None, backward)
+    assert error_of(lines) == (pytest.approx(0.005, rel=0.3), 0.01)
+    run.arguments.tf32 = None
+    with pytest.raises(PipelineError, match=r"expected at most 0.001 \(cpu, float32"):
+        module.self_check(run, trainer.model, None, backward)
+
+
 @pytest.mark.parametrize(
     "training",
     [

@@ -12,6 +12,7 @@ from model.modeling_rex import RexForCausalLM
 from model.settings import TrainingSettings
 from model.system.devices import resolve_precision
 from model.training import trainer
+from model.training.optim import optimizer as optimizer_module
 from model.training.optim.newton_schulz import orthogonalize
 from model.training.optim.optimizer import MuonAdamW, build_optimizer, parameter_groups
 from model.training.optim.schedule import muon_momentum, warmup_stable_decay
@@ -273,3 +274,14 @@ def test_a_warmed_momentum_reaches_the_optimizer_at_each_step(dataset_dir, tmp_p
     )
     train(settings, dataset_dir, tmp_path / "out", tmp_path / "scratch")
     assert seen == pytest.approx([0.9, 0.95, 0.95, 0.95, 0.95 - 0.1 / 3, 0.95 - 0.2 / 3])
+
+
+@pytest.mark.parametrize("is_fast", [False, True])
+@pytest.mark.parametrize(("device", "precision"), [("cpu", "float32"), ("cpu", "bfloat16"), ("cuda", "float32")])
+def test_newton_schulz_is_in_bfloat16_only_where_that_is_fast(monkeypatch, is_fast, device, precision):
+    monkeypatch.setattr(optimizer_module, "has_fast_bfloat16", lambda device: is_fast)
+    model = make_model()
+    monkeypatch.setattr(type(model), "device", torch.device(device))
+    optimizer = build_optimizer(model, TrainingSettings(), precision)
+    is_used = is_fast and (device == "cuda" or precision == "bfloat16")
+    assert optimizer._newton_schulz_dtype == (torch.bfloat16 if is_used else torch.float32)

@@ -175,8 +175,8 @@ class TrainingSettings(Settings, group="training"):
     )
     self_check_tolerance: float = option(
         0.0,
-        "Largest relative error of a gradient in the self-check; 0: 0.001 in float32, 0.01 in TF32, 0.08 in bfloat16 and "
-        "float16.",
+        "Largest relative error of a gradient in the self-check; 0: 0.001 in float32, 0.01 in TF32, 0.08 in bfloat16 "
+        "and float16.",
         minimum=0,
         maximum=1000.0,
     )

@@ -42,7 +42,7 @@ def set_tf32(*, enabled: bool) -> None:
     With compilation transformers and accelerate switch it on unasked, each in another interface. Where the two
     disagree, reading the older one raises RuntimeError.
     """
-    torch.backends.fp32_precision = "ieee"  # of everything, the CPU too; those of CUDA follow
+    torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]  # of everything; those of CUDA follow
     torch.backends.cuda.matmul.allow_tf32 = enabled
     torch.backends.cudnn.allow_tf32 = enabled
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from model.errors import PipelineError
@@ -45,6 +46,8 @@ from model.text.tokenizer import FastEncoder, token_bytes
 logger = logging.getLogger(__name__)
 MAX_RETRY_AFTER_S = 60
 MIB = 1 << 20
+FREE_SHARE = 0.8
+"""Of a GPU's free memory; the rest is for logits and the graphs' own."""
 RESTART_S = 300.0
 """Most time of a restart, which starts vLLM or records CUDA graphs."""
 DIED = "the engine died"
@@ -55,7 +58,8 @@ class Engine:
 
     max_batch_size: requests that generate at once.
     kv_cache_mib: memory limit for keys and values, in MiB: a request starts when its prompt and its longest answer fit
-    beside the running ones. 0: as much as max_batch_size contexts need; a processor commits it as texts grow.
+    beside the running ones. 0: as much as max_batch_size contexts need, which a processor commits as texts grow; of a
+    GPU's free memory, FREE_SHARE at most.
     kv_cache: False recomputes all earlier tokens for each new one, for comparison.
     prefill_chunk: tokens of one step with prompts in it, those that decode included.
     max_queue, max_queue_tokens: requests that may wait besides those that run, and tokens of their prompts.
@@ -112,7 +116,8 @@ class Engine:
         )
         self._kv_cache, self._prefill_chunk, self._step_timeout_s = kv_cache, prefill_chunk, step_timeout_s
         models = [model, draft] if draft is not None else [model]
-        self._cache_tokens, self._is_limited = _cache_tokens(models, max_batch_size, kv_cache_mib), kv_cache_mib > 0
+        self._cache_tokens = _cache_tokens(models, max_batch_size, kv_cache_mib)
+        self._is_limited = self._cache_tokens < max_batch_size * self.context_length
         self._slots, self._threads, self._speculative_tokens = max_batch_size, threads, speculative_tokens
         self._max_queue, self._max_queue_tokens = max_queue, max_queue_tokens
         self._queue = RequestQueue(max_queue, max_queue_tokens)
@@ -456,10 +461,14 @@ def _cache_tokens(models: Sequence[PreTrainedModel], max_batch_size: int, kv_cac
     """Most tokens in the cache. models: the model and, if there is one, its draft. Raises PipelineError if the memory
     does not hold one context.
     """
-    context = int(models[0].config.max_position_embeddings)
-    if not kv_cache_mib:
-        return max_batch_size * context
+    context, device = int(models[0].config.max_position_embeddings), models[0].device
     token_size = sum(bytes_per_token(model.config, model.dtype) for model in models)
+    if not kv_cache_mib:
+        tokens = max_batch_size * context
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            tokens = max(min(tokens, int(FREE_SHARE * free) // token_size), context)
+        return tokens
     tokens = kv_cache_mib * MIB // token_size
     if tokens < context:
         size = token_size * context

@@ -64,7 +64,10 @@ class VllmEngine(Engine):
             dtype = torch.bfloat16 if is_bfloat16 or self._is_int8 else torch.float32
             path = model_dir if (model_dir / "generation_config.json").is_file() else None
             described = SimpleNamespace(
-                config=config, dtype=dtype, generation_config=path and read_generation_config(path)
+                config=config,
+                dtype=dtype,
+                device=torch.device("cpu"),  # of this process: what keys and values take is vLLM's to know
+                generation_config=path and read_generation_config(path),
             )
             super().__init__(described, load_tokenizer(model_dir), **limits)  # type: ignore[arg-type]
         except BaseException:

@@ -5,11 +5,13 @@ import math
 import random
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from model.errors import PipelineError
+from model.generation import engine as engine_module
 from model.generation.engine import MIB, Engine
 from model.generation.requests import Finished, GenerationRequest, PromptScores, SamplingParameters
 from model.generation.steps.cache import bytes_per_token
@@ -245,6 +247,15 @@ def test_memory_for_keys_and_values_decides_how_many_generate_at_once(model, tok
     engine = start(wide, tokenizer, max_batch_size=16, kv_cache_mib=3)  # a context takes 1 MiB
     assert engine.stats().cache_capacity_tokens == 3 << 12
     engine.stop()
+
+
+def test_on_a_gpu_keys_and_values_take_no_more_than_most_of_the_free_memory(monkeypatch, model):
+    on_gpu = SimpleNamespace(config=model.config, dtype=torch.bfloat16, device=torch.device("cuda"))
+    size = bytes_per_token(model.config, torch.bfloat16)
+    for tokens_free, capacity in ((10, CONTEXT), (5 * CONTEXT, 4 * CONTEXT), (1 << 40, 16 * CONTEXT)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=tokens_free: (free * size, 1 << 60))
+        assert engine_module._cache_tokens([on_gpu], 16, 0) == capacity
+    assert engine_module._cache_tokens([on_gpu], 1 << 20, 1) == MIB // size
 
 
 def test_a_tokenizer_of_more_tokens_than_the_model_is_refused(model, tokenizer):

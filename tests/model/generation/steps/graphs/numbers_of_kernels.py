@@ -7,14 +7,18 @@ The interpreter multiplies no bfloat16 matrices: float16 stands for it there.
 """
 
 import os
+from typing import ClassVar
 
 import pytest
 import torch
 
 from model.generation.steps.draw import Adjustment
-from model.generation.steps.graphs import kernels, plain, sampling
+from model.generation.steps.graphs import kernels, plain, sampling, self_check
 from model.generation.steps.graphs.adjustments import Adjustments
 from model.generation.steps.graphs.pages import PAGE, Places
+from model.weights import int8
+from tests.support.graphs import GraphStepOnCPU
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -193,3 +197,22 @@ def test_penalties_biases_and_masks():
     assert torch.equal(both[0][0][0], both[0][0][1])
     changed = (both[0][0][0] != logits_RV).any(dim=1)
     assert changed.tolist() == [True, True, False, True, True]
+
+
+class Step(GraphStepOnCPU):
+    """Takes the kernels, on any device."""
+
+    operations: ClassVar[str] = "model.generation.steps.graphs.kernels"
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_a_step_of_kernels_gives_the_tokens_of_the_reference(monkeypatch, kind):
+    """Prompts, samples, penalties, masks and tokens computed ahead: what the step compares when it starts."""
+    monkeypatch.setattr(self_check, "TURNS", 2)
+    torch.set_default_device("cpu")
+    model = tiny_model(tiny_tokenizer(), num_hidden_layers=1, max_position_embeddings=2 * PAGE)
+    if kind == "int8":
+        int8.quantize(model)
+    step = Step.create(model.to(DEVICE), 2)
+    assert step.precision == kind

@@ -46,8 +46,8 @@ from model.text.tokenizer import FastEncoder, token_bytes
 logger = logging.getLogger(__name__)
 MAX_RETRY_AFTER_S = 60
 MIB = 1 << 20
-FREE_SHARE = 0.8
-"""Of a GPU's free memory; the rest is for logits and the graphs' own."""
+FREE_SHARE = 0.45
+"""Of a GPU's free memory: a restart makes a cache beside that of a step that hangs."""
 RESTART_S = 300.0
 """Most time of a restart, which starts vLLM or records CUDA graphs."""
 DIED = "the engine died"

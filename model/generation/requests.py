@@ -8,6 +8,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Literal
@@ -316,6 +317,15 @@ class Generation:
     def start(self, cached_tokens: int) -> None:
         """Record that the request left the queue; the engine calls it."""
         self.started_at, self.cached_tokens = time.monotonic(), cached_tokens
+
+    @contextmanager
+    def ended_by_errors(self) -> Iterator[None]:
+        """Finish with an error if the block raises: a request in neither queue nor slot would wait for ever."""
+        try:
+            yield
+        except Exception:
+            self.finish("error", error=FAILED)
+            raise
 
     def emit(self, event: PromptScores | Embedding | TextPiece) -> None:
         """Deliver an event; the engine calls it."""

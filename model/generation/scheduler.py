@@ -118,6 +118,7 @@ class Scheduler:
         slot = self._free[0]
         self._slots.truncate(slot, 0)
         (output,) = self._step.compute([Segment(slot, 0, np.zeros(1, dtype=np.int64))])
+        self._step.truncate(slot, 0)
         if not bool(torch.isfinite(output.logits_RV).all()):
             raise ValueError("the model's logits are not numbers: its weights are broken")
 
@@ -244,8 +245,7 @@ class Scheduler:
         """
         if not self._free:
             return None
-        slots = len(self._free) + len(self.running)
-        most_long = slots - slots // SLOTS_PER_KEPT
+        most_long = (slots := len(self._free) + len(self.running)) - slots // SLOTS_PER_KEPT
         long = sum(not is_short(sequence.generation) for sequence in self.running)
         clients = self._running_clients()
         # A slot is kept for a client that is present without a request here.
@@ -268,15 +268,15 @@ class Scheduler:
         if self._capacity is not None and self._reserved(generation) > self._capacity:
             return None
         self._queue.remove(generation)
-        slot, cached = self._slots.take(self._free, prompt_ids, reuse=reuse)
-        sequence = self._new_sequence(generation, slot, cached)
-        if self._draft:
-            self._draft.start(sequence)
+        with generation.ended_by_errors():
+            slot, cached = self._slots.take(self._free, prompt_ids, reuse=reuse)
+            sequence = self._new_sequence(generation, slot, cached)
+            if self._draft:
+                self._draft.start(sequence)
         self._free.remove(slot)
         self.running.append(sequence)
-        others = [self._computed[client] for client in clients]
-        client = generation.request.client
-        self._computed[client] = max(self._computed.get(client, -1), min(others, default=0) - 1)
+        client, least = generation.request.client, min((self._computed[one] for one in clients), default=0)
+        self._computed[client] = max(self._computed.get(client, -1), least - 1)
         if self._capacity is not None:
             self._slots.free_memory(self._free, self._capacity - self._reserved())
         generation.start(cached)

@@ -39,7 +39,7 @@ class ServingSettings(Settings, group="serving"):
     kv_cache_mib: int = option(
         0,
         "Most memory for keys and values: a request waits until its prompt and answer fit. 0: max_batch_size contexts, "
-        "on a GPU in four fifths of its free memory at most.",
+        "on a GPU in 45 % of its free memory at most.",
         unit="MiB",
         minimum=0,
         maximum=2**24,

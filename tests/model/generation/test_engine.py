@@ -4,6 +4,7 @@ import copy
 import math
 import random
 import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,11 +15,12 @@ from model.errors import PipelineError
 from model.generation import engine as engine_module
 from model.generation.engine import MIB, Engine
 from model.generation.requests import Finished, GenerationRequest, PromptScores, SamplingParameters
+from model.generation.scheduler import Scheduler
 from model.generation.steps.cache import bytes_per_token
 from model.generation.steps.choose import available_steps
 from model.text.tokenizer import token_bytes
 from model.weights import int4, int8
-from tests.model.generation.engines import GREEDY, PROMPT, StepHook, reference, start, tokens
+from tests.model.generation.engines import GREEDY, PROMPT, StepHook, last, reference, start, tokens
 from tests.support.tiny import CONTEXT, ROTATIONS, TEXT, tiny_model
 
 pytestmark = pytest.mark.usefixtures("each_step")
@@ -249,11 +251,41 @@ def test_memory_for_keys_and_values_decides_how_many_generate_at_once(model, tok
     engine.stop()
 
 
+def test_a_prefix_is_shared_while_the_cache_is_full(tokenizer):
+    wide = tiny_model(tokenizer, max_position_embeddings=1 << 12)
+    engine = start(wide, tokenizer, max_batch_size=2, kv_cache_mib=1)  # a context takes 1 MiB
+    numbers = random.Random(1)
+    kept = [numbers.randrange(2, 270) for _ in range((1 << 12) - 20)]
+    assert len(tokens(engine.submit(GenerationRequest(kept, 20, GREEDY)))) == 20
+    for length in (70, 128, 700):
+        prompt = [*kept[:length], 5, 6, 7]
+        assert tokens(engine.submit(GenerationRequest(prompt, 20, GREEDY))) == reference(wide, prompt, 20)
+    assert engine.stats().cached_tokens_total >= 70 and engine.stats().restarts_total == 0
+    engine.stop()
+
+
+def test_a_request_that_cannot_start_is_answered(monkeypatch, model, tokenizer):
+    engine, make = start(model, tokenizer), Scheduler._new_sequence
+
+    def fail(*_):
+        monkeypatch.setattr(Scheduler, "_new_sequence", make)
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(Scheduler, "_new_sequence", fail)
+    assert last(engine.submit(GenerationRequest(PROMPT, 5, GREEDY))).finish_reason == "error"
+    deadline = time.monotonic() + 60
+    while not engine.stats().restarts_total and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert tokens(engine.submit(GenerationRequest(PROMPT, 5, GREEDY))) == reference(model, PROMPT, 5)
+    engine.stop()
+
+
 def test_on_a_gpu_keys_and_values_take_no_more_than_most_of_the_free_memory(monkeypatch, model):
     on_gpu = SimpleNamespace(config=model.config, dtype=torch.bfloat16, device=torch.device("cuda"))
     size = bytes_per_token(model.config, torch.bfloat16)
-    for tokens_free, capacity in ((10, CONTEXT), (5 * CONTEXT, 4 * CONTEXT), (1 << 40, 16 * CONTEXT)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=tokens_free: (free * size, 1 << 60))
+    for tokens_free, capacity in ((10, CONTEXT), (5 * CONTEXT, 5 * CONTEXT), (1 << 40, 16 * CONTEXT)):
+        free = math.ceil(tokens_free * size / engine_module.FREE_SHARE)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 60))
         assert engine_module._cache_tokens([on_gpu], 16, 0) == capacity
     assert engine_module._cache_tokens([on_gpu], 1 << 20, 1) == MIB // size
 

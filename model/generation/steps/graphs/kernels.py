@@ -277,7 +277,7 @@ def silu_times(gate_up_NE: Tensor) -> Tensor:
     return out_NF
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # compiled once for any number of them
 def _int8_product(
     x, weight, scale, out, rows, outputs, inputs, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr
 ):
@@ -299,8 +299,9 @@ def _int8_product(
 
 @triton.jit
 def _int8_row_product(x, weight, scale, out, outputs, inputs, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    # All rows of some outputs follow one another, while the weights are in the cache.
+    row = tl.program_id(0).to(tl.int64)
+    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     sums = tl.zeros((OUTPUTS, INPUTS), tl.float32)
     for start in range(0, inputs, INPUTS):
         at = start + tl.arange(0, INPUTS)
@@ -321,7 +322,7 @@ def int8_product(x_NI: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
     out_NO = x_NI.new_empty(rows, outputs)
     if rows <= FEW_ROWS:
         block = min(1024, triton.next_power_of_2(inputs))
-        _int8_row_product[(triton.cdiv(outputs, 8), rows)](x_NI, weight_OI, scale_O, out_NO, outputs, inputs, 8, block)
+        _int8_row_product[(rows, triton.cdiv(outputs, 8))](x_NI, weight_OI, scale_O, out_NO, outputs, inputs, 8, block)
         return out_NO
     tile = min(64, max(16, triton.next_power_of_2(rows)))
     grid = (triton.cdiv(outputs, 32), triton.cdiv(rows, tile))

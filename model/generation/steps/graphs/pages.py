@@ -1,7 +1,7 @@
 """The paged KV cache of the graphs step: memory for the tokens that slots hold, at fixed addresses.
 
-Each slot has a row of the page table, which kernels read on the device. Slots with a common prefix share its whole
-pages; a slot that writes to a shared page gets a copy of it first.
+Each slot has a row of the page table, which kernels read on the device. Slots with a common prefix share its pages; a
+slot that writes to a shared page gets a copy of it first.
 
 Shapes: N rows of a pass, P pages, G key/value heads, K head dimension.
 """
@@ -101,17 +101,13 @@ class PagedCache:
                 self._set(slot, number, copied)
 
     def share(self, source: int, target: int, length: int) -> None:
-        """Give a slot the first `length` tokens of another; a page that they fill only in part is copied."""
+        """Give a slot the first `length` tokens of another; takes no page, as nothing is copied before one writes."""
         self.truncate(target, 0)
-        whole = length // PAGE
-        for number in range(whole):
+        self._held[target] = -(-length // PAGE)
+        for number in range(self._held[target]):
             page = int(self._pages[source, number])
             self._users[page] += 1
             self._set(target, number, page)
-        self._held[target] = whole
-        if length % PAGE:
-            self.hold(target, whole * PAGE, length)
-            self.data[:, :, int(self._pages[target, whole])] = self.data[:, :, int(self._pages[source, whole])]
 
     def truncate(self, slot: int, length: int) -> None:
         """Free the pages from position `length` on."""

@@ -188,7 +188,8 @@ class Passes:
 
     def hidden_states(self, rows: Sequence[Row]) -> Tensor:
         """Hidden states of up to MAX_ROWS rows, without a graph."""
-        size, _ = self.sizes(len(rows))  # kernels are compiled for few sizes
+        # Kernels are compiled for few sizes, and for rows whose columns are aligned.
+        size = max(4, self.sizes(len(rows))[0])
         filled = [*rows, *[Row(self._cache.spare_slot, 0, 0)] * (size - len(rows))]
         slot_N, position_N, id_N = to_device(filled, torch.int32, self._device).T.contiguous()
         every = torch.arange(size, device=self._device)

@@ -154,6 +154,7 @@ def _choose(logits, draws, kept, kept_ids, out, size, room, BLOCK: tl.constexpr)
                 weight, wanted = tl.where(distance < 87.0, tl.exp(-distance), 0.0), top_p * total
             # Up to where these alone are enough, all entries are.
             enough = _sufficient_limit(distance.to(tl.int32, bitcast=True), weight, wanted, limit)
+            enough = tl.minimum(enough, 0x42AE0000)  # the bits of 87: what is further has a weight of 0
             kept += row * room
             kept_ids += row * room
             found = _gather(x, kept, kept_ids, highest, inverse, enough, size, room, BLOCK)

@@ -9,6 +9,7 @@ import copy
 import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import ClassVar, NamedTuple, Self
 
@@ -79,7 +80,7 @@ class GraphStep(Step):
         self._passes = Passes(self._decoder, self._cache, self.vocab_size)
         self._ahead: dict[int, _Ahead] = {}
         """By slot."""
-        self._had_prompts = False
+        self._had_others = False
 
     @classmethod
     def unavailable(cls, model: PreTrainedModel) -> str | None:
@@ -149,10 +150,10 @@ class GraphStep(Step):
         outputs = {i: self._whole(s) for i, s in enumerate(segments) if s.logits in ("all", "hidden")}
         rest = {i: s for i, s in enumerate(segments) if i not in launched and i not in outputs}
         logits = self._launch(rest, launched)
-        # While each step has prompts, they and the texts are cheaper in one pass than the next tokens in another.
-        has_prompts = any(len(segment.ids) > 1 for segment in rest.values())
-        following = {} if has_prompts and self._had_prompts else self._following(segments, launched)
-        self._had_prompts = has_prompts
+        # While each step has prompts, or texts with masks, all are cheaper in one pass than the next tokens in another.
+        has_others = any(len(segment.ids) > 1 or segment.following is None for segment in rest.values())
+        following = {} if has_others and self._had_others else self._following(segments, launched)
+        self._had_others = has_others
         ahead = self._launch_ahead(following) if following else None
         for i, segment in enumerate(segments):
             tokens: tuple[int | None, ...] = ()
@@ -213,17 +214,21 @@ class GraphStep(Step):
         return logits
 
     def _following(self, segments: Sequence[Segment], launched: Mapping[int, Pass]) -> dict[int, Segment]:
-        """The segments whose next tokens one pass can compute ahead, by their numbers."""
-        found = {i: segments[i] for i in launched if segments[i].following is not None}
-        return dict(list(found.items())[: self._passes.most_wanted])
+        """The segments whose next tokens one pass can compute ahead, by their numbers; each gets a place for it."""
+        found: dict[int, Segment] = {}
+        for i in launched:
+            position = segments[i].start + len(segments[i].ids)
+            if segments[i].following is not None and len(found) < self._passes.most_wanted:
+                with suppress(PipelineError):  # without a free page it is computed with the next step
+                    self._cache.hold(segments[i].slot, position, position + 1)
+                    found[i] = segments[i]
+        return found
 
     def _launch_ahead(self, segments: Mapping[int, Segment]) -> Pass:
         """Start the tokens after those that the segments choose."""
         rows, wanted = [], []
         for row, segment in enumerate(segments.values()):
-            position = segment.start + len(segment.ids)
-            self._cache.hold(segment.slot, position, position + 1)
-            rows.append(Row(segment.slot, position, -1))
+            rows.append(Row(segment.slot, segment.start + len(segment.ids), -1))
             wanted.append(Wanted(row, segment.following[0] if segment.following else None, segment.is_adjusted))
         return self._passes.launch(rows, wanted)
 

@@ -161,8 +161,9 @@ def test_the_chosen_tokens(monkeypatch, draw, block, kept):
     "draw", [(1.0, 0, 0.95, 0.0, 0.5), (0.8, 40, 0.95, 0.0, 0.7), (1.0, 0, 1.0, 0.1, 0.4), (1.5, 9000, 0.99, 0.0, 0.6)]
 )
 def test_the_tokens_of_a_large_vocabulary(draw):
-    logits_RV = torch.randn(3, 20_000) * torch.tensor([[0.1], [1.0], [4.0]])
+    logits_RV = torch.randn(4, 20_000) * torch.tensor([[0.1], [1.0], [4.0], [2.0]])
     logits_RV[2, 15_000:] = -torch.inf
+    logits_RV[3, torch.arange(20_000) % 999 != 7] = -torch.inf  # fewer than top-k are allowed
     draws_R5 = torch.tensor([draw] * len(logits_RV))
     assert kernels.choose(logits_RV, draws_R5).tolist() == plain.choose(logits_RV, draws_R5).tolist()
 

@@ -22,9 +22,11 @@ def test_pages_are_taken_as_a_text_grows_shared_and_given_back():
     assert cache.used_pages == 2
     cache.data[:, :, int(cache._pages[0, 1])] = 7.0
     cache.share(0, 1, PAGE + 3)
-    assert cache.used_pages == 3 and cache._pages[0, 0] == cache._pages[1, 0]
-    assert (cache.data[:, :, int(cache._pages[1, 1])] == 7.0).all()
+    assert cache.used_pages == 2 and (cache._pages[0, :2] == cache._pages[1, :2]).all()
     # Who writes to a shared page has a copy first.
+    cache.hold(1, PAGE + 3, PAGE + 4)
+    assert cache.used_pages == 3 and cache._pages[0, 1] != cache._pages[1, 1]
+    assert (cache.data[:, :, int(cache._pages[1, 1])] == 7.0).all()
     cache.data[:, :, int(cache._pages[0, 0])] = 5.0
     cache.hold(0, 10, 11)
     assert cache.used_pages == 4 and cache._pages[0, 0] != cache._pages[1, 0]

@@ -3,10 +3,8 @@
 Tests of the engine, of grammars and of scores run over it, too (`each_step`); `test_kernels.py` has the kernels.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ import torch
 from model.errors import PipelineError
 from model.generation.constraints import Constraint
 from model.generation.grammar.grammar import GrammarFailure
-from model.generation.requests import GenerationRequest, SamplingParameters
+from model.generation.requests import Finished, GenerationRequest, SamplingParameters
 from model.generation.sampler import Sampler
 from model.generation.steps.choose import choose_step
 from model.generation.steps.draw import Adjustment, Draw, draw_token
@@ -369,6 +367,21 @@ def test_masks_of_allowed_tokens_are_applied_by_the_step(monkeypatch):
     engine.stop()
 
 
+@pytest.mark.parametrize("more", [{"logprobs": 2}, {"allowed_token_ids": frozenset(range(30, 60))}], ids=str)
+def test_a_text_that_cannot_run_ahead_takes_no_pass_of_its_own(monkeypatch, passes, more):
+    """A pass reads all weights: two in each step would halve the speed of the texts beside it."""
+    use_graphs_on_cpu(monkeypatch)
+    engine = start(tiny_model(tiny_tokenizer()), tiny_tokenizer(), step="graphs", max_batch_size=4)
+    asked = [GenerationRequest([40, 90, 18 + number], 50, GREEDY) for number in range(4)]
+    asked[2] = replace(asked[2], **more)
+    passes.clear()
+    ended = SimpleQueue()
+    engine.submit_all(asked, lambda number, event: isinstance(event, Finished) and ended.put(event))
+    assert [ended.get(timeout=60).generated_tokens for _ in asked] == [50] * 4
+    assert len(passes) < 60
+    engine.stop()
+
+
 @pytest.mark.parametrize("error", [GrammarFailure("the form has no next token"), RuntimeError("broken")], ids=str)
 def test_a_constraint_that_fails_ends_its_own_request(monkeypatch, error):
     model = tiny_model(tiny_tokenizer())
@@ -443,55 +456,3 @@ def test_without_a_gpu_the_step_says_so():
     assert GraphStep.unavailable(model) == "the model is on cpu, not on a GPU"
     with pytest.raises(PipelineError, match="step is 'graphs': the model is on cpu, not on a GPU; set it to 'auto'"):
         choose_step(model, "graphs")
-
-
-class Recorder:
-    """Stands for `torch.cuda` while graphs are recorded, which needs a GPU; remembers how. fails_at: a recording."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails_at: int | None = None) -> None:
-        self.options: list[dict] = []
-        self.current = "serving"
-
-        @contextmanager
-        def graph(_: object, **options: object) -> Iterator[None]:
-            self.options.append(options)
-            self.current = options["stream"]
-            if len(self.options) == fails_at:
-                raise RuntimeError("operation failed due to a previous error during capture")
-            yield
-            self.current = "serving"
-
-        for name, stand_in in {
-            "graph": graph,
-            "graph_pool_handle": object,
-            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
-            "Stream": lambda device: object(),
-            "synchronize": lambda device: None,
-            "current_stream": lambda device: self.current,
-            "set_stream": lambda stream: setattr(self, "current", stream),
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, stand_in)
-
-
-@torch.inference_mode()
-def test_each_step_records_its_graphs_on_a_stream_of_its_own_beside_one_that_serves(monkeypatch):
-    streams = []
-    for _ in range(2):
-        recorder = Recorder(monkeypatch)
-        GraphStepOnCPU.create(tiny_model(tiny_tokenizer()), 4)._passes._record()
-        assert len(recorder.options) == MAX_ROWS.bit_length()
-        assert {options["capture_error_mode"] for options in recorder.options} == {"thread_local"}
-        assert len({id(options[name]) for options in recorder.options for name in ("stream", "pool")}) == 2
-        streams.append(recorder.options[0]["stream"])
-    assert streams[0] is not streams[1]
-
-
-@torch.inference_mode()
-def test_a_recording_that_fails_leaves_the_thread_on_its_stream_and_others_may_record(monkeypatch):
-    recorder = Recorder(monkeypatch, fails_at=2)
-    passes = GraphStepOnCPU.create(tiny_model(tiny_tokenizer()), 4)._passes
-    with pytest.raises(RuntimeError, match="during capture"):
-        passes._record()
-    assert recorder.current == "serving"
-    Recorder(monkeypatch)
-    passes._record()

@@ -129,8 +129,8 @@ PIPELINE = (
     ),
     StageSpec(
         "benchmark_report",
-        "Quality, latency, throughput and memory of both models, with and without KV cache, and the exported model in "
-        "other engines: JSON, Markdown and plots.",
+        "Quality, speed and memory of both models, in the engine that serves and plainly with and without KV cache, "
+        "and the exported model in other engines: JSON, Markdown and plots.",
         group="release",
         kinds=("pytorch", "markdown"),
         eager=True,

@@ -28,7 +28,7 @@ def benchmark_report(
     exported_model: Path,
     tokenized_dataset: Path,
 ) -> Iterator[dg.MaterializeResult]:
-    """Quality, latency, throughput and memory of both models, with and without KV cache: JSON, Markdown and plots."""
+    """Quality, speed and memory of both models: in the engine that serves, and plainly with and without KV cache."""
     from bench.report.report import build_report
 
     upstream = {

@@ -1,5 +1,9 @@
-"""Compiles Triton kernels for GPUs that this machine lacks."""
+"""Runs Triton kernels in its interpreter, and compiles them for GPUs that this machine lacks."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,3 +48,16 @@ class Compiled:
         source = ASTSource(self._kernel, signature, constants, aligned)
         compiled = triton.compile(source, target=GPUTarget("cuda", self._capability, 32), options=options)
         self._made.append((self._kernel.__name__, compiled))
+
+
+def assert_passes(tests: Path, interpreter: str) -> None:
+    """Run a file of tests in a process with Triton's interpreter ("1"), or with its compiler ("0") on a GPU."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests],
+        check=False,
+        env={**os.environ, "TRITON_INTERPRET": interpreter},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout and "skipped" not in run.stdout

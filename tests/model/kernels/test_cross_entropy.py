@@ -1,9 +1,6 @@
 """The Triton kernel of the loss: its numbers in Triton's interpreter, and its code for GPUs that this machine lacks."""
 
 import logging
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,7 +8,7 @@ import pytest
 import torch
 
 from model.kernels import linear_cross_entropy
-from tests.support.gpu_compiler import SHARED_MEMORY, Compiled
+from tests.support.gpu_compiler import SHARED_MEMORY, Compiled, assert_passes
 
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="no Triton: `make triton` installs it")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the interpreter computes instead")
@@ -23,15 +20,7 @@ NUMBERS = Path(__file__).with_name("numbers_of_cross_entropy.py")
 @pytest.mark.processes
 @pytest.mark.parametrize("interpreter", ["1", pytest.param("0", marks=needs_gpu)], ids=["interpreted", "compiled"])
 def test_the_kernel_gives_the_numbers_of_pytorch(interpreter):
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", NUMBERS],
-        check=False,
-        env={**os.environ, "TRITON_INTERPRET": interpreter},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout and "skipped" not in run.stdout
+    assert_passes(NUMBERS, interpreter)
 
 
 @needs_triton

@@ -1,8 +1,5 @@
 """The Triton kernels: their numbers in Triton's interpreter, and their code for GPUs that this machine lacks."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.gpu_compiler import SHARED_MEMORY, Compiled
+from tests.support.gpu_compiler import SHARED_MEMORY, Compiled, assert_passes
 
 pytestmark = [
     pytest.mark.slow,
@@ -24,15 +21,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: th
 @pytest.mark.processes
 @pytest.mark.parametrize("interpreter", ["1", pytest.param("0", marks=needs_gpu)], ids=["interpreted", "compiled"])
 def test_kernels_give_the_numbers_of_pytorch(interpreter):
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", NUMBERS],
-        check=False,
-        env={**os.environ, "TRITON_INTERPRET": interpreter},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout and "skipped" not in run.stdout
+    assert_passes(NUMBERS, interpreter)
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)

@@ -19,6 +19,9 @@ OPTIONS = [
     {"top_k": 1},
     {"top_k": 40},
     {"top_k": 2000, "temperature": 20.0},
+    *({"top_k": count} for count in (1023, 1024, 1025)),  # as many as are looked at first, to find where to search
+    {"temperature": 0.05, "top_p": 0.9},
+    {"temperature": 0.1, "top_k": 7, "top_p": 0.8},
     {"top_p": 1e-9},
     {"top_p": 0.5},
     {"top_p": 0.95},

@@ -59,7 +59,7 @@ static void exercise(int32_t instructions, int32_t dtype, bool post_norm) {
     char error[REX_ERROR_SIZE] = "";
     const bool is_int4 = dtype == REX_INT4;  // takes whole groups of inputs
     const int32_t hidden = is_int4 ? 96 : 72, inner = is_int4 ? 160 : 104, head_dim = is_int4 ? 16 : 20;
-    const int32_t layers = 2, heads = 6, groups = 2, vocab = 151, context = 200;
+    const int32_t layers = 2, heads = 6, groups = 2, vocab = 1301, context = 200;
     const int32_t rotary_dim = post_norm ? head_dim / 2 : head_dim;
     const RexConfig config = {layers, hidden, inner, heads, groups, head_dim, vocab, context, rotary_dim, post_norm, 127, instructions, 1e-5f};
     Store store;

@@ -137,12 +137,19 @@ class BentoArgs(_Arguments):
     """`ServiceSettings` in BentoML's form: `--arg NAME=VALUE` of `bentoml build` and of `bentoml serve`."""
 
 
+RENAMED = {f"{PREFIX}MIXED_PRECISION": f"{PREFIX}PRECISION=bfloat16 (or float32)"}
+"""Former variables, and what to set instead: to ignore one would change what a service computes in silence."""
+
+
 def with_overrides(arguments: BentoArgs, environment: Mapping[str, str] | None = None) -> BentoArgs:
     """The arguments, overridden by the variables REX_MODEL, REX_DEVICE, ... that are set.
 
     Raises bentoml's InvalidArgument, one line that names the variable.
     """
     environment = os.environ if environment is None else environment
+    for former, name in RENAMED.items():
+        if environment.get(former):
+            raise InvalidArgument(f"{former} is set, which has no effect any more: set {name} in its place")
     given = {
         name: environment[PREFIX + name.upper()]
         for name in BentoArgs.model_fields

@@ -268,3 +268,8 @@ def test_an_address_that_would_change_the_pages_policy_is_refused_in_one_line(ad
 @pytest.mark.parametrize("address", ["", "http://b", "https://b.example:3000/", "http://[::1]:3000/rex"])
 def test_the_address_of_a_second_service_is_taken(address):
     assert second_service(address) == address
+
+
+def test_a_variable_of_a_former_name_is_refused():
+    with pytest.raises(InvalidArgument, match=r"REX_MIXED_PRECISION is set, .*: set REX_PRECISION=bfloat16"):
+        with_overrides(BentoArgs(model="a:1"), {"REX_MIXED_PRECISION": "true"})

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from model.errors import PipelineError
 from model.generation.beams import Search, searches
 from model.generation.grammar.grammar import Grammar, GrammarCompiler, Kind
-from model.generation.queue import QueueFull, RequestQueue
+from model.generation.queue import QueueFull, RequestQueue, slots_for
 from model.generation.requests import (
     Deliver,
     EngineBusy,
@@ -56,9 +56,9 @@ DIED = "the engine died"
 class Engine:
     """Generates text with one model in one thread; every method is safe to call from any thread.
 
-    max_batch_size: requests that generate at once.
+    max_batch_size: requests that generate at once, besides some with short answers (`slots_for`).
     kv_cache_mib: memory limit for keys and values, in MiB: a request starts when its prompt and its longest answer fit
-    beside the running ones. 0: as much as max_batch_size contexts need, which a processor commits as texts grow; of a
+    beside the running ones. 0: as much as their contexts need, which a processor commits as texts grow; of a
     GPU's free memory, FREE_SHARE at most.
     kv_cache: False recomputes all earlier tokens for each new one, for comparison.
     prefill_chunk: tokens of one step with prompts in it, those that decode included.
@@ -116,9 +116,10 @@ class Engine:
         )
         self._kv_cache, self._prefill_chunk, self._step_timeout_s = kv_cache, prefill_chunk, step_timeout_s
         models = [model, draft] if draft is not None else [model]
-        self._cache_tokens = _cache_tokens(models, max_batch_size, kv_cache_mib)
-        self._is_limited = self._cache_tokens < max_batch_size * self.context_length
-        self._slots, self._threads, self._speculative_tokens = max_batch_size, threads, speculative_tokens
+        self._slots = slots_for(max_batch_size)
+        self._cache_tokens = _cache_tokens(models, self._slots, kv_cache_mib)
+        self._is_limited = self._cache_tokens < self._slots * self.context_length
+        self._threads, self._speculative_tokens = threads, speculative_tokens
         self._max_queue, self._max_queue_tokens = max_queue, max_queue_tokens
         self._queue = RequestQueue(max_queue, max_queue_tokens)
         self._changed = threading.Condition()
@@ -457,14 +458,14 @@ class Engine:
             generation.finish(generation.interruption() or reason, error=error)  # type: ignore[arg-type]
 
 
-def _cache_tokens(models: Sequence[PreTrainedModel], max_batch_size: int, kv_cache_mib: int) -> int:
+def _cache_tokens(models: Sequence[PreTrainedModel], slots: int, kv_cache_mib: int) -> int:
     """Most tokens in the cache. models: the model and, if there is one, its draft. Raises PipelineError if the memory
     does not hold one context.
     """
     context, device = int(models[0].config.max_position_embeddings), models[0].device
     token_size = sum(bytes_per_token(model.config, model.dtype) for model in models)
     if not kv_cache_mib:
-        tokens = max_batch_size * context
+        tokens = slots * context
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
             tokens = max(min(tokens, int(FREE_SHARE * free) // token_size), context)
@@ -476,7 +477,7 @@ def _cache_tokens(models: Sequence[PreTrainedModel], max_batch_size: int, kv_cac
             f"kv_cache_mib is {kv_cache_mib}: one context of {context:,} tokens takes {math.ceil(size / MIB):,} MiB; "
             f"give it that much"
         )
-    return min(tokens, max_batch_size * context)
+    return min(tokens, slots * context)
 
 
 def _end_of_text_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:

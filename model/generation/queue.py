@@ -9,6 +9,10 @@ from model.generation.turns import Turns
 
 SHORT_ANSWER = 64
 """Most tokens of an answer that may use the slots reserved for short ones."""
+REQUESTS_PER_RESERVED = 16
+"""For each of this many requests at once there is one slot more, for short answers, so that they do not wait for long
+ones.
+"""
 PRESENT_S = 5.0
 """A client counts as present for this long after its last request."""
 
@@ -150,8 +154,21 @@ class RequestQueue:
         return interrupted
 
 
-def is_short(generation: Generation) -> bool:
-    """Whether a request may use the slots reserved for short answers."""
+def slots_for(requests: int) -> int:
+    """Slots for so many requests at once, and those reserved for short answers."""
+    return requests + requests // REQUESTS_PER_RESERVED
+
+
+def unreserved(slots: int, running: Iterable[Generation]) -> Callable[[Generation], bool]:
+    """Whether a request may take a free one of `slots` beside the running ones: a long answer leaves those that are
+    reserved for short ones.
+    """
+    most_long = slots - slots // (REQUESTS_PER_RESERVED + 1)
+    long = sum(not _is_short(generation) for generation in running)
+    return lambda generation: long < most_long or _is_short(generation)
+
+
+def _is_short(generation: Generation) -> bool:
     return generation.request.max_tokens <= SHORT_ANSWER
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from model.generation.constraints import Constraint, TokenIndex, is_constrained
 from model.generation.grammar.grammar import GrammarFailure
 from model.generation.pace import Pace, StepBudget
-from model.generation.queue import RequestQueue, is_short
+from model.generation.queue import RequestQueue, unreserved
 from model.generation.requests import (
     FAILED,
     Embedding,
@@ -39,8 +39,6 @@ from model.generation.speculation.draft import Draft
 from model.generation.steps.step import Segment, SegmentOutput, Step
 
 logger = logging.getLogger(__name__)
-SLOTS_PER_KEPT = 16
-"""One slot in this many is reserved for short answers, so that they do not wait for long ones."""
 SHARED_STARTS = 4
 """Requests that start in one step while several clients are present: each is looked up in the cache first."""
 CHAIN_S = 0.002
@@ -245,14 +243,11 @@ class Scheduler:
         """
         if not self._free:
             return None
-        most_long = (slots := len(self._free) + len(self.running)) - slots // SLOTS_PER_KEPT
-        long = sum(not is_short(sequence.generation) for sequence in self.running)
+        slots = len(self._free) + len(self.running)
+        is_allowed = unreserved(slots, (sequence.generation for sequence in self.running))
         clients = self._running_clients()
         # A slot is kept for a client that is present without a request here.
         kept = 1 if slots > 1 and self._present - clients else 0
-
-        def is_allowed(generation: Generation) -> bool:
-            return long < most_long or is_short(generation)
 
         def is_allowed_client(client: str) -> bool:
             return client not in clients or (not has_priority and len(self._free) > kept)

@@ -31,7 +31,7 @@ class ServingSettings(Settings, group="serving"):
     )
     max_batch_size: int = option(
         16,
-        "Requests that generate at once.",
+        "Requests that generate at once; for each 16, one more whose answer has at most 64 tokens.",
         unit="requests",
         above=0,
         maximum=4096,

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from model.generation.constraints import Constraint, TokenIndex, is_constrained
 from model.generation.grammar.grammar import GrammarFailure
 from model.generation.pace import Pace
-from model.generation.queue import RequestQueue
+from model.generation.queue import RequestQueue, unreserved
 from model.generation.requests import FinishReason, Generation, PromptScores, Refusal, TextPiece, TokenLogprob
 from model.generation.scheduler import FAILED
 from model.generation.stopping import GeneratedText
@@ -115,7 +115,10 @@ class VllmScheduler:
     def _start(self) -> list[Running]:
         """The requests that join this step."""
         started = []
-        while self.free_slots and (generation := self._queue.first()):
+        while self.free_slots:
+            generation = self._queue.first(unreserved(self._slots, (one.generation for one in self.running)))
+            if generation is None:
+                break
             self._queue.remove(generation)
             self._started += 1
             request = generation.request

@@ -312,6 +312,18 @@ def test_short_texts_generate_side_by_side_in_the_memory_of_one_context(tokenize
     engine.stop()
 
 
+def test_as_many_long_answers_as_stated_generate_at_once(tokenizer):
+    model, running = tiny_model(tokenizer), []
+    engine = start(model, tokenizer, max_batch_size=16)
+    hook = StepHook(engine, before=lambda segments: running.append(len(segments)))
+    prompts = [[7, 5 + number, 9] for number in range(17)]
+    asked = [engine.submit(GenerationRequest(prompt, 80, GREEDY, ignore_eos=True)) for prompt in prompts]
+    assert [len(tokens(generation)) for generation in asked] == [80] * 17
+    assert max(running) == 16  # the last waits for an end, as the other slot is for short answers
+    hook.remove()
+    engine.stop()
+
+
 def test_long_texts_wait_for_memory_and_leave_none_of_it_taken(tokenizer):
     context, count = 128, 30
     model = tiny_model(tokenizer, max_position_embeddings=context)

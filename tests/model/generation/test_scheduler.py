@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.generation.queue import PRESENT_S, QueueFull, RequestQueue
+from model.generation.queue import PRESENT_S, QueueFull, RequestQueue, slots_for
 from model.generation.requests import Finished, Generation, GenerationRequest, SamplingParameters, TextPiece
 from model.generation.scheduler import MOST_CHAINED, Scheduler
 from model.generation.steps.native import NativeStep
@@ -250,18 +250,18 @@ def test_a_full_queue_still_takes_a_client_that_has_less_than_its_share():
 
 
 def test_long_answers_leave_a_slot_to_short_ones(recorder):
-    step = Recorder(tiny_model(tiny_tokenizer()), 16)
+    step = Recorder(tiny_model(tiny_tokenizer()), slots_for(16))
     scheduler = schedule(step, prefill_chunk=256)
-    for number in range(16):
+    for number in range(17):
         add(scheduler, [5, number + 2], count=70)
     short, events = add(scheduler, [7, 8], count=2)
     scheduler.step()
-    assert len(scheduler.running) == 16
+    assert len(scheduler.running) == 17
     assert short in [sequence.generation for sequence in scheduler.running]
     while not short.is_finished:
         scheduler.step()
     scheduler.step()
-    assert len(scheduler.running) == 15  # the slot stays free for the next short one
+    assert len(scheduler.running) == 16  # the slot stays free for the next short one
     assert isinstance(events[-1], Finished)
 
 

@@ -135,7 +135,7 @@ class Scheduler:
         started = time.perf_counter()
         try:
             outputs = self._step.compute([segment for _, segment in batch])
-            self._token_s = (time.perf_counter() - started) / batch[0][1].steps
+            self._token_s = (time.perf_counter() - started) / max(segment.steps for _, segment in batch)
         except Exception:
             logger.exception("a step over %d sequences failed: each is tried alone", len(batch))
             self._step_alone(batch)
@@ -188,7 +188,7 @@ class Scheduler:
         # No proposals beside a prompt: they would delay its first token.
         if batch:
             return [(s, s.next_segment(s.num_tokens)) for s in decoding] + batch
-        return self._decoding_batch(decoding, chunk)
+        return self._decoding_batch(decoding, chunk) if decoding else []
 
     def _first_client(self, chunk: int) -> str | None:
         """The client that has this step of `chunk` tokens alone, at most every other step: it waits for a first token
@@ -218,17 +218,18 @@ class Scheduler:
 
     def _decoding_batch(self, decoding: list[Sequence], chunk: int) -> Batch:
         """The last token of each sequence, and proposed ones after it where they are worth checking. Without proposals,
-        several steps if all texts allow them: between two steps of a small model Python takes as long as a step.
+        several tokens one after the other if all texts allow them: between two calls Python may take as long as a step.
         """
         texts, most = len(decoding), self._speculative_tokens
-        speculating = [s for s in decoding if s.speculates and s.is_plain]
-        proposals = [sequence.propose(texts, most) for sequence in speculating] if most else []
+        speculating = [s for s in decoding if s.speculates and s.is_plain] if most else []
+        proposals = [sequence.propose(texts, most) for sequence in speculating]
         if self._draft:
             proposals = self._draft.improve(speculating, proposals, texts, most, room=chunk)
-        if self._step.chains and len(speculating) == texts and not any(proposals):
-            steps = min([MOST_CHAINED, int(CHAIN_S / self._token_s), *(s.most_proposed + 1 for s in decoding)])
-            if steps > 1:
-                return [(sequence, sequence.chained(steps)) for sequence in decoding]
+        most_chained = min(MOST_CHAINED, int(CHAIN_S / self._token_s))
+        if most_chained > 1 and not any(proposals) and all(s.may_chain for s in decoding):
+            steps = self._step.chained(most_chained, [s.most_proposed + 1 for s in decoding])
+            if any(count > 1 for count in steps):
+                return [(sequence, sequence.chained(count)) for sequence, count in zip(decoding, steps, strict=True)]
         of_slot = {sequence.slot: proposal for sequence, proposal in zip(speculating, proposals, strict=False)}
         self.proposed_tokens += sum(map(len, proposals))
         return [
@@ -404,13 +405,15 @@ class Scheduler:
             return
         # In a chain, each token was computed after those before it: none differs.
         proposal = segment.ids[1 - segment.rows :].tolist() if segment.rows > 1 else output.tokens[:-1]
+        kept = 0
         for row in range(max(segment.rows, segment.steps)):
             self._take_token(sequence, segment, output, row)
             ends = sequence.generation.is_finished or sequence.generation.interruption()
             if ends or row == len(proposal) or output.tokens[row] != proposal[row]:
                 break
-            self.accepted_tokens += segment.rows > 1
-            self._keep(sequence, np.array(proposal[row : row + 1]))
+            kept += 1
+        self.accepted_tokens += kept * (segment.rows > 1)
+        self._keep(sequence, np.array(proposal[:kept], dtype=np.int64))
         self._slots.trim(sequence.slot, segment.start + len(segment.ids) + segment.steps - 1)
 
     def _take_token(self, sequence: Sequence, segment: Segment, output: SegmentOutput, row: int) -> None:

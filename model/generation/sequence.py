@@ -11,6 +11,7 @@ from model.generation.requests import Generation, TextPiece, TokenLogprob
 from model.generation.sampler import Sampler, ScoredRow
 from model.generation.speculation.length import proposal_length
 from model.generation.speculation.repetition import FIRST_RATE, Proposer
+from model.generation.steps.draw import Draw
 from model.generation.steps.step import Segment, Wanted
 from model.generation.stopping import GeneratedText
 
@@ -76,10 +77,10 @@ class Sequence:
         draws = draws and not self.sampler.is_greedy
         ids = self.ids[self.num_computed_tokens : end]
         chosen = (self.sampler.draw(),) if draws else ()
-        following = None
+        following: tuple[Draw | None, ...] = ()
         is_ahead = self._runs_ahead and wanted == "token" and allowed_V is None
         if is_ahead and self.num_tokens + 2 <= len(self.ids):
-            following = self.sampler.draws(2)[1:] if draws else ()
+            following = self.sampler.draws(2)[1:] if draws else (None,)
         return Segment(
             *(self.slot, self.num_computed_tokens, ids, wanted, chosen),
             following=following,
@@ -123,11 +124,23 @@ class Sequence:
         """How often the tokens that `propose` names are right."""
         return FIRST_RATE if self._proposer is None else self._proposer.rate
 
+    @property
+    def may_chain(self) -> bool:
+        """Whether the step can choose several tokens, one after the other."""
+        return self.is_plain and (self.speculates or self._step_adjusts)
+
     def chained(self, steps: int) -> Segment:
-        """The next segment, for that many tokens one after the other; they must be plain and belong to the answer."""
-        draws = () if self.sampler.is_greedy else self.sampler.draws(steps)
-        ids = self.ids[self.num_computed_tokens : self.num_tokens]
-        return Segment(self.slot, self.num_computed_tokens, ids, "token", draws, steps=steps)
+        """The next segment, for that many tokens of the answer, one after the other. For texts that `may_chain`."""
+        ahead = min(steps, len(self.ids) - self.num_tokens - steps) if self._runs_ahead else 0
+        draws: tuple[Draw, ...] = () if self.sampler.is_greedy else self.sampler.draws(steps + ahead)
+        return Segment(
+            *(self.slot, self.num_computed_tokens, self.ids[self.num_computed_tokens : self.num_tokens]),
+            logits="token",
+            draws=draws[:steps],
+            following=draws[steps:] or (None,) * ahead,
+            is_adjusted=not self.sampler.is_plain,
+            steps=steps,
+        )
 
     def with_proposal(self, proposal: collections.abc.Sequence[int]) -> Segment:
         """The next segment, with proposed tokens after the last one; the next token must be plain."""

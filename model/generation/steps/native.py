@@ -25,7 +25,6 @@ class NativeStep(Step):
 
     name = "native"
     is_batch_invariant = True
-    chains = True
     logits_device = torch.device("cpu")
     page_tokens = library.PAGE_TOKENS
 
@@ -78,6 +77,10 @@ class NativeStep(Step):
             segment_RV = self._no_logits if all_RV is None else all_RV[start:end]
             outputs.append(SegmentOutput(segment_RV, tokens[end - s.rows : end] if rows else ()))
         return outputs
+
+    def chained(self, most: int, left: Sequence[int]) -> Sequence[int]:
+        """As many for each text."""
+        return [max(1, min(most, *left))] * len(left)
 
     def _chain(self, segments: Sequence[Segment]) -> list[SegmentOutput]:
         """Several tokens of each segment, which has one."""

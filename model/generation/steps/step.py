@@ -27,12 +27,11 @@ class Segment(NamedTuple):
     ids: int64, at least one. logits: which rows the step computes: none, only the chosen next token, the last token's
     logits, the logits of all tokens, or the hidden states of all tokens instead. rows: for "token", the number of last
     tokens after each of which the next one is chosen. draws: how they are chosen, one for each of `rows`, if they are
-    not the most likely ones; only for "token" and "last". following: for a "token" of one row, how the one after it
-    will be chosen, as `draws`; None if the text surely ends or changes before. Only for steps that run ahead.
+    not the most likely ones; only for "token" and "last". following: for a "token" of one row, how each of the tokens
+    after it that may be computed in advance will be chosen, None for the most likely; only for steps that run ahead.
     is_adjusted: whether the slot's `Adjustment` changes the logits before the token is chosen; allowed_V: the only
     tokens that may be chosen, bool; both only for a "token" of one row, of a step that adjusts. steps: tokens to
-    choose, each after the one before, for a single "token" of a step that `chains`; all segments have as many, and
-    `draws` one for each.
+    choose, each after the one before, for a single "token", as many as `Step.chained` says; `draws` has one for each.
     """
 
     slot: int
@@ -41,7 +40,7 @@ class Segment(NamedTuple):
     logits: Wanted = "last"
     draws: tuple[Draw, ...] = ()
     rows: int = 1
-    following: tuple[Draw, ...] | None = None
+    following: tuple[Draw | None, ...] = ()
     is_adjusted: bool = False
     allowed_V: np.ndarray | None = None
     steps: int = 1
@@ -73,8 +72,6 @@ class Step(ABC):
     """Whether a token's results have the same bits whatever other tokens, of its own segment too, are in the step."""
     runs_ahead: ClassVar[bool] = False
     """Whether it computes the next token of each text before the last one is taken."""
-    chains: ClassVar[bool] = False
-    """Whether one call computes several tokens of each text, one after the other: see `Segment.steps`."""
     slots: int
     context_length: int
     vocab_size: int
@@ -114,6 +111,12 @@ class Step(ABC):
         Outputs are in the order of the segments. Logits are valid until the next call. The model's exceptions
         propagate; a failed call may leave arbitrary values in the positions from `start` on.
         """
+
+    def chained(self, most: int, left: Sequence[int]) -> Sequence[int]:
+        """How many tokens of each text one call had better compute, one after the other (`Segment.steps`): at most
+        `most`. left: tokens that the answers may still have.
+        """
+        return [1] * len(left)
 
     def adjust(self, slot: int, adjustment: Adjustment) -> bool:
         """Take what changes the logits of a slot's new text, for segments that are `is_adjusted` or have `allowed_V`;

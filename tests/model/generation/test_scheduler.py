@@ -465,7 +465,7 @@ def test_the_tokens_of_a_call_come_as_one_piece_with_the_text_of_all(chaining):
     pieces = made[:-1]
     assert [len(piece.token_ids) for piece in pieces] == [1, 8, 8, 3]
     one_by_one = schedule(NativeRecorder.create(tiny_model(tiny_tokenizer()), 4))
-    one_by_one._step.chains = False
+    one_by_one._step.chained = lambda most, left: [1] * len(left)
     _, expected = add(one_by_one, [5, 6, 7], 20)
     run_all(one_by_one)
     assert len(expected) == 21

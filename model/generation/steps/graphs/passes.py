@@ -21,7 +21,9 @@ from model.generation.steps.graphs.pages import PagedCache, to_device
 
 MAX_ROWS = 256
 """Rows of the largest pass: more take several."""
-_IN_FLIGHT = 2
+MOST_CHAINED = 4
+"""Passes of one call, one after the other; as many are launched in advance."""
+_IN_FLIGHT = 2 * MOST_CHAINED + 1
 _DRAW = len(Draw._fields)
 _MOST_LIKELY = (0.0,) * _DRAW
 _RECORDING = threading.Lock()
@@ -122,6 +124,11 @@ class _Staging:
         if self._event is not None:
             self._event.record()
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the pass has ended."""
+        return self._event is None or self._event.query()
+
     def wait(self) -> None:
         """Wait for the end of the pass; other threads of the process run meanwhile."""
         if self._event is not None:
@@ -133,7 +140,7 @@ def _length(rows: int, wanted: int) -> int:
 
 
 class Passes:
-    """Passes of up to MAX_ROWS rows over a decoder, two in flight at most."""
+    """Passes of up to MAX_ROWS rows over a decoder, `_IN_FLIGHT` at most before the host waits for one."""
 
     def __init__(self, decoder: Decoder, cache: PagedCache, vocab_size: int) -> None:
         self._decoder, self._cache, self._device = decoder, cache, cache.data.device
@@ -150,6 +157,11 @@ class Passes:
         self._launches: dict[int, Callable[[], None]] = {}
         if self._device.type == "cuda":
             self._record()
+
+    @property
+    def are_done(self) -> bool:
+        """Whether the device has ended all that was launched, so that it waits for the host."""
+        return self._staging[self._turn - 1].is_done
 
     @property
     def most_wanted(self) -> int:

@@ -60,7 +60,7 @@ class _Comparison:
         step, where = self._step, f"in a step of {rows} rows"
         # The texts have several lengths, so that the rows' results differ.
         length = len(ids) if rows == 1 else min(SHORT, len(ids))
-        starts = [length - 2 - slot % 8 for slot in range(rows)]
+        starts = [length - 3 - slot % 8 for slot in range(rows)]
         step.compute([Segment(slot, 0, ids[:start], "none") for slot, start in enumerate(starts)])
         adjustments = [Adjustment(ids[:start].tolist(), *_PENALTIES, {slot: 2.0}) for slot, start in enumerate(starts)]
         adjusts = all(step.adjust(slot, adjustment) for slot, adjustment in enumerate(adjustments))
@@ -95,14 +95,23 @@ class _Comparison:
         step.compute(segments)
         segments = [
             Segment(
-                s.slot, s.start + 1, ids[s.start + 1 : s.start + 2], "token", s.following or (), 1, None, s.is_adjusted
+                *(s.slot, s.start + 1, ids[s.start + 1 : s.start + 2], "token", _draws(s.slot, 1)),
+                is_adjusted=s.is_adjusted,
             )
             for s in segments
         ]
-        ahead = step.compute(segments)
+        # The second token of each in this call follows one that the device chooses, so only its choice is compared.
+        two = [segment._replace(draws=2 * segment.draws, steps=2) for segment in segments]
+        ahead = [output.tokens for output in step.compute(two)]
         again = step.compute([segment._replace(logits="last") for segment in segments])
-        for segment, output, known in zip(segments, ahead, again, strict=True):
-            self.check(segment, known._replace(tokens=output.tokens), expected(segment), where)
+        for segment, tokens, known in zip(segments, ahead, again, strict=True):
+            self.check(segment, known._replace(tokens=tokens), expected(segment), where)
+        after = [
+            segment._replace(start=segment.start + 1, ids=np.array(tokens[:1], dtype=np.int64), logits="last")
+            for segment, tokens in zip(segments, ahead, strict=True)
+        ]
+        for segment, tokens, known in zip(after, ahead, step.compute(after), strict=True):
+            self.check_choice(segment, known.logits_RV[0], tokens[1], where)
 
     def check(self, segment: Segment, output: SegmentOutput, expected_V: Tensor, where: str) -> None:
         """Compare logits, and the token with them. where: they were found."""
@@ -120,9 +129,13 @@ class _Comparison:
                 f"{wrong} its logits differ from the reference's by {difference:.3g} of their standard deviation, "
                 f"expected at most {self._limit:g}"
             )
-        if not _is_sample(found_V, segment.draws, output.tokens[0]):
+        self.check_choice(segment, found_V, output.tokens[0], where)
+
+    def check_choice(self, segment: Segment, logits_V: Tensor, token: int | None, where: str) -> None:
+        """Compare a token with the logits from which it was chosen."""
+        if not _is_sample(logits_V, segment.draws, token):
             raise PipelineError(
-                f"{wrong} it chose token {output.tokens[0]}, which "
+                f"the step {self._step.name!r} is wrong on this machine: {where} it chose token {token}, which "
                 f"{segment.draws[0] if segment.draws else 'the highest logit'} does not name"
             )
 

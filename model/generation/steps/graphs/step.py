@@ -1,8 +1,8 @@
-"""The step in CUDA graphs, for NVIDIA GPUs: one launch for a whole step, one step ahead of the host.
+"""The step in CUDA graphs, for NVIDIA GPUs: one launch for a pass of all texts, ahead of the host.
 
-Before the host reads the tokens of a step it launches the next one, whose rows take their tokens on the device. What
+Before the host reads the tokens of a call it launches the next ones, whose rows take their tokens on the device. What
 the scheduler asks for next is then there already, or launched. What it never asks for is dropped: what its row wrote
-lies behind the end of its text.
+lies behind the end of its text. While the device waits for the host, calls have several tokens of each text.
 """
 
 import copy
@@ -22,28 +22,64 @@ from model.generation.steps.cache import bytes_per_token
 from model.generation.steps.draw import Adjustment, Draw
 from model.generation.steps.graphs.decoder import Decoder
 from model.generation.steps.graphs.pages import PAGE, PagedCache, to_device
-from model.generation.steps.graphs.passes import MAX_ROWS, Pass, Passes, Row, Wanted
+from model.generation.steps.graphs.passes import MAX_ROWS, MOST_CHAINED, Pass, Passes, Row, Wanted
 from model.generation.steps.graphs.self_check import check
 from model.generation.steps.step import Segment, SegmentOutput, Step
 from model.weights.int8 import precision_name
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHORTENED_AFTER = 64
+"""Calls in a row for which the device did not wait, until fewer tokens of each text are computed in one."""
 
 
-class _Ahead(NamedTuple):
-    """The next token of a text, computed in advance. id: the token that it follows."""
+class _Ahead:
+    """Tokens of a text that have been launched in advance. start, id: the token that the first of them follows."""
 
-    launched: Pass
-    start: int
-    id: int
-    draws: tuple[Draw, ...]
+    def __init__(self, start: int, *, is_adjusted: bool) -> None:
+        self.start, self.id, self._is_adjusted = start, -1, is_adjusted
+        self._tokens: list[tuple[Pass, Draw | None]] = []
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def append(self, launched: Pass, draw: Draw | None) -> None:
+        """One more token."""
+        self._tokens.append((launched, draw))
+
+    def take(self, segment: Segment) -> list[Pass]:
+        """The passes of a segment's tokens, as far as they are just what it asks for; the `id` is then unknown."""
+        asked = segment.start, int(segment.ids[0]), segment.is_adjusted
+        if segment.logits != "token" or segment.allowed_V is not None or len(segment.ids) > 1:
+            return []
+        if asked != (self.start, self.id, self._is_adjusted):
+            return []
+        taken = []
+        for draw, (launched, how) in zip(segment.draws or [None] * segment.steps, self._tokens, strict=False):
+            if draw != how:
+                break
+            taken.append(launched)
+        del self._tokens[: len(taken)]
+        self.start, self.id = self.start + len(taken), -1
+        return taken
+
+    @property
+    def takes_a_page(self) -> bool:
+        """Whether one of the tokens is the first of a page."""
+        return -self.start % PAGE < len(self._tokens)
+
+
+class _Further(NamedTuple):
+    """Tokens to launch after one that a launched pass chooses. position: of that one. draws: how each is chosen.
+    of_call, ahead: what takes the pass of each, the first `own` of them and the rest.
+    """
+
+    slot: int
+    position: int
+    draws: Sequence[Draw | None]
     is_adjusted: bool
-
-    def computes(self, segment: Segment) -> bool:
-        """Whether a segment asks for just this."""
-        is_token = segment.logits == "token" and len(segment.ids) == 1 and segment.allowed_V is None
-        asked = segment.start, int(segment.ids[0]), segment.draws, segment.is_adjusted
-        return is_token and asked == self[1:]
+    own: int
+    of_call: list[Pass]
+    ahead: _Ahead | None
 
 
 class GraphStep(Step):
@@ -81,6 +117,7 @@ class GraphStep(Step):
         self._ahead: dict[int, _Ahead] = {}
         """By slot."""
         self._had_others = False
+        self._most_chained, self._busy_calls = 1, 0
 
     @classmethod
     def unavailable(cls, model: PreTrainedModel) -> str | None:
@@ -143,47 +180,63 @@ class GraphStep(Step):
         self._ahead.pop(slot, None)
         self._cache.truncate(slot, length)
 
+    def chained(self, most: int, left: Sequence[int]) -> Sequence[int]:
+        """More than one while the device waits for the host."""
+        most = min(most, self._most_chained)
+        return [min(most, count) for count in left]
+
     @torch.inference_mode()
     def compute(self, segments: Sequence[Segment]) -> list[SegmentOutput]:
         """As `Step.compute`; segments whose logits or hidden states are all wanted take passes of their own."""
+        was_waiting = self._passes.are_done
         launched = self._computed_ahead(segments)
+        if len(launched) == len(segments):
+            self._note(was_waiting)
         outputs = {i: self._whole(s) for i, s in enumerate(segments) if s.logits in ("all", "hidden")}
         rest = {i: s for i, s in enumerate(segments) if i not in launched and i not in outputs}
         logits = self._launch(rest, launched)
         # While each step has prompts, or texts with masks, all are cheaper in one pass than the next tokens in another.
-        has_others = any(len(segment.ids) > 1 or segment.following is None for segment in rest.values())
-        following = {} if has_others and self._had_others else self._following(segments, launched)
+        has_others = any(len(segment.ids) > 1 or not segment.following for segment in rest.values())
+        self._launch_further(segments, launched, is_ahead=not (has_others and self._had_others))
         self._had_others = has_others
-        ahead = self._launch_ahead(following) if following else None
         for i, segment in enumerate(segments):
-            tokens: tuple[int | None, ...] = ()
-            if i in launched:
-                token = launched[i].tokens()[segment.slot]
-                tokens = (token if token >= 0 else None,)
-                if ahead is not None and i in following:
-                    start, draws = segment.start + len(segment.ids), segment.following or ()
-                    self._ahead[segment.slot] = _Ahead(ahead, start, token, draws, segment.is_adjusted)
-            outputs.setdefault(i, SegmentOutput(logits.get(i, self._no_logits), tokens))
+            tokens = [one.tokens()[segment.slot] for one in launched.get(i, ())]
+            if tokens and (ahead := self._ahead.get(segment.slot)):
+                ahead.id = tokens[-1]
+            chosen = tuple([token if token >= 0 else None for token in tokens])
+            outputs.setdefault(i, SegmentOutput(logits.get(i, self._no_logits), chosen))
         return [outputs[i] for i in range(len(segments))]
 
-    def _computed_ahead(self, segments: Sequence[Segment]) -> dict[int, Pass]:
+    def _note(self, was_waiting: bool) -> None:
+        """Count a call with tokens alone: whether the device waited for it."""
+        self._busy_calls = 0 if was_waiting else self._busy_calls + 1
+        if was_waiting:
+            self._most_chained = min(self._most_chained + 1, MOST_CHAINED)
+        elif self._busy_calls % SHORTENED_AFTER == 0:
+            self._most_chained = max(self._most_chained - 1, 1)
+
+    def _computed_ahead(self, segments: Sequence[Segment]) -> dict[int, list[Pass]]:
         """The passes that have computed segments ahead, by the segments' numbers; drops what else is no longer of use.
 
-        A result stays for a text that the step does not have, unless it took a page: the text may have ended.
+        What was computed stays for a text that the step does not have, unless it took a page: the text may have ended.
         """
-        found = {}
+        found, asked = {}, set()
         for number, segment in enumerate(segments):
-            ahead = self._ahead.get(segment.slot)
-            if ahead is not None and ahead.computes(segment):
-                found[number] = ahead.launched
-                del self._ahead[segment.slot]
-        asked = {segment.slot for segment in segments}
-        for slot, ahead in list(self._ahead.items()):
-            if slot in asked or ahead.start % PAGE == 0:
+            asked.add(segment.slot)
+            if ahead := self._ahead.get(segment.slot):
+                passes = ahead.take(segment)
+                if passes:
+                    found[number] = passes
+                if not ahead:
+                    del self._ahead[segment.slot]
+                elif len(passes) < segment.steps:
+                    self.truncate(segment.slot, ahead.start)
+        for slot in self._ahead.keys() - asked:
+            if (ahead := self._ahead[slot]).takes_a_page:
                 self.truncate(slot, ahead.start)
         return found
 
-    def _launch(self, segments: Mapping[int, Segment], launched: dict[int, Pass]) -> dict[int, Tensor]:
+    def _launch(self, segments: Mapping[int, Segment], launched: dict[int, list[Pass]]) -> dict[int, Tensor]:
         """Launch segments, by their numbers, in as many passes as their tokens take: the logits of those that want
         them. launched: gets the pass of each segment that gets a token.
         """
@@ -192,7 +245,8 @@ class GraphStep(Step):
         logits: dict[int, Tensor] = {}
 
         def launch() -> None:
-            launched.update(dict.fromkeys(wanted, self._passes.launch(rows, [*wanted.values()])))
+            one = self._passes.launch(rows, [*wanted.values()])
+            launched.update((i, [one]) for i in wanted)
             numbers = {i: number for number, i in enumerate(wanted) if segments[i].logits == "last"}
             if numbers:
                 logits.update(zip(numbers, self._passes.logits([*numbers.values()]).split(1), strict=True))
@@ -213,24 +267,44 @@ class GraphStep(Step):
             launch()
         return logits
 
-    def _following(self, segments: Sequence[Segment], launched: Mapping[int, Pass]) -> dict[int, Segment]:
-        """The segments whose next tokens one pass can compute ahead, by their numbers; each gets a place for it."""
-        found: dict[int, Segment] = {}
-        for i in launched:
-            position = segments[i].start + len(segments[i].ids)
-            if segments[i].following is not None and len(found) < self._passes.most_wanted:
-                with suppress(PipelineError):  # without a free page it is computed with the next step
-                    self._cache.hold(segments[i].slot, position, position + 1)
-                    found[i] = segments[i]
-        return found
+    def _launch_further(
+        self, segments: Sequence[Segment], launched: Mapping[int, list[Pass]], *, is_ahead: bool
+    ) -> None:
+        """Launch the tokens after those that passes choose: the rest of each segment's `steps`, then, if is_ahead,
+        those that follow it and are not on their way yet.
+        """
+        waiting = [self._further(segments[i], passes, is_ahead=is_ahead) for i, passes in launched.items()]
+        for number in range(max((len(text.draws) for text in waiting), default=0)):
+            waiting = [text for text in waiting if number < len(text.draws)]
+            for first in range(0, len(waiting), self._passes.most_wanted):
+                texts = waiting[first : first + self._passes.most_wanted]
+                one = self._passes.launch(
+                    [Row(text.slot, text.position + number, -1) for text in texts],
+                    [Wanted(row, text.draws[number], text.is_adjusted) for row, text in enumerate(texts)],
+                )
+                for text in texts:
+                    if number < text.own:
+                        text.of_call.append(one)
+                    elif text.ahead is not None:
+                        text.ahead.append(one, text.draws[number])
 
-    def _launch_ahead(self, segments: Mapping[int, Segment]) -> Pass:
-        """Start the tokens after those that the segments choose."""
-        rows, wanted = [], []
-        for row, segment in enumerate(segments.values()):
-            rows.append(Row(segment.slot, segment.start + len(segment.ids), -1))
-            wanted.append(Wanted(row, segment.following[0] if segment.following else None, segment.is_adjusted))
-        return self._passes.launch(rows, wanted)
+    def _further(self, segment: Segment, passes: list[Pass], *, is_ahead: bool) -> _Further:
+        """The further tokens of a segment, each of which gets a place in the cache."""
+        slot, ahead = segment.slot, self._ahead.get(segment.slot) or None
+        count, known = segment.steps - len(passes), len(ahead) if ahead else 0
+        position = segment.start + len(segment.ids) - 1 + len(passes) + known
+        draws: Sequence[Draw | None] = (segment.draws or (None,) * segment.steps)[len(passes) :] if count else ()
+        if draws:
+            self._cache.hold(slot, position, position + len(draws))
+        following = segment.following[known:] if is_ahead else ()
+        if following:
+            with suppress(PipelineError):  # without free pages they are computed with the next steps
+                self._cache.hold(slot, position + len(draws), position + len(draws) + len(following))
+                draws = (*draws, *following)
+                if ahead is None:
+                    ahead = _Ahead(position + count, is_adjusted=segment.is_adjusted)
+                    self._ahead[slot] = ahead
+        return _Further(slot, position, draws, segment.is_adjusted, count, passes, ahead)
 
     def _whole(self, segment: Segment) -> SegmentOutput:
         """The logits or hidden states of all tokens of a segment."""

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.generation import scheduler
 from model.generation.requests import GenerationRequest, SamplingParameters
 from model.generation.steps.choose import STEPS
 from model.generation.steps.draw import Adjustment
 from model.generation.steps.graphs import pages, step
-from model.generation.steps.graphs.passes import Pass, Passes, Row, Wanted
+from model.generation.steps.graphs.passes import MOST_CHAINED, Pass, Passes, Row, Wanted
+from model.generation.steps.step import Segment, SegmentOutput
 from tests.model.generation.engines import start, tokens
 from tests.support.graphs import GraphStepOnCPU
 from tests.support.tiny import tiny_model, tiny_tokenizer
@@ -128,7 +130,16 @@ def test_each_request_has_the_tokens_that_it_has_alone(monkeypatch, seed, limit_
     monkeypatch.setattr(step, "Passes", LatePasses)
     monkeypatch.setattr(step, "PagedCache", LateCache)
     monkeypatch.setitem(STEPS, "graphs", f"{__name__}:LateStep")
-    numbers = random.Random(seed)
+    # However long a call takes here, on a device it takes as long as one that chooses several tokens of each text.
+    monkeypatch.setattr(scheduler, "CHAIN_S", 60.0)
+    numbers, calls = random.Random(seed), []
+    compute = LateStep.compute
+
+    def counted(self: LateStep, segments: Sequence[Segment]) -> list[SegmentOutput]:
+        calls.append(max(segment.steps for segment in segments))
+        return compute(self, segments)
+
+    monkeypatch.setattr(LateStep, "compute", counted)
     context = CONTEXT if not limit_mib else 4096  # takes a MiB
     model = tiny_model(tiny_tokenizer(), max_position_embeddings=context)
     options = {"kv_cache_mib": limit_mib, "end_of_text_ids": frozenset({11, 90})}
@@ -141,6 +152,7 @@ def test_each_request_has_the_tokens_that_it_has_alone(monkeypatch, seed, limit_
             time.sleep(0.01)
     found = [tokens(answer) for answer in answers]
     assert engine.stats().restarts_total == 0
+    assert max(calls) == MOST_CHAINED
     engine.stop()
     engine = start(model, tiny_tokenizer(), step="reference", max_batch_size=1, **options)
     assert found == [tokens(engine.submit(request)) for request in asked]

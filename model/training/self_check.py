@@ -4,10 +4,10 @@ On some versions of PyTorch, a compiled graph on a GPU computed the right loss a
 that ran for hours learned nothing. Compilers, devices, autocast, process groups and this project's own kernels are all
 on that path, so one batch runs through it and through a reference: eager attention, unchunked logits, autograd.
 
-Two windows are compared, with as many tokens as FLOPS allows. A compiled model gets them in a batch of the training's
-shape, with the other tokens unlabeled, so that nothing is compiled twice; since the model is causal, the reference
-omits the other tokens. Legend: `B` windows, `T` tokens of a window, `N` labeled tokens of one, `R` rows (predicted
-tokens), `V` vocabulary.
+Two windows are compared, with as many tokens as FLOPS_PER_CORE allows. A compiled model gets them in a batch of the
+training's shape, with the other tokens unlabeled, so that nothing is compiled twice; since the model is causal, the
+reference omits the other tokens. Legend: `B` windows, `T` tokens of a window, `N` labeled tokens of one, `R` rows
+(predicted tokens), `V` vocabulary.
 """
 
 import copy
@@ -28,14 +28,17 @@ from model.errors import PipelineError
 from model.logits import IGNORE_INDEX
 from model.modeling_rex import RexForCausalLM
 from model.settings import TrainingSettings
+from model.system.cpu import usable_cores
 from model.training.adapters import add_adapters
 from model.training.run import TrainingRun
 from model.training.sharding import whole, whole_weights
 
-FLOPS = 8e10
-"""Floating point operations of the reference's forward and backward pass: about a second on two cores."""
-MAX_TOKENS = 192
-"""Most labeled tokens of a window: more than one block of the attention kernel."""
+FLOPS_PER_CORE = 4e10
+"""Floating point operations of the reference's forward and backward pass: about a second."""
+MOST_CORES = 16
+"""More do not make small products faster."""
+MAX_TOKENS = 1024
+"""Most labeled tokens of a window: several blocks of attention kernels, and of the loss."""
 TOLERANCES = {"float32": 1e-3, "TF32": 0.01, "bfloat16": 0.08, "float16": 0.08}
 """Largest relative error of a gradient, ||found - expected|| / ||expected||, by the precision of the training; TF32 is
 float32 with `training.arguments.tf32`.
@@ -195,7 +198,8 @@ def _labeled(run: TrainingRun, model: RexForCausalLM, teacher: RexForCausalLM | 
     last = run.settings.per_device_train_batch_size - 1
     rows = [0, last] if last else [0]
     parameters = model.num_parameters() + (teacher.num_parameters() if teacher is not None else 0)
-    affordable = int(FLOPS / (6 * parameters * len(rows) * run.world_size))
+    flops = FLOPS_PER_CORE * min(usable_cores(), MOST_CORES)
+    affordable = int(flops / (6 * parameters * len(rows) * run.world_size))
     return rows, min(run.sequence_length, MAX_TOKENS, max(8, affordable))
 
 

@@ -4,6 +4,7 @@ import copy
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,6 +146,19 @@ def test_a_healthy_training_passes_with_room_to_spare(dataset_dir, tmp_path, tra
     trainer.check_gradients()
     error, most = error_of(lines)
     assert 0 < error < most / 2
+
+
+def test_as_many_tokens_are_compared_as_the_processor_computes_in_a_second(monkeypatch):
+    settings = SimpleNamespace(per_device_train_batch_size=4)
+    run = SimpleNamespace(settings=settings, world_size=1, sequence_length=2048)
+    gpt2_size = SimpleNamespace(num_parameters=lambda: 124_000_000)
+    found = []
+    for cores in (1, 2, 16, 64):
+        monkeypatch.setattr(module, "usable_cores", lambda cores=cores: cores)
+        found.append(module._labeled(run, gpt2_size, None)[1])
+    assert found == [26, 53, 430, 430]
+    tiny = SimpleNamespace(num_parameters=lambda: 1000)
+    assert module._labeled(run, tiny, None)[1] == module.MAX_TOKENS
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ from model.settings.option import option
 PREFIX = "REX_"
 MAX_VALUE_LENGTH = 200
 """Characters of a value in a message."""
+LIKENESS = 0.88
+"""Of the name of a variable and that of an option, for one to be a misspelling of the other."""
 
 
 @dataclass
@@ -150,6 +153,11 @@ def with_overrides(arguments: BentoArgs, environment: Mapping[str, str] | None =
     for former, name in RENAMED.items():
         if environment.get(former):
             raise InvalidArgument(f"{former} is set, which has no effect any more: set {name} in its place")
+    names = [PREFIX + name.upper() for name in BentoArgs.model_fields]
+    for name in sorted(environment):
+        # Other variables may begin so, too: only what looks like a slip is refused.
+        if name.startswith(PREFIX) and name not in names and (meant := get_close_matches(name, names, 1, LIKENESS)):
+            raise InvalidArgument(f"{name} is set, which is not an option: did you mean {meant[0]}?")
     given = {
         name: environment[PREFIX + name.upper()]
         for name in BentoArgs.model_fields

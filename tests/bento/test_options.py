@@ -273,3 +273,22 @@ def test_the_address_of_a_second_service_is_taken(address):
 def test_a_variable_of_a_former_name_is_refused():
     with pytest.raises(InvalidArgument, match=r"REX_MIXED_PRECISION is set, .*: set REX_PRECISION=bfloat16"):
         with_overrides(BentoArgs(model="a:1"), {"REX_MIXED_PRECISION": "true"})
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("REX_MAX_BATCHSIZE", "REX_MAX_BATCH_SIZE"),
+        ("REX_THREAD", "REX_THREADS"),
+        ("REX_KV_CACHE_MB", "REX_KV_CACHE_MIB"),
+        ("REX_MAX_BATCH_SIZES", "REX_MAX_BATCH_SIZE"),
+    ],
+)
+def test_a_misspelled_variable_is_refused_by_name(name, meant):
+    with pytest.raises(InvalidArgument, match=f"^{name} is set, .* not an option: did you mean {meant}.$"):
+        with_overrides(BentoArgs(model="a:1"), {name: "1"})
+
+
+def test_variables_of_others_that_begin_alike_are_not_options():
+    others = ["REX_NATIVE_INSTRUCTIONS", "REX_NATIVE_LIBRARY", "REX_RUN_ENGINE", "REX_BIND", "REX_GPU_IMAGE"]
+    assert with_overrides(BentoArgs(model="a:1"), dict.fromkeys(others, "1")) == BentoArgs(model="a:1")

@@ -6,8 +6,8 @@ on that path, so one batch runs through it and through a reference: eager attent
 
 Two windows are compared, with as many tokens as FLOPS_PER_CORE allows. A compiled model gets them in a batch of the
 training's shape, with the other tokens unlabeled, so that nothing is compiled twice; since the model is causal, the
-reference omits the other tokens. Legend: `B` windows, `T` tokens of a window, `N` labeled tokens of one, `R` rows
-(predicted tokens), `V` vocabulary.
+reference omits the other tokens. Where a step accumulates the gradients of several passes, the sum of two is compared.
+Legend: `B` windows, `T` tokens of a window, `N` labeled tokens of one, `R` rows (predicted tokens), `V` vocabulary.
 """
 
 import copy
@@ -47,6 +47,10 @@ Measured on a CPU, the largest of all parameters and heads: 2e-6 in float32; wit
 the shape of `stdlib`, 0.0018 for `stdlib_30m`, 0.0027 for `gpt2_124m`; in bfloat16 0.016, 0.020 and 0.024.
 """
 LOSS_TOLERANCES = {"float32": 1e-4, "TF32": 1e-3, "bfloat16": 1e-2, "float16": 1e-2}
+PASSES_TO_REPLAY = 2
+"""Passes of a compiled model before those whose CUDA graph, if it has one, is replayed: in some versions of PyTorch,
+replayed passes do not add up.
+"""
 _MIN_RELATIVE_NORM = 1e-6
 """Gradients with a norm below this fraction of the total norm are compared relative to that instead, because they are
 mostly rounding."""
@@ -88,18 +92,26 @@ def self_check(
     # Divided by the tokens of a step, as in training, and not by these few: float16 would overflow.
     items = run.windows_per_step * (run.sequence_length - 1)
     share = items / (len(rows) * run.world_size * (tokens - 1))
+    # The second pass is half as large, so that the sum tells a pass that is lost from one that is overwritten.
+    divisors = [items, 2 * items] if run.settings.gradient_accumulation_steps > 1 else [items]
+    total = sum(items / divisor for divisor in divisors)
     with _state_kept(run, model):
         batch = {
             name: value.to(run.device) for name, value in _batch(run, run.arguments.process_index, rows, tokens).items()
         }
-        found_loss = backward(batch, torch.tensor(items, device=run.device)).float() * share
+        if run.settings.torch_compile and run.device.type == "cuda":
+            for _ in range(PASSES_TO_REPLAY):
+                backward(batch, torch.tensor(items, device=run.device))
+                model.zero_grad(set_to_none=True)
+        losses = [backward(batch, torch.tensor(divisor, device=run.device)).float() * share for divisor in divisors]
+        found_loss = losses[0]
         if dist.is_initialized():
             dist.all_reduce(found_loss)
             found_loss /= run.world_size
         found = {
             name: torch.zeros(parameter.shape)
             if parameter.grad is None
-            else whole(parameter.grad.detach()).float().cpu() * (share / gradient_scale)
+            else whole(parameter.grad.detach()).float().cpu() * (share / gradient_scale / total)
             for name, parameter in model.named_parameters()
         }
         model.zero_grad(set_to_none=True)

@@ -103,13 +103,16 @@ def test_gradients_are_as_large_as_in_a_step(dataset_dir, tmp_path):
 
     def backward(batch, number):
         items.append(number.item())
+        before = [parameter.grad for parameter in trainer.model.parameters()]
+        trainer.model.zero_grad(set_to_none=True)
         loss = trainer.training_step(trainer.model_wrapped, batch, number)
-        for parameter in trainer.model.parameters():
-            parameter.grad = (parameter.grad * 512).half().float()
+        for parameter, earlier in zip(trainer.model.parameters(), before, strict=True):
+            parameter.grad = (parameter.grad * 512).half().float() + (0.0 if earlier is None else earlier)
         return loss
 
     module.self_check(run, trainer.model, None, backward, gradient_scale=512.0)
-    assert items == [run.windows_per_step * (run.sequence_length - 1)]
+    of_step = run.windows_per_step * (run.sequence_length - 1)
+    assert items == [of_step, 2 * of_step]
     assert 1e-4 < error_of(lines)[0] < 1e-3  # float16 has 11 bits
 
 
@@ -159,6 +162,27 @@ def test_as_many_tokens_are_compared_as_the_processor_computes_in_a_second(monke
     assert found == [26, 53, 430, 430]
     tiny = SimpleNamespace(num_parameters=lambda: 1000)
     assert module._labeled(run, tiny, None)[1] == module.MAX_TOKENS
+
+
+@pytest.mark.parametrize("kept", ["the first", "the last", "twice the last", "twice the first"])
+def test_passes_whose_gradients_do_not_add_up_end_the_run(dataset_dir, tmp_path, kept):
+    run, trainer, lines = set_up(dataset_dir, tmp_path, gradient_accumulation_steps=2)
+
+    def backward(batch, number):
+        before = [parameter.grad for parameter in trainer.model.parameters()]
+        trainer.model.zero_grad(set_to_none=True)
+        loss = trainer.training_step(trainer.model_wrapped, batch, number)
+        for parameter, earlier in zip(trainer.model.parameters(), before, strict=True):
+            if earlier is not None:
+                one = earlier if "first" in kept else parameter.grad
+                parameter.grad = 2 * one if "twice" in kept else one
+        return loss
+
+    with pytest.raises(PipelineError, match=r"self-check: the gradient of .* has norm"):
+        module.self_check(run, trainer.model, None, backward)
+    assert not lines
+    trainer.check_gradients()
+    assert error_of(lines)[0] < 1e-4
 
 
 @pytest.mark.slow

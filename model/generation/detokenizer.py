@@ -21,8 +21,12 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The characters that this token completes; bytes of an incomplete one are kept for the next call."""
-        data = self._token_bytes[token_id] if token_id < len(self._token_bytes) else b""
-        return self._decoder.decode(data)
+        return self.push_all((token_id,))
+
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        """The same of several tokens."""
+        known = self._token_bytes
+        return self._decoder.decode(b"".join([known[token] for token in token_ids if token < len(known)]))
 
     def flush(self) -> str:
         """Text at the end: U+FFFD if a character is incomplete, else empty."""

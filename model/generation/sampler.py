@@ -110,9 +110,9 @@ class Sampler:
             self._uniforms.append(self._random.random())
         return tuple([Draw(*self._cuts, uniform) for uniform in islice(self._uniforms, count)])
 
-    def take(self) -> None:
-        """A drawn token has been taken: the next draw is another."""
-        if self._uniforms:
+    def take(self, count: int = 1) -> None:
+        """Drawn tokens have been taken: the next draw is another."""
+        for _ in range(min(count, len(self._uniforms))):
             self._uniforms.popleft()
 
 

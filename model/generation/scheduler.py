@@ -400,20 +400,22 @@ class Scheduler:
 
     def _take_tokens(self, sequence: Sequence, segment: Segment, output: SegmentOutput) -> None:
         """Take the next token and, while the chosen ones are those that were proposed, the tokens after them."""
+        rows = segment.steps
+        if segment.rows > 1:  # in a chain, each token was computed after those before it: none differs
+            proposal = segment.ids[1 - segment.rows :].tolist()
+            rows += next((i for i, token in enumerate(proposal) if token != output.tokens[i]), len(proposal))
+        generation = sequence.generation
+        is_simple = segment.logits == "token" and segment.allowed_V is None and not generation.interruption()
+        taken = sequence.take(output.tokens[:rows]) if is_simple else 0
+        self.generated_tokens += taken
+        self.answered += taken
+        while taken < rows and not (taken and (generation.is_finished or generation.interruption())):
+            self._take_token(sequence, segment, output, taken)
+            taken += 1
         if segment.rows == segment.steps == 1:
-            self._take_token(sequence, segment, output, 0)
             return
-        # In a chain, each token was computed after those before it: none differs.
-        proposal = segment.ids[1 - segment.rows :].tolist() if segment.rows > 1 else output.tokens[:-1]
-        kept = 0
-        for row in range(max(segment.rows, segment.steps)):
-            self._take_token(sequence, segment, output, row)
-            ends = sequence.generation.is_finished or sequence.generation.interruption()
-            if ends or row == len(proposal) or output.tokens[row] != proposal[row]:
-                break
-            kept += 1
-        self.accepted_tokens += kept * (segment.rows > 1)
-        self._keep(sequence, np.array(proposal[:kept], dtype=np.int64))
+        self.accepted_tokens += (taken - 1) * (segment.rows > 1)
+        self._keep(sequence, sequence.ids[sequence.num_computed_tokens :][: taken - 1])
         self._slots.trim(sequence.slot, segment.start + len(segment.ids) + segment.steps - 1)
 
     def _take_token(self, sequence: Sequence, segment: Segment, output: SegmentOutput, row: int) -> None:

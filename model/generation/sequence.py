@@ -149,6 +149,29 @@ class Sequence:
         draws = () if self.sampler.is_greedy else self.sampler.draws(rows)
         return Segment(self.slot, self.num_computed_tokens, ids, "token", draws, rows)
 
+    def take(self, tokens: collections.abc.Sequence[int | None]) -> int:
+        """Append chosen tokens, as many as surely are neither the last of the text nor need a look at each; returns
+        their number.
+        """
+        request, generation = self.request, self.generation
+        if request.stop or request.stop_token_ids or self.constraint is not None or self.scored_row is not None:
+            return 0
+        if generation.generated_tokens < request.min_tokens:
+            return 0
+        taken: list[int] = []
+        for token in tokens[: max(request.max_tokens - generation.generated_tokens - 1, 0)]:
+            if token is None or token in self.ends:
+                break
+            taken.append(token)
+        if taken:
+            count = len(taken)
+            self.ids[self.num_tokens : self.num_tokens + count] = taken
+            self.num_tokens += count
+            generation.generated_tokens += count
+            self.sampler.take(count)
+            self._pieces.append(TextPiece(self.text.push_all(taken), tuple(taken)))
+        return len(taken)
+
     def add_text(self, text: str, token: int | None = None, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
         """Text to deliver, and the token that completed it; None: no token did."""
         if text or token is not None:

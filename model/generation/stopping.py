@@ -71,6 +71,10 @@ class GeneratedText:
         """Text that no later token can change, and the stop string found after it, else None."""
         return self._stops.push(self._characters.push(token), may_stop=may_stop)
 
+    def push_all(self, tokens: Sequence[int]) -> str:
+        """The text of several tokens of a request without stop strings, as `push`."""
+        return self._characters.push_all(tokens)
+
     def end(self) -> tuple[str, str | None]:
         """The held-back text, and the stop string found after it. Bytes of an incomplete character become U+FFFD."""
         rest, stop = self._stops.push(self._characters.flush(), is_last=True)

@@ -43,8 +43,8 @@ class Sampler:
         """What changes the logits, for a step that does so itself."""
         self._random = random.Random(parameters.seed)
         self._cuts = (parameters.temperature, parameters.top_k, parameters.top_p, parameters.min_p)
-        self._uniforms: deque[float] = deque()
-        """Random numbers of the next tokens."""
+        self._draws: deque[Draw] = deque()
+        """Of the next tokens."""
         self._bias: tuple[Tensor, Tensor] | None = None
         if parameters.logit_bias:
             tokens, biases = zip(*parameters.logit_bias.items(), strict=True)
@@ -100,20 +100,18 @@ class Sampler:
 
     def draw(self) -> Draw:
         """The next sample's parameters; the same until a token has been taken, since a failed step is repeated."""
-        if not self._uniforms:
-            self._uniforms.append(self._random.random())
-        return Draw(*self._cuts, self._uniforms[0])
+        return self.draws(1)[0]
 
     def draws(self, count: int) -> tuple[Draw, ...]:
         """The parameters of the next `count` samples."""
-        while len(self._uniforms) < count:
-            self._uniforms.append(self._random.random())
-        return tuple([Draw(*self._cuts, uniform) for uniform in islice(self._uniforms, count)])
+        while len(self._draws) < count:
+            self._draws.append(Draw(*self._cuts, self._random.random()))
+        return tuple(islice(self._draws, count))
 
     def take(self, count: int = 1) -> None:
         """Drawn tokens have been taken: the next draw is another."""
-        for _ in range(min(count, len(self._uniforms))):
-            self._uniforms.popleft()
+        for _ in range(min(count, len(self._draws))):
+            self._draws.popleft()
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,7 @@ from bento.serving.shadow import ChallengerWatcher, Rollback, Shadow
 from bento.telemetry.tracing import start_tracing
 from model.artifact import read_origin
 from model.errors import PipelineError
+from model.generation.queue import usual_requests
 
 if TYPE_CHECKING:
     from model.generation.engine import Engine
@@ -123,7 +124,7 @@ app = create_app(
     queue_timeout_s=options.queue_timeout_s,
     receive_timeout_s=options.receive_timeout_s,
     clamp_max_tokens=options.clamp_max_tokens,
-    max_choices=min(MAX_CHOICES, options.max_queue + options.max_batch_size),
+    max_choices=min(MAX_CHOICES, options.max_queue + (options.max_batch_size or usual_requests(options.device))),
     api_keys=API_KEYS,
     cors_origins=origins(options.cors_origins),
     compare_with=second_service(options.compare_with),

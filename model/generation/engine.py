@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from model.errors import PipelineError
 from model.generation.beams import Search, searches
 from model.generation.grammar.grammar import Grammar, GrammarCompiler, Kind
-from model.generation.queue import QueueFull, RequestQueue, slots_for
+from model.generation.queue import QueueFull, RequestQueue, slots_for, usual_requests
 from model.generation.requests import (
     Deliver,
     EngineBusy,
@@ -56,7 +56,8 @@ DIED = "the engine died"
 class Engine:
     """Generates text with one model in one thread; every method is safe to call from any thread.
 
-    max_batch_size: requests that generate at once, besides some with short answers (`slots_for`).
+    max_batch_size: requests that generate at once, besides some with short answers (`slots_for`); 0: as many as
+    are usual on the device.
     kv_cache_mib: memory limit for keys and values, in MiB: a request starts when its prompt and its longest answer fit
     beside the running ones. 0: as much as their contexts need, which a processor commits as texts grow; of a
     GPU's free memory, FREE_SHARE at most.
@@ -116,7 +117,7 @@ class Engine:
         )
         self._kv_cache, self._prefill_chunk, self._step_timeout_s = kv_cache, prefill_chunk, step_timeout_s
         models = [model, draft] if draft is not None else [model]
-        self._slots = slots_for(max_batch_size)
+        self._slots = slots_for(max_batch_size or usual_requests(model.device.type))
         self._cache_tokens = _cache_tokens(models, self._slots, kv_cache_mib)
         self._is_limited = self._cache_tokens < self._slots * self.context_length
         self._threads, self._speculative_tokens = threads, speculative_tokens

@@ -30,10 +30,11 @@ class ServingSettings(Settings, group="serving"):
         "auto", "Implementation of the engine's step; auto: the fastest that runs the model on the serving machine."
     )
     max_batch_size: int = option(
-        16,
-        "Requests that generate at once; for each 16, one more whose answer has at most 64 tokens.",
+        0,
+        "Requests that generate at once; for each 16, one more whose answer has at most 64 tokens. 0: 16 on a "
+        "processor, 64 on a GPU.",
         unit="requests",
-        above=0,
+        minimum=0,
         maximum=4096,
     )
     kv_cache_mib: int = option(

@@ -18,6 +18,7 @@ from model.artifact import read_json
 from model.errors import PipelineError
 from model.export.compressed_tensors import write_compressed_tensors
 from model.generation.engine import Engine
+from model.generation.queue import usual_requests
 from model.generation.requests import GenerationRequest, UnsupportedValue
 from model.generation.steps.cache import bytes_per_token
 from model.generation.vllm.process import VllmProcess
@@ -69,6 +70,7 @@ class VllmEngine(Engine):
                 device=torch.device("cpu"),  # of this process: what keys and values take is vLLM's to know
                 generation_config=path and read_generation_config(path),
             )
+            limits["max_batch_size"] = limits.get("max_batch_size") or usual_requests(device)
             super().__init__(described, load_tokenizer(model_dir), **limits)  # type: ignore[arg-type]
         except BaseException:
             self._folder.cleanup()

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from model.generation.queue import RequestQueue
+from model.generation.queue import RequestQueue, slots_for, usual_requests
 from model.generation.requests import Generation, GenerationRequest
 
 
@@ -68,3 +68,8 @@ def test_a_queue_that_is_never_empty_forgets_its_senders(level):
         queue.put([waiting(f"new {number}") if level == "clients" else waiting("one", f"new {number}")], room=0)
     tags = queue._waiting._clients if level == "clients" else queue._waiting._lines["one"].connections
     assert len(tags.latest) < 100
+
+
+def test_there_is_a_slot_more_for_each_sixteen_requests_at_once():
+    assert [slots_for(requests) for requests in (1, 15, 16, 31, 64)] == [1, 15, 17, 32, 68]
+    assert [usual_requests(device) for device in ("cpu", "cuda")] == [16, 64]

@@ -60,7 +60,7 @@ class NotRun:
 
 Way = Reads | Runs | Resolves | Nightly | TestedBy | NotRun
 
-SHORT = "training.max_steps=4 training.warmup_steps=1 benchmark=quick corpus.max_bytes=1000000"
+SHORT = "training.max_steps=10 training.warmup_steps=1 benchmark=quick corpus.max_bytes=1000000"
 README = TestedBy("tests/e2e/test_readme.py::test_the_first_commands_of_the_readme_end_in_text")
 EXPORTED = TestedBy("tests/e2e/test_pipeline.py::test_the_documented_use_of_an_export_works")
 EXAMPLES = TestedBy("tests/bento/test_examples.py::test_the_examples_of_the_service_work")

@@ -1,15 +1,16 @@
 """The graphs step on a GPU: the engine's tokens per second over those of its CUDA graph alone, in one interleaved run.
 
-    python -m bench.engine.graphs [--shape 125m] [--streams 1 8 64] [--rounds 5]
+    python -m bench.engine.graphs [--shape 125m] [--streams 1 8 64] [--rounds 5] [--pass-us 600]
 
 The bare graph is replayed without a host in between, on texts as long as the engine's: what the device could do.
-Streams have prompts of 64 tokens and answers of 128; sampled ones have a temperature of 0.8, top-k 40 and top-p 0.95,
-penalized ones also a repetition penalty, a presence penalty and a bias.
+Streams have prompts of 64 tokens and answers of 128, whose tokens count while all streams generate; sampled ones have a
+temperature of 0.8, top-k 40 and top-p 0.95, penalized ones also a repetition penalty, a presence penalty and a bias.
 Also measured: the reference step, int8 weights over bfloat16, the time to the first token of a prompt of 900 tokens,
 and the time from loaded weights to a step that is ready.
 
 Without a GPU only the host's part is measured: an engine whose passes compute nothing. The host works beside the
-device, so a step takes the longer of the two. Prints a table, and a JSON line for machines.
+device, so a step takes the longer of the two. With --pass-us each pass takes that long on a pretended device, and the
+figure is the engine's share of what such a device could do. Prints a table, and a JSON line for machines.
 """
 
 import argparse
@@ -20,23 +21,26 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from queue import SimpleQueue
 from typing import Any, ClassVar, Self
 
 import torch
 from transformers import PreTrainedModel
 
-from bench.engine.ours import GREEDY, answer_times
+from bench.engine.ours import GREEDY
 from bench.engine.workloads import SAMPLED, SHAPES, model_of, small_tokenizer
 from bench.hardware import describe
 from model.errors import ends_in_one_line
 from model.generation.engine import Engine
-from model.generation.requests import SamplingParameters
+from model.generation.requests import Event, GenerationRequest, SamplingParameters, TextPiece
 from model.generation.steps.choose import STEPS, step_class
 from model.generation.steps.graphs.passes import Row, Wanted
 from model.generation.steps.graphs.step import GraphStep
 from model.weights import int8
 
 PROMPT, ANSWER, LONG_PROMPT = 64, 128, 900
+WAKE_S = 1e-4
+"""Time that a sleeping thread may take to wake."""
 BARE_S = 1.0
 """The bare graph is replayed for at least so long."""
 SAMPLINGS = {
@@ -47,8 +51,9 @@ SAMPLINGS = {
 
 
 class HostStep(GraphStep):
-    """A step whose passes compute nothing."""
+    """A step whose passes compute nothing. pass_s: seconds that a `PacedStep`'s take."""
 
+    pass_s: ClassVar[float] = 0.0
     operations: ClassVar[str] = "model.generation.steps.graphs.plain"
 
     @classmethod
@@ -66,6 +71,48 @@ class HostStep(GraphStep):
         return step
 
 
+class PacedStep(HostStep):
+    """A step whose passes take `pass_s` each, one after the other, on a device that computes nothing."""
+
+    @classmethod
+    def create(
+        cls, model: PreTrainedModel, slots: int, cache_tokens: int | None = None, threads: int | None = None
+    ) -> Self:
+        """The step, whose tokens are all 0."""
+        step = super().create(model, slots, cache_tokens)
+        device = _Device()
+        step._passes._launches = dict.fromkeys(step._passes._launches, partial(device.launch, cls.pass_s))
+        for staging in step._passes._staging:
+            staging._event = _PassEnd(device)  # type: ignore[assignment]
+        return step
+
+
+class _Device:
+    """ends: when all that was launched has been computed, seconds of `time.perf_counter`."""
+
+    ends = 0.0
+
+    def launch(self, seconds: float) -> None:
+        self.ends = max(self.ends, time.perf_counter()) + seconds
+
+
+class _PassEnd:
+    """Takes the place of a `torch.cuda.Event`."""
+
+    def __init__(self, device: _Device) -> None:
+        self._device, self._at = device, 0.0
+
+    def record(self) -> None:
+        self._at = self._device.ends
+
+    def query(self) -> bool:
+        return time.perf_counter() >= self._at
+
+    def synchronize(self) -> None:
+        while (left := self._at - time.perf_counter()) > 0:
+            time.sleep(max(left - WAKE_S, 0.0))
+
+
 class Measured:
     """An engine and its figures."""
 
@@ -79,20 +126,36 @@ class Measured:
         self._vocab_size = model.config.vocab_size
 
     def tokens_per_second(self, streams: int, sampling: SamplingParameters) -> float:
-        """Over all streams, from each one's first token to its last."""
-        first, last, _ = self._run(streams, PROMPT, ANSWER, sampling)
-        return streams * (ANSWER - 1) / statistics.mean(b - a for a, b in zip(first, last, strict=True))
+        """Over all streams, while all of them generate: from the last one's first token to the first one's last."""
+        arrivals, _ = self._run(streams, PROMPT, ANSWER, sampling)
+        start, end = max(of_one[0][0] for of_one in arrivals), min(of_one[-1][0] for of_one in arrivals)
+        tokens = sum(count for of_one in arrivals for at, count in of_one if start < at <= end)
+        return tokens / (end - start)
 
     def first_token_ms(self) -> float:
         """From a prompt of LONG_PROMPT tokens to the first token of its answer."""
-        first, _, started = self._run(1, LONG_PROMPT, 1, GREEDY)
-        return 1e3 * (first[0] - started)
+        arrivals, started = self._run(1, LONG_PROMPT, 1, GREEDY)
+        return 1e3 * (arrivals[0][0][0] - started)
 
     def _run(
         self, streams: int, prompt: int, answer: int, sampling: SamplingParameters
-    ) -> tuple[list[float], list[float], float]:
+    ) -> tuple[list[list[tuple[float, int]]], float]:
+        """When how many tokens of each stream arrived, and when all were asked for, seconds of one clock."""
         prompts = [[random.randrange(2, self._vocab_size) for _ in range(prompt)] for _ in range(streams)]
-        return answer_times(self.engine, prompts, [answer] * streams, sampling)
+        arrivals: list[list[tuple[float, int]]] = [[] for _ in prompts]
+        ended: SimpleQueue[int] = SimpleQueue()
+
+        def deliver(number: int, event: Event) -> None:
+            if isinstance(event, TextPiece):
+                arrivals[number].append((time.perf_counter(), len(event.token_ids)))
+            else:
+                ended.put(number)
+
+        started = time.perf_counter()
+        self.engine.submit_all([GenerationRequest(ids, answer, sampling) for ids in prompts], deliver)
+        for _ in prompts:
+            ended.get()
+        return arrivals, started
 
 
 def bare_tokens_per_second(model: PreTrainedModel, streams: int) -> float:
@@ -115,16 +178,22 @@ def bare_tokens_per_second(model: PreTrainedModel, streams: int) -> float:
     return streams * replays / seconds
 
 
-def host_figures(shape: str, streams: list[int], rounds: int) -> dict[str, float]:
-    """Microseconds of the host in a step, without a GPU."""
+def host_figures(shape: str, streams: list[int], rounds: int, pass_us: float = 0.0) -> dict[str, float]:
+    """Microseconds of the host in a step, without a GPU. pass_us: the share of a device whose passes take that long."""
     found = {}
-    STEPS["host"] = "bench.engine.graphs:HostStep"
+    STEPS["host"] = f"bench.engine.graphs:{'PacedStep' if pass_us else 'HostStep'}"
+    step: Any = step_class("host")  # not this module's, if this runs as a program
+    step.pass_s = 1e-6 * pass_us
     try:
         for count in streams:
             measured = Measured(model_of(shape), "host", count)
             for name, sampling in SAMPLINGS.items():
                 speeds = [measured.tokens_per_second(count, sampling) for _ in range(rounds + 1)][1:]
-                found[f"host's part of a step, {count} streams, {name}, us"] = 1e6 * count / statistics.median(speeds)
+                step_us = 1e6 * count / statistics.median(speeds)
+                if pass_us:
+                    found[f"share of a device of {pass_us:g} us a pass, {count} streams, {name}"] = pass_us / step_us
+                else:
+                    found[f"host's part of a step, {count} streams, {name}, us"] = step_us
             measured.engine.stop()
     finally:
         del STEPS["host"]  # no engine may choose it
@@ -175,11 +244,14 @@ def main() -> int:
     parser.add_argument("--shape", choices=list(SHAPES), default="125m", help="of random weights (default: 125m)")
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 8, 64], help="default: 1 8 64")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds that count (default: 5)")
+    parser.add_argument(
+        "--pass-us", type=float, default=0.0, help="without a GPU: microseconds of a pass on a pretended device"
+    )
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         print("no GPU: only the host's part is measured", file=sys.stderr)
-    measure = gpu_figures if device.type == "cuda" else host_figures
+    measure = gpu_figures if device.type == "cuda" else partial(host_figures, pass_us=arguments.pass_us)
     found = measure(arguments.shape, arguments.streams, arguments.rounds)
     print("| figure | |\n|---|---:|")
     for name, value in found.items():

@@ -9,7 +9,7 @@ from tests.support.graphs import use_graphs_on_cpu
 
 
 def test_the_host_is_measured_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(graphs, "ANSWER", 4)
+    monkeypatch.setattr(graphs, "ANSWER", 12)
     found = graphs.host_figures("2m", [1, 3], rounds=1)
     assert list(found) == [
         f"host's part of a step, {streams} streams, {how}, us"
@@ -18,6 +18,14 @@ def test_the_host_is_measured_without_a_gpu(monkeypatch):
     ]
     assert all(0 < value < 1e6 for value in found.values())
     assert "host" not in choose.STEPS
+
+
+def test_without_a_gpu_one_may_be_pretended(monkeypatch):
+    monkeypatch.setattr(graphs, "ANSWER", 24)
+    found = graphs.host_figures("2m", [1, 3], rounds=1, pass_us=5000)
+    assert next(iter(found)) == "share of a device of 5000 us a pass, 1 streams, greedy" and len(found) == 6
+    # No faster than the device, but for the first and last moment of a run.
+    assert all(0 < value < 3 for value in found.values())
 
 
 @pytest.mark.medium

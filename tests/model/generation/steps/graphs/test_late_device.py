@@ -150,7 +150,10 @@ def test_each_request_has_the_tokens_that_it_has_alone(monkeypatch, seed, limit_
         answers.append(engine.submit(request))
         if numbers.random() < 0.3:
             time.sleep(0.01)
+    greedy = SamplingParameters(temperature=0)
+    asked.append(GenerationRequest(asked[0].prompt_ids, 60, greedy, ignore_eos=True))  # has calls of its own
     found = [tokens(answer) for answer in answers]
+    found.append(tokens(engine.submit(asked[-1])))
     assert engine.stats().restarts_total == 0
     assert max(calls) == MOST_CHAINED
     engine.stop()

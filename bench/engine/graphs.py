@@ -9,8 +9,10 @@ Also measured: the reference step, int8 weights over bfloat16, the time to the f
 and the time from loaded weights to a step that is ready.
 
 Without a GPU only the host's part is measured: an engine whose passes compute nothing. The host works beside the
-device, so a step takes the longer of the two. With --pass-us each pass takes that long on a pretended device, and the
-figure is the engine's share of what such a device could do. Prints a table, and a JSON line for machines.
+device, so a step takes the longer of the two. With --pass-us each pass takes that long on a pretended device, on any
+machine, and the figure is the engine's share of what such a device could do.
+
+Prints a table, and a JSON line for machines.
 """
 
 import argparse
@@ -21,18 +23,17 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
-from queue import SimpleQueue
 from typing import Any, ClassVar, Self
 
 import torch
 from transformers import PreTrainedModel
 
-from bench.engine.ours import GREEDY
+from bench.engine.ours import GREEDY, arrival_times
 from bench.engine.workloads import SAMPLED, SHAPES, model_of, small_tokenizer
 from bench.hardware import describe
 from model.errors import ends_in_one_line
 from model.generation.engine import Engine
-from model.generation.requests import Event, GenerationRequest, SamplingParameters, TextPiece
+from model.generation.requests import SamplingParameters
 from model.generation.steps.choose import STEPS, step_class
 from model.generation.steps.graphs.passes import Row, Wanted
 from model.generation.steps.graphs.step import GraphStep
@@ -51,7 +52,7 @@ SAMPLINGS = {
 
 
 class HostStep(GraphStep):
-    """A step whose passes compute nothing. pass_s: seconds that a `PacedStep`'s take."""
+    """A step whose passes compute nothing and take `pass_s` seconds each, one after the other."""
 
     pass_s: ClassVar[float] = 0.0
     operations: ClassVar[str] = "model.generation.steps.graphs.plain"
@@ -66,22 +67,8 @@ class HostStep(GraphStep):
         cls, model: PreTrainedModel, slots: int, cache_tokens: int | None = None, threads: int | None = None
     ) -> Self:
         """The step, whose tokens are all 0."""
-        step = cls(model, slots, cache_tokens)
-        step._passes._launches = dict.fromkeys((1 << power for power in range(9)), lambda: None)
-        return step
-
-
-class PacedStep(HostStep):
-    """A step whose passes take `pass_s` each, one after the other, on a device that computes nothing."""
-
-    @classmethod
-    def create(
-        cls, model: PreTrainedModel, slots: int, cache_tokens: int | None = None, threads: int | None = None
-    ) -> Self:
-        """The step, whose tokens are all 0."""
-        step = super().create(model, slots, cache_tokens)
-        device = _Device()
-        step._passes._launches = dict.fromkeys(step._passes._launches, partial(device.launch, cls.pass_s))
+        step, device = cls(model, slots, cache_tokens), _Device()
+        step._passes._launches = dict.fromkeys((1 << power for power in range(9)), partial(device.launch, cls.pass_s))
         for staging in step._passes._staging:
             staging._event = _PassEnd(device)  # type: ignore[assignment]
         return step
@@ -140,22 +127,9 @@ class Measured:
     def _run(
         self, streams: int, prompt: int, answer: int, sampling: SamplingParameters
     ) -> tuple[list[list[tuple[float, int]]], float]:
-        """When how many tokens of each stream arrived, and when all were asked for, seconds of one clock."""
+        """As `arrival_times`."""
         prompts = [[random.randrange(2, self._vocab_size) for _ in range(prompt)] for _ in range(streams)]
-        arrivals: list[list[tuple[float, int]]] = [[] for _ in prompts]
-        ended: SimpleQueue[int] = SimpleQueue()
-
-        def deliver(number: int, event: Event) -> None:
-            if isinstance(event, TextPiece):
-                arrivals[number].append((time.perf_counter(), len(event.token_ids)))
-            else:
-                ended.put(number)
-
-        started = time.perf_counter()
-        self.engine.submit_all([GenerationRequest(ids, answer, sampling) for ids in prompts], deliver)
-        for _ in prompts:
-            ended.get()
-        return arrivals, started
+        return arrival_times(self.engine, prompts, [answer] * streams, sampling)
 
 
 def bare_tokens_per_second(model: PreTrainedModel, streams: int) -> float:
@@ -181,7 +155,7 @@ def bare_tokens_per_second(model: PreTrainedModel, streams: int) -> float:
 def host_figures(shape: str, streams: list[int], rounds: int, pass_us: float = 0.0) -> dict[str, float]:
     """Microseconds of the host in a step, without a GPU. pass_us: the share of a device whose passes take that long."""
     found = {}
-    STEPS["host"] = f"bench.engine.graphs:{'PacedStep' if pass_us else 'HostStep'}"
+    STEPS["host"] = "bench.engine.graphs:HostStep"
     step: Any = step_class("host")  # not this module's, if this runs as a program
     step.pass_s = 1e-6 * pass_us
     try:
@@ -245,11 +219,13 @@ def main() -> int:
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 8, 64], help="default: 1 8 64")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds that count (default: 5)")
     parser.add_argument(
-        "--pass-us", type=float, default=0.0, help="without a GPU: microseconds of a pass on a pretended device"
+        "--pass-us", type=float, default=0.0, help="microseconds of a pass on a pretended device, instead of a GPU"
     )
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
+    if arguments.pass_us < 0:
+        parser.error(f"argument --pass-us: found {arguments.pass_us:g}, expected 0 or more")
+    device = torch.device("cuda" if torch.cuda.is_available() and not arguments.pass_us else "cpu")
+    if device.type == "cpu" and not arguments.pass_us:
         print("no GPU: only the host's part is measured", file=sys.stderr)
     measure = gpu_figures if device.type == "cuda" else partial(host_figures, pass_us=arguments.pass_us)
     found = measure(arguments.shape, arguments.streams, arguments.rounds)

@@ -18,20 +18,20 @@ from model.weights.int8 import count_parameters
 GREEDY = SamplingParameters(temperature=0)
 
 
-def answer_times(
+def arrival_times(
     engine: Engine, prompts: list[list[int]], answer_tokens: list[int], sampling: SamplingParameters
-) -> tuple[list[float], list[float], float]:
-    """Arrival times of each request's first and last token, and the time of sending, seconds of one clock."""
+) -> tuple[list[list[tuple[float, int]]], float]:
+    """When how many tokens of each request arrived, and the time of sending, seconds of one clock."""
     requests = [
         GenerationRequest(prompt, count, sampling) for prompt, count in zip(prompts, answer_tokens, strict=True)
     ]
-    first, last, open_requests = [0.0] * len(requests), [0.0] * len(requests), set(range(len(requests)))
+    arrivals: list[list[tuple[float, int]]] = [[] for _ in requests]
+    open_requests = set(range(len(requests)))
     is_done = threading.Event()
 
     def deliver(number: int, event: Event) -> None:
         if isinstance(event, TextPiece):
-            last[number] = time.perf_counter()
-            first[number] = first[number] or last[number]
+            arrivals[number].append((time.perf_counter(), len(event.token_ids)))
             return
         open_requests.remove(number)
         if not open_requests:
@@ -40,7 +40,15 @@ def answer_times(
     started = time.perf_counter()
     engine.submit_all(requests, deliver)
     is_done.wait()
-    return first, last, started
+    return arrivals, started
+
+
+def answer_times(
+    engine: Engine, prompts: list[list[int]], answer_tokens: list[int], sampling: SamplingParameters
+) -> tuple[list[float], list[float], float]:
+    """Arrival times of each request's first and last token, and the time of sending, seconds of one clock."""
+    arrivals, started = arrival_times(engine, prompts, answer_tokens, sampling)
+    return [of_one[0][0] for of_one in arrivals], [of_one[-1][0] for of_one in arrivals], started
 
 
 class OurEngine(Contender):

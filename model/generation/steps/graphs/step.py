@@ -291,9 +291,9 @@ class GraphStep(Step):
     def _further(self, segment: Segment, passes: list[Pass], *, is_ahead: bool) -> _Further:
         """The further tokens of a segment, each of which gets a place in the cache."""
         slot, ahead = segment.slot, self._ahead.get(segment.slot) or None
-        count, known = segment.steps - len(passes), len(ahead) if ahead else 0
+        own, known = segment.steps - len(passes), len(ahead) if ahead else 0
         position = segment.start + len(segment.ids) - 1 + len(passes) + known
-        draws: Sequence[Draw | None] = (segment.draws or (None,) * segment.steps)[len(passes) :] if count else ()
+        draws: Sequence[Draw | None] = (segment.draws or (None,) * segment.steps)[len(passes) :] if own else ()
         if draws:
             self._cache.hold(slot, position, position + len(draws))
         following = segment.following[known:] if is_ahead else ()
@@ -302,9 +302,9 @@ class GraphStep(Step):
                 self._cache.hold(slot, position + len(draws), position + len(draws) + len(following))
                 draws = (*draws, *following)
                 if ahead is None:
-                    ahead = _Ahead(position + count, is_adjusted=segment.is_adjusted)
+                    ahead = _Ahead(position + own, is_adjusted=segment.is_adjusted)
                     self._ahead[slot] = ahead
-        return _Further(slot, position, draws, segment.is_adjusted, count, passes, ahead)
+        return _Further(slot, position, draws, segment.is_adjusted, own, passes, ahead)
 
     def _whole(self, segment: Segment) -> SegmentOutput:
         """The logits or hidden states of all tokens of a segment."""

@@ -160,6 +160,7 @@ def test_a_prompt_and_a_mask_leave_the_others_what_was_computed_ahead(passes):
         assert ids[20:] == alone(model, np.array(ids[:-1]))[19:].argmax(dim=1).tolist(), slot
 
 
+@pytest.mark.medium
 def test_steps_of_any_texts_give_each_the_tokens_that_it_has_alone():
     """What joins, ends, pauses, is masked or shares a prefix, at random, against each text alone."""
     model, random = tiny_model(tiny_tokenizer(), max_position_embeddings=4 * PAGE), np.random.default_rng(5)
